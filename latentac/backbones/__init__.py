@@ -1,0 +1,66 @@
+"""Denoisers: pretrained diffusion models behind one small protocol. One file a backbone, one row here."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path as FilePath
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from latentac import diffusion
+from latentac.config import Policy as PolicySettings
+from latentac.types import Conditioning
+
+
+class Denoiser(Protocol):
+    """A latent diffusion model in eval mode (no dropout), float32 in and out.
+
+    module: the trainable network          path: how signal and noise mix (`latentac.diffusion`)
+    latent_shape: (channels, height, width) of one latent image
+    tap_shapes: name -> (channels, height, width) of each feature map that `predict` hands to the critic
+    text_width: C of the conditioning
+    """
+
+    module: nn.Module
+    path: diffusion.Path
+    latent_shape: tuple[int, int, int]
+    tap_shapes: dict[str, tuple[int, int, int]]
+    text_width: int
+
+    def schedule(self, num_steps: int) -> Tensor:
+        """[K+1] float32 noise levels from the most noisy to 0."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Text to conditioning, one row a prompt, without gradient."""
+        ...
+
+    def predict(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning
+    ) -> tuple[diffusion.Prediction, dict[str, Tensor]]:
+        """The prediction at latents [B, *latent], sigma [B], and the taps of that same forward. Thread-safe."""
+        ...
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Clean latents [B, *latent] to pictures, uint8 [B, H, W, 3]."""
+        ...
+
+    def adapt(self, settings: PolicySettings) -> None:
+        """Make the module trainable: all weights, or low-rank adapters on its attention."""
+        ...
+
+    def save(self, folder: FilePath) -> None:
+        """A plain diffusers folder, adapters merged, safetensors only."""
+        ...
+
+
+BACKBONES = {"unet": "latentac.backbones.unet:UNetBackbone"}
+
+
+def load_backbone(name: str, folder: FilePath, device: torch.device) -> Denoiser:
+    """The backbone `name` with the weights of a diffusers `folder`, on `device`."""
+    module, _, attribute = BACKBONES.get(name, name).partition(":")
+    backbone: Denoiser = getattr(import_module(module), attribute)(folder, device)
+    return backbone

@@ -1,0 +1,126 @@
+"""A UNet in the folder layout of diffusers' StableDiffusionPipeline."""
+
+import copy
+import shutil
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.utils import logging as diffusers_logging
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+from transformers.utils import logging as transformers_logging
+
+from latentac import diffusion
+from latentac.config import Policy
+from latentac.types import Conditioning
+
+
+class UNetBackbone:
+    """Taps: `middle`, the mid block's output, and `last`, the last up-block's output.
+
+    Integer timesteps exist only in here: outside, a noise level is the float sigma = sqrt(1 - alpha-bar).
+    """
+
+    path: diffusion.Path = "variance_preserving"
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.folder, self.device = folder, device
+        diffusers_logging.disable_progress_bar()  # loading takes milliseconds, or has a bar of its own in `prepare`
+        transformers_logging.disable_progress_bar()
+        self.module: nn.Module = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
+        self.module.eval().requires_grad_(False).to(device)
+        self._autoencoder = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True)
+        self._autoencoder.eval().requires_grad_(False).to(device)
+        self._text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", use_safetensors=True)
+        self._text_encoder.eval().requires_grad_(False).to(device)
+        self._tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+        self._prediction_type: str = scheduler.config.prediction_type
+        self._sigma_table = (1 - scheduler.alphas_cumprod.double()).sqrt().float()
+
+        config = self.module.config
+        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+        self.text_width: int = config.cross_attention_dim
+        self._taps = threading.local()
+        for name, block in (("middle", self.module.mid_block), ("last", self.module.up_blocks[-1])):
+            block.register_forward_hook(self._tap(name))
+        self.tap_shapes = self._probe_taps()
+
+    def _tap(self, name: str):  # type: ignore[no-untyped-def] - the hook's signature is torch's own
+        def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
+            vars(self._taps)[name] = output
+
+        return hook
+
+    def _probe_taps(self) -> dict[str, tuple[int, int, int]]:
+        tokens = torch.zeros(1, 1, self.text_width, device=self.device)
+        latents = torch.zeros(1, *self.latent_shape, device=self.device)
+        with torch.no_grad():
+            _, taps = self.predict(latents, self._sigma_table[:1].to(self.device), Conditioning(tokens))
+        return {name: (tap.shape[1], tap.shape[2], tap.shape[3]) for name, tap in taps.items()}
+
+    def schedule(self, num_steps: int) -> Tensor:
+        """Trailing timesteps (Lin et al. 2024, table 2): the first level is the noisiest that the model knows."""
+        total = len(self._sigma_table)
+        timesteps = torch.linspace(total, total / num_steps, num_steps, dtype=torch.float64).round().long() - 1
+        return torch.cat([self._sigma_table[timesteps], torch.zeros(1)])
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        tokens = self._tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=self._tokenizer.model_max_length,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            return Conditioning(self._text_encoder(tokens.input_ids.to(self.device)).last_hidden_state.float())
+
+    def predict(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning
+    ) -> tuple[diffusion.Prediction, dict[str, Tensor]]:
+        timestep = (self._sigma_table[None] - sigma.cpu()[:, None]).abs().argmin(1).to(self.device)
+        output = self.module(latents, timestep, conditioning.tokens, return_dict=False)[0]
+        alpha = diffusion.broadcast(diffusion.alpha_of(sigma, self.path), latents)
+        noise_level = diffusion.broadcast(sigma, latents)
+        if self._prediction_type == "v_prediction":
+            clean = alpha * latents - noise_level * output
+            noise = alpha * output + noise_level * latents
+        else:
+            noise = output
+            clean = (latents - noise_level * noise) / alpha
+        return diffusion.Prediction(clean, noise), dict(vars(self._taps))
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        with torch.no_grad():
+            pictures = self._autoencoder.decode(latents / self._autoencoder.config.scaling_factor, return_dict=False)[0]
+        pictures = ((pictures.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        array: np.ndarray = pictures.permute(0, 2, 3, 1).cpu().numpy()
+        return array
+
+    def adapt(self, settings: Policy) -> None:
+        if settings.adaptation == "full":
+            self.module.requires_grad_(True)
+        else:
+            targets = ["to_q", "to_k", "to_v", "to_out.0"]
+            self.module.add_adapter(
+                LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=targets)
+            )
+
+    def save(self, folder: Path) -> None:
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        module = self.module
+        if getattr(module, "peft_config", None):
+            module = copy.deepcopy(module)
+            module.fuse_lora()
+            module.unload_lora()
+        module.save_pretrained(folder / "unet", safe_serialization=True)

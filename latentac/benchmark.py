@@ -1,0 +1,72 @@
+"""The steering benchmark: reward against the number of function evaluations, at the same prompts and seeds."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from latentac.config import Config
+from latentac.critic import Critic
+from latentac.evaluation import Arm, gallery, interval, sample
+from latentac.policy import Policy
+from latentac.prompts import Prompt, balanced
+from latentac.rewards import Reward
+from latentac.steering import Steering, evaluations
+from latentac.steering.best_of_n import BestOfN
+from latentac.steering.value_gradient import ValueGradient
+
+
+def arms(config: Config) -> list[tuple[str, float, int, Steering]]:
+    """(method, strength, candidates, steering) of each arm; every head counts by its reward's weight."""
+    weights = torch.tensor([reward.weight for reward in config.rewards])
+    gradient = [("value_gradient", s, 1, ValueGradient(s * weights)) for s in config.steering.strengths]
+    best = [("best_of_n", 0.0, n, BestOfN(weights, n)) for n in config.steering.candidates]
+    return [*gradient, *best]
+
+
+def run_benchmark(
+    config: Config, policy: Policy, critic: Critic, rewards: Sequence[Reward], prompts: Sequence[Prompt]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """One row an arm and reward: {method, strength, candidates, nfe, reward, mean, low, high, n, seconds}; and a gallery.
+
+    nfe counts forwards of the denoiser an image, a backward as 2; seconds are wall time for all n images, decode and
+    scoring included. The gallery shows the recipe's default strength on the prompts and noise of `compare`.
+    """
+    evaluation = config.evaluation
+    chosen = [prompts[i].text for i in balanced(prompts, evaluation.num_images, config.seed, "evaluation")]
+    rows = []
+    for method, strength, candidates, steering in arms(config):
+        label = f"{method} {strength:g}" if method == "value_gradient" else f"{method} {candidates}"
+        texts = chosen[: config.steering.num_images]
+        started = time.monotonic()
+        arm = sample(
+            policy, critic, rewards, texts, config.seed, config.kernel.num_steps, steering=steering, label=label
+        )
+        rows += _rows(config, arm, time.monotonic() - started, method, strength, candidates, steering)
+    shown = chosen[: evaluation.num_gallery_prompts]
+    weights = torch.tensor([reward.weight for reward in config.rewards])
+    steered = ValueGradient(config.steering.default_strength * weights)
+    arm = sample(
+        policy, critic, rewards, shown, config.seed, config.kernel.num_steps, steering=steered, label="gallery"
+    )
+    return rows, gallery(config, shown, {"steered": arm.images})
+
+
+def _rows(
+    config: Config, arm: Arm, seconds: float, method: str, strength: float, candidates: int, steering: Steering
+) -> list[dict[str, Any]]:
+    # At strength 0 the gradient changes nothing: a plain rollout gives the same pictures for K forwards.
+    acts = not (method == "value_gradient" and strength == 0)
+    return [
+        {
+            "method": method,
+            "strength": strength,
+            "candidates": candidates,
+            "nfe": evaluations(steering if acts else None, config.kernel.num_steps),
+            "reward": name,
+            **interval(arm.scores.column(name).numpy(), config.evaluation.num_bootstrap, config.seed),
+            "seconds": seconds,
+        }
+        for name in arm.scores.names
+    ]

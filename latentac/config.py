@@ -1,0 +1,346 @@
+"""One strict, frozen configuration a run: every field is checked, every problem is told at once.
+
+A configuration is a recipe, then a file, then `--set path=value`, merged in that order and validated together.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from latentac.errors import ConfigError, Problem
+
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Backbone(Section):
+    """The pretrained diffusion model. source: `builtin:<name>`, a diffusers folder, or a hub id."""
+
+    name: str = "unet"
+    source: str
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Kernel(Section):
+    """The sampler step. noise: eta of DDIM, the noise level of the flow kernels; 0 is deterministic."""
+
+    name: Literal["ddim", "flow_sde", "cps"] = "ddim"
+    noise: Fraction = 1.0
+    num_steps: Annotated[int, Field(ge=2, le=1000)] = 10
+
+
+class Prompts(Section):
+    """source: `builtin:shapes`, or a JSON file {"train": [{"text", "category"}], "held_out": [...]}."""
+
+    source: str
+
+
+class Reward(Section):
+    """One reward: a name of the table or `module:Class`. A weight of 0 is watched, not trained on."""
+
+    name: str
+    weight: NonNegative = 1.0
+
+
+class Policy(Section):
+    adaptation: Literal["full", "lora"] = "full"
+    lora_rank: Positive = 32
+    lora_alpha: Positive = 64
+    learning_rate: Rate = 6e-5
+    warmup_updates: Annotated[int, Field(ge=0)] = 20
+    weight_decay: NonNegative = 1e-4
+    gradient_clip: Rate = 1.0
+
+
+class Critic(Section):
+    """Value heads on the backbone's taps. width: of a branch; queries: learnable summary tokens a tap."""
+
+    width: Positive = 128
+    num_heads: Positive = 4
+    num_queries: Positive = 4
+    depth: Positive = 1
+    learning_rate: Rate = 1e-3
+    weight_decay: NonNegative = 1e-4
+    gradient_clip: Rate = 1.0
+    target_clip: Rate = 5.0
+
+
+class Pretrain(Section):
+    """Monte-Carlo regression of the critic on rollouts of the frozen actor."""
+
+    num_images: Positive = 1024
+    num_held_out_images: Positive = 256
+    num_passes: Positive = 10
+    minibatch_states: Positive = 256
+
+
+class Algorithm(Section):
+    """PPO over denoising steps. log_prob_scale: `mean` divides the log-prob by the latent dimensions, so that
+    `clip` is a bound per dimension."""
+
+    name: str = "ppo"
+    baseline: Literal["critic", "group"] = "critic"
+    group_size: Positive = 1
+    clip: Rate = 8e-4
+    log_prob_scale: Literal["mean", "sum"] = "mean"
+    discount: Fraction = 1.0
+    gae_lambda: Fraction = 1.0
+    advantage_clip: Rate = 10.0
+
+
+class Train(Section):
+    """block_images: the unit of work; blocks are dealt to the workers, so the result does not depend on their number."""
+
+    num_iterations: Positive = 40
+    images_per_iteration: Positive = 256
+    updates_per_iteration: Positive = 4
+    block_images: Positive = 32
+    num_workers: Positive = 2
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    checkpoint_every: Positive = 2
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+
+
+class Evaluation(Section):
+    num_images: Annotated[int, Field(ge=8)] = 1024
+    num_gallery_prompts: Positive = 12
+    num_bootstrap: Annotated[int, Field(ge=100)] = 2000
+
+
+class Steering(Section):
+    """The benchmark's arms. A strength multiplies std^2 grad V, with V in standard deviations of the reward."""
+
+    num_images: Annotated[int, Field(ge=8)] = 256
+    strengths: list[NonNegative] = [0.0, 1.0, 2.0, 4.0]
+    candidates: list[Positive] = [2, 4, 8]
+    default_strength: NonNegative = 2.0
+
+
+class Gate(Section):
+    """Promote only if the gain and its lower bound pass, and no other reward falls by more than `max_loss_fraction`."""
+
+    reward: str
+    min_gain: Number = 0.05
+    min_lower_bound: Number = 0.0
+    max_loss_fraction: NonNegative = 0.5
+
+
+class Serving(Section):
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    ready_seconds: Rate = 120.0
+    max_images: Positive = 8
+
+
+class Config(Section):
+    """A run, completely: two equal configurations on one machine give bitwise equal results."""
+
+    recipe: str
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    backbone: Backbone
+    kernel: Kernel = Kernel()
+    prompts: Prompts
+    rewards: Annotated[list[Reward], Field(min_length=1)]
+    policy: Policy = Policy()
+    critic: Critic = Critic()
+    pretrain: Pretrain = Pretrain()
+    algorithm: Algorithm = Algorithm()
+    train: Train = Train()
+    evaluation: Evaluation = Evaluation()
+    steering: Steering = Steering()
+    gate: Gate
+    serving: Serving = Serving()
+
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        return tuple(reward.name for reward in self.rewards)
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the canonical JSON, hex."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as text; everyone who types a learning rate means a number."""
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file as nested dictionaries. Raises ConfigError."""
+    try:
+        content = yaml.load(path.read_text(), _Loader)  # noqa: S506 - a SafeLoader with one more number format
+    except OSError as error:
+        raise _single("--config", str(path), f"cannot be read: {error.strerror}", "Name a YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise _single("--config", str(path), f"is not YAML: {reason}", "Correct the file.") from error
+    if not isinstance(content, dict):
+        raise _single("--config", str(path), "does not hold fields", "Write `section:` and its fields below.")
+    return content
+
+
+def read_overrides(assignments: Sequence[str]) -> dict[str, Any]:
+    """`a.b=value` strings as nested dictionaries; the values are YAML. Raises ConfigError."""
+    merged: dict[str, Any] = {}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", path):
+            raise _single(
+                "--set", assignment, "is not path=value", "Write for example --set policy.learning_rate=1e-4."
+            )
+        try:
+            nested: Any = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader with one more number format
+        except yaml.YAMLError as error:
+            raise _single("--set", assignment, "has a value that is not YAML", "Quote it.") from error
+        for name in reversed(path.split(".")):
+            nested = {name: nested}
+        merged = merge(merged, nested)
+    return merged
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid upon `base`: dictionaries are merged field by field, everything else is replaced."""
+    result = dict(base)
+    for name, value in over.items():
+        below = result.get(name)
+        nested = isinstance(below, Mapping) and isinstance(value, Mapping)
+        result[name] = merge(below, value) if nested else value  # type: ignore[arg-type]
+    return result
+
+
+def resolve(fields: Mapping[str, Any]) -> Config:
+    """Validate nested dictionaries into a Config. Raises ConfigError with every problem at once."""
+    try:
+        config = Config.model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError([_problem(detail) for detail in error.errors(include_url=False)]) from None
+    problems = _impossible(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """`Did you mean "x"? ` when `name` resembles one of `known`, and then what is known."""
+    close = difflib.get_close_matches(name, known, n=1)
+    guess = f'Did you mean "{close[0]}"? ' if close else ""
+    return f"{guess}Known: {', '.join(known)}."
+
+
+def _single(path: str, value: object, problem: str, remedy: str) -> ConfigError:
+    return ConfigError([Problem(path, value, problem, remedy)])
+
+
+def _problem(detail: Any) -> Problem:
+    location = [str(part) for part in detail["loc"]]
+    path, kind = ".".join(location), detail["type"]
+    if kind == "extra_forbidden":
+        return Problem(path, detail["input"], "unknown field", suggestion(location[-1], _fields_beside(location)))
+    if kind == "missing":
+        return Problem(path, None, "is required", f"Add it to the file, or --set {path}=...")
+    return Problem(path, detail["input"], detail["msg"][0].lower() + detail["msg"][1:], "Correct the value.")
+
+
+def _fields_beside(location: Sequence[str]) -> list[str]:
+    """The fields of the section that holds `location`'s last part."""
+    section: Any = Config
+    for name in location[:-1]:
+        if name.isdigit():
+            continue
+        annotation = section.model_fields[name].annotation
+        section = next((a for a in getattr(annotation, "__args__", ()) if hasattr(a, "model_fields")), annotation)
+    return list(section.model_fields)
+
+
+def _impossible(config: Config) -> list[Problem]:
+    """Combinations of valid fields that cannot run."""
+    problems = []
+
+    def refuse(condition: bool, path: str, value: object, problem: str, remedy: str) -> None:
+        if condition:
+            problems.append(Problem(path, value, problem, remedy))
+
+    algorithm, train, kernel = config.algorithm, config.train, config.kernel
+    refuse(
+        kernel.noise == 0,
+        "kernel.noise",
+        kernel.noise,
+        f"makes the {kernel.name} kernel deterministic, and {algorithm.name} needs the density of each step",
+        "Set kernel.noise above 0, for example 1.0.",
+    )
+    refuse(
+        algorithm.baseline == "group" and algorithm.group_size < 2,
+        "algorithm.group_size",
+        algorithm.group_size,
+        "a group baseline compares the rollouts of one prompt and needs at least 2",
+        "Set algorithm.group_size=4, or algorithm.baseline=critic.",
+    )
+    refuse(
+        train.block_images % algorithm.group_size != 0,
+        "train.block_images",
+        train.block_images,
+        f"is no multiple of algorithm.group_size = {algorithm.group_size}",
+        "Make a block hold whole groups.",
+    )
+    refuse(
+        train.images_per_iteration % (train.block_images * train.num_workers) != 0,
+        "train.images_per_iteration",
+        train.images_per_iteration,
+        f"cannot be dealt evenly in blocks of {train.block_images} to {train.num_workers} workers",
+        f"Use a multiple of {train.block_images * train.num_workers}.",
+    )
+    rows = train.block_images * (kernel.num_steps - 1)
+    refuse(
+        train.updates_per_iteration > rows,
+        "train.updates_per_iteration",
+        train.updates_per_iteration,
+        f"is more than the {rows} transitions of a block",
+        "Use fewer updates or larger blocks.",
+    )
+    refuse(
+        all(reward.weight == 0 for reward in config.rewards),
+        "rewards",
+        list(config.reward_names),
+        "no reward has a weight above 0, so there is nothing to learn",
+        "Give one a weight, for example weight: 1.0.",
+    )
+    refuse(
+        len(set(config.reward_names)) != len(config.rewards),
+        "rewards",
+        list(config.reward_names),
+        "a reward is listed twice",
+        "List each once and use its weight.",
+    )
+    refuse(
+        config.gate.reward not in config.reward_names,
+        "gate.reward",
+        config.gate.reward,
+        "is none of this run's rewards",
+        f"Choose one of {', '.join(config.reward_names)}.",
+    )
+    refuse(
+        config.critic.width % config.critic.num_heads != 0,
+        "critic.width",
+        config.critic.width,
+        f"is no multiple of critic.num_heads = {config.critic.num_heads}",
+        "Use for example 128 and 4.",
+    )
+    return problems

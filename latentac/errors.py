@@ -1,0 +1,107 @@
+"""Every error that latentac raises on purpose, and the exit code that the command line gives it.
+
+    LatentacError                1   anything below that has no code of its own
+    +- ConfigError               2   unknown recipe or field, wrong type, impossible combination
+    +- StoreError                3   the store refused or gave something unusable
+    |  +- StoreAccessError       3   wrong credentials, missing bucket, no permission
+    |  +- ArtifactNotFound       3   nothing was published under that key
+    |  +- IntegrityError         4   size, sha256 or manifest of an artifact does not match
+    |  +- StoreUnavailable       75  the store did not answer, retries included: try again later
+    +- RewardError               5   a reward failed, or returned NaN or infinity
+    +- ResourceError             6   disk full, port taken, device missing
+    +- TrainingError             7   the training app failed or diverged
+    +- ServingError              8   the model server did not start or answered wrongly
+
+A message says where (a field's path, a file, a URL), what was found there, and what to do about it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class LatentacError(Exception):
+    """Root of the tree. `where`: a field path, file or URL; `problem`: what was found; `remedy`: what to do."""
+
+    exit_code = 1
+
+    def __init__(self, where: str, problem: str, remedy: str) -> None:
+        self.where, self.problem, self.remedy = where, problem, remedy
+        super().__init__(f"{where}: {problem}. {remedy}")
+
+    def to_dict(self) -> dict[str, str]:
+        """For another process to raise again: see `restore`."""
+        return {"kind": type(self).__name__, "where": self.where, "problem": self.problem, "remedy": self.remedy}
+
+
+def restore(fields: dict[str, str]) -> LatentacError:
+    """The error whose `to_dict` gave `fields`."""
+    kinds = {LatentacError.__name__: LatentacError}
+    pending = [LatentacError]
+    while pending:
+        below = pending.pop().__subclasses__()
+        pending += below
+        kinds |= {kind.__name__: kind for kind in below}
+    return kinds[fields["kind"]](fields["where"], fields["problem"], fields["remedy"])
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a configuration: the field's path, its value as given, what is wrong, the remedy."""
+
+    path: str
+    value: object
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.path} = {self.value!r}: {self.problem}. {self.remedy}"
+
+
+class ConfigError(LatentacError):
+    """Carries every problem of a configuration at once."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        first = self.problems[0]
+        super().__init__(first.path, f"{first.value!r}: {first.problem}", first.remedy)
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.problems)
+
+
+class StoreError(LatentacError):
+    exit_code = 3
+
+
+class StoreAccessError(StoreError):
+    pass
+
+
+class ArtifactNotFound(StoreError):
+    pass
+
+
+class IntegrityError(StoreError):
+    exit_code = 4
+
+
+class StoreUnavailable(StoreError):
+    exit_code = 75
+
+
+class RewardError(LatentacError):
+    exit_code = 5
+
+
+class ResourceError(LatentacError):
+    exit_code = 6
+
+
+class TrainingError(LatentacError):
+    exit_code = 7
+
+
+class ServingError(LatentacError):
+    exit_code = 8

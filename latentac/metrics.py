@@ -1,0 +1,53 @@
+"""What each logged number means, and the TensorBoard log of a run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+DEFINITIONS = {
+    "reward_mean": "mean of the first trained reward over the iteration's images, in its own unit",
+    "policy_loss": "clipped surrogate, mean over transitions, averaged over the iteration's updates",
+    "value_loss": "0.5 (V - clamp(R))^2 in squared standard deviations of each reward, mean over transitions and heads",
+    "kl": "KL(acting || present policy) of one denoising step in nats, mean over transitions and updates",
+    "clip_share": "share of transitions whose gradient the clip removed",
+    "ratio_deviation": "mean |ratio - 1|, in the unit of algorithm.log_prob_scale",
+    "first_ratio_deviation": "ratio_deviation of the first update, which is 0 because nothing has changed yet",
+    "gradient_norm": "L2 norm of the actor's gradient before clipping",
+    "seconds": "wall time of the iteration",
+    "rollout_seconds": "wall time of its rollouts, decoding and scoring included",
+}
+"""Scalars of the training history by name."""
+
+
+class TensorBoard:
+    """Scalars and pictures of a training run below `folder`. Only the leading worker keeps one."""
+
+    def __init__(self, folder: Path, iteration: int) -> None:
+        # What a killed run wrote beyond its last checkpoint is dropped: it will be written again.
+        self._writer = SummaryWriter(str(folder), purge_step=iteration + 1)
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """One iteration's entry of the history."""
+        step = entry["iteration"]
+        for name in DEFINITIONS:
+            self._writer.add_scalar(f"train/{name}", entry[name], step)
+        for name, mean in entry["rewards"].items():
+            self._writer.add_scalar(f"rewards/{name}", mean, step)
+        for index, value in enumerate(entry["explained_variance"]):
+            self._writer.add_scalar(f"explained_variance/step_{index:02d}", value, step)
+
+    def write_picture(self, name: str, picture: np.ndarray, iteration: int) -> None:
+        """picture: uint8 [H, W, 3]."""
+        self._writer.add_image(name, picture, iteration, dataformats="HWC")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.close()

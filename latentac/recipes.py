@@ -1,0 +1,35 @@
+"""Named, complete configurations. Everything a recipe does not say has the default of `latentac.config`."""
+
+from typing import Any
+
+from latentac.config import merge
+
+_SHAPES_UNET: dict[str, Any] = {
+    "recipe": "shapes-unet",
+    "backbone": {"name": "unet", "source": "builtin:shapes-unet"},
+    "prompts": {"source": "builtin:shapes"},
+    "rewards": [
+        {"name": "shapes_verifier", "weight": 1.0},
+        {"name": "jpeg_compressibility", "weight": 0.0},
+    ],
+    "gate": {"reward": "shapes_verifier"},
+}
+
+# The same path in seconds: it proves the machinery, not the method, so its gate asks for no gain.
+_SHAPES_UNET_SMOKE = merge(
+    _SHAPES_UNET,
+    {
+        "recipe": "shapes-unet-smoke",
+        "kernel": {"num_steps": 5},
+        "pretrain": {"num_images": 64, "num_held_out_images": 64, "num_passes": 2},
+        "train": {"num_iterations": 4, "images_per_iteration": 32, "block_images": 8, "checkpoint_every": 1},
+        "evaluation": {"num_images": 64, "num_gallery_prompts": 6, "num_bootstrap": 500},
+        "steering": {"num_images": 16, "strengths": [0.0, 2.0], "candidates": [2]},
+        "gate": {"min_gain": -1.0, "min_lower_bound": -1.0, "max_loss_fraction": 10.0},
+    },
+)
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "shapes-unet": _SHAPES_UNET,
+    "shapes-unet-smoke": _SHAPES_UNET_SMOKE,
+}

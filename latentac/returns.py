@@ -1,0 +1,61 @@
+"""Credit: generalised advantage estimation, group baselines, whitening. Pure functions on float32 tensors."""
+
+import torch
+from torch import Tensor
+
+
+def gae(reward: Tensor, values: Tensor, discount: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation with a reward at the last step only (Schulman et al. 2016, eq. 16).
+
+    d_k = 1[k = S-1] R + discount V_{k+1} - V_k,  A_k = d_k + discount lambda A_{k+1},  V_S = 0,  G_k = A_k + V_k.
+
+    reward: [B, M]; values: [B, S, M]. Returns (advantages [B, S, M], returns [B, S, M]), in the reward's own unit.
+    With discount = lambda = 1: G_k = R and A_k = R - V_k.
+    """
+    num_steps = values.shape[1]
+    advantages = torch.zeros_like(values)
+    following = torch.zeros_like(reward)
+    for step in reversed(range(num_steps)):
+        last = step == num_steps - 1
+        target = reward if last else discount * values[:, step + 1]
+        following = target - values[:, step] + discount * gae_lambda * following
+        advantages[:, step] = following
+    return advantages, advantages + values
+
+
+def group_advantages(reward: Tensor, group_size: int, epsilon: float = 1e-6) -> Tensor:
+    """Group-relative advantages (GRPO, Shao et al. 2024): (R - mean of the group) / (std of the group + epsilon).
+
+    reward: [B, M] with the G = `group_size` rollouts of a prompt in consecutive rows. Returns [B, M]; a group whose
+    rewards are all equal teaches nothing and gets zeros. Raises ValueError for a group of one: its advantage is 0.
+    """
+    if group_size < 2:
+        raise ValueError(f"a group baseline needs at least 2 rollouts a prompt, got {group_size}")
+    groups = reward.unflatten(0, (-1, group_size))
+    centred = groups - groups.mean(1, keepdim=True)
+    return (centred / (groups.std(1, keepdim=True, correction=0) + epsilon)).flatten(0, 1)
+
+
+def whiten(x: Tensor, epsilon: float = 1e-8) -> Tensor:
+    """(x - mean) / std over all entries; a constant tensor becomes zeros."""
+    return (x - x.mean()) / (x.std(correction=0) + epsilon)
+
+
+def combine(advantages: Tensor, weights: Tensor, clip: float) -> Tensor:
+    """One advantage a step out of one a reward: A = clip(whiten(sum_m w_m whiten(A_m))).
+
+    advantages: [B, S, M]; weights: [M]; clip: bound on |A| in standard deviations. Returns [B, S].
+    Whitening each reward first keeps a reward on scale 0.3 and one on scale 30 from starving or drowning each other.
+    """
+    whitened = torch.stack([whiten(column) for column in advantages.unbind(-1)], -1)
+    return whiten(whitened @ weights).clamp(-clip, clip)
+
+
+def explained_variance(values: Tensor, reward: Tensor) -> Tensor:
+    """1 - Var(R - V) / Var(R) at each step: 1 is perfect, 0 is no better than a constant, below 0 is worse.
+
+    values: [B, K]; reward: [B]. Returns [K]; zeros where every reward is equal, for then there is nothing to explain.
+    """
+    total = reward.var(correction=0)
+    residual = (reward[:, None] - values).var(0, correction=0)
+    return torch.where(total > 0, 1 - residual / total.clamp(min=1e-12), torch.zeros_like(residual))

@@ -1,0 +1,121 @@
+"""The only denoising loop: training, value pretraining, evaluation, steering and serving all sample here."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentac.critic import Critic
+from latentac.diffusion import num_stochastic_steps
+from latentac.errors import RewardError
+from latentac.policy import Policy, PolicyOutput
+from latentac.rewards import Reward
+from latentac.steering import Steering, SteeringState
+from latentac.types import Conditioning, Scores, Trajectory
+
+
+def rollout(
+    policy: Policy,
+    critic: Critic | None,
+    prompts: Sequence[str],
+    conditioning: Conditioning,
+    noise: Tensor,
+    *,
+    steering: Steering | None = None,
+    policy_version: int = 0,
+    observe: Callable[[PolicyOutput], None] | None = None,
+) -> Trajectory:
+    """Denoise from `noise`, [B, K+1, *latent] standard normal, whose entry k + 1 is the draw of step k.
+
+    The schedule follows from K. Steered log-probs are those of the policy, not of the steered transition. `observe` is
+    shown each step's forward.
+    """
+    num_steps = noise.shape[1] - 1
+    sigmas = policy.backbone.schedule(num_steps).to(noise.device)
+    num_stochastic = num_stochastic_steps(policy.kernel, sigmas)
+    latents = [noise[:, 0]]
+    means, log_probs, values = [], [], []
+    for step in range(num_steps):
+        state = latents[-1].detach()
+        sigma, sigma_next = sigmas[step].expand(len(state)), sigmas[step + 1].expand(len(state))
+        needs_gradient = steering is not None and steering.needs_gradient
+        with torch.set_grad_enabled(needs_gradient):
+            state.requires_grad_(needs_gradient)
+            output = policy.forward(state, sigma, sigma_next, conditioning)
+            if observe is not None:
+                observe(output)
+            value = _values(critic, output, sigma, conditioning)
+            transition = output.transition
+            if steering is not None:
+                transition = steering.guide(SteeringState(step, state, transition, value))
+        with torch.no_grad():
+            latents.append(transition.sample(noise[:, step + 1]).detach())
+            if step < num_stochastic:
+                means.append(output.transition.mean.detach())
+                log_probs.append(output.transition.log_prob(latents[-1]).detach())
+            values.append(value.detach() if critic is None else (critic.mean + critic.std * value).detach())
+    return Trajectory(
+        prompts=prompts,
+        conditioning=conditioning,
+        latents=torch.stack(latents, 1).detach(),
+        sigmas=sigmas,
+        means=torch.stack(means, 1) if means else noise.new_zeros(len(noise), 0, *noise.shape[2:]),
+        log_probs=torch.stack(log_probs, 1) if log_probs else noise.new_zeros(len(noise), 0),
+        values=torch.stack(values, 1),
+        policy_version=policy_version,
+    )
+
+
+def steered_rollout(
+    policy: Policy,
+    critic: Critic,
+    prompts: Sequence[str],
+    conditioning: Conditioning,
+    noise: Tensor,
+    steering: Steering,
+) -> Trajectory:
+    """One trajectory an image, chosen among `steering.candidates`. noise: [B, N, K+1, *latent], N = candidates."""
+    images, candidates = noise.shape[:2]
+    repeated = torch.arange(images, device=noise.device).repeat_interleave(candidates)
+    trajectory = rollout(
+        policy,
+        critic,
+        [prompt for prompt in prompts for _ in range(candidates)],
+        conditioning.rows(repeated),
+        noise.flatten(0, 1),
+        steering=steering,
+    )
+    last = (trajectory.values[:, -1] - critic.mean) / critic.std
+    chosen = steering.select(last.unflatten(0, (images, candidates)))
+    rows = torch.arange(images, device=noise.device) * candidates + chosen
+    return trajectory.rows(rows)
+
+
+def score(rewards: Sequence[Reward], images: np.ndarray, prompts: Sequence[str]) -> Scores:
+    """Every reward of every picture. images: uint8 [B, H, W, 3]. Raises RewardError by name for NaN or infinity."""
+    columns = []
+    for reward in rewards:
+        column = np.asarray(reward(images, prompts), dtype=np.float32)
+        if column.shape != (len(prompts),):
+            raise RewardError(
+                f"reward {reward.name}",
+                f"returned shape {column.shape} for {len(prompts)} pictures",
+                "Return one number a picture.",
+            )
+        bad = np.flatnonzero(~np.isfinite(column))
+        if len(bad):
+            raise RewardError(
+                f"reward {reward.name}",
+                f"returned {column[bad[0]]} for {prompts[bad[0]]!r} ({len(bad)} of {len(column)} pictures)",
+                "Correct the reward, or take it out of `rewards`. The last checkpoint is kept",
+            )
+        columns.append(column)
+    return Scores(torch.from_numpy(np.stack(columns, 1)), tuple(reward.name for reward in rewards))
+
+
+def _values(critic: Critic | None, output: PolicyOutput, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    """[B, M] standardised values; M = 0 without a critic."""
+    if critic is None:
+        return output.transition.mean.new_zeros(len(sigma), 0)
+    return critic.standardised(output.taps, sigma, conditioning)

@@ -1,0 +1,73 @@
+"""Credit: advantages against brute force, and the scales that whitening leaves."""
+
+import pytest
+import torch
+
+from latentac.returns import combine, explained_variance, gae, group_advantages, whiten
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("discount", [1.0, 0.9])
+def test_gae_is_the_brute_force_sum(gae_lambda, discount):
+    """A_k = sum over j >= k of (discount lambda)^(j-k) d_j, by the O(S^2) double loop."""
+    reward, values = draw(4, 2), draw(4, 7, 2, seed=1)
+    padded = torch.cat([values, torch.zeros(4, 1, 2)], 1)
+    deltas = discount * padded[:, 1:] - padded[:, :-1]
+    deltas[:, -1] += reward
+    expected = torch.zeros_like(values)
+    for k in range(7):
+        for j in range(k, 7):
+            expected[:, k] += (discount * gae_lambda) ** (j - k) * deltas[:, j]
+    advantages, returns = gae(reward, values, discount, gae_lambda)
+    torch.testing.assert_close(advantages, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(returns, expected + values, rtol=1e-5, atol=1e-5)
+
+
+def test_without_discount_the_return_is_the_reward():
+    """With discount = lambda = 1 every state's target is the trajectory's reward."""
+    reward, values = draw(3, 2), draw(3, 5, 2, seed=1)
+    _, returns = gae(reward, values, 1.0, 1.0)
+    torch.testing.assert_close(returns, reward[:, None].expand(3, 5, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_group_advantages_compare_within_a_prompt():
+    """Each group is centred and scaled by itself; a group without spread teaches nothing; a group of one is refused."""
+    rewards = torch.tensor([1.0, 3.0, 10.0, 30.0, 5.0, 5.0])[:, None]
+    advantages = group_advantages(rewards, 2).flatten()
+    torch.testing.assert_close(advantages[:4], torch.tensor([-1.0, 1.0, -1.0, 1.0]), rtol=1e-4, atol=1e-4)
+    assert torch.equal(advantages[4:], torch.zeros(2))
+    with pytest.raises(ValueError, match="at least 2"):
+        group_advantages(rewards, 1)
+
+
+def test_whitening_gives_mean_0_and_std_1():
+    """And a constant stays finite."""
+    whitened = whiten(3 + 5 * draw(50, 4))
+    assert abs(float(whitened.mean())) < 1e-5
+    assert abs(float(whitened.std(correction=0)) - 1) < 1e-5
+    assert torch.equal(whiten(torch.ones(4)), torch.zeros(4))
+
+
+def test_combination_does_not_depend_on_a_rewards_unit():
+    """A reward given in thousandths counts as much as before; a weight of 0 removes it; the clip holds."""
+    advantages = draw(64, 3, 2)
+    weights = torch.tensor([1.0, 1.0])
+    scaled = advantages * torch.tensor([1.0, 1000.0])
+    torch.testing.assert_close(
+        combine(advantages, weights, 10.0), combine(scaled, weights, 10.0), rtol=1e-4, atol=1e-4
+    )
+    alone = combine(advantages, torch.tensor([1.0, 0.0]), 10.0)
+    torch.testing.assert_close(alone, whiten(advantages[..., 0]), rtol=1e-4, atol=1e-4)
+    assert float(combine(advantages, weights, 0.5).abs().max()) <= 0.5
+
+
+def test_explained_variance_at_its_fixed_points():
+    """1 for a perfect critic, 0 for a constant one, negative for one that adds error, 0 where nothing varies."""
+    reward = draw(100)
+    values = torch.stack([reward, torch.zeros(100), -reward], 1)
+    torch.testing.assert_close(explained_variance(values, reward), torch.tensor([1.0, 0.0, -3.0]), rtol=1e-5, atol=1e-5)
+    assert torch.equal(explained_variance(values, torch.ones(100)), torch.zeros(3))
