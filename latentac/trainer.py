@@ -190,12 +190,16 @@ class Trainer:
         return metrics
 
     def _share(self, block: Block, update: int) -> Minibatch:
-        """The transitions of a block that belong to `update`: a seeded permutation over images and steps, split."""
-        images, steps = block.trajectory.log_probs.shape
-        generator = generator_for(self.config.seed, "minibatch", self.iteration, block.index)
-        permutation = torch.randperm(images * steps, generator=generator)
-        rows = permutation.tensor_split(self.config.train.updates_per_iteration)[update].to(self.mesh.device)
+        """The transitions of a block that belong to `update`."""
+        steps = block.trajectory.num_stochastic_steps
+        rows = self._permutation(block).tensor_split(self.config.train.updates_per_iteration)[update]
+        rows = rows.to(self.mesh.device)
         return flatten_steps(block.trajectory, block.advantages, block.returns, rows // steps, rows % steps)
+
+    def _permutation(self, block: Block) -> Tensor:
+        """A seeded order of the block's transitions, over images and steps; the updates take it in equal parts."""
+        generator = generator_for(self.config.seed, "minibatch", self.iteration, block.index)
+        return torch.randperm(block.trajectory.log_probs.numel(), generator=generator)
 
     def _accumulate(self, minibatch: Minibatch) -> dict[str, Tensor]:
         """Add a minibatch's gradient, weighted as one of the update's blocks."""

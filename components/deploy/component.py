@@ -1,0 +1,24 @@
+"""Step 7, deploy: the promoted policy in a real model server, asked for one steered picture."""
+
+from kfp.dsl import Artifact, Input, Output, component
+
+from components import IMAGE
+
+
+@component(base_image=IMAGE, install_kfp_package=False)
+def deploy(run: str, store: str, output: str, trained: Input[Artifact], manifest: Output[Artifact]) -> None:
+    """Export, serve and question the trained policy; publish what was deployed and the picture.
+
+    Args:
+        run: id of the run.
+        store: URL of the artifact store.
+        output: folder for the run's working files.
+        trained: manifest of train.
+        manifest: manifest of the published artifact.
+    """
+    from latentac.task import pipeline_task
+
+    with pipeline_task("deploy", run, output, manifest.path) as publish:
+        from latentac.run import deploy
+
+        publish(deploy(run=run, store=store, output=output))

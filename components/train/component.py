@@ -1,0 +1,24 @@
+"""Step 3, train: PPO with the critic, as a TorchX app that resumes from its last checkpoint."""
+
+from kfp.dsl import Artifact, Input, Output, component
+
+from components import IMAGE
+
+
+@component(base_image=IMAGE, install_kfp_package=False)
+def train(run: str, store: str, output: str, pretrained: Input[Artifact], manifest: Output[Artifact]) -> None:
+    """Train policy and critic; publish both with the history of the iterations.
+
+    Args:
+        run: id of the run.
+        store: URL of the artifact store.
+        output: folder for the run's working files.
+        pretrained: manifest of pretrain-value.
+        manifest: manifest of the published artifact.
+    """
+    from latentac.task import pipeline_task
+
+    with pipeline_task("train", run, output, manifest.path) as publish:
+        from latentac.run import train
+
+        publish(train(run=run, store=store, output=output))

@@ -1,0 +1,193 @@
+"""The charts of a report, as SVG to stand inside a page: they take its fonts and its light or dark colours.
+
+Only what summary.json holds is drawn. Every chart has a unit on each axis, and its words beside what they name.
+"""
+
+import io
+import math
+import re
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from html import escape
+from itertools import groupby
+from typing import Any
+
+# matplotlib draws in stand-in colours, which then become the page's CSS variables of these names.
+_COLOURS = {
+    "ink": "#010101",
+    "faint": "#020202",
+    "base": "#030303",
+    "trained": "#040404",
+    "steered": "#050505",
+    "other": "#060606",
+}
+_METHODS = ("steered", "other", "trained", "base")  # colours of the steering methods, in their order
+_INCHES = (4.2, 2.75)  # at this width 9 point text is still 10 pixels on a telephone
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "text.color": _COLOURS["ink"],
+    "axes.labelcolor": _COLOURS["ink"],
+    "axes.edgecolor": _COLOURS["ink"],
+    "xtick.color": _COLOURS["ink"],
+    "ytick.color": _COLOURS["ink"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": _COLOURS["faint"],
+    "grid.linewidth": 0.7,
+}
+Row = Mapping[str, Any]
+
+
+def draw(summary: Row) -> dict[str, str]:
+    """SVG by name: `reward:<name>`, `critic`, `steering:<name>`, `kl`, `clip_share`, where there is data for them."""
+    target, evaluation, charts = summary["settings"]["gate"]["reward"], summary["evaluation"] or {}, {}
+    history = [row for row in summary["training"] if row["images"] is not None]
+    if history:
+        for name in _first(target, history[0]["rewards"] or {}):
+            charts[f"reward:{name}"] = _reward(name, history, evaluation)
+        charts["kl"] = _diagnostic("kl", "KL divergence a step", "nats", history)
+        charts["clip_share"] = _diagnostic("clip_share", "Clipped ratios", "share of all", history)
+    if summary["critic"]["explained_variance"]:
+        charts["critic"] = _critic(summary["critic"])
+    steering = [row for row in summary["steering"] if row["nfe"] and row["mean"] is not None]
+    for name in _first(target, [row["reward"] for row in steering]):
+        if rows := [row for row in steering if row["reward"] == name]:
+            charts[f"steering:{name}"] = _steering(name, _unit(name, evaluation), rows)
+    return charts
+
+
+def _first(target: str, names: Iterable[str]) -> list[str]:
+    """Each name once, `target` first."""
+    return list(dict.fromkeys([target, *names]))
+
+
+def _unit(name: str, evaluation: Row) -> str:
+    """The reward's unit, without what it explains in parentheses."""
+    return str(evaluation.get("units", {}).get(name) or "mean").partition(" (")[0]
+
+
+def _reward(name: str, history: Sequence[Row], evaluation: Row) -> str:
+    """A training reward over images, and the held-out evaluation of base and trained at the two ends."""
+    with _axes(f"reward-{name}", name, "images trained on", _unit(name, evaluation)) as (axes, svg):
+        points = [(row["images"], (row["rewards"] or {}).get(name)) for row in history]
+        words = [(x, y, "training prompts", colour) for x, y, colour in _line(axes, points, "trained", alpha=0.6)]
+        base, trained = (evaluation.get(arm, {}).get(name, {}) for arm in ("base", "trained"))
+        if trained.get("mean") is not None:
+            _mark(axes, history[-1]["images"], trained, "trained")
+            words.append((history[-1]["images"], trained["mean"], "trained, held out", "trained"))
+        if base.get("mean") is not None:
+            high = _mark(axes, 0, base, "base")
+            # on the side that the curve turns away from
+            rising = (words[-1][1] if words else base["mean"]) >= base["mean"]
+            at, side = ((2 * base["mean"] - high, -11) if rising else (high, 5)) if words else (base["mean"], 0)
+            axes.annotate("base, held out", (0, at), (-4, side), textcoords="offset points", color=_COLOURS["base"])
+        axes.margins(y=0.12)
+        _beside(axes, words)
+    return svg.getvalue()
+
+
+def _diagnostic(name: str, title: str, unit: str, history: Sequence[Row]) -> str:
+    with _axes(name, title, "images trained on", unit) as (axes, svg):
+        _line(axes, [(row["images"], row[name]) for row in history], "trained")
+        axes.set_ylim(bottom=0)
+    return svg.getvalue()
+
+
+def _critic(critic: Row) -> str:
+    with _axes("critic", "Explained variance", "denoising step, from noise to picture", "share") as (axes, svg):
+        before, after = critic["explained_variance"], critic["explained_variance_trained"] or ()
+        words = [(x, y, "pretrained", colour) for x, y, colour in _line(axes, enumerate(before, 1), "base", "o-")]
+        words += [
+            (x, y, "after training", colour) for x, y, colour in _line(axes, enumerate(after, 1), "trained", "o-")
+        ]
+        axes.axhline(0, color=_COLOURS["ink"], linewidth=0.8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _beside(axes, words)
+    return svg.getvalue()
+
+
+def _steering(name: str, unit: str, rows: Sequence[Row]) -> str:
+    """Reward against NFE, a mark a row; marks at one NFE stand beside each other, the dotted line is the cheapest."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    with _axes(f"steering-{name}", name, "NFE a picture (log scale)", unit, pad=20) as (axes, svg):
+        axes.set_xscale("log", base=2)
+        ordered = sorted(rows, key=lambda row: row["nfe"])
+        axes.axhline(ordered[0]["mean"], color=_COLOURS["ink"], linewidth=0.9, linestyle=":")
+        for nfe, group in groupby(ordered, key=lambda row: row["nfe"]):
+            beside = list(group)
+            for place, row in enumerate(beside):
+                x = nfe * 2 ** (0.16 * (place - (len(beside) - 1) / 2))
+                top = _mark(axes, x, row, _METHODS[methods.index(row["method"]) % len(_METHODS)])
+                words = f"N={row['candidates']}" if (row["candidates"] or 1) > 1 else f"{row['strength'] or 0:g}"
+                axes.annotate(words, (x, top), (0, 3), textcoords="offset points", ha="center", va="bottom")
+        for place, method in enumerate(methods):
+            axes.plot([], [], "o", color=_COLOURS[_METHODS[place % len(_METHODS)]], label=method, markersize=4.5)
+        ticks = sorted({row["nfe"] for row in rows})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.margins(x=0.08, y=0.14)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, handletextpad=0.1, columnspacing=1, borderpad=0)
+    return svg.getvalue()
+
+
+def _line(axes: Any, points: Any, colour: str, marks: str = "-", alpha: float = 1) -> list[tuple[float, float, str]]:
+    """Draws the points that have a value; gives the last one and the colour, for its label."""
+    known = [(x, y) for x, y in points if y is not None]
+    if known:
+        axes.plot(*zip(*known, strict=True), marks, color=_COLOURS[colour], markersize=3.5, linewidth=1.4, alpha=alpha)
+    return [(*known[-1], colour)] if known else []
+
+
+def _mark(axes: Any, x: float, row: Row, colour: str) -> float:
+    """A mean with its interval; gives the upper end."""
+    low, high = (row["mean"] if row[end] is None else row[end] for end in ("low", "high"))
+    reach = [[max(0.0, row["mean"] - low)], [max(0.0, high - row["mean"])]]
+    axes.errorbar([x], [row["mean"]], reach, fmt="o", color=_COLOURS[colour], markersize=4.5, capsize=3, linewidth=1.4)
+    return float(high)
+
+
+def _beside(axes: Any, labels: Sequence[tuple[float, float, str, str]]) -> None:
+    """Words to the right of (x, y) in a colour; those of one x are pushed apart."""
+    low, high = axes.get_ylim()
+    for x, group in groupby(sorted(labels), key=lambda label: label[0]):
+        floor = -math.inf
+        for _, y, words, colour in group:
+            floor = max(y, floor + 0.085 * (high - low))
+            axes.annotate(words, (x, floor), (7, 0), textcoords="offset points", va="center", color=_COLOURS[colour])
+
+
+@contextmanager
+def _axes(name: str, title: str, x: str, y: str, pad: float = 6) -> Iterator[tuple[Any, io.StringIO]]:
+    """Axes to draw on, and a buffer that has their SVG afterwards."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    page, drawing = io.StringIO(), io.StringIO()
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=_INCHES, layout="constrained")
+        axes = figure.subplots()
+        axes.set(xlabel=x, ylabel=textwrap.fill(y, 38, max_lines=2, placeholder="…"))
+        axes.set_title(title, loc="left", fontsize=9, fontweight="bold", pad=pad)
+        yield axes, page
+        figure.savefig(drawing, format="svg", transparent=True, metadata={"Date": None})
+    page.write(_inline(drawing.getvalue(), re.sub(r"\W", "-", name), title))
+
+
+def _inline(svg: str, mark: str, title: str) -> str:
+    """The SVG without what a page has itself: headers, fonts, a size in points, colours, the ids of other charts."""
+    svg = re.sub(r"<metadata>.*?</metadata>| xmlns(:\w+)?=\"[^\"]*\"", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r"(\bid=\"|url\(#|href=\"#)", rf"\g<1>{mark}-", svg.replace("xlink:href", "href"))
+    svg = re.sub(r" font-family: [^;]*;", "", svg)
+    svg = re.sub(r" (width|height)=\"[\d.]+pt\"", "", svg, count=2)
+    for colour, stand_in in _COLOURS.items():
+        svg = svg.replace(stand_in, f"var(--{colour})")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)

@@ -1,0 +1,164 @@
+"""The command line: parse, call a verb, map errors to exit codes. Nothing heavy is imported before a verb runs."""
+
+import argparse
+import errno
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latentac import __version__
+from latentac.errors import LatentacError, ResourceError
+
+if TYPE_CHECKING:
+    from latentac.store import Manifest
+
+_STEPS = {
+    "prepare": "resolve a recipe, check all that can be checked, fetch backbone and prompts",
+    "pretrain-value": "regress the critic on rollouts of the frozen actor",
+    "train": "train policy and critic with PPO, as an elastic TorchX app",
+    "evaluate": "base against trained on held-out prompts and fixed seeds",
+    "steer": "reward against function evaluations of each way to steer",
+    "gate": "decide whether the trained model is promoted or held",
+    "deploy": "export, serve with KServe, ask for a steered picture, make it the production model",
+}
+
+_EXIT_CODES = """exit codes:
+  0 done   1 unexpected   2 configuration   3 store   4 damaged artifact   5 reward
+  6 resource (disk, port, device)   7 training   8 serving   75 store unavailable, try again   130 interrupted"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is the error's (see `latentac.errors`)."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("latentac").setLevel(logging.INFO)
+    try:
+        command: Callable[[argparse.Namespace], None] = options.command
+        command(options)
+    except LatentacError as error:
+        print(f"latentac: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"latentac: {error.filename or 'disk'}: no space is left. Free some and resume.", file=sys.stderr)
+        return ResourceError.exit_code
+    except KeyboardInterrupt:
+        print("latentac: interrupted; the same command goes on from what is done", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _make(
+        argparse.ArgumentParser,
+        "latentac",
+        "Align diffusion models with rewards by actor-critic reinforcement learning in latent space.",
+        "latentac prepare --run first --recipe shapes-unet --set seed=1\n  latentac pretrain-value --run first",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(metavar="verb", required=True)
+    for name, summary in _STEPS.items():
+        example = f"latentac {name} --run first"
+        if name == "prepare":
+            example += " --recipe shapes-unet --set policy.learning_rate=3e-5 --set seed=1"
+        verb = _make(verbs.add_parser, name, summary, example)
+        _add_place(verb)
+        if name == "prepare":
+            verb.add_argument("--recipe", default="shapes-unet", help="named configuration (default: %(default)s)")
+            verb.add_argument("--config", default="", metavar="FILE", help="YAML file over the recipe")
+            verb.add_argument(
+                "--set", action="append", default=[], metavar="a.b=c", help="a field over both; repeat it"
+            )
+        verb.set_defaults(command=_run_verb, verb=name)
+
+    report = _make(verbs.add_parser, "report", "write report.html and summary.json", "latentac report --run first")
+    _add_place(report)
+    report.set_defaults(command=_report)
+
+    serve = _make(verbs.add_parser, "serve", "serve a deployed model with KServe", "latentac serve --run first")
+    _add_place(serve)
+    serve.add_argument("--port", type=int, default=8080, help="port on loopback (default: %(default)s)")
+    serve.set_defaults(command=_serve)
+
+    generate = _make(
+        verbs.add_parser,
+        "generate",
+        "make pictures with a deployed model",
+        'latentac generate --run first --prompt "a red circle" --seed 7 --steer shapes_verifier=2 --picture out.png',
+    )
+    _add_place(generate)
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--count", type=int, default=1, help="pictures, side by side (default: %(default)s)")
+    generate.add_argument("--steer", action="append", default=[], metavar="reward=strength", help="a dial; repeat it")
+    generate.add_argument(
+        "--picture", default="picture.png", metavar="FILE", help="PNG to write (default: %(default)s)"
+    )
+    generate.set_defaults(command=_generate)
+    return parser
+
+
+def _make(
+    factory: Callable[..., argparse.ArgumentParser], name: str, summary: str, example: str
+) -> argparse.ArgumentParser:
+    return factory(
+        name,
+        description=summary[0].upper() + summary[1:],
+        epilog=f"example:\n  {example}\n\n{_EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **({} if factory is argparse.ArgumentParser else {"help": summary}),
+    )
+
+
+def _add_place(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--run", required=True, metavar="ID", help="the run's id")
+    verb.add_argument(
+        "--store", default="", metavar="URL", help="file:// or s3://bucket/prefix (default: OUTPUT/store)"
+    )
+    verb.add_argument("--output", default="runs", metavar="FOLDER", help="working folders (default: %(default)s)")
+
+
+def _run_verb(options: argparse.Namespace) -> None:
+    from latentac.lifetime import own_descendants, run_lock
+    from latentac.run import VERBS
+    from latentac.task import LOCK_FILE
+
+    own_descendants()
+    place = {"run": options.run, "store": options.store, "output": options.output}
+    if options.verb == "prepare":
+        place |= {"recipe": options.recipe, "config": options.config, "overrides": options.set}
+    with run_lock(Path(options.output) / options.run / LOCK_FILE):
+        manifest: Manifest = VERBS[options.verb](**place)
+    print(json.dumps({"key": manifest.key, "metrics": manifest.metrics}, indent=2))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from latentac.report import write_report
+    from latentac.workspace import default_store
+
+    for path in write_report(options.run, options.store or default_store(options.output), options.output):
+        print(path)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from latentac.release import fetch_model
+    from latentac.serving.server import serve
+
+    serve(fetch_model(options.run, options.store, options.output), options.port)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from latentac.release import fetch_model, generate_picture
+
+    folder = fetch_model(options.run, options.store, options.output)
+    picture = Path(options.picture)
+    used = generate_picture(folder, options.prompt, options.seed, options.count, options.steer, picture)
+    print(json.dumps({"picture": str(picture), **used}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

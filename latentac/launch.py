@@ -1,0 +1,88 @@
+"""Training as a TorchX app: elastic workers under a real torchrun agent, on this machine."""
+
+import json
+import logging
+import os
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from torchx import specs
+from torchx.components import dist
+from torchx.runner import Runner, get_runner
+
+from latentac.errors import TrainingError, restore
+
+LAST_LINES = 20
+_POLL_SECONDS = 0.2
+_log = logging.getLogger(__name__)
+
+
+def app(run: str, store: str, output: str, failure: Path, num_workers: int, max_restarts: int) -> specs.AppDef:
+    """One node with `num_workers` elastic workers; lost workers are started again up to `max_restarts` times."""
+    definition = dist.torchrun(
+        run,
+        store,
+        output,
+        str(failure),
+        m="latentac.worker",
+        name=f"latentac/{run}",
+        image=os.getcwd(),  # local_cwd runs in the current folder
+        j=f"1x{num_workers}",
+        env={
+            "PET_MAX_RESTARTS": str(max_restarts),
+            "PET_MONITOR_INTERVAL": "0.5",
+            # Without it a re-rendezvous waits a minute for a store that died with the lost worker (torch 2.13).
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            # One arithmetic thread a worker: they are as many as the cores.
+            "OMP_NUM_THREADS": "1",
+        },
+    )
+    # The agent is not ours, so it is started under our rule that no process outlives its owner.
+    (command,) = definition.roles[0].args[1:]
+    agent = f"exec {shlex.quote(sys.executable)} -m latentac.lifetime torch.distributed.run"
+    definition.roles[0].args = ["-c", command.replace("torchrun", agent, 1)]
+    return definition
+
+
+def run_app(run: str, store: str, output: str, num_workers: int, max_restarts: int) -> None:
+    """Run the training app to its end, its log lines passed on. Raises what a worker left, or TrainingError."""
+    with tempfile.TemporaryDirectory(prefix="latentac-train-") as folder, get_runner() as runner:
+        failure, logs = Path(folder) / "failure.json", Path(folder) / "logs"
+        definition = app(run, store, output, failure, num_workers, max_restarts)
+        handle = runner.run(definition, "local_cwd", {"log_dir": str(logs)})
+        try:
+            state, lines = _follow(runner, handle, logs, failure)
+        finally:
+            runner.cancel(handle)
+        if failure.exists():
+            raise restore(json.loads(failure.read_text()))
+        if state != specs.AppState.SUCCEEDED:
+            raise TrainingError(
+                f"training app of {run}",
+                f"ended {state.name}; its last words:\n" + "\n".join(lines),
+                "Resume the run: it goes on from its last checkpoint",
+            )
+
+
+def _follow(runner: Runner, handle: str, logs: Path, failure: Path) -> tuple[specs.AppState, list[str]]:
+    """Pass the agent's stderr on until the app ends or a worker reports an error that a restart would repeat."""
+    position, last = 0, [""]
+    while True:
+        status = runner.status(handle)
+        state = status.state if status else specs.AppState.UNKNOWN
+        found = sorted(logs.rglob("stderr.log"))
+        if found:
+            with open(found[0], errors="replace") as stream:
+                stream.seek(position)
+                text = stream.read()
+                position = stream.tell()
+            lines = text.splitlines()
+            last = [*last, *lines][-LAST_LINES:]
+            for line in lines:
+                _log.info(line)
+        if specs.is_terminal(state) or failure.exists():
+            return state, last
+        time.sleep(_POLL_SECONDS)

@@ -1,0 +1,160 @@
+"""What `prepare` checks and fetches, so that a run that cannot end well never begins."""
+
+import os
+import platform
+import shutil
+import socket
+from collections.abc import Sequence
+from contextlib import closing
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latentac.algorithms import ALGORITHMS
+from latentac.backbones import BACKBONES
+from latentac.config import Config, suggestion
+from latentac.errors import ConfigError, LatentacError, Problem, ResourceError, RewardError
+from latentac.prompts import PromptSet
+from latentac.rewards import REWARDS, load_reward
+from latentac.store import commit
+
+_FREE_BYTES = 512 * 2**20
+_PACKAGES = ("torch", "diffusers", "transformers", "kfp", "torchx-nightly", "kserve", "minio")
+
+
+def check_names(config: Config) -> None:
+    """Every name must be a row of its table or `module:Class`. Raises ConfigError with all that are not."""
+    named: list[tuple[str, str, Sequence[str]]] = [
+        ("backbone.name", config.backbone.name, list(BACKBONES)),
+        ("algorithm.name", config.algorithm.name, list(ALGORITHMS)),
+        *((f"rewards.{i}.name", reward.name, list(REWARDS)) for i, reward in enumerate(config.rewards)),
+    ]
+    problems = [
+        Problem(path, name, "does not exist", f"{suggestion(name, known)} Your own: module:Class.")
+        for path, name, known in named
+        if name not in known and ":" not in name
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_machine(config: Config, output: Path) -> None:
+    """Disk, device and port. Raises ResourceError."""
+    output.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(output).free
+    if free < _FREE_BYTES:
+        raise ResourceError(
+            str(output), f"has {free / 2**20:.0f} MiB free, a run needs {_FREE_BYTES / 2**20:.0f}", "Free some space"
+        )
+    if config.backbone.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ResourceError("backbone.device = 'cuda'", "no CUDA device is usable here", "Use auto or cpu")
+    if config.serving.port:
+        with closing(socket.socket()) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", config.serving.port))
+            except OSError as error:
+                raise ResourceError(
+                    f"serving.port = {config.serving.port}", f"is taken ({error.strerror})", "Use 0 for any free port"
+                ) from error
+
+
+def check_rewards(config: Config) -> None:
+    """Ask each reward about its own known pictures: one that answers 0 to everything is found now, not after training.
+
+    Raises RewardError by name.
+    """
+    for settings in config.rewards:
+        try:
+            reward = load_reward(settings.name)
+            images, prompts, expected = reward.known()
+            found = reward(images, prompts)
+        except LatentacError:
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"reward {settings.name}", f"failed: {error!r}", "Correct it or its installation"
+            ) from error
+        if not np.allclose(found, expected, rtol=0.05, atol=1e-3):
+            raise RewardError(
+                f"reward {settings.name}",
+                f"gives {list(map(float, found))} to its known pictures instead of {list(map(float, expected))}",
+                "Its installation is not sound: other versions of its packages, or damaged weights",
+            )
+
+
+def fetch_backbone(source: str, folder: Path) -> None:
+    """Copy the diffusers folder that `source` names to `folder`. Raises ConfigError.
+
+    `builtin:<name>` and folders are copied; anything else is a hub id, of which safetensors and text files are fetched.
+    """
+    if source.startswith("builtin:"):
+        from latentac.shapes import builtin_pipeline
+
+        shutil.copytree(builtin_pipeline(source.removeprefix("builtin:")), folder)
+    elif Path(source).is_dir():
+        shutil.copytree(source, folder)
+    else:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            snapshot_download(source, local_dir=folder, allow_patterns=["*.safetensors", "*.json", "*.txt"])
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise _bad_source(source, f"is no folder here and could not be fetched from the hub ({reason})") from error
+        shutil.rmtree(folder / ".cache", ignore_errors=True)
+    if not (folder / "model_index.json").is_file():
+        raise _bad_source(source, "has no model_index.json, so it is no diffusers pipeline")
+    if not any((folder / "unet").glob("*.safetensors")) and not any((folder / "transformer").glob("*.safetensors")):
+        raise _bad_source(source, "has no safetensors weights, and no other format is loaded")
+
+
+def check_prompts(config: Config, prompts: PromptSet) -> None:
+    """Every reward must be able to score every kind of prompt; the first of each category is tried."""
+    first = list({prompt.category: prompt.text for prompt in reversed(prompts.train + prompts.held_out)}.values())
+    for settings in config.rewards:
+        reward = load_reward(settings.name)
+        picture, _, _ = reward.known()
+        reward(np.repeat(picture[:1], len(first), 0), first)
+
+
+def environment() -> dict[str, Any]:
+    """{commit, machine, versions}: where the run's numbers come from."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "commit": commit(),
+        "machine": {
+            "cpu": _processor(),
+            "cores": os.cpu_count(),
+            "memory_gib": round(memory, 1),
+            "gpu": _gpu(),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+        },
+        "versions": {name: metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _gpu() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def _bad_source(source: str, problem: str) -> ConfigError:
+    remedy = "Use builtin:shapes-unet, a diffusers folder with safetensors weights, or a hub id"
+    return ConfigError([Problem("backbone.source", source, problem, remedy)])

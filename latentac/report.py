@@ -1,0 +1,267 @@
+"""The report of a run: summary.json holds every number, report.html shows them with the pictures, in one file.
+
+Both are made from the published artifacts `<run>/<step>` alone, at any time after `prepare`: a step that has not run
+is null in the summary and says so in the report. The page is rendered from the summary and the pictures and from
+nothing else, so whatever number it shows can be read by a program too.
+"""
+
+import base64
+import io
+import json
+import math
+import os
+import shlex
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from latentac.charts import draw
+from latentac.errors import ArtifactNotFound, IntegrityError
+from latentac.store import Manifest, Store, open_store
+
+_STEPS = ("prepare", "pretrain-value", "train", "evaluate", "steer", "gate", "deploy")
+_INTERVAL = ("mean", "low", "high", "n")
+_STEERED = ("method", "strength", "candidates", "nfe", "reward", *_INTERVAL, "seconds", "diversity")
+_ITERATION = ("iteration", "images", "reward_mean", "rewards", "kl", "clip_share", "explained_variance", "seconds")
+_SERVING = ("version", "picture_sha256", "seconds", "endpoint", "request")
+_ARMS = {"base": "evaluate", "trained": "evaluate", "steered": "steer"}
+_AGAIN = "Run this step again with this version of latentac"
+_MAX_PICTURE = 256  # pixels a side; larger pictures are reduced, so that a gallery stays within a few MB
+
+Summary = dict[str, Any]
+Files = dict[str, tuple[Manifest, Path]]
+
+
+def write_report(run: str, store: str, output: str) -> tuple[Path, Path]:
+    """Writes `<output>/<run>/report.html` and `summary.json` and returns their paths, in this order.
+
+    `store` is the URL that the run's artifacts were published to. `<output>/<run>/timings.json`, which the driver
+    writes, gives the wall seconds; without it they are those of the manifests. Raises ArtifactNotFound if not
+    even `prepare` has finished, IntegrityError if an artifact is not what was published.
+    """
+    folder = Path(output) / run
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as scratch:
+        files = _fetch(open_store(store), run, Path(scratch))
+        summary = _summarise(run, files, _timings(folder / "timings.json"))
+        page = _render(summary, _pictures(files, summary["gallery"]), _serve_command(run, store, output))
+    report, numbers = folder / "report.html", folder / "summary.json"
+    _write(numbers, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    _write(report, page)
+    return report, numbers
+
+
+def _serve_command(run: str, store: str, output: str) -> str:
+    """What a person types to serve the run: the places are named where they are not the default ones."""
+    words = [f"RUN={run}"]
+    if Path(output) != Path("runs"):
+        words.append(f"OUTPUT={output}")
+    if store not in {f"file://{output}/store", f"file://{Path(output).absolute()}/store"}:
+        words.append(f"STORE={store}")
+    return " ".join(["make serve", *map(shlex.quote, words)])
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _timings(path: Path) -> Mapping[str, Any]:
+    """What the driver wrote: {"stages": {step: seconds}, "total": seconds}, or nothing."""
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise IntegrityError(str(path), f"is not the driver's JSON ({error})", "Remove it") from None
+
+
+def _fetch(store: Store, run: str, scratch: Path) -> Files:
+    """Verified copies of what the run has published, by step."""
+    files = {}
+    for step in _STEPS:
+        try:
+            files[step] = (store.fetch(f"{run}/{step}", scratch / step), scratch / step)
+        except ArtifactNotFound:
+            if step == "prepare":
+                raise
+    return files
+
+
+def _read(artifact: tuple[Manifest, Path], name: str) -> Any:
+    manifest, folder = artifact
+    try:
+        return json.loads((folder / name).read_text())
+    except FileNotFoundError:
+        raise IntegrityError(manifest.key, f"the artifact has no {name}", _AGAIN) from None
+
+
+def _summarise(run: str, files: Files, timings: Mapping[str, Any]) -> Summary:
+    """The content of summary.json; its schema is in the README. What is not a finite number becomes null and a note."""
+
+    def read(step: str, name: str) -> Any:
+        return _read(files[step], name) if step in files else None
+
+    settings, environment = read("prepare", "config.json"), read("prepare", "environment.json")
+    evaluation, gate, deployment = (
+        read(step, f"{name}.json")
+        for step, name in (("evaluate", "evaluation"), ("gate", "gate"), ("deploy", "deployment"))
+    )
+    seconds, late = _seconds(files, timings)
+    summary = {
+        "run": run,
+        "recipe": settings["recipe"],
+        "seed": settings["seed"],
+        "commit": environment.get("commit"),
+        "created": files["prepare"][0].created,
+        "machine": environment.get("machine"),
+        "versions": environment.get("versions"),
+        "settings": settings,
+        "seconds": seconds,
+        "evaluation": evaluation and _evaluation(evaluation),
+        "gallery": read("evaluate", "gallery/gallery.json"),
+        "critic": {
+            "explained_variance": (read("pretrain-value", "metrics.json") or {}).get("explained_variance"),
+            "explained_variance_trained": (evaluation or {}).get("critic", {}).get("explained_variance"),
+        },
+        "training": [{name: row.get(name) for name in _ITERATION} for row in read("train", "history.json") or ()],
+        "steering": [{name: row.get(name) for name in _STEERED} for row in read("steer", "steering.json") or ()],
+        "gate": gate and {name: gate.get(name) for name in ("decision", "reasons", "checks")},
+        "serving": deployment and {name: deployment.get(name) for name in _SERVING},
+    }
+    dropped: Counter[str] = Counter()
+    summary = _finite(summary, "", dropped)
+    summary["notes"] = late + [
+        f"{path}: {f'{times} values were' if times > 1 else 'was'} not finite and became null"
+        for path, times in sorted(dropped.items())
+    ]
+    return summary
+
+
+def _evaluation(measured: Mapping[str, Any]) -> Summary:
+    arms = {
+        arm: {name: {key: row.get(key) for key in _INTERVAL} for name, row in measured.get(arm, {}).items()}
+        for arm in ("base", "trained", "difference")
+    }
+    kinds = {
+        kind: {arm: row.get(arm) for arm in ("base", "trained")} for kind, row in measured.get("categories", {}).items()
+    }
+    return {**arms, "categories": kinds, "units": {name: measured.get("units", {}).get(name) for name in arms["base"]}}
+
+
+def _seconds(files: Files, timings: Mapping[str, Any]) -> tuple[dict[str, float | None], list[str]]:
+    """Seconds a stage and in total, and a note where these do not fit.
+
+    A stage as the driver saw it, with the start of its process and with attempts that failed; as its manifest says
+    where no driver ran it.
+    """
+    stages = dict(timings.get("stages") or {})
+    own = {step: manifest.metrics.get("seconds") for step, (manifest, _) in files.items()}
+    seconds: dict[str, float | None] = {step: stages.get(step, own.get(step)) for step in _STEPS}
+    seconds |= {stage: value for stage, value in stages.items() if stage not in seconds}
+    spent = sum(value for value in seconds.values() if value is not None)
+    total = timings.get("total", spent)
+    note = "seconds.total is less than the stages together, for the driver has not seen them all"
+    return {**seconds, "total": total}, [note] if spent > 1.05 * total else []
+
+
+def _finite(value: Any, path: str, dropped: Counter[str]) -> Any:
+    """`value` with None for every NaN and infinity, which are counted in `dropped` by their path."""
+    if isinstance(value, dict):
+        return {name: _finite(item, f"{path}.{name}".lstrip("."), dropped) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item, f"{path}[]", dropped) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        dropped[path] += 1
+        return None
+    return value
+
+
+def _pictures(files: Files, gallery: Mapping[str, Any] | None) -> dict[str, list[str]]:
+    """data: URIs of PNGs: the gallery's pictures for each arm that there is, and `served`, at most one."""
+    pictures: dict[str, list[str]] = {}
+    if gallery is not None:
+        for arm, step in _ARMS.items():
+            if step in files:
+                manifest, folder = files[step]
+                if _read(files[step], "gallery/gallery.json") != gallery:
+                    problem = "its gallery has other prompts, seeds or sizes than that of evaluate"
+                    raise IntegrityError(manifest.key, problem, _AGAIN)
+                pictures[arm] = _cut(folder / "gallery" / f"{arm}.png", manifest.key, gallery)
+    if "deploy" in files:
+        pictures["served"] = [_uri(files["deploy"][1] / "picture.png")]
+    return pictures
+
+
+def _cut(sheet: Path, key: str, gallery: Mapping[str, Any]) -> list[str]:
+    """The pictures of a contact sheet, row by row."""
+    from PIL import Image
+
+    count, columns, side = len(gallery["prompts"]), gallery["columns"], gallery["image_size"]
+    expected = (columns * side, math.ceil(count / columns) * side)
+    with Image.open(sheet) as image:
+        if image.size != expected:
+            problem = f"gallery/{sheet.name} is {image.size} pixels, gallery.json says {expected}"
+            raise IntegrityError(key, problem, _AGAIN)
+        corners = [(index % columns * side, index // columns * side) for index in range(count)]
+        cells = [image.convert("RGB").crop((x, y, x + side, y + side)) for x, y in corners]
+    return [_uri(cell) for cell in cells]
+
+
+def _uri(picture: Any) -> str:
+    """A data: URI of a PIL picture or of a picture's file."""
+    from PIL import Image
+
+    if isinstance(picture, Path):
+        with Image.open(picture) as image:
+            return _uri(image.convert("RGB"))
+    if max(picture.size) > _MAX_PICTURE:
+        picture.thumbnail((_MAX_PICTURE, _MAX_PICTURE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _render(summary: Summary, pictures: Mapping[str, Sequence[str]], serve: str) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("latentac"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": _number, "short": _short, "flat": _flat, "json": partial(json.dumps, indent=2)}
+    charts = {name: Markup(svg) for name, svg in draw(summary).items()}  # noqa: S704 - our own SVG, its words escaped
+    template = environment.get_template("report.html.j2")
+    return template.render(summary=summary, pictures=pictures, charts=charts, serve=serve) + "\n"
+
+
+def _number(value: float | None, digits: int = 3, signed: bool = False) -> str:
+    """A number as the report writes it, with a real minus; a dash for none."""
+    if value is None:
+        return "–"
+    text = f"{value:{'+' if signed else ''}.{0 if isinstance(value, int) else digits}f}"
+    return text.replace("-", "−")
+
+
+def _short(value: Any) -> str:
+    """A whole number in full, another with three significant digits, a string bare, anything else as JSON."""
+    if isinstance(value, float) and math.isfinite(value):
+        return (f"{value:.0f}" if value.is_integer() else f"{value:.3g}").replace("-", "−")
+    return "–" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def _flat(settings: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """`a.b.c` and the value as written, for every leaf of nested settings."""
+    if isinstance(settings, list) and not any(isinstance(item, dict | list) for item in settings):
+        settings = json.dumps(settings, ensure_ascii=False)
+    if not isinstance(settings, dict | list):
+        yield path, settings if isinstance(settings, str) else json.dumps(settings)
+        return
+    for name, item in settings.items() if isinstance(settings, dict) else enumerate(settings):
+        yield from _flat(item, f"{path}.{name}".lstrip("."))

@@ -1,0 +1,43 @@
+"""1 where a picture of the embedded world shows exactly what its caption says, 0 otherwise."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from latentac.errors import RewardError
+from latentac.shapes.captions import CATEGORIES, Specification, parse_caption
+from latentac.shapes.scenes import IMAGE_SIZE, sample_pictures
+from latentac.shapes.verifier import verify
+
+
+class ShapesVerifier:
+    """Strict, in GenEval's manner; how it looks at a picture is told in `latentac.shapes.verifier`."""
+
+    name = "shapes_verifier"
+    unit = "share of pictures that show exactly what their caption says (0 or 1 a picture)"
+
+    def known(self) -> tuple[np.ndarray, list[str], np.ndarray]:
+        prompt = "a red circle left of a blue square"
+        (picture,) = sample_pictures([parse_caption(prompt)], np.random.default_rng(0))
+        wrong = prompt.replace("left", "right")
+        return np.stack([picture, picture]), [prompt, wrong], np.array([1, 0], np.float32)
+
+    def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """float32 [B] of 0 and 1 for `images` uint8 [B, 32, 32, 3].
+
+        Raises RewardError for a caption outside the shapes language, and for another size of picture.
+        """
+        if images.dtype != np.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
+            raise RewardError(
+                f"reward {self.name}",
+                f"pictures of shape {images.shape[1:]} and type {images.dtype}",
+                f"Give it uint8 pictures of {IMAGE_SIZE} x {IMAGE_SIZE} x 3",
+            )
+        return verify(images, [self._parse(prompt) for prompt in prompts]).astype(np.float32)
+
+    def _parse(self, prompt: str) -> Specification:
+        try:
+            return parse_caption(prompt)
+        except ValueError as error:
+            remedy = f"Use a caption of the categories {', '.join(CATEGORIES)}: see latentac/shapes/README.md"
+            raise RewardError(f"reward {self.name}, prompt {prompt!r}", str(error), remedy) from error

@@ -1,0 +1,58 @@
+"""`python -m latentac.serving`: the model server as a process. Torch is not imported before the arguments are right."""
+
+import argparse
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from latentac.errors import LatentacError
+from latentac.serving.server import HOST, NAME, PORT, serve, serve_on
+
+EXAMPLE = """example:
+  python -m latentac.serving --model runs/<run>/model --port 8080
+
+exit codes: 0 stopped by SIGTERM or Ctrl-C, 2 wrong arguments, 6 port taken, 8 the folder cannot be served
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit code. One message on stderr where it is not 0."""
+    options = _parser().parse_args(arguments)
+    if options.die_with_parent:
+        from latentac.lifetime import die_with_parent
+
+        die_with_parent()
+    try:
+        if options.socket is None:
+            serve(options.model, options.port, host=options.host, name=options.name, device=options.device)
+        else:
+            with socket.socket(fileno=options.socket) as listener:
+                serve_on(listener, options.model, options.name, options.device)
+    except LatentacError as error:
+        print(f"serving: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m latentac.serving",
+        description="Serve an exported model: KServe's V1 protocol, probes and metrics on one port.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="what deploy exported")
+    parser.add_argument("--name", default=NAME, help=f"name in the address /v1/models/<name>:predict ({NAME})")
+    parser.add_argument("--host", default=HOST, help=f"address to listen on ({HOST}: this machine only)")
+    parser.add_argument("--port", type=int, default=PORT, help=f"port to listen on, 0 for a free one ({PORT})")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (auto)")
+    parser.add_argument("--die-with-parent", action="store_true", help="end when the process that started this ends")
+    parser.add_argument("--socket", type=int, metavar="FD", help="a bound socket to inherit, instead of host and port")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

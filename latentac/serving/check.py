@@ -1,0 +1,85 @@
+"""The proof that an exported model serves: a real server, a steered picture from a fixed seed, checked."""
+
+import base64
+import binascii
+import hashlib
+import io
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentac.errors import ServingError
+from latentac.serving.exported import image_size, read
+from latentac.serving.process import ServerProcess
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What a real server answered to `request`.
+
+    endpoint: the address that answered; picture: PNG bytes; values: reward name -> the critic's value at each step
+    ready_seconds: from the process's start until it was ready; seconds: until the last check passed
+    """
+
+    endpoint: str
+    version: str
+    request: dict[str, Any]
+    picture: bytes
+    picture_sha256: str
+    values: dict[str, list[float]]
+    nfe: int
+    ready_seconds: float
+    seconds: float
+
+
+def serve_and_check(
+    folder: Path, request: Mapping[str, Any], ready_seconds: float, port: int = 0, *, device: str = "auto"
+) -> Deployment:
+    """Start a real server for an exported folder, ask it for `request`, check the answers, stop it.
+
+    `request` names a fixed seed and steers by value gradient (its default). Checked: the picture is a PNG of the
+    model's size, the same request gives the same bytes, and without steering it is another picture.
+    Raises ResourceError if the port is taken, ServingError for everything else.
+    """
+    read(folder)  # a folder that is no exported model is told as one, before its size is looked up
+    size, started = image_size(folder), time.monotonic()
+    with ServerProcess(folder, ready_seconds=ready_seconds, port=port, device=device) as server:
+        ready = time.monotonic() - started
+        steered, again = server.predict(request), server.predict(request)
+        plain = server.predict({**request, "method": "none", "steering": None})
+    picture = _decoded(server.endpoint, steered, size)
+    if again != steered:
+        remedy = "Serve on one device, with deterministic operations."
+        raise ServingError(server.endpoint, "the same request gave two answers", remedy)
+    if _decoded(server.endpoint, plain, size) == picture:
+        remedy = "Check the critic, and the weights in the request."
+        raise ServingError(server.endpoint, "the steered picture is the unsteered one", remedy)
+    return Deployment(
+        endpoint=server.endpoint,
+        version=steered["version"],
+        request=dict(request),
+        picture=picture,
+        picture_sha256=hashlib.sha256(picture).hexdigest(),
+        values={name: values[0] for name, values in steered["values"].items()},
+        nfe=steered["nfe"],
+        ready_seconds=ready,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _decoded(endpoint: str, prediction: Mapping[str, Any], size: tuple[int, int]) -> bytes:
+    """The first picture's PNG bytes, if they are a PNG of `size` (height, width)."""
+    from PIL import Image
+
+    try:
+        content = base64.b64decode(prediction["images"][0], validate=True)
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            image.load()
+            found = (image.height, image.width)
+    except (LookupError, binascii.Error, OSError) as error:
+        raise ServingError(endpoint, f"answered no PNG ({error})", "Look at the server's version.") from error
+    if found != size:
+        raise ServingError(endpoint, f"answered a picture of {found}, not {size}", "Deploy the run again.")
+    return content

@@ -1,0 +1,136 @@
+"""The model server as a child process: started, waited for, asked, stopped."""
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from latentac.errors import ServingError
+from latentac.serving.server import HOST, NAME, bind
+
+POLL_SECONDS = 0.1
+ANSWER_SECONDS = 300.0
+STOP_SECONDS = 40.0
+"""KServe lets accepted requests finish for 30 s."""
+TAIL_BYTES = 16384
+
+
+class ServerProcess:
+    """`python -m latentac.serving` as a child, from entering the context until leaving it. It dies with this process.
+
+    port 0 takes a free one; host is loopback. Enter it from a thread that outlives it (`lifetime.die_with_parent`).
+    """
+
+    def __init__(
+        self, folder: Path, *, ready_seconds: float, port: int = 0, device: str = "auto", name: str = NAME
+    ) -> None:
+        self.name, self.pid = name, 0
+        self._folder, self._ready_seconds, self._port, self._device = folder, ready_seconds, port, device
+
+    def __enter__(self) -> Self:
+        """Start, and wait until ready. Raises ResourceError if the port is taken; ServingError if it ends, at once, or
+        is not ready in time, with the end of its log."""
+        self._log = tempfile.TemporaryFile("w+b")
+        # Bound here and handed down, so there is no moment at which another process could take the port.
+        with bind(HOST, self._port) as listener:
+            self._host, self._port = listener.getsockname()[:2]
+            command = [sys.executable, "-m", "latentac.serving", "--model", str(self._folder.absolute())]
+            command += ["--name", self.name, "--device", self._device]
+            command += ["--socket", str(listener.fileno()), "--die-with-parent"]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, pass_fds=[listener.fileno()]
+            )
+        self.pid = self._process.pid
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    @property
+    def address(self) -> str:
+        return f"http://{self._host}:{self._port}"
+
+    @property
+    def endpoint(self) -> str:
+        return f"{self.address}/v1/models/{self.name}:predict"
+
+    def predict(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The prediction for one request (`serving/README.md`). Raises ServingError if there is none."""
+        body = json.dumps({"instances": [request]})
+        try:
+            status, content = self._ask("POST", f"/v1/models/{self.name}:predict", body, ANSWER_SECONDS)
+        except (OSError, http.client.HTTPException) as error:
+            # A killed server breaks the connection a moment before it is gone.
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(1)
+            raise self._failure(f"did not answer ({type(error).__name__})") from error
+        if status != 200:
+            told = content.get("error", content) if isinstance(content, dict) else content
+            raise ServingError(self.endpoint, f"answered {status}: {told}", "Correct the request.")
+        prediction: dict[str, Any] = content["predictions"][0]
+        return prediction
+
+    def wait(self, seconds: float) -> int:
+        """The exit code, once the process has ended by itself. Raises subprocess.TimeoutExpired."""
+        return self._process.wait(seconds)
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self._ready_seconds
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise self._failure("ended before it was ready")
+            with suppress(OSError, http.client.HTTPException):  # it does not listen before it has loaded
+                if self._ask("GET", f"/v2/models/{self.name}/ready", None, 1.0)[0] == 200:
+                    return
+            time.sleep(POLL_SECONDS)
+        raise self._failure(f"was not ready within {self._ready_seconds:g} s")
+
+    def _ask(self, method: str, path: str, body: str | None, seconds: float) -> tuple[int, Any]:
+        """Status and decoded body. http.client because it reads no proxy settings: the server is on loopback."""
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=seconds)
+        try:
+            connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        except ValueError as error:
+            raise http.client.HTTPException(f"the answer is not JSON: {error}") from error
+        finally:
+            connection.close()
+
+    def _failure(self, problem: str) -> ServingError:
+        code = self._process.poll()
+        if code is not None:
+            problem += f"; it ended with {f'exit code {code}' if code >= 0 else signal.Signals(-code).name}"
+        # pread, because the child writes at the offset that it shares with this descriptor.
+        descriptor = self._log.fileno()
+        text = os.pread(descriptor, TAIL_BYTES, max(0, os.fstat(descriptor).st_size - TAIL_BYTES))
+        lines = [line for line in text.decode(errors="replace").splitlines() if line.strip()]
+        tail = " | ".join(lines[-5:]) or "nothing"
+        return ServingError(f"the model server for {self._folder}", problem, f"Its last words: {tail}")
+
+    def _stop(self) -> None:
+        """SIGTERM, so that it finishes what it answers; SIGKILL if it takes too long."""
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        finally:
+            self._log.close()

@@ -1,0 +1,127 @@
+"""One process that serves one exported model through KServe's ModelServer, on loopback unless told otherwise."""
+
+import errno
+import logging
+import os
+import socket
+import sys
+from functools import partial
+from pathlib import Path
+
+from latentac.errors import ResourceError
+
+NAME = "latentac"
+HOST = "127.0.0.1"
+PORT = 8080
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet, so that nothing can connect before the model is loaded.
+
+    port 0 takes a free one. Raises ResourceError if the address cannot be had.
+    """
+    listener: socket.socket | None = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        # A port that a stopped server left in TIME_WAIT is free; one that somebody listens on is still refused.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        if listener is not None:
+            listener.close()
+        raise _refused(f"{host}:{port}", error) from error
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """http://host:port of a bound socket; an IPv6 host in brackets."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(folder: Path, port: int = PORT, *, host: str = HOST, name: str = NAME, device: str = "auto") -> None:
+    """Serve an exported folder to a person, until Ctrl-C or SIGTERM; tells its address and an example on stdout.
+
+    Raises ResourceError if the port is taken, before anything is loaded, and ServingError if `folder` cannot be served.
+    """
+    with bind(host, port) as listener:
+        serve_on(listener, folder, name, device, told=True)
+
+
+def serve_on(listener: socket.socket, folder: Path, name: str, device: str, *, told: bool = False) -> None:
+    """Load the model, listen on the bound `listener`, and serve until SIGTERM, SIGINT or SIGQUIT; requests that were
+    accepted by then are answered."""
+    from latentac.serving import exported  # imports pydantic: after the port is known to be free
+
+    exported.read(folder)
+    # Imported late: torch and kserve take seconds, and kserve parses the command line anew, by its own rules.
+    sys.argv = sys.argv[:1]
+    from kserve.model_server import ModelServer, app
+
+    from latentac.errors import ConfigError
+    from latentac.serving.model import SteeredDiffusion, refuse
+
+    class LoopbackServer(ModelServer):
+        """ModelServer always listens on every address of the machine; this one on the socket that it is given."""
+
+        async def _serve(self) -> None:
+            uvicorn_server = self._rest_server._server
+            uvicorn_server.serve = partial(uvicorn_server.serve, sockets=[listener])
+            await super()._serve()
+
+    _log_plainly()
+    app.add_exception_handler(ConfigError, refuse)
+    model = SteeredDiffusion(name, folder, device)
+    model.load()
+    server = LoopbackServer(workers=1, enable_grpc=False, enable_latency_logging=False)
+    _listen(listener)
+    if told:
+        print(_example(address_of(listener), name), file=sys.stdout, flush=True)
+    server.start([model])
+
+
+def _listen(listener: socket.socket) -> None:
+    try:
+        listener.listen()
+    except OSError as error:  # somebody else bound it too, and was faster
+        raise _refused(address_of(listener), error) from error
+
+
+def _refused(address: str, error: OSError) -> ResourceError:
+    if error.errno == errno.EADDRINUSE:
+        return ResourceError(address, "the port is in use", "Stop what listens there, or choose another port.")
+    reason = error.strerror or os.strerror(error.errno or 0)
+    return ResourceError(address, f"cannot be listened on: {reason}", "Choose another host or port.")
+
+
+def _example(address: str, name: str) -> str:
+    body = '{"instances": [{"prompt": "two red squares", "seed": 1}]}'
+    decode = "import base64, json, sys; p = json.load(sys.stdin)['predictions'][0]; "
+    decode += "open('picture.png', 'wb').write(base64.b64decode(p['images'][0]))"
+    return (
+        f"Serving {name} at {address} (Ctrl-C stops it). A picture:\n"
+        f"  curl -s {address}/v1/models/{name}:predict -d '{body}' \\\n    | python3 -c \"{decode}\""
+    )
+
+
+def _log_plainly() -> None:
+    """Warnings and errors on stderr, one line each; no line a request, and no traceback for a caller's mistake."""
+    import transformers
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().handlers = [handler]
+    kserve_logger = logging.getLogger("kserve")  # has a handler of its own, or ModelServer installs noisier ones
+    kserve_logger.handlers, kserve_logger.propagate = [handler], False
+    kserve_logger.setLevel(logging.WARNING)
+    kserve_logger.addFilter(_is_ours)
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """False for the traceback that kserve logs when it answers 4xx or 501: the caller has been told."""
+    from kserve import errors
+
+    mistakes = (errors.InvalidInput, errors.ModelNotFound, errors.UnsupportedProtocol, NotImplementedError)
+    return not (record.exc_info and isinstance(record.exc_info[1], mistakes))

@@ -1,0 +1,251 @@
+"""Publish, fetch and verify artifacts, and write pointers. The order of things is explained in `latentac.store`."""
+
+import errno
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from latentac.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem, ResourceError
+from latentac.progress import Progress, progress
+from latentac.store.blobs import Patience, Stream, connect, disk_errors
+from latentac.store.manifest import (
+    SCHEMA,
+    File,
+    Manifest,
+    Parent,
+    commit,
+    dump_json,
+    is_key,
+    remedy_for,
+    safe_key,
+    scan,
+)
+
+PROGRESS_BYTES = 8 * 2**20
+_PATIENCE = Patience()
+
+
+class Store:
+    """Artifacts and pointers at `url`; made by `open_store`.
+
+    Every method may raise StoreAccessError (credentials, bucket, permission), StoreUnavailable (no answer, retries
+    included) and ResourceError (full disk); IntegrityError wherever something read is not what was published.
+    """
+
+    def __init__(self, url: str, patience: Patience) -> None:
+        self.url, self._patience = url.rstrip("/"), patience
+        self._backend = connect(url, patience)
+
+    def publish(
+        self,
+        key: str,
+        folder: Path | str,
+        *,
+        run: str,
+        step: str,
+        config_hash: str,
+        parents: Sequence[Manifest] = (),
+        metrics: Mapping[str, Any] | None = None,
+    ) -> Manifest:
+        """Publishes every file below `folder` under `key`, files first and the manifest last.
+
+        The same files with the same origin are published once: the manifest that is there is returned. Anything else
+        replaces it at one stroke. `metrics` must be JSON without NaN and infinity.
+        """
+        self._key(key)
+        files = scan(Path(folder))
+        made = datetime.now(UTC).isoformat(timespec="seconds")
+        origin = tuple(Parent(parent.key, parent.digest) for parent in parents)
+        draft = Manifest(SCHEMA, key, run, step, commit(), config_hash, made, files, origin, dict(metrics or {}))
+        manifest = Manifest.from_json(draft.to_json(), str(folder), key)  # what could not be read is not written
+        published = self._published(key)
+        if published and replace(manifest, created=published.created) == published:
+            return published
+        with _shown(f"publish {key}", files) as moved:
+            for file in files:
+                self._send(Path(folder) / file.path, file, f"{manifest.folder}/{file.path}", moved)
+        self._put(f"{key}/manifest.json", manifest.to_json())
+        return manifest
+
+    def manifest(self, key: str) -> Manifest:
+        """The manifest under `key`, checked in form. Raises ArtifactNotFound if nothing was published there."""
+        raw = self._get(f"{self._key(key)}/manifest.json", f"Run the step that publishes {key} first")
+        return Manifest.from_json(raw, f"{self.url}/{key}/manifest.json", key)
+
+    def fetch(self, key: str, folder: Path | str) -> Manifest:
+        """Copies the artifact to `folder`, which appears whole and verified or not at all.
+
+        A folder that already holds exactly this artifact is left as it is; one that holds anything else is a
+        ResourceError, for nothing is overwritten.
+        """
+        manifest, folder = self.manifest(key), Path(folder).absolute()
+        if _holds(folder, manifest):
+            return manifest
+        with disk_errors(folder, sum(file.size for file in manifest.files)):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}.fetch-", dir=folder.parent) as temporary:
+                whole = Path(temporary) / folder.name
+                self._read_files(manifest, whole)
+                try:
+                    os.rename(whole, folder)
+                except OSError as error:  # another process fetched to the same place meanwhile
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _holds(folder, manifest):
+                        raise
+        return manifest
+
+    def verify(self, manifest: Manifest, *, files: bool = True) -> None:
+        """Checks that the store holds `manifest`, its files and, recursively, the parents that it names.
+
+        `files=False` checks the chain of manifests only, which reads a few kB.
+        """
+        seen: set[Parent] = set()
+        pending = [Parent(manifest.key, manifest.digest)]
+        while pending:
+            expected = pending.pop()
+            if expected in seen:
+                continue
+            seen.add(expected)
+            found = self.manifest(expected.key)
+            if found.digest != expected.sha256:
+                problem = f"manifest.json was replaced: expected sha256 {expected.sha256}, found {found.digest}"
+                remedy = f"Run again the steps that were made from {expected.key}, starting with its first child"
+                raise IntegrityError(f"{self.url}/{expected.key}", problem, remedy)
+            if files:
+                self._read_files(found, None)
+            pending.extend(found.parents)
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """Keys of the artifacts published at or below `prefix`, sorted."""
+        found = [name.rpartition("/") for name in self._backend.names(f"{self._key(prefix)}/" if prefix else "")]
+        return sorted(key for key, _, name in found if name == "manifest.json" and is_key(key))
+
+    def delete(self, key: str) -> None:
+        """Removes the artifact: its manifest first, so that no reader starts on it, then all its files."""
+        marker = f"{self._key(key)}/manifest.json"
+        names = [name for name in self._backend.names(f"{key}/") if name.startswith(f"{key}/files-")]
+        for name in [marker, *names]:
+            self._backend.remove(name)
+
+    def write_json(self, key: str, value: object) -> None:
+        """Writes a pointer: readers find the old JSON or the new."""
+        self._put(self._key(key), dump_json(value, f"{self.url}/{key}"))
+
+    def read_json(self, key: str) -> Any:
+        """Reads a pointer. Raises ArtifactNotFound if there is none, IntegrityError if it is not JSON."""
+        raw = self._get(self._key(key), "Run the step that writes it first")
+        try:
+            return json.loads(raw)
+        except ValueError as error:
+            remedy = "Remove it and run the step that writes it"
+            raise IntegrityError(f"{self.url}/{key}", f"it is not JSON ({error})", remedy) from None
+
+    def probe(self) -> None:
+        """Writes, reads back and removes an object, with few retries, to fail within seconds if the store would."""
+        patience = replace(self._patience, retries=2, timeout_seconds=min(5.0, self._patience.timeout_seconds))
+        backend, name, word = connect(self.url, patience), f"probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
+        sink = BytesIO()
+        backend.put(name, Stream(BytesIO(word)), len(word))
+        try:
+            with suppress(FileNotFoundError):
+                backend.get(name, Stream(sink))
+        finally:
+            backend.remove(name)
+        if sink.getvalue() != word:
+            raise IntegrityError(self.url, "it gives back other bytes than it was given", "Check the store's health")
+
+    def _key(self, key: str) -> str:
+        try:
+            return safe_key(key)
+        except ValueError as error:
+            raise ConfigError([Problem("key", key, str(error), "Choose such a name for the run")]) from None
+
+    def _published(self, key: str) -> Manifest | None:
+        try:
+            return self.manifest(key)
+        except (ArtifactNotFound, IntegrityError):  # a damaged manifest is replaced by a sound one
+            return None
+
+    def _send(self, path: Path, file: File, name: str, moved: Callable[[int], None]) -> None:
+        try:
+            with path.open("rb") as stream:
+                source = Stream(stream, moved)
+                self._backend.put(name, source, file.size)
+            problem = "" if source.sha256 == file.sha256 else "other bytes than before"
+        except OSError as error:  # of the source; the store's own are StoreErrors
+            problem = str(error)
+        if problem:
+            remedy = "Let nothing write to the folder while it is published, and publish it again"
+            raise IntegrityError(str(path), f"it changed while it was published ({problem})", remedy)
+
+    def _read_files(self, manifest: Manifest, folder: Path | None) -> None:
+        """Reads every file of the artifact, into `folder` where one is given, and refuses the first that differs."""
+        with _shown(f"{'verify' if folder is None else 'fetch'} {manifest.key}", manifest.files) as moved:
+            for file in manifest.files:
+                with nullcontext() if folder is None else _created(folder / file.path) as stream:
+                    sink = Stream(stream, moved)
+                    try:
+                        self._backend.get(f"{manifest.folder}/{file.path}", sink)
+                        found = f"size {sink.size}, sha256 {sink.sha256}"
+                    except FileNotFoundError:
+                        found = "no such file"
+                if found != f"size {file.size}, sha256 {file.sha256}":
+                    problem = f"{file.path}: expected size {file.size}, sha256 {file.sha256}; found {found}"
+                    raise IntegrityError(f"{self.url}/{manifest.key}", problem, remedy_for(manifest.key))
+
+    def _put(self, name: str, data: bytes) -> None:
+        self._backend.put(name, Stream(BytesIO(data)), len(data))
+
+    def _get(self, name: str, remedy: str) -> bytes:
+        sink = BytesIO()
+        try:
+            self._backend.get(name, Stream(sink))
+        except FileNotFoundError:
+            raise ArtifactNotFound(f"{self.url}/{name}", "nothing was published there", remedy) from None
+        return sink.getvalue()
+
+
+def open_store(url: str, patience: Patience = _PATIENCE) -> Store:
+    """The store at file://<folder> or s3://<bucket>[/<prefix>].
+
+    Raises ConfigError for another URL, and for variables of the environment that are missing or unusable. Nothing is
+    touched yet: `Store.probe` finds out whether it works.
+    """
+    return Store(url, patience)
+
+
+def _holds(folder: Path, manifest: Manifest) -> bool:
+    """Whether `folder` is exactly the artifact. False where it does not exist or is empty, an error otherwise."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if folder.is_dir() and set(scan(folder)) == set(manifest.files):
+        return True
+    problem = f"it exists and is not the artifact {manifest.key}, which was to be put there"
+    raise ResourceError(str(folder), problem, "Move it away or choose another folder")
+
+
+def _created(path: Path) -> BinaryIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("xb")
+
+
+@contextmanager
+def _shown(title: str, files: Sequence[File]) -> Iterator[Callable[[int], None]]:
+    """Gives what to call with each number of bytes that moved; large transfers are shown, in MiB."""
+    total, moved = sum(file.size for file in files), 0
+    display: Progress[Any]
+    with progress(total // 2**20, title, "MiB", disabled=total <= PROGRESS_BYTES) as display:
+
+        def move(count: int) -> None:
+            nonlocal moved
+            before, moved = moved // 2**20, moved + count
+            display.update(moved // 2**20 - before)
+
+        yield move

@@ -1,0 +1,156 @@
+"""What an artifact is, in the form of its manifest.json, and the checks that a manifest must pass to be believed."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+
+from latentac.errors import IntegrityError, StoreError
+from latentac.store.blobs import disk_errors
+
+SCHEMA: Literal["latentac/artifact/1"] = "latentac/artifact/1"
+_KEY = re.compile(r"(?!.*(^|/)(\.|manifest\.json|files-))[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
+
+
+def is_key(key: str) -> bool:
+    """Whether `key` may name an artifact or a pointer: safe as a path and as an object's name, and not one of ours."""
+    return _KEY.fullmatch(key) is not None
+
+
+def safe_key(key: str) -> str:
+    if not is_key(key):
+        raise ValueError(
+            "it must be names of A-Z, a-z, 0-9, '_', '-', '.' joined by '/', none in '.' or 'files-' first"
+        )
+    return key
+
+
+def _safe_path(path: str) -> str:
+    if set(path.split("/")) & {"", ".", ".."} or re.search(r"[\\\x00-\x1f]", path):
+        raise ValueError("a file's path must be relative and stay inside the artifact")
+    return path
+
+
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_SafeKey = Annotated[str, AfterValidator(safe_key)]
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of an artifact: path relative to its folder ('/' between names), size in bytes, sha256 in hex."""
+
+    path: Annotated[str, AfterValidator(_safe_path)]
+    size: Annotated[int, Field(ge=0)]
+    sha256: _Sha256
+
+
+@dataclass(frozen=True)
+class Parent:
+    """An artifact that this one was made from: its key, and the sha256 of its manifest.json."""
+
+    key: _SafeKey
+    sha256: _Sha256
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is and where it comes from. `created` is UTC in ISO 8601; `step` is the verb that made it."""
+
+    schema: Literal["latentac/artifact/1"]
+    key: _SafeKey
+    run: str
+    step: str
+    commit: str
+    config_hash: str
+    created: str
+    files: tuple[File, ...]
+    parents: tuple[Parent, ...]
+    metrics: dict[str, Any]
+
+    def to_json(self) -> bytes:
+        """The bytes of manifest.json: one form only, so that `digest` is the sha256 of what lies in the store."""
+        return dump_json(asdict(self), f"{self.key}/manifest.json")
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+    @property
+    def folder(self) -> str:
+        """Where the files lie in the store, relative to its root; a loader of plain folders can be pointed here."""
+        content = json.dumps([[file.path, file.size, file.sha256] for file in self.files])
+        return f"{self.key}/files-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+    @staticmethod
+    def from_json(raw: bytes, where: str, key: str) -> "Manifest":
+        """Raises IntegrityError for anything but what `to_json` of a valid manifest of `key` gives."""
+        try:
+            manifest = _MANIFEST.validate_json(raw, strict=True)
+            problem = "" if manifest.key == key else f"it is the manifest of {manifest.key}"
+            paths = [PurePosixPath(file.path) for file in manifest.files]
+            if len({*paths}) < len(paths) or {*paths} & {parent for path in paths for parent in path.parents}:
+                problem = "it names a file twice, or as a folder too"
+            elif manifest.to_json() != raw:
+                problem = "it was not written by latentac, or was edited since"
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            problem = f"{'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}, found {first['input']!r:.80}"
+        if problem:
+            raise IntegrityError(where, problem, remedy_for(key))
+        return manifest
+
+
+_MANIFEST = TypeAdapter(Manifest)
+
+
+def scan(folder: Path) -> tuple[File, ...]:
+    """Every file below `folder` in the order of their paths, links to files included; anything else is refused."""
+    with disk_errors(folder):
+        found = sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix())
+        odd = [path for path in found if not path.is_file() and (path.is_symlink() or not path.is_dir())]
+        if odd:
+            raise StoreError(str(odd[0]), "it is no file, and no folder of its own", "Put a copy in its place")
+        files = tuple(_describe(path, path.relative_to(folder).as_posix()) for path in found if path.is_file())
+    if not files:
+        raise StoreError(str(folder), "there is nothing in it to publish", "Check that the step wrote its results")
+    return files
+
+
+def _describe(path: Path, name: str) -> File:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return File(name, stream.tell(), digest)
+
+
+@cache
+def commit() -> str:
+    """The git commit of this source, with '-dirty' where files differ from it, or LATENTAC_COMMIT, or 'unknown'."""
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    try:
+        # Tracked, or else this is an installed copy that merely lies inside somebody else's checkout.
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True)
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("LATENTAC_COMMIT") or "unknown"
+
+
+def dump_json(value: object, where: str) -> bytes:
+    try:
+        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        return f"{text}\n".encode()
+    except (TypeError, ValueError) as error:
+        remedy = "Give numbers that are finite, or None, and plain lists, dicts and strings"
+        raise StoreError(where, f"it cannot be written as JSON: {error}", remedy) from None
+
+
+def remedy_for(key: str) -> str:
+    return f"Delete {key} from the store and run the step that makes it, or use the one before"

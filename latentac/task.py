@@ -1,0 +1,122 @@
+"""One verb as one pipeline task: its life, lock and log, and the one message and exit code of a failure.
+
+    with pipeline_task("train", run, output, manifest.path) as publish:
+        from latentac.run import train
+
+        publish(train(run=run, store=store, output=output))
+
+Everything here is the same embedded, in a container and on a cluster. A driver on this machine sets `LATENTAC_EVENTS`
+and reads marked lines from the task's output: `begin`, and `end` or `fail`. What lies between is the verb's own log.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from latentac.errors import LatentacError, ResourceError
+from latentac.lifetime import die_with_parent, run_lock
+from latentac.store import Manifest
+
+EVENTS = "LATENTAC_EVENTS"
+"""Environment variable: a driver reads this process's stdout, so mark begin and end, and leave the error to it."""
+
+EVENT_MARK = "##latentac##"
+"""What an event line starts with; JSON follows."""
+
+ERROR_FILE = "error.json"
+"""In `<output>/<run>/`: {"task", "exit_code", "message"} of the task that failed."""
+
+LOCK_FILE = "task.lock"
+"""In `<output>/<run>/`: held while a verb works on the run."""
+
+
+@contextmanager
+def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Iterator[Callable[[Manifest], Manifest]]:
+    """Do the body as the task `name`; the body hands the verb's manifest to what this yields, which writes it.
+
+    Import the verb in the body, so that this process is bound to its parent before it loads anything large. If the
+    body fails, the process ends with the documented exit code: an expected failure (LatentacError, a full disk) gives
+    one message and no traceback, anything else is a bug and keeps its traceback.
+    """
+    folder, started, reused = Path(output) / run, int(time.time()), False  # manifests count whole seconds
+
+    def publish(manifest: Manifest) -> Manifest:
+        nonlocal reused
+        Path(manifest_path).parent.mkdir(parents=True, exist_ok=True)
+        Path(manifest_path).write_bytes(manifest.to_json())
+        reused = datetime.fromisoformat(manifest.created).timestamp() < started
+        return manifest
+
+    die_with_parent()
+    _log_plainly()
+    _tell(event="begin", task=name)
+    try:
+        with run_lock(folder / LOCK_FILE):
+            _sweep(folder)
+            yield publish
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:  # noqa: BLE001 - here is where every error becomes an exit code
+        raise SystemExit(_fail(name, folder, error)) from None
+    _tell(event="end", task=name, reused=reused)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the hidden folders in which a killed task was still preparing something."""
+    for left in folder.glob(".*/"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _fail(name: str, folder: Path, error: Exception) -> int:
+    """Leave the message where a person or the driver finds it; the exit code."""
+    expected = _expected(error)
+    if expected is None:
+        traceback.print_exception(error)
+        code, message = 1, f"{type(error).__name__}: {error} (a bug: its traceback is in the log above)"
+    else:
+        code, message = expected.exit_code, str(expected)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ERROR_FILE).write_text(json.dumps({"task": name, "exit_code": code, "message": message}, indent=2))
+        unread = EVENTS not in os.environ
+    except OSError:  # the disk that is full, perhaps
+        unread = True
+    if unread:
+        print(f"{name}: {message}", file=sys.stderr, flush=True)
+    _tell(event="fail", task=name, exit_code=code)
+    return code
+
+
+def _expected(error: Exception) -> LatentacError | None:
+    """`error` as a LatentacError, if it is one or means one."""
+    if isinstance(error, LatentacError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "Free some space, or choose another --output, and resume."
+        return ResourceError(str(error.filename or "disk"), "no space is left on the device", remedy)
+    return None
+
+
+def _log_plainly() -> None:
+    """The verb's own log lines as they are; of the libraries only warnings. KFP sets the root logger to INFO."""
+    root, own = logging.getLogger(), logging.getLogger("latentac")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    root.setLevel(logging.WARNING)
+    own.setLevel(logging.INFO)
+    own.handlers, own.propagate = [handler], False
+
+
+def _tell(**event: Any) -> None:
+    if EVENTS in os.environ:
+        print(f"{EVENT_MARK}{json.dumps(event)}", flush=True)

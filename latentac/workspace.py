@@ -1,0 +1,99 @@
+"""A run as its steps find it: the resolved configuration, the store, and the artifacts of the steps before.
+
+torch and diffusers are imported where they are needed: the steps that only launch or decide do without them.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latentac.config import Config, resolve
+from latentac.errors import ArtifactNotFound
+from latentac.store import Manifest, Store, open_store
+
+if TYPE_CHECKING:
+    import torch
+
+    from latentac.critic import Critic
+    from latentac.policy import Policy
+    from latentac.prompts import PromptSet
+    from latentac.rewards import Reward
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """run: its id; folder: `<output>/<run>`, the local working folder; everything lasting is in the store."""
+
+    run: str
+    store: Store
+    folder: Path
+    config: Config
+    prepared: Manifest
+
+    def finished(self, step: str) -> Manifest | None:
+        """The manifest of `step` if it was published for this very configuration."""
+        try:
+            manifest = self.store.manifest(f"{self.run}/{step}")
+        except ArtifactNotFound:
+            return None
+        return manifest if manifest.config_hash == self.config.hash else None
+
+    def artifact(self, step: str) -> Path:
+        """The verified local copy of a step's artifact. Raises ArtifactNotFound where the step has not run."""
+        folder = self.folder / step
+        self.store.fetch(f"{self.run}/{step}", folder)
+        return folder
+
+    @functools.cached_property
+    def device(self) -> "torch.device":
+        from latentac.distributed import pick_device
+
+        return pick_device(self.config.backbone.device)
+
+    @functools.cached_property
+    def prompts(self) -> "PromptSet":
+        from latentac.prompts import load_prompts
+
+        return load_prompts(str(self.artifact("prepare") / "prompts.json"))
+
+    def rewards(self) -> "list[Reward]":
+        from latentac.rewards import load_reward
+
+        return [load_reward(reward.name) for reward in self.config.rewards]
+
+    def base_policy(self) -> "Policy":
+        """The untrained policy."""
+        return self._policy(self.artifact("prepare") / "backbone")
+
+    def trained_policy(self) -> "Policy":
+        return self._policy(self.artifact("train") / "policy")
+
+    def critic(self, step: str) -> "Critic":
+        """The critic that `step` (`pretrain-value` or `train`) left."""
+        from latentac.critic import Critic
+
+        return Critic.load(self.artifact(step) / "critic", self.device)
+
+    def _policy(self, folder: Path) -> "Policy":
+        from latentac.backbones import load_backbone
+        from latentac.diffusion import KERNELS
+        from latentac.policy import Policy
+
+        kernel = KERNELS[self.config.kernel.name](self.config.kernel.noise)
+        return Policy(load_backbone(self.config.backbone.name, folder, self.device), kernel)
+
+
+def open_run(run: str, store: str, output: str) -> Workspace:
+    """The workspace of a prepared run. Raises ArtifactNotFound where `prepare` has not published."""
+    opened = open_store(store or default_store(output))
+    folder = Path(output) / run
+    manifest = opened.fetch(f"{run}/prepare", folder / "prepare")
+    config = resolve(json.loads((folder / "prepare" / "config.json").read_text()))
+    return Workspace(run, opened, folder, config, manifest)
+
+
+def default_store(output: str) -> str:
+    """Where artifacts go when no --store is named."""
+    return f"file://{Path(output).absolute()}/store"

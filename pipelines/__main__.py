@@ -1,0 +1,83 @@
+"""`python -m pipelines run` and `python -m pipelines compile`. Imports are lazy: the help must come at once."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+GOLDEN = Path(__file__).parent / "compiled" / "latentac.yaml"
+
+_EXAMPLES = """\
+examples:
+  python -m pipelines run
+  python -m pipelines run --recipe shapes-unet-smoke --seed 1 --set train.num_iterations=8
+  python -m pipelines run --resume shapes-unet-20260131-120000
+  python -m pipelines compile
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return _compile(options.to) if options.command == "compile" else _run(options)
+    except BrokenPipeError:  # `... | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="The pipeline prepare, pretrain-value, train, evaluate, steer, gate, deploy.",
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser(
+        "run", help="run it on this machine", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Run every step on this machine, then write runs/<id>/report.html and summary.json.",
+    )  # fmt: skip
+    run.add_argument("--recipe", help="named configuration (default: shapes-unet)")
+    run.add_argument("--config", metavar="FILE", help="YAML file laid over the recipe")
+    run.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one field; may be repeated")
+    run.add_argument("--seed", type=int, metavar="N", help="the same as --set seed=N")
+    run.add_argument("--output", default="runs", metavar="FOLDER", help="working files (default: runs)")
+    run.add_argument("--store", metavar="URL", help="file:// or s3:// (default: file://<output>/store)")
+    run.add_argument("--resume", metavar="ID", help="go on with a run: finished steps are not run again")
+    write = commands.add_parser("compile", help=f"write the pipeline's YAML ({GOLDEN.name})")
+    write.add_argument("--to", type=Path, default=GOLDEN, metavar="FILE", help="where to (default: the golden file)")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from latentac.errors import LatentacError
+    from pipelines.embedded import run_pipeline
+    from pipelines.request import Request, create_run, load_run
+
+    output = Path(options.output)
+    overrides = (*options.set, *(() if options.seed is None else (f"seed={options.seed}",)))
+    try:
+        if options.resume:
+            given = {"recipe": options.recipe, "config": options.config, "overrides": overrides, "store": options.store}
+            run = options.resume
+            request = load_run(run, output, {name: value for name, value in given.items() if value})
+        else:
+            recipe, config = options.recipe or "shapes-unet", options.config or ""
+            run, request = create_run(Request(recipe, config, overrides, options.store or ""), output)
+        return run_pipeline(run, request, output, fresh=not options.resume)
+    except LatentacError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def _compile(target: Path) -> int:
+    from kfp import compiler
+
+    from pipelines.pipeline import latentac
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    compiler.Compiler().compile(latentac, str(target))
+    print(target)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""What a person sees of an embedded run: one line when a step begins, its own log, one line when it ends.
+
+kfp.local prints everything to stdout: its own records, rules and outputs, and each line that a step's process writes,
+indented by four spaces. `Console` stands in for stdout and keeps of all that what a step wrote between the marked
+lines of `latentac.task`; the rest is held back, to be shown only if a step dies before it can say why.
+"""
+
+import io
+import json
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from latentac.progress import duration
+from latentac.task import EVENT_MARK
+
+_KFP_INDENT = " " * 4
+_HELD_LINES = 40
+CLEAR_LINE = "\r\x1b[K"  # a progress bar may be drawn where the next line goes
+
+
+class Console(io.TextIOBase):
+    """A text stream for kfp.local to write to; what is to be seen goes to `out`.
+
+    Keeps in the file `timings` the wall seconds of each stage, `{"stages": {step: seconds}, "total": seconds}`, summed
+    over all starts of the run.
+    """
+
+    def __init__(self, steps: Sequence[str], out: TextIO, timings: Path) -> None:
+        self._steps, self._out, self._file = list(steps), out, timings
+        before: dict[str, Any] = json.loads(timings.read_text()) if timings.exists() else {"stages": {}, "total": 0.0}
+        self._stages: dict[str, float] = before["stages"]
+        self._total: float = before["total"]
+        self._partial, self._held = "", deque[str](maxlen=_HELD_LINES)
+        self._since = time.monotonic()
+        self.running: str | None = None
+        self.finished: dict[str, str] = {}
+        """Step -> what its line of the table says."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        *lines, self._partial = (self._partial + text).split("\n")
+        for line in lines:
+            self._receive(line)
+        return len(text)
+
+    def say(self, line: str) -> None:
+        """Print a line of the driver's own."""
+        clear = CLEAR_LINE if self._out.isatty() else ""
+        self._out.write(f"{clear}{line}\n")  # not print: kfp.local replaces that while a step runs
+        self._out.flush()
+
+    @property
+    def held(self) -> list[str]:
+        """The last lines that were not shown."""
+        return list(self._held)
+
+    def count(self, stage: str | None) -> float:
+        """Book the wall seconds since the last call on `stage` and on the total. Returns them."""
+        seconds, self._since = time.monotonic() - self._since, time.monotonic()
+        self._total += seconds
+        if stage is not None:
+            self._stages[stage] = self._stages.get(stage, 0.0) + seconds
+        part = self._file.with_suffix(".part")
+        part.write_text(json.dumps({"stages": self._stages, "total": self._total}, indent=2))
+        part.replace(self._file)
+        return seconds
+
+    def table(self) -> list[str]:
+        """Stage timings, a line each, and the total."""
+        rows = [f"  {step:<16}{self.finished.get(step, 'skipped'):>12}" for step in self._steps]
+        return [*rows, f"  {'total':<16}{duration(self._total):>12}"]
+
+    def _receive(self, line: str) -> None:
+        text, mark, event = line.partition(EVENT_MARK)
+        if text.strip():
+            if self.running is not None and text.startswith(_KFP_INDENT):
+                self.say(f"      {text.removeprefix(_KFP_INDENT)}")
+            else:
+                self._held.append(text)
+        if mark:
+            self._follow(json.loads(event))
+
+    def _follow(self, event: dict[str, Any]) -> None:
+        step, kind = event["task"], event["event"]
+        label = f"[{self._steps.index(step) + 1}/{len(self._steps)}] {step}"
+        if kind == "begin":
+            self.running = step
+            self.say(label)
+            return
+        self.running = None
+        self._held.clear()
+        if kind == "fail":
+            self.count(step)
+            self.say(f"{label} failed")
+        elif event["reused"]:
+            self.count(None)
+            self.finished[step] = "done already"
+            self.say(f"{label} done already")
+        else:
+            seconds = f"{self.count(step):.1f} s"
+            self.finished[step] = f"{self._stages[step]:.1f} s"
+            self.say(f"{label} done in {seconds}")

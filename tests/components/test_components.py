@@ -1,0 +1,80 @@
+"""A component is its verb: the same name, the same arguments, nothing imported before it runs."""
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import components
+from latentac import run as verbs
+from pipelines.pipeline import STEPS
+
+FOLDER = Path(components.__file__).parent
+FOLDERS = sorted(path.parent.name for path in FOLDER.glob("*/component.py"))
+
+
+def component(name: str) -> Any:
+    return getattr(importlib.import_module(f"components.{name}.component"), name)
+
+
+def source(name: str) -> str:
+    return (FOLDER / name / "component.py").read_text()
+
+
+def test_folders_are_the_steps_are_the_verbs() -> None:
+    """Who knows one knows all three: `pretrain-value` is pretrain_value where Python wants a name."""
+    assert sorted(STEPS) == sorted(name.replace("_", "-") for name in FOLDERS)
+    assert sorted(STEPS) == sorted(verbs.VERBS)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_parameters_are_the_verbs_parameters(name: str) -> None:
+    """The component's plain inputs are exactly what the verb takes; artifacts are manifests and come on top."""
+    inputs = {
+        key: spec for key, spec in component(name).component_spec.inputs.items() if not spec.type.startswith("system.")
+    }
+
+    assert set(inputs) == set(inspect.signature(getattr(verbs, name)).parameters)
+    assert {spec.type for spec in inputs.values()} <= {"String", "List"}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_output_is_the_manifest(name: str) -> None:
+    """Weights go to the store; the pipeline carries manifests, and the gate's decision."""
+    outputs = component(name).component_spec.outputs
+
+    assert set(outputs) == ({"manifest", "Output"} if name == "gate" else {"manifest"})
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_nothing_of_latentac_is_imported_outside_the_function(name: str) -> None:
+    """KFP ships the function's source alone, and compiling must not need torch."""
+    outside = [node for node in ast.parse(source(name)).body if isinstance(node, ast.Import | ast.ImportFrom)]
+
+    assert not [node for node in outside if "latentac" in ast.unparse(node)]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_step_runs_in_the_image_and_installs_nothing(name: str) -> None:
+    """The default of KFP is to pip-install itself in every pod."""
+    container = component(name).component_spec.implementation.container
+
+    assert container.image == components.IMAGE
+    assert "pip install" not in " ".join([*container.command, *container.args])
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_component_is_thin(name: str) -> None:
+    """One verb, no logic: at most 60 lines."""
+    assert len(source(name).splitlines()) <= 60
+    assert source(name).count("from latentac.run import") == 1
+
+
+def test_readme_names_every_step_and_its_artifact() -> None:
+    """The table of components/README.md is complete."""
+    readme = (FOLDER / "README.md").read_text()
+
+    assert [step for step in STEPS if f"| `{step}` |" not in readme] == []

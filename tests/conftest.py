@@ -1,0 +1,29 @@
+"""Fixtures that more than one folder of tests needs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.minio import Server, find
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "minio: needs a real MinIO server")
+
+
+@pytest.fixture(scope="session")
+def minio_binary() -> Path:
+    """The server's program. `make test` builds it first; a build takes minutes, so no test starts one."""
+    found = find()
+    if found is None:
+        pytest.skip("there is no MinIO server here: `make minio` builds one")
+    return found
+
+
+@pytest.fixture(scope="session")
+def minio_server(minio_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One running MinIO for tests that leave it running; a test that kills its server starts its own."""
+    server = Server(tmp_path_factory.mktemp("minio") / "data").start()
+    yield server
+    server.stop()

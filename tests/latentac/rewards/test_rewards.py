@@ -1,0 +1,89 @@
+"""What every reward of the table promises, and what each of the two says about fixed pictures."""
+
+import numpy as np
+import pytest
+
+from latentac.errors import ConfigError, RewardError
+from latentac.rewards import REWARDS, load_reward
+from latentac.shapes.captions import parse_caption
+from latentac.shapes.scenes import sample_pictures
+
+PROMPTS = ("a red circle", "three blue squares", "a cyan square above a red circle", "a green square and a red circle")
+# The first two pictures show their prompts, the other two are of each other's prompts.
+IMAGES = sample_pictures([parse_caption(PROMPTS[index]) for index in (0, 1, 3, 2)], np.random.default_rng(0))
+STORED = {"shapes_verifier": [1.0, 1.0, 0.0, 0.0], "jpeg_compressibility": [-0.961, -0.993, -1.077, -0.982]}
+
+
+@pytest.fixture(params=sorted(REWARDS))
+def reward(request):
+    return load_reward(request.param)
+
+
+def test_name_is_the_key_and_unit_is_stated(reward):
+    """A number without a unit is no result."""
+    assert reward.name in REWARDS
+    assert type(reward) is type(load_reward(reward.name))
+    assert len(reward.unit) > 5
+
+
+def test_values_on_fixed_pictures(reward):
+    """Finite float32 [B], the same at every call, and the values stored here."""
+    values = reward(IMAGES, PROMPTS)
+    assert values.dtype == np.float32
+    assert values.shape == (len(IMAGES),)
+    assert values == pytest.approx(STORED[reward.name], abs=1e-6)
+    assert (values == reward(IMAGES, PROMPTS)).all()
+
+
+def test_permutation_equivariant(reward):
+    """Each number depends on its own picture and prompt only."""
+    order = [2, 0, 3, 1]
+    permuted = reward(IMAGES[order], [PROMPTS[index] for index in order])
+    assert (permuted == reward(IMAGES, PROMPTS)[order]).all()
+    alone = np.concatenate([reward(IMAGES[i : i + 1], PROMPTS[i : i + 1]) for i in range(len(IMAGES))])
+    assert (alone == reward(IMAGES, PROMPTS)).all()
+
+
+def test_it_gives_the_right_answers_to_its_known_pictures(reward):
+    """And they are not all the same, or a broken installation could not be told."""
+    images, prompts, expected = reward.known()
+    assert reward(images, prompts) == pytest.approx(expected, abs=1e-3)
+    assert len(set(expected.tolist())) > 1
+
+
+def test_an_empty_batch_has_an_empty_score(reward):
+    """float32 [0]."""
+    assert reward(IMAGES[:0], []).shape == (0,)
+
+
+def test_a_prompt_that_cannot_be_parsed_is_named():
+    """RewardError with the prompt, what is wrong with it and what to do."""
+    with pytest.raises(RewardError, match="a red dog") as raised:
+        load_reward("shapes_verifier")(IMAGES[:1], ["a red dog"])
+    assert raised.value.remedy
+
+
+def test_pictures_of_another_size_are_refused():
+    """The verifier's thresholds are pixels of 32 x 32 pictures."""
+    with pytest.raises(RewardError, match="64"):
+        load_reward("shapes_verifier")(np.zeros((1, 64, 64, 3), np.uint8), PROMPTS[:1])
+
+
+def test_compressibility_prefers_the_plainer_picture():
+    """Higher is better: noise costs more bytes than one colour."""
+    noise = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    plain, noisy = load_reward("jpeg_compressibility")(np.concatenate([np.zeros_like(noise), noise]), PROMPTS[:2])
+    assert noisy < plain < 0
+
+
+def test_an_out_of_tree_reward_is_loaded_by_its_address():
+    """Its "module:Class" needs no registration."""
+    found = load_reward("latentac.rewards.jpeg_compressibility:JpegCompressibility")
+    assert found.name == "jpeg_compressibility"
+
+
+@pytest.mark.parametrize("name", ["beauty", "latentac.rewards:Beauty", "no_such_module:Beauty"])
+def test_a_reward_that_does_not_exist_is_refused(name):
+    """One ConfigError that quotes the name."""
+    with pytest.raises(ConfigError, match=name):
+        load_reward(name)

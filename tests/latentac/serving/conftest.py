@@ -1,0 +1,46 @@
+"""One exported folder for all tests of serving: the shipped pipeline and a critic that has an opinion."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentac.backbones import load_backbone
+from latentac.config import Config, resolve
+from latentac.critic import Critic
+from latentac.serving.exported import export
+from latentac.serving.generator import Generator
+from latentac.shapes import builtin_pipeline
+
+
+@pytest.fixture(scope="session")
+def config() -> Config:
+    return resolve(
+        {
+            "recipe": "test",
+            "backbone": {"source": "builtin:shapes-unet"},
+            "prompts": {"source": "builtin:shapes"},
+            "rewards": [{"name": "shapes_verifier"}, {"name": "jpeg_compressibility", "weight": 0.0}],
+            "gate": {"reward": "shapes_verifier"},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def exported_folder(tmp_path_factory: pytest.TempPathFactory, config: Config) -> Path:
+    """Not trained; the heads get random weights, because those of a new critic are zero and steer nothing."""
+    folder = tmp_path_factory.mktemp("exported")
+    shutil.copytree(builtin_pipeline("shapes-unet"), folder, dirs_exist_ok=True)
+    backbone = load_backbone(config.backbone.name, folder, torch.device("cpu"))
+    torch.manual_seed(0)
+    critic = Critic(backbone.tap_shapes, backbone.text_width, config.reward_names)
+    torch.nn.init.normal_(critic.heads.weight, std=0.5)
+    critic.save(folder / "critic")
+    export(folder, config, run="some-run", version="some-version")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def generator(exported_folder: Path) -> Generator:
+    return Generator(exported_folder, torch.device("cpu"))

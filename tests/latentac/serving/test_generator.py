@@ -1,0 +1,123 @@
+"""Pictures from an exported folder."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+from latentac.errors import ConfigError, ServingError
+from latentac.serving.exported import FILE, image_size
+from latentac.serving.generator import Generator
+
+PROMPT = "two red squares"
+
+
+def test_the_same_request_gives_the_same_bytes(generator: Generator) -> None:
+    """Steered or not; another seed gives another picture."""
+    first, again = generator.generate(PROMPT, seed=5), generator.generate(PROMPT, seed=5)
+    assert first.images.tobytes() == again.images.tobytes()
+    assert first.values.tobytes() == again.values.tobytes()
+    assert generator.generate(PROMPT, seed=6).images.tobytes() != first.images.tobytes()
+
+
+def test_a_picture_does_not_depend_on_its_neighbours(generator: Generator) -> None:
+    """Picture i is the same however many are asked for, and each differs from the others."""
+    three, one = (generator.generate(PROMPT, seed=5, num_steps=4, count=count) for count in (3, 1))
+    assert three.images[:1].tobytes() == one.images.tobytes()
+    assert len({image.tobytes() for image in three.images}) == 3
+
+
+def test_shapes_units_and_cost(generator: Generator) -> None:
+    """Sizes as documented; a backward counts as two forwards, and candidates count each."""
+    pictures = generator.generate(PROMPT, count=2)
+    assert pictures.images.shape == (2, 32, 32, 3)
+    assert pictures.images.dtype == np.uint8
+    assert pictures.values.shape == (2, 10, 2)
+    assert pictures.reward_names == ("shapes_verifier", "jpeg_compressibility")
+    assert pictures.weights == {"shapes_verifier": 2.0}
+    assert pictures.nfe == 30
+    assert generator.generate(PROMPT, method="none").nfe == 10
+    assert generator.generate(PROMPT, method="best_of_n", candidates=3, num_steps=4).nfe == 12
+
+
+def test_strength_zero_is_bitwise_the_plain_picture(generator: Generator) -> None:
+    """All weights at 0 is no steering; so is best-of-one."""
+    plain = generator.generate(PROMPT, seed=5, method="none")
+    for pictures in (
+        generator.generate(PROMPT, seed=5, steering={"shapes_verifier": 0.0}),
+        generator.generate(PROMPT, seed=5, steering={}),
+        generator.generate(PROMPT, seed=5, method="best_of_n", candidates=1),
+    ):
+        assert pictures.images.tobytes() == plain.images.tobytes()
+        assert pictures.values.tobytes() == plain.values.tobytes()
+
+
+def test_a_vanishing_weight_hardly_changes_the_picture(generator: Generator) -> None:
+    """The steered path itself, not only the short cut at weight 0, ends at the plain picture."""
+    plain = generator.generate(PROMPT, seed=5, method="none")
+    faint = generator.generate(PROMPT, seed=5, steering={"shapes_verifier": 1e-12})
+    assert faint.nfe == 30
+    assert np.abs(faint.images.astype(int) - plain.images).max() <= 1
+    np.testing.assert_allclose(faint.values, plain.values, atol=1e-4)
+
+
+def test_steering_moves_the_values_the_way_it_is_told(generator: Generator) -> None:
+    """Up with a positive weight, down with a negative one, for the head that is named."""
+    last = {
+        weight: generator.generate(PROMPT, seed=5, num_steps=6, steering={"jpeg_compressibility": weight}).values
+        for weight in (-8.0, 0.0, 8.0)
+    }
+    assert last[-8.0][0, -1, 1] < last[0.0][0, -1, 1] < last[8.0][0, -1, 1]
+
+
+def test_best_of_n_keeps_the_candidate_that_the_critic_prefers(generator: Generator) -> None:
+    """Its last value is at least that of the first candidate, the plain picture."""
+    plain = generator.generate(PROMPT, seed=5, count=2, num_steps=4, method="none").values[:, -1, 0]
+    best = generator.generate(PROMPT, seed=5, count=2, num_steps=4, method="best_of_n").values[:, -1, 0]
+    assert (best >= plain - 1e-5).all()
+    assert best.mean() > plain.mean()
+
+
+def test_a_bad_request_is_told_before_anything_is_drawn(generator: Generator) -> None:
+    """The same rules as over HTTP, with the argument's name."""
+    with pytest.raises(ConfigError) as caught:
+        generator.generate(PROMPT, count=99, steering={"shapes": 1.0})
+    assert [problem.path for problem in caught.value.problems] == ["count", "steering.shapes"]
+
+
+def test_diffusers_loads_the_exported_folder(exported_folder: Path) -> None:
+    """Without latentac: the critic and latentac.json do not disturb it."""
+    pipeline = StableDiffusionPipeline.from_pretrained(exported_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    result = pipeline(PROMPT, num_inference_steps=2, guidance_scale=1.0, generator=torch.Generator().manual_seed(0))
+    width, height = result.images[0].size
+    assert (height, width) == image_size(exported_folder)
+
+
+def test_a_folder_that_is_not_whole_is_told(exported_folder: Path, tmp_path: Path) -> None:
+    """Each damage names the folder or the file, and is no traceback."""
+    cpu = torch.device("cpu")
+    with pytest.raises(ServingError, match=r"is no exported model: it has no latentac\.json"):
+        Generator(tmp_path, cpu)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(exported_folder, damaged)
+
+    def write(change: dict[str, object]) -> None:
+        content = json.loads((exported_folder / FILE).read_text())
+        (damaged / FILE).write_text(json.dumps(content | change))
+
+    write({"schema": 2})
+    with pytest.raises(ServingError, match=r"latentac\.json: is not valid \(schema: Input should be 1\)"):
+        Generator(damaged, cpu)
+    write({"rewards": [{"name": "shapes_verifier"}]})
+    with pytest.raises(ServingError, match="the critic's heads"):
+        Generator(damaged, cpu)
+    write({})
+    weights = damaged / "critic" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ServingError, match="cannot be loaded"):
+        Generator(damaged, cpu)

@@ -1,0 +1,107 @@
+"""What a caller may ask for, and what they read when it is wrong."""
+
+import json
+from typing import Any
+
+import pytest
+
+from latentac.config import Config, Kernel, Reward
+from latentac.errors import ConfigError
+from latentac.serving.exported import DefaultSteering, Exported, Limits
+from latentac.serving.request import Request, parse
+
+EXPORTED = Exported(
+    version="v",
+    run="r",
+    backbone="unet",
+    kernel=Kernel(),
+    rewards=[Reward(name="shapes_verifier"), Reward(name="jpeg_compressibility")],
+    steering=DefaultSteering(strength=2.0),
+    limits=Limits(max_images=8, max_prompt_characters=100),
+)
+
+
+def told(body: object) -> list[str]:
+    """The problems of a body, one line each."""
+    with pytest.raises(ConfigError) as caught:
+        parse(body, EXPORTED)
+    return str(caught.value).splitlines()
+
+
+def test_defaults_and_all_fields() -> None:
+    """A prompt is enough; bytes and decoded JSON are the same."""
+    full = {"prompt": "b", "seed": 2**63 - 1, "count": 7, "num_steps": 2, "method": "best_of_n", "candidates": 32}
+    full["steering"] = {"jpeg_compressibility": -1}
+    body = {"instances": [{"prompt": "a"}, full]}
+    requests = parse(body, EXPORTED)
+    assert requests == parse(json.dumps(body).encode(), EXPORTED)
+    assert requests[0] == Request(prompt="a")
+    assert requests[1].model_dump() == full
+
+
+@pytest.mark.parametrize(
+    ("instance", "message"),
+    [
+        ({"promt": "a"}, "instances.0.prompt = None: is required. Write what the picture shall show."),
+        ({"prompt": ""}, "instances.0.prompt = '': string should have at least 1 character."),
+        ({"prompt": "x" * 101}, "has 101 characters. Use at most 100."),
+        ({"prompt": "a", "promt": "a"}, "instances.0.promt = 'a': unknown field. Did you mean \"prompt\"?"),
+        ({"prompt": "a", "seed": -1}, "instances.0.seed = -1: input should be greater than or equal to 0."),
+        ({"prompt": "a", "seed": 2**63}, "Use a whole number from 0 to 2^63 - 1."),
+        ({"prompt": "a", "seed": "1"}, "instances.0.seed = '1': input should be a valid integer."),
+        ({"prompt": "a", "count": 9}, "instances.0.count = 9: is above this model's limit. Use at most 8."),
+        ({"prompt": "a", "count": True}, "instances.0.count = True: input should be a valid integer."),
+        ({"prompt": "a", "num_steps": 1}, "Use at least 2 steps, or leave it out."),
+        ({"prompt": "a", "num_steps": 101}, "instances.0.num_steps = 101: is above this model's limit."),
+        ({"prompt": "a", "candidates": 33}, "instances.0.candidates = 33: is above this model's limit."),
+        ({"prompt": "a", "method": "best_of"}, 'no such steering method. Did you mean "best_of_n"?'),
+        ({"prompt": "a", "steering": {"jpeg": 1}}, "instances.0.steering.jpeg = 1: the critic has no head"),
+        (
+            {"prompt": "a", "steering": {"shapes_verifier": 1e9}},
+            "Use a number of standard deviations from -100 to 100.",
+        ),
+        ({"prompt": "a", "steering": {"shapes_verifier": "x"}}, "instances.0.steering.shapes_verifier = 'x': input"),
+        ({"prompt": "a", "method": "none", "steering": {"shapes_verifier": 1}}, 'does nothing with method "none"'),
+        ("a", "instances.0 = 'a': is no JSON object."),
+    ],
+)
+def test_a_bad_field_is_told_with_path_value_and_remedy(instance: Any, message: str) -> None:
+    """One line a problem, which says where, what, and what to do."""
+    assert any(message in line for line in told({"instances": [instance]})), told({"instances": [instance]})
+
+
+def test_every_problem_is_told_at_once() -> None:
+    """Of all instances, whether a field is malformed or only above a limit."""
+    first = {"prompt": "a", "seed": -1, "count": 9, "method": "x", "steering": {"y": 1}}
+    assert len(told({"instances": [first, {"prompt": "a", "candidates": 0}]})) == 5
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"instances": [', "is not JSON: EOF while parsing"),
+        (b"\xff", "is not JSON"),
+        (b'{"instances": [{"prompt": "a", "steering": {"shapes_verifier": NaN}}]}', "is not JSON"),
+        ([1], "body = [1]: is no JSON object. Send"),
+        ({"instances": []}, "instances = []: list should have at least 1 item"),
+        ({"instances": {"prompt": "a"}}, "instances = {'prompt': 'a'}: input should be a valid list."),
+        ({"prompt": "a"}, "prompt = 'a': unknown field."),
+        ({"instances": [{"prompt": "a", "count": 5}] * 2}, "instances = 10: is the number of pictures asked for"),
+    ],
+)
+def test_a_bad_body_is_told(body: object, message: str) -> None:
+    """The frame around the requests is held to the same."""
+    assert any(message in line for line in told(body)), told(body)
+
+
+def test_an_error_is_never_much_larger_than_a_line() -> None:
+    """Whatever is sent, it is quoted at most in part."""
+    long = "x" * 100_000
+    body = {"instances": [{"prompt": long, long: 1, "seed": long, "steering": {long: long}, "method": long}]}
+    assert all(len(line) < 600 for line in told(body))
+
+
+def test_the_default_weights_follow_the_rewards(config: Config) -> None:
+    """The trained reward's head at the default strength, a watched one's at 0."""
+    rewards = [Reward(name="a", weight=0.5), Reward(name="b", weight=0.0)]
+    assert EXPORTED.model_copy(update={"rewards": rewards}).default_weights == {"a": 1.0, "b": 0.0}

@@ -1,0 +1,196 @@
+"""The real server over HTTP, as a process."""
+
+import base64
+import io
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentac.errors import ResourceError, ServingError
+from latentac.serving.generator import Generator
+from latentac.serving.process import ServerProcess
+from latentac.serving.server import bind
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+READY_SECONDS = 120.0
+LONG: dict[str, Any] = {"prompt": "two red squares", "count": 8, "num_steps": 60}
+"""Takes seconds, even on a fast machine."""
+
+
+@pytest.fixture(scope="module")
+def server(exported_folder: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(exported_folder, ready_seconds=READY_SECONDS) as server:
+        yield server
+
+
+def ask(server: ServerProcess, path: str, body: bytes | None = None) -> tuple[int, Any]:
+    """Status and JSON; a POST if there is a body."""
+    headers = {"Content-Type": "application/json"} if body else {}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(server.address + path, body, headers), timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def decoded(picture: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))))
+
+
+def test_a_prediction_is_the_generators_picture(server: ServerProcess, generator: Generator) -> None:
+    """Bit for bit, in another process; with everything that is needed to ask for it again."""
+    weights = {"shapes_verifier": 1.5, "jpeg_compressibility": -0.5}
+    request = {"prompt": "a red circle", "seed": 7, "count": 2, "steering": weights}
+    answer, pictures = server.predict(request), generator.generate("a red circle", 7, 2, steering=weights)
+    assert np.array_equal(np.stack([decoded(picture) for picture in answer["images"]]), pictures.images)
+    np.testing.assert_array_equal(np.float32(answer["values"]["shapes_verifier"]), pictures.values[:, :, 0])
+    assert {name: answer[name] for name in ("seed", "nfe", "method", "steering", "version")} == {
+        "seed": 7,
+        "nfe": 30,
+        "method": "value_gradient",
+        "steering": weights,
+        "version": "some-version",
+    }
+    assert server.predict(request) == answer
+
+
+def test_instances_are_answered_in_order(server: ServerProcess) -> None:
+    """One prediction each; a client that names no content type is understood too (curl -d)."""
+    body = json.dumps({"instances": [{"prompt": "a red circle", "seed": seed} for seed in (3, 4)]})
+    done = subprocess.run(["curl", "-s", "-d", body, server.endpoint], capture_output=True, check=True)
+    assert [prediction["seed"] for prediction in json.loads(done.stdout)["predictions"]] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b'{"instances": [{"prompt": "a", "seed": -1}]}', 422, "instances.0.seed = -1"),
+        (b'{"instances": 3}', 422, "instances = 3"),
+        (b'"x"', 422, "is no JSON object"),
+        (b'{"instances": [', 400, "Unrecognized request format"),
+    ],
+)
+def test_bad_input_is_the_callers_mistake(server: ServerProcess, body: bytes, status: int, message: str) -> None:
+    """4xx with a message that says where; the fields are listed for a program."""
+    found, content = ask(server, f"/v1/models/{server.name}:predict", body)
+    assert (found, message in content["error"]) == (status, True), content
+    if status == 422:
+        assert set(content["problems"][0]) == {"field", "value", "problem", "remedy"}
+
+
+def test_what_is_not_there_is_told(server: ServerProcess) -> None:
+    """Another model's name is 404; the V2 protocol is 501 and names the V1 address."""
+    assert ask(server, "/v1/models/other:predict", b'{"instances": []}')[0] == 404
+    inputs = b'{"inputs": [{"name": "prompt", "shape": [1], "datatype": "BYTES", "data": ["a"]}]}'
+    status, content = ask(server, f"/v2/models/{server.name}/infer", inputs)
+    assert (status, f"/v1/models/{server.name}:predict" in content["error"]) == (501, True)
+
+
+def test_a_client_that_is_refused_is_told_by_predict(server: ServerProcess) -> None:
+    """ServerProcess turns what is not 200 into one error with the server's words."""
+    with pytest.raises(ServingError, match=r"answered 422: instances\.0\.count = 99"):
+        server.predict({"prompt": "a", "count": 99})
+
+
+def test_probes_answer_while_it_draws(server: ServerProcess) -> None:
+    """A synchronous predict would hold them up for as long as it draws."""
+    seconds = []
+    with ThreadPoolExecutor(1) as pool:
+        started = time.monotonic()
+        drawing = pool.submit(server.predict, LONG)
+        time.sleep(0.2)
+        while not drawing.done():
+            asked = time.monotonic()
+            assert ask(server, f"/v2/models/{server.name}/ready")[0] == 200
+            assert ask(server, "/v2/health/live")[0] == 200
+            seconds.append((time.monotonic() - asked) / 2)
+            time.sleep(0.02)
+        whole = time.monotonic() - started
+    print(
+        f"{len(seconds)} probes in {whole:.1f} s: median {statistics.median(seconds):.4f} s, max {max(seconds):.4f} s"
+    )
+    assert len(seconds) >= 5
+    assert statistics.median(seconds) < 0.1
+    assert max(seconds) < min(1.0, whole / 2)
+
+
+def test_a_taken_port_is_told_before_anything_is_loaded(server: ServerProcess, exported_folder: Path) -> None:
+    """One message, exit code 6, no traceback, at once."""
+    port = server.address.rpartition(":")[2]
+    command = [sys.executable, "-X", "importtime", "-m", "latentac.serving", "--model", str(exported_folder)]
+    done = subprocess.run([*command, "--port", port], capture_output=True, text=True, timeout=60, check=False)
+    told = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 6
+    assert told == [f"serving: 127.0.0.1:{port}: the port is in use. Stop what listens there, or choose another port."]
+    assert not {"torch", "kserve", "pydantic"} & {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    with (
+        pytest.raises(ResourceError, match="the port is in use"),
+        ServerProcess(exported_folder, ready_seconds=1, port=int(port)),
+    ):
+        pass
+
+
+def test_an_address_that_is_not_ours_is_told() -> None:
+    """So is a name that does not resolve."""
+    with pytest.raises(ResourceError, match="cannot be listened on"):
+        bind("192.0.2.1", 0)
+    with pytest.raises(ResourceError, match="cannot be listened on"):
+        bind("no-such-host.invalid", 0)
+
+
+def test_help_is_light_and_has_an_example() -> None:
+    """No torch, no KServe, no pydantic for a help text."""
+    command = [sys.executable, "-X", "importtime", "-m", "latentac.serving", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "python -m latentac.serving --model" in done.stdout
+    assert not {"torch", "kserve", "pydantic"} & {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+
+
+def test_sigterm_lets_the_accepted_request_finish(exported_folder: Path) -> None:
+    """The picture arrives whole, then the process ends with code 0."""
+    with ServerProcess(exported_folder, ready_seconds=READY_SECONDS) as server, ThreadPoolExecutor(1) as pool:
+        drawing = pool.submit(server.predict, LONG)
+        time.sleep(0.5)
+        assert not drawing.done()
+        os.kill(server.pid, signal.SIGTERM)
+        assert len(drawing.result(60)["images"]) == LONG["count"]
+        assert server.wait(60) == 0
+
+
+def test_a_killed_server_is_told(exported_folder: Path) -> None:
+    """At once, with the signal; not a hang and not a broken pipe."""
+    with ServerProcess(exported_folder, ready_seconds=READY_SECONDS) as server, ThreadPoolExecutor(1) as pool:
+        drawing = pool.submit(server.predict, LONG)
+        time.sleep(0.5)
+        os.kill(server.pid, signal.SIGKILL)
+        with pytest.raises(ServingError, match=r"did not answer .*it ended with SIGKILL"):
+            drawing.result(10)
+
+
+def test_ctrl_c_stops_it_cleanly(exported_folder: Path) -> None:
+    """As a person serves: the address and an example on stdout, nothing on stderr, code 0."""
+    command = [sys.executable, "-m", "latentac.serving", "--model", str(exported_folder), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        rest, complaints = process.communicate(timeout=60)
+    assert first.startswith("Serving latentac at http://127.0.0.1:")
+    assert "curl" in rest
+    assert (process.returncode, complaints) == (0, "")

@@ -1,0 +1,524 @@
+"""The report: what it needs, what it shows, and that no number of it stays out of the summary."""
+
+import json
+import math
+import random
+import re
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw
+
+from latentac.errors import ArtifactNotFound, IntegrityError
+from latentac.report import write_report
+from latentac.store import Manifest, Store, open_store
+
+SECONDS = {"prepare": 4.2, "pretrain-value": 38.5, "train": 331.0, "evaluate": 41.7, "steer": 48.9, "gate": 0.9}
+SECONDS["deploy"] = 23.8
+STEPS = tuple(SECONDS)
+SECTIONS = ("galleries", "rewards", "critic", "steering", "training", "gate", "timings", "serving", "settings")
+KEYS = (
+    *("run", "recipe", "seed", "commit", "created", "machine", "versions", "settings", "seconds", "evaluation"),
+    *("gallery", "critic", "training", "steering", "gate", "serving", "notes"),
+)
+SETTINGS = {
+    "recipe": "shapes-unet",
+    "seed": 7,
+    "backbone": {"name": "unet", "source": "builtin:shapes-unet", "device": "auto"},
+    "kernel": {"name": "ddim", "noise": 1.0, "num_steps": 10},
+    "rewards": [{"name": "shapes_verifier", "weight": 1.0}, {"name": "jpeg_compressibility", "weight": 0.0}],
+    "policy": {"adaptation": "full", "learning_rate": 6e-05, "warmup_updates": 20},
+    "steering": {
+        "num_images": 256,
+        "strengths": [0.0, 1.0, 2.0, 4.0],
+        "candidates": [2, 4, 8],
+        "default_strength": 2.0,
+    },
+    "gate": {"reward": "shapes_verifier", "min_gain": 0.05, "min_lower_bound": 0.0},
+}
+ENVIRONMENT = {
+    "commit": "3f1c2a9d5e7b8c6a4f0e1d2c3b4a5968778695a4",
+    "machine": {
+        "cpu": "Example CPU @ 2.60GHz",
+        "cores": 2,
+        "memory_gib": 23.4,
+        "gpu": None,
+        "platform": "Linux x86_64",
+    },
+    "versions": {"python": "3.11.7", "torch": "2.13.0", "diffusers": "0.42.1"},
+}
+PROMPTS = [
+    "a red circle",
+    "three blue squares",
+    "a green triangle left of a yellow circle",
+    "a magenta square and a cyan circle",
+    "two yellow triangles",
+    "a blue circle above a red square",
+    "a cyan triangle",
+    "four green circles",
+]
+
+
+def interval(mean: float, half: float, n: int = 1024) -> dict[str, Any]:
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+
+
+EVALUATION = {
+    "base": {"shapes_verifier": interval(0.3906, 0.0299), "jpeg_compressibility": interval(-1.0932, 0.0081)},
+    "trained": {"shapes_verifier": interval(0.6123, 0.0301), "jpeg_compressibility": interval(-1.1217, 0.0078)},
+    "difference": {"shapes_verifier": interval(0.2217, 0.0369), "jpeg_compressibility": interval(-0.0285, 0.0064)},
+    "units": {
+        "shapes_verifier": "share of pictures that show exactly what their caption says (0 or 1 a picture)",
+        "jpeg_compressibility": "minus kB (1000 bytes) of the JPEG file at quality 95",
+    },
+    "categories": {
+        "one_object": {"base": 0.588, "trained": 0.871},
+        "counting": {"base": 0.502, "trained": 0.747},
+        "relation": {"base": 0.081, "trained": 0.218},
+    },
+    "critic": {"explained_variance": [0.04, 0.08, 0.13, 0.19, 0.25, 0.3, 0.345, 0.38, 0.4, 0.41]},
+}
+
+
+def history(num_iterations: int) -> list[dict[str, Any]]:
+    noise = random.Random(1)
+    rows = []
+    for iteration in range(1, num_iterations + 1):
+        reward = 0.39 + 0.25 * (1 - math.exp(-iteration / 18)) + noise.gauss(0, 0.022)
+        rows.append(
+            {
+                "iteration": iteration,
+                "images": 256 * iteration,
+                "reward_mean": reward,
+                "rewards": {"shapes_verifier": reward, "jpeg_compressibility": -1.09 - 0.0009 * iteration},
+                "kl": 0.0021 * min(1, iteration / 6) * noise.uniform(0.7, 1.4),
+                "clip_share": 0.19 * min(1, iteration / 5) * noise.uniform(0.8, 1.2),
+                "explained_variance": [0.03 * step for step in range(10)],
+                "seconds": noise.uniform(7, 9),
+                "gradient_norm": 0.4,
+            }
+        )
+    return rows
+
+
+def steering() -> list[dict[str, Any]]:
+    arms = [("value_gradient", 0.0, 1, 10, 0.61), ("value_gradient", 1.0, 1, 30, 0.637)]
+    arms += [("value_gradient", 2.0, 1, 30, 0.668), ("value_gradient", 4.0, 1, 30, 0.641)]
+    arms += [("best_of_n", 0.0, 2, 20, 0.652), ("best_of_n", 0.0, 4, 40, 0.691), ("best_of_n", 0.0, 8, 80, 0.712)]
+    return [
+        {"method": method, "strength": strength, "candidates": candidates, "nfe": nfe, "reward": reward}
+        | interval(mean if reward == "shapes_verifier" else -1.1 - mean / 100, 0.057 if mean else 0.01, 256)
+        | {"seconds": 0.31 * nfe, "diversity": 0.42}
+        for method, strength, candidates, nfe, mean in arms
+        for reward in ("shapes_verifier", "jpeg_compressibility")
+    ]
+
+
+def gallery(prompts: list[str]) -> dict[str, Any]:
+    return {"prompts": prompts, "seeds": [f"7/{i}" for i in range(len(prompts))], "image_size": 32, "columns": 4}
+
+
+def draw_sheet(path: Path, count: int, seed: int) -> None:
+    """A contact sheet of `count` pictures of 32 x 32, 4 a row: a shape each."""
+    colours, numbers = ["#f33", "#3c5", "#46f", "#fd3", "#d4d", "#3cd"], random.Random(seed)
+    sheet = Image.new("RGB", (4 * 32, math.ceil(count / 4) * 32), "#13141b")
+    draw = ImageDraw.Draw(sheet)
+    for index in range(count):
+        x, y, size = index % 4 * 32 + numbers.randint(2, 12), index // 4 * 32 + numbers.randint(2, 12), 14
+        shape = draw.ellipse if index % 2 else draw.rectangle
+        shape((x, y, x + size, y + size), fill=numbers.choice(colours))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def contents(prompts: list[str]) -> dict[str, dict[str, Any]]:
+    """What a complete run publishes: step -> file -> JSON, or the seed of a contact sheet."""
+    return {
+        "prepare": {"config.json": SETTINGS, "environment.json": ENVIRONMENT},
+        "pretrain-value": {
+            "metrics.json": {
+                "explained_variance": [0.03, 0.06, 0.1, 0.15, 0.2, 0.24, 0.28, 0.3, 0.32, 0.33],
+                "history": [],
+            }
+        },
+        "train": {"history.json": history(40)},
+        "evaluate": {
+            "evaluation.json": EVALUATION,
+            "gallery/gallery.json": gallery(prompts),
+            "gallery/base.png": 1,
+            "gallery/trained.png": 2,
+        },
+        "steer": {
+            "steering.json": steering(),
+            "gallery/gallery.json": gallery(prompts),
+            "gallery/steered.png": 3,
+        },
+        "gate": {
+            "gate.json": {
+                "decision": "promote",
+                "reasons": ["shapes_verifier gained 0.222, its interval's lower end 0.185 is above 0"],
+                "checks": [
+                    {"name": "gain", "value": 0.2217, "bound": 0.05, "passed": True},
+                    {"name": "lower bound", "value": 0.1848, "bound": 0.0, "passed": True},
+                ],
+            }
+        },
+        "deploy": {
+            "deployment.json": {
+                "version": "run-1-3f1c2a9d",
+                "endpoint": "http://127.0.0.1:8085/v1/models/latentac:predict",
+                "picture_sha256": "9b74c9897bac770ffc029102a200c5de7b1b1d2a7c3e8f0b6a5d4c3b2a190807",
+                "seconds": 21.4,
+                "request": {"instances": [{"prompt": "a red circle", "seed": 7, "strength": 2.0}]},
+            },
+            "picture.png": 4,
+        },
+    }
+
+
+def publish(folder: Path, files: dict[str, dict[str, Any]], prompts: list[str]) -> tuple[Store, str]:
+    """Publishes `files` of run `run-1` as its steps would, and the driver's timings. Gives the store and its URL."""
+    url = f"file://{folder}/runs/store"
+    store = open_store(url)
+    parents: list[Manifest] = []
+    for step, content in files.items():
+        source = folder / "work" / step
+        for name, value in content.items():
+            path = source / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".png":
+                draw_sheet(path, 1 if path.name == "picture.png" else len(prompts), value)
+            else:
+                path.write_text(json.dumps(value))
+        metrics = {"seconds": SECONDS[step]}
+        manifest = store.publish(
+            f"run-1/{step}", source, run="run-1", step=step, config_hash="c", parents=parents, metrics=metrics
+        )
+        parents = [manifest]
+    return store, url
+
+
+def make(
+    folder: Path,
+    last: str = "deploy",
+    change: Callable[[dict[str, Any]], object] = lambda files: None,
+    prompts: list[str] = PROMPTS,
+) -> tuple[str, dict[str, Any]]:
+    """Publishes a run, changed by `change`, up to the step `last`; gives the page and the summary of its report."""
+    files = contents(prompts)
+    change(files)
+    files = {step: files[step] for step in STEPS[: STEPS.index(last) + 1]}
+    _, url = publish(folder, files, prompts)
+    (folder / "runs" / "run-1").mkdir(parents=True, exist_ok=True)
+    timings = {
+        "stages": {step: 5 + SECONDS[step] for step in files},
+        "total": 5.6 + sum(5 + SECONDS[step] for step in files),
+    }
+    (folder / "runs" / "run-1" / "timings.json").write_text(json.dumps(timings))
+    page, summary = write_report("run-1", url, str(folder / "runs"))
+    assert (page.name, summary.name) == ("report.html", "summary.json")
+    return page.read_text(), json.loads(summary.read_text(), parse_constant=pytest.fail)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("complete")
+
+
+@pytest.fixture(scope="module")
+def complete(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Page and summary of a complete run, for the tests that only read them."""
+    return make(folder)
+
+
+class Page(HTMLParser):
+    """What a reader of the page finds: its text outside of charts, addresses, ids and sections."""
+
+    VOID = frozenset(("meta", "img", "br", "wbr"))
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.charts = 0
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        found = dict(attributes)
+        self.addresses += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href", "action")]
+        self.ids += [found["id"] or ""] if "id" in found else []
+        self.images += [found] if tag == "img" else []
+        self.charts += tag == "svg" and found.get("role") == "img" and bool(found.get("aria-label"))
+        assert tag not in ("script", "iframe", "object", "embed", "form")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, text: str) -> None:
+        if not {"svg", "style", "title"} & set(self.open):
+            self.words.append(text)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))  # no-break spaces become plain ones
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Everything in nested JSON that is not a container; of a dictionary the names too."""
+    if isinstance(value, dict | list):
+        for item in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
+def check_schema(summary: dict[str, Any]) -> None:
+    """summary.json as the README describes it; a part whose step has not run is null, or empty if it is a list."""
+    number = (int, float, type(None))
+
+    def is_interval(row: Any, *more: str) -> bool:
+        return set(row) == {"mean", "low", "high", "n", *more} and all(
+            isinstance(row[k], number) for k in row.keys() - {*more}
+        )
+
+    assert tuple(summary) == KEYS
+    assert all(isinstance(summary[name], str) for name in ("run", "recipe", "commit", "created"))
+    assert isinstance(summary["seed"], int)
+    assert {"cpu", "cores", "memory_gib", "gpu", "platform"} <= set(summary["machine"])
+    assert {*STEPS, "total"} <= set(summary["seconds"])
+    assert all(isinstance(value, number) for value in summary["seconds"].values())
+    if summary["evaluation"] is not None:
+        assert set(summary["evaluation"]) == {"base", "trained", "difference", "categories", "units"}
+        for arm in ("base", "trained", "difference"):
+            assert all(is_interval(row) for row in summary["evaluation"][arm].values())
+        assert set(summary["gallery"]) == {"prompts", "seeds", "image_size", "columns"}
+    assert set(summary["critic"]) == {"explained_variance", "explained_variance_trained"}
+    for values in summary["critic"].values():
+        assert values is None or all(isinstance(value, number) for value in values)
+    keys = {"iteration", "images", "reward_mean", "rewards", "kl", "clip_share", "explained_variance", "seconds"}
+    assert all(set(row) == keys for row in summary["training"])
+    more = ("method", "strength", "candidates", "nfe", "reward", "seconds", "diversity")
+    assert all(is_interval(row, *more) for row in summary["steering"])
+    if summary["gate"] is not None:
+        assert set(summary["gate"]) == {"decision", "reasons", "checks"}
+        assert summary["gate"]["decision"] in ("promote", "hold")
+        assert all(set(check) == {"name", "value", "bound", "passed"} for check in summary["gate"]["checks"])
+    if summary["serving"] is not None:
+        assert set(summary["serving"]) == {"version", "picture_sha256", "seconds", "endpoint", "request"}
+    assert all(isinstance(note, str) for note in summary["notes"])
+
+
+def test_a_complete_run_gives_a_complete_self_contained_page(complete: tuple[str, dict[str, Any]]) -> None:
+    """Every section, every chart, a picture an arm and prompt with words for it; nothing is loaded from elsewhere."""
+    text, summary = complete
+    check_schema(summary)
+    page = Page(text)
+    assert [name for name in page.ids if name in SECTIONS] == list(SECTIONS)
+    assert len(page.ids) == len(set(page.ids))
+    assert page.charts == 7
+    assert len(page.images) == 3 * len(PROMPTS) + 1
+    assert all(image["alt"] and (image["src"] or "").startswith("data:image/png;base64,") for image in page.images)
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    assert not re.search(r"url\((?!#)|@import|https?://(?!127\.0\.0\.1)", text)
+    assert "not run" not in page.text
+    assert "Promoted" in page.text
+    assert "from 0.391 to 0.612: a change of +0.222 (95 % interval +0.185 to +0.259, 1024 pictures a side)" in page.text
+
+
+def test_every_number_that_the_page_shows_is_in_the_summary(complete: tuple[str, dict[str, Any]]) -> None:
+    """Without the summary's strings, each number of the page is one of the summary's, rounded or as it is."""
+    text, summary = complete
+    known = {*leaves(summary), summary["created"].replace("T", " ").removesuffix("+00:00")}
+    rest = Page(text).text
+    for words in sorted((leaf for leaf in known if isinstance(leaf, str)), key=len, reverse=True):
+        rest = rest.replace(words, " ")
+    values = [abs(leaf) for leaf in known if isinstance(leaf, int | float)]
+    own = {"0", "1", "95", "256", *map(str, range(1, 11))}  # 95 % interval, sha256, the critic's steps
+    shown = set(re.findall(r"\d[\d.]*(?:e-?\d+)?(?<!\.)", rest)) - own
+    assert len(shown) > 90
+    for number in shown:
+        digits = len(number.partition(".")[2])
+        assert number in {f"{value:.{digits}f}" for value in values} | {f"{value:.3g}" for value in values} | {
+            repr(value) for value in values
+        }
+
+
+def test_charts_are_drawn_from_the_summary_alone(complete: tuple[str, dict[str, Any]]) -> None:
+    """They can be drawn again from summary.json, to the same bytes, and follow the page's colours."""
+    from latentac.charts import draw
+
+    text, summary = complete
+    charts = draw(summary)
+    assert sorted(charts) == sorted(
+        [
+            "reward:shapes_verifier",
+            "reward:jpeg_compressibility",
+            "critic",
+            "steering:shapes_verifier",
+            "steering:jpeg_compressibility",
+            "kl",
+            "clip_share",
+        ]
+    )
+    for svg in charts.values():
+        assert svg in text
+        assert "var(--ink)" in svg
+        assert not re.search(r"#[0-9a-f]{6}|http|<metadata|DejaVu", svg)
+
+
+def test_pictures_stand_under_their_prompt(complete: tuple[str, dict[str, Any]], folder: Path) -> None:
+    """Cell i of every sheet is cut out exactly and shown, base, trained, steered, under prompt i."""
+    import base64
+    import io
+
+    text, _ = complete
+    images = Page(text).images
+    for place in range(len(PROMPTS)):
+        for column, (arm, step) in enumerate((("base", "evaluate"), ("trained", "evaluate"), ("steered", "steer"))):
+            shown = images[3 * place + column]
+            assert shown["alt"] == f"{PROMPTS[place]}, by the {arm} model"
+            data = base64.b64decode((shown["src"] or "").partition(",")[2])
+            left, top = place % 4 * 32, place // 4 * 32
+            sheet = Image.open(folder / "work" / step / "gallery" / f"{arm}.png")
+            assert Image.open(io.BytesIO(data)).tobytes() == sheet.crop((left, top, left + 32, top + 32)).tobytes()
+
+
+@pytest.mark.parametrize("last", ["prepare", "train", "evaluate", "gate"])
+def test_a_run_that_ended_early_is_reported_as_far_as_it_came(tmp_path: Path, last: str) -> None:
+    """After each step there is a valid report, which says of the others that they have not run."""
+    text, summary = make(tmp_path, last)
+    check_schema(summary)
+    page = Page(text)
+    assert [name for name in page.ids if name in SECTIONS] == list(SECTIONS)
+    assert "not run" in page.text
+    assert ("Not finished" in page.text) == (last != "gate")
+    assert [step for step in STEPS if summary["seconds"][step] is None] == list(STEPS[STEPS.index(last) + 1 :])
+
+
+def test_a_held_run_says_so_with_the_reasons(tmp_path: Path) -> None:
+    """The gate's hold is the headline; nothing was deployed, and the page says why."""
+
+    def hold(files: dict[str, Any]) -> None:
+        reasons = ["shapes_verifier gained 0.012, less than 0.05"]
+        checks = [{"name": "gain", "value": 0.012, "bound": 0.05, "passed": False}]
+        files["gate"]["gate.json"] = {"decision": "hold", "reasons": reasons, "checks": checks}
+        gain = {"mean": 0.012, "low": -0.02, "high": 0.044, "n": 1024}
+        files["evaluate"]["evaluation.json"] = EVALUATION | {"difference": {"shapes_verifier": gain}}
+
+    text, summary = make(tmp_path, "gate", hold)
+    check_schema(summary)
+    shown = Page(text).text
+    assert "Held back by the gate" in shown
+    assert "gained 0.012, less than 0.05" in shown
+    assert "went from 0.391 to 0.612" in shown
+    assert "not told apart from no change" in shown
+    assert "nothing was deployed" in shown
+    assert summary["serving"] is None
+
+
+def test_nan_becomes_null_and_a_note(tmp_path: Path) -> None:
+    """Neither file ever holds NaN or infinity: there is null, a dash on the page, and a note of what was dropped."""
+
+    def spoil(files: dict[str, Any]) -> None:
+        rows = history(40)
+        rows[3]["kl"] = rows[4]["kl"] = math.nan
+        rows[5]["rewards"]["shapes_verifier"] = math.inf
+        files["train"]["history.json"] = rows
+        trained = {"shapes_verifier": interval(0.6, 0.03) | {"low": math.nan, "high": math.nan}}
+        files["evaluate"]["evaluation.json"] = EVALUATION | {"trained": trained, "critic": {}}
+        files["pretrain-value"]["metrics.json"] = {"explained_variance": [math.nan] * 10}
+        files["steer"]["steering.json"] = [row | {"mean": math.nan} for row in steering()]
+
+    text, summary = make(tmp_path, change=spoil)
+    check_schema(summary)
+    assert summary["training"][3]["kl"] is None
+    assert summary["evaluation"]["trained"]["shapes_verifier"]["low"] is None
+    assert summary["critic"]["explained_variance"] == [None] * 10
+    assert summary["critic"]["explained_variance_trained"] is None
+    assert "training[].kl: 2 values were not finite and became null" in summary["notes"]
+    shown = Page(text).text
+    assert "training[].kl: 2 values were not finite" in shown
+    assert not re.search(r"\bnan\b|\binf\b", shown, re.IGNORECASE)
+
+
+def test_words_from_outside_are_escaped(tmp_path: Path) -> None:
+    """A prompt, a reward's name or a reason is text, whatever it looks like."""
+    evil = "<script>alert(\"x\")</script> & 'quotes' $x$"
+
+    def poison(files: dict[str, Any]) -> None:
+        files["gate"]["gate.json"] |= {"reasons": [evil]}
+        files["train"]["history.json"] = [row | {"rewards": row["rewards"] | {evil: 0.1}} for row in history(3)]
+
+    text, _ = make(tmp_path, change=poison, prompts=[evil, *PROMPTS[1:]])
+    assert "<script" not in text
+    page = Page(text)
+    assert page.text.count('<script>alert("x")</script>') == 2
+    assert page.images[0]["alt"] == f"{evil}, by the base model"
+
+
+def test_seconds_are_the_drivers_or_the_manifests(tmp_path: Path) -> None:
+    """The driver's wall clock counts; without a driver the manifests' own seconds do, and the total is their sum."""
+
+    def seconds_with(timings: str | None) -> tuple[dict[str, float | None], list[str]]:
+        path = tmp_path / "runs" / "run-1" / "timings.json"
+        path.unlink() if timings is None else path.write_text(timings)
+        _, report = write_report("run-1", f"file://{tmp_path}/runs/store", str(tmp_path / "runs"))
+        summary = json.loads(report.read_text())
+        return {name: value for name, value in summary["seconds"].items() if value is not None}, summary["notes"]
+
+    make(tmp_path, "pretrain-value")
+    stages = '{"stages": {"prepare": 9.0, "pretrain-value": 44.0, "train": 12.0}, "total": 66.0}'
+    expected = {"prepare": 9.0, "pretrain-value": 44.0, "train": 12.0, "total": 66.0}  # train was tried
+    assert seconds_with(stages) == (expected, [])
+    found, notes = seconds_with('{"stages": {}, "total": 30.0}')
+    assert found == {"prepare": 4.2, "pretrain-value": 38.5, "total": 30.0}
+    assert "less than the stages" in notes[0]
+    assert seconds_with(None) == ({"prepare": 4.2, "pretrain-value": 38.5, "total": pytest.approx(42.7)}, [])
+    with pytest.raises(IntegrityError, match=r"timings.json: is not the driver's JSON .* Remove it"):
+        seconds_with('{"stages"')
+
+
+def test_the_way_to_serve_names_what_is_not_default(complete: tuple[str, dict[str, Any]], folder: Path) -> None:
+    """`make serve` as printed finds the run again, wherever it was written."""
+    text, _ = complete
+    assert f"make serve RUN=run-1 OUTPUT={folder}/runs</pre>" in text
+
+
+def test_a_run_without_artifacts_is_refused(tmp_path: Path) -> None:
+    """Nothing was prepared: the error names the artifact, and no report is left behind."""
+    with pytest.raises(ArtifactNotFound, match="run-9/prepare"):
+        write_report("run-9", f"file://{tmp_path}/store", str(tmp_path))
+    assert list((tmp_path / "run-9").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (["evaluate", "steer"], r"evaluate: gallery/base.png is \(128, 64\) pixels, gallery.json says \(96, 96\)"),
+        (["steer"], "steer: its gallery has other prompts, seeds or sizes than that of evaluate"),
+    ],
+)
+def test_a_gallery_that_does_not_fit_its_captions_is_refused(tmp_path: Path, steps: list[str], message: str) -> None:
+    """Pictures under a wrong prompt, or beside one of another seed, would be worse than no report."""
+
+    def shift(files: dict[str, Any]) -> None:
+        for step in steps:
+            files[step]["gallery/gallery.json"] = gallery(PROMPTS) | {"columns": 3}
+
+    with pytest.raises(IntegrityError, match=message):
+        make(tmp_path, change=shift)

@@ -1,0 +1,116 @@
+"""A verb as a pipeline task, in a process of its own: what it leaves behind when it ends well and when it does not."""
+
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from latentac.lifetime import OWNERS
+from latentac.task import ERROR_FILE, EVENT_MARK, EVENTS
+
+MANIFEST = """
+from latentac.store import Manifest
+publish(Manifest('latentac/artifact/1', 'run-1/train', 'run-1', 'train', 'commit', 'hash', {created!r}, (), (), {{}}))
+"""
+
+
+def task(body: str, output: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run `body` as the task train of run-1."""
+    indented = "\n".join(f"    {line}" for line in body.strip().splitlines())
+    source = (
+        "import sys\nfrom latentac.errors import *\nfrom latentac.task import pipeline_task\n"
+        f"with pipeline_task('train', 'run-1', sys.argv[1], sys.argv[2]) as publish:\n{indented}\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in (EVENTS, OWNERS)}
+    command = [sys.executable, "-c", source, str(output), str(output / "manifest")]
+    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=False)
+
+
+def events(text: str) -> list[dict[str, object]]:
+    return [json.loads(line.removeprefix(EVENT_MARK)) for line in text.splitlines() if line.startswith(EVENT_MARK)]
+
+
+@pytest.mark.parametrize(("age_seconds", "reused"), [(0, False), (60, True)])
+def test_task_hands_on_the_manifest_and_says_whether_it_was_there(
+    tmp_path: Path, age_seconds: int, reused: bool
+) -> None:
+    """The output artifact is the manifest as it lies in the store; an older one was published by an earlier start."""
+    created = (datetime.now(UTC) + timedelta(seconds=5 - age_seconds)).isoformat(timespec="seconds")
+    done = task(MANIFEST.format(created=created), tmp_path, **{EVENTS: "1"})
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "manifest").read_text())["key"] == "run-1/train"
+    assert events(done.stdout) == [
+        {"event": "begin", "task": "train"},
+        {"event": "end", "task": "train", "reused": reused},
+    ]
+    assert not (tmp_path / "run-1" / ERROR_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "message"),
+    [
+        ("raise TrainingError('iteration 3', 'diverged', 'Lower it.')", 7, "iteration 3: diverged. Lower it."),
+        ("raise StoreUnavailable('s3://b', 'no answer', 'Try later.')", 75, "s3://b: no answer. Try later."),
+        ("open('/dev/full', 'w').write('x' * 10**6)", 6, "disk: no space is left on the device."),
+    ],
+)
+def test_expected_failure_is_one_message_and_the_documented_code(
+    tmp_path: Path, body: str, code: int, message: str
+) -> None:
+    """No traceback; the same message on stderr for a person and in error.json for a driver."""
+    failed = task(body, tmp_path)
+
+    assert failed.returncode == code
+    assert failed.stderr.startswith(f"train: {message}")
+    assert len(failed.stderr.splitlines()) == 1
+    left = json.loads((tmp_path / "run-1" / ERROR_FILE).read_text())
+    assert (left["task"], left["exit_code"]) == ("train", code)
+    assert left["message"].startswith(message)
+
+
+def test_failure_under_a_driver_is_left_to_the_driver_to_tell(tmp_path: Path) -> None:
+    """One message, not two: with `LATENTAC_EVENTS` the task is silent about what error.json says."""
+    failed = task("raise TrainingError('iteration 3', 'diverged', 'Lower it.')", tmp_path, **{EVENTS: "1"})
+
+    assert failed.stderr == ""
+    assert events(failed.stdout)[-1] == {"event": "fail", "task": "train", "exit_code": 7}
+
+
+def test_failure_that_cannot_be_written_down_is_printed(tmp_path: Path) -> None:
+    """Nothing is lost where even error.json finds no place."""
+    (tmp_path / "file").touch()
+    failed = task("pass", tmp_path / "file", **{EVENTS: "1"})
+
+    assert failed.returncode == 1
+    assert "train: " in failed.stderr
+
+
+def test_bug_keeps_its_traceback(tmp_path: Path) -> None:
+    """What nobody expected is exit code 1, with all there is to find it by."""
+    failed = task("{}['missing']", tmp_path, **{EVENTS: "1"})
+
+    assert failed.returncode == 1
+    assert "Traceback" in failed.stderr
+    assert "KeyError: 'missing'" in json.loads((tmp_path / "run-1" / ERROR_FILE).read_text())["message"]
+
+
+def test_interrupt_is_quiet(tmp_path: Path) -> None:
+    """Ctrl-C reaches every process of the terminal, and only the driver talks about it."""
+    stopped = task("import os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(20)", tmp_path)
+
+    assert (stopped.returncode, stopped.stderr) == (130, "")
+
+
+def test_leftovers_of_a_killed_task_are_removed(tmp_path: Path) -> None:
+    """A hidden folder is where a task prepares what it publishes; the next one starts with none."""
+    (tmp_path / "run-1" / ".train-abc").mkdir(parents=True)
+    (tmp_path / "run-1" / "train").mkdir()
+
+    task("pass", tmp_path)
+
+    assert sorted(path.name for path in (tmp_path / "run-1").iterdir() if path.is_dir()) == ["train"]
