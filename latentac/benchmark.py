@@ -28,10 +28,11 @@ def arms(config: Config) -> list[tuple[str, float, int, Steering]]:
 def run_benchmark(
     config: Config, policy: Policy, critic: Critic, rewards: Sequence[Reward], prompts: Sequence[Prompt]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """One row an arm and reward: {method, strength, candidates, nfe, reward, mean, low, high, n, seconds}; and a gallery.
+    """Rows, one an arm and reward, and a gallery.
 
-    nfe counts forwards of the denoiser an image, a backward as 2; seconds are wall time for all n images, decode and
-    scoring included. The gallery shows the recipe's default strength on the prompts and noise of `compare`.
+    A row is {method, strength, candidates, nfe, reward, mean, low, high, n, seconds}. nfe counts forwards of the
+    denoiser an image, a backward as 2; seconds are wall time for all n images, decoding and scoring included. The
+    gallery shows the recipe's default strength on the prompts and noise of `compare`.
     """
     evaluation = config.evaluation
     chosen = [prompts[i].text for i in balanced(prompts, evaluation.num_images, config.seed, "evaluation")]

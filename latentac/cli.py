@@ -126,12 +126,13 @@ def _run_verb(options: argparse.Namespace) -> None:
     from latentac.lifetime import own_descendants, run_lock
     from latentac.run import VERBS
     from latentac.task import LOCK_FILE
+    from latentac.workspace import working_folder
 
     own_descendants()
     place = {"run": options.run, "store": options.store, "output": options.output}
     if options.verb == "prepare":
         place |= {"recipe": options.recipe, "config": options.config, "overrides": options.set}
-    with run_lock(Path(options.output) / options.run / LOCK_FILE):
+    with run_lock(working_folder(options.run, options.output) / LOCK_FILE):
         manifest: Manifest = VERBS[options.verb](**place)
     print(json.dumps({"key": manifest.key, "metrics": manifest.metrics}, indent=2))
 

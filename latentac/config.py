@@ -69,7 +69,7 @@ class Policy(Section):
 class Critic(Section):
     """Value heads on the backbone's taps. width: of a branch; queries: learnable summary tokens a tap."""
 
-    width: Positive = 128
+    width: Positive = 64
     num_heads: Positive = 4
     num_queries: Positive = 4
     depth: Positive = 1
@@ -84,7 +84,7 @@ class Pretrain(Section):
 
     num_images: Positive = 1024
     num_held_out_images: Positive = 256
-    num_passes: Positive = 10
+    num_passes: Positive = 3
     minibatch_states: Positive = 256
 
 
@@ -103,7 +103,7 @@ class Algorithm(Section):
 
 
 class Train(Section):
-    """block_images: the unit of work; blocks are dealt to the workers, so the result does not depend on their number."""
+    """block_images: the unit of work. Blocks are dealt to the workers; their number changes no result."""
 
     num_iterations: Positive = 40
     images_per_iteration: Positive = 256

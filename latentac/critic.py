@@ -198,7 +198,7 @@ class Critic(nn.Module):
 
 
 def _fourier(sigma: Tensor, width: int) -> Tensor:
-    """[B] noise levels to [B, width] sines and cosines at frequencies from 1 to 1000 (Vaswani et al. 2017, sec. 3.5)."""
+    """[B] noise levels to [B, width] sines and cosines at frequencies 1 to 1000 (Vaswani et al. 2017, sec. 3.5)."""
     frequencies = torch.logspace(0, 3, width // 2, device=sigma.device)
     angles = sigma[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], -1)

@@ -49,7 +49,7 @@ def app(run: str, store: str, output: str, failure: Path, num_workers: int, max_
 
 def run_app(run: str, store: str, output: str, num_workers: int, max_restarts: int) -> None:
     """Run the training app to its end, its log lines passed on. Raises what a worker left, or TrainingError."""
-    with tempfile.TemporaryDirectory(prefix="latentac-train-") as folder, get_runner() as runner:
+    with tempfile.TemporaryDirectory(prefix=".train-", dir=Path(output) / run) as folder, get_runner() as runner:
         failure, logs = Path(folder) / "failure.json", Path(folder) / "logs"
         definition = app(run, store, output, failure, num_workers, max_restarts)
         handle = runner.run(definition, "local_cwd", {"log_dir": str(logs)})

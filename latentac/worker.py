@@ -87,7 +87,7 @@ def _prefix(space: Workspace) -> str:
 def _resume(space: Workspace, trainer: Trainer) -> None:
     """Load the newest checkpoint that is whole; one that is not is told and passed over."""
     for key in reversed(_checkpoints(space)):
-        with tempfile.TemporaryDirectory(dir=space.folder) as folder:
+        with tempfile.TemporaryDirectory(prefix=".train-", dir=space.folder) as folder:
             try:
                 manifest = space.store.fetch(key, Path(folder) / "state")
             except IntegrityError as error:
@@ -111,7 +111,7 @@ def _checkpoints(space: Workspace) -> list[str]:
 def _checkpoint(space: Workspace, trainer: Trainer) -> None:
     """Files, manifest, pointer; then drop what is older than `keep_checkpoints`."""
     key = f"{_prefix(space)}/{trainer.iteration:06d}"
-    with tempfile.TemporaryDirectory(dir=space.folder) as folder:
+    with tempfile.TemporaryDirectory(prefix=".train-", dir=space.folder) as folder:
         write_state(Path(folder) / "state", *trainer.state())
         _publish_folder(space, key, Path(folder) / "state", {"iteration": trainer.iteration})
     space.store.write_json(f"{_prefix(space)}/LATEST", {"key": key})
@@ -121,7 +121,7 @@ def _checkpoint(space: Workspace, trainer: Trainer) -> None:
 
 def _publish(space: Workspace, trainer: Trainer, seconds: float) -> None:
     """The result: policy/ (a plain diffusers folder), critic/, history.json."""
-    with tempfile.TemporaryDirectory(dir=space.folder) as temporary:
+    with tempfile.TemporaryDirectory(prefix=".train-", dir=space.folder) as temporary:
         folder = Path(temporary) / "train"
         trainer.policy.backbone.save(folder / "policy")
         trainer.critic.save(folder / "critic")

@@ -5,12 +5,13 @@ torch and diffusers are imported where they are needed: the steps that only laun
 
 import functools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentac.config import Config, resolve
-from latentac.errors import ArtifactNotFound
+from latentac.errors import ArtifactNotFound, ConfigError, Problem
 from latentac.store import Manifest, Store, open_store
 
 if TYPE_CHECKING:
@@ -85,10 +86,18 @@ class Workspace:
         return Policy(load_backbone(self.config.backbone.name, folder, self.device), kernel)
 
 
+def working_folder(run: str, output: str) -> Path:
+    """`<output>/<run>`. Raises ConfigError for an id that would lie elsewhere or hide itself."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", run) or run == "store":
+        remedy = "Use letters, digits, '.', '_' and '-', beginning with a letter or digit, and not `store`"
+        raise ConfigError([Problem("run", run, "cannot be the id of a run", remedy)])
+    return Path(output) / run
+
+
 def open_run(run: str, store: str, output: str) -> Workspace:
     """The workspace of a prepared run. Raises ArtifactNotFound where `prepare` has not published."""
     opened = open_store(store or default_store(output))
-    folder = Path(output) / run
+    folder = working_folder(run, output)
     manifest = opened.fetch(f"{run}/prepare", folder / "prepare")
     config = resolve(json.loads((folder / "prepare" / "config.json").read_text()))
     return Workspace(run, opened, folder, config, manifest)

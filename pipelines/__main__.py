@@ -20,9 +20,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return _compile(options.to) if options.command == "compile" else _run(options)
-    except BrokenPipeError:  # `... | head`: nobody reads any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except KeyboardInterrupt:  # before the run began; afterwards run_pipeline says how to go on
+        return 130
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # the interpreter would complain about it when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

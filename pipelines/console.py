@@ -49,10 +49,13 @@ class Console(io.TextIOBase):
         return len(text)
 
     def say(self, line: str) -> None:
-        """Print a line of the driver's own."""
+        """Print a line of the driver's own. Raises KeyboardInterrupt when nobody reads any more (`... | head`)."""
         clear = CLEAR_LINE if self._out.isatty() else ""
-        self._out.write(f"{clear}{line}\n")  # not print: kfp.local replaces that while a step runs
-        self._out.flush()
+        try:
+            self._out.write(f"{clear}{line}\n")  # not print: kfp.local replaces that while a step runs
+            self._out.flush()
+        except BrokenPipeError:  # kfp.local waits for the step after any other error, however long it takes
+            raise KeyboardInterrupt from None
 
     @property
     def held(self) -> list[str]:

@@ -40,22 +40,23 @@ def run_pipeline(run: str, request: Request, output: Path, *, fresh: bool) -> in
     from pipelines.pipeline import STEPS  # imports kfp, a second
 
     folder = output / run
-    console = Console(STEPS, sys.stdout, folder / "timings.json")
     signal.signal(signal.SIGTERM, _interrupt)
     own_descendants()
-    try:
-        with run_lock(folder / "run.lock"), _environment(folder):
+    with run_lock(folder / "run.lock"), _environment(folder):
+        console = Console(STEPS, sys.stdout, folder / "timings.json")
+        try:
             console.say(f"run {run}, recipe {request.recipe}, in {folder}")
             _execute(run, request, output, console)
             _conclude(run, request, output, console)
-    except KeyboardInterrupt:
-        return _report(f"stopped{f' in {console.running}' if console.running else ''}", _STOPPED, run, output)
-    except StepFailed as failure:
-        if fresh and failure.exit_code == _CONFIG_ERROR and failure.step == "prepare":
-            shutil.rmtree(folder)  # nothing was done that could be resumed
-            print(failure.message, file=sys.stderr)
-            return failure.exit_code
-        return _report(f"{failure.step}: {failure.message}", failure.exit_code, run, output)
+        except KeyboardInterrupt:
+            console.count(console.running)
+            return _report(f"stopped{f' in {console.running}' if console.running else ''}", _STOPPED, run, output)
+        except StepFailed as failure:
+            if fresh and failure.exit_code == _CONFIG_ERROR and failure.step == "prepare":
+                shutil.rmtree(folder)  # nothing was done that could be resumed
+                print(failure.message, file=sys.stderr)
+                return failure.exit_code
+            return _report(f"{failure.step}: {failure.message}", failure.exit_code, run, output)
     return 0
 
 

@@ -98,7 +98,7 @@ def _run(command: list[str], cwd: Path | str, **environment: str) -> str:
     done = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
     if done.returncode:
         raise Unavailable(
-            f"{' '.join(command)} failed:\n{done.stderr[-2000:]}\n"
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}\n"
             "Make the network reachable, or put a minio binary on PATH or into MINIO_BIN."
         )
     return done.stdout

@@ -16,7 +16,6 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
-
 from transformers.utils import logging as transformers_logging
 
 from latentac import diffusion

@@ -2,7 +2,7 @@
 
 `exported` is the folder's own description, `request` what a caller may ask for, `generator` the pictures, `model` the
 KServe model over it, `server` the process (`python -m latentac.serving`), `process` that process seen from outside,
-`check` the proof that it serves. Importing this package imports neither torch nor KServe.
+`deployment` the proof that it serves. Importing this package imports neither torch nor KServe.
 """
 
 from latentac.serving.server import serve

@@ -19,8 +19,7 @@ from latentac.serving.server import HOST, NAME, bind
 
 POLL_SECONDS = 0.1
 ANSWER_SECONDS = 300.0
-STOP_SECONDS = 40.0
-"""KServe lets accepted requests finish for 30 s."""
+STOP_SECONDS = 30.0
 TAIL_BYTES = 16384
 
 
@@ -80,8 +79,8 @@ class ServerProcess:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(1)
             raise self._failure(f"did not answer ({type(error).__name__})") from error
-        if status != 200:
-            told = content.get("error", content) if isinstance(content, dict) else content
+        if status != 200 or not isinstance(content, dict):
+            told = content.get("error", content) if isinstance(content, dict) else content[:300]
             raise ServingError(self.endpoint, f"answered {status}: {told}", "Correct the request.")
         prediction: dict[str, Any] = content["predictions"][0]
         return prediction
@@ -102,16 +101,18 @@ class ServerProcess:
         raise self._failure(f"was not ready within {self._ready_seconds:g} s")
 
     def _ask(self, method: str, path: str, body: str | None, seconds: float) -> tuple[int, Any]:
-        """Status and decoded body. http.client because it reads no proxy settings: the server is on loopback."""
+        """Status and body, decoded if it is JSON. By http.client, which reads no proxy settings."""
         connection = http.client.HTTPConnection(self._host, self._port, timeout=seconds)
         try:
             connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
             response = connection.getresponse()
-            return response.status, json.loads(response.read())
-        except ValueError as error:
-            raise http.client.HTTPException(f"the answer is not JSON: {error}") from error
+            content = response.read()
         finally:
             connection.close()
+        try:
+            return response.status, json.loads(content)
+        except ValueError:
+            return response.status, content.decode(errors="replace")
 
     def _failure(self, problem: str) -> ServingError:
         code = self._process.poll()
@@ -120,7 +121,7 @@ class ServerProcess:
         # pread, because the child writes at the offset that it shares with this descriptor.
         descriptor = self._log.fileno()
         text = os.pread(descriptor, TAIL_BYTES, max(0, os.fstat(descriptor).st_size - TAIL_BYTES))
-        lines = [line for line in text.decode(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in text.decode(errors="replace").splitlines() if line.strip(" ^~")]
         tail = " | ".join(lines[-5:]) or "nothing"
         return ServingError(f"the model server for {self._folder}", problem, f"Its last words: {tail}")
 

@@ -13,6 +13,8 @@ from latentac.errors import ResourceError
 NAME = "latentac"
 HOST = "127.0.0.1"
 PORT = 8080
+GRACE_SECONDS = 600
+"""How long accepted requests may take after SIGTERM. Whoever stops the server sets the tighter limit, with SIGKILL."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -74,7 +76,7 @@ def serve_on(listener: socket.socket, folder: Path, name: str, device: str, *, t
     app.add_exception_handler(ConfigError, refuse)
     model = SteeredDiffusion(name, folder, device)
     model.load()
-    server = LoopbackServer(workers=1, enable_grpc=False, enable_latency_logging=False)
+    server = LoopbackServer(workers=1, enable_grpc=False, enable_latency_logging=False, grace_period=GRACE_SECONDS)
     _listen(listener)
     if told:
         print(_example(address_of(listener), name), file=sys.stdout, flush=True)

@@ -7,17 +7,24 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-from latentac.shapes.captions import specifications
 
 TEXT_WIDTH = 64
 TEXT_LENGTH = 16  # the longest caption has 10 tokens, its two marks included
 LATENT_SHAPE = (4, 8, 8)
 TRAIN_TIMESTEPS = 1000
+# The byte-pair merges, most frequent first, "/" for the end of a word. They were learned once, by the trainer of the
+# tokenizers library, from the words of the language; its order among equally frequent pairs changes from run to run.
+_MERGES = """
+r e, a n, l e, r i, c i, e l, l e/, o w/, q u, r c, s qu, t ri, an g, le s/, ci rc, squ a, tri ang, a b, a g,
+a n/, b l, b el, c y, e n, e n/, f o, f t/, g h, g re, h re, l ow/, m ag, o v, o f/, r e/, t w, t a/, t hre, u
+e/, u r/, y el, re s/, re d/, an d/, le ft/, ri gh, circ le/, circ les/, squa re/, squa res/, triang le/,
+triang les/, ab ov, bl ue/, bel ow/, cy an/, en ta/, fo ur/, gre en/, mag enta/, tw o/, thre e/, yel low/,
+righ t/, abov e/
+"""
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -49,15 +56,8 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     """A CLIPTokenizer in which every word of the shapes language is one token and any other text still has tokens.
     Its `vocab.json` and `merges.txt` are written to `folder`.
     """
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    trained.normalizer = normalizers.Lowercase()
-    trained.pre_tokenizer = pre_tokenizers.Whitespace()
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False)
-    words = sorted({word for spec in specifications() for word in spec.caption.split()})
-    trained.train_from_iterator(words * 2, trainer)
-    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
-    alphabet = sorted(letters)
+    merges = [tuple(pair.replace("/", "</w>").split()) for pair in _MERGES.split(",")]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in merges] + [_START, _END]
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}

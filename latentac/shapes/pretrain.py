@@ -8,6 +8,7 @@ same folder with the same settings keeps the finished autoencoder.
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -243,8 +244,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    arguments = _parser().parse_args()
+def main(arguments_given: Sequence[str] | None = None) -> None:
+    arguments = _parser().parse_args(arguments_given)
     torch.set_num_threads(arguments.threads)
     settings = Settings(
         seed=arguments.seed,

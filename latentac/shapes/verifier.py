@@ -54,6 +54,8 @@ def verify(images: np.ndarray, specs: Sequence[Specification]) -> np.ndarray:
 
 def detect(images: np.ndarray) -> list[list[Detection] | None]:
     """The objects of each of `images` uint8 [B, 32, 32, 3]; None where anything is no clean object."""
+    if not len(images):
+        return []
     coverage, masks, stray = _segment(images)
     labels, _ = ndimage.label(masks, structure=_IN_PLANE)
     results: list[list[Detection] | None] = [[] for _ in images]

@@ -46,9 +46,7 @@ def test_the_ratio_is_bitwise_1_before_the_first_update(backbone, critic, kernel
     empty = torch.zeros(images, steps)
     batch = flatten_steps(trajectory, empty, empty[..., None], rows // steps, rows % steps)
     backbone.module.requires_grad_(True)
-    transition = Policy(backbone, kernel).transition(
-        batch.latents, batch.sigma, batch.sigma_next, batch.conditioning
-    )
+    transition = Policy(backbone, kernel).transition(batch.latents, batch.sigma, batch.sigma_next, batch.conditioning)
     log_probs = transition.log_prob(batch.next_latents)
     backbone.module.requires_grad_(False)
     assert log_probs.requires_grad
@@ -131,7 +129,9 @@ def test_a_critic_is_saved_and_loaded_bitwise(critic, tmp_path):
     critic.save(tmp_path / "critic")
     loaded = Critic.load(tmp_path / "critic", CPU)
     assert loaded.reward_names == critic.reward_names
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), critic.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), critic.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("adaptation", ["full", "lora"])

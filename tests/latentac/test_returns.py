@@ -57,9 +57,7 @@ def test_combination_does_not_depend_on_a_rewards_unit():
     advantages = draw(64, 3, 2)
     weights = torch.tensor([1.0, 1.0])
     scaled = advantages * torch.tensor([1.0, 1000.0])
-    torch.testing.assert_close(
-        combine(advantages, weights, 10.0), combine(scaled, weights, 10.0), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(combine(advantages, weights, 10.0), combine(scaled, weights, 10.0), rtol=1e-4, atol=1e-4)
     alone = combine(advantages, torch.tensor([1.0, 0.0]), 10.0)
     torch.testing.assert_close(alone, whiten(advantages[..., 0]), rtol=1e-4, atol=1e-4)
     assert float(combine(advantages, weights, 0.5).abs().max()) <= 0.5

@@ -119,4 +119,3 @@ def test_best_of_n_keeps_the_candidate_with_the_highest_value():
     values = torch.tensor([[[1.0, 0.0], [0.0, 3.0]], [[2.0, 0.0], [0.0, 1.0]]])
     assert BestOfN(torch.tensor([1.0, 1.0]), 2).select(values).tolist() == [1, 0]
     assert BestOfN(torch.tensor([1.0, 0.0]), 2).select(values).tolist() == [0, 0]
-

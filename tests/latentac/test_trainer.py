@@ -136,9 +136,7 @@ def test_a_positive_advantage_raises_that_transitions_log_prob(name):
 
 
 def _transition(trainer, minibatch):
-    return trainer.policy.transition(
-        minibatch.latents, minibatch.sigma, minibatch.sigma_next, minibatch.conditioning
-    )
+    return trainer.policy.transition(minibatch.latents, minibatch.sigma, minibatch.sigma_next, minibatch.conditioning)
 
 
 def test_the_actor_learns_a_smooth_reward():

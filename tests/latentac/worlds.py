@@ -3,6 +3,7 @@
 It stands where a backbone stands, behind the same protocol, so the product's own loop runs on it.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -25,11 +26,11 @@ class GaussianBackbone:
 
     module: nn.Module = nn.Identity()
     latent_shape = (1, 1, 1)
-    tap_shapes = {"state": (2, 1, 1)}
     text_width = 1
 
     def __init__(self, path: diffusion.Path) -> None:
         self.path = path
+        self.tap_shapes = {"state": (2, 1, 1)}
 
     def schedule(self, num_steps: int) -> Tensor:
         """Uniform in the flow's time; for a variance-preserving path uniform in the angle whose sine is sigma."""
@@ -74,7 +75,7 @@ def affine_steps(backbone: GaussianBackbone, kernel: Kernel, num_steps: int) -> 
     """Read off the kernel's mean at x = 0 and x = 1; float64 is not needed for what is tested."""
     sigmas = backbone.schedule(num_steps)
     steps = []
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in itertools.pairwise(sigmas):
         x = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1)
         levels = sigma.expand(2), sigma_next.expand(2)
         prediction, _ = backbone.predict(x, levels[0], backbone.encode(["", ""]))

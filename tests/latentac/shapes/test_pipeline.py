@@ -13,6 +13,7 @@ from latentac.errors import ConfigError
 from latentac.shapes import PIPELINES, builtin_pipeline
 from latentac.shapes.autoencoder import encode, to_images
 from latentac.shapes.captions import CATEGORIES, balanced_prompts, parse_caption, specifications
+from latentac.shapes.denoiser import build_tokenizer
 from latentac.shapes.scenes import sample_pictures
 from latentac.shapes.verifier import verify
 
@@ -76,6 +77,13 @@ def test_no_layer_drops_out(pipeline):
     modules = [*pipeline.unet.modules(), *pipeline.text_encoder.modules()]
     assert all(module.p == 0.0 for module in modules if isinstance(module, torch.nn.Dropout))
     assert pipeline.text_encoder.config.attention_dropout == 0.0
+
+
+def test_the_tokenizer_is_the_one_that_the_script_builds(tmp_path):
+    """Byte for byte, so that a rerun trains on the same token ids."""
+    build_tokenizer(tmp_path)
+    for built in tmp_path.iterdir():
+        assert built.read_bytes() == (FOLDER / "tokenizer" / built.name).read_bytes(), built.name
 
 
 def test_every_word_is_one_token(pipeline):

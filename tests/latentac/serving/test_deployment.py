@@ -12,7 +12,7 @@ from PIL import Image
 
 from latentac.critic import Critic
 from latentac.errors import ResourceError, ServingError
-from latentac.serving.check import serve_and_check
+from latentac.serving.deployment import serve_and_check
 from latentac.serving.generator import Generator, png
 from latentac.serving.server import bind
 

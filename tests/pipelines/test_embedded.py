@@ -1,0 +1,137 @@
+"""The driver `python -m pipelines run` as a person calls it: wrong input, a busy run, the help."""
+
+import fcntl
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.request import Request, create_run
+
+
+def pipelines(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "pipelines", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["compile", "--help"]])
+def test_help_has_examples_and_comes_at_once(arguments: list[str]) -> None:
+    """Half a second, the best of three on a busy machine: neither kfp nor torch is imported for it."""
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        helped = pipelines(*arguments)
+        seconds.append(time.monotonic() - began)
+
+    assert helped.returncode == 0
+    assert min(seconds) < 0.5
+    assert arguments[0] == "compile" or "python -m pipelines run --recipe shapes-unet-smoke" in helped.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "shapes-unte"], "recipe = 'shapes-unte': does not exist."),
+        (["--set", "train.num_iteration=3"], "train.num_iteration = 3: unknown field. Did you mean"),
+        (["--seed", "-1"], "seed = -1: "),
+        (["--config", "missing.yaml"], "--config = 'missing.yaml': cannot be read"),
+    ],
+)
+def test_wrong_configuration_is_one_message_and_leaves_nothing(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    """Exit code 2, no traceback, and no folder of a run that never was."""
+    failed = pipelines("run", "--output", str(tmp_path), *arguments)
+
+    assert failed.returncode == 2, failed.stderr
+    assert failed.stderr.startswith(message)
+    assert len(failed.stderr.splitlines()) == 1
+    assert "Traceback" not in failed.stdout
+    assert message not in failed.stdout
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_output_that_is_no_folder_is_one_message(tmp_path: Path) -> None:
+    """Exit code 6 before anything begins."""
+    (tmp_path / "file").touch()
+    failed = pipelines("run", "--output", str(tmp_path / "file"))
+
+    assert failed.returncode == 6
+    assert failed.stderr.startswith(f"{tmp_path / 'file'}: no folder can be made in it")
+    assert len(failed.stderr.splitlines()) == 1
+
+
+def test_store_without_access_fails_in_prepare_and_says_how_to_go_on(tmp_path: Path) -> None:
+    """The documented code of the error is the driver's, and the message is told once."""
+    (tmp_path / "file").touch()
+    failed = pipelines("run", "--output", str(tmp_path / "runs"), "--store", f"file://{tmp_path / 'file'}")
+
+    run = next((tmp_path / "runs").iterdir()).name
+    error, resume = failed.stderr.splitlines()
+    left = json.loads((tmp_path / "runs" / run / "error.json").read_text())
+    assert error == f"prepare: {left['message']}"
+    assert failed.returncode == left["exit_code"]
+    assert failed.returncode in (3, 6)
+    assert resume == f"resume with: make run RESUME={run} OUTPUT={tmp_path / 'runs'}"
+    assert "[1/7] prepare failed" in failed.stdout
+
+
+@pytest.mark.parametrize("run", ["shapes-unet-19990101-000000", "../runs", "store"])
+def test_resume_of_a_run_that_is_not_there_lists_those_that_are(tmp_path: Path, run: str) -> None:
+    """A folder without a request is no run."""
+    (tmp_path / "store").mkdir()
+    known, _ = create_run(Request("shapes-unet"), tmp_path)
+    failed = pipelines("run", "--output", str(tmp_path), "--resume", run)
+
+    assert failed.returncode == 2
+    assert failed.stderr.splitlines() == [
+        f"--resume = {run!r}: no such run in {tmp_path}. Known, the newest first: {known}."
+    ]
+
+
+def test_resume_with_other_options_is_refused(tmp_path: Path) -> None:
+    """A run is one configuration; every option that differs is told at once, one that agrees may be repeated."""
+    known, _ = create_run(Request("shapes-unet", overrides=("seed=1",)), tmp_path)
+    arguments = ["--recipe", "shapes-unet", "--seed", "2", "--store", "file:///elsewhere"]
+    failed = pipelines("run", "--output", str(tmp_path), "--resume", known, *arguments)
+
+    assert failed.returncode == 2
+    assert [line.split(" = ")[0] for line in failed.stderr.splitlines()] == ["--overrides", "--store"]
+
+
+@pytest.mark.slow
+def test_run_that_is_in_use_is_refused_with_the_pid(tmp_path: Path) -> None:
+    """Two drivers never work on one run: the second waits half a minute, then names the first."""
+    known, _ = create_run(Request("shapes-unet"), tmp_path)
+    with open(tmp_path / known / "run.lock", "w") as lock:
+        lock.write("4242")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        failed = pipelines("run", "--output", str(tmp_path), "--resume", known)
+
+    assert failed.returncode == 6
+    waiting, error = failed.stderr.splitlines()
+    assert waiting == f"run {known} is in use by pid 4242: waiting up to 30 s"
+    assert error.startswith(f"run {known}: in use by pid 4242.")
+
+
+def test_config_file_is_kept_with_the_run(tmp_path: Path) -> None:
+    """A resume reads what the run was started with, whatever became of the file since."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("seed: 3\n")
+    run, request = create_run(Request("shapes-unet", config=str(file)), tmp_path / "runs")
+    file.unlink()
+
+    assert Path(request.config).read_text() == "seed: 3\n"
+    assert Path(request.config).parent == tmp_path / "runs" / run
+
+
+def test_runs_started_in_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
+    """The id has the time in seconds; a second run of the same second gets a number."""
+    runs = {create_run(Request("a/b c"), tmp_path)[0] for _ in range(5)}
+
+    assert len(runs) == 5
+    assert all(run.startswith("a-b-c-") for run in runs)
