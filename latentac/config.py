@@ -67,13 +67,16 @@ class Policy(Section):
 
 
 class Critic(Section):
-    """Value heads on the backbone's taps. width: of a branch; queries: learnable summary tokens a tap."""
+    """Value heads on the backbone's taps. width: of a branch; num_queries: learnable summary tokens a tap; dropout: of
+    taps and summaries while learning; num_passes: over each iteration's states."""
 
     width: Positive = 64
     num_heads: Positive = 4
     num_queries: Positive = 4
     depth: Positive = 1
-    learning_rate: Rate = 1e-3
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    num_passes: Positive = 2
+    learning_rate: Rate = 2e-3
     weight_decay: NonNegative = 1e-4
     gradient_clip: Rate = 1.0
     target_clip: Rate = 5.0
@@ -82,9 +85,9 @@ class Critic(Section):
 class Pretrain(Section):
     """Monte-Carlo regression of the critic on rollouts of the frozen actor."""
 
-    num_images: Positive = 1024
+    num_images: Positive = 2048
     num_held_out_images: Positive = 256
-    num_passes: Positive = 3
+    num_passes: Positive = 5
     minibatch_states: Positive = 256
 
 
@@ -105,7 +108,7 @@ class Algorithm(Section):
 class Train(Section):
     """block_images: the unit of work. Blocks are dealt to the workers; their number changes no result."""
 
-    num_iterations: Positive = 40
+    num_iterations: Positive = 30
     images_per_iteration: Positive = 256
     updates_per_iteration: Positive = 4
     block_images: Positive = 32
@@ -127,7 +130,7 @@ class Steering(Section):
     num_images: Annotated[int, Field(ge=8)] = 256
     strengths: list[NonNegative] = [0.0, 1.0, 2.0, 4.0]
     candidates: list[Positive] = [2, 4, 8]
-    default_strength: NonNegative = 2.0
+    default_strength: Rate = 2.0
 
 
 class Gate(Section):

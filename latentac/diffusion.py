@@ -75,7 +75,10 @@ class GaussianTransition:
 class Kernel(Protocol):
     """One stochastic sampler step: from the prediction at `sigma` to the distribution at `sigma_next` < `sigma`."""
 
-    path: Path
+    @property
+    def path(self) -> Path:
+        """How signal and noise mix in the models that this kernel samples."""
+        ...
 
     def transition(
         self, latents: Tensor, prediction: Prediction, sigma: Tensor, sigma_next: Tensor

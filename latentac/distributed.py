@@ -20,10 +20,15 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def seed_for(seed: int, *purpose: object) -> int:
+    """A seed that depends on `seed` and `purpose` alone."""
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def generator_for(seed: int, *purpose: object) -> torch.Generator:
     """A CPU generator that depends on `seed` and `purpose` alone."""
-    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(seed_for(seed, *purpose))
 
 
 def noise_for(keys: Sequence[tuple[object, ...]], seed: int, num_steps: int, shape: tuple[int, ...]) -> Tensor:
@@ -43,13 +48,13 @@ def map_blocks(function: Callable[[Item], Result], blocks: Sequence[Item], devic
     gain nothing from splitting a single operation, and blocks are independent of each other bitwise."""
     if device.type != "cpu":
         return [function(block) for block in blocks]
-    workers = num_cores()
+    workers, threads = num_cores(), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(workers) as pool:
             return list(pool.map(function, blocks))
     finally:
-        torch.set_num_threads(workers)
+        torch.set_num_threads(threads)
 
 
 def num_cores() -> int:

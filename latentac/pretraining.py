@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentac.config import Config
 from latentac.critic import Critic
-from latentac.distributed import generator_for, map_blocks, noise_for
+from latentac.distributed import generator_for, map_blocks, noise_for, seed_for
 from latentac.losses import value_loss
 from latentac.policy import Policy, PolicyOutput
 from latentac.progress import Progress, progress
@@ -50,6 +50,7 @@ def new_critic(config: Config, policy: Policy) -> Critic:
             settings.num_heads,
             settings.num_queries,
             settings.depth,
+            settings.dropout,
         )
 
 
@@ -103,6 +104,7 @@ def predict(critic: Critic, states: States, block: int = 256) -> Tensor:
     """[B, K, M] values in each reward's own unit."""
     images, steps = states.rewards.shape[0], len(states.sigmas)
     rows = torch.arange(images * steps)
+    critic.eval()
     with torch.no_grad():
         values = [critic(*_inputs(states, part)) for part in rows.split(block)]
     return torch.cat(values).unflatten(0, (images, steps))
@@ -115,7 +117,7 @@ def fit(config: Config, critic: Critic, states: States, held_out: States, main: 
     """
     settings = config.pretrain
     critic.update_scale(states.rewards)
-    critic.train().requires_grad_(True)
+    critic.requires_grad_(True)
     optimizer = torch.optim.AdamW(
         critic.parameters(), config.critic.learning_rate, (0.9, 0.95), weight_decay=config.critic.weight_decay
     )
@@ -127,6 +129,8 @@ def fit(config: Config, critic: Critic, states: States, held_out: States, main: 
         for index in range(settings.num_passes):
             order = torch.randperm(total, generator=generator_for(config.seed, "value pretraining", index))
             losses = []
+            critic.train()
+            torch.manual_seed(seed_for(config.seed, "value pretraining dropout", index))
             for number, rows in enumerate(order.split(settings.minibatch_states)):
                 fraction = (index * per_pass + number) / updates
                 optimizer.param_groups[0]["lr"] = config.critic.learning_rate * (1 - fraction)

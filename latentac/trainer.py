@@ -4,6 +4,7 @@ Images come in blocks, the unit of work. Blocks are dealt to the workers and a b
 updates, so an update sums the same transitions in the same blocks whatever the number of workers.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from latentac.algorithms import Algorithm
 from latentac.checkpoint import optimizer_tensors, restore_optimizer
 from latentac.config import Config
 from latentac.critic import Critic
-from latentac.distributed import Mesh, generator_for, noise_for
+from latentac.distributed import Mesh, generator_for, noise_for, seed_for
 from latentac.errors import TrainingError
 from latentac.evaluation import contact_sheet
 from latentac.losses import value_loss
@@ -31,10 +32,14 @@ from latentac.types import Minibatch, Trajectory, flatten_steps
 
 @dataclass
 class Block:
-    """One block's rollout and what an iteration finds out about it."""
+    """One block's rollout and what an iteration finds out about it.
+
+    taps: name -> [B, K, c, h, w]; rewards: [B, M]; advantages: [B, S]; returns: [B, K, M], the value targets.
+    """
 
     index: int
     trajectory: Trajectory
+    taps: dict[str, Tensor]
     rewards: Tensor
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))
     returns: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -57,7 +62,7 @@ class Trainer:
         self.rewards, self.prompts, self.mesh = rewards, prompts, mesh
         self.conditioning = policy.backbone.encode([prompt.text for prompt in prompts])
         self.actor_parameters = {n: p for n, p in policy.backbone.module.named_parameters() if p.requires_grad}
-        critic.train().requires_grad_(True)
+        critic.eval().requires_grad_(True)
         actor, value = config.policy, config.critic
         self.actor_optimizer = torch.optim.AdamW(
             self.actor_parameters.values(), actor.learning_rate, (0.9, 0.95), weight_decay=actor.weight_decay
@@ -80,8 +85,9 @@ class Trainer:
         rolled_out = time.monotonic()
         self._last_clean = blocks[0].trajectory.clean
         rewards, values = self._credit(blocks)
-        metrics = [self._update(blocks, update) for update in range(self.config.train.updates_per_iteration)]
+        metrics = [self._update_actor(blocks, update) for update in range(self.config.train.updates_per_iteration)]
         means = {name: sum(entry[name] for entry in metrics) / len(metrics) for name in metrics[0]}
+        value_losses = [self._update_critic(blocks, number) for number in range(self.config.critic.num_passes)]
         main = next(index for index, reward in enumerate(self.config.rewards) if reward.weight > 0)
         entry = {
             "iteration": self.iteration + 1,
@@ -89,6 +95,7 @@ class Trainer:
             "rewards": {name: float(rewards[:, m].mean()) for m, name in enumerate(self.config.reward_names)},
             "reward_mean": float(rewards[:, main].mean()),
             **means,
+            "value_loss": value_losses[-1],
             "first_ratio_deviation": metrics[0]["ratio_deviation"],
             "explained_variance": explained_variance(values[..., main], rewards[:, main]).tolist(),
             "rollout_seconds": rolled_out - started,
@@ -136,6 +143,7 @@ class Trainer:
         noise = noise_for(keys, config.seed, config.kernel.num_steps, self.policy.backbone.latent_shape)
         texts = [self.prompts[prompt].text for prompt in chosen]
         rows = torch.tensor(chosen, device=self.mesh.device)
+        seen: list[dict[str, Tensor]] = []
         trajectory = rollout(
             self.policy,
             self.critic,
@@ -143,9 +151,11 @@ class Trainer:
             self.conditioning.rows(rows),
             noise.to(self.mesh.device),
             policy_version=self.iteration * train.updates_per_iteration,
+            observe=lambda output: seen.append(output.taps),
         )
+        taps = {name: torch.stack([step[name] for step in seen], 1) for name in seen[0]}
         scores = score(self.rewards, self.policy.backbone.decode(trajectory.clean), texts)
-        return Block(index, trajectory, scores.rewards.to(self.mesh.device))
+        return Block(index, trajectory, taps, scores.rewards.to(self.mesh.device))
 
     def _credit(self, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
         """Advantages over all images of all workers, so that whitening is global. Returns all rewards and values."""
@@ -157,31 +167,27 @@ class Trainer:
         size = self.config.train.block_images
         for block in blocks:
             rows = slice(block.index * size, (block.index + 1) * size)
-            block.advantages, block.returns = advantages[rows], returns[rows]
+            block.advantages = advantages[rows]
+            # A deterministic step changes nothing any more: from there on the reward itself is the return.
+            settled = block.rewards[:, None].expand_as(values[rows, stochastic:])
+            block.returns = torch.cat([returns[rows], settled], 1)
         return rewards, values
 
-    def _update(self, blocks: Sequence[Block], update: int) -> dict[str, float]:
-        """One optimizer step of actor and critic on this update's share of every block."""
+    def _update_actor(self, blocks: Sequence[Block], update: int) -> dict[str, float]:
+        """One optimizer step of the actor on this update's share of every block's transitions."""
         self.actor_optimizer.zero_grad(set_to_none=True)
-        self.critic_optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         for block in blocks:
-            minibatch = self._share(block, update)
-            for name, value in self._accumulate(minibatch).items():
+            for name, value in self._actor_gradient(self._share(block, update)).items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.mesh.device)) + value / self._num_blocks
-        self.mesh.sum_gradients([*self.actor_parameters.values(), *self.critic.parameters()])
-        # Before clipping: an exploding norm must be seen.
-        sums["gradient_norm"] = (
-            torch.nn.utils.clip_grad_norm_(self.actor_parameters.values(), self.config.policy.gradient_clip)
-            / self.mesh.size
-        )
-        torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.config.critic.gradient_clip)
+        parameters = list(self.actor_parameters.values())
+        self.mesh.sum_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.policy.gradient_clip)
         self._warm_up(update)
         self.actor_optimizer.step()
-        self.critic_optimizer.step()
         totals = self.mesh.gather(torch.stack(list(sums.values()))[None]).sum(0)
-        metrics = dict(zip(sums, totals.tolist(), strict=True))
-        if not all(torch.isfinite(totals)):
+        metrics = {**dict(zip(sums, totals.tolist(), strict=True)), "gradient_norm": float(norm)}
+        if not all(map(math.isfinite, metrics.values())):
             raise TrainingError(
                 f"iteration {self.iteration + 1}, update {update + 1}",
                 f"the update is not finite ({metrics})",
@@ -189,29 +195,53 @@ class Trainer:
             )
         return metrics
 
+    def _actor_gradient(self, minibatch: Minibatch) -> dict[str, Tensor]:
+        """Add a minibatch's gradient, weighted as one of the update's blocks."""
+        transition = self.policy.transition(
+            minibatch.latents, minibatch.sigma, minibatch.sigma_next, minibatch.conditioning
+        )
+        actor = self.algorithm.loss(transition, minibatch)
+        (actor.loss / self._num_blocks).backward()  # type: ignore[no-untyped-call]
+        return {"policy_loss": actor.loss.detach(), **actor.metrics}
+
     def _share(self, block: Block, update: int) -> Minibatch:
         """The transitions of a block that belong to `update`."""
         steps = block.trajectory.num_stochastic_steps
-        rows = self._permutation(block).tensor_split(self.config.train.updates_per_iteration)[update]
+        rows = self._order(block, "actor", steps).tensor_split(self.config.train.updates_per_iteration)[update]
         rows = rows.to(self.mesh.device)
-        return flatten_steps(block.trajectory, block.advantages, block.returns, rows // steps, rows % steps)
+        return flatten_steps(block.trajectory, block.advantages, rows // steps, rows % steps)
 
-    def _permutation(self, block: Block) -> Tensor:
-        """A seeded order of the block's transitions, over images and steps; the updates take it in equal parts."""
-        generator = generator_for(self.config.seed, "minibatch", self.iteration, block.index)
-        return torch.randperm(block.trajectory.log_probs.numel(), generator=generator)
+    def _update_critic(self, blocks: Sequence[Block], number: int) -> float:
+        """One pass over the states of the iteration, with the taps that the acting policy's own forward gave: the
+        critic reads the actor's features and never shapes them. Returns the mean loss."""
+        steps, updates = blocks[0].trajectory.num_steps, self.config.train.updates_per_iteration
+        self.critic.train()
+        total = torch.zeros((), device=self.mesh.device)
+        for update in range(updates):
+            self.critic_optimizer.zero_grad(set_to_none=True)
+            for block in blocks:
+                torch.manual_seed(seed_for(self.config.seed, "dropout", self.iteration, number, update, block.index))
+                rows = self._order(block, f"critic {number}", steps).tensor_split(updates)[update].to(self.mesh.device)
+                loss = self._value_loss(block, rows // steps, rows % steps) / self._num_blocks
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach() / updates
+            self.mesh.sum_gradients(list(self.critic.parameters()))
+            torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.config.critic.gradient_clip)
+            self.critic_optimizer.step()
+        self.critic.eval()
+        return float(self.mesh.gather(total[None]).sum())
 
-    def _accumulate(self, minibatch: Minibatch) -> dict[str, Tensor]:
-        """Add a minibatch's gradient, weighted as one of the update's blocks."""
-        output = self.policy.forward(minibatch.latents, minibatch.sigma, minibatch.sigma_next, minibatch.conditioning)
-        actor = self.algorithm.loss(output.transition, minibatch)
-        # The critic reads the actor's features but never shapes them.
-        taps = {name: tap.detach() for name, tap in output.taps.items()}
-        values = self.critic.standardised(taps, minibatch.sigma, minibatch.conditioning)
-        targets = self.critic.standardise(minibatch.returns)
-        value = value_loss(values, targets, self.config.critic.target_clip)
-        ((actor.loss + value) / self._num_blocks).backward()
-        return {"policy_loss": actor.loss.detach(), "value_loss": value.detach(), **actor.metrics}
+    def _value_loss(self, block: Block, image: Tensor, step: Tensor) -> Tensor:
+        trajectory = block.trajectory
+        taps = {name: tap[image, step] for name, tap in block.taps.items()}
+        values = self.critic.standardised(taps, trajectory.sigmas[step], trajectory.conditioning.rows(image))
+        targets = self.critic.standardise(block.returns[image, step])
+        return value_loss(values, targets, self.config.critic.target_clip)
+
+    def _order(self, block: Block, purpose: str, steps: int) -> Tensor:
+        """A seeded order of (image, step) pairs of a block, flattened; the updates take it in equal parts."""
+        generator = generator_for(self.config.seed, "order", purpose, self.iteration, block.index)
+        return torch.randperm(len(block.rewards) * steps, generator=generator)
 
     def _warm_up(self, update: int) -> None:
         """Adam's first steps are sign steps: the actor's rate rises linearly over its first updates."""

@@ -95,7 +95,6 @@ class Minibatch:
 
     latents, next_latents: [N, *latent]     sigma, sigma_next: [N]     conditioning: N rows
     old_means: [N, *latent], old_log_probs: [N]: of the acting policy     advantages: [N], whitened
-    returns: [N, M], the value targets, in each reward's own unit
     """
 
     latents: Tensor
@@ -106,15 +105,12 @@ class Minibatch:
     old_means: Tensor
     old_log_probs: Tensor
     advantages: Tensor
-    returns: Tensor
 
 
-def flatten_steps(
-    trajectory: Trajectory, advantages: Tensor, returns: Tensor, image: Tensor, step: Tensor
-) -> Minibatch:
+def flatten_steps(trajectory: Trajectory, advantages: Tensor, image: Tensor, step: Tensor) -> Minibatch:
     """Pick the transitions (image[i], step[i]) out of a trajectory.
 
-    advantages: [B, S]; returns: [B, S, M]; image, step: int64 [N], `step` below S.
+    advantages: [B, S]; image, step: int64 [N], `step` below S.
     """
     return Minibatch(
         latents=trajectory.latents[image, step],
@@ -125,5 +121,4 @@ def flatten_steps(
         old_means=trajectory.means[image, step],
         old_log_probs=trajectory.log_probs[image, step],
         advantages=advantages[image, step],
-        returns=returns[image, step],
     )

@@ -24,7 +24,7 @@ from latentac.errors import ConfigError, Problem, ResourceError, StoreAccessErro
 from latentac.store.blobs import CHUNK_BYTES, Patience, Stream
 
 T = TypeVar("T")
-ENDPOINT_REMEDY = "Check LATENTAC_S3_ENDPOINT and that an S3 server runs there, then run again"
+ENDPOINT_REMEDY = "Check LATENTAC_S3_ENDPOINT, http or https, and that an S3 server runs there, then run again"
 
 
 class Bucket:

@@ -43,8 +43,7 @@ def test_the_ratio_is_bitwise_1_before_the_first_update(backbone, critic, kernel
     trajectory = roll(backbone, critic, kernel)
     images, steps = trajectory.log_probs.shape
     rows = torch.randperm(images * steps, generator=torch.Generator().manual_seed(1))[:7]
-    empty = torch.zeros(images, steps)
-    batch = flatten_steps(trajectory, empty, empty[..., None], rows // steps, rows % steps)
+    batch = flatten_steps(trajectory, torch.zeros(images, steps), rows // steps, rows % steps)
     backbone.module.requires_grad_(True)
     transition = Policy(backbone, kernel).transition(batch.latents, batch.sigma, batch.sigma_next, batch.conditioning)
     log_probs = transition.log_prob(batch.next_latents)
@@ -70,12 +69,14 @@ def test_a_rollout_keeps_its_axes(backbone, critic):
 
 
 def test_noise_depends_on_the_image_alone(backbone, critic):
-    """A rollout of one image is that image's row of any batch, bitwise: blocks and workers may be cut anywhere."""
-    whole = roll(backbone, critic, DDIM(1.0))
-    noise = noise_for([(2,)], 0, 4, backbone.latent_shape)
-    alone = rollout(Policy(backbone, DDIM(1.0)), critic, PROMPTS[2:3], backbone.encode(PROMPTS[2:3]), noise)
-    assert torch.equal(alone.latents[0], whole.latents[2])
-    assert torch.equal(alone.values[0], whole.values[2])
+    """An image's rollout is bitwise the same in blocks of 16 and of 32: blocks may be cut and dealt anywhere."""
+    prompts = PROMPTS * 8
+    noise = noise_for([(i,) for i in range(32)], 0, 4, backbone.latent_shape)
+    policy = Policy(backbone, DDIM(1.0))
+    whole = rollout(policy, critic, prompts, backbone.encode(prompts), noise)
+    part = rollout(policy, critic, prompts[16:], backbone.encode(prompts[16:]), noise[16:])
+    assert torch.equal(part.latents, whole.latents[16:])
+    assert torch.equal(part.values, whole.values[16:])
 
 
 def test_schedules_descend_to_0_and_keep_their_floats(backbone):

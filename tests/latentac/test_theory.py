@@ -77,7 +77,7 @@ def test_a_trained_critic_reaches_the_analytic_explained_variance():
     policy = Policy(GaussianBackbone(kernel.path), kernel)
     settings = {"critic": {"width": 32, "num_heads": 2, "num_queries": 1, "learning_rate": 3e-3}}
     config = resolve(merge(RECIPES["shapes-unet"], settings))
-    config = config.model_copy(update={"pretrain": Pretrain(num_passes=8, minibatch_states=1024)})
+    config = config.model_copy(update={"pretrain": Pretrain(num_passes=6, minibatch_states=1024)})
     torch.manual_seed(0)
     critic = Critic(policy.backbone.tap_shapes, 1, ("reward",), 32, 2, 1)
     fresh = states(policy, 4096, seed=2)

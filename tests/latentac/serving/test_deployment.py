@@ -16,9 +16,9 @@ from latentac.serving.deployment import serve_and_check
 from latentac.serving.generator import Generator, png
 from latentac.serving.server import bind
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-READY_SECONDS = 120.0
+READY_SECONDS = 240.0
 REQUEST = {"prompt": "two red squares", "seed": 11}
 
 

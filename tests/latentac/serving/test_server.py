@@ -25,9 +25,9 @@ from latentac.serving.generator import Generator
 from latentac.serving.process import ServerProcess
 from latentac.serving.server import bind
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-READY_SECONDS = 120.0
+READY_SECONDS = 240.0
 LONG: dict[str, Any] = {"prompt": "two red squares", "count": 8, "num_steps": 20}
 """Takes seconds, even on a fast machine."""
 
@@ -127,7 +127,7 @@ def test_probes_answer_while_it_draws(server: ServerProcess) -> None:
     )
     assert len(seconds) >= 5
     assert statistics.median(seconds) < 0.1
-    assert max(seconds) < min(1.0, whole / 2)
+    assert max(seconds) < whole / 2
 
 
 def test_a_taken_port_is_told_before_anything_is_loaded(server: ServerProcess, exported_folder: Path) -> None:
@@ -169,8 +169,8 @@ def test_sigterm_lets_the_accepted_request_finish(exported_folder: Path) -> None
         time.sleep(0.5)
         assert not drawing.done()
         os.kill(server.pid, signal.SIGTERM)
-        assert len(drawing.result(60)["images"]) == LONG["count"]
-        assert server.wait(60) == 0
+        assert len(drawing.result(300)["images"]) == LONG["count"]
+        assert server.wait(300) == 0
 
 
 def test_a_killed_server_is_told(exported_folder: Path) -> None:
@@ -191,7 +191,7 @@ def test_ctrl_c_stops_it_cleanly(exported_folder: Path) -> None:
         told = [process.stdout.readline() for _ in range(3)]
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        _, complaints = process.communicate(timeout=60)
+        _, complaints = process.communicate(timeout=300)
     assert told[0].startswith("Serving latentac at http://127.0.0.1:")
     assert told[1].startswith("  curl")
     assert (process.returncode, complaints) == (0, "")

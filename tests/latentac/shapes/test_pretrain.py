@@ -17,7 +17,7 @@ SETTINGS = Settings(
     autoencoder=AutoencoderTraining(steps=2, batch=4),
     denoiser=DenoiserTraining(batch=4),
     target=0.5,
-    check_every=1,
+    check_every=2,
     most_steps=2,
     check_pictures=4,
     final_pictures=4,
