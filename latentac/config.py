@@ -181,7 +181,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-4 as text; everyone who types a learning rate means a number."""
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 

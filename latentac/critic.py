@@ -57,14 +57,13 @@ class _Layer(nn.Module):
         self.modulations = nn.ModuleList(_TimeModulation(width) for _ in range(3))
 
     def forward(self, queries: Tensor, text: Tensor, tap: Tensor, time: Tensor) -> Tensor:
-        for modulation, read in zip(
-            self.modulations,
-            (lambda q: self.text(q, text), lambda q: self.tap(q, tap), self.think),
-            strict=True,
-        ):
-            modulated, gate = modulation(queries, time)
-            queries = queries + gate * read(modulated)
-        return queries
+        to_text, to_tap, to_think = self.modulations
+        modulated, gate = to_text(queries, time)
+        queries = queries + gate * self.text(modulated, text)
+        modulated, gate = to_tap(queries, time)
+        queries = queries + gate * self.tap(modulated, tap)
+        modulated, gate = to_think(queries, time)
+        return queries + gate * self.think(modulated)
 
 
 class _Branch(nn.Module):

@@ -172,7 +172,7 @@ def _step(config: Config, critic: Critic, optimizer: torch.optim.Optimizer, stat
     targets = critic.standardise(states.rewards[rows // len(states.sigmas)])
     loss = value_loss(critic.standardised(*_inputs(states, rows)), targets, config.critic.target_clip)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(critic.parameters(), config.critic.gradient_clip)
     optimizer.step()
     return float(loss.detach())

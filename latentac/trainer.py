@@ -112,7 +112,7 @@ class Trainer:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next iteration depends on."""
-        tensors = {f"actor.{name}": parameter for name, parameter in self.actor_parameters.items()}
+        tensors: dict[str, Tensor] = {f"actor.{name}": parameter for name, parameter in self.actor_parameters.items()}
         tensors |= {f"critic.{name}": tensor for name, tensor in self.critic.state_dict().items()}
         tensors |= optimizer_tensors(self.actor_optimizer, "actor_optimizer")
         tensors |= optimizer_tensors(self.critic_optimizer, "critic_optimizer")
@@ -201,7 +201,7 @@ class Trainer:
             minibatch.latents, minibatch.sigma, minibatch.sigma_next, minibatch.conditioning
         )
         actor = self.algorithm.loss(transition, minibatch)
-        (actor.loss / self._num_blocks).backward()  # type: ignore[no-untyped-call]
+        (actor.loss / self._num_blocks).backward()
         return {"policy_loss": actor.loss.detach(), **actor.metrics}
 
     def _share(self, block: Block, update: int) -> Minibatch:
@@ -223,7 +223,7 @@ class Trainer:
                 torch.manual_seed(seed_for(self.config.seed, "dropout", self.iteration, number, update, block.index))
                 rows = self._order(block, f"critic {number}", steps).tensor_split(updates)[update].to(self.mesh.device)
                 loss = self._value_loss(block, rows // steps, rows % steps) / self._num_blocks
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 total += loss.detach() / updates
             self.mesh.sum_gradients(list(self.critic.parameters()))
             torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.config.critic.gradient_clip)

@@ -3,8 +3,9 @@
 import copy
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class UNetBackbone:
         self.folder, self.device = folder, device
         diffusers_logging.disable_progress_bar()  # loading takes milliseconds, or has a bar of its own in `prepare`
         transformers_logging.disable_progress_bar()
-        self.module: nn.Module = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
+        self.module: Any = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
         self.module.eval().requires_grad_(False).to(device)
         self._autoencoder = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True)
         self._autoencoder.eval().requires_grad_(False).to(device)
@@ -54,7 +55,7 @@ class UNetBackbone:
             block.register_forward_hook(self._tap(name))
         self.tap_shapes = self._probe_taps()
 
-    def _tap(self, name: str):  # type: ignore[no-untyped-def] - the hook's signature is torch's own
+    def _tap(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
             vars(self._taps)[name] = output
 

@@ -27,6 +27,9 @@ class Brightness:
 
     name, unit = "brightness", "grey levels"
 
+    def known(self):
+        return np.zeros((1, 2, 2, 3), np.uint8), [""], np.zeros(1)
+
     def __call__(self, images, prompts):
         return images.mean((1, 2, 3)).astype(np.float32)
 
