@@ -36,8 +36,8 @@ class Console(io.TextIOBase):
         self._partial, self._held = "", deque[str](maxlen=_HELD_LINES)
         self._since = time.monotonic()
         self.running: str | None = None
-        self.finished: dict[str, str] = {}
-        """Step -> what its line of the table says."""
+        self.finished: dict[str, bool] = {}
+        """Step that ended well -> whether it was done already."""
 
     def writable(self) -> bool:
         return True
@@ -75,8 +75,11 @@ class Console(io.TextIOBase):
 
     def table(self) -> list[str]:
         """Stage timings, a line each, and the total."""
-        rows = [f"  {step:<16}{self.finished.get(step, 'skipped'):>12}" for step in self._steps]
-        return [*rows, f"  {'total':<16}{duration(self._total):>12}"]
+        rows = []
+        for step in self._steps:
+            seconds = f"{self._stages.get(step, 0.0):.1f} s" if step in self.finished else "skipped"
+            rows.append(f"  {step:<16}{seconds:>10}" + ("  done already" if self.finished.get(step) else ""))
+        return [*rows, f"  {'total':<16}{duration(self._total):>10}"]
 
     def _receive(self, line: str) -> None:
         text, mark, event = line.partition(EVENT_MARK)
@@ -100,11 +103,7 @@ class Console(io.TextIOBase):
         if kind == "fail":
             self.count(step)
             self.say(f"{label} failed")
-        elif event["reused"]:
-            self.count(None)
-            self.finished[step] = "done already"
-            self.say(f"{label} done already")
-        else:
-            seconds = f"{self.count(step):.1f} s"
-            self.finished[step] = f"{self._stages[step]:.1f} s"
-            self.say(f"{label} done in {seconds}")
+            return
+        self.finished[step] = event["reused"]
+        seconds = self.count(None if event["reused"] else step)
+        self.say(f"{label} done already" if event["reused"] else f"{label} done in {seconds:.1f} s")

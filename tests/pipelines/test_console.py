@@ -76,4 +76,4 @@ def test_timings_add_up_over_the_starts_of_a_run(tmp_path: Path) -> None:
     assert written["stages"]["prepare"] == 2.0
     assert 100.0 < written["stages"]["train"] < 101.0
     assert 110.0 < written["total"] < 111.0
-    assert next(row.split() for row in console.table()) == ["prepare", "done", "already"]
+    assert next(row.split() for row in console.table()) == ["prepare", "2.0", "s", "done", "already"]

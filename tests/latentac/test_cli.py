@@ -1,0 +1,155 @@
+"""The command line as a person meets it: help, examples, one message and a documented exit code for bad input."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latentac.cli import main
+
+VERBS = ["prepare", "pretrain-value", "train", "evaluate", "steer", "gate", "deploy", "report", "serve", "generate"]
+
+
+class Hollow:
+    """Says 0 to everything, its known picture included."""
+
+    name, unit = "hollow", "none"
+
+    def known(self):
+        return np.zeros((1, 32, 32, 3), np.uint8), ["x"], np.array([1.0])
+
+    def __call__(self, images, prompts):
+        return np.zeros(len(images), np.float32)
+
+
+class NanInWorkers(Hollow):
+    """Sound everywhere but in a training worker, where it gives NaN."""
+
+    name = "nan_in_workers"
+
+    def known(self):
+        images, prompts, _ = super().known()
+        return images, prompts, np.zeros(1)
+
+    def __call__(self, images, prompts):
+        scores = images.mean((1, 2, 3)).astype(np.float32)
+        return scores * np.nan if "RANK" in os.environ else scores
+
+
+def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "latentac.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_has_an_example(verb, capsys):
+    """`--help` shows a command that can be typed, and the exit codes."""
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert f"example:\n  latentac {verb} --run first" in text
+    assert "exit codes:" in text
+
+
+def prepare(tmp_path: Path, *arguments: str) -> int:
+    place = ["--run", "first", "--output", str(tmp_path / "runs")]
+    return main(["prepare", *place, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--recipe", "shapes-unett"], 2, r"recipe = 'shapes-unett': does not exist\. Did you mean \"shapes-unet\"\?"),
+        (["--set", "polcy.learning_rate=1"], 2, r"polcy = .*unknown field\. Did you mean \"policy\"\?"),
+        (["--set", "seed=x"], 2, "seed = 'x'"),
+        (["--set", "kernel.noise=0"], 2, "kernel.noise = 0.*deterministic"),
+        (["--set", "rewards=[{name: beauty}]", "--set", "gate.reward=beauty"], 2, "rewards.0.name = 'beauty'"),
+        (["--set", "backbone.source=/no/such/folder"], 2, "backbone.source = '/no/such/folder'"),
+        (["--set", "backbone.name=vit"], 2, "backbone.name = 'vit': does not exist"),
+        (["--set", "prompts.source=none.json"], 2, "prompts.source = 'none.json': cannot be read"),
+        (["--config", "none.yaml"], 2, "--config = 'none.yaml': cannot be read"),
+        (["--store", "ftp://x"], 2, "store"),
+    ],
+)
+def test_bad_input_gives_one_message_and_its_exit_code(tmp_path, capsys, arguments, code, words):
+    """Path, value and remedy on stderr, no traceback, and nothing published."""
+    assert prepare(tmp_path, *arguments) == code
+    captured = capsys.readouterr()
+    assert re.search(words, captured.err), captured.err
+    assert captured.err.count("latentac: ") == 1
+    assert "Traceback" not in captured.err
+    assert not list((tmp_path / "runs").rglob("manifest.json"))
+
+
+@pytest.mark.parametrize("run_id", ["../x", ".hidden", "a b", "store"])
+def test_a_run_id_stays_inside_the_output(tmp_path, capsys, run_id):
+    """An id that would lie elsewhere is refused before anything is written."""
+    assert main(["prepare", "--run", run_id, "--output", str(tmp_path / "runs")]) == 2
+    assert "cannot be the id of a run" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_occupied_port_is_found_at_once(tmp_path, capsys):
+    """Before training, not after it."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert prepare(tmp_path, "--set", f"serving.port={port}") == 6
+    assert f"serving.port = {port}: is taken" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_found_at_once(tmp_path, capsys):
+    """A real small file system: how much is free, how much a run needs."""
+    small = tmp_path / "runs"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", small], check=True)
+    try:
+        assert prepare(tmp_path) == 6
+    finally:
+        subprocess.run(["umount", small], check=True)
+    assert "MiB free, a run needs" in capsys.readouterr().err
+
+
+def test_a_reward_that_answers_0_to_everything_is_found_at_once(tmp_path, capsys):
+    """Each reward is asked about pictures that it must know."""
+    name = "tests.latentac.test_cli:Hollow"
+    arguments = ["--set", f"rewards=[{{name: '{name}'}}]", "--set", f"gate.reward={name}"]
+    assert prepare(tmp_path, *arguments) == 5
+    assert f"reward {name}: gives [0.0] to its known pictures instead of [1.0]" in capsys.readouterr().err
+
+
+def test_a_step_before_its_parent_says_what_to_run(tmp_path, capsys):
+    """The artifact that is missing and the step that makes it."""
+    assert main(["evaluate", "--run", "first", "--output", str(tmp_path)]) == 3
+    assert "first/prepare" in capsys.readouterr().err
+
+
+def test_a_run_keeps_its_configuration(tmp_path, capsys):
+    """Preparing again is a no-op; with other options it is refused."""
+    assert prepare(tmp_path) == 0
+    assert prepare(tmp_path) == 0
+    assert prepare(tmp_path, "--set", "seed=5") == 2
+    assert "exists with another configuration" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_nan_reward_in_a_worker_ends_the_step_with_its_name(tmp_path):
+    """Through agent and launcher: one message with the reward, exit code 5, no restart that would repeat it."""
+    name = "tests.latentac.test_cli:NanInWorkers"
+    place = ["--run", "first", "--output", str(tmp_path)]
+    settings = [f"rewards=[{{name: '{name}'}}]", f"gate.reward={name}", "pretrain.num_images=16"]
+    flags = [word for setting in settings for word in ("--set", setting)]
+    assert run("prepare", *place, "--recipe", "shapes-unet-smoke", *flags).returncode == 0
+    assert run("pretrain-value", *place).returncode == 0
+    failed = run("train", *place)
+    assert failed.returncode == 5, failed.stderr
+    assert "latentac: reward nan_in_workers: returned nan" in failed.stderr
+    assert "Traceback" not in failed.stderr
