@@ -42,7 +42,7 @@ $(STAMP): requirements/dev.lock requirements/runtime.in requirements/installer.l
 
 run: install ## the whole pipeline: train, evaluate, steer, gate, serve
 #: RECIPE=shapes-unet SEED=0 SET="train.num_iterations=8 ..." CONFIG=file.yaml OUTPUT=runs STORE=file://... RESUME=<run>
-	@$(PY) -m pipelines run \
+	@LATENTAC_OWNERS=$$PPID $(PY) -m pipelines run \
 		$(if $(RECIPE),--recipe '$(RECIPE)') $(if $(SEED),--seed '$(SEED)') $(if $(CONFIG),--config '$(CONFIG)') \
 		$(foreach assignment,$(SET),--set '$(assignment)') \
 		$(if $(OUTPUT),--output '$(OUTPUT)') $(if $(STORE),--store '$(STORE)') $(if $(RESUME),--resume '$(RESUME)')

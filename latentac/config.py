@@ -128,9 +128,9 @@ class Steering(Section):
     """The benchmark's arms. A strength multiplies std^2 grad V, with V in standard deviations of the reward."""
 
     num_images: Annotated[int, Field(ge=8)] = 256
-    strengths: list[NonNegative] = [0.0, 1.0, 2.0, 4.0]
+    strengths: list[NonNegative] = [0.0, 5.0, 10.0, 20.0]
     candidates: list[Positive] = [2, 4, 8]
-    default_strength: Rate = 2.0
+    default_strength: Rate = 5.0
 
 
 class Gate(Section):

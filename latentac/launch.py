@@ -23,11 +23,13 @@ _log = logging.getLogger(__name__)
 def app(run: str, store: str, output: str, failure: Path, num_workers: int, max_restarts: int) -> specs.AppDef:
     """One node with `num_workers` elastic workers; lost workers are started again up to `max_restarts` times."""
     definition = dist.torchrun(
+        # The lifetime module binds a worker to its owners before torch is imported, which takes seconds.
+        "latentac.worker",
         run,
         store,
         output,
         str(failure),
-        m="latentac.worker",
+        m="latentac.lifetime",
         name=f"latentac/{run}",
         image=os.getcwd(),  # local_cwd runs in the current folder
         j=f"1x{num_workers}",

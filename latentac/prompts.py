@@ -6,9 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from latentac.distributed import generator_for
 from latentac.errors import ConfigError, Problem
 
 
@@ -59,6 +56,10 @@ def balanced(prompts: Sequence[Prompt], count: int, seed: int, *purpose: object)
 
     A uniform draw would show little but the largest category. The draw depends on `seed` and `purpose` alone.
     """
+    import torch  # here: who only reads prompts does without it
+
+    from latentac.distributed import generator_for
+
     generator = generator_for(seed, "prompts", *purpose)
     categories = sorted({prompt.category for prompt in prompts})
     columns = []

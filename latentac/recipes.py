@@ -21,10 +21,10 @@ _SHAPES_UNET_SMOKE = merge(
     {
         "recipe": "shapes-unet-smoke",
         "kernel": {"num_steps": 5},
-        "pretrain": {"num_images": 64, "num_held_out_images": 64, "num_passes": 2},
-        "train": {"num_iterations": 4, "images_per_iteration": 32, "block_images": 8, "checkpoint_every": 1},
-        "evaluation": {"num_images": 64, "num_gallery_prompts": 6, "num_bootstrap": 500},
-        "steering": {"num_images": 16, "strengths": [0.0, 2.0], "candidates": [2]},
+        "pretrain": {"num_images": 32, "num_held_out_images": 32, "num_passes": 2},
+        "train": {"num_iterations": 3, "images_per_iteration": 32, "block_images": 8, "checkpoint_every": 1},
+        "evaluation": {"num_images": 32, "num_gallery_prompts": 4, "num_bootstrap": 500},
+        "steering": {"num_images": 8, "strengths": [0.0, 5.0], "candidates": [2]},
         "gate": {"min_gain": -1.0, "min_lower_bound": -1.0, "max_loss_fraction": 10.0},
     },
 )

@@ -31,14 +31,14 @@ def prepare(
     problem at once, StoreError, ResourceError or RewardError.
     """
     started = time.monotonic()
-    settings = _resolve(recipe, config, overrides)
+    settings = resolve_recipe(recipe, config, overrides)
     opened = open_store(store or default_store(output))
     try:
         published = opened.manifest(f"{run}/prepare")
     except ArtifactNotFound:
         return _prepare(run, opened, Path(output), settings, started)
     if published.config_hash != settings.hash:
-        remedy = "Resume it with the options that it was started with, or choose another run id"
+        remedy = "Resume it with the options and the version that it was started with, or choose another run id"
         raise ConfigError([Problem("run", run, "exists with another configuration", remedy)])
     return published
 
@@ -188,7 +188,11 @@ def _step(
         )
 
 
-def _resolve(recipe: str, config: str, overrides: Sequence[str]) -> Config:
+def resolve_recipe(recipe: str, config: str = "", overrides: Sequence[str] = ()) -> Config:
+    """The configuration that a recipe, a YAML file over it ("" for none) and `path=value` overrides make together.
+
+    Raises ConfigError with every problem at once; names of tables and folders are checked by `prepare`.
+    """
     if recipe not in RECIPES:
         raise ConfigError([Problem("recipe", recipe, "does not exist", suggestion(recipe, list(RECIPES)))])
     fields = RECIPES[recipe]

@@ -1,4 +1,5 @@
-"""One worker of the elastic training app: `python -m latentac.worker RUN STORE OUTPUT FAILURE`, started by torchrun.
+"""One worker of the elastic training app, started by torchrun as `latentac.lifetime latentac.worker RUN STORE OUTPUT
+FAILURE`, so that it never outlives the step that launched it.
 
 All workers hold the same state and do the same updates; rank 0 alone writes checkpoints, logs and the result.
 """
@@ -19,7 +20,7 @@ from latentac.checkpoint import read_state, write_state
 from latentac.critic import Critic
 from latentac.distributed import Mesh
 from latentac.errors import ArtifactNotFound, IntegrityError, LatentacError
-from latentac.lifetime import die_with_parent, run_lock
+from latentac.lifetime import run_lock
 from latentac.progress import progress
 from latentac.trainer import Trainer
 from latentac.workspace import Workspace, open_run
@@ -27,7 +28,6 @@ from latentac.workspace import Workspace, open_run
 
 def main(run: str, store: str, output: str, failure: str) -> int:
     """Work, and write an expected error to the file `failure`: restarting the workers would only repeat it."""
-    die_with_parent()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         work(open_run(run, store, output))

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     from latentac.errors import LatentacError
-    from pipelines.embedded import run_pipeline
+    from latentac.run import resolve_recipe
     from pipelines.request import Request, create_run, load_run
 
     output = Path(options.output)
@@ -65,7 +65,10 @@ def _run(options: argparse.Namespace) -> int:
             request = load_run(run, output, {name: value for name, value in given.items() if value})
         else:
             recipe, config = options.recipe or "shapes-unet", options.config or ""
+            resolve_recipe(recipe, config, overrides)  # a typing error is told before anything starts
             run, request = create_run(Request(recipe, config, overrides, options.store or ""), output)
+        from pipelines.embedded import run_pipeline
+
         return run_pipeline(run, request, output, fresh=not options.resume)
     except LatentacError as error:
         print(error, file=sys.stderr)

@@ -34,12 +34,12 @@ def events(text: str) -> list[dict[str, object]]:
     return [json.loads(line.removeprefix(EVENT_MARK)) for line in text.splitlines() if line.startswith(EVENT_MARK)]
 
 
-@pytest.mark.parametrize(("age_seconds", "reused"), [(0, False), (60, True)])
+@pytest.mark.parametrize(("age_seconds", "reused"), [(-3600, False), (3600, True)], ids=["new", "old"])
 def test_task_hands_on_the_manifest_and_says_whether_it_was_there(
     tmp_path: Path, age_seconds: int, reused: bool
 ) -> None:
     """The output artifact is the manifest as it lies in the store; an older one was published by an earlier start."""
-    created = (datetime.now(UTC) + timedelta(seconds=5 - age_seconds)).isoformat(timespec="seconds")
+    created = (datetime.now(UTC) + timedelta(seconds=-age_seconds)).isoformat(timespec="seconds")
     done = task(MANIFEST.format(created=created), tmp_path, **{EVENTS: "1"})
 
     assert done.returncode == 0, done.stderr
