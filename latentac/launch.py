@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -81,7 +82,7 @@ def _follow(runner: Runner, handle: str, logs: Path, failure: Path) -> tuple[spe
                 stream.seek(position)
                 text = stream.read()
                 position = stream.tell()
-            lines = text.splitlines()
+            lines = [re.sub(r"^\[\w*\d+\]:", "", line) for line in text.splitlines()]  # the agent's mark of the worker
             last = [*last, *lines][-LAST_LINES:]
             for line in lines:
                 _log.info(line)

@@ -4,7 +4,7 @@
 #     install.sh <environment> <python>     install, or bring up to date
 #     install.sh --uv <python>              only print a uv that works, fetched if there is none
 #
-# Needs Python 3.11 to 3.14, and one of: uv on PATH, the venv module with ensurepip, pip.
+# Needs Python 3.11 to 3.13, and one of: uv on PATH, the venv module with ensurepip, pip.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,8 +15,8 @@ fail() {
 
 check_python() {
     command -v "$1" >/dev/null || fail "there is no $1. On Debian: apt-get install python3 python3-venv. Another one: make install PYTHON=/path/to/python3"
-    "$1" -c 'import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] < (3, 15))' ||
-        fail "$1 is $("$1" -V 2>&1), but 3.11 to 3.14 is needed. Another one: make install PYTHON=/path/to/python3"
+    "$1" -c 'import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] < (3, 14))' ||
+        fail "$1 is $("$1" -V 2>&1), but 3.11 to 3.13 is needed. Another one: make install PYTHON=/path/to/python3"
 }
 
 # The pinned uv goes into a folder of its own. Neither way below touches the system's packages, so a Python that
