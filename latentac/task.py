@@ -119,4 +119,4 @@ def _log_plainly() -> None:
 
 def _tell(**event: Any) -> None:
     if EVENTS in os.environ:
-        print(f"{EVENT_MARK}{json.dumps(event)}", flush=True)
+        print(f"{EVENT_MARK}{json.dumps(event)}", file=sys.stdout, flush=True)

@@ -1,5 +1,6 @@
 """Fixtures that more than one folder of tests needs."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from tests.minio import Server, find
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "minio: needs a real MinIO server")
+    # A shell's background jobs ignore Ctrl-C, and hand that down to every process that a test starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -153,3 +153,24 @@ def test_a_nan_reward_in_a_worker_ends_the_step_with_its_name(tmp_path):
     assert failed.returncode == 5, failed.stderr
     assert "latentac: reward nan_in_workers: returned nan" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.slow
+def test_steps_meet_through_s3(tmp_path, minio_server):
+    """On another machine (another output folder) the next step finds what the first published in a real MinIO."""
+    environment = os.environ | minio_server.environment
+    store = f"s3://{minio_server.bucket}/runs"
+
+    def step(verb: str, output: str, *arguments: str) -> None:
+        place = ["--run", "first", "--store", store, "--output", str(tmp_path / output)]
+        command = [sys.executable, "-m", "latentac.cli", verb, *place, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+
+    step("prepare", "here", "--recipe", "shapes-unet-smoke", "--set", "train.num_iterations=1")
+    step("pretrain-value", "here")
+    step("train", "there")
+    keys = {item.object_name for item in minio_server.client().list_objects(minio_server.bucket, recursive=True)}
+    assert "runs/first/train/manifest.json" in keys
+    assert "runs/checkpoints/first/LATEST" in keys
+    assert not (tmp_path / "there" / "store").exists()

@@ -38,7 +38,7 @@ def test_shapes_units_and_cost(generator: Generator) -> None:
     assert pictures.images.dtype == np.uint8
     assert pictures.values.shape == (2, 10, 2)
     assert pictures.reward_names == ("shapes_verifier", "jpeg_compressibility")
-    assert pictures.weights == {"shapes_verifier": 2.0}
+    assert pictures.weights == {"shapes_verifier": generator.exported.steering.strength}
     assert pictures.nfe == 30
     assert generator.generate(PROMPT, method="none").nfe == 10
     assert generator.generate(PROMPT, method="best_of_n", candidates=3, num_steps=4).nfe == 12
