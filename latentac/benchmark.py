@@ -12,16 +12,16 @@ from latentac.evaluation import Arm, gallery, interval, sample
 from latentac.policy import Policy
 from latentac.prompts import Prompt, balanced
 from latentac.rewards import Reward
-from latentac.steering import Steering, evaluations
-from latentac.steering.best_of_n import BestOfN
-from latentac.steering.value_gradient import ValueGradient
+from latentac.steering import Steering, evaluations, make_steering
 
 
 def arms(config: Config) -> list[tuple[str, float, int, Steering]]:
     """(method, strength, candidates, steering) of each arm; every head counts by its reward's weight."""
     weights = torch.tensor([reward.weight for reward in config.rewards])
-    gradient = [("value_gradient", s, 1, ValueGradient(s * weights)) for s in config.steering.strengths]
-    best = [("best_of_n", 0.0, n, BestOfN(weights, n)) for n in config.steering.candidates]
+    gradient = [
+        ("value_gradient", s, 1, make_steering("value_gradient", s * weights)) for s in config.steering.strengths
+    ]
+    best = [("best_of_n", 0.0, n, make_steering("best_of_n", weights, n)) for n in config.steering.candidates]
     return [*gradient, *best]
 
 
@@ -47,7 +47,7 @@ def run_benchmark(
         rows += _rows(config, arm, time.monotonic() - started, method, strength, candidates, steering)
     shown = chosen[: evaluation.num_gallery_prompts]
     weights = torch.tensor([reward.weight for reward in config.rewards])
-    steered = ValueGradient(config.steering.default_strength * weights)
+    steered = make_steering("value_gradient", config.steering.default_strength * weights)
     arm = sample(
         policy, critic, rewards, shown, config.seed, config.kernel.num_steps, steering=steered, label="gallery"
     )

@@ -35,11 +35,6 @@ def broadcast(per_image: Tensor, like: Tensor) -> Tensor:
     return per_image.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def forward_noise(clean: Tensor, noise: Tensor, sigma: Tensor, path: Path) -> Tensor:
-    """x = alpha(sigma) x0 + sigma n; clean, noise: [B, *latent]; sigma: [B]."""
-    return broadcast(alpha_of(sigma, path), clean) * clean + broadcast(sigma, clean) * noise
-
-
 class DeterministicTransition(ValueError):
     """A density was asked of a transition without noise: it has none."""
 

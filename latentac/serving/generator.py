@@ -18,9 +18,7 @@ from latentac.policy import Policy
 from latentac.rollout import rollout, steered_rollout
 from latentac.serving import exported
 from latentac.serving.request import METHODS, Request, checked
-from latentac.steering import Steering, evaluations
-from latentac.steering.best_of_n import BestOfN
-from latentac.steering.value_gradient import ValueGradient
+from latentac.steering import Steering, evaluations, make_steering
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ class Generator:
         if not weights:
             return None
         heads = torch.tensor([weights.get(name, 0.0) for name in self.critic.reward_names], device=self.device)
-        return BestOfN(heads, request.candidates) if request.method == "best_of_n" else ValueGradient(heads)
+        return make_steering(request.method, heads, request.candidates if request.method == "best_of_n" else 1)
 
     def _picture(
         self, request: Request, index: int, num_steps: int, steering: Steering | None

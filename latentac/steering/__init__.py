@@ -27,7 +27,8 @@ class SteeringState:
 
 
 class Steering(Protocol):
-    """candidates: rollouts an image; needs_gradient: whether `guide` differentiates the values by the latents."""
+    """Built as `Class(weights, candidates)`. candidates: rollouts an image; needs_gradient: whether `guide` takes the
+    values' gradient by the latents."""
 
     candidates: int
     needs_gradient: bool
@@ -47,11 +48,14 @@ STEERING = {
 }
 
 
-def steering_class(name: str) -> type[Steering]:
-    """The class behind a row of the table, or behind `module:Class`."""
+def make_steering(name: str, weights: Tensor, candidates: int = 1) -> Steering:
+    """The method `name`, a row of the table or `module:Class`, built as `Class(weights, candidates)`.
+
+    weights: [M], how much each reward's head counts, in standard deviations of that reward.
+    """
     module, _, attribute = STEERING.get(name, name).partition(":")
-    found: type[Steering] = getattr(import_module(module), attribute)
-    return found
+    steering: Steering = getattr(import_module(module), attribute)(weights, candidates)
+    return steering
 
 
 def evaluations(steering: Steering | None, num_steps: int) -> int:

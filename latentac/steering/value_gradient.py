@@ -12,13 +12,13 @@ class ValueGradient:
 
     It is the first-order tilt of the transition towards p(z') exp(sum_m w_m V_m). weights: [M], the strength of each
     reward's head, whose values are in standard deviations of that reward; 0 leaves the rollout bitwise as it was.
+    Of several candidates the one with the highest value is kept.
     """
 
-    candidates = 1
     needs_gradient = True
 
-    def __init__(self, weights: Tensor) -> None:
-        self.weights = weights
+    def __init__(self, weights: Tensor, candidates: int = 1) -> None:
+        self.weights, self.candidates = weights, candidates
 
     def guide(self, state: SteeringState) -> GaussianTransition:
         (gradient,) = torch.autograd.grad((state.values @ self.weights).sum(), state.latents)
@@ -26,4 +26,4 @@ class ValueGradient:
         return state.transition.shifted(variance * gradient)
 
     def select(self, values: Tensor) -> Tensor:
-        return torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
+        return (values @ self.weights).argmax(1)

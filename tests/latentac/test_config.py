@@ -99,4 +99,4 @@ def test_a_file_lies_between_recipe_and_overrides(tmp_path):
 def test_a_configuration_is_frozen():
     """Nothing changes under a run."""
     with pytest.raises(ValueError, match="frozen"):
-        resolved().seed = 3  # type: ignore[misc]
+        resolved().seed = 3

@@ -14,10 +14,9 @@ from latentac.diffusion import (
     GaussianTransition,
     Prediction,
     alpha_of,
-    forward_noise,
     num_stochastic_steps,
 )
-from tests.latentac.worlds import MEAN, STD, GaussianBackbone, affine_steps
+from tests.latentac.worlds import MEAN, STD, GaussianBackbone, affine_steps, forward_noise
 
 KERNELS = [DDIM(1.0), DDIM(0.5), FlowSDE(0.7), CPS(0.7)]
 

@@ -62,6 +62,12 @@ class GaussianBackbone:
         pass
 
 
+def forward_noise(clean: Tensor, noise: Tensor, sigma: Tensor, path: diffusion.Path) -> Tensor:
+    """x = alpha(sigma) x0 + sigma n; clean, noise: [B, *latent]; sigma: [B]."""
+    alpha = diffusion.broadcast(diffusion.alpha_of(sigma, path), clean)
+    return alpha * clean + diffusion.broadcast(sigma, clean) * noise
+
+
 @dataclass(frozen=True)
 class AffineStep:
     """x' = slope x + offset + std n, the step that a kernel takes in this world."""
