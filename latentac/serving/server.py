@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -119,6 +120,7 @@ def _log_plainly() -> None:
     kserve_logger.setLevel(logging.WARNING)
     kserve_logger.addFilter(_is_ours)
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="ORJSONResponse is deprecated")  # kserve's own, with every answer
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
