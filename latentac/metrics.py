@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 DEFINITIONS = {
     "reward_mean": "mean of the first trained reward over the iteration's images, in its own unit",
     "policy_loss": "clipped surrogate, mean over transitions, averaged over the iteration's updates",
-    "value_loss": "0.5 (V - clamp(R))^2 in squared standard deviations of each reward, mean over states and heads, of the last pass",
+    "value_loss": "0.5 (V - clamp(R))^2 in squared standard deviations of each reward, mean over the last pass",
     "kl": "KL(acting || present policy) of one denoising step in nats, mean over transitions and updates",
     "clip_share": "share of transitions whose gradient the clip removed",
     "ratio_deviation": "mean |ratio - 1|, in the unit of algorithm.log_prob_scale",
