@@ -8,7 +8,8 @@ import torch
 
 from latentac.config import Config
 from latentac.critic import Critic
-from latentac.evaluation import Arm, gallery, interval, sample
+from latentac.evaluation import Arm, gallery, sample
+from latentac.measures import interval
 from latentac.policy import Policy
 from latentac.prompts import Prompt, balanced
 from latentac.rewards import Reward

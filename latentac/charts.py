@@ -47,18 +47,20 @@ _STYLE: dict[Any, Any] = {
 Row = Mapping[str, Any]
 
 
-def draw(summary: Row) -> dict[str, str]:
-    """SVG by name: `reward:<name>`, `critic`, `steering:<name>`, `kl`, `clip_share`, where there is data for them."""
+def draw(summary: Row, kinds: Sequence[str] = ("reward", "critic", "steering", "health")) -> dict[str, str]:
+    """SVG by name: `reward:<name>`, `critic`, `steering:<name>`, and as health `kl` and `clip_share`; of each of
+    `kinds` that there is data for."""
     target, evaluation, charts = summary["settings"]["gate"]["reward"], summary["evaluation"] or {}, {}
     history = [row for row in summary["training"] if row["images"] is not None]
-    if history:
+    if history and "reward" in kinds:
         for name in _first(target, history[0]["rewards"] or {}):
             charts[f"reward:{name}"] = _reward(name, history, evaluation)
+    if history and "health" in kinds:
         charts["kl"] = _diagnostic("kl", "KL divergence a step", "nats", history)
         charts["clip_share"] = _diagnostic("clip_share", "Clipped ratios", "share of all", history)
-    if summary["critic"]["explained_variance"]:
+    if summary["critic"]["explained_variance"] and "critic" in kinds:
         charts["critic"] = _critic(summary["critic"])
-    steering = [row for row in summary["steering"] if row["nfe"] and row["mean"] is not None]
+    steering = [row for row in summary["steering"] if row["nfe"] and row["mean"] is not None and "steering" in kinds]
     for name in _first(target, [row["reward"] for row in steering]):
         if rows := [row for row in steering if row["reward"] == name]:
             charts[f"steering:{name}"] = _steering(name, _unit(name, evaluation), rows)

@@ -119,9 +119,14 @@ class Train(Section):
 
 
 class Evaluation(Section):
+    """num_images: of each policy, one a held-out prompt. Diversity and latency are measured on `pictures_per_prompt`
+    pictures of the first `num_diversity_prompts` of these prompts."""
+
     num_images: Annotated[int, Field(ge=8)] = 1024
     num_gallery_prompts: Positive = 12
     num_bootstrap: Annotated[int, Field(ge=100)] = 2000
+    num_diversity_prompts: Annotated[int, Field(ge=2)] = 32
+    pictures_per_prompt: Annotated[int, Field(ge=2)] = 4
 
 
 class Steering(Section):
@@ -134,12 +139,28 @@ class Steering(Section):
 
 
 class Gate(Section):
-    """Promote only if the gain and its lower bound pass, and no other reward falls by more than `max_loss_fraction`."""
+    """When a trained policy is promoted. `reward` is the one that it is for; bounds on it are in its unit. Every `low`
+    and `high` is an end of a 95 % interval, and a number that is missing or not finite holds.
+
+    min_gain, min_lower_bound: of the gain over base and of its low end.
+    max_loss_fraction: by how much of base's mean any other reward may fall.
+    floors: reward name -> what the low end of the trained policy's mean must reach.
+    max_incumbent_loss: how far below 0 the low end of trained - incumbent may lie; must_beat_incumbent: not at all.
+    unfit_incumbent: what to do where the model in production cannot be compared; `replace` promotes without.
+    min_diversity_kept: the low end of the share of diversity that is kept, against base and against the incumbent.
+    max_latency_ratio: the high end of the seconds a picture over those of base, and over those of the incumbent.
+    """
 
     reward: str
     min_gain: Number = 0.05
     min_lower_bound: Number = 0.0
     max_loss_fraction: NonNegative = 0.5
+    floors: dict[str, Number] = {}
+    max_incumbent_loss: NonNegative = 0.05
+    must_beat_incumbent: bool = False
+    unfit_incumbent: Literal["hold", "replace"] = "hold"
+    min_diversity_kept: NonNegative = 0.7
+    max_latency_ratio: Rate = 1.25
 
 
 class Serving(Section):
@@ -339,6 +360,14 @@ def _impossible(config: Config) -> list[Problem]:
         "is none of this run's rewards",
         f"Choose one of {', '.join(config.reward_names)}.",
     )
+    for name in config.gate.floors:
+        refuse(
+            name not in config.reward_names,
+            f"gate.floors.{name}",
+            config.gate.floors[name],
+            f"{name} is none of this run's rewards",
+            f"Choose one of {', '.join(config.reward_names)}.",
+        )
     refuse(
         config.critic.width % config.critic.num_heads != 0,
         "critic.width",

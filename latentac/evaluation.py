@@ -1,18 +1,20 @@
 """Fixed prompts, fixed seeds, intervals: the numbers that a run reports, and the pictures beside them."""
 
-from collections.abc import Sequence
+import itertools
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from scipy import stats
 from torch import Tensor
 
 from latentac.config import Config
 from latentac.critic import Critic
 from latentac.distributed import map_blocks, noise_for
+from latentac.measures import DEFINITIONS, diversity, interval, intervals, median, ratio
 from latentac.policy import Policy
 from latentac.progress import progress
 from latentac.prompts import Prompt, balanced
@@ -85,62 +87,128 @@ def _roll_out(
     return steered_rollout(policy, critic, texts, conditioning, noise.unflatten(0, (-1, candidates)), steering)
 
 
-def interval(numbers: np.ndarray, num_bootstrap: int, seed: int) -> dict[str, Any]:
-    """{mean, low, high, n}: the mean of independent numbers [N] and its 95 % percentile bootstrap interval."""
-    mean = float(numbers.mean())
-    if np.ptp(numbers) == 0:
-        return {"mean": mean, "low": mean, "high": mean, "n": len(numbers)}
-    found = stats.bootstrap(
-        (numbers,), np.mean, n_resamples=num_bootstrap, batch=100, method="percentile", rng=np.random.default_rng(seed)
-    ).confidence_interval
-    return {"mean": mean, "low": float(found.low), "high": float(found.high), "n": len(numbers)}
-
-
-def intervals(scores: Scores, num_bootstrap: int, seed: int) -> dict[str, dict[str, Any]]:
-    """`interval` of every reward."""
-    return {name: interval(scores.column(name).numpy(), num_bootstrap, seed) for name in scores.names}
-
-
 def compare(
     config: Config,
-    base: Policy,
-    trained: Policy,
+    policies: Mapping[str, Policy],
     critic: Critic,
     rewards: Sequence[Reward],
     prompts: Sequence[Prompt],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Base against trained on held-out prompts, the categories in turn, the same noise for both.
+    """The policies `base`, `trained` and, where there is one, `incumbent` on held-out prompts, the categories in turn,
+    the same noise for each.
 
-    Returns evaluation.json {base, trained, difference: reward -> interval, units, categories, critic} and the gallery.
-    The intervals resample images; that of the difference resamples pairs of images with the same prompt and noise.
+    Returns the gallery and evaluation.json: {<arm>: reward -> interval, difference (trained - base) and
+    incumbent_difference (trained - incumbent): reward -> interval, units, categories, critic, and `contrasts`}.
+    Intervals resample images; those of a difference resample pairs of images with the same prompt and noise.
     """
     settings, seed = config.evaluation, config.seed
     chosen = [prompts[index] for index in balanced(prompts, settings.num_images, seed, "evaluation")]
-    texts = [prompt.text for prompt in chosen]
-    steps = config.kernel.num_steps
-    before = sample(base, None, rewards, texts, seed, steps, label="evaluate base")
-    after = sample(trained, critic, rewards, texts, seed, steps, label="evaluate trained")
-    main = config.reward_names.index(config.gate.reward)
-    difference = Scores(after.scores.rewards - before.scores.rewards, before.scores.names)
+    texts, steps = [prompt.text for prompt in chosen], config.kernel.num_steps
+    arms = {
+        name: sample(
+            policy, critic if name == "trained" else None, rewards, texts, seed, steps, label=f"evaluate {name}"
+        )
+        for name, policy in policies.items()
+    }
+    trained, main = arms["trained"], config.reward_names.index(config.gate.reward)
+    differences = {
+        key: Scores(trained.scores.rewards - arms[name].scores.rewards, trained.scores.names)
+        for name, key in (("base", "difference"), ("incumbent", "incumbent_difference"))
+        if name in arms
+    }
     labels = np.array([prompt.category for prompt in chosen])
     content = {
-        "base": intervals(before.scores, settings.num_bootstrap, seed),
-        "trained": intervals(after.scores, settings.num_bootstrap, seed),
-        "difference": intervals(difference, settings.num_bootstrap, seed),
+        **{name: intervals(arm.scores, settings.num_bootstrap, seed) for name, arm in arms.items()},
+        **{key: intervals(scores, settings.num_bootstrap, seed) for key, scores in differences.items()},
         "units": {reward.name: reward.unit for reward in rewards},
         "categories": {
             category: {
-                arm: float(scores.rewards[torch.from_numpy(labels == category), main].mean())
-                for arm, scores in (("base", before.scores), ("trained", after.scores))
+                name: float(arm.scores.rewards[torch.from_numpy(labels == category), main].mean())
+                for name, arm in arms.items()
             }
             for category in sorted(set(labels.tolist()))
         },
         "critic": {
-            "explained_variance": explained_variance(after.values[..., main], after.scores.rewards[:, main]).tolist()
+            "explained_variance": explained_variance(
+                trained.values[..., main], trained.scores.rewards[:, main]
+            ).tolist()
         },
+        **contrasts(config, policies, texts, {name: arm.images for name, arm in arms.items()}),
     }
     count = min(settings.num_gallery_prompts, len(texts))
-    return content, gallery(config, texts[:count], {"base": before.images[:count], "trained": after.images[:count]})
+    return content, gallery(config, texts[:count], {name: arm.images[:count] for name, arm in arms.items()})
+
+
+def contrasts(
+    config: Config, policies: Mapping[str, Policy], texts: Sequence[str], images: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """{diversity, latency, definitions} of the policies, from a few more pictures of the first prompts.
+
+    images: of each policy, those that `sample` gave for `texts`; they are the first picture of each prompt.
+    diversity: {<arm>: interval, difference and kept: of trained to each other arm, prompts resampled in pairs};
+    latency: {<arm>: median, ratio: of trained to each other arm, block_images}.
+    """
+    settings, seed = config.evaluation, config.seed
+    texts = texts[: settings.num_diversity_prompts]
+    more, seconds, block = _more_pictures(config, policies, texts)
+    resampling = (settings.num_bootstrap, seed)
+    spread = {name: diversity(np.concatenate([images[name][: len(texts), None], more[name]], 1)) for name in policies}
+    others = [name for name in policies if name != "trained"]
+    trained = spread["trained"]
+    return {
+        "diversity": {
+            **{name: interval(numbers, *resampling) for name, numbers in spread.items()},
+            "difference": {name: interval(trained - spread[name], *resampling) for name in others},
+            "kept": {name: ratio(trained, spread[name], *resampling) for name in others},
+        },
+        "latency": {
+            **{name: median(numbers, *resampling) for name, numbers in seconds.items()},
+            "ratio": {name: median(seconds["trained"] / seconds[name], *resampling) for name in others},
+            "block_images": block,
+        },
+        "definitions": DEFINITIONS,
+    }
+
+
+def _more_pictures(
+    config: Config, policies: Mapping[str, Policy], texts: Sequence[str]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], int]:
+    """The further pictures of each prompt, uint8 [P, D - 1, H, W, 3] a policy, the seconds a picture of each block of
+    them [blocks], and a block's number of pictures.
+
+    All policies do a block one after another, in turns the first first or last, so that a busy machine slows all. On a
+    CPU a block is one thread's work: its processor time leaves out what else runs there.
+    """
+    draws, size = range(1, config.evaluation.pictures_per_prompt), max(1, len(texts) // 8)
+    blocks = [
+        (number, draw, range(start, min(start + size, len(texts))))
+        for number, (draw, start) in enumerate(itertools.product(draws, range(0, len(texts), size)))
+    ]
+    device = next(iter(policies.values())).backbone.encode(texts[:1]).tokens.device
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
+    with progress(len(policies) * len(draws) * len(texts), "diversity and latency", "images") as bar:
+
+        def run(block: tuple[int, int, range]) -> dict[str, tuple[np.ndarray, float]]:
+            number, draw, slots = block
+            prompts = [texts[slot] for slot in slots]
+            found = {}
+            for name in list(policies)[:: 1 if number % 2 else -1]:
+                policy, started = policies[name], clock()
+                keys = [("evaluation", slot, draw) for slot in slots]
+                noise = noise_for(keys, config.seed, config.kernel.num_steps, policy.backbone.latent_shape).to(device)
+                trajectory = rollout(policy, None, prompts, policy.backbone.encode(prompts), noise)
+                pictures = policy.backbone.decode(trajectory.clean)  # in the CPU's memory, so the device has finished
+                found[name] = pictures, (clock() - started) / len(slots)
+                bar.update(len(slots))
+            return found
+
+        parts = map_blocks(run, blocks, device)
+    images, seconds = {}, {}
+    for name in policies:
+        pictures = np.concatenate([part[name][0] for part in parts])
+        images[name] = pictures.reshape(len(draws), len(texts), *pictures.shape[1:]).swapaxes(0, 1)
+        seconds[name] = np.array([part[name][1] for part in parts])
+    return images, seconds, size
 
 
 def gallery(config: Config, texts: Sequence[str], arms: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -1,47 +1,148 @@
-"""The promotion rule: `promote` or `hold`, closed on every number that is missing or not finite."""
+"""The promotion rule: `promote` or `hold`, closed on every number that is missing or not finite.
+
+It reads numbers and decides; what they mean is in `latentac.measures`, the bounds are those of `latentac.config.Gate`.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from latentac.config import Gate
 
+Check = dict[str, Any]
+_RELATIONS = {
+    "at least": lambda value, bound: value >= bound,
+    "at most": lambda value, bound: value <= bound,
+    "above": lambda value, bound: value > bound,
+}
+_NOTHING = "none"
 
-def decide(settings: Gate, evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """{"decision", "reasons", "checks": [{name, value, bound, passed}]} from the content of evaluation.json."""
-    gain = f"difference.{settings.reward}"
+
+def decide(
+    settings: Gate, rewards: Sequence[str], evaluation: Mapping[str, Any], production: Mapping[str, Any]
+) -> dict[str, Any]:
+    """{"decision", "reasons", "checks": [{name, value, relation, bound, passed}]}.
+
+    rewards: the names of all that the run measures; evaluation: content of evaluation.json; production: as it is now,
+    {"version": None where nothing is, "trouble": what is wrong with the files of that version, or ""}.
+    A check's value and bound are numbers in the unit of what its name says, None where missing; texts with "is".
+    """
     checks = [
-        _check(f"{settings.reward}: gain", _find(evaluation, f"{gain}.mean"), settings.min_gain),
-        _check(
-            f"{settings.reward}: lower 95 % bound of the gain",
-            _find(evaluation, f"{gain}.low"),
-            settings.min_lower_bound,
-        ),
+        *_gain(settings, rewards, evaluation),
+        *_against_incumbent(settings, evaluation, production),
+        *_not_inferior(settings, "base", evaluation),
     ]
-    others = sorted(set(evaluation.get("base", {})) - {settings.reward})
-    for name in others:
-        base = _find(evaluation, f"base.{name}.mean")
-        bound = None if base is None else base - settings.max_loss_fraction * abs(base)
-        checks.append(_check(f"{name}: not worse than bound", _find(evaluation, f"trained.{name}.mean"), bound))
     failed = [check for check in checks if not check["passed"]]
     reasons = [_reason(check) for check in failed or checks]
     return {"decision": "hold" if failed else "promote", "reasons": reasons, "checks": checks}
 
 
-def _find(content: Mapping[str, Any], path: str) -> float | None:
-    value: Any = content
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+def markdown(verdict: Mapping[str, Any], run: str) -> str:
+    """The decision and its checks as a Markdown document, the failed checks first."""
+    checks = sorted(verdict["checks"], key=lambda check: bool(check["passed"]))
+    rows = [
+        f"| {'passed' if check['passed'] else '**failed**'} | {_cell(check['name'])} | {_cell(_text(check['value']))} "
+        f"| {check['relation']} {_cell(_text(check['bound']))} |"
+        for check in checks
+    ]
+    heading = "Promoted" if verdict["decision"] == "promote" else "Held back"
+    failed = sum(not check["passed"] for check in checks)
+    summary = f"{failed} of {len(checks)} checks failed." if failed else f"All {len(checks)} checks passed."
+    table = ["| result | check | value | must be |", "|---|---|---|---|", *rows]
+    return "\n".join([f"# {heading}: run {_cell(run)}", "", summary, "", *table]) + "\n"
 
 
-def _check(name: str, value: float | None, bound: float | None) -> dict[str, Any]:
-    passed = value is not None and bound is not None and value >= bound
-    return {"name": name, "value": value, "bound": bound, "passed": passed}
+def _gain(settings: Gate, rewards: Sequence[str], evaluation: Mapping[str, Any]) -> Iterator[Check]:
+    """The reward over base, the other rewards against base, and the absolute floors."""
+    main, gain = settings.reward, ("difference", settings.reward)
+    yield _check(f"{main}: gain", _find(evaluation, *gain, "mean"), "at least", settings.min_gain)
+    low = _find(evaluation, *gain, "low")
+    yield _check(f"{main}: low end of the gain", low, "at least", settings.min_lower_bound)
+    for name in sorted(set(rewards) - {main}):
+        base = _find(evaluation, "base", name, "mean")
+        bound = None if base is None else base - settings.max_loss_fraction * abs(base)
+        yield _check(f"{name}: mean", _find(evaluation, "trained", name, "mean"), "at least", bound)
+    for name, floor in sorted(settings.floors.items()):
+        yield _check(f"{name}: low end against its floor", _find(evaluation, "trained", name, "low"), "at least", floor)
 
 
-def _reason(check: Mapping[str, Any]) -> str:
+def _against_incumbent(settings: Gate, evaluation: Mapping[str, Any], production: Mapping[str, Any]) -> Iterator[Check]:
+    """Nothing to check where nothing is in production; otherwise all that has to be known of it."""
+    evaluated = _at(evaluation, "production") or {}
+    version = _version(production)
+    yield _same("model in production, against the evaluated one", version, _version(evaluated))
+    if version == _NOTHING:
+        return
+    problem = _at(evaluated, "problem")
+    if isinstance(problem, str) and problem:
+        replace = settings.unfit_incumbent == "replace"
+        bound = "possible, or gate.unfit_incumbent=replace" if replace else "possible"
+        check = _same(f"comparison with the incumbent ({problem})", "not possible", bound)
+        yield {**check, "passed": replace}
+        return
+    trouble = production.get("trouble")
+    yield _same("files of the incumbent", "as published" if trouble == "" else str(trouble), "as published")
+    difference = _find(evaluation, "incumbent_difference", settings.reward, "low")
+    name = f"{settings.reward}: low end of the gain over the incumbent"
+    if settings.must_beat_incumbent:
+        yield _check(name, difference, "above", 0.0)
+    else:
+        yield _check(name, difference, "at least", -settings.max_incumbent_loss)
+    yield from _not_inferior(settings, "incumbent", evaluation)
+
+
+def _not_inferior(settings: Gate, arm: str, evaluation: Mapping[str, Any]) -> Iterator[Check]:
+    """Diversity and latency against base or the incumbent, by the unfavourable end of each interval."""
+    kept = _find(evaluation, "diversity", "kept", arm, "low")
+    slower = _find(evaluation, "latency", "ratio", arm, "high")
+    yield _check(f"diversity: low end of the share of {arm}'s", kept, "at least", settings.min_diversity_kept)
+    yield _check(f"latency: high end of the ratio to {arm}'s", slower, "at most", settings.max_latency_ratio)
+
+
+def _at(content: Any, *path: str) -> Any:
+    for name in path:
+        content = content.get(name) if isinstance(content, Mapping) else None
+    return content
+
+
+def _find(content: Mapping[str, Any], *path: str) -> float | None:
+    value = _at(content, *path)
+    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known else None
+
+
+def _version(state: Any) -> str | None:
+    """The version that `state` names, "none" where it says that there is none, None where it does not say."""
+    if not isinstance(state, Mapping) or "version" not in state:
+        return None
+    version = state["version"]
+    return _NOTHING if version is None else version if isinstance(version, str) and version != _NOTHING else None
+
+
+def _check(name: str, value: float | None, relation: str, bound: float | None) -> Check:
+    passed = value is not None and bound is not None and _RELATIONS[relation](value, bound)
+    return {"name": name, "value": value, "relation": relation, "bound": bound, "passed": passed}
+
+
+def _same(name: str, value: str | None, bound: str | None) -> Check:
+    passed = value is not None and value == bound
+    return {"name": name, "value": value, "relation": "is", "bound": bound, "passed": passed}
+
+
+def _reason(check: Check) -> str:
     if check["value"] is None or check["bound"] is None:
         return f"{check['name']} is missing or not a finite number"
-    relation = "reaches" if check["passed"] else "is below"
-    return f"{check['name']} {check['value']:.3f} {relation} {check['bound']:.3f}"
+    if check["relation"] == "is":
+        return f"{check['name']}: {check['value']}" + ("" if check["passed"] else f", not {check['bound']}")
+    relation = check["relation"] if check["passed"] else f"not {check['relation']}"
+    return f"{check['name']}: {_text(check['value'])} is {relation} {_text(check['bound'])}"
+
+
+def _text(value: float | str | None) -> str:
+    return "missing" if value is None else value if isinstance(value, str) else f"{value:.3f}"
+
+
+def _cell(text: str) -> str:
+    """Text that stays in its cell of a Markdown table and is no markup."""
+    plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
+    return plain.replace("|", "\\|").replace("*", "\\*").replace("_", "\\_").replace("`", "\\`").replace("[", "\\[")

@@ -19,6 +19,7 @@ DEFINITIONS = {
     "gradient_norm": "L2 norm of the actor's gradient before clipping",
     "seconds": "wall time of the iteration",
     "rollout_seconds": "wall time of its rollouts, decoding and scoring included",
+    "world_size": "workers that did the iteration together; an elastic app may have fewer than it asked for",
 }
 """Scalars of the training history by name."""
 
@@ -43,6 +44,10 @@ class TensorBoard:
     def write_picture(self, name: str, picture: np.ndarray, iteration: int) -> None:
         """picture: uint8 [H, W, 3]."""
         self._writer.add_image(name, picture, iteration, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Everything written so far is in the files."""
+        self._writer.flush()
 
     def __enter__(self) -> Self:
         return self

@@ -23,9 +23,22 @@ _SHAPES_UNET_SMOKE = merge(
         "kernel": {"num_steps": 5},
         "pretrain": {"num_images": 32, "num_held_out_images": 32, "num_passes": 2},
         "train": {"num_iterations": 3, "images_per_iteration": 32, "block_images": 8, "checkpoint_every": 1},
-        "evaluation": {"num_images": 32, "num_gallery_prompts": 4, "num_bootstrap": 500},
+        "evaluation": {
+            "num_images": 32,
+            "num_gallery_prompts": 4,
+            "num_bootstrap": 500,
+            "num_diversity_prompts": 8,
+            "pictures_per_prompt": 3,
+        },
         "steering": {"num_images": 8, "strengths": [0.0, 5.0], "candidates": [2]},
-        "gate": {"min_gain": -1.0, "min_lower_bound": -1.0, "max_loss_fraction": 10.0},
+        "gate": {
+            "min_gain": -1.0,
+            "min_lower_bound": -1.0,
+            "max_loss_fraction": 10.0,
+            "max_incumbent_loss": 1.0,
+            "min_diversity_kept": 0.1,
+            "max_latency_ratio": 10.0,
+        },
     },
 )
 

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import tempfile
 from collections import Counter
@@ -27,7 +28,10 @@ _INTERVAL = ("mean", "low", "high", "n")
 _STEERED = ("method", "strength", "candidates", "nfe", "reward", *_INTERVAL, "seconds", "diversity")
 _ITERATION = ("iteration", "images", "reward_mean", "rewards", "kl", "clip_share", "explained_variance", "seconds")
 _SERVING = ("version", "picture_sha256", "seconds", "endpoint", "request")
-_ARMS = {"base": "evaluate", "trained": "evaluate", "steered": "steer"}
+_ARMS = {"base": "evaluate", "incumbent": "evaluate", "trained": "evaluate", "steered": "steer"}
+_POLICIES = ("base", "trained", "incumbent")
+_SECTIONS = {"evaluate": ("galleries", "rewards", "contrasts"), "steer": ("galleries", "steering")}
+_CHARTS = {"galleries": (), "rewards": ("reward",), "contrasts": (), "steering": ("steering",)}
 _AGAIN = "Run this step again with this version of latentac"
 _MAX_PICTURE = 256  # pixels a side; larger pictures are reduced, so that a gallery stays within a few MB
 
@@ -52,6 +56,42 @@ def write_report(run: str, store: str, output: str) -> tuple[Path, Path]:
     _write(numbers, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     _write(report, page)
     return report, numbers
+
+
+def step_page(step: str, run: str, store: str) -> str:
+    """The part of the report that `evaluate` or `steer` has to show, as a page of its own, once that step is published.
+
+    Raises what `write_report` raises.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        files = _fetch(open_store(store), run, Path(scratch))
+        summary = _summarise(run, files, {})
+        return _render(summary, _pictures(files, summary["gallery"]), "", _SECTIONS[step])
+
+
+def gate_reasons(run: str, store: str) -> str:
+    """The gate's decision and checks, as the Markdown that `gate` published. Raises ArtifactNotFound before that."""
+    with tempfile.TemporaryDirectory() as scratch:
+        artifact = open_store(store).fetch(f"{run}/gate", Path(scratch) / "gate"), Path(scratch) / "gate"
+        return _text(artifact, "reasons.md")
+
+
+def numbers(manifest: Manifest) -> dict[str, float]:
+    """The finite numbers among a manifest's metrics, by names of word characters; a list's places count from 1."""
+    found: dict[str, float] = {}
+
+    def collect(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for part, item in value.items():
+                collect(f"{name}_{part}" if name else str(part), item)
+        elif isinstance(value, list):
+            for place, item in enumerate(value, 1):
+                collect(f"{name}_{place:02d}", item)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            found[re.sub(r"\W+", "_", name)] = float(value)
+
+    collect("", manifest.metrics)
+    return found
 
 
 def _serve_command(run: str, store: str, output: str) -> str:
@@ -91,9 +131,13 @@ def _fetch(store: Store, run: str, scratch: Path) -> Files:
 
 
 def _read(artifact: tuple[Manifest, Path], name: str) -> Any:
+    return json.loads(_text(artifact, name))
+
+
+def _text(artifact: tuple[Manifest, Path], name: str) -> str:
     manifest, folder = artifact
     try:
-        return json.loads((folder / name).read_text())
+        return (folder / name).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise IntegrityError(manifest.key, f"the artifact has no {name}", _AGAIN) from None
 
@@ -141,14 +185,43 @@ def _summarise(run: str, files: Files, timings: Mapping[str, Any]) -> Summary:
 
 
 def _evaluation(measured: Mapping[str, Any]) -> Summary:
-    arms = {
-        arm: {name: {key: row.get(key) for key in _INTERVAL} for name, row in measured.get(arm, {}).items()}
-        for arm in ("base", "trained", "difference")
+    """What the README says of `evaluation`: what has not been measured is null, an arm without an incumbent too."""
+
+    def rewards(name: str) -> Summary | None:
+        rows = measured.get(name)
+        return None if rows is None else {reward: _keep(row, "mean") for reward, row in rows.items()}
+
+    def others(rows: Mapping[str, Any] | None, value: str) -> Summary:
+        return {arm: _keep((rows or {}).get(arm), value) for arm in ("base", "incumbent")}
+
+    production = measured.get("production") or {}
+    spread, speed = measured.get("diversity") or {}, measured.get("latency") or {}
+    kinds, present = measured.get("categories", {}), [arm for arm in _POLICIES if arm in measured]
+    base = measured.get("base", {})
+    return {
+        **{arm: rewards(arm) or {} for arm in ("base", "trained", "difference")},
+        "incumbent": rewards("incumbent"),
+        "incumbent_difference": rewards("incumbent_difference"),
+        "production": {name: production.get(name) or None for name in ("version", "problem")},
+        "diversity": {
+            **{arm: _keep(spread.get(arm), "mean") for arm in _POLICIES},
+            "difference": others(spread.get("difference"), "mean"),
+            "kept": others(spread.get("kept"), "ratio"),
+        },
+        "latency": {
+            **{arm: _keep(speed.get(arm), "median") for arm in _POLICIES},
+            "ratio": others(speed.get("ratio"), "median"),
+            "block_images": speed.get("block_images"),
+        },
+        "definitions": measured.get("definitions") or {},
+        "categories": {kind: {arm: row.get(arm) for arm in present} for kind, row in kinds.items()},
+        "units": {name: measured.get("units", {}).get(name) for name in base},
     }
-    kinds = {
-        kind: {arm: row.get(arm) for arm in ("base", "trained")} for kind, row in measured.get("categories", {}).items()
-    }
-    return {**arms, "categories": kinds, "units": {name: measured.get("units", {}).get(name) for name in arms["base"]}}
+
+
+def _keep(row: Mapping[str, Any] | None, value: str) -> Summary | None:
+    """{`value`, low, high, n}, or null where it was not measured."""
+    return None if row is None else {name: row.get(name) for name in (value, *_INTERVAL[1:])}
 
 
 def _seconds(files: Files, timings: Mapping[str, Any]) -> tuple[dict[str, float | None], list[str]]:
@@ -189,6 +262,8 @@ def _pictures(files: Files, gallery: Mapping[str, Any] | None) -> dict[str, list
                 if _read(files[step], "gallery/gallery.json") != gallery:
                     problem = "its gallery has other prompts, seeds or sizes than that of evaluate"
                     raise IntegrityError(manifest.key, problem, _AGAIN)
+                if arm == "incumbent" and not (folder / "gallery" / "incumbent.png").exists():
+                    continue
                 pictures[arm] = _cut(folder / "gallery" / f"{arm}.png", manifest.key, gallery)
     if "deploy" in files:
         pictures["served"] = [_uri(files["deploy"][1] / "picture.png")]
@@ -224,7 +299,10 @@ def _uri(picture: Any) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _render(summary: Summary, pictures: Mapping[str, Sequence[str]], serve: str) -> str:
+def _render(
+    summary: Summary, pictures: Mapping[str, Sequence[str]], serve: str, sections: Sequence[str] | None = None
+) -> str:
+    """The report, or only `sections` of it."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -236,9 +314,10 @@ def _render(summary: Summary, pictures: Mapping[str, Sequence[str]], serve: str)
         lstrip_blocks=True,
     )
     environment.filters |= {"number": _number, "short": _short, "flat": _flat, "json": partial(json.dumps, indent=2)}
-    charts = {name: Markup(svg) for name, svg in draw(summary).items()}  # noqa: S704 - our own SVG, its words escaped
+    drawn = draw(summary) if sections is None else draw(summary, [kind for part in sections for kind in _CHARTS[part]])
+    charts = {name: Markup(svg) for name, svg in drawn.items()}  # noqa: S704 - our own SVG, its words escaped
     template = environment.get_template("report.html.j2")
-    return template.render(summary=summary, pictures=pictures, charts=charts, serve=serve) + "\n"
+    return template.render(summary=summary, pictures=pictures, charts=charts, serve=serve, sections=sections) + "\n"
 
 
 def _number(value: float | None, digits: int = 3, signed: bool = False) -> str:

@@ -2,10 +2,10 @@
 
 from kfp.dsl import Artifact, Output, component
 
-from components import IMAGE
+from components import TRAIN
 
 
-@component(base_image=IMAGE, install_kfp_package=False)
+@component(base_image=TRAIN, install_kfp_package=False)
 def prepare(
     run: str, recipe: str, config: str, overrides: list, store: str, output: str, manifest: Output[Artifact]
 ) -> None:

@@ -1,12 +1,19 @@
 """Step 2, pretrain-value: the critic learns what the frozen policy's pictures will be worth."""
 
-from kfp.dsl import Artifact, Input, Output, component
+from kfp.dsl import Artifact, Input, Metrics, Output, component
 
-from components import IMAGE
+from components import TRAIN
 
 
-@component(base_image=IMAGE, install_kfp_package=False)
-def pretrain_value(run: str, store: str, output: str, prepared: Input[Artifact], manifest: Output[Artifact]) -> None:
+@component(base_image=TRAIN, install_kfp_package=False)
+def pretrain_value(
+    run: str,
+    store: str,
+    output: str,
+    prepared: Input[Artifact],
+    manifest: Output[Artifact],
+    metrics: Output[Metrics],
+) -> None:
     """Regress the critic's heads on rollouts of the frozen policy; publish them with their explained variance a step.
 
     Args:
@@ -15,10 +22,14 @@ def pretrain_value(run: str, store: str, output: str, prepared: Input[Artifact],
         output: folder for the run's working files.
         prepared: manifest of prepare.
         manifest: manifest of the published artifact.
+        metrics: explained variance of each denoising step, the noisiest first.
     """
     from latentac.task import pipeline_task
 
     with pipeline_task("pretrain-value", run, output, manifest.path) as publish:
+        from latentac.report import numbers
         from latentac.run import pretrain_value
 
-        publish(pretrain_value(run=run, store=store, output=output))
+        published = publish(pretrain_value(run=run, store=store, output=output))
+        for name, value in numbers(published).items():
+            metrics.log_metric(name, value)

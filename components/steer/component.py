@@ -1,12 +1,20 @@
 """Step 5, steer: what the critic adds at sampling time, reward against network evaluations."""
 
-from kfp.dsl import Artifact, Input, Output, component
+from kfp.dsl import HTML, Artifact, Input, Metrics, Output, component
 
-from components import IMAGE
+from components import TRAIN
 
 
-@component(base_image=IMAGE, install_kfp_package=False)
-def steer(run: str, store: str, output: str, trained: Input[Artifact], manifest: Output[Artifact]) -> None:
+@component(base_image=TRAIN, install_kfp_package=False)
+def steer(
+    run: str,
+    store: str,
+    output: str,
+    trained: Input[Artifact],
+    manifest: Output[Artifact],
+    metrics: Output[Metrics],
+    page: Output[HTML],
+) -> None:
     """Benchmark the steering methods on the trained policy; publish the table and a gallery.
 
     Args:
@@ -15,10 +23,19 @@ def steer(run: str, store: str, output: str, trained: Input[Artifact], manifest:
         output: folder for the run's working files.
         trained: manifest of train.
         manifest: manifest of the published artifact.
+        metrics: reward of plain sampling and of the best arm, and what that arm costs.
+        page: the same with pictures.
     """
+    from pathlib import Path
+
     from latentac.task import pipeline_task
 
     with pipeline_task("steer", run, output, manifest.path) as publish:
+        from latentac.report import numbers, step_page
         from latentac.run import steer
+        from latentac.workspace import default_store
 
-        publish(steer(run=run, store=store, output=output))
+        published = publish(steer(run=run, store=store, output=output))
+        for name, value in numbers(published).items():
+            metrics.log_metric(name, value)
+        Path(page.path).write_text(step_page("steer", run, store or default_store(output)), encoding="utf-8")

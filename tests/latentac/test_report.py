@@ -13,13 +13,24 @@ import pytest
 from PIL import Image, ImageDraw
 
 from latentac.errors import ArtifactNotFound, IntegrityError
-from latentac.report import write_report
+from latentac.report import gate_reasons, numbers, step_page, write_report
 from latentac.store import Manifest, Store, open_store
 
 SECONDS = {"prepare": 4.2, "pretrain-value": 38.5, "train": 331.0, "evaluate": 41.7, "steer": 48.9, "gate": 0.9}
 SECONDS["deploy"] = 23.8
 STEPS = tuple(SECONDS)
-SECTIONS = ("galleries", "rewards", "critic", "steering", "training", "gate", "timings", "serving", "settings")
+SECTIONS = (
+    "galleries",
+    "rewards",
+    "contrasts",
+    "critic",
+    "steering",
+    "training",
+    "gate",
+    "timings",
+    "serving",
+    "settings",
+)
 KEYS = (
     *("run", "recipe", "seed", "commit", "created", "machine", "versions", "settings", "seconds", "evaluation"),
     *("gallery", "critic", "training", "steering", "gate", "serving", "notes"),
@@ -62,8 +73,8 @@ PROMPTS = [
 ]
 
 
-def interval(mean: float, half: float, n: int = 1024) -> dict[str, Any]:
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+def interval(mean: float, half: float, n: int = 1024, name: str = "mean") -> dict[str, Any]:
+    return {name: mean, "low": mean - half, "high": mean + half, "n": n}
 
 
 EVALUATION = {
@@ -80,7 +91,41 @@ EVALUATION = {
         "relation": {"base": 0.081, "trained": 0.218},
     },
     "critic": {"explained_variance": [0.04, 0.08, 0.13, 0.19, 0.25, 0.3, 0.345, 0.38, 0.4, 0.41]},
+    "production": {"version": None, "sha256": None, "problem": ""},
+    "diversity": {
+        "base": interval(0.2217, 0.011, 32),
+        "trained": interval(0.2209, 0.012, 32),
+        "difference": {"base": interval(-0.0008, 0.005, 32)},
+        "kept": {"base": interval(0.9964, 0.023, 32, "ratio")},
+    },
+    "latency": {
+        "base": interval(0.0213, 0.0019, 24, "median"),
+        "trained": interval(0.0216, 0.0018, 24, "median"),
+        "ratio": {"base": interval(1.0142, 0.031, 24, "median")},
+        "block_images": 4,
+    },
+    "definitions": {"diversity": "mean distance, 0 to 1", "latency": "seconds a picture"},
 }
+VERSION = "run-0-9c1f22ab"
+
+
+def with_incumbent(files: dict[str, Any]) -> None:
+    """`files` of a run that found another run's model in production."""
+    measured: dict[str, Any] = json.loads(json.dumps(EVALUATION))
+    names = ("shapes_verifier", "jpeg_compressibility")
+    measured["incumbent"] = dict(zip(names, (interval(0.5711, 0.0305), interval(-1.1104, 0.0079)), strict=True))
+    measured["incumbent_difference"] = dict(
+        zip(names, (interval(0.0412, 0.0333), interval(-0.0113, 0.0051)), strict=True)
+    )
+    for arms in measured["categories"].values():
+        arms["incumbent"] = 0.345
+    measured["production"] = {"version": VERSION, "sha256": "0" * 64, "problem": ""}
+    measured["diversity"]["incumbent"] = interval(0.2244, 0.013, 32)
+    measured["diversity"]["difference"]["incumbent"] = interval(-0.0035, 0.006, 32)
+    measured["diversity"]["kept"]["incumbent"] = interval(0.9844, 0.025, 32, "ratio")
+    measured["latency"]["incumbent"] = interval(0.0219, 0.0021, 24, "median")
+    measured["latency"]["ratio"]["incumbent"] = interval(0.9863, 0.029, 24, "median")
+    files["evaluate"] |= {"evaluation.json": measured, "gallery/incumbent.png": 5}
 
 
 def history(num_iterations: int) -> list[dict[str, Any]]:
@@ -161,10 +206,12 @@ def contents(prompts: list[str]) -> dict[str, dict[str, Any]]:
                 "decision": "promote",
                 "reasons": ["shapes_verifier gained 0.222, its interval's lower end 0.185 is above 0"],
                 "checks": [
-                    {"name": "gain", "value": 0.2217, "bound": 0.05, "passed": True},
-                    {"name": "lower bound", "value": 0.1848, "bound": 0.0, "passed": True},
+                    {"name": "gain", "value": 0.2217, "relation": "at least", "bound": 0.05, "passed": True},
+                    {"name": "low end", "value": 0.1848, "relation": "at least", "bound": 0.0, "passed": True},
+                    {"name": "production", "value": "none", "relation": "is", "bound": "none", "passed": True},
                 ],
-            }
+            },
+            "reasons.md": "# Promoted",
         },
         "deploy": {
             "deployment.json": {
@@ -189,7 +236,9 @@ def publish(folder: Path, files: dict[str, dict[str, Any]], prompts: list[str]) 
         for name, value in content.items():
             path = source / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == ".png":
+            if path.suffix == ".md":
+                path.write_text(value)
+            elif path.suffix == ".png":
                 draw_sheet(path, 1 if path.name == "picture.png" else len(prompts), value)
             else:
                 path.write_text(json.dumps(value))
@@ -287,6 +336,29 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+def check_evaluation(evaluation: dict[str, Any]) -> None:
+    """`evaluation` of summary.json: intervals everywhere, null for what has no incumbent."""
+
+    def is_interval(row: Any, middle: str = "mean") -> bool:
+        return row is None or set(row) == {middle, "low", "high", "n"}
+
+    keys = {"base", "trained", "difference", "incumbent", "incumbent_difference", "production", "diversity", "latency"}
+    assert set(evaluation) == keys | {"definitions", "categories", "units"}
+    for arm in ("base", "trained", "difference", "incumbent", "incumbent_difference"):
+        assert all(row is not None and is_interval(row) for row in (evaluation[arm] or {}).values())
+    arms = {"base", "trained", "incumbent"}
+    assert set(evaluation["production"]) == {"version", "problem"}
+    diversity, latency = evaluation["diversity"], evaluation["latency"]
+    assert set(diversity) == {*arms, "difference", "kept"}
+    assert set(latency) == {*arms, "ratio", "block_images"}
+    for arm in arms:
+        assert is_interval(diversity[arm])
+        assert is_interval(latency[arm], "median")
+    for rows, middle in ((diversity["difference"], "mean"), (diversity["kept"], "ratio"), (latency["ratio"], "median")):
+        assert set(rows) == {"base", "incumbent"}
+        assert all(is_interval(row, middle) for row in rows.values())
+
+
 def check_schema(summary: dict[str, Any]) -> None:
     """summary.json as the README describes it; a part whose step has not run is null, or empty if it is a list."""
     number = (int, float, type(None))
@@ -303,9 +375,7 @@ def check_schema(summary: dict[str, Any]) -> None:
     assert {*STEPS, "total"} <= set(summary["seconds"])
     assert all(isinstance(value, number) for value in summary["seconds"].values())
     if summary["evaluation"] is not None:
-        assert set(summary["evaluation"]) == {"base", "trained", "difference", "categories", "units"}
-        for arm in ("base", "trained", "difference"):
-            assert all(is_interval(row) for row in summary["evaluation"][arm].values())
+        check_evaluation(summary["evaluation"])
         assert set(summary["gallery"]) == {"prompts", "seeds", "image_size", "columns"}
     assert set(summary["critic"]) == {"explained_variance", "explained_variance_trained"}
     for values in summary["critic"].values():
@@ -317,7 +387,8 @@ def check_schema(summary: dict[str, Any]) -> None:
     if summary["gate"] is not None:
         assert set(summary["gate"]) == {"decision", "reasons", "checks"}
         assert summary["gate"]["decision"] in ("promote", "hold")
-        assert all(set(check) == {"name", "value", "bound", "passed"} for check in summary["gate"]["checks"])
+        fields = {"name", "value", "relation", "bound", "passed"}
+        assert all(set(check) == fields for check in summary["gate"]["checks"])
     if summary["serving"] is not None:
         assert set(summary["serving"]) == {"version", "picture_sha256", "seconds", "endpoint", "request"}
     assert all(isinstance(note, str) for note in summary["notes"])
@@ -415,7 +486,7 @@ def test_a_held_run_says_so_with_the_reasons(tmp_path: Path) -> None:
 
     def hold(files: dict[str, Any]) -> None:
         reasons = ["shapes_verifier gained 0.012, less than 0.05"]
-        checks = [{"name": "gain", "value": 0.012, "bound": 0.05, "passed": False}]
+        checks = [{"name": "gain", "value": 0.012, "relation": "at least", "bound": 0.05, "passed": False}]
         files["gate"]["gate.json"] = {"decision": "hold", "reasons": reasons, "checks": checks}
         gain = {"mean": 0.012, "low": -0.02, "high": 0.044, "n": 1024}
         files["evaluate"]["evaluation.json"] = EVALUATION | {"difference": {"shapes_verifier": gain}}
@@ -456,12 +527,77 @@ def test_nan_becomes_null_and_a_note(tmp_path: Path) -> None:
     assert not re.search(r"\bnan\b|\binf\b", shown, re.IGNORECASE)
 
 
+def test_the_model_in_production_stands_beside_the_others(tmp_path: Path) -> None:
+    """Where a run met an incumbent, each table has its column, the gallery its pictures, the head the comparison."""
+    text, summary = make(tmp_path, change=with_incumbent)
+    check_schema(summary)
+    page = Page(text)
+    assert len(page.images) == 4 * len(PROMPTS) + 1
+    assert [image["alt"] for image in page.images[:4]] == [
+        f"{PROMPTS[0]}, by the {arm} model" for arm in ("base", "incumbent", "trained", "steered")
+    ]
+    assert f"Against the model in production, {VERSION} , the change is +0.041 (+0.008 to +0.075)" in page.text
+    assert "0.571 0.541 to 0.602" in page.text
+    assert "0.98 0.96 to 1.01" in page.text
+    assert summary["evaluation"]["categories"]["counting"] == {"base": 0.502, "trained": 0.747, "incumbent": 0.345}
+
+
+def test_a_model_in_production_that_could_not_be_compared_is_told(tmp_path: Path) -> None:
+    """The page says why, and shows no column for it."""
+
+    def unfit(files: dict[str, Any]) -> None:
+        production = {"version": VERSION, "sha256": None, "problem": "models/x: its backbone is dit."}
+        files["evaluate"]["evaluation.json"] = EVALUATION | {"production": production}
+
+    text, summary = make(tmp_path, change=unfit)
+    check_schema(summary)
+    assert summary["evaluation"]["incumbent"] is None
+    assert "The model in production could not be compared. models/x: its backbone is dit." in Page(text).text
+    assert "trained − incumbent" not in text
+
+
+@pytest.mark.parametrize(
+    ("step", "sections", "charts"),
+    [("evaluate", ["galleries", "rewards", "contrasts"], 2), ("steer", ["galleries", "steering"], 2)],
+)
+def test_a_step_has_a_page_of_its_own(tmp_path: Path, step: str, sections: list[str], charts: int) -> None:
+    """As soon as it is published: a part of the report, as self-contained as the whole, without a verdict."""
+    make(tmp_path, step)
+    text = step_page(step, "run-1", f"file://{tmp_path}/runs/store")
+    page = Page(text)
+    assert [name for name in page.ids if name in SECTIONS] == sections
+    assert page.charts == charts
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    assert "Not finished" not in page.text
+
+
+def test_the_gates_reasons_are_the_published_ones(tmp_path: Path) -> None:
+    """Markdown for a user interface; before the gate there is none, and the error says so."""
+    make(tmp_path, "steer")
+    url = f"file://{tmp_path}/runs/store"
+    with pytest.raises(ArtifactNotFound, match="run-1/gate"):
+        gate_reasons("run-1", url)
+    publish(tmp_path, contents(PROMPTS), PROMPTS)
+    assert gate_reasons("run-1", url) == "# Promoted"
+
+
+def test_numbers_of_a_manifest_are_flat_and_finite(tmp_path: Path) -> None:
+    """What a user interface can plot: nested names are joined, places count from 1, words and truths are left out."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "history.json").write_text("[]")
+    metrics = {"decision": "promote", "gain": 0.25, "arms": 6, "fine": True, "ev": [0.1, 0.2], "last": {"a:b": 1.5}}
+    manifest = open_store(f"file://{tmp_path}/store").publish(
+        "r/train", tmp_path / "work", run="r", step="train", config_hash="c", metrics=metrics
+    )
+    assert numbers(manifest) == {"gain": 0.25, "arms": 6.0, "ev_01": 0.1, "ev_02": 0.2, "last_a_b": 1.5}
+
+
 def test_words_from_outside_are_escaped(tmp_path: Path) -> None:
     """A prompt, a reward's name or a reason is text, whatever it looks like."""
     evil = "<script>alert(\"x\")</script> & 'quotes' $x$"
 
     def poison(files: dict[str, Any]) -> None:
-        files["gate"]["gate.json"] |= {"reasons": [evil]}
+        files["gate"]["gate.json"] |= {"decision": "hold", "reasons": [evil]}
         files["train"]["history.json"] = [row | {"rewards": row["rewards"] | {evil: 0.1}} for row in history(3)]
 
     text, _ = make(tmp_path, change=poison, prompts=[evil, *PROMPTS[1:]])
