@@ -4,9 +4,10 @@ Every random draw is a function of what it is for: (seed, purpose, iteration, pr
 travels, so a resumed run and a run on another number of workers draw the same numbers.
 """
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -62,6 +63,10 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
+class PeerLost(RuntimeError):
+    """Another worker went away in the middle of a collective. Nothing is wrong here: the elastic agent starts anew."""
+
+
 @dataclass(frozen=True)
 class Mesh:
     """The workers of a training app. rank 0 leads: it alone writes."""
@@ -76,7 +81,9 @@ class Mesh:
         device = pick_device(device_name)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        with _peers():
+            torch.distributed.init_process_group(backend, timeout=timedelta(minutes=10))
         return cls(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
     @property
@@ -93,8 +100,13 @@ class Mesh:
         if self.size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, tensor.contiguous())
+        with _peers():
+            torch.distributed.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
+
+    def any(self, wanted: bool) -> bool:
+        """Whether any worker wants it; the same answer on every worker."""
+        return bool(self.gather(torch.tensor([float(wanted)], device=self.device)).any())
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Replace each gradient by its sum over the workers, in one message."""
@@ -102,6 +114,16 @@ class Mesh:
             return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        torch.distributed.all_reduce(flat)
+        with _peers():
+            torch.distributed.all_reduce(flat)
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+@contextlib.contextmanager
+def _peers() -> Iterator[None]:
+    """What a collective raises comes from its peers: every worker calls the same ones with the same shapes."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(str(error)) from error

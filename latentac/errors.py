@@ -17,8 +17,9 @@
 A message says where (a field's path, a file, a URL), what was found there, and what to do about it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 class LatentacError(Exception):
@@ -30,13 +31,15 @@ class LatentacError(Exception):
         self.where, self.problem, self.remedy = where, problem, remedy
         super().__init__(f"{where}: {problem}. {remedy}")
 
-    def to_dict(self) -> dict[str, str]:
-        """For another process to raise again: see `restore`."""
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, for another process to raise again: see `restore`."""
         return {"kind": type(self).__name__, "where": self.where, "problem": self.problem, "remedy": self.remedy}
 
 
-def restore(fields: dict[str, str]) -> LatentacError:
+def restore(fields: Mapping[str, Any]) -> LatentacError:
     """The error whose `to_dict` gave `fields`."""
+    if "problems" in fields:
+        return ConfigError([Problem(**problem) for problem in fields["problems"]])
     kinds = {LatentacError.__name__: LatentacError}
     pending = [LatentacError]
     while pending:
@@ -71,6 +74,9 @@ class ConfigError(LatentacError):
 
     def __str__(self) -> str:
         return "\n".join(str(problem) for problem in self.problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "problems": [asdict(problem) for problem in self.problems]}
 
 
 class StoreError(LatentacError):

@@ -15,6 +15,7 @@ from torchx.components import dist
 from torchx.runner import Runner, get_runner
 
 from latentac.errors import TrainingError, restore
+from latentac.workspace import Workspace
 
 LAST_LINES = 20
 _POLL_SECONDS = 0.2
@@ -50,11 +51,13 @@ def app(run: str, store: str, output: str, failure: Path, num_workers: int, max_
     return definition
 
 
-def run_app(run: str, store: str, output: str, num_workers: int, max_restarts: int) -> None:
+def run_app(space: Workspace) -> None:
     """Run the training app to its end, its log lines passed on. Raises what a worker left, or TrainingError."""
-    with tempfile.TemporaryDirectory(prefix=".train-", dir=Path(output) / run) as folder, get_runner() as runner:
+    run, train = space.run, space.config.train
+    with tempfile.TemporaryDirectory(prefix=".train-", dir=space.folder) as folder, get_runner() as runner:
         failure, logs = Path(folder) / "failure.json", Path(folder) / "logs"
-        definition = app(run, store, output, failure, num_workers, max_restarts)
+        output = str(space.folder.parent)
+        definition = app(run, space.store.url, output, failure, train.num_workers, train.max_restarts)
         handle = runner.run(definition, "local_cwd", {"log_dir": str(logs)})
         try:
             state, lines = _follow(runner, handle, logs, failure)

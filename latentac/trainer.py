@@ -98,6 +98,7 @@ class Trainer:
             "value_loss": value_losses[-1],
             "first_ratio_deviation": metrics[0]["ratio_deviation"],
             "explained_variance": explained_variance(values[..., main], rewards[:, main]).tolist(),
+            "world_size": self.mesh.size,
             "rollout_seconds": rolled_out - started,
             "seconds": time.monotonic() - started,
         }

@@ -1,38 +1,59 @@
-"""One worker of the elastic training app, started by torchrun as `latentac.lifetime latentac.worker RUN STORE OUTPUT
-FAILURE`, so that it never outlives the step that launched it.
+"""One worker of the elastic training app, started by torchrun as `latentac.worker RUN STORE OUTPUT [FAILURE]`.
 
 All workers hold the same state and do the same updates; rank 0 alone writes checkpoints, logs and the result.
+
+On one machine it runs under `latentac.lifetime`, so that it never outlives the step that launched it, and leaves an
+expected error in the file FAILURE. On a cluster there is no such file: the error goes to the store
+(`latentac.failures`), and SIGTERM (a pod that is moved, a run that is cancelled) means to write a checkpoint and end.
 """
 
 import contextlib
 import json
 import logging
+import os
+import signal
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from latentac import failures
 from latentac.algorithms import make_algorithm
 from latentac.checkpoint import read_state, write_state
 from latentac.critic import Critic
-from latentac.distributed import Mesh
-from latentac.errors import ArtifactNotFound, IntegrityError, LatentacError
+from latentac.distributed import Mesh, PeerLost
+from latentac.errors import ArtifactNotFound, IntegrityError, LatentacError, StoreError
 from latentac.lifetime import run_lock
 from latentac.progress import progress
+from latentac.store import open_store
 from latentac.trainer import Trainer
 from latentac.workspace import Workspace, open_run
 
+STOPPED = 143
+"""Exit code of a worker that was asked to end and wrote its checkpoint first; the agent starts it anew or ends too."""
 
-def main(run: str, store: str, output: str, failure: str) -> int:
-    """Work, and write an expected error to the file `failure`: restarting the workers would only repeat it."""
+ALONE = 144
+"""Exit code of a worker whose peer was lost; likewise."""
+
+_log = logging.getLogger(__name__)
+
+
+def main(run: str, store: str, output: str, failure: str = "") -> int:
+    """Work, and leave an expected error for the launcher: restarting the workers would only repeat it."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    position = Position(graceful=not failure)
     try:
-        work(open_run(run, store, output))
+        if failure:
+            work(open_run(run, store, output), position)
+        else:
+            return _work_in_pod(run, store, output, position)
     except LatentacError as error:
-        Path(failure).write_text(json.dumps(error.to_dict()))
+        if failure:
+            Path(failure).write_text(json.dumps(error.to_dict()))
         return error.exit_code
     finally:
         if torch.distributed.is_initialized():
@@ -40,9 +61,46 @@ def main(run: str, store: str, output: str, failure: str) -> int:
     return 0
 
 
-def work(space: Workspace) -> None:
-    """Train from the last checkpoint to the end, and publish `<run>/train`."""
-    torch.set_num_threads(1)  # the workers share the cores; more threads than cores only wait for each other
+@dataclass
+class Position:
+    """Where the training stands. graceful: SIGTERM asks it to stop after the iteration; stop: it was asked."""
+
+    graceful: bool
+    iteration: int = 0
+    stop: bool = False
+
+    def watch(self) -> None:
+        """From here on there is something to save. Before, and on one machine, SIGTERM just ends the process."""
+        if self.graceful:
+            signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.stop = True
+
+
+def _work_in_pod(run: str, store: str, output: str, position: Position) -> int:
+    """`work`, with its failures told through the store. A start that follows a final one ends at once, and well: so
+    the agents and the job come to their end also where no launcher is there to stop them."""
+    opened = open_store(store)
+    if failures.read(opened, run, os.environ[failures.ATTEMPT]):
+        return 0
+    try:
+        finished = work(open_run(run, store, output), position)
+    except PeerLost as error:
+        _log.warning("another worker was lost, so this one ends too, to start anew (%s)", error)
+        return ALONE
+    except Exception as error:
+        _log.error("%s", error)
+        with contextlib.suppress(StoreError):  # it may be the store that failed
+            failures.report(opened, run, error, position.iteration)
+        raise
+    return 0 if finished else STOPPED
+
+
+def work(space: Workspace, position: Position) -> bool:
+    """Train from the last checkpoint to the end, and publish `<run>/train`. False: stopped, after a checkpoint."""
+    # The workers share the cores; more threads than cores only wait for each other.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.manual_seed(space.config.seed)  # LoRA's initial matrices; everything else draws from generator_for
     started = time.monotonic()
     mesh = Mesh.join(space.config.backbone.device)
@@ -58,18 +116,26 @@ def work(space: Workspace) -> None:
         total = space.config.train.num_iterations
         bar = stack.enter_context(progress(total, "train", "iterations", disabled=not mesh.leads))
         bar.update(trainer.iteration)
+        position.watch()
         while trainer.iteration < total:
+            position.iteration = trainer.iteration + 1
             entry = trainer.iterate()
+            position.stop = mesh.any(position.stop)  # all of them after the same iteration, or none
             bar.update()
             bar.note(f"reward {entry['reward_mean']:.3f}  kl {entry['kl']:.4f}  clip {entry['clip_share']:.2f}")
             if log is not None:
                 log.write(entry)
-                last = trainer.iteration == total
+                last = trainer.iteration == total or position.stop
                 if last or trainer.iteration % space.config.train.checkpoint_every == 0:
                     log.write_picture("rollouts", trainer.last_pictures(), trainer.iteration)
+                    log.flush()
                     _checkpoint(space, trainer)
+                    space.store.write_files(space.folder / "tensorboard", f"tensorboard/{space.run}")
+            if position.stop and trainer.iteration < total:
+                return False
         if mesh.leads:
             _publish(space, trainer, time.monotonic() - started)
+    return True
 
 
 def _make_trainer(space: Workspace, mesh: Mesh) -> Trainer:
@@ -91,7 +157,7 @@ def _resume(space: Workspace, trainer: Trainer) -> None:
             try:
                 manifest = space.store.fetch(key, Path(folder) / "state")
             except IntegrityError as error:
-                logging.getLogger(__name__).warning("checkpoint passed over: %s", error)
+                _log.warning("checkpoint passed over: %s", error)
                 continue
             if manifest.config_hash == space.config.hash:
                 trainer.load_state(*read_state(Path(folder) / "state"))
@@ -126,7 +192,12 @@ def _publish(space: Workspace, trainer: Trainer, seconds: float) -> None:
         trainer.policy.backbone.save(folder / "policy")
         trainer.critic.save(folder / "critic")
         (folder / "history.json").write_text(json.dumps(trainer.history) + "\n")
-        metrics = {"seconds": seconds, "iterations": trainer.iteration, "last": trainer.history[-1]}
+        metrics = {
+            "seconds": seconds,
+            "iterations": trainer.iteration,
+            "last": trainer.history[-1],
+            "max_world_size": max(entry.get("world_size", 1) for entry in trainer.history),
+        }
         _publish_folder(space, f"{space.run}/train", folder, metrics)
 
 

@@ -7,7 +7,8 @@ resources are called, each service account is granted in the chart, and nothing 
 import json
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -21,7 +22,8 @@ MANAGER = "latentac"
 """Our field manager in server-side apply."""
 
 _RETRIES = 5
-_TIMEOUT_SECONDS = 30.0
+_TIMEOUT_SECONDS = (10.0, 30.0)  # to connect, to read; the client takes no notice of a single float
+_SILENCE_SECONDS = 60.0
 _TRANSIENT = frozenset({429, 500, 502, 503, 504})
 _UNKNOWN_FIELD = "field not declared in schema"
 
@@ -90,6 +92,56 @@ class Api:
             raise
         return str(text or "").splitlines()
 
+    def follow(self, pod: str, container: str, *, since: str = "") -> Iterator[str]:
+        """The container's log as it is written, `<RFC 3339 time> <text>` a line, until the container ends.
+
+        since: leave out what is older, RFC 3339 in whole seconds. Nothing where the container has not started. Raises
+        ClusterUnavailable where the stream breaks off, and after a minute of silence: follow it again then.
+        """
+        query = {"container": container, "follow": "true", "timestamps": "true"}
+        path = (
+            f"{PODS.path(self.namespace, pod, 'log')}?{urlencode({**query, **({'sinceTime': since} if since else {})})}"
+        )
+        with self.translated("GET", path):
+            try:
+                response = self.client.call_api(
+                    path,
+                    "GET",
+                    header_params={"Accept": "*/*"},
+                    auth_settings=["BearerToken"],
+                    _preload_content=False,
+                    _return_http_data_only=True,
+                    _request_timeout=(_TIMEOUT_SECONDS[0], _SILENCE_SECONDS),
+                )
+            except client.ApiException as error:
+                if error.status in (400, 404):
+                    return
+                raise
+            try:
+                rest = b""
+                for data in response.stream():
+                    *lines, rest = (rest + data).split(b"\n")
+                    yield from (line.decode(errors="replace") for line in lines)
+            finally:
+                response.close()
+
+    @contextmanager
+    def translated(self, method: str, path: str) -> Iterator[None]:
+        """Errors of calls that another library makes with our client, as ours. Nothing is called again."""
+        try:
+            yield
+        except client.ApiException as error:
+            refusal = _refused(method, path, error)
+            if error.status not in _TRANSIENT:
+                raise refusal from None
+            raise self._unavailable(refusal) from refusal
+        except (HTTPError, OSError) as error:
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: Exception) -> ClusterUnavailable:
+        host = self.client.configuration.host
+        return ClusterUnavailable(host, f"the API server does not answer ({error})", "Try again later")
+
     def _call(
         self,
         method: str,
@@ -108,11 +160,12 @@ class Api:
                     header_params={"Content-Type": content_type, "Accept": "*/*" if text else "application/json"},
                     body=body,
                     auth_settings=["BearerToken"],
-                    response_type="str" if text else "object",
+                    response_type="object",
+                    _preload_content=not text,  # the client would take a log of digits for a number
                     _return_http_data_only=True,
                     _request_timeout=_TIMEOUT_SECONDS,
                 )
-                return answer
+                return answer.data.decode(errors="replace") if text else answer
             except client.ApiException as error:
                 if error.status == 404 and missing:
                     return None
@@ -124,8 +177,7 @@ class Api:
                 last = error
             if attempt < _RETRIES:
                 time.sleep(min(10.0, 0.2 * 2**attempt) * random.uniform(0.5, 1.5))
-        host = self.client.configuration.host
-        raise ClusterUnavailable(host, f"the API server does not answer ({last})", "Try again later") from last
+        raise self._unavailable(last) from last
 
 
 def connect(namespace: str) -> Api:

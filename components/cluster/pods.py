@@ -10,6 +10,7 @@ LAST_LINES = 20
 
 _HOPELESS = frozenset({"InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError", "CreateContainerError"})
 _MAY_PASS = frozenset({"ErrImagePull", "ImagePullBackOff", "RegistryUnavailable"})
+_TRY_AGAIN = 75  # how our programs end when a server did not answer: see latentac.errors
 
 
 @dataclass(frozen=True)
@@ -89,4 +90,4 @@ def _containers(pod: Mapping[str, Any]) -> Iterator[Trouble]:
         elif ended.get("exitCode"):
             words = f": {ended['message'].strip()}" if ended.get("message") else ""
             problem = f"{ended.get('reason', 'Error')}, exit code {ended['exitCode']}{words}"
-            yield Trouble(where, problem, passing=False)
+            yield Trouble(where, problem, passing=ended["exitCode"] == _TRY_AGAIN)

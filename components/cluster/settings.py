@@ -119,7 +119,8 @@ class Gateway(Section):
 class Deploy(Placement):
     """The InferenceService and how a release is judged. runtime: the ServingRuntime that the chart made, the template
     of those that releases use; ready_seconds: bound for one rollout; failing_seconds: how long a pod may stay in a
-    state that could pass by itself (image pull, unschedulable) before the release is taken back."""
+    state that could pass by itself (image pull, unschedulable) before the release is taken back; grace_seconds: what a
+    pod gets to finish its requests, above the longest generation."""
 
     name: Name = "latentac"
     runtime: Name
@@ -128,6 +129,7 @@ class Deploy(Placement):
     strategy: Literal["RollingUpdate", "Recreate"] = "RollingUpdate"
     ready_seconds: Rate = 900.0
     failing_seconds: Rate = 60.0
+    grace_seconds: Positive = 120
     request_seconds: Rate = 120.0
     shadow_prompts: Positive = 8
     max_error_fraction: Fraction = 0.0

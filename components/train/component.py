@@ -2,10 +2,10 @@
 
 from kfp.dsl import Artifact, Input, Output, component
 
-from components import IMAGE
+from components import PIPELINE
 
 
-@component(base_image=IMAGE, install_kfp_package=False)
+@component(base_image=PIPELINE, install_kfp_package=False)
 def train(run: str, store: str, output: str, pretrained: Input[Artifact], manifest: Output[Artifact]) -> None:
     """Train policy and critic; publish both with the history of the iterations.
 
@@ -19,6 +19,12 @@ def train(run: str, store: str, output: str, pretrained: Input[Artifact], manife
     from latentac.task import pipeline_task
 
     with pipeline_task("train", run, output, manifest.path) as publish:
+        from components.cluster.settings import here
         from latentac.run import train
 
-        publish(train(run=run, store=store, output=output))
+        launch, settings = None, here()
+        if settings is not None:
+            from components.train.volcano import Volcano
+
+            launch = Volcano(settings)
+        publish(train(run=run, store=store, output=output, launch=launch))
