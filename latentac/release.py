@@ -2,20 +2,51 @@
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentac.errors import ArtifactNotFound, ConfigError, Problem
-from latentac.serving.deployment import serve_and_check
-from latentac.serving.exported import export
+from latentac.errors import ConfigError, Problem
+from latentac.incumbent import POINTER as PRODUCTION
+from latentac.incumbent import in_production
+from latentac.serving.deployment import Deployment, serve_and_check
+from latentac.serving.exported import export, read
 from latentac.store import Manifest, open_store
+from latentac.store.blobs import disk_errors
 from latentac.workspace import Workspace, default_store
 
-PRODUCTION, CANDIDATE = "registry/production.json", "registry/candidate.json"
+CANDIDATE = "registry/candidate.json"
+UNFINISHED = ".latentac-fetch"
+"""Folder within the one that `fetch_version` fills, for as long as it does."""
 
 
-def release(space: Workspace) -> tuple[dict[str, Any], bytes]:
+@dataclass(frozen=True)
+class Candidate:
+    """A published model that nobody has asked for a picture yet.
+
+    folder: its local copy; manifest: of models/<version> in `space.store`; request: what the proof asks it for
+    """
+
+    space: Workspace
+    folder: Path
+    manifest: Manifest
+    version: str
+    request: dict[str, Any]
+
+
+Prove = Callable[[Candidate], Deployment]
+"""Serves the candidate and checks its answers; on a cluster it is also what makes users get it. Raises
+LatentacError, and then whatever served before serves as before."""
+
+
+def on_loopback(candidate: Candidate) -> Deployment:
+    """The proof on this machine alone: a server that lives as long as the questions take."""
+    serving = candidate.space.config.serving
+    return serve_and_check(candidate.folder, candidate.request, serving.ready_seconds, serving.port)
+
+
+def release(space: Workspace, prove: Prove = on_loopback) -> tuple[dict[str, Any], bytes]:
     """Publish models/<version>, prove that it serves, and make it the production model.
 
     Returns deployment.json and the served picture as PNG. The version is the run and the trained artifact's digest,
@@ -28,7 +59,7 @@ def release(space: Workspace) -> tuple[dict[str, Any], bytes]:
         shutil.copytree(space.artifact("train") / "policy", folder)
         shutil.copytree(space.artifact("train") / "critic", folder / "critic")
         export(folder, space.config, run=space.run, version=version)
-        space.store.publish(
+        published = space.store.publish(
             f"models/{version}",
             folder,
             run=space.run,
@@ -38,9 +69,8 @@ def release(space: Workspace) -> tuple[dict[str, Any], bytes]:
         )
         space.store.write_json(CANDIDATE, {"version": version, "run": space.run})
         request = {"prompt": space.prompts.held_out[0].text, "seed": space.config.seed, "count": 1}
-        serving = space.config.serving
-        proof = serve_and_check(folder, request, serving.ready_seconds, serving.port)
-    before = _production(space)
+        proof = prove(Candidate(space, folder, published, version, request))
+    before = in_production(space)
     space.store.write_json(PRODUCTION, {"version": version, "run": space.run, "previous": before})
     content = {
         "version": version,
@@ -52,8 +82,37 @@ def release(space: Workspace) -> tuple[dict[str, Any], bytes]:
         "nfe": proof.nfe,
         "ready_seconds": proof.ready_seconds,
         "seconds": proof.seconds,
+        "shadow": proof.shadow,
     }
     return content, proof.picture
+
+
+def fetch_version(version: str, store: str, folder: Path) -> Manifest:
+    """Fill `folder` with the verified files of models/<version>; it may exist and be a mount, but only an empty one.
+
+    A folder that holds that model already is left as it is, and one that a killed call left is filled anew. Raises
+    ResourceError if it holds anything else, ArtifactNotFound, IntegrityError, StoreUnavailable after the store's own
+    retries, ServingError if the artifact is no exported model.
+    """
+    opened, key = open_store(store), f"models/{version}"
+    manifest = opened.manifest(key)
+    partial = folder / UNFINISHED
+    with disk_errors(folder, sum(file.size for file in manifest.files)):
+        folder.mkdir(parents=True, exist_ok=True)
+        found = [path for path in folder.iterdir() if path.name != "lost+found"]  # the root of a volume has that
+        if partial in found:
+            for path in found:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif found:
+            opened.fetch(key, folder)  # right as it is, or an error that says so
+            return manifest
+        partial.mkdir()
+        opened.fetch(key, partial / "model")
+        read(partial / "model")
+        for path in (partial / "model").iterdir():
+            path.rename(folder / path.name)
+        shutil.rmtree(partial)
+    return manifest
 
 
 def fetch_model(run: str, store: str, output: str) -> Path:
@@ -81,15 +140,6 @@ def generate_picture(
     pictures = Generator(folder, pick_device("auto")).generate(prompt, seed, count, steering=steering)
     contact_sheet(pictures.images, count).save(picture, "PNG")
     return {"nfe": pictures.nfe, "weights": pictures.weights, "seed": pictures.seed}
-
-
-def _production(space: Workspace) -> str | None:
-    """The version that is in production and is not of this run."""
-    try:
-        found = space.store.read_json(PRODUCTION)
-    except ArtifactNotFound:
-        return None
-    return found["previous"] if found["run"] == space.run else found["version"]
 
 
 def _dial(text: str) -> tuple[str, float]:

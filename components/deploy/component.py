@@ -2,12 +2,14 @@
 
 from kfp.dsl import Artifact, Input, Output, component
 
-from components import IMAGE
+from components import PIPELINE
 
 
-@component(base_image=IMAGE, install_kfp_package=False)
+@component(base_image=PIPELINE, install_kfp_package=False)
 def deploy(run: str, store: str, output: str, trained: Input[Artifact], manifest: Output[Artifact]) -> None:
     """Export, serve and question the trained policy; publish what was deployed and the picture.
+
+    On a cluster it is rolled out there: tried beside what serves, compared, promoted or taken back.
 
     Args:
         run: id of the run.
@@ -19,6 +21,12 @@ def deploy(run: str, store: str, output: str, trained: Input[Artifact], manifest
     from latentac.task import pipeline_task
 
     with pipeline_task("deploy", run, output, manifest.path) as publish:
+        from components.cluster.settings import here
         from latentac.run import deploy
 
-        publish(deploy(run=run, store=store, output=output))
+        cluster, prove = here(), None
+        if cluster is not None:
+            from components.deploy.rollout import rollout
+
+            prove = rollout(cluster)
+        publish(deploy(run=run, store=store, output=output, prove=prove))

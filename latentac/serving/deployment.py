@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from latentac.errors import ServingError
 from latentac.serving.exported import image_size, read
@@ -20,7 +20,8 @@ class Deployment:
     """What a real server answered to `request`.
 
     endpoint: the address that answered; picture: PNG bytes; values: reward name -> the critic's value at each step
-    ready_seconds: from the process's start until it was ready; seconds: until the last check passed
+    ready_seconds: from the server's start until it was ready; seconds: until the last check passed
+    shadow: what a rollout measured of this version and of the one before it; None where nothing was compared
     """
 
     endpoint: str
@@ -32,6 +33,16 @@ class Deployment:
     nfe: int
     ready_seconds: float
     seconds: float
+    shadow: dict[str, Any] | None = None
+
+
+class Asked(Protocol):
+    """A model server, wherever it runs."""
+
+    @property
+    def endpoint(self) -> str: ...
+
+    def predict(self, request: Mapping[str, Any]) -> dict[str, Any]: ...
 
 
 def serve_and_check(
@@ -47,29 +58,50 @@ def serve_and_check(
     size, started = image_size(folder), time.monotonic()
     with ServerProcess(folder, ready_seconds=ready_seconds, port=port, device=device) as server:
         ready = time.monotonic() - started
-        steered, again = server.predict(request), server.predict(request)
-        plain = server.predict({**request, "method": "none", "steering": None})
-    picture = _decoded(server.endpoint, steered, size)
+        steered, picture = check(server, request, size)
+    return proof(server.endpoint, request, steered, picture, ready, time.monotonic() - started)
+
+
+def check(server: Asked, request: Mapping[str, Any], size: tuple[int, int]) -> tuple[dict[str, Any], bytes]:
+    """The prediction for `request` and its picture as PNG, if the answers are right; see `serve_and_check`.
+
+    size: (height, width) that the picture must have, in pixels. Raises ServingError.
+    """
+    steered, again = server.predict(request), server.predict(request)
+    plain = server.predict({**request, "method": "none", "steering": None})
+    picture = decode(server.endpoint, steered, size)
     if again != steered:
         remedy = "Serve on one device, with deterministic operations."
         raise ServingError(server.endpoint, "the same request gave two answers", remedy)
-    if _decoded(server.endpoint, plain, size) == picture:
+    if decode(server.endpoint, plain, size) == picture:
         remedy = "Check the critic, and the weights in the request."
         raise ServingError(server.endpoint, "the steered picture is the unsteered one", remedy)
+    return steered, picture
+
+
+def proof(
+    endpoint: str,
+    request: Mapping[str, Any],
+    steered: Mapping[str, Any],
+    picture: bytes,
+    ready_seconds: float,
+    seconds: float,
+) -> Deployment:
+    """What `check` gave, as a record."""
     return Deployment(
-        endpoint=server.endpoint,
+        endpoint=endpoint,
         version=steered["version"],
         request=dict(request),
         picture=picture,
         picture_sha256=hashlib.sha256(picture).hexdigest(),
         values={name: values[0] for name, values in steered["values"].items()},
         nfe=steered["nfe"],
-        ready_seconds=ready,
-        seconds=time.monotonic() - started,
+        ready_seconds=ready_seconds,
+        seconds=seconds,
     )
 
 
-def _decoded(endpoint: str, prediction: Mapping[str, Any], size: tuple[int, int]) -> bytes:
+def decode(endpoint: str, prediction: Mapping[str, Any], size: tuple[int, int]) -> bytes:
     """The first picture's PNG bytes, if they are a PNG of `size` (height, width)."""
     from PIL import Image
 

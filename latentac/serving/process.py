@@ -1,7 +1,6 @@
 """The model server as a child process: started, waited for, asked, stopped."""
 
 import http.client
-import json
 import os
 import signal
 import subprocess
@@ -15,10 +14,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from latentac.errors import ServingError
+from latentac.serving.client import Client
 from latentac.serving.server import HOST, NAME, bind
 
 POLL_SECONDS = 0.1
-ANSWER_SECONDS = 300.0
 STOP_SECONDS = 30.0
 TAIL_BYTES = 16384
 
@@ -67,52 +66,34 @@ class ServerProcess:
 
     @property
     def endpoint(self) -> str:
-        return f"{self.address}/v1/models/{self.name}:predict"
+        return self._client().endpoint
 
     def predict(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The prediction for one request (`serving/README.md`). Raises ServingError if there is none."""
-        body = json.dumps({"instances": [request]})
         try:
-            status, content = self._ask("POST", f"/v1/models/{self.name}:predict", body, ANSWER_SECONDS)
+            return self._client().answer(request)
         except (OSError, http.client.HTTPException) as error:
             # A killed server breaks the connection a moment before it is gone.
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(1)
             raise self._failure(f"did not answer ({type(error).__name__})") from error
-        if status != 200 or not isinstance(content, dict):
-            told = content.get("error", content) if isinstance(content, dict) else content[:300]
-            raise ServingError(self.endpoint, f"answered {status}: {told}", "Correct the request.")
-        prediction: dict[str, Any] = content["predictions"][0]
-        return prediction
 
     def wait(self, seconds: float) -> int:
         """The exit code, once the process has ended by itself. Raises subprocess.TimeoutExpired."""
         return self._process.wait(seconds)
+
+    def _client(self) -> Client:
+        return Client(self.address, self.name)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self._ready_seconds
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise self._failure("ended before it was ready")
-            with suppress(OSError, http.client.HTTPException):  # it does not listen before it has loaded
-                if self._ask("GET", f"/v2/models/{self.name}/ready", None, 1.0)[0] == 200:
-                    return
+            if self._client().ready(1.0):
+                return
             time.sleep(POLL_SECONDS)
         raise self._failure(f"was not ready within {self._ready_seconds:g} s")
-
-    def _ask(self, method: str, path: str, body: str | None, seconds: float) -> tuple[int, Any]:
-        """Status and body, decoded if it is JSON. By http.client, which reads no proxy settings."""
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=seconds)
-        try:
-            connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
-            response = connection.getresponse()
-            content = response.read()
-        finally:
-            connection.close()
-        try:
-            return response.status, json.loads(content)
-        except ValueError:
-            return response.status, content.decode(errors="replace")
 
     def _failure(self, problem: str) -> ServingError:
         code = self._process.poll()

@@ -1,0 +1,148 @@
+"""A new version and the one that serves, asked the same prompts from the same seeds: how sure, how fast, how good."""
+
+import io
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from components.cluster.settings import Deploy
+from latentac.errors import LatentacError, ServingError
+from latentac.rewards import Reward, load_reward
+from latentac.serving.client import Client
+from latentac.serving.deployment import decode
+from latentac.workspace import Workspace
+
+_ONE_SIDED_95 = 1.645
+
+
+@dataclass
+class Answers:
+    """What one server gave: seconds of each answer; pictures: PNG bytes, None where it failed; failures: its words."""
+
+    seconds: list[float] = field(default_factory=list)
+    pictures: list[bytes | None] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def error_fraction(self) -> float:
+        return len(self.failures) / len(self.pictures)
+
+    @property
+    def median_seconds(self) -> float | None:
+        return statistics.median(self.seconds) if self.seconds else None
+
+
+def shadow_requests(space: Workspace, count: int) -> list[dict[str, Any]]:
+    """`count` held-out prompts, spread evenly over the set, each with a seed that depends on the run's alone."""
+    prompts = space.prompts.held_out
+    chosen = [prompts[slot * len(prompts) // count % len(prompts)] for slot in range(count)]
+    return [{"prompt": prompt.text, "seed": space.config.seed + slot, "count": 1} for slot, prompt in enumerate(chosen)]
+
+
+def ask(servers: Sequence[Client], requests: Sequence[dict[str, Any]], size: tuple[int, int]) -> list[Answers]:
+    """The answers of each server. They are asked in turn, so that whatever slows the cluster slows them all."""
+    answers = [Answers() for _ in servers]
+    for request in requests:
+        for server, given in zip(servers, answers, strict=True):
+            began = time.monotonic()
+            try:
+                given.pictures.append(decode(server.endpoint, server.predict(request), size))
+                given.seconds.append(time.monotonic() - began)
+            except ServingError as error:
+                given.pictures.append(None)
+                given.failures.append(str(error))
+    return answers
+
+
+def compare(
+    space: Workspace, requests: Sequence[dict[str, Any]], green: Answers, blue: Answers | None = None
+) -> dict[str, Any]:
+    """The measured numbers, for deployment.json. None where something could not be measured; `notes` say why.
+
+    reward_loss: blue minus green over the prompts that both answered, in the reward's unit, and `reward_loss_low`,
+    the lower end of its one-sided 95 % interval (paired, normal).
+    """
+    name, notes = space.config.gate.reward, []
+    told: dict[str, Any] = {"prompts": len(requests), "reward": name, "green": _numbers(green)}
+    told |= {"blue": None, "latency_ratio": None, "reward_loss": None, "reward_loss_low": None}
+    if blue is None:
+        notes.append("no version served before, so nothing was compared")
+    else:
+        told["blue"] = _numbers(blue)
+        if green.median_seconds and blue.median_seconds:
+            told["latency_ratio"] = green.median_seconds / blue.median_seconds
+        else:
+            notes.append("latency was not compared: one of the two answered nothing")
+    rewards, problem = _rewards(name, requests, [green, *([blue] if blue else [])])
+    if problem:
+        notes.append(f"the reward was not measured: {problem}")
+    for side, scores in zip(("green", "blue"), rewards, strict=False):
+        known = [score for score in scores if score is not None]
+        told[side]["reward"] = statistics.fmean(known) if known else None
+    if len(rewards) == 2:
+        losses = [b - g for g, b in zip(*rewards, strict=True) if g is not None and b is not None]
+        told |= _loss(losses)
+    return {**told, "notes": notes}
+
+
+def reasons_against(told: dict[str, Any], deploy: Deploy) -> list[str]:
+    """Why the new version shall not serve; empty if it shall. A number that is not finite speaks against it."""
+    green, reasons = told["green"], []
+    if not green["error_fraction"] <= deploy.max_error_fraction:
+        bound = f"at most {deploy.max_error_fraction:g} allowed"
+        reasons.append(f"a fraction of {green['error_fraction']:g} of the shadow prompts failed, {bound}")
+    ratio, low = told["latency_ratio"], told["reward_loss_low"]
+    if ratio is not None and not ratio <= deploy.max_latency_ratio:
+        reasons.append(
+            f"it takes {ratio:.2f} times as long as the one that serves, {deploy.max_latency_ratio:g} allowed"
+        )
+    if low is not None and not low <= deploy.max_reward_loss:
+        loss = f"{told['reward']} falls by {told['reward_loss']:.3g}, with 95 % confidence by {low:.3g} or more"
+        reasons.append(f"{loss}, {deploy.max_reward_loss:g} allowed")
+    return reasons
+
+
+def _numbers(answers: Answers) -> dict[str, Any]:
+    return {
+        "error_fraction": answers.error_fraction,
+        "median_seconds": answers.median_seconds,
+        "reward": None,
+        "failures": answers.failures[:3],
+    }
+
+
+def _loss(losses: Sequence[float]) -> dict[str, float | None]:
+    if not losses:
+        return {"reward_loss": None, "reward_loss_low": None}
+    mean = statistics.fmean(losses)
+    error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+    return {"reward_loss": mean, "reward_loss_low": mean - _ONE_SIDED_95 * error}
+
+
+def _rewards(
+    name: str, requests: Sequence[dict[str, Any]], sides: Sequence[Answers]
+) -> tuple[list[list[float | None]], str]:
+    """Each side's score of each prompt, None where there is no picture; no sides and the reason if none can be had."""
+    try:
+        reward = load_reward(name)
+        return [[_score(reward, picture, request) for picture, request in _pairs(side, requests)] for side in sides], ""
+    except LatentacError as error:  # it needs what this step's image does not have, or cannot judge these pictures
+        return [], str(error)
+
+
+def _pairs(side: Answers, requests: Sequence[dict[str, Any]]) -> list[tuple[bytes | None, dict[str, Any]]]:
+    return list(zip(side.pictures, requests, strict=True))
+
+
+def _score(reward: Reward, picture: bytes | None, request: dict[str, Any]) -> float | None:
+    if picture is None:
+        return None
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(io.BytesIO(picture)) as image:
+        pixels = np.asarray(image.convert("RGB"), np.uint8)
+    return float(reward(pixels[None], [request["prompt"]])[0])

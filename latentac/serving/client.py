@@ -1,0 +1,72 @@
+"""A model server seen from outside, by its address alone: is it ready, and what does it draw for a request."""
+
+import http.client
+import json
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from latentac.errors import ServingError
+from latentac.serving.server import NAME
+
+ANSWER_SECONDS = 300.0
+
+
+class Client:
+    """`name`: of the model. `seconds`: bound of one read while a picture is drawn. `host`: the Host header where it
+    is not the address's own, as behind a gateway. Each question has a connection of its own, and no proxy settings
+    are read."""
+
+    def __init__(self, address: str, name: str = NAME, *, seconds: float = ANSWER_SECONDS, host: str = "") -> None:
+        self.address, self.name, self._seconds, self._host = address.rstrip("/"), name, seconds, host
+
+    @property
+    def endpoint(self) -> str:
+        return f"{self.address}/v1/models/{self.name}:predict"
+
+    def predict(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The prediction for one request (`serving/README.md`). Raises ServingError if there is none."""
+        try:
+            return self.answer(request)
+        except (OSError, http.client.HTTPException) as error:
+            problem = f"did not answer ({type(error).__name__}: {error})"
+            raise ServingError(self.endpoint, problem, "Look at the server's log.") from error
+
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """As `predict`, but what breaks the connection is raised as it is: OSError or HTTPException."""
+        body = json.dumps({"instances": [request]})
+        status, content = self.ask("POST", f"/v1/models/{self.name}:predict", body, self._seconds)
+        if status != 200:
+            told = content.get("error", content) if isinstance(content, dict) else content
+            raise ServingError(self.endpoint, f"answered {status}: {str(told)[:300]}", "Correct the request.")
+        try:
+            prediction: dict[str, Any] = content["predictions"][0]
+        except (LookupError, TypeError):
+            problem = f"answered no prediction: {str(content)[:300]}"
+            raise ServingError(self.endpoint, problem, "Check what listens there.") from None
+        return prediction
+
+    def ready(self, seconds: float) -> bool:
+        """Whether the model says that it is ready, within `seconds` a read."""
+        try:
+            return self.ask("GET", f"/v2/models/{self.name}/ready", None, seconds)[0] == 200
+        except (OSError, http.client.HTTPException):  # it does not listen before it has loaded
+            return False
+
+    def ask(self, method: str, path: str, body: str | None, seconds: float) -> tuple[int, Any]:
+        """Status and body, decoded if it is JSON."""
+        place = urlsplit(self.address)
+        secure = place.scheme == "https"
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        connection = kind(place.hostname or "", place.port, timeout=seconds)
+        headers = {"Content-Type": "application/json"} if body else {}
+        try:
+            connection.request(method, path, body, {**headers, **({"Host": self._host} if self._host else {})})
+            response = connection.getresponse()
+            content = response.read()
+        finally:
+            connection.close()
+        try:
+            return response.status, json.loads(content)
+        except ValueError:
+            return response.status, content.decode(errors="replace")

@@ -1,0 +1,88 @@
+"""A release: the model is published, somebody proves that it serves, and only then it is the one in production."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentac.backbones import load_backbone
+from latentac.critic import Critic
+from latentac.errors import ArtifactNotFound, ServingError
+from latentac.release import CANDIDATE, Candidate
+from latentac.run import deploy, prepare
+from latentac.serving.deployment import Deployment
+from latentac.serving.exported import read
+from latentac.shapes import builtin_pipeline
+from latentac.store import Store
+from latentac.workspace import open_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+PRODUCTION = "registry/production.json"
+
+
+def trained_run(run: str, output: Path) -> Store:
+    """A run as deploy finds it: prepared, trained, judged."""
+    prepare(run, "", str(output), "shapes-unet-smoke", overrides=[f"seed={len(run)}"])
+    space = open_run(run, "", str(output))
+    made = output / run / "made"
+    shutil.copytree(builtin_pipeline("shapes-unet"), made / "policy")
+    backbone = load_backbone("unet", made / "policy", torch.device("cpu"))
+    Critic(backbone.tap_shapes, backbone.text_width, space.config.reward_names).save(made / "critic")
+    config_hash = space.config.hash
+    space.store.publish(f"{run}/train", made, run=run, step="train", config_hash=config_hash, metrics={"run": run})
+    space.store.publish(f"{run}/gate", made / "critic", run=run, step="gate", config_hash=config_hash)
+    return space.store
+
+
+def proved(candidate: Candidate) -> Deployment:
+    return Deployment("http://here", candidate.version, candidate.request, b"PNG", "0" * 64, {}, 10, 1.0, 2.0, {"n": 1})
+
+
+def test_what_is_proved_is_in_production(tmp_path: Path) -> None:
+    """The proof gets the whole exported model, as it is in the store; its numbers are in deployment.json; the next run
+    names this one as the one before it."""
+    store = trained_run("first", tmp_path)
+    seen: list[Candidate] = []
+
+    def prove(candidate: Candidate) -> Deployment:
+        seen.append(candidate)
+        assert read(candidate.folder).version == candidate.version
+        assert store.manifest(f"models/{candidate.version}") == candidate.manifest
+        assert store.read_json(CANDIDATE) == {"version": candidate.version, "run": "first"}
+        with pytest.raises(ArtifactNotFound):
+            store.read_json(PRODUCTION)
+        return proved(candidate)
+
+    manifest = deploy("first", "", str(tmp_path), prove=prove)
+    (candidate,) = seen
+    version = manifest.metrics["version"]
+    assert version == candidate.version
+    assert version.startswith("first-")
+    assert store.read_json(PRODUCTION) == {"version": version, "run": "first", "previous": None}
+    store.fetch("first/deploy", tmp_path / "deployed")
+    content = json.loads((tmp_path / "deployed" / "deployment.json").read_text())
+    assert (content["endpoint"], content["shadow"], content["previous"]) == ("http://here", {"n": 1}, None)
+    assert (tmp_path / "deployed" / "picture.png").read_bytes() == b"PNG"
+
+    trained_run("second", tmp_path)
+    deploy("second", "", str(tmp_path), prove=proved)
+    assert store.read_json(PRODUCTION)["previous"] == version
+
+
+def test_what_is_not_proved_stays_a_candidate(tmp_path: Path) -> None:
+    """The model is there to be looked at, and production is what it was; the step can be run again."""
+    store = trained_run("first", tmp_path)
+
+    def refuse(candidate: Candidate) -> Deployment:
+        raise ServingError("here", "answers nothing", "Look.")
+
+    with pytest.raises(ServingError, match="answers nothing"):
+        deploy("first", "", str(tmp_path), prove=refuse)
+    with pytest.raises(ArtifactNotFound):
+        store.read_json(PRODUCTION)
+    version = store.read_json(CANDIDATE)["version"]
+    assert store.keys("models") == [f"models/{version}"]
+    assert deploy("first", "", str(tmp_path), prove=proved).metrics["version"] == version
