@@ -43,6 +43,7 @@ class Store:
     def __init__(self, url: str, patience: Patience) -> None:
         self.url, self._patience = url.rstrip("/"), patience
         self._backend = connect(url, patience)
+        self._sent: dict[str, int] = {}
 
     def publish(
         self,
@@ -101,10 +102,10 @@ class Store:
                         raise
         return manifest
 
-    def verify(self, manifest: Manifest, *, files: bool = True) -> None:
+    def verify(self, manifest: Manifest, *, files: bool = True, parents: bool = True) -> None:
         """Checks that the store holds `manifest`, its files and, recursively, the parents that it names.
 
-        `files=False` checks the chain of manifests only, which reads a few kB.
+        `files=False` checks the chain of manifests only, which reads a few kB; `parents=False` this artifact only.
         """
         seen: set[Parent] = set()
         pending = [Parent(manifest.key, manifest.digest)]
@@ -120,7 +121,7 @@ class Store:
                 raise IntegrityError(f"{self.url}/{expected.key}", problem, remedy)
             if files:
                 self._read_files(found, None)
-            pending.extend(found.parents)
+            pending.extend(found.parents if parents else ())
 
     def keys(self, prefix: str = "") -> list[str]:
         """Keys of the artifacts published at or below `prefix`, sorted."""
@@ -146,6 +147,19 @@ class Store:
         except ValueError as error:
             remedy = "Remove it and run the step that writes it"
             raise IntegrityError(f"{self.url}/{key}", f"it is not JSON ({error})", remedy) from None
+
+    def write_files(self, folder: Path | str, prefix: str) -> None:
+        """Copies what lies below `folder` to plain objects `<prefix>/<path>`, for readers that know no manifests.
+
+        For files that only grow (event files): one whose size this Store has sent already is not sent again. Objects
+        that the folder does not have stay.
+        """
+        self._key(prefix)
+        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            name, data = f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes()
+            if self._sent.get(name) != len(data):
+                self._put(name, data)
+                self._sent[name] = len(data)
 
     def probe(self) -> None:
         """Writes, reads back and removes an object, with few retries, to fail within seconds if the store would."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 from latentac.errors import (
     ConfigError,
@@ -79,6 +79,14 @@ class Stream:
         self._moved(len(data))
 
 
+class Entry(NamedTuple):
+    """What is known of a blob without reading it. changed: seconds since 1970; stamp: differs where the bytes do."""
+
+    size: int
+    changed: float
+    stamp: str
+
+
 class Blobs(Protocol):
     """Named byte strings; a name is relative, its parts joined by '/'. `remove` of what is not there does nothing."""
 
@@ -89,6 +97,9 @@ class Blobs(Protocol):
 
     def names(self, prefix: str) -> list[str]:
         """Every name that begins with `prefix`, which is empty or ends with '/'."""
+
+    def entries(self, prefix: str) -> dict[str, Entry]:
+        """The same names, each with what is known of it."""
 
     def remove(self, name: str) -> None: ...
 
@@ -168,6 +179,14 @@ class Folder:
         with disk_errors(below):
             found = [path.relative_to(self._root).as_posix() for path in below.rglob("*") if path.is_file()]
         return [name for name in found if not name.startswith(f"{PARTIAL}/")]
+
+    def entries(self, prefix: str) -> dict[str, Entry]:
+        found = {}
+        for name in self.names(prefix):
+            with suppress(FileNotFoundError):  # removed meanwhile
+                status = (self._root / name).stat()
+                found[name] = Entry(status.st_size, status.st_mtime, str(status.st_mtime_ns))
+        return found
 
     def remove(self, name: str) -> None:
         path = self._root / name

@@ -21,7 +21,7 @@ from urllib3 import PoolManager, Retry, Timeout
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 
 from latentac.errors import ConfigError, Problem, ResourceError, StoreAccessError, StoreError, StoreUnavailable
-from latentac.store.blobs import CHUNK_BYTES, Patience, Stream
+from latentac.store.blobs import CHUNK_BYTES, Entry, Patience, Stream
 
 T = TypeVar("T")
 ENDPOINT_REMEDY = "Check LATENTAC_S3_ENDPOINT, http or https, and that an S3 server runs there, then run again"
@@ -86,6 +86,34 @@ class Bucket:
             return [(item.object_name or "").removeprefix(self._prefix) for item in found]
 
         return self._attempt(enumerate_objects, prefix)
+
+    def entries(self, prefix: str) -> dict[str, Entry]:
+        def enumerate_objects() -> dict[str, Entry]:
+            found = self._client.list_objects(self._bucket, self._prefix + prefix, recursive=True)
+            return {
+                (item.object_name or "").removeprefix(self._prefix): Entry(
+                    item.size or 0, item.last_modified.timestamp() if item.last_modified else 0.0, item.etag or ""
+                )
+                for item in found
+            }
+
+        return self._attempt(enumerate_objects, prefix)
+
+    def make(self) -> bool:
+        """Makes the bucket unless it is there; True where it was made now. The user needs s3:CreateBucket for it."""
+
+        def make_bucket() -> bool:
+            if self._client.bucket_exists(self._bucket):
+                return False
+            try:
+                self._client.make_bucket(self._bucket)
+            except S3Error as error:
+                if error.code != "BucketAlreadyOwnedByYou":  # somebody else was faster
+                    raise
+                return False
+            return True
+
+        return self._attempt(make_bucket, "")
 
     def remove(self, name: str) -> None:
         self._attempt(lambda: self._client.remove_object(self._bucket, self._prefix + name), name)

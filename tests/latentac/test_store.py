@@ -340,6 +340,26 @@ def test_pointers(store: Store, url: str) -> None:
         store.write_json("registry/candidate.json", {"reward": float("nan")})
 
 
+def test_growing_files_are_plain_objects(store: Store, url: str, tmp_path: Path) -> None:
+    """Event files lie where a reader without manifests looks; what has not grown is not sent again."""
+    folder = tmp_path / "tensorboard"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "events.1").write_bytes(b"one")
+    (folder / "sub" / "events.2").write_bytes(b"two")
+    store.write_files(folder, "tensorboard/run")
+    (folder / "events.1").write_bytes(b"one more")
+    (folder / "sub" / "events.2").write_bytes(b"TWO")  # of the same size
+    store.write_files(folder, "tensorboard/run")
+
+    found = {}
+    for name in connect(url, Patience()).names("tensorboard/run/"):
+        sink = BytesIO()
+        connect(url, Patience()).get(name, Stream(sink))
+        found[name] = sink.getvalue()
+    assert found == {"tensorboard/run/events.1": b"one more", "tensorboard/run/sub/events.2": b"two"}
+    assert store.keys() == []
+
+
 def test_keys_and_delete(store: Store, tmp_path: Path) -> None:
     """Only whole artifacts are listed, below the prefix's own name, and one is deleted without its neighbours."""
     folder = write(tmp_path / "artifact", {"manifest.json": b"{}", "state": b"1"})
@@ -429,7 +449,7 @@ def test_a_folder_that_changes_while_it_is_published(tmp_path: Path) -> None:
             (folder / "b").write_bytes(b"3")
             backend.put(name, source, size)
 
-        get, names, remove = backend.get, backend.names, backend.remove
+        get, names, entries, remove = backend.get, backend.names, backend.entries, backend.remove
 
     store._backend = Meddler()
     with pytest.raises(IntegrityError) as caught:
