@@ -1,0 +1,64 @@
+"""The built images, and containers as hardened as a cluster's `restricted` namespace makes them."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from docker import DockerClient
+from docker.errors import APIError
+from docker.models.containers import Container
+from docker.models.images import Image
+
+from tests.docker import Docker
+from tests.golang import Unavailable
+from tests.latentac.serving.conftest import config, exported_folder  # noqa: F401  # a model to serve
+
+RUN_SECONDS = 240
+INIT = ["/usr/bin/tini", "--"]
+HARDENED: dict[str, Any] = {
+    "read_only": True,
+    "cap_drop": ["ALL"],
+    "security_opt": ["no-new-privileges"],
+    "tmpfs": {"/tmp": "rw,mode=1777", "/work": "rw,mode=0770,uid=65532,gid=65532"},  # noqa: S108  # in the container
+    "network_mode": "host",
+    "detach": True,
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """What `make images` built. By name: torch, train, serve, pipeline, minio."""
+
+    client: DockerClient
+
+    def image(self, name: str) -> Image:
+        return self.client.images.get(f"latentac/{name}:dev")
+
+    @contextlib.contextmanager
+    def started(self, name: str, *command: str, **options: Any) -> Iterator[Container]:
+        """A container for as long as the context lasts; gone with its volumes afterwards."""
+        container = self.client.containers.run(f"latentac/{name}:dev", list(command), **{**HARDENED, **options})
+        try:
+            yield container
+        finally:
+            with contextlib.suppress(APIError):
+                container.remove(force=True, v=True)
+
+    def run(self, name: str, *command: str, **options: Any) -> tuple[int, str]:
+        """(exit code, stdout and stderr) of a command in a container of its own."""
+        with self.started(name, *command, **options) as container:
+            code = container.wait(timeout=RUN_SECONDS)["StatusCode"]
+            return int(code), container.logs().decode(errors="replace")
+
+
+@pytest.fixture(scope="session")
+def images(docker_daemon: Docker) -> Iterator[Images]:
+    try:
+        for name in ("torch", "train", "serve", "pipeline", "minio"):
+            docker_daemon.image(f"latentac/{name}:dev")
+    except Unavailable as error:
+        pytest.skip(str(error))
+    with contextlib.closing(docker_daemon.client()) as client:
+        yield Images(client)
