@@ -1,6 +1,14 @@
 """The pipeline's steps: one folder a step, each a thin KFP component over one verb of `latentac.run`."""
 
 import os
+from importlib.metadata import version
 
-IMAGE = os.environ.get("LATENTAC_IMAGE", "ghcr.io/latentac/train:0.1.0")
-"""The image that every step runs in on a cluster; read when the pipeline is compiled. Embedded runs use none."""
+_DEFAULT = f"ghcr.io/latentac/{{}}:{version('latentac')}"
+
+PIPELINE = os.environ.get("LATENTAC_IMAGE_PIPELINE") or _DEFAULT.format("pipeline")
+TRAIN = os.environ.get("LATENTAC_IMAGE_TRAIN") or _DEFAULT.format("train")
+SERVE = os.environ.get("LATENTAC_IMAGE_SERVE") or _DEFAULT.format("serve")
+"""Image references, read when the pipeline is compiled. Embedded runs use none."""
+
+COMPUTE = ("prepare", "pretrain-value", "evaluate", "steer")
+"""The steps that need torch, in the train image. On a cluster the others launch and decide, in the pipeline image."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentac import __version__
-from latentac.errors import LatentacError, ResourceError
+from latentac.errors import ConfigError, LatentacError, Problem, ResourceError
 
 if TYPE_CHECKING:
     from latentac.store import Manifest
@@ -23,16 +23,24 @@ _STEPS = {
     "steer": "reward against function evaluations of each way to steer",
     "gate": "decide whether the trained model is promoted or held",
     "deploy": "export, serve with KServe, ask for a steered picture, make it the production model",
+    "finish": "write and publish the report of what the run has published, complete or not",
 }
+
+_FURTHER = {"pipeline": "the pipeline on a cluster: compile, upload, submit, follow, report, cancel, schedule"}
+"""Commands of packages above this one, found by entry points of the group `latentac.commands`."""
 
 _EXIT_CODES = """exit codes:
   0 done   1 unexpected   2 configuration   3 store   4 damaged artifact   5 reward
-  6 resource (disk, port, device)   7 training   8 serving   75 store unavailable, try again   130 interrupted"""
+  6 resource (disk, port, device)   7 training   8 serving   9 cluster   75 unavailable, try again   130 interrupted"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is the error's (see `latentac.errors`)."""
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in _FURTHER:
+        options = argparse.Namespace(command=_run_further, words=words)
+    else:
+        options = _parser().parse_args(words)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("latentac").setLevel(logging.INFO)
     try:
@@ -75,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
             )
         verb.set_defaults(command=_run_verb, verb=name)
 
+    for name, summary in _FURTHER.items():  # only for the list: they are called before anything is parsed
+        verbs.add_parser(name, help=summary, add_help=False)
+
     report = _make(verbs.add_parser, "report", "write report.html and summary.json", "latentac report --run first")
     _add_place(report)
     report.set_defaults(command=_report)
@@ -83,6 +94,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_place(serve)
     serve.add_argument("--port", type=int, default=8080, help="port on loopback (default: %(default)s)")
     serve.set_defaults(command=_serve)
+
+    fetch = _make(
+        verbs.add_parser,
+        "fetch-model",
+        "copy a published model, verified, into a folder or an empty mount",
+        "latentac fetch-model --version first-0a1b2c3d --store s3://models/demo --to model",
+    )
+    fetch.add_argument("--version", required=True, metavar="V", help="the model's version, as in registry/*.json")
+    fetch.add_argument("--store", required=True, metavar="URL", help="file:// or s3://bucket/prefix")
+    fetch.add_argument("--to", required=True, type=Path, metavar="FOLDER", help="what to fill: empty, or not there yet")
+    fetch.set_defaults(command=_fetch)
 
     generate = _make(
         verbs.add_parser,
@@ -133,8 +155,22 @@ def _run_verb(options: argparse.Namespace) -> None:
     if options.verb == "prepare":
         place |= {"recipe": options.recipe, "config": options.config, "overrides": options.set}
     with run_lock(working_folder(options.run, options.output) / LOCK_FILE):
-        manifest: Manifest = VERBS[options.verb](**place)
-    print(json.dumps({"key": manifest.key, "metrics": manifest.metrics}, indent=2))
+        manifest: Manifest | None = VERBS[options.verb](**place)
+    if manifest is None:
+        print(json.dumps({"key": None, "metrics": {}}))
+    else:
+        print(json.dumps({"key": manifest.key, "metrics": manifest.metrics}, indent=2))
+
+
+def _run_further(options: argparse.Namespace) -> None:
+    from importlib.metadata import entry_points
+
+    name, *arguments = options.words
+    for found in entry_points(group="latentac.commands", name=name):
+        found.load()(arguments)
+        return
+    remedy = "Install the whole package anew: `make install`, or pip install."
+    raise ConfigError([Problem(name, arguments, "this installation has no such command", remedy)])
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -150,6 +186,14 @@ def _serve(options: argparse.Namespace) -> None:
     from latentac.serving.server import serve
 
     serve(fetch_model(options.run, options.store, options.output), options.port)
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    from latentac.release import fetch_version
+
+    manifest = fetch_version(options.version, options.store, options.to)
+    size = sum(file.size for file in manifest.files)
+    print(json.dumps({"key": manifest.key, "files": len(manifest.files), "bytes": size, "folder": str(options.to)}))
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -137,8 +137,16 @@ def environment() -> dict[str, Any]:
             "platform": platform.platform(),
             "python": platform.python_version(),
         },
-        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _version(package: str) -> str | None:
+    """None where this image does not hold the package: the steps have images of their own."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

@@ -7,17 +7,22 @@ artifact is there already, for the same configuration, returns it at once.
 
 import json
 import logging
+import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latentac.config import Config, merge, read_file, read_overrides, resolve, suggestion
-from latentac.errors import ArtifactNotFound, ConfigError, Problem
+from latentac.errors import ArtifactNotFound, ConfigError, Problem, TrainingError
 from latentac.recipes import RECIPES
 from latentac.store import Manifest, Store, open_store
-from latentac.workspace import Workspace, default_store, open_run
+from latentac.workspace import Workspace, default_store, open_run, working_folder
+
+if TYPE_CHECKING:
+    from latentac.release import Prove
 
 _log = logging.getLogger(__name__)
 
@@ -60,40 +65,54 @@ def pretrain_value(run: str, store: str, output: str) -> Manifest:
     return _step(run, store, output, "pretrain-value", ["prepare"], work)
 
 
-def train(run: str, store: str, output: str) -> Manifest:
+def train(run: str, store: str, output: str, *, launch: Callable[[Workspace], None] | None = None) -> Manifest:
     """Train policy and critic as a TorchX app of elastic workers. Its leader publishes policy/, critic/, history.json.
 
-    Goes on from the last checkpoint where there is one.
+    Goes on from the last checkpoint where there is one. launch: runs the workers to their end, with the artifact in
+    the store, or raises; by default on this machine (`latentac.launch`).
     """
     space = open_run(run, store, output)
     done = space.finished("train")
     if done is None:
-        from latentac.launch import run_app
+        if launch is None:
+            from latentac.launch import run_app
 
-        settings = space.config.train
-        run_app(run, store, output, settings.num_workers, settings.max_restarts)
-        done = space.store.manifest(f"{run}/train")
+            launch = run_app
+        launch(space)
+        done = space.finished("train")
+    if done is None:
+        remedy = "Resume the run: it goes on from its last checkpoint"
+        raise TrainingError(f"training app of {run}", "ended well, and its artifact is not in the store", remedy)
     return done
 
 
 def evaluate(run: str, store: str, output: str) -> Manifest:
-    """Base against trained on held-out prompts and fixed seeds. Publishes evaluation.json and a gallery."""
+    """Base, trained and the model in production on held-out prompts and fixed seeds.
+
+    Publishes evaluation.json and a gallery. If the model in production cannot be compared, it says why.
+    """
 
     def work(space: Workspace, folder: Path) -> dict[str, Any]:
         from latentac.evaluation import compare
+        from latentac.incumbent import load_incumbent
 
-        content, sheets = compare(
-            space.config,
-            space.base_policy(),
-            space.trained_policy(),
-            space.critic("train"),
-            space.rewards(),
-            space.prompts.held_out,
-        )
-        _write(folder / "evaluation.json", content)
+        policies = {"base": space.base_policy(), "trained": space.trained_policy()}
+        incumbent = load_incumbent(space, policies["base"])
+        if incumbent.policy is not None:
+            policies["incumbent"] = incumbent.policy
+        if incumbent.problem:
+            _log.warning("no comparison with the model in production: %s", incumbent.problem)
+        critic, rewards, prompts = space.critic("train"), space.rewards(), space.prompts.held_out
+        content, sheets = compare(space.config, policies, critic, rewards, prompts)
+        _write(folder / "evaluation.json", {**content, "production": incumbent.to_dict()})
         _write_gallery(folder, sheets)
         reward = space.config.gate.reward
-        return {"base": content["base"][reward]["mean"], "trained": content["trained"][reward]["mean"]}
+        figures = {arm: content[arm][reward]["mean"] for arm in policies}
+        figures |= {"gain": content["difference"][reward]["mean"], "gain_low": content["difference"][reward]["low"]}
+        for arm in policies.keys() - {"trained"}:
+            figures[f"diversity_kept_{arm}"] = content["diversity"]["kept"][arm]["ratio"]
+            figures[f"latency_ratio_{arm}"] = content["latency"]["ratio"][arm]["median"]
+        return {name: value for name, value in sorted(figures.items()) if math.isfinite(value)}
 
     return _step(run, store, output, "evaluate", ["prepare", "train"], work)
 
@@ -109,38 +128,50 @@ def steer(run: str, store: str, output: str) -> Manifest:
         )
         _write(folder / "steering.json", rows)
         _write_gallery(folder, sheets)
-        return {"arms": len(rows)}
+        own = [row for row in rows if row["reward"] == space.config.gate.reward]
+        plain, best = min(own, key=lambda row: row["nfe"]), max(own, key=lambda row: row["mean"])
+        return {"arms": len(rows), "plain": plain["mean"], "best": best["mean"], "best_nfe": best["nfe"]}
 
     return _step(run, store, output, "steer", ["prepare", "train"], work)
 
 
 def gate(run: str, store: str, output: str) -> Manifest:
-    """Decide `promote` or `hold`, with reasons. Publishes gate.json; the decision is in the manifest's metrics too."""
+    """Decide `promote` or `hold`. Publishes gate.json and the reasons as reasons.md; the decision is in the manifest's
+    metrics too."""
 
     def work(space: Workspace, folder: Path) -> dict[str, Any]:
-        from latentac.gate import decide
+        from latentac.gate import decide, markdown
+        from latentac.incumbent import in_production, trouble
 
         # What is promoted must be what was evaluated, byte for byte.
         space.store.verify(space.store.manifest(f"{run}/evaluate"))
-        verdict = decide(space.config.gate, json.loads((space.artifact("evaluate") / "evaluation.json").read_text()))
+        evaluation = json.loads((space.artifact("evaluate") / "evaluation.json").read_text())
+        version, evaluated = in_production(space), evaluation.get("production") or {}
+        compared = version is not None and not evaluated.get("problem")
+        found = trouble(space, version, evaluated.get("sha256")) if version is not None and compared else ""
+        production = {"version": version, "trouble": found}
+        verdict = decide(space.config.gate, space.config.reward_names, evaluation, production)
         _write(folder / "gate.json", verdict)
+        (folder / "reasons.md").write_text(markdown(verdict, run), encoding="utf-8")
         for reason in verdict["reasons"]:
             _log.info("%s: %s", verdict["decision"], reason)
-        return {"decision": verdict["decision"]}
+        passed = sum(check["passed"] for check in verdict["checks"])
+        return {"decision": verdict["decision"], "passed": passed, "failed": len(verdict["checks"]) - passed}
 
     return _step(run, store, output, "gate", ["evaluate", "steer"], work)
 
 
-def deploy(run: str, store: str, output: str) -> Manifest:
+def deploy(run: str, store: str, output: str, *, prove: "Prove | None" = None) -> Manifest:
     """Export the model, serve it with KServe on loopback, ask it for a steered picture, and make it the production one.
 
-    Publishes models/<version>, registry/production.json, and deployment.json with the picture.
+    prove: serves and questions it elsewhere (a cluster's rollout) instead. Publishes models/<version>,
+    registry/production.json, and deployment.json with the picture.
     """
 
     def work(space: Workspace, folder: Path) -> dict[str, Any]:
-        from latentac.release import release
+        from latentac.release import on_loopback, release
 
-        content, picture = release(space)
+        content, picture = release(space, prove or on_loopback)
         _write(folder / "deployment.json", content)
         (folder / "picture.png").write_bytes(picture)
         return {"version": content["version"], "picture_sha256": content["picture_sha256"]}
@@ -148,7 +179,45 @@ def deploy(run: str, store: str, output: str) -> Manifest:
     return _step(run, store, output, "deploy", ["gate", "train"], work)
 
 
-VERBS: dict[str, Callable[..., Manifest]] = {
+def finish(run: str, store: str, output: str) -> Manifest | None:
+    """Write the report and a model card of what the run has published, complete or not, and publish both.
+
+    Publishes `<run>/finish` with report.html, summary.json and card.md, which also lie in `<output>/<run>/` then. It
+    is made anew when a step has published since, so a run that was resumed is told to its end. None where nothing is
+    published, not even by `prepare`.
+    """
+    started = time.monotonic()
+    folder = working_folder(run, output)
+    url = store or default_store(output)
+    opened = open_store(url)
+    known = set(opened.keys(run))
+    origins = [opened.manifest(f"{run}/{step}") for step in VERBS if step != "finish" and f"{run}/{step}" in known]
+    if f"{run}/prepare" not in known:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".finish-", dir=folder) as temporary:
+        scratch = Path(temporary) / "finish"
+        done = opened.manifest(f"{run}/finish") if f"{run}/finish" in known else None
+        if done is not None and [parent.sha256 for parent in done.parents] == [origin.digest for origin in origins]:
+            opened.fetch(f"{run}/finish", scratch)
+        else:
+            done = None
+            _write_finish(run, url, output, scratch)
+        for file in scratch.iterdir():
+            shutil.copyfile(file, part := folder / f".{file.name}.part")
+            part.replace(folder / file.name)
+        return done or opened.publish(
+            f"{run}/finish",
+            scratch,
+            run=run,
+            step="finish",
+            config_hash=origins[0].config_hash,
+            parents=origins,
+            metrics={"seconds": time.monotonic() - started},
+        )
+
+
+VERBS: dict[str, Callable[..., Manifest | None]] = {
     "prepare": prepare,
     "pretrain-value": pretrain_value,
     "train": train,
@@ -156,6 +225,7 @@ VERBS: dict[str, Callable[..., Manifest]] = {
     "steer": steer,
     "gate": gate,
     "deploy": deploy,
+    "finish": finish,
 }
 
 
@@ -226,6 +296,17 @@ def _prepare(run: str, store: Store, output: Path, settings: Config, started: fl
             config_hash=settings.hash,
             metrics={"seconds": time.monotonic() - started},
         )
+
+
+def _write_finish(run: str, store: str, output: str, folder: Path) -> None:
+    from latentac.card import model_card
+    from latentac.report import write_report
+
+    folder.mkdir()
+    report, summary = write_report(run, store, output)
+    for path in (report, summary):
+        shutil.copyfile(path, folder / path.name)
+    (folder / "card.md").write_text(model_card(json.loads(summary.read_text())), encoding="utf-8")
 
 
 def _write(path: Path, content: object) -> None:

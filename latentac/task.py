@@ -28,13 +28,13 @@ from latentac.lifetime import die_with_parent, run_lock
 from latentac.store import Manifest
 
 EVENTS = "LATENTAC_EVENTS"
-"""Environment variable: a driver reads this process's stdout, so mark begin and end, and leave the error to it."""
+"""Environment variable: a driver reads this process's output, so mark begin and end, and leave the error to it."""
 
 EVENT_MARK = "##latentac##"
 """What an event line starts with; JSON follows."""
 
 ERROR_FILE = "error.json"
-"""In `<output>/<run>/`: {"task", "exit_code", "message"} of the task that failed."""
+"""In `<output>/<run>/`: {"task", "exit_code", "message"} of the task that failed, the first one if two did."""
 
 LOCK_FILE = "task.lock"
 """In `<output>/<run>/`: held while a verb works on the run."""
@@ -87,7 +87,10 @@ def _fail(name: str, folder: Path, error: Exception) -> int:
         code, message = expected.exit_code, str(expected)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ERROR_FILE).write_text(json.dumps({"task": name, "exit_code": code, "message": message}, indent=2))
+        if not (folder / ERROR_FILE).exists():  # the first failure is the cause; a start of the run removes the file
+            (folder / ERROR_FILE).write_text(
+                json.dumps({"task": name, "exit_code": code, "message": message}, indent=2)
+            )
         unread = EVENTS not in os.environ
     except OSError:  # the disk that is full, perhaps
         unread = True
@@ -118,5 +121,6 @@ def _log_plainly() -> None:
 
 
 def _tell(**event: Any) -> None:
-    if EVENTS in os.environ:
-        print(f"{EVENT_MARK}{json.dumps(event)}", file=sys.stdout, flush=True)
+    if EVENTS in os.environ:  # on stderr, as the log: the two streams of a container are read in no order
+        sys.stdout.flush()
+        print(f"{EVENT_MARK}{json.dumps(event)}", file=sys.stderr, flush=True)

@@ -5,13 +5,15 @@ import os
 import sys
 from pathlib import Path
 
-GOLDEN = Path(__file__).parent / "compiled" / "latentac.yaml"
+_HERE = Path(__file__).parent / "compiled"
+GOLDEN, MANIFESTS, SETTINGS = (_HERE / name for name in ("latentac.yaml", "latentac.kubernetes.yaml", "cluster.yaml"))
 
 _EXAMPLES = """\
 examples:
   python -m pipelines run
   python -m pipelines run --recipe shapes-unet-smoke --seed 1 --set train.num_iterations=8
   python -m pipelines run --resume shapes-unet-20260131-120000
+  python -m pipelines run-containers --recipe shapes-unet-smoke
   python -m pipelines compile
 """
 
@@ -19,7 +21,7 @@ examples:
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        return _compile(options.to) if options.command == "compile" else _run(options)
+        return _compile(options.to, options.manifests) if options.command == "compile" else _run(options)
     except KeyboardInterrupt:  # before the run began; afterwards run_pipeline says how to go on
         return 130
     finally:
@@ -35,10 +37,23 @@ def _parser() -> argparse.ArgumentParser:
         description="The pipeline prepare, pretrain-value, train, evaluate, steer, gate, deploy.",
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser(
+    _add_run(commands.add_parser(
         "run", help="run it on this machine", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run every step on this machine, then write runs/<id>/report.html and summary.json.",
-    )  # fmt: skip
+    ))  # fmt: skip
+    _add_run(commands.add_parser(
+        "run-containers", help="run it on this machine, each step in its image", epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Run every step in a container, artifacts in an S3 store: the one of --store and the environment, "
+        "else a MinIO of its own, in <output>/.minio.",
+    ))  # fmt: skip
+    write = commands.add_parser("compile", help=f"write the pipeline's YAML ({GOLDEN.name}, {MANIFESTS.name})")
+    write.add_argument("--to", type=Path, default=GOLDEN, metavar="FILE", help="where to (default: the golden file)")
+    write.add_argument("--manifests", type=Path, default=MANIFESTS, metavar="FILE", help="the Kubernetes objects")
+    return parser
+
+
+def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("--recipe", help="named configuration (default: shapes-unet)")
     run.add_argument("--config", metavar="FILE", help="YAML file laid over the recipe")
     run.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one field; may be repeated")
@@ -46,28 +61,27 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--output", default="runs", metavar="FOLDER", help="working files (default: runs)")
     run.add_argument("--store", metavar="URL", help="file:// or s3:// (default: file://<output>/store)")
     run.add_argument("--resume", metavar="ID", help="go on with a run: finished steps are not run again")
-    write = commands.add_parser("compile", help=f"write the pipeline's YAML ({GOLDEN.name})")
-    write.add_argument("--to", type=Path, default=GOLDEN, metavar="FILE", help="where to (default: the golden file)")
-    return parser
 
 
 def _run(options: argparse.Namespace) -> int:
     from latentac.errors import LatentacError
     from latentac.run import resolve_recipe
-    from pipelines.request import Request, create_run, load_run
+    from pipelines.request import CONTAINERS, PROCESSES, Request, create_run, load_run
 
     output = Path(options.output)
+    way = CONTAINERS if options.command == "run-containers" else PROCESSES
     overrides = (*options.set, *(() if options.seed is None else (f"seed={options.seed}",)))
     try:
         if options.resume:
             given = {"recipe": options.recipe, "config": options.config, "overrides": overrides, "store": options.store}
+            given["way"] = way
             run = options.resume
             request = load_run(run, output, {name: value for name, value in given.items() if value})
         else:
             recipe, config = options.recipe or "shapes-unet", options.config or ""
             resolve_recipe(recipe, config, overrides)  # a typing error is told before anything starts
-            run, request = create_run(Request(recipe, config, overrides, options.store or ""), output)
-        from pipelines.embedded import run_pipeline
+            run, request = create_run(Request(recipe, config, overrides, options.store or "", way), output)
+        from pipelines.driver import run_pipeline
 
         return run_pipeline(run, request, output, fresh=not options.resume)
     except LatentacError as error:
@@ -75,14 +89,14 @@ def _run(options: argparse.Namespace) -> int:
         return error.exit_code
 
 
-def _compile(target: Path) -> int:
-    from kfp import compiler
+def _compile(target: Path, manifests: Path) -> int:
+    from components.cluster.settings import read
+    from pipelines.cluster import compile_manifests, compile_pipeline
 
-    from pipelines.pipeline import latentac
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(latentac, str(target))
-    print(target)
+    settings = read(SETTINGS)
+    compile_pipeline(settings, target)
+    compile_manifests(settings, manifests)
+    print(target, manifests, sep="\n")
     return 0
 
 

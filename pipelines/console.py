@@ -1,12 +1,13 @@
 """What a person sees of an embedded run: one line when a step begins, its own log, one line when it ends.
 
-kfp.local prints everything to stdout: its own records, rules and outputs, and each line that a step's process writes,
-indented by four spaces. `Console` stands in for stdout and keeps of all that what a step wrote between the marked
+kfp.local prints everything to stdout: its own records, rules and outputs, and what a step's process writes, indented
+by four spaces. `Console` stands in for stdout and keeps of all that what a step wrote between the marked
 lines of `latentac.task`; the rest is held back, to be shown only if a step dies before it can say why.
 """
 
 import io
 import json
+import re
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -17,19 +18,20 @@ from latentac.progress import duration
 from latentac.task import EVENT_MARK
 
 _KFP_INDENT = " " * 4
+_KFP_RECORD = re.compile(r"\d\d:\d\d:\d\d(\.\d+)? - [A-Z]+ - |-{20}")
 _HELD_LINES = 40
 CLEAR_LINE = "\r\x1b[K"  # a progress bar may be drawn where the next line goes
 
 
 class Console(io.TextIOBase):
-    """A text stream for kfp.local to write to; what is to be seen goes to `out`.
+    """A text stream for kfp.local to write to; what is to be seen goes to `out`. `optional`: steps that may be skipped.
 
     Keeps in the file `timings` the wall seconds of each stage, `{"stages": {step: seconds}, "total": seconds}`, summed
     over all starts of the run.
     """
 
-    def __init__(self, steps: Sequence[str], out: TextIO, timings: Path) -> None:
-        self._steps, self._out, self._file = list(steps), out, timings
+    def __init__(self, steps: Sequence[str], out: TextIO, timings: Path, optional: Sequence[str] = ()) -> None:
+        self._steps, self._out, self._file, self._optional = list(steps), out, timings, set(optional)
         before: dict[str, Any] = json.loads(timings.read_text()) if timings.exists() else {"stages": {}, "total": 0.0}
         self._stages: dict[str, float] = before["stages"]
         self._total: float = before["total"]
@@ -38,6 +40,8 @@ class Console(io.TextIOBase):
         self.running: str | None = None
         self.finished: dict[str, bool] = {}
         """Step that ended well -> whether it was done already."""
+        self.failed: str | None = None
+        """The first step that failed, or ended without a word, which shows when a later one begins."""
 
     def writable(self) -> bool:
         return True
@@ -84,7 +88,8 @@ class Console(io.TextIOBase):
     def _receive(self, line: str) -> None:
         text, mark, event = line.partition(EVENT_MARK)
         if text.strip():
-            if self.running is not None and text.startswith(_KFP_INDENT):
+            # Of several lines that a container gives at once, kfp indents the first.
+            if self.running is not None and not _KFP_RECORD.match(text):
                 self.say(f"      {text.removeprefix(_KFP_INDENT)}")
             else:
                 self._held.append(text)
@@ -93,17 +98,31 @@ class Console(io.TextIOBase):
 
     def _follow(self, event: dict[str, Any]) -> None:
         step, kind = event["task"], event["event"]
-        label = f"[{self._steps.index(step) + 1}/{len(self._steps)}] {step}"
         if kind == "begin":
-            self.running = step
-            self.say(label)
+            self._begin(step)
             return
         self.running = None
-        self._held.clear()
+        if self.failed is None:
+            self._held.clear()
+        label = self._label(step)
         if kind == "fail":
+            self.failed = self.failed or step
             self.count(step)
             self.say(f"{label} failed")
             return
         self.finished[step] = event["reused"]
         seconds = self.count(None if event["reused"] else step)
         self.say(f"{label} done already" if event["reused"] else f"{label} done in {seconds:.1f} s")
+
+    def _begin(self, step: str) -> None:
+        before = self._steps[: self._steps.index(step)]
+        silent = [name for name in before if name not in self.finished and name not in self._optional]
+        if self.failed is None and silent:
+            self.failed = silent[0]
+            self.count(self.failed)
+            self.say(f"{self._label(self.failed)} failed")
+        self.running = step
+        self.say(self._label(step))
+
+    def _label(self, step: str) -> str:
+        return f"[{self._steps.index(step) + 1}/{len(self._steps)}] {step}"

@@ -12,16 +12,20 @@ from latentac.errors import ConfigError, Problem, ResourceError
 
 _FILE = "request.json"
 _CONFIG = "given-config.yaml"
+PROCESSES, CONTAINERS = "processes", "containers"
+"""The ways to run the steps on this machine."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """recipe: name; config: path of a YAML file, or empty; overrides: `path=value`; store: URL, or empty."""
+    """recipe: name; config: path of a YAML file, or empty; overrides: `path=value`; store: URL, or empty; way: how the
+    steps run."""
 
     recipe: str
     config: str = ""
     overrides: tuple[str, ...] = ()
     store: str = ""
+    way: str = PROCESSES
 
     def store_url(self, output: Path) -> str:
         return self.store or f"file://{output.resolve()}/store"

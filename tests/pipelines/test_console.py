@@ -48,19 +48,19 @@ def test_step_is_a_line_at_each_end_and_its_own_log_between(console: Console) ->
 
 def test_text_may_arrive_in_any_pieces(console: Console) -> None:
     """kfp prints the indent and the line apart."""
-    for letter in stream("train", "    a\n      b\n", event(event="end", task="train", reused=True)):
+    for letter in stream("prepare", "    a\n      b\n", event(event="end", task="prepare", reused=True)):
         console.write(letter)
 
-    assert shown(console) == ["[2/2] train", "      a", "        b", "[2/2] train done already"]
+    assert shown(console) == ["[1/2] prepare", "      a", "        b", "[1/2] prepare done already"]
 
 
 def test_what_kfp_says_of_a_failure_is_left_to_the_driver(console: Console) -> None:
     """The step's own lines stay; kfp's record of the failure is held back."""
-    begin = event(event="begin", task="train")
-    console.write(f"{begin}    Killed\n00:54:31 - ERROR - Task 'train' finished with status FAILURE\n")
+    begin = event(event="begin", task="prepare")
+    console.write(f"{begin}    Killed\n00:54:31 - ERROR - Task 'prepare' finished with status FAILURE\n")
 
-    assert shown(console) == ["[2/2] train", "      Killed"]
-    assert console.running == "train"
+    assert shown(console) == ["[1/2] prepare", "      Killed"]
+    assert console.running == "prepare"
     assert "FAILURE" in console.held[-1]
 
 
@@ -77,3 +77,43 @@ def test_timings_add_up_over_the_starts_of_a_run(tmp_path: Path) -> None:
     assert 100.0 < written["stages"]["train"] < 101.0
     assert 110.0 < written["total"] < 111.0
     assert next(row.split() for row in console.table()) == ["prepare", "2.0", "s", "done", "already"]
+
+
+def test_lines_that_a_container_gives_at_once_are_all_shown(console: Console) -> None:
+    """kfp indents only the first of them."""
+    console.write(stream("prepare", "    first\nsecond\n  third\n", event(event="end", task="prepare", reused=False)))
+
+    assert shown(console)[1:-1] == ["      first", "      second", "        third"]
+
+
+def test_step_that_died_without_a_word_is_found_when_a_later_one_begins(tmp_path: Path) -> None:
+    """The task at the end runs after a failure too, and must not hide it: neither the name nor what was held back."""
+    console = Console(
+        ("prepare", "train", "deploy", "finish"), io.StringIO(), tmp_path / "t.json", optional=("deploy",)
+    )
+    console.write(stream("prepare", "", event(event="end", task="prepare", reused=False)))
+    console.write(event(event="begin", task="train") + "    3 images\n00:54:31.223 - INFO - the end of it\n")
+    console.write(stream("finish", "", event(event="end", task="finish", reused=False)))
+
+    assert console.failed == "train"
+    assert "[2/4] train failed" in shown(console)
+    assert "00:54:31.223 - INFO - the end of it" in console.held
+    assert "train" not in console.finished
+
+
+def test_step_that_may_be_skipped_is_no_failure(tmp_path: Path) -> None:
+    """The gate said hold: nothing was deployed, and that is a success."""
+    console = Console(("gate", "deploy", "finish"), io.StringIO(), tmp_path / "t.json", optional=("deploy",))
+    for step in ("gate", "finish"):
+        console.write(stream(step, "", event(event="end", task=step, reused=False)))
+
+    assert console.failed is None
+    assert [row.split()[1] for row in console.table()[:3]][1] == "skipped"
+
+
+def test_the_first_failure_stays_the_failure(console: Console) -> None:
+    """What fails afterwards, of the same cause perhaps, does not take its place."""
+    for step in STEPS:
+        console.write(stream(step, "", event(event="fail", task=step, exit_code=3)))
+
+    assert console.failed == "prepare"

@@ -17,7 +17,9 @@ def pipelines(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["compile", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["run-containers", "--help"], ["compile", "--help"]]
+)
 def test_help_has_examples_and_comes_at_once(arguments: list[str]) -> None:
     """Half a second of work: neither kfp nor torch is imported for it."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -73,7 +75,7 @@ def test_store_without_access_fails_in_prepare_and_says_how_to_go_on(tmp_path: P
     assert failed.returncode == left["exit_code"]
     assert failed.returncode in (3, 6)
     assert resume == f"resume with: make run RESUME={run} OUTPUT={tmp_path / 'runs'}"
-    assert "[1/7] prepare failed" in failed.stdout
+    assert "[1/8] prepare failed" in failed.stdout
 
 
 @pytest.mark.parametrize("run", ["shapes-unet-19990101-000000", "../runs", "store"])

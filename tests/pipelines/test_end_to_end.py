@@ -100,8 +100,9 @@ def weights(manifest: Manifest) -> dict[str, str]:
 
 
 def published(store: Store, run: str) -> dict[str, str]:
-    """Digest of each step's manifest that is there."""
-    return {key.rpartition("/")[2]: store.manifest(key).digest for key in store.keys(run)}
+    """Digest of each step's manifest that is there; but for finish, which tells of the run as it was at each end."""
+    steps = {key.rpartition("/")[2]: store.manifest(key).digest for key in store.keys(run)}
+    return {step: digest for step, digest in steps.items() if step != "finish"}
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +118,8 @@ def test_run_ends_by_telling_where_to_look(reference: tuple[str, Path, str]) -> 
     """A line at each end of each step, the stage timings, and paths that are there."""
     run, output, text = reference
     for number, step in enumerate(STEPS, start=1):
-        assert f"[{number}/7] {step}\n" in text
-        assert re.search(rf"^\[{number}/7\] {step} done in [0-9.]+ s$", text, re.MULTILINE)
+        assert f"[{number}/8] {step}\n" in text
+        assert re.search(rf"^\[{number}/8\] {step} done in [0-9.]+ s$", text, re.MULTILINE)
         assert re.search(rf"^  {step} +[0-9.]+ s$", text, re.MULTILINE)
     assert (output / run / "report.html").stat().st_size > 10_000
     for line in (f"report   {output / run / 'report.html'}", f"summary  {output / run / 'summary.json'}"):
@@ -159,11 +160,12 @@ def test_resume_of_a_finished_run_does_nothing_twice(reference: tuple[str, Path,
     """Every step says so, and every manifest stays the one it was."""
     run, output, _ = reference
     store = open_store(f"file://{output}/store")
-    before = published(store, run)
+    before, report = published(store, run), store.manifest(f"{run}/finish")
     driver = start(output, "--resume", run)
 
     assert driver.process.wait(300) == 0, driver.text
-    assert len(re.findall(r"^\[\d/7\] \S+ done already$", driver.text, re.MULTILINE)) == len(STEPS)
+    assert store.manifest(f"{run}/finish") == report
+    assert len(re.findall(r"^\[\d/8\] \S+ done already$", driver.text, re.MULTILINE)) == len(STEPS)
     assert published(store, run) == before
 
 

@@ -1,0 +1,326 @@
+"""`latentac pipeline ...`: the pipeline on a cluster, through the API of Kubeflow Pipelines. Imports are lazy.
+
+An entry point of the group `latentac.commands` leads here: the library itself knows nothing of kfp.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentac.errors import ClusterError, ConfigError, Problem
+
+if TYPE_CHECKING:
+    from components.cluster.settings import Cluster
+    from pipelines.following import Follower
+    from pipelines.service import Service
+
+_PROGRAM = "latentac pipeline"
+_HOST = "--host http://localhost:8888"
+_ENVIRONMENT = """environment:
+  KF_PIPELINES_ENDPOINT   the address, instead of --host
+  LATENTAC_KFP_TOKEN      bearer token; LATENTAC_KFP_COOKIE: a session's cookie
+  LATENTAC_CLUSTER        a cluster.yaml, instead of --cluster-settings
+  KUBECONFIG              of the cluster, for --release and to tell what pods wait for"""
+
+
+def main(arguments: list[str]) -> None:
+    """Run one command. Raises LatentacError."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] = options.command
+    command(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=_PROGRAM,
+        description="The pipeline on a cluster with Kubeflow Pipelines and an installed chart (helm/latentac).",
+        epilog=f"example:\n  {_PROGRAM} submit {_HOST} --release latentac --kube-namespace latentac --follow\n\n"
+        f"{_ENVIRONMENT}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(metavar="command", required=True)
+    release = "--release latentac --kube-namespace latentac"
+
+    compiling = _add(verbs, "compile", "write the YAML for a cluster", f"{release} --to latentac.yaml", _compile)
+    _add_cluster(compiling)
+    compiling.add_argument("--to", type=Path, required=True, metavar="FILE", help="the pipeline's YAML")
+    compiling.add_argument("--manifests", type=Path, metavar="FILE", help="the same as Kubernetes objects")
+
+    upload = _add(verbs, "upload", "upload the pipeline, if it has changed", f"{_HOST} {release}", _upload)
+    submit = _add(
+        verbs, "submit", "start a run", f"{_HOST} {release} --recipe shapes-unet-smoke --set seed=1 --follow", _submit
+    )
+    schedule = _add(verbs, "schedule", "start runs by a clock", f"{_HOST} {release} --cron '0 0 3 * * 1'", _schedule)
+    for verb in (upload, submit, schedule):
+        _add_host(verb)
+        _add_cluster(verb)
+    for verb in (submit, schedule):
+        _add_request(verb)
+    submit.add_argument("--run", help="the run's id (default: <recipe>-<UTC time>); a known one goes on with that run")
+    submit.add_argument("--follow", action="store_true", help="stay until it ends")
+    _add_bounds(submit)
+    schedule.add_argument("--cron", required=True, help="when: second minute hour day month weekday")
+    schedule.add_argument("--name", default="latentac", help="what to call it (default: %(default)s)")
+
+    follow = _add(verbs, "follow", "tell what a run does until it ends", f"{_HOST} 8f14e45f-ceea-467f", _follow)
+    _add_bounds(follow)
+    report = _add(verbs, "report", "fetch a run's report", f"{_HOST} 8f14e45f-ceea-467f --to report.html", _report)
+    report.add_argument("--to", type=Path, required=True, metavar="FILE", help="the page")
+    report.add_argument("--store", default="", metavar="URL", help="where it lies (default: the run's own)")
+    cancel = _add(verbs, "cancel", "stop a run and what it left running", f"{_HOST} 8f14e45f-ceea-467f", _cancel)
+    runs = _add(verbs, "runs", "list the newest runs", _HOST, _runs)
+    runs.add_argument("--count", type=int, default=10, metavar="N", help="how many (default: %(default)s)")
+    for verb in (follow, report, cancel, runs):
+        _add_host(verb)
+    _add_cluster(follow)
+    for verb in (follow, report, cancel):
+        verb.add_argument("id", help="the run's id in Kubeflow Pipelines, which submit prints")
+    return parser
+
+
+def _add(
+    verbs: Any, name: str, summary: str, example: str, command: Callable[[argparse.Namespace], None]
+) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {_PROGRAM} {name} {example}\n\n{_ENVIRONMENT}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.set_defaults(command=command)
+    return verb
+
+
+def _add_host(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--host", metavar="URL", help="the API of Kubeflow Pipelines")
+    verb.add_argument("--namespace", default="", help="your namespace, where it serves many users")
+    verb.add_argument("--ca", default="", metavar="FILE", help="certificate authority of the host")
+
+
+def _add_cluster(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--cluster-settings", type=Path, metavar="FILE", help="the release's cluster.yaml")
+    verb.add_argument("--release", default="", metavar="NAME", help="or read it from this release of the chart")
+    verb.add_argument(
+        "--kube-namespace", default="", metavar="NS", help="in this namespace of the KUBECONFIG's cluster"
+    )
+
+
+def _add_request(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--recipe", default="shapes-unet", help="named configuration (default: %(default)s)")
+    verb.add_argument("--config", default="", metavar="FILE", help="YAML file laid over the recipe")
+    verb.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one field; may be repeated")
+    verb.add_argument("--experiment", default="latentac", help="of the UI (default: %(default)s)")
+    verb.add_argument("--pipeline-root", default="", metavar="URL", help="of KFP's own artifacts (default: KFP's)")
+
+
+def _add_bounds(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--pending-seconds", type=float, default=900.0, metavar="S", help="for a pod to start (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--poll-seconds", type=float, default=3.0, metavar="S", help="between looks (default: %(default)s)"
+    )
+    verb.add_argument("--total-seconds", type=float, metavar="S", help="for the whole run (default: no bound)")
+
+
+def _compile(options: argparse.Namespace) -> None:
+    from pipelines.cluster import compile_manifests, compile_pipeline
+
+    settings = _settings(options)
+    print(compile_pipeline(settings, options.to))
+    if options.manifests:
+        compile_manifests(settings, options.manifests)
+
+
+def _upload(options: argparse.Namespace) -> None:
+    _uploaded(_service(options), _settings(options))
+
+
+def _submit(options: argparse.Namespace) -> None:
+    settings, service = _settings(options), _service(options)
+    name = options.run or _new_id(options.recipe)
+    parameters = {"run": name, **_parameters(options), **_places(settings)}
+    version = _uploaded(service, settings)
+    account = settings.steps.service_account
+    started = service.submit(name, version, parameters, account, options.experiment, options.pipeline_root)
+    _say(f"run {started}, {name}: {service.host}/#/runs/details/{started}")
+    if options.follow:
+        _finish(_follower(options, service, settings).follow(started), started)
+    else:
+        _say(f"follow with: {_PROGRAM} follow {started}")
+
+
+def _schedule(options: argparse.Namespace) -> None:
+    settings, service = _settings(options), _service(options)
+    if len(options.cron.split()) != 6:
+        remedy = "Write second minute hour day month weekday, as in '0 0 3 * * 1' for Mondays at 3."
+        raise ConfigError([Problem("--cron", options.cron, "has not six fields", remedy)])
+    version = _uploaded(service, settings, own_id=True)
+    parameters = {"run": "-", **_parameters(options), **_places(settings)}
+    account = settings.steps.service_account
+    made = service.schedule(
+        options.name, version, parameters, account, options.experiment, options.pipeline_root, options.cron
+    )
+    _say(f"schedule {made}, {options.name}: {service.host}/#/recurringrun/details/{made}")
+
+
+def _follow(options: argparse.Namespace) -> None:
+    service = _service(options)
+    settings = _settings(options) if _named(options) else None
+    _finish(_follower(options, service, settings).follow(options.id), options.id)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from latentac.store import open_store
+
+    service = _service(options)
+    given = _given(service, options.id)
+    # A recurring run has the id that KFP gave it.
+    run = options.id if given.get("run", "-") == "-" else str(given["run"])
+    store = options.store or str(given.get("store") or "")
+    if not store:
+        raise ConfigError([Problem("--store", "", f"run {options.id} does not name its store", "Name it.")])
+    with tempfile.TemporaryDirectory() as folder:
+        open_store(store).fetch(f"{run}/finish", Path(folder) / "finish")
+        options.to.parent.mkdir(parents=True, exist_ok=True)
+        options.to.write_bytes((Path(folder) / "finish" / "report.html").read_bytes())
+    _say(str(options.to))
+
+
+def _cancel(options: argparse.Namespace) -> None:
+    service = _service(options)
+    state = str(service.run(options.id).state)
+    if state in ("SUCCEEDED", "FAILED", "CANCELED"):
+        _say(f"run {options.id}: {state} already")
+        return
+    service.terminate(options.id)
+    _say(f"run {options.id}: is cancelled; its step finish stops the training job and takes back a release half made")
+
+
+def _runs(options: argparse.Namespace) -> None:
+    for run in _service(options).runs(options.count):
+        name = ((run.runtime_config and run.runtime_config.parameters) or {}).get("run") or run.display_name
+        _say(f"{run.run_id}  {run.created_at:%Y-%m-%d %H:%M}  {run.state!s:<10}  {name}")
+
+
+def _finish(state: str, run_id: str) -> None:
+    if state != "SUCCEEDED":
+        problem = "was cancelled" if state == "CANCELED" else "failed; its reasons stand above"
+        remedy = "Submit it again with the same --run: it goes on from what is done"
+        raise ClusterError(f"run {run_id}", problem, remedy)
+    _say(f"report with: {_PROGRAM} report {run_id} --to report.html")
+
+
+def _service(options: argparse.Namespace) -> "Service":
+    from pipelines.service import ENDPOINT, Service
+
+    return Service(options.host or os.environ.get(ENDPOINT, ""), options.namespace, options.ca)
+
+
+def _named(options: argparse.Namespace) -> bool:
+    from components.cluster.settings import SETTINGS
+
+    return bool(options.cluster_settings or options.release or os.environ.get(SETTINGS))
+
+
+def _settings(options: argparse.Namespace) -> "Cluster":
+    """The settings of the release that is named: a file, a release of the chart, or the environment's file."""
+    from components.cluster.settings import KEY, here, read, resolve
+
+    if options.cluster_settings:
+        return read(options.cluster_settings)
+    if options.release:
+        import yaml
+
+        from components.cluster.api import CONFIG_MAPS, connect
+
+        name, namespace = f"{options.release}-cluster", options.kube_namespace or "default"
+        found = connect(namespace).get(CONFIG_MAPS, name)
+        if found is None or KEY not in (found.get("data") or {}):
+            remedy = "Name the chart's release and its namespace: `helm list -A` shows them."
+            where = f"ConfigMap {namespace}/{name}"
+            raise ConfigError([Problem("--release", options.release, f"there is no {where} with {KEY}", remedy)])
+        return resolve(yaml.safe_load(found["data"][KEY]), f"{name}/{KEY}")
+    settings = here()
+    if settings is None:
+        remedy = "Name its file, or --release and --kube-namespace."
+        raise ConfigError([Problem("--cluster-settings", None, "no cluster is named", remedy)])
+    return settings
+
+
+def _uploaded(service: "Service", settings: "Cluster", *, own_id: bool = False) -> tuple[str, str]:
+    from pipelines.cluster import compile_pipeline
+    from pipelines.pipeline import NAME
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{NAME}.yaml"
+        name = compile_pipeline(settings, file, own_id=own_id)
+        pipeline, version, made = service.upload(file, NAME, name)
+    _say(f"pipeline {NAME}, version {name}{'' if made else ' (there already)'}")
+    return pipeline, version
+
+
+def _parameters(options: argparse.Namespace) -> dict[str, Any]:
+    """What the run is asked to do, checked here, where a mistake costs nothing. A file stays here, its fields go."""
+    from latentac.config import read_file
+    from latentac.run import resolve_recipe
+
+    fields = read_file(Path(options.config)) if options.config else {}
+    overrides = [*(f"{path}={json.dumps(value)}" for path, value in _leaves(fields)), *options.set]
+    resolve_recipe(options.recipe, "", overrides)
+    return {"recipe": options.recipe, "overrides": overrides}
+
+
+def _leaves(fields: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in fields.items():
+        path = f"{before}{name}"
+        found += _leaves(value, f"{path}.") if isinstance(value, dict) and value else [(path, value)]
+    return found
+
+
+def _places(settings: "Cluster") -> dict[str, str]:
+    from pipelines.cluster import WORK
+
+    return {"store": settings.store.url, "output": WORK}
+
+
+def _given(service: "Service", run_id: str) -> dict[str, Any]:
+    configured = service.run(run_id).runtime_config
+    return dict((configured and configured.parameters) or {})
+
+
+def _new_id(recipe: str) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', recipe)}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+
+def _follower(options: argparse.Namespace, service: "Service", settings: "Cluster | None") -> "Follower":
+    from pipelines.following import Follower
+    from pipelines.pipeline import STEPS
+
+    follower = Follower(
+        service,
+        STEPS,
+        _say,
+        pending_seconds=options.pending_seconds,
+        poll_seconds=options.poll_seconds,
+        total_seconds=options.total_seconds,
+    )
+    if settings is not None:
+        from pipelines.pods import Pods
+
+        pods = Pods(settings.steps.namespace, _say)
+        follower.troubles, follower.last_words = pods.troubles, pods.last_words
+    return follower
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stdout, flush=True)

@@ -1,0 +1,262 @@
+"""The steps as containers of a docker daemon: kfp.local's DockerRunner, and what a real run needs around it.
+
+Every container is a numeric user with a read-only root, no capability and the host's network; it writes to the run's
+folder and to tmpfs. Artifacts go to S3: the server of the environment, else a MinIO that the driver runs beside the
+steps. All containers of a driver carry its label, and a keeper process removes them when it ends, however it ends.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import docker
+from docker.errors import DockerException, ImageNotFound
+from docker.types import Mount
+
+from latentac.errors import ConfigError, Problem, ResourceError
+from latentac.lifetime import run_lock
+from latentac.task import EVENTS
+from pipelines.driver import Way
+from pipelines.request import Request
+
+RUN_LABEL, DRIVER_LABEL = "latentac.run", "latentac.driver"
+USER = 65532
+BUCKET = "latentac"
+
+_LOCAL = {name: f"latentac/{name}:dev" for name in ("pipeline", "train", "serve", "minio")}
+_SERVED = "serve"
+_DECIDING = ("gate", "finish")
+_START_SECONDS = 60.0
+_PASSED_ON = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "LATENTAC_S3_ENDPOINT")
+_AS_THEY_ARE = ("HF_HUB_OFFLINE", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
+
+
+def image(name: str) -> str:
+    """The reference of the image `name`: LATENTAC_IMAGE_<NAME>, else what `make images` builds."""
+    return os.environ.get(f"LATENTAC_IMAGE_{name.upper()}") or _LOCAL[name]
+
+
+def image_of(step: str) -> str:
+    """Here train runs its workers and deploy its server itself, so both need torch, which they do not on a cluster."""
+    if step in _DECIDING:
+        return image("pipeline")
+    return image(_SERVED) if step == "deploy" else image("train")
+
+
+@contextlib.contextmanager
+def containers(run: str, request: Request, output: Path) -> Iterator[Way]:
+    """The way to run the steps in containers. Raises ResourceError (no daemon, no image), ConfigError (the store)."""
+    from kfp import local
+
+    if request.store and not request.store.startswith("s3://"):
+        remedy = "Name an s3:// store and export its endpoint and credentials, or leave it out for a MinIO of its own."
+        raise ConfigError([Problem("--store", request.store, "containers share no folder but the run's", remedy)])
+    output = output.resolve()
+    folder, driver = output / run, uuid.uuid4().hex
+    shutil.rmtree(
+        folder / "kfp", ignore_errors=True
+    )  # copies of manifests of earlier starts: the store has the originals
+    (folder / "kfp" / "workspace").mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(contextlib.closing(_client()))
+        _check_images(client, own_store=not request.store)
+        _remove(client, {RUN_LABEL: run})  # of a driver and a keeper that were killed together
+        stack.enter_context(_keeper(driver))
+        if request.store:
+            environment, store = _environment_of_the_store(), request.store
+        else:
+            environment, store = stack.enter_context(_minio(client, output / ".minio", driver)), f"s3://{BUCKET}/store"
+        os.environ |= environment  # the driver reads the store too
+        _hand_over(folder)
+        yield Way(
+            runner=local.DockerRunner(**_arguments(folder, environment, {RUN_LABEL: run, DRIVER_LABEL: driver})),
+            store=store,
+            output=output,
+            config=str(Path(request.config).resolve()) if request.config else "",
+            place=lambda task: task.set_container_image(image_of(task.name)),
+            keep=bool(request.store),
+            errors=(DockerException,),  # kfp looks at every image before each step, and stumbles if one is removed then
+        )
+
+
+def _client() -> docker.DockerClient:
+    try:
+        client = docker.from_env(timeout=600)
+        client.ping()
+    except DockerException as error:
+        where = os.environ.get("DOCKER_HOST") or "docker"
+        remedy = "Start one, or export DOCKER_HOST"
+        raise ResourceError(where, f"no docker daemon answers ({_short(error)})", remedy) from None
+    return client
+
+
+def _check_images(client: docker.DockerClient, own_store: bool) -> None:
+    for name in ("pipeline", "train", "serve", *(["minio"] if own_store else [])):
+        try:
+            client.images.get(image(name))
+        except ImageNotFound:
+            remedy = f"Build them with `make images`, or name one in LATENTAC_IMAGE_{name.upper()}"
+            raise ResourceError(f"image {image(name)}", "the docker daemon does not have it", remedy) from None
+
+
+def _arguments(folder: Path, environment: Mapping[str, str], labels: Mapping[str, str]) -> dict[str, Any]:
+    """What every step's container is started with; secrets travel in the daemon's API, on no command line."""
+    authorities = environment.get("LATENTAC_S3_CA")
+    mounts = [Mount(str(folder), str(folder), type="bind")]
+    if authorities:
+        mounts.append(Mount(authorities, authorities, type="bind", read_only=True))
+    return {
+        **_confined(),
+        "entrypoint": ["/usr/bin/tini", "--"],  # the server's image would start the server
+        "tmpfs": {"/tmp": "rw,nosuid,nodev,exec,mode=1777", "/work": "rw,nosuid,nodev,mode=1777"},  # noqa: S108 - theirs
+        "shm_size": "1g",
+        "mounts": mounts,
+        "labels": dict(labels),
+        # Not the owners of our processes: their numbers mean nothing in there.
+        "environment": {
+            **environment,
+            **{name: os.environ[name] for name in _AS_THEY_ARE if name in os.environ},
+            EVENTS: "1",
+            "PYTHONUNBUFFERED": "1",
+        },
+    }
+
+
+def _confined() -> dict[str, Any]:
+    user, group = _user()
+    return {
+        "user": f"{user}:{group}",
+        "read_only": True,
+        "cap_drop": ["ALL"],
+        "security_opt": ["no-new-privileges"],
+        "network_mode": "host",
+    }
+
+
+def _user() -> tuple[int, int]:
+    """Who owns the files: whoever calls, and for root the images' own user."""
+    return (os.getuid(), os.getgid()) if os.getuid() else (USER, USER)
+
+
+def _hand_over(folder: Path) -> None:
+    """Give what is in `folder` to the containers' user, where they are not the same."""
+    if os.getuid() == 0:
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, *_user(), follow_symlinks=False)
+
+
+def _environment_of_the_store() -> dict[str, str]:
+    found = {name: os.environ[name] for name in _PASSED_ON if os.environ.get(name)}
+    if authorities := os.environ.get("LATENTAC_S3_CA") or os.environ.get("SSL_CERT_FILE"):
+        found["LATENTAC_S3_CA"] = str(Path(authorities).resolve())
+    return found
+
+
+@contextlib.contextmanager
+def _minio(client: docker.DockerClient, folder: Path, driver: str) -> Iterator[dict[str, str]]:
+    """A MinIO on loopback over `folder`; yields what its users need in their environment. New credentials each time."""
+    from minio import Minio
+    from minio.error import MinioException
+    from urllib3 import PoolManager
+    from urllib3.exceptions import HTTPError
+
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    with run_lock(folder / "minio.lock"):
+        _remove(client, {"latentac.minio": str(folder)})
+        _hand_over(folder / "data")
+        port, console = _free_port(), _free_port()
+        access, secret = f"key{secrets.token_hex(6)}", secrets.token_urlsafe(24)
+        command = ["server", "/data", "--quiet", "--certs-dir=/tmp/certs"]
+        container = client.containers.run(
+            image("minio"),
+            [*command, f"--address=127.0.0.1:{port}", f"--console-address=127.0.0.1:{console}"],
+            detach=True,
+            **_confined(),
+            tmpfs={"/tmp": "rw,nosuid,nodev,mode=1777"},  # noqa: S108 - the container's
+            mounts=[Mount("/data", str(folder / "data"), type="bind")],
+            labels={"latentac.minio": str(folder), DRIVER_LABEL: driver},
+            environment={"MINIO_ROOT_USER": access, "MINIO_ROOT_PASSWORD": secret, "MINIO_BROWSER": "off"},
+        )
+        try:
+            server = Minio(
+                f"127.0.0.1:{port}",
+                access,
+                secret,
+                secure=False,
+                region="us-east-1",
+                http_client=PoolManager(timeout=5),
+            )
+            deadline = time.monotonic() + _START_SECONDS
+            while True:
+                try:
+                    if not server.bucket_exists(BUCKET):
+                        server.make_bucket(BUCKET)
+                    break
+                except (MinioException, HTTPError) as error:
+                    container.reload()
+                    if container.status not in ("created", "running") or time.monotonic() > deadline:
+                        words = container.logs(tail=20).decode(errors="replace").strip()
+                        problem = f"MinIO did not come up: {words or error}"
+                        raise ResourceError(str(folder), problem, "Look at the image and the folder") from None
+                    time.sleep(0.1)
+            yield {
+                "LATENTAC_S3_ENDPOINT": f"http://127.0.0.1:{port}",
+                "AWS_ACCESS_KEY_ID": access,
+                "AWS_SECRET_ACCESS_KEY": secret,
+                "AWS_REGION": "us-east-1",
+            }
+        finally:
+            with contextlib.suppress(DockerException):
+                container.stop(timeout=10)
+                container.remove(force=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _keeper(driver: str) -> Iterator[None]:
+    """A process that removes the containers of `driver` when this one ends, killed or not: it reads from a pipe."""
+    command = [sys.executable, "-m", "pipelines.containers", driver]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=environment)
+    try:
+        yield
+    finally:
+        process.communicate()
+
+
+def _remove(client: docker.DockerClient, labels: Mapping[str, str]) -> None:
+    filters: dict[str, Any] = {"label": [f"{name}={value}" for name, value in labels.items()]}
+    for container in client.containers.list(all=True, filters=filters, ignore_removed=True):
+        with contextlib.suppress(DockerException):  # it is on its way out already
+            container.remove(force=True)
+
+
+def keep(driver: str) -> None:
+    """Wait until stdin ends, then remove what is labelled with `driver`, and what it had asked for just then."""
+    sys.stdin.read()
+    with contextlib.closing(docker.from_env(timeout=60)) as client:
+        for _ in range(3):
+            _remove(client, {DRIVER_LABEL: driver})
+            time.sleep(0.3)
+
+
+def _short(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
+if __name__ == "__main__":
+    keep(sys.argv[1])

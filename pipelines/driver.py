@@ -1,0 +1,176 @@
+"""A run on this machine from its start to its report: kfp.local executes the graph, in processes or in containers."""
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from latentac.errors import LatentacError, ServingError
+from latentac.lifetime import own_descendants, run_lock
+from latentac.task import ERROR_FILE, EVENTS
+from pipelines.console import CLEAR_LINE, Console
+from pipelines.request import CONTAINERS, Request
+
+_STOPPED = 130
+_CONFIG_ERROR = 2
+_COMMANDS = {CONTAINERS: "make run-containers"}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the steps run. runner: kfp.local's; store, output, config: as the steps see them; place: called with each
+    task of the graph. keep: whether the artifacts can be served when the run has ended. errors: what the runner may
+    raise where a step does not come to run."""
+
+    runner: Any
+    store: str
+    output: Path
+    config: str
+    place: Callable[[Any], object] | None = None
+    keep: bool = True
+    errors: tuple[type[Exception], ...] = ()
+
+
+class StepFailed(Exception):
+    """A step ended the pipeline: its name, its exit code, and its one message."""
+
+    def __init__(self, step: str, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.step, self.exit_code, self.message = step, exit_code, message
+
+
+def run_pipeline(run: str, request: Request, output: Path, *, fresh: bool) -> int:
+    """Run, or go on with, the run `run` in `<output>/<run>/`, and print where to look. Returns the exit code.
+
+    `fresh`: the folder was made for this call, and goes again if the configuration turns out wrong.
+    """
+    from pipelines.pipeline import STEPS  # imports kfp, a second
+
+    folder = output / run
+    signal.signal(signal.SIGTERM, _interrupt)
+    own_descendants()
+    with run_lock(folder / "run.lock"):
+        (folder / ERROR_FILE).unlink(missing_ok=True)
+        os.environ |= {EVENTS: "1", "PYTHONUNBUFFERED": "1"}  # a pipe is block-buffered otherwise
+        console = Console(STEPS, sys.stdout, folder / "timings.json", optional=("deploy",))
+        try:
+            with _way(run, request, output) as way:
+                console.say(f"run {run}, recipe {request.recipe}, in {folder}")
+                _execute(run, request, way, folder, console)
+                _conclude(run, request, output, way, console)
+        except KeyboardInterrupt:
+            console.count(console.running)
+            return _report(
+                f"stopped{f' in {console.running}' if console.running else ''}", _STOPPED, run, request, output
+            )
+        except StepFailed as failure:
+            if fresh and failure.exit_code == _CONFIG_ERROR and failure.step == "prepare":
+                shutil.rmtree(folder)  # nothing was done that could be resumed
+                print(failure.message, file=sys.stderr)
+                return failure.exit_code
+            return _report(f"{failure.step}: {failure.message}", failure.exit_code, run, request, output)
+        except LatentacError:  # before the first step
+            if fresh:
+                shutil.rmtree(folder)
+            raise
+    return 0
+
+
+def _way(run: str, request: Request, output: Path) -> contextlib.AbstractContextManager[Way]:
+    if request.way == CONTAINERS:
+        from pipelines.containers import containers
+
+        return containers(run, request, output)
+    from pipelines.embedded import processes
+
+    return processes(run, request, output)
+
+
+def _execute(run: str, request: Request, way: Way, folder: Path, console: Console) -> None:
+    """Hand the graph to kfp.local. Raises StepFailed."""
+    from kfp import local
+
+    from pipelines.pipeline import compose
+
+    root = folder.resolve() / "kfp"
+    local.init(way.runner, pipeline_root=str(root), workspace_root=str(root / "workspace"), raise_on_error=True)
+    # "You may be attempting to run a task that uses custom or non-Python base image": that is the intention
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="kfp.local")
+    pipeline = compose(way.place)
+    with contextlib.redirect_stdout(console):
+        try:
+            pipeline(
+                run=run,
+                store=way.store,
+                recipe=request.recipe,
+                config=way.config,
+                overrides=list(request.overrides),
+                output=str(way.output),
+            )
+        except RuntimeError as error:  # kfp says only which task failed
+            raise _failure(folder, console) from error
+        except way.errors as error:
+            raise StepFailed(console.running or "pipeline", 1, str(error)) from error
+    if console.failed is not None:  # kfp takes a container that is gone too soon for one that ended well
+        raise _failure(folder, console)
+
+
+def _failure(folder: Path, console: Console) -> StepFailed:
+    """What the failed step left behind; for one that was killed, what was seen of it."""
+    step = console.failed or console.running
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        left = json.loads((folder / ERROR_FILE).read_text())
+        if step in (None, left["task"]):
+            return StepFailed(left["task"], left["exit_code"], left["message"])
+    if console.running is not None:
+        console.count(console.running)
+    message = "ended without a message: killed, or out of memory"
+    return StepFailed(step or "pipeline", 1, "\n".join([message, *(console.held if step is None else [])]))
+
+
+def _conclude(run: str, request: Request, output: Path, way: Way, console: Console) -> None:
+    """Check that the graph did what the gate decided, write the report anew with all timings, print where to look."""
+    from latentac.report import write_report
+    from latentac.store import open_store
+
+    decision = open_store(way.store).manifest(f"{run}/gate").metrics["decision"]
+    # kfp.local calls a pipeline successful that skipped a branch for a reason of its own
+    if (decision == "promote") != ("deploy" in console.finished):
+        remedy = "Look at the condition in pipelines/pipeline.py."
+        error = ServingError(f"run {run}", f"the gate says {decision}, and the deploy step did not follow it", remedy)
+        raise StepFailed("deploy", error.exit_code, str(error))
+    console.count(None)
+    try:
+        report, summary = write_report(run, way.store, str(output))
+    except LatentacError as error:
+        raise StepFailed("report", error.exit_code, str(error)) from error
+    lines = [*console.table(), f"gate     {decision}", f"report   {report}", f"summary  {summary}"]
+    if decision == "promote" and way.keep:
+        store = f" STORE={shlex.quote(request.store)}" if request.way == CONTAINERS else ""
+        lines.append(f"serve    make serve RUN={run}{_output_argument(output)}{store}")
+    for line in lines:
+        console.say(line)
+
+
+def _report(message: str, exit_code: int, run: str, request: Request, output: Path) -> int:
+    clear = CLEAR_LINE if sys.stderr.isatty() else ""
+    command = f"{_COMMANDS.get(request.way, 'make run')} RESUME={run}{_output_argument(output)}"
+    print(f"{clear}{message}\nresume with: {command}", file=sys.stderr)
+    return exit_code
+
+
+def _output_argument(output: Path) -> str:
+    return "" if output == Path("runs") else f" OUTPUT={shlex.quote(str(output))}"
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,249 @@
+"""The API of a Kubeflow Pipelines installation as the commands use it; every refusal is one of our errors.
+
+KF_PIPELINES_ENDPOINT     the address, where --host does not name it
+LATENTAC_KFP_TOKEN        a bearer token; else the file of KF_PIPELINES_SA_TOKEN_PATH (in a pod) is read
+LATENTAC_KFP_COOKIE       a session's cookie, for an installation behind a login page
+"""
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import kfp_server_api as api
+from urllib3.exceptions import HTTPError, SSLError
+
+from latentac.errors import ClusterError, ClusterUnavailable, ConfigError, Problem
+
+ENDPOINT, TOKEN, TOKEN_FILE = "KF_PIPELINES_ENDPOINT", "LATENTAC_KFP_TOKEN", "KF_PIPELINES_SA_TOKEN_PATH"
+COOKIE = "LATENTAC_KFP_COOKIE"
+MAX_PARAMETERS = 100_000
+"""Bytes. They come on a step's command line, which takes little more."""
+
+_RETRIES = 3
+_SECONDS = 30.0
+_TRANSIENT = frozenset({429, 502, 503, 504})
+_PAGE = 100
+Answer = TypeVar("Answer")
+
+
+class Service:
+    """Kubeflow Pipelines at `host`. namespace: of the user, where it serves many, else empty.
+
+    Every method may raise ClusterError (refused) and ClusterUnavailable (no answer, retries included).
+    """
+
+    def __init__(self, host: str, namespace: str = "", authorities: str = "") -> None:
+        if not host.startswith(("http://", "https://")):
+            remedy = f"Give its address, as in http://localhost:8888, or export {ENDPOINT}."
+            raise ConfigError([Problem("--host", host, "is not the address of Kubeflow Pipelines", remedy)])
+        self.host, self.namespace = host.rstrip("/"), namespace
+        configuration = api.Configuration(host=self.host)
+        configuration.retries = False  # ours, which know what may be asked twice
+        if authorities:
+            configuration.ssl_ca_cert = authorities
+        if token := _token():
+            configuration.api_key["authorization"] = token
+            configuration.api_key_prefix["authorization"] = "Bearer"
+        self._client = api.ApiClient(configuration, cookie=os.environ.get(COOKIE))
+        self._pipelines, self._uploads = (
+            api.PipelineServiceApi(self._client),
+            api.PipelineUploadServiceApi(self._client),
+        )
+        self._runs, self._recurring = api.RunServiceApi(self._client), api.RecurringRunServiceApi(self._client)
+        self._experiments = api.ExperimentServiceApi(self._client)
+        self._own: dict[str, Any] = {"namespace": namespace} if namespace else {}
+
+    def upload(self, file: Path, name: str, version: str) -> tuple[str, str, bool]:
+        """Upload `file` as `version` of the pipeline `name`, unless it is there. Returns both ids, and whether it was
+        uploaded."""
+        pipeline = self._pipeline(name)
+        found = self._version(pipeline, version)
+        if found is not None:
+            return pipeline, found, False
+        try:
+            made = self._call(
+                f"upload version {version}",
+                self._uploads.upload_pipeline_version,
+                str(file),
+                name=version,
+                pipelineid=pipeline,
+            )
+        except ClusterError as error:
+            found = self._version(pipeline, version) if error.status == 409 else None
+            if found is None:
+                raise
+            return pipeline, found, False  # somebody else uploaded it meanwhile
+        return pipeline, str(made.pipeline_version_id), True
+
+    def submit(
+        self,
+        name: str,
+        version: tuple[str, str],
+        parameters: Mapping[str, Any],
+        account: str,
+        experiment: str,
+        root: str,
+    ) -> str:
+        """Start a run of (pipeline, version) under the service account; the run's id."""
+        body = api.V2beta1Run(
+            display_name=name,
+            experiment_id=self._experiment(experiment),
+            pipeline_version_reference=_reference(version),
+            runtime_config=_configured(parameters, root),
+            service_account=account,
+        )
+        return str(self._once(f"start {name}", self._runs.run_service_create_run, body).run_id)
+
+    def schedule(
+        self,
+        name: str,
+        version: tuple[str, str],
+        parameters: Mapping[str, Any],
+        account: str,
+        experiment: str,
+        root: str,
+        cron: str,
+    ) -> str:
+        """Start a run at every time that `cron` names (six fields, seconds first), one at a time; its id."""
+        body = api.V2beta1RecurringRun(
+            display_name=name,
+            experiment_id=self._experiment(experiment),
+            pipeline_version_reference=_reference(version),
+            runtime_config=_configured(parameters, root),
+            service_account=account,
+            max_concurrency="1",
+            no_catchup=True,
+            mode="ENABLE",
+            trigger=api.V2beta1Trigger(cron_schedule=api.V2beta1CronSchedule(cron=cron)),
+        )
+        made = self._once(f"schedule {name}", self._recurring.recurring_run_service_create_recurring_run, body)
+        return str(made.recurring_run_id)
+
+    def run(self, run_id: str) -> api.V2beta1Run:
+        return self._call(f"run {run_id}", self._runs.run_service_get_run, run_id)
+
+    def runs(self, count: int) -> list[api.V2beta1Run]:
+        """The newest `count` runs of this namespace."""
+        options = self._own
+        listed = self._call(
+            "list runs", self._runs.run_service_list_runs, page_size=count, sort_by="created_at desc", **options
+        )
+        return list(listed.runs or [])
+
+    def terminate(self, run_id: str) -> None:
+        self._call(f"run {run_id}", self._runs.run_service_terminate_run, run_id)
+
+    def nodes(self, run_id: str) -> dict[str, dict[str, Any]]:
+        """Argo's nodes of the run by id. Why one failed stands here alone: the newer API leaves every error empty."""
+        found = self._call(f"run {run_id}", self._get, f"/apis/v1beta1/runs/{run_id}")
+        text = ((found or {}).get("pipeline_runtime") or {}).get("workflow_manifest") or "{}"
+        nodes = (json.loads(text).get("status") or {}).get("nodes") or {}
+        return dict(nodes)
+
+    def _get(self, path: str, **options: Any) -> Any:
+        return self._client.call_api(
+            path, "GET", response_type="object", auth_settings=["Bearer"], _return_http_data_only=True, **options
+        )
+
+    def _pipeline(self, name: str) -> str:
+        where = f"pipeline {name}"
+        options = self._own
+        try:
+            found = self._call(where, self._pipelines.pipeline_service_get_pipeline_by_name, name, **options)
+        except ClusterError as error:
+            if error.status != 404:
+                raise
+            body = api.V2beta1Pipeline(name=name, display_name=name, **options)
+            found = self._call(where, self._pipelines.pipeline_service_create_pipeline, body)
+        return str(found.pipeline_id)
+
+    def _version(self, pipeline: str, version: str) -> str | None:
+        for page in self._pages(self._pipelines.pipeline_service_list_pipeline_versions, pipeline):
+            for found in page.pipeline_versions or []:
+                if version in (found.display_name, found.name):
+                    return str(found.pipeline_version_id)
+        return None
+
+    def _experiment(self, name: str) -> str:
+        options = self._own
+        for page in self._pages(self._experiments.experiment_service_list_experiments, **options):
+            for found in page.experiments or []:
+                if found.display_name == name:
+                    return str(found.experiment_id)
+        body = api.V2beta1Experiment(display_name=name, **options)
+        where = f"experiment {name}"
+        return str(self._call(where, self._experiments.experiment_service_create_experiment, body).experiment_id)
+
+    def _pages(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[Any]:
+        token = ""
+        while True:
+            page = self._call("list", method, *arguments, page_size=_PAGE, page_token=token, **options)
+            yield page
+            token = page.next_page_token
+            if not token:
+                return
+
+    def _once(self, where: str, method: Callable[..., Answer], *arguments: Any) -> Answer:
+        """For what must not be done twice: no answer is no proof that it was not done."""
+        return self._call(where, method, *arguments, retries=0)
+
+    def _call(
+        self, where: str, method: Callable[..., Answer], *arguments: Any, retries: int = _RETRIES, **options: Any
+    ) -> Answer:
+        for attempt in range(retries + 1):
+            try:
+                return method(*arguments, _request_timeout=_SECONDS, **options)
+            except api.ApiException as error:
+                refusal = self._refused(where, error)
+                if error.status not in _TRANSIENT:
+                    raise refusal from None
+                last: Exception = refusal
+            except SSLError as error:
+                remedy = "Name the file of its certificate authority with --ca"
+                raise ClusterError(self.host, f"there is no trusted TLS connection to it ({error})", remedy) from None
+            except (HTTPError, OSError) as error:
+                last = error
+            if attempt < retries:
+                time.sleep(0.3 * 2**attempt * random.uniform(0.5, 1.5))
+        remedy = "Check --host, and that it can be reached from here: kubectl port-forward svc/ml-pipeline 8888"
+        raise ClusterUnavailable(self.host, f"Kubeflow Pipelines does not answer ({last})", remedy) from last
+
+    def _refused(self, where: str, error: api.ApiException) -> ClusterError:
+        try:
+            told = json.loads(error.body)
+            words = str(told.get("error_message") or told.get("message") or told.get("error"))
+        except (TypeError, ValueError, AttributeError):  # a proxy's page
+            words = str(error.reason)
+        status = int(error.status or 0)
+        remedy = {
+            401: f"Export a valid token in {TOKEN}, or a session's cookie in {COOKIE}",
+            403: f"Ask for the right, or name your namespace with --namespace; the token is that of {TOKEN}",
+            404: "See what there is with `latentac pipeline runs`",
+        }.get(status, "Correct the request")
+        return ClusterError(f"{self.host}, {where}", f"{status} {' '.join(words.split())[:500]}", remedy, status)
+
+
+def _reference(version: tuple[str, str]) -> api.V2beta1PipelineVersionReference:
+    return api.V2beta1PipelineVersionReference(pipeline_id=version[0], pipeline_version_id=version[1])
+
+
+def _configured(parameters: Mapping[str, Any], root: str) -> api.V2beta1RuntimeConfig:
+    size = len(json.dumps(dict(parameters)))
+    if size > MAX_PARAMETERS:
+        remedy = "Put large things into the store and name them."
+        raise ConfigError([Problem("--config", f"{size} bytes", f"parameters hold {MAX_PARAMETERS}", remedy)])
+    return api.V2beta1RuntimeConfig(parameters=dict(parameters), **({"pipeline_root": root} if root else {}))
+
+
+def _token() -> str:
+    if token := os.environ.get(TOKEN):
+        return token
+    file = os.environ.get(TOKEN_FILE)
+    try:
+        return Path(file).read_text().strip() if file else ""
+    except OSError as error:
+        raise ConfigError([Problem(TOKEN_FILE, file, f"cannot be read: {error.strerror}", "Unset it.")]) from None

@@ -1,0 +1,263 @@
+"""`make run-containers`: real containers of a real docker daemon, artifacts in a real MinIO that runs in one of them.
+
+One run is killed with -9 in the middle and resumed; each of its containers is looked at as it is made.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from docker.errors import DockerException
+
+from pipelines.pipeline import STEPS
+from tests.docker import Docker
+from tests.golang import Unavailable
+
+RECIPE = ["--recipe", "shapes-unet-smoke"]
+IMAGES = ("pipeline", "train", "serve", "minio")
+
+
+@dataclass
+class Watch:
+    """What the daemon said of each container of ours when it was made."""
+
+    docker: Docker
+    seen: list[dict[str, Any]] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        client = self.docker.client()
+        events = client.events(
+            decode=True, filters={"type": "container", "event": "create", "label": "latentac.driver"}
+        )
+
+        def note() -> None:
+            for event in events:
+                with contextlib.suppress(DockerException):  # gone already
+                    self.seen.append(client.api.inspect_container(event["id"]))
+
+        thread = threading.Thread(target=note, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            events.close()
+            thread.join(10)
+            client.close()
+
+    def alive(self, run: str = "") -> list[str]:
+        """Names of our containers that are there now, of one run or of all."""
+        with contextlib.closing(self.docker.client()) as client:
+            label = f"latentac.run={run}" if run else "latentac.driver"
+            found = client.containers.list(all=True, filters={"label": label}, ignore_removed=True)
+            return [str(container.name) for container in found]
+
+    def kill(self, run: str) -> None:
+        with contextlib.closing(self.docker.client()) as client:
+            for container in client.containers.list(filters={"label": f"latentac.run={run}"}):
+                container.kill()
+
+
+@dataclass
+class Driver:
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, ready: Callable[[], Any], seconds: float = 600.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not ready():
+            assert self.process.poll() is None, f"the driver ended:\n{self.text}"
+            assert time.monotonic() < deadline, f"it did not come to that:\n{self.text}"
+            time.sleep(0.05)
+
+    @property
+    def run(self) -> str:
+        self.wait_for(lambda: self.text.startswith("run ") and "\n" in self.text, 120)
+        return self.text.split()[1].rstrip(",")
+
+
+def start(docker: Docker, output: Path, *options: str) -> Driver:
+    log = output.parent / f"{time.time_ns()}.log"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "LATENTAC_S3"))}
+    command = [sys.executable, "-m", "pipelines", "run-containers", "--output", str(output), *options]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=clean | docker.environment
+        )
+    return Driver(process, log)
+
+
+def gone(watch: Watch, run: str, seconds: float = 15.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while watch.alive(run):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+@pytest.fixture(scope="module")
+def images(docker_daemon: Docker) -> Docker:
+    try:
+        for name in IMAGES:
+            docker_daemon.image(os.environ.get(f"LATENTAC_IMAGE_{name.upper()}") or f"latentac/{name}:dev")
+    except Unavailable as error:
+        pytest.skip(str(error))
+    return docker_daemon
+
+
+@pytest.fixture(scope="module")
+def run(images: Docker, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str, Watch]:
+    """A run whose driver was killed in training: its id, its output, what the second driver printed, its containers."""
+    output, watch = tmp_path_factory.mktemp("containers") / "runs", Watch(images)
+    with watch.watching():
+        first = start(images, output, *RECIPE)
+        first.wait_for(lambda: "] train\n" in first.text)
+        first.wait_for(lambda: watch.alive(first.run))
+        first.process.kill()
+        first.process.wait()
+        assert gone(watch, first.run), "a container outlived the driver that was killed"
+        second = start(images, output, "--resume", first.run)
+        assert second.process.wait(1800) == 0, second.text
+    return first.run, output, second.text, watch
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(2400)
+def test_the_smoke_recipe_runs_in_containers_to_a_served_picture(run: tuple[str, Path, str, Watch]) -> None:
+    """The steps that were done stay done, the rest runs, and the server's picture is in the report."""
+    name, output, text, _ = run
+    summary = json.loads((output / name / "summary.json").read_text())
+
+    for number, step in enumerate(STEPS, start=1):
+        assert f"[{number}/8] {step} done" in text
+    assert "[2/8] pretrain-value done already" in text
+    assert summary["gate"]["decision"] == "promote"
+    assert len(summary["serving"]["picture_sha256"]) == 64
+    assert "served" in (output / name / "report.html").read_text()
+    assert "serve    make serve" not in text  # its MinIO has ended
+    assert "Traceback" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(2400)
+def test_each_container_is_confined(run: tuple[str, Path, str, Watch]) -> None:
+    """A numeric user that is not root, a read-only root, no capability, no way to gain one; no secret on a command
+    line; only the run's folder, or MinIO's, to write to."""
+    name, output, _, watch = run
+    steps = [seen for seen in watch.seen if "latentac.run" in seen["Config"]["Labels"]]
+    servers = [seen for seen in watch.seen if "latentac.minio" in seen["Config"]["Labels"]]
+
+    assert len(steps) >= len(STEPS) + 2
+    assert len(servers) == 2
+    for seen in watch.seen:
+        user, _, group = seen["Config"]["User"].partition(":")
+        assert int(user) > 0
+        assert int(group) > 0
+        host = seen["HostConfig"]
+        assert host["ReadonlyRootfs"]
+        assert host["CapDrop"] == ["ALL"]
+        assert host["SecurityOpt"] == ["no-new-privileges"]
+        assert not host["Privileged"]
+        for mount in seen["Mounts"]:
+            inside = Path(mount["Source"]).is_relative_to(output / name)
+            assert inside or mount["Source"] == str(output / ".minio" / "data")
+        given = dict(entry.partition("=")[::2] for entry in seen["Config"]["Env"])
+        secrets = [given[key] for key in ("AWS_SECRET_ACCESS_KEY", "MINIO_ROOT_PASSWORD") if key in given]
+        assert secrets
+        words = " ".join([seen["Path"], *seen["Args"]])
+        assert not [secret for secret in secrets if secret in words]
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_nothing_is_left_when_it_has_ended(run: tuple[str, Path, str, Watch]) -> None:
+    """No container, no file of another owner than the containers' user in the run's folder."""
+    name, output, _, watch = run
+    assert gone(watch, "")
+    assert list((output / name).glob(".*")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_ctrl_c_stops_the_containers(images: Docker, tmp_path: Path) -> None:
+    """Within seconds, with the command that goes on."""
+    watch = Watch(images)
+    driver = start(images, tmp_path / "runs", *RECIPE)
+    driver.wait_for(lambda: "[1/8] prepare\n" in driver.text)
+    name = driver.run
+    os.killpg(driver.process.pid, signal.SIGINT)
+
+    assert driver.process.wait(30) == 130, driver.text
+    assert (
+        f"stopped in prepare\nresume with: make run-containers RESUME={name} OUTPUT={tmp_path / 'runs'}\n"
+        in driver.text
+    )
+    assert gone(watch, name)
+    assert "Traceback" not in driver.text
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_a_container_that_dies_is_a_failed_step(images: Docker, tmp_path: Path) -> None:
+    """kfp itself may take one that is gone too soon for a success."""
+    watch = Watch(images)
+    driver = start(images, tmp_path / "runs", *RECIPE)
+    driver.wait_for(lambda: "[1/8] prepare\n" in driver.text)
+    watch.kill(driver.run)
+
+    assert driver.process.wait(120) == 1, driver.text
+    assert "prepare: ended without a message: killed, or out of memory" in driver.text
+    assert "[8/8] finish done" in driver.text
+    assert "resume with: make run-containers" in driver.text
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_missing_image_is_told_before_anything_starts(images: Docker, tmp_path: Path) -> None:
+    """With what builds it, and without a folder of a run that never was."""
+    environment = {**os.environ, **images.environment, "LATENTAC_IMAGE_TRAIN": "latentac/nowhere:dev"}
+    failed = subprocess.run(
+        [sys.executable, "-m", "pipelines", "run-containers", "--output", str(tmp_path / "runs"), *RECIPE],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert failed.returncode == 6
+    assert failed.stderr.startswith("image latentac/nowhere:dev: the docker daemon does not have it. Build them")
+    assert "make images" in failed.stderr
+    assert list((tmp_path / "runs").glob("shapes*")) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [([], 6, "no docker daemon answers"), (["--store", "file:///x"], 2, "containers share no folder but the run's")],
+)
+def test_what_cannot_work_is_one_message(tmp_path: Path, options: list[str], code: int, words: str) -> None:
+    """No daemon, or a store that containers do not reach: told at once, and no run is made."""
+    failed = subprocess.run(
+        [sys.executable, "-m", "pipelines", "run-containers", "--output", str(tmp_path / "runs"), *RECIPE, *options],
+        env={**os.environ, "DOCKER_HOST": f"unix://{tmp_path}/none.sock"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert failed.returncode == code
+    assert words in failed.stderr
+    assert len(failed.stderr.splitlines()) == 1
+    assert list((tmp_path / "runs").iterdir()) == []
