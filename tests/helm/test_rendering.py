@@ -1,0 +1,265 @@
+"""What Helm makes of the chart: the same under both majors, valid, strict, documented."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+
+from helm.readme import README, leaves, rendered
+from latentac import __version__
+from tests.helm.chart import (
+    BUNDLED,
+    BUNDLED_EVERYTHING,
+    CHART,
+    CI,
+    EVERYTHING,
+    HELMS,
+    Object,
+    Refused,
+    find,
+    helm,
+    of_kind,
+    pods,
+    render,
+)
+
+SETS: dict[str, Mapping[str, Any] | str] = {
+    **dict(zip(CI, CI, strict=True)),
+    "everything": EVERYTHING,
+    "bundled everything": BUNDLED_EVERYTHING,
+}
+MONITORING = "monitoring.coreos.com/v1"
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_both_helms_render_the_same(name: str) -> None:
+    """Helm 3 and Helm 4 give the same objects in the same order, but for the password that is made where none is."""
+    first, second = (render(SETS[name], name=each) for each in HELMS)
+    for secret in of_kind(first + second, "Secret"):
+        assert set(secret["data"]) == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+        if name == "evaluation":
+            secret["data"]["AWS_SECRET_ACCESS_KEY"] = "random"
+    assert first == second
+    assert len(first) > 15
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_built_in_objects_are_valid(name: str) -> None:
+    """Each object of a kind of Kubernetes' own is valid for 1.34, and no field of it is unknown."""
+    for each in render(SETS[name]):
+        if "." not in each["apiVersion"].partition("/")[0] or each["apiVersion"].partition("/")[0].endswith(".k8s.io"):
+            kubernetes_validate.validate(each, "1.34", strict=True)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_custom_objects_are_valid(name: str) -> None:
+    """Each object of a custom kind fits its CRD, and no field of it is unknown there."""
+    folder = os.environ.get("LATENTAC_CRDS")
+    if not folder:
+        pytest.skip("LATENTAC_CRDS names no folder of CRDs: CONTRIBUTING.md says where to get them")
+    schemas = _schemas(Path(folder))
+    custom = [each for each in render(SETS[name]) if each["kind"] in ("ServingRuntime", "Queue")]
+    assert custom or name == "openshift"
+    for each in custom:
+        schema = schemas[each["apiVersion"], each["kind"]]
+        problems = [f"{error.json_path}: {error.message}" for error in Draft202012Validator(schema).iter_errors(each)]
+        assert not problems, problems
+
+
+def _schemas(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Strict schemas of the two custom kinds that the chart renders and whose CRDs are data here."""
+    found = {}
+    for path in (*folder.rglob("*servingruntimes.yaml"), *folder.rglob("*queues.yaml")):
+        crd = yaml.load(path.read_text(), yaml.CSafeLoader)
+        for version in crd["spec"]["versions"]:
+            kind = crd["spec"]["names"]["kind"]
+            schema = version["schema"]["openAPIV3Schema"]
+            schema["properties"]["metadata"] = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+            found[f"{crd['spec']['group']}/{version['name']}", kind] = _strict(schema)
+    return found
+
+
+def _strict(schema: Any) -> Any:
+    """A CRD's schema in JSON Schema's words, with every field refused that it does not name."""
+    if isinstance(schema, list):
+        return [_strict(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    strict = {key: _strict(value) for key, value in schema.items()}
+    if schema.get("x-kubernetes-int-or-string"):
+        strict.pop("type", None)
+        strict.pop("pattern", None)
+        strict["anyOf"] = [{"type": "integer"}, {"type": "string"}]
+    open_ended = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
+    if isinstance(schema.get("properties"), dict) and "type" in schema and not open_ended:
+        strict["additionalProperties"] = False
+    return strict
+
+
+@pytest.mark.parametrize("name", HELMS)
+def test_unknown_values_are_refused_by_name(name: str) -> None:
+    """A value that no schema names, at the top or deep, stops Helm with its path."""
+    with pytest.raises(Refused) as refusal:
+        render({**BUNDLED, "trian": {}, "serving": {"resources": {"limit": {}}}}, name=name)
+    assert "'trian' not allowed" in str(refusal.value)
+    assert "/serving/resources" in str(refusal.value)
+    assert "'limit' not allowed" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("images.pullPolicy", "Sometimes"),
+        ("images.serve.digest", "sha256:short"),
+        ("store.endpoint", "https://user:word@s3.example.com"),
+        ("serving.strategy", "Hope"),
+        ("train.replicas.min", 0),
+        ("train.workSize", "lots"),
+        ("serving.name", "Not_a_name"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(path: str, value: object) -> None:
+    """A value that cannot be stops Helm with its path, before anything is installed."""
+    values: Any = value
+    for name in reversed(path.split(".")):
+        values = {name: values}
+    with pytest.raises(Refused, match="/" + path.replace(".", "/")):
+        render(values)
+
+
+def test_values_are_documented_and_few() -> None:
+    """values.yaml stays readable, and each value in it has its meaning in the schema, which has no other values."""
+    text = (CHART / "values.yaml").read_text()
+    assert len(text.splitlines()) < 200
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    values = yaml.safe_load(text)
+    for path, shown, meaning in leaves("", schema, values):
+        assert meaning, f"{path} has no description in values.schema.json"
+        assert shown != "`null`" or path == "serving.gateway", f"{path} is missing in values.yaml"
+
+
+def test_schema_is_strict() -> None:
+    """Whatever has named fields takes no others, but for `global`, which parent charts share."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    open_ended = []
+
+    def look(where: str, below: Any) -> None:
+        if isinstance(below, dict):
+            if "properties" in below and below.get("additionalProperties") is not False:
+                open_ended.append(where)
+            for key, value in below.items():
+                look(f"{where}/{key}", value)
+        elif isinstance(below, list):
+            for index, value in enumerate(below):
+                look(f"{where}/{index}", value)
+
+    look("", schema)
+    assert open_ended == ["/properties/global"]
+
+
+def test_readme_is_generated() -> None:
+    """README.md is what the template and the values give: `make chart` leaves no difference."""
+    assert README.read_text() == rendered()
+
+
+def test_version_is_the_projects() -> None:
+    """Chart, app and default images have the version of latentac."""
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["version"] == chart["appVersion"] == __version__
+    runtime = find(render(BUNDLED), "ServingRuntime", "rel")
+    assert runtime["spec"]["containers"][0]["image"] == f"ghcr.io/latentac/serve:{__version__}"
+
+
+def test_chart_packages_and_lints() -> None:
+    """`helm lint` finds nothing with any ci values, and a package leaves the template of the README out."""
+    for path in CI.values():
+        helm("lint", "--strict", "--kube-version", "1.34.4", str(CHART), "-f", str(path))
+    shown = helm("show", "readme", str(CHART))
+    assert "# latentac: the chart" in shown
+
+
+def test_rendering_is_stable() -> None:
+    """The same values give the same objects, so GitOps sees no difference: where keys are given none are made."""
+    options = ("--set", "jobs.deadlineSeconds=240")  # another rendering, not the cached one
+    assert render(BUNDLED) == render(BUNDLED, *options)
+
+
+def test_notes_say_what_to_do_next() -> None:
+    """After an installation: what there is, how to prove, submit, ask and remove; and the warning about the store."""
+    notes = helm(
+        *("install", "rel", str(CHART), "-n", "pictures", "--dry-run=client", "-f", str(CI["evaluation"])),
+    ).partition("NOTES:")[2]
+    for part in ("helm test rel", "latentac pipeline submit", "latentac:predict", "helm uninstall rel", "WARNING"):
+        assert part in notes
+
+
+def test_every_pod_asks_for_what_it_needs() -> None:
+    """Each container has requests of CPU and memory and a limit of memory, each server its probes."""
+    for values in SETS.values():
+        for where, pod in pods(render(values)):
+            for container in pod["spec"]["containers"]:
+                assert set(container["resources"]["requests"]) >= {"cpu", "memory"}, where
+                assert "memory" in container["resources"]["limits"], where
+                if container.get("ports"):
+                    assert {"startupProbe", "readinessProbe", "livenessProbe"} <= container.keys(), where
+
+
+def test_evaluation_fits_one_small_node() -> None:
+    """All that runs at the worst moment asks for less than a core and 4 GiB, so that the platform has the rest."""
+    objects = render("evaluation")
+    settings = yaml.safe_load(find(objects, "ConfigMap", "rel-cluster")["data"]["cluster.yaml"])
+    always = [
+        container["resources"]["requests"]
+        for where, pod in pods(objects)
+        if where.startswith(("Deployment", "StatefulSet"))
+        for container in pod["spec"]["containers"]
+    ]
+    launch, serve = (settings[part]["resources"]["requests"] for part in ("train", "deploy"))
+    step = settings["steps"]["launch"]["resources"]["requests"]
+    for moment in ([*always, step, launch], [*always, step, serve, serve, serve]):
+        assert sum(_milli(each["cpu"]) for each in moment) < 1000
+        assert sum(_mebi(each["memory"]) for each in moment) < 4096
+
+
+def _milli(quantity: str) -> float:
+    return float(quantity.removesuffix("m")) if quantity.endswith("m") else 1000 * float(quantity)
+
+
+def _mebi(quantity: str) -> float:
+    return float(quantity[:-2]) * {"Mi": 1, "Gi": 1024}[quantity[-2:]]
+
+
+def test_helm_tests_are_there() -> None:
+    """`helm test` proves store, settings and TensorBoard."""
+    hooks = {
+        each["metadata"]["name"]
+        for each in render(BUNDLED)
+        if each["metadata"].get("annotations", {}).get("helm.sh/hook") == "test"
+    }
+    assert hooks == {"rel-test-store", "rel-test-settings", "rel-test-tensorboard"}
+
+
+def test_custom_kinds_appear_where_their_api_is() -> None:
+    """`auto` renders a ServingRuntime and the monitoring objects where the cluster says it has their API, else not."""
+
+    def kinds(*options: str) -> set[str]:
+        return {each["kind"] for each in render({**BUNDLED, "serving": {"enabled": "auto"}}, *options)}
+
+    wanted = {"ServingRuntime", "ServiceMonitor", "PrometheusRule"}
+    assert not wanted & kinds()
+    assert wanted <= kinds("--api-versions", f"serving.kserve.io/v1alpha1,{MONITORING}")
+
+
+def test_hooks_leave_nothing_when_they_succeed() -> None:
+    """Helm does not remove hooks with a release: each goes by itself once it has succeeded, and its Job in any case."""
+    for each in render(EVERYTHING):
+        annotations: Object = each["metadata"].get("annotations", {})
+        if "helm.sh/hook" in annotations:
+            assert annotations["helm.sh/hook-delete-policy"] == "before-hook-creation,hook-succeeded"
+            assert each["kind"] == "Pod" or each["spec"]["ttlSecondsAfterFinished"] <= 3600
