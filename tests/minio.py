@@ -56,7 +56,7 @@ def free_port() -> int:
 
 
 class Server:
-    """One MinIO on loopback over `folder`, with random credentials that only its own environment carries.
+    """One MinIO over `folder`, on loopback or at `address`, with random credentials that only its environment carries.
 
     It keeps port, credentials and data through `kill` and `start`, as a server that comes back would.
     `certificates`: a folder with public.crt and private.key makes it speak TLS.
@@ -64,9 +64,11 @@ class Server:
 
     bucket = "latentac"
 
-    def __init__(self, folder: Path, port: int | None = None, certificates: Path | None = None) -> None:
-        self.folder, self.port, self.certificates = folder, port or free_port(), certificates
-        self.endpoint = f"{'https' if certificates else 'http'}://127.0.0.1:{self.port}"
+    def __init__(
+        self, folder: Path, port: int | None = None, certificates: Path | None = None, address: str = "127.0.0.1"
+    ) -> None:
+        self.folder, self.port, self.certificates, self.address = folder, port or free_port(), certificates, address
+        self.endpoint = f"{'https' if certificates else 'http'}://{address}:{self.port}"
         self.access_key, self.secret_key = f"key{secrets.token_hex(6)}", secrets.token_urlsafe(24)
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -92,7 +94,7 @@ class Server:
         """Starts it, waits until it answers, makes the bucket. Raises Unavailable with the end of its log."""
         self.folder.mkdir(parents=True, exist_ok=True)
         certificates = self.certificates or self.folder.parent / f"{self.folder.name}.certificates"
-        command = [str(binary()), "server", str(self.folder), "--quiet", f"--address=127.0.0.1:{self.port}"]
+        command = [str(binary()), "server", str(self.folder), "--quiet", f"--address={self.address}:{self.port}"]
         command += [f"--console-address=127.0.0.1:{free_port()}", f"--certs-dir={certificates}"]
         secret = {"MINIO_ROOT_USER": self.access_key, "MINIO_ROOT_PASSWORD": self.secret_key}
         quiet = {"MINIO_BROWSER": "off", "MINIO_UPDATE": "off"}

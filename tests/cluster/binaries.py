@@ -5,11 +5,12 @@ says the same replacements. CoreDNS gets the few plugins that a node of tests ne
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
 from tests import minio
-from tests.golang import Unavailable, build, cached
+from tests.golang import Unavailable, build, cached, module_files
 
 KUBERNETES = "v1.34.4"
 ETCD = "v3.6.16"
@@ -17,6 +18,8 @@ HELM_3 = "v3.19.5"
 HELM_4 = "v4.3.1"
 COREDNS = "v1.14.3"
 PAUSE = "v1"
+PROBE = "v2"
+GATEWAY_API = "v1.4.1"
 
 _KUBERNETES_PROGRAMS = (
     "kube-apiserver",
@@ -51,6 +54,52 @@ func main() {
 }
 """
 
+# For tests of the node itself: `probe serve :8080 TEXT` answers TEXT until it is told to end, then takes its time;
+# `probe get URL` prints what is answered; names and addresses of a new Service take a moment, so it asks for a while;
+# `probe file PATH` prints a file.
+_PROBE = """\
+package main
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+)
+
+func main() {
+	if os.Args[1] == "file" {
+		content, _ := os.ReadFile(os.Args[2])
+		os.Stdout.Write(content)
+		return
+	}
+	if os.Args[1] == "get" {
+		for tried := 0; tried < 60; tried++ {
+			answer, err := (&http.Client{Timeout: 5 * time.Second}).Get(os.Args[2])
+			if err == nil {
+				io.Copy(os.Stdout, answer.Body)
+				return
+			}
+			fmt.Fprintln(os.Stderr, err)
+			time.Sleep(500 * time.Millisecond)
+		}
+		os.Exit(1)
+	}
+	ended := make(chan os.Signal, 1)
+	signal.Notify(ended, syscall.SIGTERM)
+	http.HandleFunc("/", func(to http.ResponseWriter, _ *http.Request) { fmt.Fprintln(to, os.Args[3]) })
+	go http.ListenAndServe(os.Args[2], nil)
+	fmt.Println("serving")
+	<-ended
+	fmt.Println("told to end")
+	time.Sleep(2 * time.Second)
+	fmt.Println("ended in order")
+}
+"""
+
 _DNS = """\
 package main
 
@@ -73,6 +122,7 @@ _VERSIONS = {
     "helm3": HELM_3,
     "coredns": COREDNS,
     "pause": PAUSE,
+    "probe": PROBE,
 }
 
 
@@ -89,9 +139,16 @@ def missing() -> list[str]:
     return [name for name, version in _VERSIONS.items() if not cached(name, version).exists()]
 
 
+def gateway_crds() -> Path | None:
+    """Folder with the Gateway API's CRDs; None if it was not built."""
+    folder = cached("gateway-api", GATEWAY_API)
+    return folder if folder.exists() else None
+
+
 def build_all() -> None:
     """Build what is missing. Raises Unavailable."""
     build({"pause": "."}, PAUSE, module="module latentac/pause\n\ngo 1.24\n", files={"main.go": _SLEEP})
+    build({"probe": "."}, PROBE, module="module latentac/probe\n\ngo 1.24\n", files={"main.go": _PROBE})
     build(
         {name: f"k8s.io/kubernetes/cmd/{name}" for name in _KUBERNETES_PROGRAMS},
         KUBERNETES,
@@ -109,7 +166,20 @@ def build_all() -> None:
         module=_module("coredns", {"github.com/coredns/coredns": COREDNS}),
         files={"main.go": _DNS.format(imports=imports, directives=directives)},
     )
+    _fetch_gateway_crds()
     minio.binary()
+
+
+def _fetch_gateway_crds() -> None:
+    folder = cached("gateway-api", GATEWAY_API)
+    if not folder.exists():
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        standard = module_files("sigs.k8s.io/gateway-api", GATEWAY_API) / "config" / "crd" / "standard"
+        for kind in ("gatewayclasses", "gateways", "httproutes", "referencegrants"):
+            shutil.copyfile(standard / f"gateway.networking.k8s.io_{kind}.yaml", partial / f"{kind}.yaml")
+        partial.rename(folder)
 
 
 def _module(name: str, requirements: dict[str, str]) -> str:

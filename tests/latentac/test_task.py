@@ -44,7 +44,7 @@ def test_task_hands_on_the_manifest_and_says_whether_it_was_there(
 
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "manifest").read_text())["key"] == "run-1/train"
-    assert events(done.stdout) == [
+    assert events(done.stderr) == [
         {"event": "begin", "task": "train"},
         {"event": "end", "task": "train", "reused": reused},
     ]
@@ -73,12 +73,20 @@ def test_expected_failure_is_one_message_and_the_documented_code(
     assert left["message"].startswith(message)
 
 
+def test_of_two_failures_the_first_is_kept(tmp_path: Path) -> None:
+    """What runs at the end of a failed run (finish) may fail of the same cause; a start of the run removes the file."""
+    for reason in ("diverged", "again"):
+        task(f"raise TrainingError('iteration 3', '{reason}', 'Lower it.')", tmp_path)
+
+    assert "diverged" in json.loads((tmp_path / "run-1" / ERROR_FILE).read_text())["message"]
+
+
 def test_failure_under_a_driver_is_left_to_the_driver_to_tell(tmp_path: Path) -> None:
     """One message, not two: with `LATENTAC_EVENTS` the task is silent about what error.json says."""
     failed = task("raise TrainingError('iteration 3', 'diverged', 'Lower it.')", tmp_path, **{EVENTS: "1"})
 
-    assert failed.stderr == ""
-    assert events(failed.stdout)[-1] == {"event": "fail", "task": "train", "exit_code": 7}
+    assert [line for line in failed.stderr.splitlines() if not line.startswith(EVENT_MARK)] == []
+    assert events(failed.stderr)[-1] == {"event": "fail", "task": "train", "exit_code": 7}
 
 
 def test_failure_that_cannot_be_written_down_is_printed(tmp_path: Path) -> None:

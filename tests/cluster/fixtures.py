@@ -1,0 +1,55 @@
+"""The fixtures of clusters, for every folder of tests (tests/conftest.py imports them).
+
+`control_plane`: an API server with its controllers, on loopback, without root: mark such tests `slow`.
+`node`: the same and a node that runs pods, as root: mark such tests `cluster`.
+`crds`: asked for besides one of them by a test that needs the CRDs of KServe, Volcano, Kubeflow Pipelines and Argo.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.control_plane import CRDS, NEED_CRDS, ControlPlane
+from tests.cluster.node import Node, Record, lacking
+from tests.golang import Unavailable
+
+
+@pytest.fixture(scope="session")
+def crds() -> Path:
+    """The folder with the CRDs; skips where there is none, with the remedy."""
+    named = os.environ.get(CRDS)
+    if not named:
+        pytest.skip(NEED_CRDS)
+    return Path(named)
+
+
+@pytest.fixture(scope="session")
+def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """One control plane for all tests of this process; a test takes a namespace of its own."""
+    try:
+        plane = ControlPlane(tmp_path_factory.mktemp("control-plane")).start()
+    except Unavailable as error:
+        if "make node-build" in str(error):
+            pytest.skip(str(error))
+        raise
+    yield plane
+    plane.stop()
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """A node for all tests of this process: the one of `make node-up` if it is up, else one that ends with them."""
+    reason = lacking()
+    if reason:
+        pytest.skip(reason)
+    record = Record.read()
+    if record:
+        running = record.attach()
+        yield running
+        running.delete_namespaces()
+        return
+    own = Node(tmp_path_factory.mktemp("node")).start()
+    yield own
+    own.stop()

@@ -1,0 +1,41 @@
+"""Releases of the chart on a cluster of the tests': Helm against it, and what a namespace holds."""
+
+import json
+import os
+import subprocess
+from typing import Any
+
+import pytest
+
+from tests.cluster.binaries import program
+from tests.cluster.control_plane import Cluster
+from tests.golang import Unavailable
+
+LEFT_BY_KUBERNETES = ("configmap/kube-root-ca.crt", "serviceaccount/default", "event")
+
+
+def helm(cluster: Cluster, *arguments: str, values: dict[str, Any] | None = None, name: str = "helm") -> str:
+    """stdout of a Helm against the cluster. Skips where it is not built, fails with its own words."""
+    try:
+        binary = str(program(name))
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    folder = cluster.folder / f"{name}-home"
+    homes = {f"HELM_{each}_HOME": str(folder / each.lower()) for each in ("CACHE", "CONFIG", "DATA")}
+    done = subprocess.run(
+        [binary, *arguments, *(["-f", "-"] if values is not None else [])],
+        input=json.dumps(values or {}),
+        capture_output=True,
+        text=True,
+        env={**os.environ, **cluster.environment, **homes},
+        check=False,
+    )
+    assert done.returncode == 0, f"{name} {' '.join(arguments)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def objects_in(cluster: Cluster, namespace: str) -> set[str]:
+    """Everything in a namespace but what Kubernetes itself puts there, as `kind/name`."""
+    kinds = cluster.kubectl("api-resources", "--namespaced", "--verbs=list", "-o", "name").split()
+    listed = cluster.kubectl("get", ",".join(kinds), "-n", namespace, "-o", "name", "--ignore-not-found").split()
+    return {each for each in listed if not each.startswith(LEFT_BY_KUBERNETES)}
