@@ -25,14 +25,19 @@ endif
 TEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 TEST_WORKERS ?= 2
 PARALLEL := OMP_NUM_THREADS=1
-CHECKED := $(wildcard latentac components pipelines tests)
+CHECKED := $(wildcard latentac components pipelines tests helm)
 LOCK := compile -q --universal --fork-strategy fewest --generate-hashes --python-version 3.11 \
 	--no-emit-index-url --no-emit-find-links --no-header
 
-.PHONY: help install run serve test test-fast lint format compile minio lock clean
+RUN_OPTIONS = $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(SEED),--seed '$(SEED)') $(if $(CONFIG),--config '$(CONFIG)') \
+	$(foreach assignment,$(SET),--set '$(assignment)') \
+	$(if $(OUTPUT),--output '$(OUTPUT)') $(if $(STORE),--store '$(STORE)') $(if $(RESUME),--resume '$(RESUME)')
+
+.PHONY: help install run run-containers serve test test-fast lint format compile minio images sbom chart
+.PHONY: node-build node-up node-down node-shell test-cluster e2e lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 } /^#:/ { print "      " substr($$0, 4) }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 } /^#:/ { print "      " substr($$0, 4) }' Makefile
 
 install: $(STAMP) ## make .venv from the lock (every other target does so by itself)
 
@@ -42,10 +47,11 @@ $(STAMP): requirements/dev.lock requirements/runtime.in requirements/installer.l
 
 run: install ## the whole pipeline: train, evaluate, steer, gate, serve
 #: RECIPE=shapes-unet SEED=0 SET="train.num_iterations=8 ..." CONFIG=file.yaml OUTPUT=runs STORE=file://... RESUME=<run>
-	@LATENTAC_OWNERS=$$PPID $(PY) -m pipelines run \
-		$(if $(RECIPE),--recipe '$(RECIPE)') $(if $(SEED),--seed '$(SEED)') $(if $(CONFIG),--config '$(CONFIG)') \
-		$(foreach assignment,$(SET),--set '$(assignment)') \
-		$(if $(OUTPUT),--output '$(OUTPUT)') $(if $(STORE),--store '$(STORE)') $(if $(RESUME),--resume '$(RESUME)')
+	@LATENTAC_OWNERS=$$PPID $(PY) -m pipelines run $(RUN_OPTIONS)
+
+run-containers: install ## the same with each step in its image, artifacts in a MinIO (make images builds them)
+#: as make run, and STORE=s3://bucket/prefix with its endpoint and credentials in the environment; DOCKER_HOST
+	@LATENTAC_OWNERS=$$PPID $(PY) -m pipelines run-containers $(RUN_OPTIONS)
 
 serve: install ## serve what a run deployed, until Ctrl-C; without RUN the newest
 #: RUN=<run> PORT=8080 OUTPUT=runs STORE=file://...
@@ -59,7 +65,7 @@ test: install minio ## every test (at most 15 minutes on two cores)
 #: TEST_WORKERS=2 ARGS="-k ratio"
 	@status=0
 	$(PARALLEL) $(TEST) -m "not slow and not cluster" -n $(TEST_WORKERS) $(ARGS) || status=$$?
-	$(TEST) -m "slow and not cluster" $(ARGS) || status=$$?
+	$(TEST) -m "slow and not cluster" -n $(TEST_WORKERS) --dist loadfile $(ARGS) || status=$$?
 	exit $$status
 
 test-fast: install ## the fast tier (at most 3 minutes)
@@ -77,18 +83,56 @@ format: install ## sort imports, fix what can be fixed, format
 	@$(VENV)/bin/ruff check --fix-only .
 	$(VENV)/bin/ruff format .
 
-compile: install ## write the pipeline's golden YAML anew, and say what changed
+compile: install ## write the pipeline's golden files anew, and say what changed
 	@$(PY) -m pipelines compile
 	git --no-pager diff --stat -- pipelines
 
 minio: install ## a MinIO server for the tests: MINIO_BIN, or the one on PATH, or built once into the cache
 	@$(PY) -m tests.minio build
 
+images: install ## build the images with docker; without a registry the base is made here (root, debootstrap)
+#: IMAGES="train serve" BASE=<image with Python> PREFIX=latentac TAG=dev TORCH_BACKEND=cpu TORCH_IMAGE=<image>
+	@$(PY) -m images.build $(IMAGES) $(if $(BASE),--base '$(BASE)') $(if $(PREFIX),--prefix '$(PREFIX)') $(if $(TAG),--tag '$(TAG)')
+
+sbom: install ## a CycloneDX bill of materials of each image, in build/sbom/
+#: IMAGES="train serve" PREFIX=latentac TAG=dev
+	@$(PY) -m images.sbom $(IMAGES) $(if $(PREFIX),--prefix '$(PREFIX)') $(if $(TAG),--tag '$(TAG)')
+
+chart: install ## write the chart's README from its template and values, and say what changed
+	@$(PY) helm/readme.py
+	git --no-pager diff --stat -- helm
+
+node-build: install ## the programs of the test node, built once into the cache (a quarter of an hour on two cores)
+	@$(PY) -m tests.cluster.binaries
+
+node-up: install ## a Kubernetes node of our own in the background (as root); prints what to export
+#: CRDs of KServe, Volcano, KFP and Argo come from the folder in LATENTAC_CRDS
+	@$(PY) -m tests.cluster.node up
+
+node-down: install ## end it; only the images that it was given stay in the cache
+	@$(PY) -m tests.cluster.node down
+
+node-shell: install ## a shell with KUBECONFIG, kubectl, helm and helm3 of that node
+	@$(PY) -m tests.cluster.node shell
+
+test-cluster: install ## tests on a Kubernetes node of their own (as root; the one of node-up if it is up)
+#: ARGS="-k node"
+	@$(TEST) -m cluster $(ARGS)
+
+e2e: install ## chart, pipeline, endpoint and report on the cluster of KUBECONFIG, which has KFP, Volcano and KServe
+#: NAMESPACE=<exists> VALUES="a.yaml b.yaml" RELEASE=latentac KFP_HOST=http://... MINUTES=60 KEEP=1; more in tests/cluster/e2e.py
+	@$(PY) -m tests.cluster.e2e
+
 lock: install ## resolve requirements/*.in anew; versions move only where a pin in them moved
 #: UPGRADE=1 lets everything that is not pinned there move
 	@uv=$$(bash requirements/install.sh --uv '$(PYTHON)')
 	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) requirements/dev.in -o requirements/dev.lock
 	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) requirements/installer.in -o requirements/installer.lock
+	for name in tools sbom torch train serve pipeline kfp; do
+		options=(-c ../dev.lock $(if $(UPGRADE),--upgrade))
+		[[ $$name != kfp ]] || options+=(--no-deps)
+		$$uv --directory requirements/images pip $(LOCK) "$${options[@]}" $$name.in -o $$name.lock
+	done
 
 clean: ## remove the environment and all caches; runs/ stays
 	@rm -rf $(VENV) .installer build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
