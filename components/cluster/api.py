@@ -5,6 +5,7 @@ resources are called, each service account is granted in the chart, and nothing 
 """
 
 import json
+import os
 import random
 import time
 from collections.abc import Iterator, Mapping
@@ -187,7 +188,8 @@ def connect(namespace: str) -> Api:
         config.load_incluster_config(client_configuration=settings)
     except config.ConfigException:
         try:
-            config.load_kube_config(client_configuration=settings)
+            # The package keeps the variable as it was when it was imported.
+            config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=settings)
         except (config.ConfigException, OSError) as error:
             remedy = "Export KUBECONFIG, or run this in a pod with a service account."
             raise ConfigError([Problem("KUBECONFIG", None, f"no cluster is configured: {error}", remedy)]) from None
