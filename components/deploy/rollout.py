@@ -56,6 +56,18 @@ class _Plan:
     done: bool
 
 
+class _Versions:
+    """Asks as `server` does, and keeps which versions answered."""
+
+    def __init__(self, server: Client) -> None:
+        self._server, self.endpoint, self.seen = server, server.endpoint, set[str]()
+
+    def predict(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        answer = self._server.predict(request)
+        self.seen.add(str(answer.get("version")))
+        return answer
+
+
 class Rollout:
     """Makes a candidate what the endpoint of `settings` serves: a `latentac.release.Prove`.
 
@@ -185,15 +197,21 @@ class Rollout:
         return wait_ready(self._api, body["metadata"]["name"], objects.revision(body), self._deploy)
 
     def _smoke(self, name: str, candidate: Candidate) -> tuple[dict[str, Any], bytes]:
-        """The checks of `latentac.serving.deployment`, when the address answers with this version."""
+        """The checks of `latentac.serving.deployment`, when the address answers with this version alone: just after a
+        roll a pod that is going may still be asked."""
         asked, deadline = self._asked(name), time.monotonic() + self._deploy.failing_seconds
-        problem = "is not reached, although its pods are ready"
+        size, problem = image_size(candidate.folder), "is not reached, although its pods are ready"
         while True:
             if asked.ready(POLL_SECONDS * 10):
-                found = asked.predict(candidate.request).get("version")
-                if found == candidate.version:
-                    return check(asked, candidate.request, image_size(candidate.folder))
-                problem = f"answers with version {found}, not {candidate.version}"
+                server, answer = _Versions(asked), None
+                try:
+                    answer = check(server, candidate.request, size)
+                except ServingError:
+                    if server.seen <= {candidate.version}:  # what is wrong is wrong with this version
+                        raise
+                if answer and server.seen == {candidate.version}:
+                    return answer
+                problem = f"answers with version {', '.join(sorted(server.seen))}, not {candidate.version}"
             if time.monotonic() > deadline:
                 raise ServingError(asked.endpoint, problem, "Check the Service, and what selects its pods.")
             time.sleep(POLL_SECONDS)
