@@ -19,7 +19,7 @@ from latentac.errors import ClusterError, ConfigError, Problem
 if TYPE_CHECKING:
     from components.cluster.settings import Cluster
     from pipelines.following import Follower
-    from pipelines.service import Service
+    from pipelines.service import Order, Service
 
 _PROGRAM = "latentac pipeline"
 _HOST = "--host http://localhost:8888"
@@ -149,8 +149,7 @@ def _submit(options: argparse.Namespace) -> None:
     name = options.run or _new_id(options.recipe)
     parameters = {"run": name, **_parameters(options), **_places(settings)}
     version = _uploaded(service, settings)
-    account = settings.steps.service_account
-    started = service.submit(name, version, parameters, account, options.experiment, options.pipeline_root)
+    started = service.submit(_order(options, settings, name, version, parameters))
     _say(f"run {started}, {name}: {service.host}/#/runs/details/{started}")
     if options.follow:
         _finish(_follower(options, service, settings).follow(started), started)
@@ -165,11 +164,16 @@ def _schedule(options: argparse.Namespace) -> None:
         raise ConfigError([Problem("--cron", options.cron, "has not six fields", remedy)])
     version = _uploaded(service, settings, own_id=True)
     parameters = {"run": "-", **_parameters(options), **_places(settings)}
-    account = settings.steps.service_account
-    made = service.schedule(
-        options.name, version, parameters, account, options.experiment, options.pipeline_root, options.cron
-    )
+    made = service.schedule(_order(options, settings, options.name, version, parameters), options.cron)
     _say(f"schedule {made}, {options.name}: {service.host}/#/recurringrun/details/{made}")
+
+
+def _order(
+    options: argparse.Namespace, settings: "Cluster", name: str, version: tuple[str, str], parameters: dict[str, Any]
+) -> "Order":
+    from pipelines.service import Order
+
+    return Order(name, version, parameters, settings.steps.service_account, options.experiment, options.pipeline_root)
 
 
 def _follow(options: argparse.Namespace) -> None:

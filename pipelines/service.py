@@ -10,6 +10,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,19 @@ _SECONDS = 30.0
 _TRANSIENT = frozenset({429, 502, 503, 504})
 _PAGE = 100
 Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Order:
+    """A run to start. version: ids of pipeline and version; account: the service account that it runs under;
+    experiment: name; root: URL of KFP's own artifacts, "" for KFP's default."""
+
+    name: str
+    version: tuple[str, str]
+    parameters: Mapping[str, Any]
+    account: str
+    experiment: str
+    root: str
 
 
 class Service:
@@ -79,48 +93,21 @@ class Service:
             return pipeline, found, False  # somebody else uploaded it meanwhile
         return pipeline, str(made.pipeline_version_id), True
 
-    def submit(
-        self,
-        name: str,
-        version: tuple[str, str],
-        parameters: Mapping[str, Any],
-        account: str,
-        experiment: str,
-        root: str,
-    ) -> str:
-        """Start a run of (pipeline, version) under the service account; the run's id."""
-        body = api.V2beta1Run(
-            display_name=name,
-            experiment_id=self._experiment(experiment),
-            pipeline_version_reference=_reference(version),
-            runtime_config=_configured(parameters, root),
-            service_account=account,
-        )
-        return str(self._once(f"start {name}", self._runs.run_service_create_run, body).run_id)
+    def submit(self, order: Order) -> str:
+        """Start a run; its id."""
+        body = api.V2beta1Run(**self._ordered(order))
+        return str(self._once(f"start {order.name}", self._runs.run_service_create_run, body).run_id)
 
-    def schedule(
-        self,
-        name: str,
-        version: tuple[str, str],
-        parameters: Mapping[str, Any],
-        account: str,
-        experiment: str,
-        root: str,
-        cron: str,
-    ) -> str:
+    def schedule(self, order: Order, cron: str) -> str:
         """Start a run at every time that `cron` names (six fields, seconds first), one at a time; its id."""
         body = api.V2beta1RecurringRun(
-            display_name=name,
-            experiment_id=self._experiment(experiment),
-            pipeline_version_reference=_reference(version),
-            runtime_config=_configured(parameters, root),
-            service_account=account,
+            **self._ordered(order),
             max_concurrency="1",
             no_catchup=True,
             mode="ENABLE",
             trigger=api.V2beta1Trigger(cron_schedule=api.V2beta1CronSchedule(cron=cron)),
         )
-        made = self._once(f"schedule {name}", self._recurring.recurring_run_service_create_recurring_run, body)
+        made = self._once(f"schedule {order.name}", self._recurring.recurring_run_service_create_recurring_run, body)
         return str(made.recurring_run_id)
 
     def run(self, run_id: str) -> api.V2beta1Run:
@@ -167,6 +154,16 @@ class Service:
                 if version in (found.display_name, found.name):
                     return str(found.pipeline_version_id)
         return None
+
+    def _ordered(self, order: Order) -> dict[str, Any]:
+        """The fields that a run and a recurring run have in common."""
+        return {
+            "display_name": order.name,
+            "experiment_id": self._experiment(order.experiment),
+            "pipeline_version_reference": _reference(order.version),
+            "runtime_config": _configured(order.parameters, order.root),
+            "service_account": order.account,
+        }
 
     def _experiment(self, name: str) -> str:
         options = self._own
