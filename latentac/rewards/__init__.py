@@ -11,6 +11,8 @@ from latentac.errors import ConfigError, Problem
 REWARDS: dict[str, str] = {
     "shapes_verifier": "latentac.rewards.shapes_verifier:ShapesVerifier",
     "jpeg_compressibility": "latentac.rewards.jpeg_compressibility:JpegCompressibility",
+    "shapes_clip": "latentac.rewards.shapes_clip:ShapesClip",
+    "colourfulness": "latentac.rewards.colourfulness:Colourfulness",
 }
 
 

@@ -1,14 +1,16 @@
-"""The embedded world: a procedural, captioned picture set, and the tiny text-to-image pipeline pretrained on it."""
+"""The embedded world: a procedural, captioned picture set, and the tiny text-to-image pipelines pretrained on it."""
 
 from pathlib import Path
 
 from latentac.errors import ConfigError, Problem
 
-PIPELINES = {"shapes-unet": Path(__file__).parent / "weights" / "unet"}
+_WEIGHTS = Path(__file__).parent / "weights"
+PIPELINES = {"shapes-unet": _WEIGHTS / "unet", "shapes-dit": _WEIGHTS / "dit"}
 
 
 def builtin_pipeline(name: str) -> Path:
-    """The folder of the pretrained pipeline `name`, in the layout of diffusers' StableDiffusionPipeline.
+    """The folder of the pretrained pipeline `name`, in the layout of diffusers' StableDiffusionPipeline or
+    StableDiffusion3Pipeline.
 
     Raises ConfigError for a name that is not in PIPELINES.
     """

@@ -89,8 +89,20 @@ def encode(autoencoder: AutoencoderKL, images: np.ndarray, batch: int = 256) -> 
 @torch.no_grad()
 def decode(autoencoder: AutoencoderKL, latents: Tensor, batch: int = 256) -> np.ndarray:
     """Pictures uint8 [N, 32, 32, 3] of *scaled* latents float32 [N, 4, 8, 8]."""
-    scale = autoencoder.config.scaling_factor
-    return np.concatenate([to_images(autoencoder.decode(part / scale).sample) for part in latents.split(batch)])
+    scale, shift = scale_and_shift(autoencoder)
+    return np.concatenate([to_images(autoencoder.decode(part / scale + shift).sample) for part in latents.split(batch)])
+
+
+def scale_and_shift(autoencoder: AutoencoderKL) -> tuple[float, float]:
+    """Scaled latents are (latents - shift) * scale; Stable Diffusion 3 shifts, its predecessors do not."""
+    return autoencoder.config.scaling_factor, autoencoder.config.shift_factor or 0.0
+
+
+def centre_latents(autoencoder: AutoencoderKL, images: np.ndarray) -> None:
+    """Sets `scaling_factor` and `shift_factor` so that the scaled latents of `images` have mean 0 and variance 1."""
+    mean, deviation = encode(autoencoder, images)
+    variance = mean.var() + deviation.square().mean()
+    autoencoder.register_to_config(shift_factor=mean.mean().item(), scaling_factor=variance.rsqrt().item())
 
 
 def _reconstruction_loss(decoded: Tensor, target: Tensor, edge_weight: float) -> Tensor:

@@ -1,53 +1,55 @@
-"""Makes the weights in `latentac/shapes/weights/unet`: python -m latentac.shapes.pretrain --output FOLDER
+"""Makes the weights in `latentac/shapes/weights`: python -m latentac.shapes.pretrain --pipeline unet --output FOLDER
 
-First the autoencoder, then UNet and text encoder together on its latents. The pictures are drawn for every caption of
-the language, held-out ones included: the base knows all sentences about equally well, and what is held out is held out
-from reinforcement learning. Training stops on purpose when the base is mediocre (see `--target`). A second run in the
-same folder with the same settings keeps the finished autoencoder.
+First the autoencoder, then denoiser and text encoders together on its latents. The pictures are drawn for every caption
+of the language, held-out ones included: the base knows all sentences about equally well, and what is held out is held
+out from reinforcement learning. Training stops on purpose when the base is mediocre (see `--target`). A second run in
+the same folder with the same settings keeps the finished autoencoder; `--autoencoder` takes that of another pipeline.
 """
 
 import argparse
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL
 from torch import nn
 from tqdm import tqdm
 
+from latentac.shapes import denoiser as unet
+from latentac.shapes import transformer as dit
 from latentac.shapes.autoencoder import (
     AutoencoderTraining,
     build_autoencoder,
+    centre_latents,
     decode,
     encode,
+    scale_and_shift,
     to_images,
     train_autoencoder,
 )
 from latentac.shapes.captions import CATEGORIES, Specification, balanced_prompts, parse_caption, specifications
-from latentac.shapes.denoiser import (
-    Denoiser,
-    DenoiserTraining,
-    build_denoiser,
-    build_tokenizer,
-    sample_latents,
-    tokenize,
-    train_denoiser,
-)
 from latentac.shapes.provenance import Provenance
 from latentac.shapes.scenes import sample_pictures
+from latentac.shapes.training import CaptionedDenoiser, DenoiserTraining, train_denoiser
 from latentac.shapes.verifier import verify
 
+BUILDERS: dict[str, Callable[[Path], CaptionedDenoiser]] = {
+    "unet": unet.build_denoiser,
+    "dit": dit.build_flow_denoiser,
+}
+TRAININGS = {"unet": unet.TRAINING, "dit": dit.TRAINING}
 SAMPLING_STEPS = 10
 _BATCH = 256  # pictures sampled together
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the weights. `target`: the checked score at which the UNet's training stops, every `check_every`
-    steps and at the latest after `most_steps`.
+    """What decides the weights. `target`: the checked score at which the denoiser's training stops, every `check_every`
+    steps and at the latest after `most_steps`. `other`: the pipeline's folder whose autoencoder is taken.
     """
 
     seed: int
@@ -59,6 +61,8 @@ class Settings:
     most_steps: int
     check_pictures: int = 256
     final_pictures: int = 1024
+    pipeline: str = "unet"
+    other: Path | None = None
 
 
 def pretrain(output: Path, settings: Settings, command: str) -> None:
@@ -68,9 +72,14 @@ def pretrain(output: Path, settings: Settings, command: str) -> None:
     specs = training_specifications(settings.pictures, generator)
     images = np.stack([sample_pictures([spec], generator)[0] for spec in tqdm(specs, desc="pictures", unit="")])
 
-    autoencoder = autoencoder_stage(output, settings, images, provenance)
+    if settings.other is None:
+        autoencoder = autoencoder_stage(output, settings, images, provenance)
+    else:
+        autoencoder = taken_autoencoder(settings.other, provenance)
+    if settings.pipeline == "dit":
+        centre_latents(autoencoder, images[:2048])
     torch.manual_seed(settings.seed + 1)
-    denoiser = build_denoiser(build_tokenizer(output / "tokenizer"))
+    denoiser = BUILDERS[settings.pipeline](output)
     denoiser_stage(autoencoder, denoiser, settings, (specs, images), provenance)
 
     save_pipeline(output, autoencoder, denoiser)
@@ -122,9 +131,17 @@ def autoencoder_stage(output: Path, settings: Settings, images: np.ndarray, prov
     return autoencoder
 
 
+def taken_autoencoder(other: Path, provenance: Provenance) -> AutoencoderKL:
+    """The finished autoencoder of the pipeline in `other`, with what was recorded about its training."""
+    recorded = json.loads((other / "provenance.json").read_text())
+    weights = recorded["files"]["vae/diffusion_pytorch_model.safetensors"]
+    provenance.record("autoencoder", {**recorded["autoencoder"], "taken_from": {"pipeline": other.name, **weights}})
+    return AutoencoderKL.from_pretrained(other / "vae").eval()
+
+
 def denoiser_stage(
     autoencoder: AutoencoderKL,
-    denoiser: Denoiser,
+    denoiser: CaptionedDenoiser,
     settings: Settings,
     pictures: tuple[list[Specification], np.ndarray],
     provenance: Provenance,
@@ -132,37 +149,36 @@ def denoiser_stage(
     """Trains `denoiser` in place on the latents of `pictures` until its checked score reaches the target."""
     specs, images = pictures
     began = time.perf_counter()
-    scale = autoencoder.config.scaling_factor
+    scale, shift = scale_and_shift(autoencoder)
     mean, deviation = encode(autoencoder, images)
-    token_ids = tokenize(denoiser.tokenizer, [spec.caption for spec in specs])
+    token_ids = denoiser.token_ids([spec.caption for spec in specs])
     curve: list[float] = []
     checks: list[dict[str, object]] = []
-    with tqdm(total=settings.most_steps, desc="UNet and text encoder", unit="step") as bar:
+    with tqdm(total=settings.most_steps, desc="denoiser", unit="step") as bar:
 
         def after_step(step: int, loss: float, averaged: nn.Module) -> bool:
             curve.append(loss)
             bar.update()
             if step % settings.check_every:
                 return False
-            text_encoder, unet = averaged.eval().children()
-            candidate = Denoiser(denoiser.tokenizer, text_encoder, unet, denoiser.scheduler)
+            candidate = denoiser.with_modules(averaged.eval())
             result = score(autoencoder, candidate, "train", settings.check_pictures, seed=settings.seed + 4)
             checks.append({"step": step, **result})
             bar.set_postfix(loss=f"{np.mean(curve[-100:]):.4f}", score=f"{result['mean']:.3f}")
             return bool(result["mean"] >= settings.target or step >= settings.most_steps)
 
-        train_denoiser(denoiser, (mean * scale, deviation * scale), token_ids, settings.denoiser, after_step)
+        train_denoiser(denoiser, ((mean - shift) * scale, deviation * scale), token_ids, settings.denoiser, after_step)
     denoiser.modules().eval()
     rule = (
         f"the first check, every {settings.check_every} steps, whose score on {settings.check_pictures} pictures of "
-        f"training prompts is at least {settings.target}; at most {settings.most_steps} steps"
+        f"training prompts, sampled by {denoiser.sampler}, is at least {settings.target}; "
+        f"at most {settings.most_steps} steps"
     )
     record = {
         "settings": asdict(settings.denoiser),
-        "parameters": {
-            "unet": sum(p.numel() for p in denoiser.unet.parameters()),
-            "text_encoder": sum(p.numel() for p in denoiser.text_encoder.parameters()),
-        },
+        "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in denoiser.parts().items()},
+        "scaling_factor": scale,
+        "shift_factor": shift,
         "steps": len(curve),
         "stopping_rule": rule,
         "seconds": time.perf_counter() - began,
@@ -172,17 +188,16 @@ def denoiser_stage(
     provenance.record("denoiser", record)
 
 
-def score(autoencoder: AutoencoderKL, denoiser: Denoiser, split: str, count: int, seed: int) -> dict[str, float]:
+def score(
+    autoencoder: AutoencoderKL, denoiser: CaptionedDenoiser, split: str, count: int, seed: int
+) -> dict[str, float]:
     """Share of pictures that the verifier accepts, for each category and their mean, on `count` balanced prompts of
-    `split`: DDIM with 10 trailing steps, eta 1, no guidance.
+    `split`: the denoiser's own sampler, 10 steps, no guidance.
     """
     texts = [prompt.text for prompt in balanced_prompts(split, count, seed)]
     generator = torch.Generator().manual_seed(seed)
     latents = torch.cat(
-        [
-            sample_latents(denoiser, texts[start : start + _BATCH], SAMPLING_STEPS, generator)
-            for start in range(0, count, _BATCH)
-        ]
+        [denoiser.sample(texts[start : start + _BATCH], SAMPLING_STEPS, generator) for start in range(0, count, _BATCH)]
     )
     specs = [parse_caption(text) for text in texts]
     return by_category(specs, verify(decode(autoencoder, latents), specs))
@@ -195,18 +210,9 @@ def by_category(specs: list[Specification], accepted: np.ndarray) -> dict[str, f
     return {"mean": float(accepted.mean()), "n": len(specs), **shares}
 
 
-def save_pipeline(output: Path, autoencoder: AutoencoderKL, denoiser: Denoiser) -> None:
-    """The folder of a StableDiffusionPipeline, all weights float32 safetensors."""
-    StableDiffusionPipeline(
-        vae=autoencoder,
-        text_encoder=denoiser.text_encoder,
-        tokenizer=denoiser.tokenizer,
-        unet=denoiser.unet,
-        scheduler=denoiser.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(output, safe_serialization=True)
+def save_pipeline(output: Path, autoencoder: AutoencoderKL, denoiser: CaptionedDenoiser) -> None:
+    """The pipeline's folder, all weights float32 safetensors."""
+    denoiser.save(output, autoencoder)
     for weights in output.rglob("*.safetensors"):
         weights.chmod(0o644)  # they are written for the owner only, and would be installed so
 
@@ -230,15 +236,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m latentac.shapes.pretrain",
         description="Pretrain the tiny text-to-image pipeline of the embedded world.",
-        epilog="example: python -m latentac.shapes.pretrain --output latentac/shapes/weights/unet --threads 2",
+        epilog="example: python -m latentac.shapes.pretrain --output latentac/shapes/weights/unet --threads 2; with "
+        "--pipeline dit --autoencoder latentac/shapes/weights/unet --output latentac/shapes/weights/dit the second one",
     )
     add = parser.add_argument
+    add("--pipeline", choices=sorted(BUILDERS), default="unet", help="the kind of denoiser (default %(default)s)")
+    add("--autoencoder", type=Path, help="take the finished autoencoder of the pipeline in this folder")
     add("--output", type=Path, required=True, help="folder of the pipeline; a finished autoencoder there is kept")
     add("--seed", type=int, default=0, help="decides pictures, weights and noise (default %(default)s)")
     add("--pictures", type=int, default=16384, help="training pictures (default %(default)s)")
     add("--vae-steps", type=int, default=AutoencoderTraining.steps, help="autoencoder steps (default %(default)s)")
-    add("--unet-steps", type=int, default=4000, help="UNet steps at most (default %(default)s)")
-    add("--check-every", type=int, default=100, help="UNet steps between two checks (default %(default)s)")
+    add("--denoiser-steps", type=int, default=4000, help="denoiser steps at most (default %(default)s)")
+    add("--check-every", type=int, default=100, help="denoiser steps between two checks (default %(default)s)")
     add("--target", type=float, default=0.43, help="checked score that ends the training (default %(default)s)")
     add("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
     return parser
@@ -251,12 +260,15 @@ def main(arguments_given: Sequence[str] | None = None) -> None:
         seed=arguments.seed,
         pictures=arguments.pictures,
         autoencoder=AutoencoderTraining(steps=arguments.vae_steps),
-        denoiser=DenoiserTraining(),
+        denoiser=TRAININGS[arguments.pipeline],
         target=arguments.target,
         check_every=arguments.check_every,
-        most_steps=arguments.unet_steps,
+        most_steps=arguments.denoiser_steps,
+        pipeline=arguments.pipeline,
+        other=arguments.autoencoder,
     )
-    options = {name: value for name, value in vars(arguments).items() if name not in ("output", "threads")}
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    options = {name: value for name, value in given.items() if name not in ("output", "threads")}
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
     pretrain(arguments.output, settings, f"python -m latentac.shapes.pretrain --output FOLDER {flags}")
 

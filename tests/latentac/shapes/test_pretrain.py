@@ -1,15 +1,16 @@
 """The script that made the weights: it runs from start to end, reproducibly, and can be continued."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from latentac.shapes.autoencoder import AutoencoderTraining
-from latentac.shapes.denoiser import DenoiserTraining
 from latentac.shapes.pretrain import Settings, main, pretrain
+from latentac.shapes.training import DenoiserTraining
 
 SETTINGS = Settings(
     seed=1,
@@ -37,6 +38,24 @@ def test_two_steps_make_a_loadable_pipeline_and_a_second_run_the_same_weights(tm
     repeated = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     assert all((weights[name] == repeated[name]).all() for name in weights)
     assert again["denoiser"]["steps"] == 2
+
+
+def test_the_dit_takes_the_autoencoder_of_another_pipeline(tmp_path: Path):
+    """Its weights are the other's, its latents are centred anew, and its provenance says whose it was."""
+    pretrain(tmp_path / "unet", SETTINGS, "a test")
+    pretrain(tmp_path / "dit", replace(SETTINGS, pipeline="dit", other=tmp_path / "unet"), "a test")
+    first, second = (
+        json.loads((tmp_path / name / "provenance.json").read_text())["files"][
+            "vae/diffusion_pytorch_model.safetensors"
+        ]
+        for name in ("unet", "dit")
+    )
+    assert first == second
+    recorded = json.loads((tmp_path / "dit" / "provenance.json").read_text())
+    assert recorded["autoencoder"]["taken_from"]["sha256"] == first["sha256"]
+    assert set(recorded["denoiser"]["parameters"]) == {"text_encoder", "text_encoder_2", "transformer"}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "dit", text_encoder_3=None, tokenizer_3=None)
+    assert pipeline.vae.config.shift_factor == recorded["denoiser"]["shift_factor"] != 0
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]):
