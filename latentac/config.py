@@ -38,7 +38,7 @@ class Backbone(Section):
 class Kernel(Section):
     """The sampler step. noise: eta of DDIM, the noise level of the flow kernels; 0 is deterministic."""
 
-    name: Literal["ddim", "flow_sde", "cps"] = "ddim"
+    name: Literal["ddim", "flow_sde", "dance_sde", "cps"] = "ddim"
     noise: Fraction = 1.0
     num_steps: Annotated[int, Field(ge=2, le=1000)] = 10
 
@@ -57,6 +57,8 @@ class Reward(Section):
 
 
 class Policy(Section):
+    """The actor. ema_decay: of the average of its weights that is published; 0 publishes the last ones."""
+
     adaptation: Literal["full", "lora"] = "full"
     lora_rank: Positive = 32
     lora_alpha: Positive = 64
@@ -64,45 +66,105 @@ class Policy(Section):
     warmup_updates: Annotated[int, Field(ge=0)] = 20
     weight_decay: NonNegative = 1e-4
     gradient_clip: Rate = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class Critic(Section):
-    """Value heads on the backbone's taps. width: of a branch; num_queries: learnable summary tokens a tap; dropout: of
-    taps and summaries while learning; num_passes: over each iteration's states."""
+    """A value head a reward on a body.
 
+    body: frozen_taps (the policy's own forward), lora or copy (a backbone of its own), or to compare with: pixel (the
+        decoded guess of the picture), latent_cnn (shares nothing); or `module:Class`.
+    width: of a branch; num_queries: learnable summary tokens a feature map; grid: cells a side that a map keeps;
+    dropout: of maps and summaries while learning; body_learning_rate: of the backbone in lora and copy.
+    num_passes: over each iteration's states. replay_images: so many of the newest scored pictures are remembered, and
+        with each state of a rollout the critic learns from a forward-noised one of them; 0 for none.
+    """
+
+    body: str = "frozen_taps"
     width: Positive = 64
     num_heads: Positive = 4
     num_queries: Positive = 4
-    depth: Positive = 1
+    grid: Positive = 4
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    time_conditioning: bool = True
+    text_conditioning: bool = True
+    shared_head: bool = False
+    lora_rank: Positive = 32
+    lora_alpha: Positive = 64
     num_passes: Positive = 2
+    replay_images: Annotated[int, Field(ge=0)] = 0
     learning_rate: Rate = 2e-3
+    body_learning_rate: Rate = 1e-4
     weight_decay: NonNegative = 1e-4
     gradient_clip: Rate = 1.0
     target_clip: Rate = 5.0
 
 
 class Pretrain(Section):
-    """Monte-Carlo regression of the critic on rollouts of the frozen actor."""
+    """Monte-Carlo regression of the critic on rollouts of the frozen actor. num_images: 0 for none; forward_noised:
+    share of the minibatches that are fresh noise on the scored pictures instead of states of the rollouts."""
 
-    num_images: Positive = 2048
+    num_images: Annotated[int, Field(ge=0)] = 2048
     num_held_out_images: Positive = 256
     num_passes: Positive = 5
     minibatch_states: Positive = 256
+    forward_noised: Fraction = 0.0
 
 
 class Algorithm(Section):
-    """PPO over denoising steps. log_prob_scale: `mean` divides the log-prob by the latent dimensions, so that
-    `clip` is a bound per dimension."""
+    """How rewards become advantages, and advantages a loss.
+
+    name: ppo (the critic is the baseline), grpo (a group of `group_size` rollouts of a prompt is), ddpo (the mean of
+        all images is, or of each prompt so far), or `module:Class`.
+    ratio: `likelihood`, or `guard`, the log-ratio of GRPO-Guard, whose mean is 0 at every noise level.
+    log_prob_scale: `mean` divides the log-prob by the latent dimensions, so that `clip` is a bound per dimension.
+    trust_region: `clip` of PPO, or `divergence`: the mask of Flow-DPPO beyond `divergence_bound`, nats per dimension.
+    gae_lambda: of the advantages; below 1 the critic's later values stand for what comes after a step, so its credit is
+        not drowned by what later steps did. value_lambda: the same for the critic's own targets, 1 is the reward.
+    whitening: of advantages over all steps together, or of each step for itself.
+    combination: of several rewards: `by_head` whitens each one's advantages before the weighted sum, `sum` only after.
+    prediction_kl: weight of mean (prediction - prediction of the base)^2; 0 keeps no reference.
+    """
 
     name: str = "ppo"
-    baseline: Literal["critic", "group"] = "critic"
     group_size: Positive = 1
-    clip: Rate = 8e-4
+    baseline: Literal["batch", "prompt"] = "batch"
+    prompt_min_count: Positive = 4
+    ratio: Literal["likelihood", "guard"] = "likelihood"
     log_prob_scale: Literal["mean", "sum"] = "mean"
+    trust_region: Literal["clip", "divergence"] = "clip"
+    clip: Rate = 8e-4
+    divergence_bound: Rate = 1e-4
     discount: Fraction = 1.0
     gae_lambda: Fraction = 1.0
+    value_lambda: Fraction = 1.0
+    whitening: Literal["global", "per_step"] = "global"
+    combination: Literal["by_head", "sum"] = "by_head"
     advantage_clip: Rate = 10.0
+    prediction_kl: NonNegative = 0.0
+
+
+class EarlyStopping(Section):
+    """Stop when a reward that is not trained on stops rising, and publish the weights of its best iteration.
+
+    The mean of `reward` over the last `window` iterations is watched: training ends when it has not risen by
+    `min_delta` above its best for `patience` iterations.
+    """
+
+    reward: str
+    window: Positive = 5
+    patience: Positive = 10
+    min_delta: NonNegative = 0.0
+
+
+class Guard(Section):
+    """When training has diverged: an update that is not finite, or an iteration whose mean KL a step, in nats, or whose
+    clip share is beyond its bound. The run then goes back to its last checkpoint once, at `rate_factor` times the
+    actor's learning rate, and a second time it fails."""
+
+    max_kl: Rate = 1.0
+    max_clip_share: Annotated[float, Field(gt=0, le=1)] = 0.9
+    rate_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
 
 
 class Train(Section):
@@ -116,6 +178,8 @@ class Train(Section):
     max_restarts: Annotated[int, Field(ge=0)] = 3
     checkpoint_every: Positive = 2
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    guard: Guard = Guard()
+    early_stopping: EarlyStopping | None = None
 
 
 class Evaluation(Section):
@@ -191,6 +255,11 @@ class Config(Section):
     @property
     def reward_names(self) -> tuple[str, ...]:
         return tuple(reward.name for reward in self.rewards)
+
+    @property
+    def main_reward(self) -> int:
+        """The column of the first reward that is trained on."""
+        return next(index for index, reward in enumerate(self.rewards) if reward.weight > 0)
 
     @property
     def hash(self) -> str:
@@ -311,11 +380,20 @@ def _impossible(config: Config) -> list[Problem]:
         "Set kernel.noise above 0, for example 1.0.",
     )
     refuse(
-        algorithm.baseline == "group" and algorithm.group_size < 2,
+        algorithm.name == "grpo" and algorithm.group_size < 2,
         "algorithm.group_size",
         algorithm.group_size,
-        "a group baseline compares the rollouts of one prompt and needs at least 2",
-        "Set algorithm.group_size=4, or algorithm.baseline=critic.",
+        "grpo compares the rollouts of one prompt and needs at least 2",
+        "Set algorithm.group_size=4, or algorithm.name=ppo.",
+    )
+    stopping = train.early_stopping
+    watched = [reward.name for reward in config.rewards if reward.weight == 0]
+    refuse(
+        stopping is not None and stopping.reward not in watched,
+        "train.early_stopping.reward",
+        stopping.reward if stopping else None,
+        "is not a watched reward of this run: one that is trained on rises to the end",
+        f"Choose one with weight 0 (now: {', '.join(watched) or 'none'}).",
     )
     refuse(
         train.block_images % algorithm.group_size != 0,

@@ -35,6 +35,11 @@ def broadcast(per_image: Tensor, like: Tensor) -> Tensor:
     return per_image.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def forward_noise(clean: Tensor, noise: Tensor, sigma: Tensor, path: Path) -> Tensor:
+    """x = alpha(sigma) x0 + sigma n; clean, noise: [B, *latent]; sigma: [B]."""
+    return broadcast(alpha_of(sigma, path), clean) * clean + broadcast(sigma, clean) * noise
+
+
 class DeterministicTransition(ValueError):
     """A density was asked of a transition without noise: it has none."""
 
@@ -135,6 +140,28 @@ class FlowSDE:
 
 
 @dataclass(frozen=True)
+class DanceSDE:
+    """Euler-Maruyama step of the flow's SDE (DanceGRPO, Xue et al. 2025) with one diffusion at all levels: g = noise.
+
+    The last step is as noisy as the others, and nothing removes its noise from the latents.
+    """
+
+    noise: float
+    path: Path = "flow"
+
+    def std(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        return self.noise * (sigma - sigma_next).sqrt()
+
+    def transition(
+        self, latents: Tensor, prediction: Prediction, sigma: Tensor, sigma_next: Tensor
+    ) -> GaussianTransition:
+        dt, half = broadcast(sigma_next - sigma, latents), broadcast(self.noise**2 / (2 * sigma), latents)
+        velocity = prediction.noise - prediction.clean
+        mean = latents + (velocity + half * prediction.noise) * dt
+        return GaussianTransition(mean, self.std(sigma, sigma_next))
+
+
+@dataclass(frozen=True)
 class CPS:
     """Coefficient-preserving sampling (Wang and Yu 2025): the total noise coefficient stays sigma_next exactly.
 
@@ -156,7 +183,12 @@ class CPS:
         return GaussianTransition(mean, std)
 
 
-KERNELS: dict[str, type[DDIM] | type[FlowSDE] | type[CPS]] = {"ddim": DDIM, "flow_sde": FlowSDE, "cps": CPS}
+KERNELS: dict[str, type[DDIM] | type[FlowSDE] | type[DanceSDE] | type[CPS]] = {
+    "ddim": DDIM,
+    "flow_sde": FlowSDE,
+    "dance_sde": DanceSDE,
+    "cps": CPS,
+}
 
 
 def num_stochastic_steps(kernel: Kernel, sigmas: Tensor) -> int:

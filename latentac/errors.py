@@ -9,7 +9,8 @@
     |  +- StoreUnavailable       75  the store did not answer, retries included: try again later
     +- RewardError               5   a reward failed, or returned NaN or infinity
     +- ResourceError             6   disk full, port taken, device missing
-    +- TrainingError             7   the training app failed or diverged
+    +- TrainingError             7   the training app failed
+    |  +- Diverged               7   an update was not finite, or beyond a bound of train.guard
     +- ServingError              8   the model server did not start or answered wrongly
     +- ClusterError              9   Kubernetes refused a call, or what was asked of it failed
        +- ClusterUnavailable     75  its API server did not answer, retries included: try again later
@@ -109,6 +110,10 @@ class ResourceError(LatentacError):
 
 class TrainingError(LatentacError):
     exit_code = 7
+
+
+class Diverged(TrainingError):
+    """Training left the region where it can learn."""
 
 
 class ServingError(LatentacError):

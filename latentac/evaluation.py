@@ -14,10 +14,10 @@ from torch import Tensor
 from latentac.config import Config
 from latentac.critic import Critic
 from latentac.distributed import map_blocks, noise_for
-from latentac.measures import DEFINITIONS, diversity, interval, intervals, median, ratio
+from latentac.measures import DEFINITIONS, difference, diversity, interval, intervals, median, ratio
 from latentac.policy import Policy
 from latentac.progress import progress
-from latentac.prompts import Prompt, balanced
+from latentac.prompts import PromptSet, balanced
 from latentac.returns import explained_variance
 from latentac.rewards import Reward
 from latentac.rollout import rollout, score, steered_rollout
@@ -47,7 +47,7 @@ def sample(
     block_images: int = 32,
 ) -> Arm:
     """One picture a prompt. Image i has the same noise in every arm; its candidate 0 is the unsteered rollout."""
-    device = policy.backbone.encode(prompts[:1]).tokens.device
+    device = policy.backbone.device
     blocks = [range(start, min(start + block_images, len(prompts))) for start in range(0, len(prompts), block_images)]
 
     with progress(len(prompts), label, "images") as bar:
@@ -88,21 +88,19 @@ def _roll_out(
 
 
 def compare(
-    config: Config,
-    policies: Mapping[str, Policy],
-    critic: Critic,
-    rewards: Sequence[Reward],
-    prompts: Sequence[Prompt],
+    config: Config, policies: Mapping[str, Policy], critic: Critic, rewards: Sequence[Reward], prompts: PromptSet
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The policies `base`, `trained` and, where there is one, `incumbent` on held-out prompts, the categories in turn,
-    the same noise for each.
+    the same noise for each; and `trained` on a quarter as many training prompts.
 
-    Returns the gallery and evaluation.json: {<arm>: reward -> interval, difference (trained - base) and
-    incumbent_difference (trained - incumbent): reward -> interval, units, categories, critic, and `contrasts`}.
-    Intervals resample images; those of a difference resample pairs of images with the same prompt and noise.
+    Returns the gallery and evaluation.json: {<arm>: reward -> interval, difference (trained - base),
+    incumbent_difference (trained - incumbent) and held_out_gap: reward -> interval, units, categories, critic, and
+    `contrasts`}. Intervals resample images; those of a difference of two policies resample pairs of images with the
+    same prompt and noise.
     """
     settings, seed = config.evaluation, config.seed
-    chosen = [prompts[index] for index in balanced(prompts, settings.num_images, seed, "evaluation")]
+    held_out = prompts.held_out
+    chosen = [held_out[index] for index in balanced(held_out, settings.num_images, seed, "evaluation")]
     texts, steps = [prompt.text for prompt in chosen], config.kernel.num_steps
     arms = {
         name: sample(
@@ -110,6 +108,8 @@ def compare(
         )
         for name, policy in policies.items()
     }
+    seen = [prompts.train[i].text for i in balanced(prompts.train, settings.num_images // 4, seed, "evaluation")]
+    fitted = sample(policies["trained"], None, rewards, seen, seed, steps, label="evaluate on training prompts")
     trained, main = arms["trained"], config.reward_names.index(config.gate.reward)
     differences = {
         key: Scores(trained.scores.rewards - arms[name].scores.rewards, trained.scores.names)
@@ -120,6 +120,12 @@ def compare(
     content = {
         **{name: intervals(arm.scores, settings.num_bootstrap, seed) for name, arm in arms.items()},
         **{key: intervals(scores, settings.num_bootstrap, seed) for key, scores in differences.items()},
+        "held_out_gap": {
+            name: difference(
+                fitted.scores.column(name).numpy(), trained.scores.column(name).numpy(), settings.num_bootstrap, seed
+            )
+            for name in trained.scores.names
+        },
         "units": {reward.name: reward.unit for reward in rewards},
         "categories": {
             category: {
@@ -184,7 +190,7 @@ def _more_pictures(
         (number, draw, range(start, min(start + size, len(texts))))
         for number, (draw, start) in enumerate(itertools.product(draws, range(0, len(texts), size)))
     ]
-    device = next(iter(policies.values())).backbone.encode(texts[:1]).tokens.device
+    device = next(iter(policies.values())).backbone.device
     clock = time.thread_time if device.type == "cpu" else time.perf_counter
     with progress(len(policies) * len(draws) * len(texts), "diversity and latency", "images") as bar:
 

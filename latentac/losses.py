@@ -2,42 +2,76 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from latentac.diffusion import GaussianTransition, broadcast
+from latentac.diffusion import GaussianTransition, Path, Prediction, broadcast
 
 
 @dataclass(frozen=True)
 class Surrogate:
-    """loss: [] to minimise; ratio: [N] detached; clip_share: [] share of terms whose gradient the clip removed."""
+    """loss: [] to minimise; ratio: [N] detached; clip_share: [] share of terms that were given no gradient."""
 
     loss: Tensor
     ratio: Tensor
     clip_share: Tensor
 
 
-def clipped_surrogate(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float) -> Surrogate:
-    """PPO's pessimistic surrogate (Schulman et al. 2017, eq. 7): mean max(-A r, -A clip(r, 1-e, 1+e)).
+def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip: float) -> Surrogate:
+    """PPO's pessimistic surrogate (Schulman et al. 2017, eq. 7): mean max(-A r, -A clip(r, 1-e, 1+e)), r = exp.
 
-    log_probs, old_log_probs, advantages: [N]; r = exp(log_probs - old_log_probs). The caller chooses whether the
-    log-probs are sums over latent dimensions or means (`algorithm.log_prob_scale`); `clip` is in the same unit.
+    log_ratio, advantages: [N]. The caller chooses the ratio's scale; `clip` is in the same unit.
     """
-    ratio = (log_probs - old_log_probs).exp()
+    ratio = log_ratio.exp()
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
     loss = plain.maximum(clipped).mean()
     outside = ((ratio > 1 + clip) & (advantages > 0)) | ((ratio < 1 - clip) & (advantages < 0))
     return Surrogate(loss, ratio.detach(), outside.float().mean())
 
 
-def value_loss(values: Tensor, returns: Tensor, target_clip: float) -> Tensor:
+def masked_surrogate(log_ratio: Tensor, advantages: Tensor, divergence: Tensor, bound: float) -> Surrogate:
+    """The trust region of Flow-DPPO: mean -A r over all terms, without those whose divergence is beyond the bound and
+    whose ratio would be driven still further from 1.
+
+    log_ratio, advantages: [N]; divergence: [N], that of the new transition from the old, in the unit of `bound`.
+    """
+    ratio = log_ratio.exp()
+    further = torch.where(advantages > 0, ratio > 1, ratio < 1)
+    dropped = ((divergence > bound) & further).detach()
+    loss = (-advantages * ratio * ~dropped).mean()
+    return Surrogate(loss, ratio.detach(), dropped.float().mean())
+
+
+def guarded_log_ratio(transition: GaussianTransition, old_mean: Tensor, next_latents: Tensor) -> Tensor:
+    """[N], GRPO-Guard's log-ratio: mean over the latent dimensions of n (mu - mu_old), with n = (x' - mu_old) / std.
+
+    The likelihood ratio's quadratic part, whose mean is below 0 and grows as std falls, is left out, and so is the
+    division by std: comparable over the steps, and of mean 0 under the old policy.
+    """
+    noise = (next_latents - old_mean) / broadcast(transition.std, old_mean)
+    return (noise * (transition.mean - old_mean)).flatten(1).mean(1)
+
+
+def value_loss(values: Tensor, returns: Tensor, target_clip: float, weights: Tensor | None = None) -> Tensor:
     """0.5 mean (V - clamp(G, -c, c))^2, with V and G in units of the reward's running scale.
 
-    values, returns: [N, M]; target_clip: c. The predictions are not clipped, only the targets. Returns [].
+    values, returns: [N, M]; target_clip: c; weights: [M], how much each reward counts, by default all the same. The
+    predictions are not clipped, only the targets. Returns [].
     """
-    return 0.5 * (values - returns.clamp(-target_clip, target_clip)).square().mean()
+    squares = 0.5 * (values - returns.clamp(-target_clip, target_clip)).square()
+    return squares.mean() if weights is None else (squares * weights).sum(1).mean() / weights.sum()
 
 
 def transition_kl(p: GaussianTransition, q: GaussianTransition) -> Tensor:
     """[B], KL(p || q) in nats between two transitions with the same std: ||mean_p - mean_q||^2 / (2 std^2)."""
     difference = (p.mean - q.mean) / broadcast(p.std, p.mean)
     return 0.5 * difference.flatten(1).square().sum(1)
+
+
+def prediction_kl(prediction: Prediction, reference: Prediction, path: Path) -> Tensor:
+    """[], mean over images and dimensions of (prediction - reference)^2, of the noise for variance-preserving models
+    and of the velocity n - x0 for flows: the KL of two transitions but for a factor of each noise level."""
+    difference = prediction.noise - reference.noise
+    if path == "flow":
+        difference = difference - (prediction.clean - reference.clean)
+    return difference.square().mean()

@@ -12,6 +12,8 @@ DEFINITIONS = {
     "diversity": "mean distance of two pictures of one prompt under different noise, 0 (equal) to 1 (black and white): "
     "root mean square difference of the channels, each picture averaged down to at most 32 pixels a side",
     "diversity_kept": "diversity of the trained policy over that of the other arm, both on the same prompts and noise",
+    "held_out_gap": "mean reward of the trained policy on training prompts minus that on held-out prompts: what it has "
+    "learned by heart",
     "latency": "seconds a picture: time to denoise and decode a block over the pictures in it, without critic and "
     "rewards; median over blocks, each of which every arm does in turn; on a CPU processor time, else wall time",
     "latency_ratio": "latency of the trained policy over that of the other arm: median over blocks of each one's ratio",
@@ -58,6 +60,12 @@ def ratio(numbers: np.ndarray, reference: np.ndarray, num_bootstrap: int, seed: 
         return {"ratio": value, **_bounds((numbers, reference), _ratio, num_bootstrap, seed)}
 
 
+def difference(first: np.ndarray, second: np.ndarray, num_bootstrap: int, seed: int) -> dict[str, Any]:
+    """{mean, low, high, n}: mean of `first` minus mean of `second`, which are not pairs; n of the smaller."""
+    bounds = _bounds((first, second), _difference, num_bootstrap, seed, paired=False)
+    return {"mean": float(_difference(first, second)), **bounds, "n": min(len(first), len(second))}
+
+
 def intervals(scores: Scores, num_bootstrap: int, seed: int) -> dict[str, dict[str, Any]]:
     """`interval` of every reward."""
     return {name: interval(scores.column(name).numpy(), num_bootstrap, seed) for name in scores.names}
@@ -67,7 +75,13 @@ def _ratio(numbers: np.ndarray, reference: np.ndarray, axis: int = -1) -> Any:
     return numbers.mean(axis) / reference.mean(axis)
 
 
-def _bounds(samples: tuple[np.ndarray, ...], statistic: Statistic, num_bootstrap: int, seed: int) -> dict[str, Any]:
+def _difference(first: np.ndarray, second: np.ndarray, axis: int = -1) -> Any:
+    return first.mean(axis) - second.mean(axis)
+
+
+def _bounds(
+    samples: tuple[np.ndarray, ...], statistic: Statistic, num_bootstrap: int, seed: int, paired: bool = True
+) -> dict[str, Any]:
     count = len(samples[0])
     if all(np.ptp(numbers) == 0 for numbers in samples):
         value = float(statistic(*samples))
@@ -77,7 +91,7 @@ def _bounds(samples: tuple[np.ndarray, ...], statistic: Statistic, num_bootstrap
         statistic,
         n_resamples=num_bootstrap,
         batch=100,
-        paired=len(samples) > 1,
+        paired=paired and len(samples) > 1,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval

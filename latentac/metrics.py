@@ -10,10 +10,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 DEFINITIONS = {
     "reward_mean": "mean of the first trained reward over the iteration's images, in its own unit",
-    "policy_loss": "clipped surrogate, mean over transitions, averaged over the iteration's updates",
+    "policy_loss": "surrogate objective, mean over transitions, averaged over the iteration's updates",
     "value_loss": "0.5 (V - clamp(R))^2 in squared standard deviations of each reward, mean over the last pass",
     "kl": "KL(acting || present policy) of one denoising step in nats, mean over transitions and updates",
-    "clip_share": "share of transitions whose gradient the clip removed",
+    "clip_share": "share of transitions whose gradient the trust region removed",
+    "prediction_kl": "mean (prediction - the base's prediction)^2 over transitions and dimensions",
+    "zero_std_share": "share of images in groups whose rewards are all equal, which were dropped",
     "ratio_deviation": "mean |ratio - 1|, in the unit of algorithm.log_prob_scale",
     "first_ratio_deviation": "ratio_deviation of the first update, which is 0 because nothing has changed yet",
     "gradient_norm": "L2 norm of the actor's gradient before clipping",
@@ -21,7 +23,13 @@ DEFINITIONS = {
     "rollout_seconds": "wall time of its rollouts, decoding and scoring included",
     "world_size": "workers that did the iteration together; an elastic app may have fewer than it asked for",
 }
-"""Scalars of the training history by name."""
+"""Scalars of the training history by name; an algorithm or a setting that has no such number leaves it out."""
+
+STEPWISE = {
+    "explained_variance": "1 - Var(R - V) / Var(R) of the main reward on the iteration's own rollouts",
+    "rank_correlation": "Kendall's tau-b of V and R over the pairs of one prompt's rollouts, where there are such",
+}
+"""One number a denoising step, noise first."""
 
 
 class TensorBoard:
@@ -34,12 +42,13 @@ class TensorBoard:
     def write(self, entry: Mapping[str, Any]) -> None:
         """One iteration's entry of the history."""
         step = entry["iteration"]
-        for name in DEFINITIONS:
+        for name in DEFINITIONS.keys() & entry.keys():
             self._writer.add_scalar(f"train/{name}", entry[name], step)
         for name, mean in entry["rewards"].items():
             self._writer.add_scalar(f"rewards/{name}", mean, step)
-        for index, value in enumerate(entry["explained_variance"]):
-            self._writer.add_scalar(f"explained_variance/step_{index:02d}", value, step)
+        for name in STEPWISE.keys() & entry.keys():
+            for index, value in enumerate(entry[name]):
+                self._writer.add_scalar(f"{name}/step_{index:02d}", value, step)
 
     def write_picture(self, name: str, picture: np.ndarray, iteration: int) -> None:
         """picture: uint8 [H, W, 3]."""

@@ -15,6 +15,7 @@ import numpy as np
 from latentac.algorithms import ALGORITHMS
 from latentac.backbones import BACKBONES
 from latentac.config import Config, suggestion
+from latentac.critic import BODIES
 from latentac.errors import ConfigError, LatentacError, Problem, ResourceError, RewardError
 from latentac.prompts import PromptSet
 from latentac.rewards import REWARDS, load_reward
@@ -29,6 +30,7 @@ def check_names(config: Config) -> None:
     named: list[tuple[str, str, Sequence[str]]] = [
         ("backbone.name", config.backbone.name, list(BACKBONES)),
         ("algorithm.name", config.algorithm.name, list(ALGORITHMS)),
+        ("critic.body", config.critic.body, list(BODIES)),
         *((f"rewards.{i}.name", reward.name, list(REWARDS)) for i, reward in enumerate(config.rewards)),
     ]
     problems = [

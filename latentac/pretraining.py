@@ -13,70 +13,82 @@ from torch import Tensor
 
 from latentac.config import Config
 from latentac.critic import Critic
+from latentac.diffusion import forward_noise
 from latentac.distributed import generator_for, map_blocks, noise_for, seed_for
-from latentac.losses import value_loss
-from latentac.policy import Policy, PolicyOutput
+from latentac.learning import Replay, critic_loss, observe
+from latentac.policy import Policy
 from latentac.progress import Progress, progress
 from latentac.prompts import Prompt, PromptSet, balanced
-from latentac.returns import explained_variance
+from latentac.returns import explained_variance, rank_correlation
 from latentac.rewards import Reward
 from latentac.rollout import rollout, score
-from latentac.types import Conditioning
+from latentac.types import Conditioning, join
 
 
 @dataclass(frozen=True)
 class States:
     """Rollouts of a frozen actor as the critic sees them.
 
-    taps: name -> [B, K, c, h, w]     sigmas: [K]     tokens: [B, L, C]     rewards: [B, M]
+    features: name -> [B, K, ...]     clean: [B, *latent]     sigmas: [K]     conditioning: B rows     rewards: [B, M]
+    prompts: int64 [B], which prompt of the split
     """
 
-    taps: dict[str, Tensor]
+    features: dict[str, Tensor]
+    clean: Tensor
     sigmas: Tensor
-    tokens: Tensor
+    conditioning: Conditioning
     rewards: Tensor
+    prompts: Tensor
+
+    def inputs(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor, Conditioning]:
+        """The critic's arguments at flattened (image, step) rows."""
+        image, step = rows // len(self.sigmas), rows % len(self.sigmas)
+        features = {name: feature[image, step] for name, feature in self.features.items()}
+        return features, self.sigmas[step], self.conditioning.rows(image)
 
 
 def new_critic(config: Config, policy: Policy) -> Critic:
     """A critic for the policy's backbone with a head a reward, initialised from the run's seed."""
-    backbone, settings = policy.backbone, config.critic
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        return Critic(
-            backbone.tap_shapes,
-            backbone.text_width,
-            config.reward_names,
-            settings.width,
-            settings.num_heads,
-            settings.num_queries,
-            settings.depth,
-            settings.dropout,
-        )
+        critic = Critic(policy.backbone, config.reward_names, config.critic)
+    return critic.to(policy.backbone.device).eval()
 
 
 def collect(
-    config: Config, policy: Policy, rewards: Sequence[Reward], prompts: Sequence[Prompt], count: int, purpose: str
+    config: Config,
+    policy: Policy,
+    critic: Critic,
+    rewards: Sequence[Reward],
+    prompts: Sequence[Prompt],
+    count: int,
+    purpose: str,
 ) -> States:
-    """`count` rollouts on `prompts`, the categories in turn, with the taps of every state."""
+    """`count` rollouts on `prompts`, the categories in turn, with what the critic sees of every state."""
     chosen = balanced(prompts, count, config.seed, purpose)
     size = config.train.block_images
     blocks = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    device = policy.backbone.encode([prompts[0].text]).tokens.device
+    device = policy.backbone.device
     with progress(count, f"rollouts ({purpose})", "images") as bar:
         parts = map_blocks(
-            lambda block: _collect_block(config, policy, rewards, prompts, chosen, block, purpose, bar), blocks, device
+            lambda block: _collect_block(config, policy, critic, rewards, prompts, chosen, block, purpose, bar),
+            blocks,
+            device,
         )
     return States(
-        taps={name: torch.cat([part.taps[name] for part in parts]) for name in parts[0].taps},
+        features={name: torch.cat([part.features[name] for part in parts]) for name in parts[0].features},
+        clean=torch.cat([part.clean for part in parts]),
         sigmas=parts[0].sigmas,
-        tokens=torch.cat([part.tokens for part in parts]),
+        conditioning=join([part.conditioning for part in parts]),
         rewards=torch.cat([part.rewards for part in parts]),
+        prompts=torch.tensor(chosen, device=device),
     )
 
 
 def _collect_block(
     config: Config,
     policy: Policy,
+    critic: Critic,
     rewards: Sequence[Reward],
     prompts: Sequence[Prompt],
     chosen: Sequence[int],
@@ -88,61 +100,70 @@ def _collect_block(
     noise = noise_for(keys, config.seed, config.kernel.num_steps, policy.backbone.latent_shape)
     texts = [prompts[chosen[slot]].text for slot in block]
     conditioning = policy.backbone.encode(texts)
-    seen: list[dict[str, Tensor]] = []
-
-    def observe(output: PolicyOutput) -> None:
-        seen.append(output.taps)
-
-    trajectory = rollout(policy, None, texts, conditioning, noise.to(conditioning.tokens.device), observe=observe)
+    noise = noise.to(policy.backbone.device)
+    trajectory = rollout(policy, critic, texts, conditioning, noise, keep_features=True)
     scores = score(rewards, policy.backbone.decode(trajectory.clean), texts)
     bar.update(len(block))
-    taps = {name: torch.stack([step[name] for step in seen], 1) for name in seen[0]}
-    return States(taps, trajectory.sigmas[:-1], conditioning.tokens, scores.rewards.to(noise.device))
+    return States(
+        dict(trajectory.features),
+        trajectory.clean,
+        trajectory.sigmas[:-1],
+        conditioning,
+        scores.rewards.to(noise.device),
+        torch.tensor([chosen[slot] for slot in block]),
+    )
 
 
 def predict(critic: Critic, states: States, block: int = 256) -> Tensor:
     """[B, K, M] values in each reward's own unit."""
     images, steps = states.rewards.shape[0], len(states.sigmas)
-    rows = torch.arange(images * steps)
+    rows = torch.arange(images * steps, device=states.rewards.device)
     critic.eval()
     with torch.no_grad():
-        values = [critic(*_inputs(states, part)) for part in rows.split(block)]
+        values = [critic(*states.inputs(part)) for part in rows.split(block)]
     return torch.cat(values).unflatten(0, (images, steps))
 
 
-def fit(config: Config, critic: Critic, states: States, held_out: States, main: int) -> list[dict[str, Any]]:
-    """Regress the heads on `states`; one entry a pass with the loss and the held-out explained variance a step.
+def fit(config: Config, policy: Policy, critic: Critic, states: States, held_out: States) -> list[dict[str, Any]]:
+    """Regress the critic on `states`; one entry a pass with the loss and the held-out explained variance and
+    within-prompt rank correlation of each step.
 
-    The rate falls linearly to zero, so that the last pass ends where it converges. `main` is the column reported.
+    The rate falls linearly to zero, so that the last pass ends where it converges. A share `pretrain.forward_noised` of
+    the minibatches is drawn anew each time, as forward-noised states of the scored pictures.
     """
-    settings = config.pretrain
+    settings, main = config.pretrain, config.main_reward
     critic.update_scale(states.rewards)
-    critic.requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        critic.parameters(), config.critic.learning_rate, (0.9, 0.95), weight_decay=config.critic.weight_decay
-    )
+    critic.train_heads()
+    optimizer = torch.optim.AdamW(critic.parameter_groups(), betas=(0.9, 0.95), weight_decay=config.critic.weight_decay)
+    rates = [group["lr"] for group in optimizer.param_groups]
     total = states.rewards.shape[0] * len(states.sigmas)
     per_pass = -(-total // settings.minibatch_states)
     updates = settings.num_passes * per_pass
     history: list[dict[str, Any]] = []
     with progress(updates, "value pretraining", "updates") as bar:
         for index in range(settings.num_passes):
-            order = torch.randperm(total, generator=generator_for(config.seed, "value pretraining", index))
+            generator = generator_for(config.seed, "value pretraining", index)
+            order = torch.randperm(total, generator=generator).to(states.rewards.device)
             losses = []
             critic.train()
             torch.manual_seed(seed_for(config.seed, "value pretraining dropout", index))
             for number, rows in enumerate(order.split(settings.minibatch_states)):
                 fraction = (index * per_pass + number) / updates
-                optimizer.param_groups[0]["lr"] = config.critic.learning_rate * (1 - fraction)
-                losses.append(_step(config, critic, optimizer, states, rows))
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * (1 - fraction)
+                noised = float(torch.rand((), generator=generator)) < settings.forward_noised
+                inputs = _noised(policy, critic, states, rows, generator) if noised else states.inputs(rows)
+                losses.append(_step(config, critic, optimizer, inputs, states.rewards[rows // len(states.sigmas)]))
                 bar.update()
-            explained = explained_variance(predict(critic, held_out)[..., main], held_out.rewards[:, main])
+            values, rewards = predict(critic, held_out)[..., main], held_out.rewards[:, main]
+            explained = explained_variance(values, rewards)
             bar.note(f"held-out explained variance {float(explained.mean()):.3f}")
             history.append(
                 {
                     "pass": index + 1,
                     "value_loss": sum(losses) / len(losses),
                     "held_out_explained_variance": explained.tolist(),
+                    "held_out_rank_correlation": rank_correlation(values, rewards, held_out.prompts).tolist(),
                 }
             )
     critic.eval().requires_grad_(False)
@@ -151,26 +172,37 @@ def fit(config: Config, critic: Critic, states: States, held_out: States, main: 
 
 def pretrain(
     config: Config, policy: Policy, critic: Critic, rewards: Sequence[Reward], prompts: PromptSet
-) -> tuple[list[dict[str, Any]], States]:
-    """Collect and fit. Returns the passes' history and the held-out states, for a critic trained further."""
-    main = next(index for index, reward in enumerate(config.rewards) if reward.weight > 0)
+) -> tuple[list[dict[str, Any]], Replay | None]:
+    """Collect and fit. Returns the passes' history, and the scored pictures for the critic to go on from; neither where
+    no images are asked for."""
     settings = config.pretrain
-    states = collect(config, policy, rewards, prompts.train, settings.num_images, "pretraining")
-    held_out = collect(config, policy, rewards, prompts.held_out, settings.num_held_out_images, "held-out")
-    return fit(config, critic, states, held_out, main), held_out
+    if settings.num_images == 0:
+        return [], None
+    states = collect(config, policy, critic, rewards, prompts.train, settings.num_images, "pretraining")
+    held_out = collect(config, policy, critic, rewards, prompts.held_out, settings.num_held_out_images, "held-out")
+    history = fit(config, policy, critic, states, held_out)
+    return history, Replay(states.clean, states.rewards, states.prompts)
 
 
-def _inputs(states: States, rows: Tensor) -> tuple[dict[str, Tensor], Tensor, Conditioning]:
-    """The critic's arguments at flattened (image, step) rows."""
-    steps = len(states.sigmas)
-    image, step = rows // steps, rows % steps
-    taps = {name: tap[image, step] for name, tap in states.taps.items()}
-    return taps, states.sigmas[step], Conditioning(states.tokens[image])
+def _noised(
+    policy: Policy, critic: Critic, states: States, rows: Tensor, generator: torch.Generator
+) -> tuple[dict[str, Tensor], Tensor, Conditioning]:
+    """As `States.inputs`, of fresh noise on the pictures instead of the states that the rollouts passed."""
+    image, step = rows // len(states.sigmas), rows % len(states.sigmas)
+    clean, sigma, conditioning = states.clean[image], states.sigmas[step], states.conditioning.rows(image)
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+    latents = forward_noise(clean, noise, sigma, policy.backbone.path)
+    return observe(policy, critic, latents, sigma, conditioning), sigma, conditioning
 
 
-def _step(config: Config, critic: Critic, optimizer: torch.optim.Optimizer, states: States, rows: Tensor) -> float:
-    targets = critic.standardise(states.rewards[rows // len(states.sigmas)])
-    loss = value_loss(critic.standardised(*_inputs(states, rows)), targets, config.critic.target_clip)
+def _step(
+    config: Config,
+    critic: Critic,
+    optimizer: torch.optim.Optimizer,
+    inputs: tuple[dict[str, Tensor], Tensor, Conditioning],
+    rewards: Tensor,
+) -> float:
+    loss = critic_loss(config, critic, critic.standardised(*inputs), rewards)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(critic.parameters(), config.critic.gradient_clip)

@@ -12,37 +12,46 @@ _SHAPES_UNET: dict[str, Any] = {
         {"name": "shapes_verifier", "weight": 1.0},
         {"name": "jpeg_compressibility", "weight": 0.0},
     ],
+    "policy": {"learning_rate": 1e-4},
+    "algorithm": {"gae_lambda": 0.9},
     "gate": {"reward": "shapes_verifier"},
 }
 
-# The same path in seconds: it proves the machinery, not the method, so its gate asks for no gain.
-_SHAPES_UNET_SMOKE = merge(
+_SHAPES_DIT = merge(
     _SHAPES_UNET,
     {
-        "recipe": "shapes-unet-smoke",
-        "kernel": {"num_steps": 5},
-        "pretrain": {"num_images": 32, "num_held_out_images": 32, "num_passes": 2},
-        "train": {"num_iterations": 3, "images_per_iteration": 32, "block_images": 8, "checkpoint_every": 1},
-        "evaluation": {
-            "num_images": 32,
-            "num_gallery_prompts": 4,
-            "num_bootstrap": 500,
-            "num_diversity_prompts": 8,
-            "pictures_per_prompt": 3,
-        },
-        "steering": {"num_images": 8, "strengths": [0.0, 5.0], "candidates": [2]},
-        "gate": {
-            "min_gain": -1.0,
-            "min_lower_bound": -1.0,
-            "max_loss_fraction": 10.0,
-            "max_incumbent_loss": 1.0,
-            "min_diversity_kept": 0.1,
-            "max_latency_ratio": 10.0,
-        },
+        "recipe": "shapes-dit",
+        "backbone": {"name": "dit", "source": "builtin:shapes-dit"},
+        "kernel": {"name": "cps", "noise": 0.9},
     },
 )
 
+# The same path in seconds: it proves the machinery, not the method, so its gate asks for no gain.
+_SMOKE: dict[str, Any] = {
+    "kernel": {"num_steps": 5},
+    "pretrain": {"num_images": 32, "num_held_out_images": 32, "num_passes": 2},
+    "train": {"num_iterations": 3, "images_per_iteration": 32, "block_images": 8, "checkpoint_every": 1},
+    "evaluation": {
+        "num_images": 32,
+        "num_gallery_prompts": 4,
+        "num_bootstrap": 500,
+        "num_diversity_prompts": 8,
+        "pictures_per_prompt": 3,
+    },
+    "steering": {"num_images": 8, "strengths": [0.0, 5.0], "candidates": [2]},
+    "gate": {
+        "min_gain": -1.0,
+        "min_lower_bound": -1.0,
+        "max_loss_fraction": 10.0,
+        "max_incumbent_loss": 1.0,
+        "min_diversity_kept": 0.1,
+        "max_latency_ratio": 10.0,
+    },
+}
+
 RECIPES: dict[str, dict[str, Any]] = {
     "shapes-unet": _SHAPES_UNET,
-    "shapes-unet-smoke": _SHAPES_UNET_SMOKE,
+    "shapes-unet-smoke": merge(_SHAPES_UNET, {**_SMOKE, "recipe": "shapes-unet-smoke"}),
+    "shapes-dit": _SHAPES_DIT,
+    "shapes-dit-smoke": merge(_SHAPES_DIT, {**_SMOKE, "recipe": "shapes-dit-smoke"}),
 }

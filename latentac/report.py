@@ -202,6 +202,7 @@ def _evaluation(measured: Mapping[str, Any]) -> Summary:
         **{arm: rewards(arm) or {} for arm in ("base", "trained", "difference")},
         "incumbent": rewards("incumbent"),
         "incumbent_difference": rewards("incumbent_difference"),
+        "held_out_gap": rewards("held_out_gap"),
         "production": {name: production.get(name) or None for name in ("version", "problem")},
         "diversity": {
             **{arm: _keep(spread.get(arm), "mean") for arm in _POLICIES},

@@ -23,32 +23,42 @@ def gae(reward: Tensor, values: Tensor, discount: float, gae_lambda: float) -> t
     return advantages, advantages + values
 
 
-def group_advantages(reward: Tensor, group_size: int, epsilon: float = 1e-6) -> Tensor:
+def group_advantages(reward: Tensor, group_size: int, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
     """Group-relative advantages (GRPO, Shao et al. 2024): (R - mean of the group) / (std of the group + epsilon).
 
-    reward: [B, M] with the G = `group_size` rollouts of a prompt in consecutive rows. Returns [B, M]; a group whose
-    rewards are all equal teaches nothing and gets zeros. Raises ValueError for a group of one: its advantage is 0.
+    reward: [B, M] with the G = `group_size` rollouts of a prompt in consecutive rows. Returns ([B, M], bool [B, M]): a
+    group whose rewards are all equal teaches nothing, gets zeros, and is told by False in the second. Raises ValueError
+    for a group of one: its advantage is 0.
     """
     if group_size < 2:
         raise ValueError(f"a group baseline needs at least 2 rollouts a prompt, got {group_size}")
     groups = reward.unflatten(0, (-1, group_size))
-    centred = groups - groups.mean(1, keepdim=True)
-    return (centred / (groups.std(1, keepdim=True, correction=0) + epsilon)).flatten(0, 1)
+    std = groups.std(1, keepdim=True, correction=0)
+    advantages = (groups - groups.mean(1, keepdim=True)) / (std + epsilon)
+    told = (std > epsilon).expand_as(groups)
+    return (advantages * told).flatten(0, 1), told.flatten(0, 1)
 
 
-def whiten(x: Tensor, epsilon: float = 1e-8) -> Tensor:
-    """(x - mean) / std over all entries; a constant tensor becomes zeros."""
-    return (x - x.mean()) / (x.std(correction=0) + epsilon)
+def whiten(x: Tensor, epsilon: float = 1e-8, dim: int | None = None) -> Tensor:
+    """(x - mean) / std over all entries, or along `dim`; what is constant becomes zeros."""
+    if dim is None:
+        return (x - x.mean()) / (x.std(correction=0) + epsilon)
+    return (x - x.mean(dim, keepdim=True)) / (x.std(dim, correction=0, keepdim=True) + epsilon)
 
 
-def combine(advantages: Tensor, weights: Tensor, clip: float) -> Tensor:
+def combine(
+    advantages: Tensor, weights: Tensor, clip: float, *, per_step: bool = False, by_head: bool = True
+) -> Tensor:
     """One advantage a step out of one a reward: A = clip(whiten(sum_m w_m whiten(A_m))).
 
     advantages: [B, S, M]; weights: [M]; clip: bound on |A| in standard deviations. Returns [B, S].
-    Whitening each reward first keeps a reward on scale 0.3 and one on scale 30 from starving or drowning each other.
+    Whitening each reward first keeps a reward on scale 0.3 and one on scale 30 from starving or drowning each other;
+    without `by_head` that is left out. per_step: the images of each step are whitened among themselves.
     """
-    whitened = torch.stack([whiten(column) for column in advantages.unbind(-1)], -1)
-    return whiten(whitened @ weights).clamp(-clip, clip)
+    dim = 0 if per_step else None
+    if by_head:
+        advantages = torch.stack([whiten(column, dim=dim) for column in advantages.unbind(-1)], -1)
+    return whiten(advantages @ weights, dim=dim).clamp(-clip, clip)
 
 
 def explained_variance(values: Tensor, reward: Tensor) -> Tensor:
@@ -59,3 +69,20 @@ def explained_variance(values: Tensor, reward: Tensor) -> Tensor:
     total = reward.var(correction=0)
     residual = (reward[:, None] - values).var(0, correction=0)
     return torch.where(total > 0, 1 - residual / total.clamp(min=1e-12), torch.zeros_like(residual))
+
+
+def rank_correlation(values: Tensor, reward: Tensor, groups: Tensor) -> Tensor:
+    """Kendall's tau-b of values and rewards over the pairs within a group, at each step: does the critic know which of
+    two pictures of one prompt is better, and not only which prompt is easy?
+
+    values: [B, K]; reward: [B]; groups: int64 [B]. Returns [K]; zeros where no two rewards of a group differ.
+    """
+    same = groups[:, None] == groups[None]
+    first, second = torch.nonzero(same.triu(1), as_tuple=True)
+    order = (reward[first] - reward[second]).sign()
+    first, second, order = first[order != 0], second[order != 0], order[order != 0]
+    if not len(order):
+        return values.new_zeros(values.shape[1])
+    told = (values[first] - values[second]).sign()
+    concordance = (told * order[:, None]).mean(0)
+    return concordance / told.abs().mean(0).sqrt().clamp(min=1e-12)

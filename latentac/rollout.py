@@ -1,6 +1,6 @@
 """The only denoising loop: training, value pretraining, evaluation, steering and serving all sample here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from latentac.critic import Critic
 from latentac.diffusion import num_stochastic_steps
 from latentac.errors import RewardError
-from latentac.policy import Policy, PolicyOutput
+from latentac.policy import Policy
 from latentac.rewards import Reward
 from latentac.steering import Steering, SteeringState
 from latentac.types import Conditioning, Scores, Trajectory
@@ -24,18 +24,19 @@ def rollout(
     *,
     steering: Steering | None = None,
     policy_version: int = 0,
-    observe: Callable[[PolicyOutput], None] | None = None,
+    keep_features: bool = False,
 ) -> Trajectory:
     """Denoise from `noise`, [B, K+1, *latent] standard normal, whose entry k + 1 is the draw of step k.
 
-    The schedule follows from K. Steered log-probs are those of the policy, not of the steered transition. `observe` is
-    shown each step's forward.
+    The schedule follows from K. Steered log-probs are those of the policy, not of the steered transition.
+    keep_features: what the critic sees of each state is kept with it, to learn from.
     """
     num_steps = noise.shape[1] - 1
     sigmas = policy.backbone.schedule(num_steps).to(noise.device)
     num_stochastic = num_stochastic_steps(policy.kernel, sigmas)
     latents = [noise[:, 0]]
     means, log_probs, values = [], [], []
+    features: dict[str, list[Tensor]] = {}
     for step in range(num_steps):
         state = latents[-1].detach()
         sigma, sigma_next = sigmas[step].expand(len(state)), sigmas[step + 1].expand(len(state))
@@ -43,9 +44,13 @@ def rollout(
         with torch.set_grad_enabled(needs_gradient):
             state.requires_grad_(needs_gradient)
             output = policy.forward(state, sigma, sigma_next, conditioning)
-            if observe is not None:
-                observe(output)
-            value = _values(critic, output, sigma, conditioning)
+            if critic is None:
+                value = state.new_zeros(len(state), 0)
+            else:
+                seen = critic.features(state, output.prediction, output.taps)
+                value = critic.standardised(seen, sigma, conditioning)
+                for name, feature in seen.items() if keep_features else ():
+                    features.setdefault(name, []).append(feature.detach())
             transition = output.transition
             if steering is not None:
                 transition = steering.guide(SteeringState(step, state, transition, value))
@@ -54,7 +59,7 @@ def rollout(
             if step < num_stochastic:
                 means.append(output.transition.mean.detach())
                 log_probs.append(output.transition.log_prob(latents[-1]).detach())
-            values.append(value.detach() if critic is None else (critic.mean + critic.std * value).detach())
+            values.append(value.detach() if critic is None else critic.unstandardise(value.detach()))
     return Trajectory(
         prompts=prompts,
         conditioning=conditioning,
@@ -64,6 +69,7 @@ def rollout(
         log_probs=torch.stack(log_probs, 1) if log_probs else noise.new_zeros(len(noise), 0),
         values=torch.stack(values, 1),
         policy_version=policy_version,
+        features={name: torch.stack(steps, 1) for name, steps in features.items()},
     )
 
 
@@ -86,7 +92,7 @@ def steered_rollout(
         noise.flatten(0, 1),
         steering=steering,
     )
-    last = (trajectory.values[:, -1] - critic.mean) / critic.std
+    last = critic.standardise(trajectory.values[:, -1])
     chosen = steering.select(last.unflatten(0, (images, candidates)))
     rows = torch.arange(images, device=noise.device) * candidates + chosen
     return trajectory.rows(rows)
@@ -112,10 +118,3 @@ def score(rewards: Sequence[Reward], images: np.ndarray, prompts: Sequence[str])
             )
         columns.append(column)
     return Scores(torch.from_numpy(np.stack(columns, 1)), tuple(reward.name for reward in rewards))
-
-
-def _values(critic: Critic | None, output: PolicyOutput, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-    """[B, M] standardised values; M = 0 without a critic."""
-    if critic is None:
-        return output.transition.mean.new_zeros(len(sigma), 0)
-    return critic.standardised(output.taps, sigma, conditioning)

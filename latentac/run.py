@@ -49,16 +49,19 @@ def prepare(
 
 
 def pretrain_value(run: str, store: str, output: str) -> Manifest:
-    """Regress the critic on rollouts of the frozen actor. Publishes critic/ and metrics.json."""
+    """Regress the critic on rollouts of the frozen actor. Publishes critic/, metrics.json, and the scored pictures that
+    it learned from, as latents (scored.safetensors)."""
 
     def work(space: Workspace, folder: Path) -> dict[str, Any]:
         from latentac import pretraining
 
         policy = space.base_policy()
         critic = pretraining.new_critic(space.config, policy)
-        history, _ = pretraining.pretrain(space.config, policy, critic, space.rewards(), space.prompts)
+        history, replay = pretraining.pretrain(space.config, policy, critic, space.rewards(), space.prompts)
         critic.save(folder / "critic")
-        explained = history[-1]["held_out_explained_variance"]
+        if replay is not None:
+            replay.save(folder)
+        explained = history[-1]["held_out_explained_variance"] if history else [0.0] * space.config.kernel.num_steps
         _write(folder / "metrics.json", {"explained_variance": explained, "history": history})
         return {"explained_variance": explained}
 
@@ -102,8 +105,7 @@ def evaluate(run: str, store: str, output: str) -> Manifest:
             policies["incumbent"] = incumbent.policy
         if incumbent.problem:
             _log.warning("no comparison with the model in production: %s", incumbent.problem)
-        critic, rewards, prompts = space.critic("train"), space.rewards(), space.prompts.held_out
-        content, sheets = compare(space.config, policies, critic, rewards, prompts)
+        content, sheets = compare(space.config, policies, space.critic("train"), space.rewards(), space.prompts)
         _write(folder / "evaluation.json", {**content, "production": incumbent.to_dict()})
         _write_gallery(folder, sheets)
         reward = space.config.gate.reward

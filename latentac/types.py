@@ -8,22 +8,31 @@ Latents run in the order of the decision process, from noise (index 0) to data (
 Every tensor of numbers that learn or are learned from is float32.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Self
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is conditioned on. tokens: float32 [B, L, C], the text encoder's output for each prompt."""
+    """What the denoiser is conditioned on. tokens: float32 [B, L, C], the text encoder's output for each prompt;
+    pooled: float32 [B, C'], one vector a prompt, where the denoiser takes one."""
 
     tokens: Tensor
+    pooled: Tensor | None = None
 
     def rows(self, index: Tensor) -> Self:
         """The conditioning of the images that `index`, int64 [N], names; repeated rows are allowed."""
-        return replace(self, tokens=self.tokens[index])
+        return replace(self, tokens=self.tokens[index], pooled=None if self.pooled is None else self.pooled[index])
+
+
+def join(parts: Sequence[Conditioning]) -> Conditioning:
+    """The rows of all parts, in order."""
+    pooled = [part.pooled for part in parts if part.pooled is not None]
+    return Conditioning(torch.cat([part.tokens for part in parts]), torch.cat(pooled) if pooled else None)
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class Trajectory:
     log_probs:    [B, S] summed log-density of each stochastic step's next latents under the acting policy, nats
     values:       [B, K, M] the critic's estimate at each state that was denoised; M = 0 without a critic
     policy_version: optimizer updates that the acting policy had seen
+    features: name -> [B, K, ...], what the critic saw of each state; nothing unless it was asked for
     """
 
     prompts: Sequence[str]
@@ -48,6 +58,7 @@ class Trajectory:
     log_probs: Tensor
     values: Tensor
     policy_version: int
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_steps(self) -> int:
@@ -74,6 +85,7 @@ class Trajectory:
             means=self.means[index],
             log_probs=self.log_probs[index],
             values=self.values[index],
+            features={name: feature[index] for name, feature in self.features.items()},
         )
 
 

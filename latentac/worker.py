@@ -26,7 +26,8 @@ from latentac.algorithms import make_algorithm
 from latentac.checkpoint import read_state, write_state
 from latentac.critic import Critic
 from latentac.distributed import Mesh, PeerLost
-from latentac.errors import ArtifactNotFound, IntegrityError, LatentacError, StoreError
+from latentac.errors import ArtifactNotFound, Diverged, IntegrityError, LatentacError, StoreError
+from latentac.learning import Replay
 from latentac.lifetime import run_lock
 from latentac.progress import progress
 from latentac.store import open_store
@@ -101,7 +102,6 @@ def work(space: Workspace, position: Position) -> bool:
     """Train from the last checkpoint to the end, and publish `<run>/train`. False: stopped, after a checkpoint."""
     # The workers share the cores; more threads than cores only wait for each other.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    torch.manual_seed(space.config.seed)  # LoRA's initial matrices; everything else draws from generator_for
     started = time.monotonic()
     mesh = Mesh.join(space.config.backbone.device)
     trainer = _make_trainer(space, mesh)
@@ -117,21 +117,27 @@ def work(space: Workspace, position: Position) -> bool:
         bar = stack.enter_context(progress(total, "train", "iterations", disabled=not mesh.leads))
         bar.update(trainer.iteration)
         position.watch()
-        while trainer.iteration < total:
+        while not trainer.finished:
             position.iteration = trainer.iteration + 1
-            entry = trainer.iterate()
+            try:
+                entry = trainer.iterate()
+            except Diverged as error:
+                reached = trainer.iteration
+                trainer = _go_back(space, mesh, trainer, error)
+                bar.update(trainer.iteration - reached)
+                continue
             position.stop = mesh.any(position.stop)  # all of them after the same iteration, or none
             bar.update()
             bar.note(f"reward {entry['reward_mean']:.3f}  kl {entry['kl']:.4f}  clip {entry['clip_share']:.2f}")
             if log is not None:
                 log.write(entry)
-                last = trainer.iteration == total or position.stop
+                last = trainer.finished or position.stop
                 if last or trainer.iteration % space.config.train.checkpoint_every == 0:
                     log.write_picture("rollouts", trainer.last_pictures(), trainer.iteration)
                     log.flush()
                     _checkpoint(space, trainer)
                     space.store.write_files(space.folder / "tensorboard", f"tensorboard/{space.run}")
-            if position.stop and trainer.iteration < total:
+            if position.stop and not trainer.finished:
                 return False
         if mesh.leads:
             _publish(space, trainer, time.monotonic() - started)
@@ -139,11 +145,30 @@ def work(space: Workspace, position: Position) -> bool:
 
 
 def _make_trainer(space: Workspace, mesh: Mesh) -> Trainer:
+    torch.manual_seed(space.config.seed)  # LoRA's initial matrices; everything else draws from generator_for
     policy = space.base_policy()
+    pretrained = space.artifact("pretrain-value")
+    critic = Critic.load(pretrained / "critic", policy.backbone)  # its body may begin as the backbone, before adapters
     policy.backbone.adapt(space.config.policy)
-    critic = Critic.load(space.artifact("pretrain-value") / "critic", mesh.device)
     algorithm = make_algorithm(space.config)
-    return Trainer(space.config, policy, critic, algorithm, space.rewards(), space.prompts.train, mesh)
+    trainer = Trainer(space.config, policy, critic, algorithm, space.rewards(), space.prompts.train, mesh)
+    if trainer.learner is not None:
+        trainer.learner.begin_with(Replay.load(pretrained, mesh.device))
+    return trainer
+
+
+def _go_back(space: Workspace, mesh: Mesh, trainer: Trainer, error: Diverged) -> Trainer:
+    """A trainer at the last checkpoint, or at the start, that has `error` on its record; the second time, raise it.
+
+    Every worker saw the same numbers, so all of them come here together.
+    """
+    if trainer.recoveries:
+        raise error
+    _log.warning("%s; back to the last checkpoint, with a lower learning rate", error)
+    fresh = _make_trainer(space, mesh)
+    _resume(space, fresh)
+    fresh.recoveries.append({"where": error.where, "problem": error.problem, "from_iteration": fresh.iteration})
+    return fresh
 
 
 def _prefix(space: Workspace) -> str:
@@ -187,6 +212,7 @@ def _checkpoint(space: Workspace, trainer: Trainer) -> None:
 
 def _publish(space: Workspace, trainer: Trainer, seconds: float) -> None:
     """The result: policy/ (a plain diffusers folder), critic/, history.json."""
+    trainer.publish_weights()
     with tempfile.TemporaryDirectory(prefix=".train-", dir=space.folder) as temporary:
         folder = Path(temporary) / "train"
         trainer.policy.backbone.save(folder / "policy")
@@ -196,6 +222,7 @@ def _publish(space: Workspace, trainer: Trainer, seconds: float) -> None:
             "seconds": seconds,
             "iterations": trainer.iteration,
             "last": trainer.history[-1],
+            "recoveries": trainer.recoveries,
             "max_world_size": max(entry.get("world_size", 1) for entry in trainer.history),
         }
         _publish_folder(space, f"{space.run}/train", folder, metrics)

@@ -75,7 +75,7 @@ class Workspace:
         """The critic that `step` (`pretrain-value` or `train`) left."""
         from latentac.critic import Critic
 
-        return Critic.load(self.artifact(step) / "critic", self.device)
+        return Critic.load(self.artifact(step) / "critic", self.base_policy().backbone)
 
     def _policy(self, folder: Path) -> "Policy":
         from latentac.backbones import load_backbone
@@ -83,7 +83,12 @@ class Workspace:
         from latentac.policy import Policy
 
         kernel = KERNELS[self.config.kernel.name](self.config.kernel.noise)
-        return Policy(load_backbone(self.config.backbone.name, folder, self.device), kernel)
+        backbone = load_backbone(self.config.backbone.name, folder, self.device)
+        if kernel.path != backbone.path:
+            fitting = ", ".join(name for name, kind in KERNELS.items() if kind.path == backbone.path)
+            problem = f"is for {kernel.path} backbones, and {self.config.backbone.name} is a {backbone.path} one"
+            raise ConfigError([Problem("kernel.name", self.config.kernel.name, problem, f"Use one of {fitting}.")])
+        return Policy(backbone, kernel)
 
 
 def working_folder(run: str, output: str) -> Path:

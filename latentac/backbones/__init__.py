@@ -1,9 +1,9 @@
 """Denoisers: pretrained diffusion models behind one small protocol. One file a backbone, one row here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path as FilePath
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -18,13 +18,15 @@ class Denoiser(Protocol):
     """A latent diffusion model in eval mode (no dropout), float32 in and out.
 
     module: the trainable network          path: how signal and noise mix (`latentac.diffusion`)
+    device: where it computes, and what it is given must be
     latent_shape: (channels, height, width) of one latent image
     tap_shapes: name -> (channels, height, width) of each feature map that `predict` hands to the critic
-    text_width: C of the conditioning
+    text_width: C of the conditioning's tokens
     """
 
     module: nn.Module
     path: diffusion.Path
+    device: torch.device
     latent_shape: tuple[int, int, int]
     tap_shapes: dict[str, tuple[int, int, int]]
     text_width: int
@@ -43,8 +45,16 @@ class Denoiser(Protocol):
         """The prediction at latents [B, *latent], sigma [B], and the taps of that same forward. Thread-safe."""
         ...
 
+    def pictures(self, latents: Tensor) -> Tensor:
+        """Clean latents [B, *latent] to pictures, float32 [B, 3, H, W] in [0, 1], differentiable."""
+        ...
+
     def decode(self, latents: Tensor) -> np.ndarray:
         """Clean latents [B, *latent] to pictures, uint8 [B, H, W, 3]."""
+        ...
+
+    def clone(self) -> Self:
+        """Another denoiser with a copy of the module. What is never trained (autoencoder, text encoders) is shared."""
         ...
 
     def adapt(self, settings: PolicySettings) -> None:
@@ -56,7 +66,18 @@ class Denoiser(Protocol):
         ...
 
 
-BACKBONES = {"unet": "latentac.backbones.unet:UNetBackbone"}
+@torch.no_grad()
+def to_arrays(pictures: Callable[[Tensor], Tensor], latents: Tensor) -> np.ndarray:
+    """What `pictures` makes of latents, rounded to uint8 [B, H, W, 3] as diffusers' VaeImageProcessor does."""
+    rounded = (pictures(latents) * 255).round().to(torch.uint8)
+    array: np.ndarray = rounded.permute(0, 2, 3, 1).cpu().numpy()
+    return array
+
+
+BACKBONES = {
+    "unet": "latentac.backbones.unet:UNetBackbone",
+    "dit": "latentac.backbones.dit:DiTBackbone",
+}
 
 
 def load_backbone(name: str, folder: FilePath, device: torch.device) -> Denoiser:

@@ -1,11 +1,10 @@
 """A UNet in the folder layout of diffusers' StableDiffusionPipeline."""
 
 import copy
-import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,15 +12,17 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.utils import logging as diffusers_logging
-from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from latentac import diffusion
+from latentac.backbones import adapters, to_arrays
 from latentac.config import Policy
 from latentac.types import Conditioning
+
+_ADAPTED = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 class UNetBackbone:
@@ -52,14 +53,8 @@ class UNetBackbone:
         self.text_width: int = config.cross_attention_dim
         self._taps = threading.local()
         for name, block in (("middle", self.module.mid_block), ("last", self.module.up_blocks[-1])):
-            block.register_forward_hook(self._tap(name))
+            block.register_forward_hook(_tap(self._taps, name))
         self.tap_shapes = self._probe_taps()
-
-    def _tap(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
-            vars(self._taps)[name] = output
-
-        return hook
 
     def _probe_taps(self) -> dict[str, tuple[int, int, int]]:
         tokens = torch.zeros(1, 1, self.text_width, device=self.device)
@@ -67,6 +62,11 @@ class UNetBackbone:
         with torch.no_grad():
             _, taps = self.predict(latents, self._sigma_table[:1].to(self.device), Conditioning(tokens))
         return {name: (tap.shape[1], tap.shape[2], tap.shape[3]) for name, tap in taps.items()}
+
+    def clone(self) -> Self:
+        other = copy.copy(self)  # the hooks are copied with the module; `predict` takes the taps that it made
+        other.module = copy.deepcopy(self.module)
+        return other
 
     def schedule(self, num_steps: int) -> Tensor:
         """Trailing timesteps (Lin et al. 2024, table 2): the first level is the noisiest that the model knows."""
@@ -100,27 +100,23 @@ class UNetBackbone:
             clean = (latents - noise_level * noise) / alpha
         return diffusion.Prediction(clean, noise), dict(vars(self._taps))
 
+    def pictures(self, latents: Tensor) -> Tensor:
+        decoded = self._autoencoder.decode(latents / self._autoencoder.config.scaling_factor, return_dict=False)[0]
+        pictures: Tensor = (decoded.float() / 2 + 0.5).clamp(0, 1)
+        return pictures
+
     def decode(self, latents: Tensor) -> np.ndarray:
-        with torch.no_grad():
-            pictures = self._autoencoder.decode(latents / self._autoencoder.config.scaling_factor, return_dict=False)[0]
-        pictures = ((pictures.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        array: np.ndarray = pictures.permute(0, 2, 3, 1).cpu().numpy()
-        return array
+        return to_arrays(self.pictures, latents)
 
     def adapt(self, settings: Policy) -> None:
-        if settings.adaptation == "full":
-            self.module.requires_grad_(True)
-        else:
-            targets = ["to_q", "to_k", "to_v", "to_out.0"]
-            self.module.add_adapter(
-                LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=targets)
-            )
+        adapters.adapt(self.module, settings, _ADAPTED)
 
     def save(self, folder: Path) -> None:
-        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
-        module = self.module
-        if getattr(module, "peft_config", None):
-            module = copy.deepcopy(module)
-            module.fuse_lora()
-            module.unload_lora()
-        module.save_pretrained(folder / "unet", safe_serialization=True)
+        adapters.save(self.module, self.folder, folder, "unet")
+
+
+def _tap(taps: threading.local, name: str) -> Callable[[nn.Module, object, Tensor], None]:
+    def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
+        vars(taps)[name] = output
+
+    return hook

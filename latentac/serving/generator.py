@@ -49,7 +49,7 @@ class Generator:
         kernel = KERNELS[self.exported.kernel.name](self.exported.kernel.noise)
         try:
             self.policy = Policy(load_backbone(self.exported.backbone, folder, device), kernel)
-            self.critic = Critic.load(folder / "critic", device).requires_grad_(False)
+            self.critic = Critic.load(folder / "critic", self.policy.backbone)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ServingError(str(folder), f"cannot be loaded: {reason}", "Fetch the model again.") from error

@@ -1,0 +1,46 @@
+"""Group-relative policy optimisation: the other rollouts of the same prompt are the baseline of each."""
+
+import torch
+from torch import Tensor
+
+from latentac.algorithms import Credit, PolicyLoss
+from latentac.algorithms.surrogate import policy_loss
+from latentac.config import Config
+from latentac.diffusion import GaussianTransition
+from latentac.returns import group_advantages
+from latentac.types import Minibatch
+
+
+class GRPO:
+    """Shao et al. 2024, over denoising steps as in Flow-GRPO (Liu et al. 2025): no critic, one signal a trajectory.
+
+    With `combination` by_head each reward is compared within its group and the results are summed by weight; with sum
+    the weighted rewards are summed first. Groups that tell nothing are dropped: the others' advantages are divided by
+    their own root mean square, and the share that was dropped is logged.
+    """
+
+    uses_critic = False
+
+    def __init__(self, config: Config) -> None:
+        self.settings = config.algorithm
+        self.weights = torch.tensor([reward.weight for reward in config.rewards])
+        self.memory: dict[str, Tensor] = {}
+
+    def credit(self, rewards: Tensor, values: Tensor, prompts: Tensor) -> Credit:
+        settings, weights = self.settings, self.weights.to(rewards)
+        if settings.combination == "sum":
+            rewards, weights = (rewards @ weights)[:, None], torch.ones_like(weights[:1])
+        relative, told = group_advantages(rewards, settings.group_size)
+        advantages = relative @ weights
+        told = (told & (weights > 0)).any(1)
+        scale = advantages[told].square().mean().sqrt() if bool(told.any()) else advantages.new_ones(())
+        # A dropped group leaves the mean over transitions, not a zero in it.
+        kept = told.float().mean().clamp(min=1e-8)
+        clip = settings.advantage_clip
+        advantages = (advantages / scale.clamp(min=1e-8)).clamp(-clip, clip) / kept
+        return Credit(
+            advantages[:, None].expand(-1, values.shape[1]), values, {"zero_std_share": 1 - float(told.float().mean())}
+        )
+
+    def loss(self, transition: GaussianTransition, minibatch: Minibatch) -> PolicyLoss:
+        return policy_loss(self.settings, transition, minibatch)

@@ -1,0 +1,39 @@
+"""The policy's loss that all algorithms share: a surrogate of the expected advantage within a trust region."""
+
+import torch
+
+from latentac.algorithms import PolicyLoss
+from latentac.config import Algorithm as AlgorithmSettings
+from latentac.diffusion import GaussianTransition
+from latentac.losses import Surrogate, clipped_surrogate, guarded_log_ratio, masked_surrogate, transition_kl
+from latentac.types import Minibatch
+
+
+def policy_loss(settings: AlgorithmSettings, transition: GaussianTransition, minibatch: Minibatch) -> PolicyLoss:
+    """Ratio and trust region as the settings name them, and what is watched: the exact KL of old and new transition in
+    nats, the share of terms without gradient, and how far the ratio is from 1.
+
+    The likelihood ratio is exp(scale * (log p - log p_old)): scale 1 for `log_prob_scale` sum, 1/D for mean, and `clip`
+    is in the same unit, so mean with clip 0.2/D bounds what sum bounds with 0.2, to first order.
+    """
+    dimensions = minibatch.latents[0].numel()
+    old = GaussianTransition(minibatch.old_means, transition.std)
+    with torch.no_grad():
+        divergence = transition_kl(old, transition)
+    if settings.ratio == "guard":
+        log_ratio = guarded_log_ratio(transition, minibatch.old_means, minibatch.next_latents)
+    else:
+        scale = 1 / dimensions if settings.log_prob_scale == "mean" else 1.0
+        log_ratio = scale * (transition.log_prob(minibatch.next_latents) - minibatch.old_log_probs)
+    surrogate: Surrogate
+    if settings.trust_region == "divergence":
+        bound = settings.divergence_bound
+        surrogate = masked_surrogate(log_ratio, minibatch.advantages, divergence / dimensions, bound)
+    else:
+        surrogate = clipped_surrogate(log_ratio, minibatch.advantages, settings.clip)
+    metrics = {
+        "kl": divergence.mean(),
+        "clip_share": surrogate.clip_share,
+        "ratio_deviation": (surrogate.ratio - 1).abs().mean(),
+    }
+    return PolicyLoss(surrogate.loss, metrics)

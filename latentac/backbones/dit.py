@@ -1,0 +1,123 @@
+"""A diffusion transformer in the folder layout of diffusers' StableDiffusion3Pipeline, used without its T5 encoder."""
+
+import copy
+import math
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from latentac import diffusion
+from latentac.backbones import adapters, to_arrays
+from latentac.config import Policy
+from latentac.types import Conditioning
+
+_CLIP_LENGTH = 77  # tokens of Stable Diffusion 3's CLIP encoders,
+_T5_LENGTH = 256  # and the zero tokens that it puts after them where T5 would be
+_NUM_TAPS = 3
+_ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+
+
+class DiTBackbone:
+    """Taps: `block_<i>`, the image tokens on their grid after the blocks at one third, two thirds and the end.
+
+    The transformer knows float timesteps, sigma times their number, so a noise level needs no table here.
+    """
+
+    path: diffusion.Path = "flow"
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.folder, self.device = folder, device
+        diffusers_logging.disable_progress_bar()  # loading takes milliseconds, or has a bar of its own in `prepare`
+        transformers_logging.disable_progress_bar()
+        self.module: Any = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", use_safetensors=True)
+        # The library's own pipeline encodes the text; it also holds the autoencoder.
+        self._pipeline = StableDiffusion3Pipeline.from_pretrained(
+            folder, transformer=self.module, text_encoder_3=None, tokenizer_3=None, use_safetensors=True
+        )
+        for part in (self.module, self._pipeline.text_encoder, self._pipeline.text_encoder_2, self._pipeline.vae):
+            part.eval().requires_grad_(False).to(device)
+
+        config, scheduler = self.module.config, self._pipeline.scheduler.config
+        self._shift: float = scheduler.shift
+        self._num_timesteps: int = scheduler.num_train_timesteps
+        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+        self.text_width: int = config.joint_attention_dim
+        self._taps = threading.local()
+        self.tap_shapes = {}
+        side, count = config.sample_size // config.patch_size, len(self.module.transformer_blocks)
+        for index in sorted({math.ceil(count * part / _NUM_TAPS) - 1 for part in range(1, _NUM_TAPS + 1)}):
+            hook = _tap(self._taps, f"block_{index}", side)
+            self.module.transformer_blocks[index].register_forward_hook(hook)
+            self.tap_shapes[f"block_{index}"] = (self.module.inner_dim, side, side)
+
+    def clone(self) -> Self:
+        other = copy.copy(self)  # the hooks are copied with the module; `predict` takes the taps that it made
+        other.module = copy.deepcopy(self.module)
+        return other
+
+    def schedule(self, num_steps: int) -> Tensor:
+        """Even levels, shifted towards noise by the scheduler's `shift` (Esser et al. 2024, eq. 23)."""
+        even = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64).float()
+        return torch.cat([self._shift * even / (1 + (self._shift - 1) * even), torch.zeros(1)])
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        standard = self._pipeline.tokenizer_max_length >= _CLIP_LENGTH
+        with torch.no_grad():
+            tokens, _, pooled, _ = self._pipeline.encode_prompt(
+                list(prompts),
+                None,
+                None,
+                device=self.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=_T5_LENGTH if standard else 0,
+            )
+        return Conditioning(tokens.float(), pooled.float())
+
+    def predict(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning
+    ) -> tuple[diffusion.Prediction, dict[str, Tensor]]:
+        velocity = self.module(
+            latents,
+            encoder_hidden_states=conditioning.tokens,
+            pooled_projections=conditioning.pooled,
+            timestep=sigma * self._num_timesteps,
+            return_dict=False,
+        )[0]
+        level = diffusion.broadcast(sigma, latents)
+        taps = dict(vars(self._taps))
+        return diffusion.Prediction(latents - level * velocity, latents + (1 - level) * velocity), taps
+
+    def pictures(self, latents: Tensor) -> Tensor:
+        autoencoder = self._pipeline.vae
+        latents = latents / autoencoder.config.scaling_factor + (autoencoder.config.shift_factor or 0.0)
+        pictures: Tensor = (autoencoder.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        return pictures
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        return to_arrays(self.pictures, latents)
+
+    def adapt(self, settings: Policy) -> None:
+        adapters.adapt(self.module, settings, _ADAPTED)
+
+    def save(self, folder: Path) -> None:
+        adapters.save(self.module, self.folder, folder, "transformer")
+
+
+def _tap(
+    taps: threading.local, name: str, side: int
+) -> Callable[[nn.Module, object, tuple[Tensor | None, Tensor]], None]:
+    """A hook of a block, which returns the text's tokens and the image's, [B, side * side, width]."""
+
+    def hook(module: nn.Module, inputs: object, output: tuple[Tensor | None, Tensor]) -> None:
+        vars(taps)[name] = output[1].transpose(1, 2).unflatten(2, (side, side))
+
+    return hook

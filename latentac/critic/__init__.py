@@ -1,0 +1,135 @@
+"""The critic V(z_t, t, y): a body that looks at noisy latents, and a value head for each reward.
+
+After "Explicit Critic Guidance for Aligning Diffusion Models" (arXiv 2605.27736): the state is the policy's own noisy
+latent and the body is the diffusion backbone. One class a body, one row in BODIES.
+"""
+
+import json
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from latentac.backbones import Denoiser
+from latentac.config import Critic as CriticSettings
+from latentac.diffusion import Prediction
+from latentac.types import Conditioning
+
+BODIES = {
+    "frozen_taps": "latentac.critic.bodies:FrozenTaps",
+    "lora": "latentac.critic.bodies:OwnBackbone",
+    "copy": "latentac.critic.bodies:OwnBackbone",
+    "pixel": "latentac.critic.bodies:Pixel",
+    "latent_cnn": "latentac.critic.bodies:LatentCnn",
+}
+
+_BACKBONE = "body.backbone."
+
+
+class Critic(nn.Module):
+    """V(z_t, t, y), one value a reward.
+
+    A body is built as `Body(backbone, settings)`, has the `width` of its summary, and two methods: `features` says what
+    of a denoiser's forward it wants to see, `forward` summarises that to [B, width]. Features are kept with a rollout's
+    states, so whatever needs the denoiser is done once and learning from a state again costs `forward` alone.
+
+    The heads learn standardised targets; `mean` and `std` are the running scale of each reward's targets. Calling the
+    critic speaks the reward's own unit.
+    """
+
+    mean: Tensor
+    std: Tensor
+    count: Tensor
+
+    def __init__(self, backbone: Denoiser, reward_names: tuple[str, ...], settings: CriticSettings) -> None:
+        super().__init__()
+        self.settings, self.reward_names = settings, reward_names
+        module, _, attribute = BODIES.get(settings.body, settings.body).partition(":")
+        self.body: Any = getattr(import_module(module), attribute)(backbone, settings)
+        self._frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        hidden = 2 * settings.width
+        self.trunk = nn.Sequential(nn.LayerNorm(self.body.width), nn.Linear(self.body.width, hidden), nn.GELU())
+        self.heads = nn.Linear(hidden, 1 if settings.shared_head else len(reward_names))
+        nn.init.zeros_(self.heads.weight)
+        nn.init.zeros_(self.heads.bias)
+        self.register_buffer("mean", torch.zeros(len(reward_names)))
+        self.register_buffer("std", torch.ones(len(reward_names)))
+        self.register_buffer("count", torch.zeros(()))
+
+    def features(self, latents: Tensor, prediction: Prediction, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """name -> [B, ...]: what the body wants to see of latents [B, *latent] and a denoiser's forward on them."""
+        return cast(dict[str, Tensor], self.body.features(latents, prediction, taps))
+
+    def standardised(self, features: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """[B, M] values in standard deviations of each reward. sigma: [B]."""
+        values: Tensor = self.heads(self.trunk(self.body(features, sigma, conditioning)))
+        return values.expand(-1, len(self.reward_names))
+
+    def forward(self, features: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """[B, M] values, each in its reward's own unit."""
+        return self.unstandardise(self.standardised(features, sigma, conditioning))
+
+    def standardise(self, returns: Tensor) -> Tensor:
+        """Returns [..., M] in the reward's own unit to the heads' unit."""
+        return (returns - self.mean) / self.std
+
+    def unstandardise(self, values: Tensor) -> Tensor:
+        """Undo `standardise`."""
+        return self.mean + self.std * values
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What an optimizer learns: a pretrained backbone inside the critic at a rate of its own."""
+        learns = {name: parameter for name, parameter in self.named_parameters() if name not in self._frozen}
+        body = [parameter for name, parameter in learns.items() if name.startswith(_BACKBONE)]
+        rest = [parameter for name, parameter in learns.items() if not name.startswith(_BACKBONE)]
+        groups = [{"params": rest, "lr": self.settings.learning_rate}]
+        return [*groups, {"params": body, "lr": self.settings.body_learning_rate}] if body else groups
+
+    def train_heads(self) -> None:
+        """Let everything learn but what the body keeps frozen; the modules stay in eval mode."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name not in self._frozen)
+        self.eval()
+
+    @torch.no_grad()
+    def update_scale(self, rewards: Tensor) -> None:
+        """Fold rewards [B, M] into the running scale, keeping every prediction as it was (PopArt, van Hasselt 2016).
+
+        The first rewards only set the scale: before them no prediction meant anything. A shared head cannot keep the
+        predictions of several rewards at once and relearns them.
+        """
+        count = self.count + len(rewards)
+        delta = rewards.mean(0) - self.mean
+        mean = self.mean + delta * len(rewards) / count
+        spread = self.std**2 * self.count + rewards.var(0, correction=0) * len(rewards)
+        variance = (spread + delta**2 * self.count * len(rewards) / count) / count
+        std = variance.sqrt().clamp(min=1e-3)
+        if self.count > 0 and not self.settings.shared_head:
+            self.heads.weight.mul_((self.std / std)[:, None])
+            self.heads.bias.copy_((self.std * self.heads.bias + self.mean - mean) / std)
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+        self.count.copy_(count)
+
+    def save(self, folder: Path) -> None:
+        """model.safetensors and config.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()},
+            folder / "model.safetensors",
+        )
+        described = {"reward_names": list(self.reward_names), "settings": self.settings.model_dump()}
+        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path, backbone: Denoiser) -> "Critic":
+        """The critic that `save` wrote, for a denoiser of that architecture, on its device, frozen, in eval mode."""
+        described = json.loads((folder / "config.json").read_text())
+        settings = CriticSettings.model_validate(described["settings"])
+        critic = cls(backbone, tuple(described["reward_names"]), settings)
+        critic.load_state_dict(load_file(folder / "model.safetensors"))
+        return critic.to(backbone.device).eval().requires_grad_(False)

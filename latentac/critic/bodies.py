@@ -1,0 +1,117 @@
+"""What a critic looks at: the denoiser's own features, or, to compare with, a network that shares nothing with it."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from latentac.backbones import Denoiser
+from latentac.config import Critic as CriticSettings
+from latentac.config import Policy as PolicySettings
+from latentac.critic.attention import Reader
+from latentac.diffusion import Prediction
+from latentac.types import Conditioning
+
+_MOST_CELLS = 16  # a side: larger feature maps are averaged down, for thousands of states are kept at once
+
+
+class FrozenTaps(nn.Module):
+    """Feature maps of the policy's own forward: values cost the branches alone."""
+
+    def __init__(self, backbone: Denoiser, settings: CriticSettings) -> None:
+        super().__init__()
+        self.reader = Reader({n: _bounded(s) for n, s in backbone.tap_shapes.items()}, backbone.text_width, settings)
+        self.width = self.reader.width
+
+    def features(self, latents: Tensor, prediction: Prediction, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: _averaged(tap) for name, tap in taps.items()}
+
+    def forward(self, features: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        summary: Tensor = self.reader(features, sigma, conditioning)
+        return summary
+
+
+class OwnBackbone(nn.Module):
+    """A second backbone that starts as the pretrained one and learns values: all of its weights (`copy`), or low-rank
+    adapters on frozen ones (`lora`)."""
+
+    def __init__(self, backbone: Denoiser, settings: CriticSettings) -> None:
+        super().__init__()
+        self._denoiser = backbone.clone()
+        self._denoiser.module.requires_grad_(False)
+        self._denoiser.adapt(
+            PolicySettings(
+                adaptation="lora" if settings.body == "lora" else "full",
+                lora_rank=settings.lora_rank,
+                lora_alpha=settings.lora_alpha,
+            )
+        )
+        self.backbone: nn.Module = self._denoiser.module
+        self.reader = Reader({n: _bounded(s) for n, s in backbone.tap_shapes.items()}, backbone.text_width, settings)
+        self.width = self.reader.width
+
+    def features(self, latents: Tensor, prediction: Prediction, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"latents": latents}
+
+    def forward(self, features: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        _, taps = self._denoiser.predict(features["latents"], sigma, conditioning)
+        summary: Tensor = self.reader({name: _averaged(tap) for name, tap in taps.items()}, sigma, conditioning)
+        return summary
+
+
+class Pixel(nn.Module):
+    """A small network on the decoded guess of the clean picture, as earlier actor-critics have it."""
+
+    def __init__(self, backbone: Denoiser, settings: CriticSettings) -> None:
+        super().__init__()
+        self._pictures = backbone.pictures
+        with torch.no_grad():
+            shape = self._pictures(torch.zeros(1, *backbone.latent_shape, device=backbone.device)).shape
+        self.stem = _stem(shape[1], settings.width, shape[-1] // 8)
+        seen = self.stem(torch.zeros(shape)).shape[1:]
+        self.reader = Reader({"picture": tuple(seen)}, backbone.text_width, settings)
+        self.width = self.reader.width
+
+    def features(self, latents: Tensor, prediction: Prediction, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"picture": self._pictures(prediction.clean)}
+
+    def forward(self, features: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        summary: Tensor = self.reader({"picture": self.stem(features["picture"])}, sigma, conditioning)
+        return summary
+
+
+class LatentCnn(nn.Module):
+    """A small network on the noisy latents: the same state as the denoiser's, none of its knowledge."""
+
+    def __init__(self, backbone: Denoiser, settings: CriticSettings) -> None:
+        super().__init__()
+        channels, height, width = backbone.latent_shape
+        self.stem = _stem(channels, settings.width, max(1, height // 8))
+        shape = self.stem(torch.zeros(1, channels, height, width)).shape[1:]
+        self.reader = Reader({"latents": tuple(shape)}, backbone.text_width, settings)
+        self.width = self.reader.width
+
+    def features(self, latents: Tensor, prediction: Prediction, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"latents": latents}
+
+    def forward(self, features: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        summary: Tensor = self.reader({"latents": self.stem(features["latents"])}, sigma, conditioning)
+        return summary
+
+
+def _stem(channels: int, width: int, reduction: int) -> nn.Sequential:
+    """Convolutions down to about 8 cells a side, halving as often as `reduction` allows."""
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.SiLU()]
+    while reduction > 1:
+        layers += [nn.Conv2d(width, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
+        reduction //= 2
+    return nn.Sequential(*layers, nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU())
+
+
+def _bounded(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    return shape[0], min(shape[1], _MOST_CELLS), min(shape[2], _MOST_CELLS)
+
+
+def _averaged(tap: Tensor) -> Tensor:
+    _, height, width = _bounded((tap.shape[1], tap.shape[2], tap.shape[3]))
+    return tap if tap.shape[2:] == (height, width) else nn.functional.adaptive_avg_pool2d(tap, (height, width))
