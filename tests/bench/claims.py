@@ -1,0 +1,183 @@
+"""What is claimed, the comparison that decides each claim, and its verdict.
+
+A verdict needs an interval over at least three seeds. A claim holds when the whole interval is on its side of the
+bound, does not hold when the whole interval is on the other side, and is undecided otherwise. Each interval is a 95 %
+one for itself: among many claims one or another is wrong by chance.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tests.bench.plan import ARMS
+
+Results = Mapping[str, Mapping[str, Any]]
+"""<experiment>-<recipe> -> its aggregated file."""
+
+Word = Literal["holds", "does not hold", "undecided"]
+MIN_SEEDS = 3
+EXPLAINED_VARIANCE_MARGIN = 0.05
+COST_BOUND = 1.10
+BODY_MARGIN = 0.03
+"""How much of the verifier's share a dearer critic body may be better by before the cheap one counts as worse."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """word; reason: the numbers and why they decide, one line."""
+
+    word: Word
+    reason: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """sentence: what is claimed; experiment: whose results decide it; decide: how."""
+
+    sentence: str
+    experiment: str
+    decide: Callable[[Mapping[str, Any]], Verdict]
+
+    def verdict(self, results: Results, recipe: str) -> Verdict:
+        found = results.get(f"{self.experiment}-{recipe}")
+        return self.decide(found) if found else Verdict("undecided", "not run yet")
+
+
+def judge(
+    interval: Mapping[str, Any] | None, bound: float, *, above: bool = True, unit: str = "seeds", sign: str = "+"
+) -> Verdict:
+    """Is the number above (or below) the bound? Decided by the interval {mean, low, high, n}."""
+    if interval is None:
+        return Verdict("undecided", "not run yet")
+    if interval["low"] is None or (unit == "seeds" and interval["n"] < MIN_SEEDS):
+        return Verdict("undecided", f"{interval['mean']:{sign}.3f}, only {_count(interval['n'], unit)}")
+    numbers = f"{_told(interval, sign)}, {_count(interval['n'], unit)}"
+    low, high = (
+        (interval["low"] - bound, interval["high"] - bound)
+        if above
+        else (bound - interval["high"], bound - interval["low"])
+    )
+    if low > 0:
+        return Verdict("holds", numbers)
+    if high < 0:
+        return Verdict("does not hold", numbers)
+    return Verdict("undecided", f"{numbers}: the interval contains {bound:g}")
+
+
+def better(
+    arm: str, metric: str = "final.shapes_verifier", bound: float = 0.0, *, above: bool = True
+) -> Callable[..., Verdict]:
+    """The reference is above (or below) `arm` by more than `bound`."""
+    return lambda found: judge(found["differences"].get(arm, {}).get(metric), bound, above=above)
+
+
+def above(arm: str, metric: str, bound: float = 0.0) -> Callable[..., Verdict]:
+    """A number of one arm is above `bound`; `metric.last` is the last denoising step."""
+
+    def decide(found: Mapping[str, Any]) -> Verdict:
+        numbers = found["arms"].get(arm, {})
+        steps = series(numbers, metric)
+        return judge(steps[-1] if steps else numbers.get(metric), bound)
+
+    return decide
+
+
+def within(margin: float) -> Callable[..., Verdict]:
+    """At each step the best of ten times the rollouts explains at most `margin` more than the pretrained critic."""
+
+    def decide(found: Mapping[str, Any]) -> Verdict:
+        gaps = found.get("gaps", [])
+        verdicts = [judge(gap, margin, above=False) for gap in gaps]
+        if not verdicts:
+            return Verdict("undecided", "not run yet")
+        word: Word = "holds"
+        for worse in ("undecided", "does not hold"):
+            word = worse if any(verdict.word == worse for verdict in verdicts) else word
+        worst = max(range(len(gaps)), key=lambda step: gaps[step]["mean"])
+        return Verdict(word, f"largest gap at step {worst + 1} of {len(gaps)}: {verdicts[worst].reason}")
+
+    return decide
+
+
+def cheap(found: Mapping[str, Any]) -> Verdict:
+    """One iteration with the critic against one of DDPO."""
+    ratio = found["ratio"]
+    interval = {**ratio, "mean": ratio["median"]}
+    return judge(interval, COST_BOUND, above=False, unit="pairs of iterations", sign="")
+
+
+def series(numbers: Mapping[str, Any], metric: str) -> list[Mapping[str, Any]]:
+    """The intervals `<metric>.0`, `<metric>.1` ... of an arm, one a denoising step."""
+    found: list[Mapping[str, Any]] = []
+    while f"{metric}.{len(found)}" in numbers:
+        found.append(numbers[f"{metric}.{len(found)}"])
+    return found
+
+
+def _versus(arm: str) -> str:
+    return ARMS[arm].label
+
+
+CLAIMS: Sequence[Claim] = (
+    *(
+        Claim(
+            f"At equal pictures and updates ours is right on more held-out prompts than {_versus(arm)}",
+            "main",
+            better(arm),
+        )
+        for arm in ("ddpo", "grpo", "pixel", "latent_cnn")
+    ),
+    Claim(
+        "The critic tells which of two pictures of one prompt will be right (rank correlation above 0, last step)",
+        "main",
+        above("ours", "rank_correlation"),
+    ),
+    Claim("Time conditioning of the head helps", "ablations", better("no_time")),
+    Claim("Value pretraining helps, paid for in pictures", "ablations", better("no_pretraining")),
+    *(
+        Claim(f"The recipe's lambda is better than {_versus(arm).removeprefix('lambda ')}", "ablations", better(arm))
+        for arm in ("lambda_1", "lambda_095", "lambda_06")
+    ),
+    *(
+        Claim(
+            f"Frozen taps reach what {_versus(arm)} reaches, but for {BODY_MARGIN:g}",
+            "ablations",
+            better(arm, bound=-BODY_MARGIN),
+        )
+        for arm in ("lora", "copy")
+    ),
+    Claim(
+        "With three rewards, a head each gains more than one shared head (mean gain in standard deviations)",
+        "ablations",
+        better("shared_head", "score"),
+    ),
+    Claim(
+        "Trained on `shapes_clip` alone, more of the verifier is lost than with three rewards, of which it is one",
+        "hacking",
+        better("clip_alone"),
+    ),
+    Claim(
+        "Diversity, which neither is trained on, is kept better with three rewards than with `shapes_clip` alone",
+        "hacking",
+        better("clip_alone", "diversity_kept"),
+    ),
+    Claim(
+        "Colourfulness, which neither is trained on, moves less from the base with three rewards",
+        "hacking",
+        better("clip_alone", "drift.colourfulness", above=False),
+    ),
+    Claim(
+        f"The critic is within {EXPLAINED_VARIANCE_MARGIN:g} of what ten times the rollouts explain, at each step",
+        "critic",
+        within(EXPLAINED_VARIANCE_MARGIN),
+    ),
+    Claim(f"With `frozen_taps` an iteration takes at most {COST_BOUND:.2f} times one of DDPO", "cost", cheap),
+)
+
+
+def _told(interval: Mapping[str, Any], sign: str) -> str:
+    return f"{interval['mean']:{sign}.3f} [{interval['low']:{sign}.3f}, {interval['high']:{sign}.3f}]"
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number} {unit}" if number != 1 else f"1 {unit.removesuffix('s')}"

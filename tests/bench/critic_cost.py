@@ -1,0 +1,138 @@
+"""What the critic costs: iterations of DDPO and of ours with frozen taps, in turns in one process.
+
+    python -m tests.bench.critic_cost [--recipe shapes-unet] [--pairs 12]
+
+Both do the same pictures, denoising steps and actor updates; ours also asks the critic at every step and trains it.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from latentac import pretraining
+from latentac.algorithms import make_algorithm
+from latentac.config import Config
+from latentac.distributed import Mesh, pick_device
+from latentac.measures import median
+from latentac.preparation import environment
+from latentac.progress import progress
+from latentac.prompts import load_prompts
+from latentac.rewards import load_reward
+from latentac.run import resolve_recipe
+from latentac.trainer import Block, Trainer
+from tests.bench.aggregate import dump
+from tests.bench.claims import CLAIMS
+from tests.bench.plan import FULL
+from tests.bench.unit import base_policy
+
+_BOOTSTRAP = 2000
+_ARMS = {
+    "DDPO": ["algorithm.name=ddpo"],
+    "ours": ["algorithm.name=ppo", "critic.body=frozen_taps"],
+}
+
+
+class Timed(Trainer):
+    """Tells an iteration's seconds by part. On a CPU they are the processor's, so what else runs does not count."""
+
+    actor_seconds = 0.0
+
+    def seconds(self) -> dict[str, float]:
+        """Of one more iteration: rollout and scoring, actor updates, critic updates and credit, and all."""
+        began = self.clock()
+        self.actor_seconds = self.rollout_seconds = 0.0
+        self.iterate()
+        total = self.clock() - began
+        rest = total - self.rollout_seconds - self.actor_seconds
+        return {"rollout": self.rollout_seconds, "actor": self.actor_seconds, "critic": rest, "all": total}
+
+    def clock(self) -> float:
+        if self.mesh.device.type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize(self.mesh.device)
+        return time.perf_counter()
+
+    def _roll_out(self, index: int) -> Block:
+        began = self.clock()
+        block = super()._roll_out(index)
+        self.rollout_seconds += self.clock() - began
+        return block
+
+    def _update_actor(self, blocks: Sequence[Block], update: int) -> dict[str, float]:
+        began = self.clock()
+        metrics = super()._update_actor(blocks, update)
+        self.actor_seconds += self.clock() - began
+        return metrics
+
+
+def measure(recipe: str, overrides: Sequence[str], pairs: int) -> dict[str, Any]:
+    """The record of `pairs` pairs of iterations, after one of each that does not count."""
+    trainers = {name: _trainer(resolve_recipe(recipe, "", [*overrides, *own])) for name, own in _ARMS.items()}
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in _ARMS}
+    with progress(pairs + 1, "critic cost", "pairs") as bar:
+        for pair in range(pairs + 1):
+            for name in list(_ARMS)[:: 1 if pair % 2 else -1]:  # neither is always the first
+                rows[name].append(trainers[name].seconds())
+            bar.update()
+    whole = {name: np.array([row["all"] for row in found[1:]]) for name, found in rows.items()}
+    config = trainers["ours"].config
+    parts = ("rollout", "actor", "critic", "all")
+    found = environment()
+    return {
+        "experiment": "cost",
+        "recipe": recipe,
+        "command": "make bench-critic" + ("" if recipe == "shapes-unet" else f" RECIPE={recipe}"),
+        "commits": [found["commit"]],
+        "machines": [found["machine"]],
+        "images": config.train.images_per_iteration,
+        "steps": config.kernel.num_steps,
+        "updates": config.train.updates_per_iteration,
+        "ratio": median(whole["ours"] / whole["DDPO"], _BOOTSTRAP, 0),
+        "seconds": {
+            name: {part: float(np.median([row[part] for row in each[1:]])) for part in parts}
+            for name, each in rows.items()
+        },
+    }
+
+
+def _trainer(config: Config) -> Timed:
+    device = pick_device(config.backbone.device)
+    policy = base_policy(config, device)
+    critic = pretraining.new_critic(config, policy).to(device)
+    policy.backbone.adapt(config.policy)
+    rewards = [load_reward(reward.name) for reward in config.rewards]
+    prompts = load_prompts(config.prompts.source).train
+    return Timed(config, policy, critic, make_algorithm(config), rewards, prompts, Mesh(0, 1, device))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.critic_cost", description=__doc__.partition("\n")[0])
+    parser.add_argument("--recipe", default="shapes-unet")
+    parser.add_argument("--pairs", type=int, default=12, help="iterations of each arm")
+    parser.add_argument("--set", action="append", default=[], help="path=value over the recipe")
+    parser.add_argument("--output", type=Path, default=FULL.results, help="folder of cost-<recipe>.json")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    found = measure(options.recipe, ["train.num_workers=1", *options.set], options.pairs)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"cost-{options.recipe}.json"
+    path.write_text(dump(found))
+    for name, parts in found["seconds"].items():
+        print(f"{name:5}", *(f"{part} {value:6.2f} s" for part, value in parts.items()), sep="  ")
+    ratio = found["ratio"]
+    print(f"ours / DDPO: {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}], {ratio['n']} pairs")
+    for claim in CLAIMS:
+        if claim.experiment == "cost":
+            verdict = claim.decide(found)
+            print(f"{verdict.word}: {claim.sentence} ({verdict.reason})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

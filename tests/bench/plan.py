@@ -1,0 +1,265 @@
+"""What the evidence compares: arms, seeds and backbones, and what each arm may spend.
+
+Every arm of a comparison scores the same number of pictures to learn from and does the same number of actor updates. An
+arm that pretrains its critic pays for the pictures of that. Held-out pictures only measure, and cost nobody anything.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from latentac.config import Config
+from latentac.recipes import RECIPES
+from latentac.rewards import REWARDS
+from latentac.run import resolve_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULT, FAILURE = "result.json", "failed.json"
+"""What a unit leaves in its folder: its numbers, or why there are none."""
+
+PROTOCOL = 1
+"""Raise it when what a unit measures changes: results of another protocol are not mixed in."""
+
+Settings = Mapping[str, Any]
+"""Path of a configuration's field -> value."""
+
+TUNED: dict[str, dict[str, Settings]] = {
+    "shapes-unet": {},
+    "shapes-dit": {},
+}
+"""Recipe -> arm -> the settings that were found best for it, each arm tuned with the same effort."""
+
+MEASURED = tuple(
+    name for name in ("shapes_verifier", "jpeg_compressibility", "colourfulness", "shapes_clip") if name in REWARDS
+)
+"""The rewards that held-out pictures are scored by, trained on or not."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much an arm spends, and how much is measured.
+
+    pretraining: pictures that an arm with value pretraining pays for it; pretrained, plain: (iterations, updates in
+    each) of an arm with and without; evaluated: held-out pictures before and after; grouped: held-out prompts of which
+    four pictures each are made; seeds: experiment -> recipe -> number of seeds. folder: where units work and leave
+    their results; results: where the aggregated ones go; readme: the document with the section that is generated.
+    """
+
+    name: str
+    images_per_iteration: int
+    pretraining: int
+    pretrained: tuple[int, int]
+    plain: tuple[int, int]
+    evaluated: int
+    grouped: int
+    seeds: Mapping[str, Mapping[str, int]]
+    folder: Path
+    results: Path
+    readme: Path
+
+    @property
+    def command(self) -> str:
+        return "make evidence" if self.name == "full" else f"make evidence-{self.name}"
+
+
+FULL = Scale(
+    name="full",
+    images_per_iteration=256,
+    pretraining=2048,
+    pretrained=(32, 5),
+    plain=(40, 4),
+    evaluated=1024,
+    grouped=64,
+    seeds={
+        "main": {"shapes-unet": 5, "shapes-dit": 3},
+        "ablations": {"shapes-unet": 3},
+        "hacking": {"shapes-unet": 3},
+        "critic": {"shapes-unet": 3},
+    },
+    folder=ROOT / "build" / "evidence",
+    results=Path(__file__).resolve().parent / "results",
+    readme=ROOT / "README.md",
+)
+QUICK = Scale(
+    name="quick",
+    images_per_iteration=256,
+    pretraining=256,
+    pretrained=(4, 5),
+    plain=(5, 4),
+    evaluated=256,
+    grouped=16,
+    seeds={"main": {"shapes-unet": 3}},
+    folder=ROOT / "build" / "evidence-quick",
+    results=ROOT / "build" / "evidence-quick" / "results",
+    readme=ROOT / "build" / "evidence-quick" / "README.md",
+)
+SCALES = {scale.name: scale for scale in (FULL, QUICK)}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """label: for tables and figures; settings: what makes it this arm; pretrained: whether its critic is pretrained;
+    trains: without, it ends after that; passes: the critic is fitted anew with each of these numbers of passes, on the
+    same rollouts, for too few do not converge and too many overfit; nothing for what the recipe does."""
+
+    label: str
+    settings: Settings
+    pretrained: bool = True
+    trains: bool = True
+    passes: tuple[int, ...] = ()
+
+
+def _rewards(**weights: float) -> Settings:
+    return {"rewards": [{"name": name, "weight": weight} for name, weight in weights.items()]}
+
+
+_THREE = _rewards(shapes_clip=1.0, shapes_verifier=1.0, jpeg_compressibility=1.0)
+
+ARMS: dict[str, Arm] = {
+    "ours": Arm("ours", {"algorithm.name": "ppo", "critic.body": "frozen_taps"}),
+    "ddpo": Arm("DDPO", {"algorithm.name": "ddpo"}, pretrained=False),
+    "grpo": Arm("GRPO, groups of 4", {"algorithm.name": "grpo", "algorithm.group_size": 4}, pretrained=False),
+    "pixel": Arm("pixel critic", {"critic.body": "pixel"}),
+    "latent_cnn": Arm("stand-alone latent critic", {"critic.body": "latent_cnn"}),
+    "no_time": Arm("without time conditioning", {"critic.time_conditioning": False}),
+    "no_pretraining": Arm("without value pretraining", {}, pretrained=False),
+    "lambda_1": Arm("lambda 1", {"algorithm.gae_lambda": 1.0}),
+    "lambda_095": Arm("lambda 0.95", {"algorithm.gae_lambda": 0.95}),
+    "lambda_06": Arm("lambda 0.6", {"algorithm.gae_lambda": 0.6}),
+    "lora": Arm("critic body: own LoRA", {"critic.body": "lora"}),
+    "copy": Arm("critic body: own copy", {"critic.body": "copy"}),
+    "three_rewards": Arm("three rewards", _THREE),
+    "shared_head": Arm("three rewards, one shared head", {**_THREE, "critic.shared_head": True}),
+    "clip_alone": Arm("shapes_clip alone", _rewards(shapes_clip=1.0, shapes_verifier=0.0, jpeg_compressibility=0.0)),
+    "pretrained": Arm("pretrained critic", {}, trains=False),
+    "ten_times": Arm("ten times the rollouts, to convergence", {}, trains=False, passes=(2, 4, 8, 16)),
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Arms that are compared by seed with one of them. `paired`: arm -> the arm that it is compared with, where that is
+    not `reference`."""
+
+    reference: str
+    arms: tuple[str, ...]
+    paired: Mapping[str, str]
+
+    def reference_of(self, arm: str) -> str:
+        return self.paired.get(arm, self.reference)
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "main": Experiment("ours", ("ours", "ddpo", "grpo", "pixel", "latent_cnn"), {}),
+    "ablations": Experiment(
+        "ours",
+        (
+            *("ours", "no_time", "no_pretraining", "lambda_1", "lambda_095", "lambda_06", "lora", "copy"),
+            *(("three_rewards", "shared_head") if "shapes_clip" in REWARDS else ()),
+        ),
+        {"three_rewards": "three_rewards", "shared_head": "three_rewards"},
+    ),
+    "hacking": Experiment("three_rewards", ("three_rewards", "clip_alone") if "shapes_clip" in REWARDS else (), {}),
+    "critic": Experiment("pretrained", ("pretrained", "ten_times"), {}),
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One arm with one seed on one backbone: what one process runs. Units of two experiments with one configuration
+    are the same."""
+
+    experiment: str
+    arm: str
+    recipe: str
+    seed: int
+    overrides: tuple[str, ...]
+
+    @functools.cached_property
+    def config(self) -> Config:
+        return resolve_recipe(self.recipe, "", [f"seed={self.seed}", *self.overrides])
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """sha256 of all that decides the result, but for the sources."""
+        settings = self.config.model_dump(exclude={"gate", "steering", "serving"})
+        decisive = [PROTOCOL, self.trains, ARMS[self.arm].passes, settings]
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def trains(self) -> bool:
+        return ARMS[self.arm].trains
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe}/{self.arm}-{self.seed}-{self.hash[:8]}"
+
+    @property
+    def images(self) -> int:
+        """Pictures that are scored to learn from."""
+        train = self.config.train
+        return self.images_before + (train.num_iterations * train.images_per_iteration if self.trains else 0)
+
+    @property
+    def images_before(self) -> int:
+        """Those of value pretraining."""
+        return self.config.pretrain.num_images
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of the actor."""
+        train = self.config.train
+        return train.num_iterations * train.updates_per_iteration if self.trains else 0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Unit":
+        content = json.loads(text)
+        return cls(**{**content, "overrides": tuple(content["overrides"])})
+
+
+def units(scale: Scale, only: Sequence[str] = (), recipes: Sequence[str] = ()) -> list[Unit]:
+    """The plan, seed after seed, so that it can stop anywhere and leave the arms with equally many. Restricted to the
+    experiments `only` and to `recipes` where any are named."""
+    found = [
+        unit
+        for name, experiment in EXPERIMENTS.items()
+        for recipe, count in scale.seeds.get(name, {}).items()
+        if recipe in RECIPES and (not only or name in only) and (not recipes or recipe in recipes)
+        for seed in range(count)
+        for unit in _units(scale, name, experiment, recipe, seed)
+    ]
+    return sorted(found, key=lambda unit: unit.seed)
+
+
+def _units(scale: Scale, name: str, experiment: Experiment, recipe: str, seed: int) -> Iterator[Unit]:
+    for arm in experiment.arms:
+        settings = {**_spent(scale, arm), **ARMS[arm].settings, **TUNED.get(recipe, {}).get(arm, {})}
+        yield Unit(name, arm, recipe, seed, tuple(f"{path}={json.dumps(value)}" for path, value in settings.items()))
+
+
+def _spent(scale: Scale, arm: str) -> Settings:
+    pretrained = ARMS[arm].pretrained
+    iterations, updates = scale.pretrained if pretrained else scale.plain
+    settings = {
+        "pretrain.num_images": scale.pretraining if pretrained else 0,
+        "train.num_iterations": iterations,
+        "train.updates_per_iteration": updates,
+        "train.images_per_iteration": scale.images_per_iteration,
+        "train.num_workers": 1,
+        "train.checkpoint_every": 2,
+        "evaluation.num_images": scale.evaluated,
+        "evaluation.num_diversity_prompts": scale.grouped,
+        "evaluation.pictures_per_prompt": 4,
+    }
+    if not ARMS[arm].trains:
+        settings["pretrain.num_held_out_images"] = scale.evaluated
+    if arm == "ten_times":
+        settings["pretrain.num_images"] = 10 * scale.pretraining
+    return settings

@@ -1,0 +1,352 @@
+"""The evidence: a fair plan, units that resume, right statistics and verdicts, and a README that tells them."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from latentac.recipes import RECIPES
+from tests.bench import aggregate, claims, report
+from tests.bench.claims import CLAIMS, judge
+from tests.bench.plan import ARMS, EXPERIMENTS, FAILURE, FULL, QUICK, RESULT, ROOT, SCALES, Scale, Unit, units
+
+TINY = (
+    *("kernel.num_steps=4", "evaluation.num_images=16", "evaluation.num_bootstrap=100"),
+    *("evaluation.num_diversity_prompts=2", "evaluation.pictures_per_prompt=4"),
+    *("pretrain.num_images=16", "pretrain.num_held_out_images=16", "pretrain.num_passes=1"),
+    *("train.num_iterations=3", "train.images_per_iteration=16", "train.block_images=16", "train.checkpoint_every=1"),
+    *("train.updates_per_iteration=2", "train.num_workers=1", "critic.replay_images=24"),
+)
+TIMES = {"seconds", "created", "curve", "history"}
+
+
+# The plan
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_every_arm_spends_the_same(scale: Scale) -> None:
+    """Within an experiment and recipe each arm that trains scores as many pictures and does as many actor updates."""
+    spent: dict[tuple[str, str], set[tuple[int, int]]] = {}
+    for unit in units(scale):
+        assert unit.config.train.early_stopping is None, "an arm that stops early spends less"
+        if unit.trains:
+            spent.setdefault((unit.experiment, unit.recipe), set()).add((unit.images, unit.updates))
+    assert {name: len(found) for name, found in spent.items()} == dict.fromkeys(spent, 1), spent
+    if scale is FULL:
+        assert set.union(*spent.values()) == {(10_240, 160)}
+
+
+def test_a_group_is_not_paid_for_in_prompts_alone() -> None:
+    """GRPO's groups come out of the same pictures an iteration; only value pretraining changes the iterations."""
+    config = next(unit.config for unit in units(FULL) if unit.arm == "grpo")
+    assert (config.train.images_per_iteration, config.algorithm.group_size, config.pretrain.num_images) == (256, 4, 0)
+
+
+def test_the_plan_may_stop_anywhere() -> None:
+    """All arms have seed n before any has seed n + 1; what two experiments share is one unit."""
+    planned = units(FULL)
+    assert [unit.seed for unit in planned] == sorted(unit.seed for unit in planned)
+    shared = [{unit.name for unit in planned if (unit.experiment, unit.arm) == (name, "ours") and unit.seed < 3}
+              for name in ("main", "ablations")]  # fmt: skip
+    assert shared[1] <= shared[0]
+    assert len({unit.hash for unit in planned}) == len({unit.name for unit in planned})
+
+
+def test_a_unit_is_known_by_what_decides_its_result() -> None:
+    """A setting changes the hash; the gate, which plays no part, does not; a unit survives its JSON."""
+    unit = Unit("main", "ours", "shapes-unet", 0, TINY)
+    same = dataclasses.replace(unit, overrides=(*TINY, "gate.min_gain=0.5"))
+    other = dataclasses.replace(unit, overrides=(*TINY, "policy.learning_rate=1e-5"))
+    assert unit.hash == same.hash != other.hash
+    assert Unit.from_json(unit.to_json()) == unit
+
+
+def test_every_claim_has_its_comparison() -> None:
+    """What a claim asks for is in the plan: an experiment of that name, with intervals of at least three seeds."""
+    assert {claim.experiment for claim in CLAIMS} <= {*EXPERIMENTS, "cost"}
+    counts = [count for seeds in FULL.seeds.values() for recipe, count in seeds.items() if recipe in RECIPES]
+    assert min(counts) >= claims.MIN_SEEDS
+
+
+# Statistics
+
+
+def test_intervals_over_seeds_are_students() -> None:
+    """The interval of a mean is scipy's; one of differences is that of the paired test; one seed has none."""
+    numbers = [0.61, 0.55, 0.7, 0.64]
+    found = aggregate.t_interval(numbers)
+    low, high = stats.ttest_1samp(numbers, 0).confidence_interval(0.95)
+    assert found == pytest.approx({"mean": np.mean(numbers), "low": low, "high": high, "n": 4})
+    others = dict(enumerate([0.5, 0.52, 0.6]))
+    low, high = stats.ttest_rel(numbers[:3], list(others.values())).confidence_interval(0.95)
+    paired = aggregate.paired(dict(enumerate(numbers)), others)
+    assert paired is not None
+    assert (paired["low"], paired["high"], paired["n"]) == pytest.approx((low, high, 3))
+    assert aggregate.t_interval([0.5]) == {"mean": 0.5, "low": None, "high": None, "n": 1}
+    assert aggregate.paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_results_of_another_configuration_are_not_mixed_in(tmp_path: Path) -> None:
+    """Only units of the present plan are aggregated, those that the file has already included; the rest are missing."""
+    scale = _here(tmp_path)
+    planned = units(scale, ["main"], ["shapes-unet"])
+    _leave(scale, planned[0], {**_record(planned[0].arm, 0, 0.0), "hash": planned[0].hash})
+    stale = {**_record("ddpo", 0, 0.0), "hash": "another", "environment": {}}
+    kept = {**_record("ddpo", 0, 0.25), "hash": next(unit.hash for unit in planned if unit.arm == "ddpo")}
+    kept["environment"] = {"commit": "c", "machine": {}, "versions": {}}
+    scale.results.mkdir()
+    (scale.results / "main-shapes-unet.json").write_text(json.dumps({"units": [stale, kept]}))
+    path = aggregate.aggregate(scale, "main", "shapes-unet")
+    assert path is not None
+    found = json.loads(path.read_text())
+    assert [(unit["arm"], unit["hash"]) for unit in found["units"]] == [
+        ("ours", planned[0].hash),
+        ("ddpo", kept["hash"]),
+    ]
+    assert found["differences"]["ddpo"]["final.shapes_verifier"]["n"] == 1
+    assert ["pixel", 0] in found["missing"]
+    assert ["ours", 0] not in found["missing"]
+    assert aggregate.aggregate(scale, "critic", "shapes-unet") is None
+
+
+def test_aggregated_files_are_json(tmp_path: Path) -> None:
+    """What `dump` writes reads back equal, at six digits, with a unit a line."""
+    content = {"arms": {"ours": {"mean": 1 / 3, "seeds": [0, 1]}}, "units": [{"a": {"b": [1.0]}}, {}], "empty": []}
+    text = aggregate.dump(content)
+    assert json.loads(text) == {**content, "arms": {"ours": {"mean": 0.333333, "seeds": [0, 1]}}}
+    assert '  {"a": {"b": [1.0]}},\n' in text
+
+
+# Verdicts
+
+
+@pytest.mark.parametrize(
+    ("interval", "word"),
+    [
+        ({"mean": 0.1, "low": 0.05, "high": 0.15, "n": 3}, "holds"),
+        ({"mean": -0.1, "low": -0.15, "high": -0.05, "n": 3}, "does not hold"),
+        ({"mean": 0.1, "low": -0.05, "high": 0.25, "n": 5}, "undecided"),
+        ({"mean": 0.1, "low": 0.05, "high": 0.15, "n": 2}, "undecided"),
+        ({"mean": 0.1, "low": None, "high": None, "n": 1}, "undecided"),
+        (None, "undecided"),
+    ],
+)
+def test_verdicts_follow_the_interval(interval: dict[str, Any] | None, word: str) -> None:
+    """The whole interval on one side decides, three seeds at least; and the mirror image decides the other way."""
+    assert judge(interval, 0.0).word == word
+    if interval is not None:
+        opposite = {"holds": "does not hold", "does not hold": "holds"}.get(word, word)
+        assert judge(interval, 0.0, above=False).word == opposite
+
+
+@pytest.mark.parametrize(("truth", "word"), [(1, "holds"), (-1, "does not hold"), (0, "undecided")])
+def test_each_claim_can_come_out_each_way(truth: int, word: str) -> None:
+    """In a made-up world where it is true, false, or too noisy to tell, a claim gets that verdict."""
+    results = _world(truth)
+    for claim in CLAIMS:
+        assert claim.verdict(results, "shapes-unet").word == word, claim.sentence
+        missing = claim.verdict({}, "shapes-unet")
+        assert (missing.word, missing.reason) == ("undecided", "not run yet")
+
+
+# The README
+
+
+def test_the_readme_tells_the_recorded_results() -> None:
+    """The section is what the committed files generate, and its figures are there."""
+    text = FULL.readme.read_text()
+    found = report.section(aggregate.load(FULL), os.path.relpath(FULL.results, FULL.readme.parent))
+    assert report.replaced(text, found) == text, "run `python -m tests.bench.evidence report`"
+
+
+def test_a_report_is_drawn_from_the_files_alone(tmp_path: Path) -> None:
+    """Every table, figure and claim of a full set of results; twice the same, byte for byte."""
+    scale = _here(tmp_path)
+    scale.results.mkdir()
+    for name, content in _world(1).items():
+        (scale.results / f"{name}.json").write_text(aggregate.dump(dict(content)))
+    written = {path: path.read_bytes() for path in report.write_report(scale)}
+    assert {path.name for path in written} == {"README.md", *(f"{name}-shapes-unet.svg" for name in EXPERIMENTS)}
+    assert written == {path: path.read_bytes() for path in report.write_report(scale)}
+    text = scale.readme.read_text()
+    assert all(claim.sentence in text for claim in CLAIMS)
+    assert text.count("**holds**") == len(CLAIMS)
+    for figure in (path for path in written if path.suffix == ".svg"):
+        assert f"results/{figure.name})" in text
+
+
+def test_a_document_without_markers_is_refused() -> None:
+    """Nothing is appended somewhere by guess."""
+    with pytest.raises(ValueError, match="results"):
+        report.replaced("# Title\n", "text")
+    assert report.section({}, "folder") == f"{report.NOTHING}\n"
+
+
+# Units
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_unit_comes_to_the_same_result(tmp_path: Path) -> None:
+    """kill -9 after the first iteration, then on from the checkpoint: bitwise the numbers of an undisturbed run."""
+    unit = Unit("main", "ours", "shapes-unet", 0, TINY)
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "unit.json").write_text(unit.to_json())
+    undisturbed, killed = _start(tmp_path / "whole"), _start(tmp_path / "killed")
+    while not list((tmp_path / "killed").glob("checkpoint-000001")):
+        assert killed.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed" / RESULT).exists()
+    assert _start(tmp_path / "killed").wait() == 0
+    assert undisturbed.wait() == 0
+    whole, again = (json.loads((tmp_path / name / RESULT).read_text()) for name in ("whole", "killed"))
+    assert {name: whole[name] for name in whole.keys() - TIMES} == {name: again[name] for name in again.keys() - TIMES}
+    assert [point["rewards"] for point in whole["curve"]] == [point["rewards"] for point in again["curve"]]
+    timed = {"seconds", "rollout_seconds"}
+    histories = [
+        [{k: v for k, v in entry.items() if k not in timed} for entry in each["history"]] for each in (whole, again)
+    ]
+    assert histories[0] == histories[1]
+    assert whole["images"] == 64
+    assert [point["images"] for point in whole["curve"]] == [0, 32, 48, 64]
+    assert not list((tmp_path / "killed").glob("*checkpoint*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_failed_unit_is_told_and_stops_nobody(tmp_path: Path) -> None:
+    """The scheduler goes on after a failure, aggregates what there is, and names what is missing and why."""
+    from tests.bench.evidence import Schedule, refresh
+
+    scale = _here(tmp_path)
+    nothing = ('rewards=[{"name": "nowhere:Nothing", "weight": 1.0}]', "gate.reward=nowhere:Nothing")
+    bad = Unit("critic", "pretrained", "shapes-unet", 0, (*TINY, *nothing))
+    good = Unit("critic", "ten_times", "shapes-unet", 1, TINY)
+    schedule = Schedule(scale, [bad, good], workers=2)
+    assert not schedule.run(deadline=time.monotonic())  # no time at all: nothing is started, nothing is lost
+    assert schedule.run(deadline=float("inf"))
+    assert schedule.failed == [bad]
+    assert "nowhere" in json.loads((scale.folder / bad.name / FAILURE).read_text())["problem"]
+    found = json.loads((scale.folder / good.name / RESULT).read_text())
+    assert (found["images"], found["updates"], len(found["critic"]["best"])) == (16, 0, 4)
+    assert [len(passes) for passes in found["critic"]["passes"].values()] == list(ARMS["ten_times"].passes)
+    assert Schedule(scale, [bad, good], workers=1).left == [bad]
+    assert refresh(scale, [good]) == [], "a unit that is not in the plan was aggregated"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_cost_of_the_critic_is_measured_in_turns(tmp_path: Path) -> None:
+    """One process gives the ratio with its interval and each arm's seconds by part."""
+    from tests.bench import critic_cost
+
+    settings = [f"--set={setting}" for setting in TINY]
+    assert critic_cost.main(["--pairs=2", f"--output={tmp_path}", *settings]) == 0
+    found = json.loads((tmp_path / "cost-shapes-unet.json").read_text())
+    assert found["ratio"]["n"] == 2
+    assert found["ratio"]["low"] <= found["ratio"]["median"] <= found["ratio"]["high"]
+    for parts in found["seconds"].values():
+        assert parts["rollout"] > 0
+        assert parts["actor"] > 0
+        assert parts["critic"] >= 0
+
+
+# What they share
+
+
+def _here(folder: Path) -> Scale:
+    """The quick scale, working below `folder`."""
+    return dataclasses.replace(QUICK, folder=folder / "units", results=folder / "results", readme=folder / "README.md")
+
+
+def _untimed(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if not name.endswith("seconds")}
+
+
+def _start(folder: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen([sys.executable, "-m", "tests.bench.unit", str(folder)], cwd=ROOT, env=environment)
+
+
+def _leave(scale: Scale, unit: Unit, record: Mapping[str, Any]) -> None:
+    folder = scale.folder / unit.name
+    folder.mkdir(parents=True)
+    (folder / RESULT).write_text(json.dumps({**record, "commit": "c", "machine": {}, "versions": {}}))
+
+
+def _record(arm: str, seed: int, shift: float) -> dict[str, Any]:
+    """A unit's record in a world where this arm is `shift` better than 0.6 in everything, up to a little chance."""
+    drawn = random.Random(f"{arm}/{seed}")
+    value = 0.6 + shift + drawn.uniform(-0.005, 0.005)
+    rewards = ("shapes_verifier", "jpeg_compressibility", "colourfulness", "shapes_clip")
+    numbers = {name: {"mean": value, "low": value - 0.02, "high": value + 0.02, "n": 256} for name in rewards}
+    curve = [
+        {"iteration": step, "images": 100 * step, "seconds": 9.0 * step, "rewards": dict.fromkeys(rewards, value)}
+        for step in range(3)
+    ]
+    steps = [value - 0.6 + 0.01 * step for step in range(3)]
+    return {
+        "arm": arm,
+        "seed": seed,
+        "hash": f"{arm}-{seed}",
+        "sources": "s",
+        "overrides": [],
+        "images": 10_240,
+        "updates": 160,
+        "base": numbers,
+        "final": numbers,
+        "gain": numbers,
+        "drift": dict.fromkeys(rewards, 1 - value),
+        "score": value,
+        "diversity_kept": {"ratio": value},
+        "critic": {"explained_variance": steps, "best": steps, "rank_correlation": steps, "pretrained": steps},
+        "curve": curve,
+        "recoveries": [],
+        "seconds": {"pretraining": 60.0, "training": 600.0},
+    }
+
+
+def _world(truth: int) -> dict[str, dict[str, Any]]:
+    """Aggregated files of a world where every claim is true (1), false (-1), or drowned in noise (0)."""
+    results = {}
+    for name, plan in EXPERIMENTS.items():
+        records = []
+        for arm in plan.arms:
+            for seed in range(3):
+                noise = 0.3 * (seed - 1) if truth == 0 and plan.reference_of(arm) == arm else 0.0
+                ahead = 0.1 * truth if plan.reference_of(arm) == arm else 0.0
+                if arm == "ten_times":
+                    ahead = 0.2 if truth < 0 else 0.1 * truth
+                records.append(_record(arm, seed, ahead + noise))
+        found: dict[str, Any] = {
+            "experiment": name,
+            "recipe": "shapes-unet",
+            "command": "make evidence",
+            "sources": ["s"],
+        }
+        machine = {"gpu": None, "cpu": "a processor", "cores": 2}
+        found |= {"commits": ["0" * 40], "machines": [machine], "missing": [], "failed": [], "units": records}
+        results[f"{name}-shapes-unet"] = {**found, **aggregate.summarise(name, records)}
+    ratio = {1: (1.05, 1.04, 1.06), -1: (1.2, 1.18, 1.22), 0: (1.1, 1.05, 1.15)}[truth]
+    results["cost-shapes-unet"] = {
+        **results["main-shapes-unet"],
+        "experiment": "cost",
+        "ratio": {**dict(zip(("median", "low", "high"), ratio, strict=True)), "n": 12},
+        "seconds": {name: dict.fromkeys(("rollout", "actor", "critic", "all"), 1.0) for name in ("DDPO", "ours")},
+        "steps": 10,
+    } | {"images": 256, "updates": 4}
+    return results
