@@ -96,7 +96,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], P
         made[version] = folder / version
         shutil.copytree(builtin_pipeline("shapes-unet"), made[version])
         torch.manual_seed(0)
-        critic = Critic(backbone.tap_shapes, backbone.text_width, config.reward_names)
+        critic = Critic(backbone, config.reward_names, config.critic)
         torch.nn.init.normal_(critic.heads.weight, std=0.5)
         critic.save(made[version] / "critic")
         export(made[version], config, run=RUN, version=version)

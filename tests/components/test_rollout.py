@@ -85,7 +85,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, config: Config) -> dict[str
         folder = tmp_path_factory.mktemp("models") / version
         shutil.copytree(builtin_pipeline("shapes-unet"), folder)
         torch.manual_seed(0)
-        critic = Critic(backbone.tap_shapes, backbone.text_width, config.reward_names)
+        critic = Critic(backbone, config.reward_names, config.critic)
         torch.nn.init.normal_(critic.heads.weight, std=std)
         critic.save(folder / "critic")
         export(folder, config, run=RUN, version=version)

@@ -9,23 +9,26 @@ from torch.distributions import Normal
 from latentac.diffusion import (
     CPS,
     DDIM,
+    KERNELS,
+    DanceSDE,
     DeterministicTransition,
     FlowSDE,
     GaussianTransition,
     Prediction,
     alpha_of,
+    forward_noise,
     num_stochastic_steps,
 )
-from tests.latentac.worlds import MEAN, STD, GaussianBackbone, affine_steps, forward_noise
+from tests.latentac.worlds import MEAN, STD, GaussianBackbone, affine_steps
 
-KERNELS = [DDIM(1.0), DDIM(0.5), FlowSDE(0.7), CPS(0.7)]
+NOISY = [DDIM(1.0), *(kernel(0.7) for kernel in KERNELS.values())]
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@pytest.mark.parametrize("kernel", NOISY, ids=repr)
 def test_log_prob_is_the_summed_normal_density(kernel):
     """log_prob equals torch.distributions.Normal, summed over the latent's dimensions."""
     latents, clean = draw(5, 3, 4, 4), draw(5, 3, 4, 4, seed=1)
@@ -62,9 +65,9 @@ def test_ddim_eta_0_is_the_probability_flow_ode():
     torch.testing.assert_close(found.mean, forward_noise(clean, noise, sigma_next, "variance_preserving"))
 
 
-@pytest.mark.parametrize("kernel", [CPS(0.0), FlowSDE(0.0)], ids=repr)
+@pytest.mark.parametrize("kernel", [row(0.0) for row in KERNELS.values() if row.path == "flow"], ids=repr)
 def test_flow_kernels_without_noise_are_the_euler_step(kernel):
-    """With no noise both flow kernels are x + (s' - s) v."""
+    """With no noise every flow kernel is x + (s' - s) v."""
     clean, noise = draw(4, 2, 3, 3), draw(4, 2, 3, 3, seed=1)
     sigma, sigma_next = torch.full((4,), 0.8), torch.full((4,), 0.5)
     latents = forward_noise(clean, noise, sigma, "flow")
@@ -85,7 +88,7 @@ def end_error(kernel, num_steps: int) -> float:
     return abs(mean - MEAN) + abs(math.sqrt(variance) - STD)
 
 
-@pytest.mark.parametrize("kernel", [DDIM(1.0), DDIM(0.5), DDIM(0.0), CPS(0.0)], ids=repr)
+@pytest.mark.parametrize("kernel", [DDIM(1.0), DDIM(0.5), DDIM(0.0), DanceSDE(0.7), CPS(0.0)], ids=repr)
 def test_the_marginal_error_falls_like_1_over_k(kernel):
     """On Gaussian data with the exact denoiser, four times the steps leave a quarter of the error."""
     coarse, fine = end_error(kernel, 128), end_error(kernel, 512)
@@ -96,6 +99,18 @@ def test_the_marginal_error_falls_like_1_over_k(kernel):
 def test_the_flow_sde_keeps_the_marginals():
     """Its diffusion is singular at pure noise, which costs the clean rate but not the limit."""
     assert end_error(FlowSDE(0.7), 1024) < min(0.002, end_error(FlowSDE(0.7), 16) / 5)
+
+
+def test_the_dance_sde_drifts_along_the_score():
+    """Its mean is Euler's plus g^2 / 2 times the score -n / s, backwards in time (Song et al. 2021, eq. 6)."""
+    clean, noise = draw(4, 2, 3, 3), draw(4, 2, 3, 3, seed=1)
+    sigma, sigma_next = torch.full((4,), 0.8), torch.full((4,), 0.5)
+    latents = forward_noise(clean, noise, sigma, "flow")
+    prediction = Prediction(clean, noise)
+    euler = DanceSDE(0.0).transition(latents, prediction, sigma, sigma_next).mean
+    found = DanceSDE(0.6).transition(latents, prediction, sigma, sigma_next)
+    torch.testing.assert_close(found.mean, euler + 0.6**2 / 2 * (-noise / 0.8) * 0.3)
+    torch.testing.assert_close(found.std, torch.full((4,), 0.6 * math.sqrt(0.3)))
 
 
 def test_cps_keeps_the_noise_coefficient_exactly():

@@ -10,7 +10,7 @@ import pytest
 
 from latentac import run as verbs
 from latentac.config import merge
-from latentac.errors import IntegrityError
+from latentac.errors import ConfigError, IntegrityError
 from latentac.incumbent import POINTER, in_production, load_incumbent, trouble
 from latentac.pretraining import new_critic
 from latentac.serving.exported import FILE, export
@@ -70,6 +70,12 @@ def copy(first: Workspace, tmp_path: Path) -> Workspace:
     output = tmp_path / "runs"
     shutil.copytree(first.folder.parent, output)
     return open_run("first", "", str(output))
+
+
+def test_a_kernel_that_does_not_fit_the_backbone_is_told_by_field(tmp_path: Path) -> None:
+    """The message names the kernel, both noise paths, and the kernels that would fit."""
+    with pytest.raises(ConfigError, match=r"kernel.name = 'cps': is for flow backbones, .* Use one of ddim"):
+        start(tmp_path, "misfit", "kernel.name=cps")
 
 
 def again(space: Workspace, run: str, *overrides: str) -> Workspace:

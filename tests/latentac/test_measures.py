@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from latentac.config import resolve
-from latentac.measures import DEFINITIONS, diversity, interval, median, ratio
+from latentac.measures import DEFINITIONS, difference, diversity, interval, median, ratio
 from latentac.recipes import RECIPES
 
 NORMAL = 1.959964
@@ -81,6 +81,18 @@ def test_paired_ratio_is_the_delta_method_on_gaussian_data() -> None:
     assert ratio(base, base, 200, 0) == {"ratio": 1.0, "low": 1.0, "high": 1.0, "n": 2000}
 
 
+def test_a_difference_of_two_samples_is_welchs_on_gaussian_data() -> None:
+    """Mean difference and an interval of 1.96 sqrt(s1^2 / n1 + s2^2 / n2); samples of unequal size are no pairs."""
+    generator = np.random.default_rng(1)
+    first, second = generator.normal(1.0, 2.0, 900), generator.normal(0.4, 1.0, 2500)
+    found = difference(first, second, 4000, 0)
+    half = 1.96 * math.sqrt(first.var() / 900 + second.var() / 2500)
+    assert found["mean"] == pytest.approx(first.mean() - second.mean())
+    assert found["high"] - found["mean"] == pytest.approx(half, rel=0.1)
+    assert found["mean"] - found["low"] == pytest.approx(half, rel=0.1)
+    assert found["n"] == 900
+
+
 def test_a_ratio_to_nothing_is_not_a_number() -> None:
     """A base without diversity gives NaN, which the gate holds, and no warning."""
     found = ratio(np.ones(4), np.zeros(4), 200, 0)
@@ -98,7 +110,7 @@ def test_a_median_withstands_a_slow_block() -> None:
 
 def test_every_measure_is_defined() -> None:
     """evaluation.json carries these sentences with its numbers."""
-    assert set(DEFINITIONS) == {"diversity", "diversity_kept", "latency", "latency_ratio"}
+    assert set(DEFINITIONS) == {"diversity", "diversity_kept", "held_out_gap", "latency", "latency_ratio"}
 
 
 def test_contrasts_are_measured_on_real_policies() -> None:

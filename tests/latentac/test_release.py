@@ -30,7 +30,7 @@ def trained_run(run: str, output: Path) -> Store:
     made = output / run / "made"
     shutil.copytree(builtin_pipeline("shapes-unet"), made / "policy")
     backbone = load_backbone("unet", made / "policy", torch.device("cpu"))
-    Critic(backbone.tap_shapes, backbone.text_width, space.config.reward_names).save(made / "critic")
+    Critic(backbone, space.config.reward_names, space.config.critic).save(made / "critic")
     config_hash = space.config.hash
     space.store.publish(f"{run}/train", made, run=run, step="train", config_hash=config_hash, metrics={"run": run})
     space.store.publish(f"{run}/gate", made / "critic", run=run, step="gate", config_hash=config_hash)

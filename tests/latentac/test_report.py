@@ -92,6 +92,10 @@ EVALUATION = {
     },
     "critic": {"explained_variance": [0.04, 0.08, 0.13, 0.19, 0.25, 0.3, 0.345, 0.38, 0.4, 0.41]},
     "production": {"version": None, "sha256": None, "problem": ""},
+    "held_out_gap": {
+        "shapes_verifier": interval(0.0187, 0.0544, 256),
+        "jpeg_compressibility": interval(0.002, 0.011, 256),
+    },
     "diversity": {
         "base": interval(0.2217, 0.011, 32),
         "trained": interval(0.2209, 0.012, 32),
@@ -343,8 +347,8 @@ def check_evaluation(evaluation: dict[str, Any]) -> None:
         return row is None or set(row) == {middle, "low", "high", "n"}
 
     keys = {"base", "trained", "difference", "incumbent", "incumbent_difference", "production", "diversity", "latency"}
-    assert set(evaluation) == keys | {"definitions", "categories", "units"}
-    for arm in ("base", "trained", "difference", "incumbent", "incumbent_difference"):
+    assert set(evaluation) == keys | {"held_out_gap", "definitions", "categories", "units"}
+    for arm in ("base", "trained", "difference", "incumbent", "incumbent_difference", "held_out_gap"):
         assert all(row is not None and is_interval(row) for row in (evaluation[arm] or {}).values())
     arms = {"base", "trained", "incumbent"}
     assert set(evaluation["production"]) == {"version", "problem"}
@@ -409,6 +413,9 @@ def test_a_complete_run_gives_a_complete_self_contained_page(complete: tuple[str
     assert "not run" not in page.text
     assert "Promoted" in page.text
     assert "from 0.391 to 0.612: a change of +0.222 (95 % interval +0.185 to +0.259, 1024 pictures a side)" in page.text
+    assert "On prompts that it was trained on it scores +0.019 (-0.036 to +0.073) against these." in page.text.replace(
+        "\N{MINUS SIGN}", "-"
+    )
 
 
 def test_every_number_that_the_page_shows_is_in_the_summary(complete: tuple[str, dict[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentac.returns import combine, explained_variance, gae, group_advantages, whiten
+from latentac.returns import combine, explained_variance, gae, group_advantages, rank_correlation, whiten
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -36,10 +36,11 @@ def test_without_discount_the_return_is_the_reward():
 
 def test_group_advantages_compare_within_a_prompt():
     """Each group is centred and scaled by itself; a group without spread teaches nothing; a group of one is refused."""
-    rewards = torch.tensor([1.0, 3.0, 10.0, 30.0, 5.0, 5.0])[:, None]
-    advantages = group_advantages(rewards, 2).flatten()
-    torch.testing.assert_close(advantages[:4], torch.tensor([-1.0, 1.0, -1.0, 1.0]), rtol=1e-4, atol=1e-4)
-    assert torch.equal(advantages[4:], torch.zeros(2))
+    rewards = torch.tensor([[1.0, 2.0], [3.0, 2.0], [10.0, 4.0], [30.0, 3.0], [5.0, 0.1], [5.0, 0.1]])
+    advantages, told = group_advantages(rewards, 2)
+    expected = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [-1.0, 1.0], [1.0, -1.0], [0.0, 0.0], [0.0, 0.0]])
+    torch.testing.assert_close(advantages, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(told, expected != 0)
     with pytest.raises(ValueError, match="at least 2"):
         group_advantages(rewards, 1)
 
@@ -52,6 +53,15 @@ def test_whitening_gives_mean_0_and_std_1():
     assert torch.equal(whiten(torch.ones(4)), torch.zeros(4))
 
 
+def test_whitening_along_an_axis_is_that_of_each_slice():
+    """And a slice that is constant becomes zeros."""
+    x = draw(20, 3) * torch.tensor([1.0, 5.0, 0.0]) + 2
+    found = whiten(x, dim=0)
+    for column in range(3):
+        torch.testing.assert_close(found[:, column], whiten(x[:, column]))
+    assert torch.equal(found[:, 2], torch.zeros(20))
+
+
 def test_combination_does_not_depend_on_a_rewards_unit():
     """A reward given in thousandths counts as much as before; a weight of 0 removes it; the clip holds."""
     advantages = draw(64, 3, 2)
@@ -61,6 +71,28 @@ def test_combination_does_not_depend_on_a_rewards_unit():
     alone = combine(advantages, torch.tensor([1.0, 0.0]), 10.0)
     torch.testing.assert_close(alone, whiten(advantages[..., 0]), rtol=1e-4, atol=1e-4)
     assert float(combine(advantages, weights, 0.5).abs().max()) <= 0.5
+
+
+def test_combination_by_the_plain_sum_and_by_step():
+    """Without by_head the weighted sum is whitened as it is; per_step whitens the images of each step among
+    themselves, rewards first."""
+    advantages, weights = draw(64, 3, 2) * torch.tensor([1.0, 10.0, 100.0])[:, None], torch.tensor([1.0, 2.0])
+    plain = combine(advantages, weights, 10.0, by_head=False)
+    torch.testing.assert_close(plain, whiten(advantages @ weights))
+    apart = combine(advantages, weights, 10.0, per_step=True)
+    for step in range(3):
+        alone = combine(advantages[:, step : step + 1], weights, 10.0)
+        torch.testing.assert_close(apart[:, step], alone[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_rank_correlation_at_its_fixed_points():
+    """Over the pairs within a group: 1 where values order them as rewards do, -1 the other way about, 0 for a constant;
+    pairs of equal reward and other groups do not count; by hand for one that is half right."""
+    reward, groups = torch.tensor([1.0, 2.0, 5.0, 0.0, 0.0, 3.0]), torch.tensor([0, 0, 0, 1, 1, 2])
+    values = torch.stack([reward * 10, -reward, torch.zeros(6), torch.tensor([2.0, 1.0, 3.0, 7.0, 8.0, 9.0])], 1)
+    torch.testing.assert_close(rank_correlation(values, reward, groups), torch.tensor([1.0, -1.0, 0.0, 1 / 3]))
+    assert torch.equal(rank_correlation(values, torch.ones(6), groups), torch.zeros(4))
+    assert torch.equal(rank_correlation(values, reward, torch.arange(6)), torch.zeros(4))
 
 
 def test_explained_variance_at_its_fixed_points():

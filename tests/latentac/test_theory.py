@@ -1,24 +1,26 @@
-"""The critic and steering against the analytic value function of a linear-Gaussian chain (method test 4 and 15)."""
+"""Critic, gradient and steering against the closed forms of a linear-Gaussian chain (method tests 4, 5, 8 and 15)."""
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from latentac.config import Pretrain, merge, resolve
+from latentac.config import merge, resolve
 from latentac.critic import Critic
-from latentac.diffusion import CPS, DDIM, FlowSDE
+from latentac.diffusion import DDIM, KERNELS, alpha_of, forward_noise
+from latentac.losses import clipped_surrogate
 from latentac.policy import Policy
 from latentac.pretraining import States, fit, predict
 from latentac.recipes import RECIPES
-from latentac.returns import explained_variance
+from latentac.returns import explained_variance, gae
 from latentac.rollout import rollout
 from latentac.steering.best_of_n import BestOfN
 from latentac.steering.value_gradient import ValueGradient
+from latentac.types import flatten_steps
 from tests.latentac.worlds import GaussianBackbone, Quadratic, affine_steps, analytic_values
 
 REWARD = Quadratic(-2.0, 1.0, 0.5)
 STEPS = 8
-KERNELS = [DDIM(1.0), FlowSDE(0.7), CPS(0.5)]
+NOISY = [DDIM(1.0), *(kernel(0.5) for kernel in KERNELS.values() if kernel.path == "flow")]
 
 
 class AnalyticCritic(nn.Module):
@@ -26,39 +28,45 @@ class AnalyticCritic(nn.Module):
 
     def __init__(self, backbone, kernel):
         super().__init__()
-        self.mean, self.std = torch.zeros(1), torch.ones(1)
         self.sigmas = backbone.schedule(STEPS)[:-1]
         self.values = analytic_values(affine_steps(backbone, kernel, STEPS), REWARD)
 
-    def standardised(self, taps, sigma, conditioning):
+    def features(self, latents, prediction, taps):
+        return taps
+
+    def standardised(self, features, sigma, conditioning):
         step = int((self.sigmas - sigma[0]).abs().argmin())
-        return self.values[step](taps["state"][:, :1, 0, 0])
+        return self.values[step](features["state"][:, :1, 0, 0])
+
+    def unstandardise(self, values):
+        return values
 
 
-def noise(count: int, seed: int) -> torch.Tensor:
+def noise(count: int, seed: int) -> Tensor:
     return torch.randn(count, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(seed))
 
 
-def roll(policy: Policy, critic, count: int, seed: int, steering=None):
-    prompts = [""] * count
-    return rollout(policy, critic, prompts, policy.backbone.encode(prompts), noise(count, seed), steering=steering)
-
-
-def states(policy: Policy, count: int, seed: int) -> States:
-    """Rollouts as value pretraining collects them."""
-    taps = []
+def roll(policy: Policy, critic, count: int, seed: int, steering=None, **settings):
     prompts = [""] * count
     conditioning = policy.backbone.encode(prompts)
-    trajectory = rollout(
-        policy, None, prompts, conditioning, noise(count, seed), observe=lambda output: taps.append(output.taps)
-    )
+    return rollout(policy, critic, prompts, conditioning, noise(count, seed), steering=steering, **settings)
+
+
+def states(policy: Policy, critic: Critic, count: int, seed: int) -> States:
+    """Rollouts as value pretraining collects them."""
+    trajectory = roll(policy, critic, count, seed, keep_features=True)
     rewards = REWARD(trajectory.clean.flatten(1))
     return States(
-        {"state": torch.stack([tap["state"] for tap in taps], 1)}, trajectory.sigmas[:-1], conditioning.tokens, rewards
+        dict(trajectory.features),
+        trajectory.clean,
+        trajectory.sigmas[:-1],
+        trajectory.conditioning,
+        rewards,
+        torch.arange(count),
     )
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@pytest.mark.parametrize("kernel", NOISY, ids=repr)
 def test_the_analytic_value_is_the_mean_reward_from_each_state(kernel):
     """E[R - V_k] = 0 and V_k explains more the later the step: the closed form describes the product's own rollout."""
     policy = Policy(GaussianBackbone(kernel.path), kernel)
@@ -68,27 +76,98 @@ def test_the_analytic_value_is_the_mean_reward_from_each_state(kernel):
     assert float(residual.mean(0).abs().max()) < 4 * float(rewards.std()) / 20000**0.5
     explained = explained_variance(trajectory.values[..., 0], rewards)
     assert bool((explained.diff() > -0.01).all())
-    assert float(explained[-1]) > 0.9 > 0.1 > float(explained[0])
+    assert float(explained[-1]) > 0.5 > float(explained[0])
 
 
-def test_a_trained_critic_reaches_the_analytic_explained_variance():
-    """Regression on rollouts comes within 0.02 of V* at each denoising step, on fresh rollouts."""
-    kernel = DDIM(1.0)
-    policy = Policy(GaussianBackbone(kernel.path), kernel)
-    settings = {"critic": {"width": 32, "num_heads": 2, "num_queries": 1, "learning_rate": 3e-3}}
+def fitted(policy: Policy, forward_noised: float) -> Critic:
+    """A critic after value pretraining. Its targets are not clamped, for those of V* are not either."""
+    critic_settings = {"width": 32, "num_heads": 2, "num_queries": 1, "text_conditioning": False, "dropout": 0.0}
+    settings = {
+        "critic": {**critic_settings, "learning_rate": 1e-2, "target_clip": 99.0},
+        "pretrain": {"num_passes": 3, "minibatch_states": 512, "forward_noised": forward_noised},
+    }
     config = resolve(merge(RECIPES["shapes-unet"], settings))
-    config = config.model_copy(update={"pretrain": Pretrain(num_passes=6, minibatch_states=1024)})
     torch.manual_seed(0)
-    critic = Critic(policy.backbone.tap_shapes, 1, ("reward",), 32, 2, 1)
-    fresh = states(policy, 4096, seed=2)
-    fit(config, critic, states(policy, 4096, seed=1), fresh, 0)
-    trained = explained_variance(predict(critic, fresh)[..., 0], fresh.rewards[:, 0])
-    exact = roll(policy, AnalyticCritic(policy.backbone, kernel), 4096, seed=2).values[..., 0]
-    analytic = explained_variance(exact, fresh.rewards[:, 0])
+    critic = Critic(policy.backbone, ("reward",), config.critic)
+    fit(config, policy, critic, states(policy, critic, 4096, seed=1), states(policy, critic, 64, seed=2))
+    return critic
+
+
+@pytest.mark.parametrize("kernel", NOISY, ids=repr)
+def test_a_trained_critic_reaches_the_analytic_explained_variance(kernel):
+    """Regression on rollouts comes within 0.02 of V* at each denoising step, on fresh rollouts."""
+    policy = Policy(GaussianBackbone(kernel.path), kernel)
+    critic = fitted(policy, forward_noised=0.0)
+    fresh = states(policy, critic, 4096, seed=3)
+    exact = roll(policy, AnalyticCritic(policy.backbone, kernel), 4096, seed=3).values[..., 0]
+    trained, analytic = (
+        explained_variance(values, fresh.rewards[:, 0]) for values in (predict(critic, fresh)[..., 0], exact)
+    )
     assert float((trained - analytic).abs().max()) < 0.02, f"trained {trained.tolist()}, analytic {analytic.tolist()}"
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+def test_a_critic_of_forward_noised_pictures_is_the_posterior_mean_of_the_reward():
+    """With fresh noise on scored pictures alone it learns E[R(x0) | x_t], which is a quadratic of x_t here, to 0.04 of
+    explained variance at each noise level."""
+    kernel = DDIM(1.0)
+    policy = Policy(GaussianBackbone(kernel.path), kernel)
+    critic = fitted(policy, forward_noised=1.0)
+    clean = roll(policy, None, 4096, seed=3).clean
+    mean, variance, rewards = float(clean.mean()), float(clean.var()), REWARD(clean.flatten())
+    for index, sigma in enumerate(policy.backbone.schedule(STEPS)[:-1]):
+        level = sigma.expand(len(clean))
+        latents = forward_noise(clean, noise(len(clean), 10 + index)[:, 0], level, kernel.path)
+        alpha = float(alpha_of(sigma, kernel.path))
+        total = alpha**2 * variance + float(sigma) ** 2
+        posterior = mean + alpha * variance / total * (latents.flatten() - alpha * mean)
+        exact = REWARD(posterior) + REWARD.p / 2 * variance * float(sigma) ** 2 / total
+        conditioning = policy.backbone.encode([""] * len(clean))
+        with torch.no_grad():
+            prediction, taps = policy.backbone.predict(latents, level, conditioning)
+            values = critic(critic.features(latents, prediction, taps), level, conditioning)
+        found, expected = explained_variance(torch.stack([values[:, 0], exact], 1), rewards).tolist()
+        assert abs(found - expected) < 0.04, f"step {index}: trained {found}, analytic {expected}"
+
+
+def gradients(policy: Policy, trajectory, advantages: Tensor) -> Tensor:
+    """[B], each rollout's estimate of dE[R]/dtheta, for an offset theta of every stochastic step's mean, from the loss
+    that trains the policy. advantages: [B, S]."""
+    images, steps = advantages.shape
+    rows = torch.arange(images * steps)
+    batch = flatten_steps(trajectory, advantages, rows // steps, rows % steps)
+    theta = torch.zeros(images, requires_grad=True)
+    transition = policy.transition(batch.latents, batch.sigma, batch.sigma_next, batch.conditioning)
+    moved = transition.shifted(theta[rows // steps].reshape(-1, 1, 1, 1))
+    surrogate = clipped_surrogate(moved.log_prob(batch.next_latents) - batch.old_log_probs, batch.advantages, 0.2)
+    (gradient,) = torch.autograd.grad(surrogate.loss, theta)
+    return -gradient * images * steps
+
+
+@pytest.mark.parametrize("kernel", NOISY, ids=repr)
+def test_the_policy_gradient_is_that_of_the_mean_reward(kernel):
+    """The loss's gradient estimates the analytic dE[R]/dtheta, with the reward alone and with the baseline V*, and V*
+    takes away a good part of its variance."""
+    backbone, count = GaussianBackbone(kernel.path), 20000
+    policy = Policy(backbone, kernel)
+    trajectory = roll(policy, AnalyticCritic(policy.backbone, kernel), count, seed=5)
+    rewards, stochastic = REWARD(trajectory.clean.flatten(1)), trajectory.num_stochastic_steps
+
+    steps = affine_steps(backbone, kernel, STEPS)
+    mean, variance, moved = 0.0, 1.0, 0.0  # of x, which begins as N(0, 1), and d mean / d theta
+    for index, step in enumerate(steps):
+        mean, variance = step.slope * mean + step.offset, step.slope**2 * variance + step.std**2
+        moved = step.slope * moved + (index < stochastic)
+    expected = (REWARD.p * mean + REWARD.q) * moved
+
+    plain = gradients(policy, trajectory, rewards.expand(-1, stochastic))
+    advantages, _ = gae(rewards, trajectory.values[:, :stochastic], 1.0, 1.0)
+    reduced = gradients(policy, trajectory, advantages[..., 0])
+    for estimate in (plain, reduced):
+        assert abs(float(estimate.mean()) - expected) < 4 * float(estimate.std()) / count**0.5
+    assert float(reduced.var()) < 0.8 * float(plain.var())
+
+
+@pytest.mark.parametrize("kernel", NOISY, ids=repr)
 def test_steering_up_the_value_raises_the_reward_and_down_lowers_it(kernel):
     """The sign trap: with V*, plus must beat the plain rollout and minus must lose to it."""
     policy = Policy(GaussianBackbone(kernel.path), kernel)
@@ -102,7 +181,7 @@ def test_steering_up_the_value_raises_the_reward_and_down_lowers_it(kernel):
     assert mean_reward(-1.0) < mean_reward(0.0) - 0.03
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@pytest.mark.parametrize("kernel", NOISY, ids=repr)
 @pytest.mark.parametrize("steering", [ValueGradient(torch.zeros(1)), BestOfN(torch.ones(1), 1)], ids=["grad", "best"])
 def test_strength_0_is_bitwise_the_plain_rollout(kernel, steering):
     """Steering that asks for nothing changes nothing: latents, log-probs and values."""

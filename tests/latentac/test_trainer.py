@@ -1,182 +1,255 @@
-"""The training loop: what learns, what must not, and what a resumed run must reproduce."""
+"""The training loop: what learns, what must not, and what a resumed or shared run must reproduce."""
 
-import copy
+import os
+import socket
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from latentac.algorithms import ALGORITHMS, make_algorithm
-from latentac.backbones import load_backbone
-from latentac.config import merge, resolve
-from latentac.diffusion import KERNELS
+from latentac.checkpoint import read_state, write_state
 from latentac.distributed import Mesh
 from latentac.errors import RewardError
-from latentac.policy import Policy
-from latentac.pretraining import new_critic
-from latentac.prompts import Prompt, balanced, load_prompts
-from latentac.recipes import RECIPES
-from latentac.shapes import builtin_pipeline
-from latentac.trainer import Trainer
+from latentac.prompts import Prompt, balanced
+from latentac.types import flatten_steps
+from tests.latentac.peer import RUNS, do_run
+from tests.latentac.trainers import CPU, SHIPPED, Brightness, make_trainer, same, snapshot
 
-CPU = torch.device("cpu")
-
-
-class Brightness:
-    """A smooth reward that any model can raise."""
-
-    name, unit = "brightness", "grey levels"
-
-    def known(self):
-        return np.zeros((1, 2, 2, 3), np.uint8), [""], np.zeros(1)
-
-    def __call__(self, images, prompts):
-        return images.mean((1, 2, 3)).astype(np.float32)
+EVERYTHING: dict[str, Any] = {
+    "rewards": [{"name": "brightness"}, {"name": "redness", "weight": 0.0}],
+    "critic": {"replay_images": 12},
+    "policy": {"ema_decay": 0.9},
+    "algorithm": {"prediction_kl": 0.1},
+    "train": {"early_stopping": {"reward": "redness", "window": 1, "patience": 9}},
+}
+"""Sections that turn on whatever has a state of its own."""
 
 
 class Broken(Brightness):
-    """NaN for the third picture."""
+    """NaN for the second picture."""
 
     name = "broken"
 
     def __call__(self, images, prompts):
         scores = super().__call__(images, prompts)
-        scores[2] = np.nan
+        scores[1] = np.nan
         return scores
 
 
-def make_trainer(reward=None, **sections):
-    fields = {
-        "rewards": [{"name": "brightness"}],
-        "gate": {"reward": "brightness"},
-        "kernel": {"num_steps": 3},
-        "critic": {"width": 32, "num_heads": 2, "num_queries": 1},
-        "train": {"images_per_iteration": 8, "block_images": 4, "updates_per_iteration": 2, "num_workers": 1},
-        **sections,
-    }
-    config = resolve(merge(RECIPES["shapes-unet-smoke"], fields))
-    backbone = load_backbone("unet", builtin_pipeline("shapes-unet"), CPU)
-    policy = Policy(backbone, KERNELS["ddim"](config.kernel.noise))
-    torch.manual_seed(config.seed)
-    policy.backbone.adapt(config.policy)
-    critic, algorithm = new_critic(config, policy), make_algorithm(config)
-    prompts = load_prompts("builtin:shapes").train
-    return Trainer(config, policy, critic, algorithm, [reward or Brightness()], prompts, Mesh(0, 1, CPU))
+def with_adaptation(adaptation):
+    return {**EVERYTHING, "policy": {**EVERYTHING["policy"], "adaptation": adaptation}}
 
 
-def snapshot(trainer):
-    return {name: tensor.clone() for name, tensor in trainer.state()[0].items()}
-
-
-def same(first, second, prefix=""):
-    return all(torch.equal(first[name], second[name]) for name in first if name.startswith(prefix))
-
-
+@pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
-def test_the_first_ratio_of_an_iteration_is_exactly_1(adaptation):
+def test_the_first_ratio_of_an_iteration_is_exactly_1(name, adaptation):
     """Through blocks, shuffling and minibatches the first update of every iteration sees ratio 1 to the last bit."""
-    trainer = make_trainer(policy={"adaptation": adaptation})
+    trainer = make_trainer(name, policy={"adaptation": adaptation})
     for _ in range(2):
         assert trainer.iterate()["first_ratio_deviation"] == 0.0
     assert trainer.history[-1]["kl"] > 0
 
 
+@pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
-def test_a_resumed_run_ends_bitwise_as_an_unbroken_one(adaptation):
-    """Four iterations equal two, a fresh trainer that loads their state, and two more."""
-    whole = make_trainer(policy={"adaptation": adaptation})
-    for _ in range(2):
-        whole.iterate()
-    tensors, progress = snapshot(whole), copy.deepcopy(whole.state()[1])
-    for _ in range(2):
-        whole.iterate()
-    resumed = make_trainer(policy={"adaptation": adaptation})
-    resumed.load_state(tensors, progress)
-    assert resumed.iteration == 2
-    for _ in range(2):
-        resumed.iterate()
-    assert same(snapshot(whole), snapshot(resumed))
+def test_a_resumed_run_ends_bitwise_as_an_unbroken_one(name, adaptation, tmp_path):
+    """Two iterations equal one, a fresh trainer that reads the checkpoint of it, and one more: actor, its average, the
+    best so far, critic, both optimizers, and the pictures that are remembered."""
+    sections = with_adaptation(adaptation)
+    whole = make_trainer(name, **sections)
+    whole.iterate()
+    write_state(tmp_path / "state", *whole.state())
+    whole.iterate()
+    resumed = make_trainer(name, **sections)
+    resumed.load_state(*read_state(tmp_path / "state"))
+    assert resumed.iteration == 1
+    resumed.iterate()
+    expected, found = snapshot(whole), snapshot(resumed)
+    assert set(expected) == set(found)
+    for prefix in ("actor.", "ema.", "best.", "critic.", "replay.", "actor_optimizer.", "critic_optimizer."):
+        assert same(expected, found, prefix), prefix
+    assert [entry["rewards"] for entry in whole.history] == [entry["rewards"] for entry in resumed.history]
+    for trainer in (whole, resumed):
+        trainer.publish_weights()
+    assert same(snapshot(whole), snapshot(resumed), "actor.")
 
 
 def test_the_result_does_not_depend_on_how_blocks_are_dealt():
     """A worker of two rolls out and splits its block exactly as one worker alone does."""
     one = make_trainer()
     for rank in range(2):
-        half = make_trainer()
-        half.mesh = Mesh(rank, 2, CPU)
+        half = make_trainer(mesh=Mesh(rank, 2, CPU))
         (index,) = half.mesh.own(2)
         expected, found = one._roll_out(index), half._roll_out(index)
         assert torch.equal(expected.trajectory.latents, found.trajectory.latents)
-        assert torch.equal(one._order(expected, "actor", 2), half._order(found, "actor", 2))
+        expected.advantages = found.advantages = torch.zeros_like(found.trajectory.log_probs)
+        first, second = one._share(expected, 1), half._share(found, 1)
+        assert torch.equal(first.latents, second.latents)
+        assert torch.equal(first.old_log_probs, second.old_log_probs)
 
 
-def test_actor_and_critic_do_not_shape_each_other():
-    """A pass of the critic leaves the actor bitwise as it was, and an update of the actor the critic; with zero
-    advantages the actor gets no gradient at all."""
-    trainer = make_trainer()
+def gradient(trainer):
+    """The actor's gradient, flat."""
+    parameters = trainer.actor_parameters.values()
+    return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_blocks_and_steps_add_up_to_one_batch(name):
+    """The gradient of one update is the same from two blocks of two images, from one of four, and from a loop over
+    the denoising steps of all images."""
+    found = []
+    for block_images in (2, 4):
+        trainer = make_trainer(name, train={"block_images": block_images, "updates_per_iteration": 1})
+        blocks = [trainer._roll_out(index) for index in range(4 // block_images)]
+        trainer._credit(blocks)
+        for block in blocks:
+            trainer._actor_gradient(trainer._share(block, 0))
+        found.append(gradient(trainer))
+    trainer.actor_optimizer.zero_grad()
+    (block,) = blocks
+    steps, images = block.trajectory.num_stochastic_steps, torch.arange(4)
+    for step in range(steps):
+        minibatch = flatten_steps(block.trajectory, block.advantages, images, torch.full((4,), step))
+        transition = trainer.policy.transition(
+            minibatch.latents, minibatch.sigma, minibatch.sigma_next, minibatch.conditioning
+        )
+        (trainer.algorithm.loss(transition, minibatch).loss / steps).backward()
+    found.append(gradient(trainer))
+    scale = float(found[0].abs().max())
+    assert scale > 0
+    for other in found[1:]:
+        torch.testing.assert_close(other / scale, found[0] / scale, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_workers_do_what_one_does(tmp_path):
+    """Two processes over gloo and one alone end two iterations with the same weights, critic, memory and history, but
+    for the rounding of sums, for every algorithm and with all that has a state turned on; the two agree bitwise."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "tests.latentac.peer", str(tmp_path)]
+    root = Path(__file__).parents[2]
+    peers = [subprocess.Popen(command, cwd=root, env={**shared, "RANK": str(rank)}) for rank in range(2)]
+    alone = {run: do_run(run, Mesh(0, 1, CPU)) for run in RUNS}
+    assert [peer.wait(250) for peer in peers] == [0, 0]
+    for run, trainer in alone.items():
+        (first, progress), (second, _) = (read_state(tmp_path / run / str(rank)) for rank in range(2))
+        assert same(first, second)
+        expected = snapshot(trainer)
+        assert set(expected) == set(first)
+        for key, tensor in expected.items():
+            assert torch.allclose(first[key], tensor, rtol=1e-3, atol=2e-5), key
+        for entry, other in zip(trainer.history, progress["history"], strict=True):
+            assert (entry["world_size"], other["world_size"]) == (1, 2)
+            for key in ("reward_mean", "kl", "gradient_norm", *(["value_loss"] if "value_loss" in entry else [])):
+                assert entry[key] == pytest.approx(other[key], rel=1e-3), key
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_actor_and_critic_do_not_shape_each_other(name):
+    """The critic's passes leave actor and reference bitwise as they were, and give them no gradient; an update of the
+    actor leaves the critic; with zero advantages the actor gets no gradient at all."""
+    trainer = make_trainer(name, critic={"replay_images": 8}, algorithm={"prediction_kl": 0.1})
+    assert trainer.reference is not None
+    assert trainer.learner is not None
+    reference = trainer.reference.backbone.module
+    weights = {key: tensor.clone() for key, tensor in reference.state_dict().items()}
     blocks = [trainer._roll_out(index) for index in range(2)]
     trainer._credit(blocks)
     before = snapshot(trainer)
-    trainer._update_critic(blocks, 0)
+    trainer.learner.learn(0, [(block.index, block.trajectory, block.returns) for block in blocks])
     assert same(before, snapshot(trainer), "actor")
+    assert all(parameter.grad is None for parameter in trainer.actor_parameters.values())
     assert not same(before, snapshot(trainer), "critic.heads")
     between = snapshot(trainer)
+    trainer.learner.optimizer.zero_grad(set_to_none=True)
     trainer._update_actor(blocks, 0)
     assert same(between, snapshot(trainer), "critic")
+    assert all(parameter.grad is None for parameter in trainer.critic.parameters())
     assert not same(between, snapshot(trainer), "actor.")
-    trainer.actor_optimizer.zero_grad()
-    blocks[0].advantages = torch.zeros_like(blocks[0].advantages)
-    trainer._actor_gradient(trainer._share(blocks[0], 0))
-    assert all(float(p.grad.abs().max()) == 0 for p in trainer.actor_parameters.values() if p.grad is not None)
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in reference.state_dict().items())
+    assert all(parameter.grad is None for parameter in reference.parameters())
+
+    plain = make_trainer(name)
+    blocks = [plain._roll_out(index) for index in range(2)]
+    for block in blocks:
+        block.advantages = torch.zeros_like(block.trajectory.log_probs)
+        plain._actor_gradient(plain._share(block, 0))
+    assert float(gradient(plain).abs().max()) == 0
 
 
-@pytest.mark.parametrize("name", sorted(ALGORITHMS))
-def test_a_positive_advantage_raises_that_transitions_log_prob(name):
-    """One small step on transitions of advantage 1 makes them more likely."""
-    trainer = make_trainer(algorithm={"name": name}, policy={"learning_rate": 1e-5, "warmup_updates": 0})
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_prediction_kl_pulls_back(name):
+    """It is 0 with a gradient of 0 at the base, and away from it steps down its gradient lead back."""
+    trainer = make_trainer(name, algorithm={"prediction_kl": 1.0})
     block = trainer._roll_out(0)
-    block.advantages = torch.ones(4, 2)
+    block.advantages = torch.zeros_like(block.trajectory.log_probs)
     minibatch = trainer._share(block, 0)
-    loss = trainer.algorithm.loss(_transition(trainer, minibatch), minibatch).loss
-    trainer.actor_optimizer.zero_grad()
-    loss.backward()
-    trainer.actor_optimizer.step()
+    assert float(trainer._actor_gradient(minibatch)["prediction_kl"]) == 0
+    assert float(gradient(trainer).abs().max()) == 0
+
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        after = _transition(trainer, minibatch).log_prob(minibatch.next_latents)
-    assert bool((after > minibatch.old_log_probs).all())
+        for parameter in trainer.actor_parameters.values():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    drifts = []
+    for _ in range(2):
+        trainer.actor_optimizer.zero_grad()
+        drifts.append(float(trainer._actor_gradient(minibatch)["prediction_kl"]))
+        norm = float(gradient(trainer).norm())
+        assert norm > 0
+        with torch.no_grad():
+            for parameter in trainer.actor_parameters.values():
+                if parameter.grad is not None:
+                    parameter.sub_(0.02 / norm * parameter.grad)
+    assert drifts[1] < drifts[0]
 
 
-def _transition(trainer, minibatch):
-    return trainer.policy.transition(minibatch.latents, minibatch.sigma, minibatch.sigma_next, minibatch.conditioning)
-
-
-def test_the_actor_learns_a_smooth_reward():
-    """A few iterations on brightness raise it well beyond its noise, so the sign of everything is right."""
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_actor_learns_a_smooth_reward(name):
+    """Three iterations on brightness raise that of the very pictures, prompts and noise, that it began with, so the
+    sign of everything is right."""
+    anything_goes = {"guard": {"max_kl": 1e3, "max_clip_share": 1.0}}
     trainer = make_trainer(
-        policy={"learning_rate": 3e-4, "warmup_updates": 4},
-        train={"images_per_iteration": 16, "block_images": 16, "updates_per_iteration": 2, "num_workers": 1},
+        name,
+        policy={"learning_rate": 5e-4, "warmup_updates": 2},
+        train={"images_per_iteration": 8, "block_images": 8, **anything_goes},
     )
-    means = [trainer.iterate()["reward_mean"] for _ in range(8)]
-    assert means[-1] > means[0] + 5, means
+    before = float(trainer._roll_out(0).rewards.mean())
+    for _ in range(3):
+        trainer.iterate()
+    trainer.history.clear()  # so that the first iteration's draws come again
+    assert float(trainer._roll_out(0).rewards.mean()) > before + 1
 
 
 def test_a_nan_reward_is_refused_by_name():
     """The message names the reward, what it gave and for which prompt, and nothing was updated."""
-    trainer = make_trainer(Broken())
+    trainer = make_trainer(scorers=[Broken()])
     before = snapshot(trainer)
-    with pytest.raises(RewardError, match=r"reward broken: returned nan for '.+' \(1 of 4 pictures\)"):
+    with pytest.raises(RewardError, match=r"reward broken: returned nan for '.+' \(1 of 2 pictures\)"):
         trainer.iterate()
     assert same(before, snapshot(trainer))
 
 
 def test_a_group_shares_its_prompt():
-    """With a group baseline G consecutive rollouts have one prompt and different noise."""
-    trainer = make_trainer(algorithm={"baseline": "group", "group_size": 2})
+    """G consecutive rollouts have one prompt and different noise, whatever the algorithm; PPO then knows how well the
+    critic ranks them."""
+    trainer = make_trainer(algorithm={"group_size": 2})
     block = trainer._roll_out(0)
     prompts = list(block.trajectory.prompts)
     assert prompts[0::2] == prompts[1::2]
+    assert torch.equal(block.prompts[0::2], block.prompts[1::2])
     assert not torch.equal(block.trajectory.latents[0, 0], block.trajectory.latents[1, 0])
-    trainer.iterate()
+    assert len(trainer.iterate()["rank_correlation"]) == 3
 
 
 def test_draws_are_balanced_over_categories():

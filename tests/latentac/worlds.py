@@ -7,12 +7,14 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from latentac import diffusion
+from latentac.backbones import to_arrays
 from latentac.config import Policy as PolicySettings
 from latentac.diffusion import Kernel
 from latentac.types import Conditioning
@@ -22,15 +24,17 @@ MEAN, STD = 0.7, 0.6
 
 
 class GaussianBackbone:
-    """The exact E[x0 | x_t] of scalar Gaussian data; its tap is (x, x^2)."""
+    """The exact E[x0 | x_t] of scalar Gaussian data; its tap is (x, x^2) between two constants, which keep its size
+    for a critic that normalises over the channels."""
 
-    module: nn.Module = nn.Identity()
+    device = torch.device("cpu")
     latent_shape = (1, 1, 1)
     text_width = 1
 
     def __init__(self, path: diffusion.Path) -> None:
         self.path = path
-        self.tap_shapes = {"state": (2, 1, 1)}
+        self.module: nn.Module = nn.Identity()
+        self.tap_shapes = {"state": (4, 1, 1)}
 
     def schedule(self, num_steps: int) -> Tensor:
         """Uniform in the flow's time; for a variance-preserving path uniform in the angle whose sine is sigma."""
@@ -49,23 +53,24 @@ class GaussianBackbone:
         level = diffusion.broadcast(sigma, latents)
         gain = alpha * STD**2 / (alpha**2 * STD**2 + level**2)
         clean = MEAN + gain * (latents - alpha * MEAN)
-        taps = {"state": torch.cat([latents, latents**2], 1)}
+        frame = torch.full_like(latents, 3.0)
+        taps = {"state": torch.cat([latents, latents**2, frame, -frame], 1)}
         return diffusion.Prediction(clean, (latents - alpha * clean) / level), taps
 
+    def pictures(self, latents: Tensor) -> Tensor:
+        return latents.sigmoid().expand(-1, 3, -1, -1)
+
     def decode(self, latents: Tensor) -> np.ndarray:
-        return np.zeros((len(latents), 1, 1, 3), np.uint8)
+        return to_arrays(self.pictures, latents)
+
+    def clone(self) -> Self:
+        return type(self)(self.path)
 
     def adapt(self, settings: PolicySettings) -> None:
         pass
 
     def save(self, folder: FilePath) -> None:
         pass
-
-
-def forward_noise(clean: Tensor, noise: Tensor, sigma: Tensor, path: diffusion.Path) -> Tensor:
-    """x = alpha(sigma) x0 + sigma n; clean, noise: [B, *latent]; sigma: [B]."""
-    alpha = diffusion.broadcast(diffusion.alpha_of(sigma, path), clean)
-    return alpha * clean + diffusion.broadcast(sigma, clean) * noise
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def exported_folder(tmp_path_factory: pytest.TempPathFactory, config: Config) ->
     shutil.copytree(builtin_pipeline("shapes-unet"), folder, dirs_exist_ok=True)
     backbone = load_backbone(config.backbone.name, folder, torch.device("cpu"))
     torch.manual_seed(0)
-    critic = Critic(backbone.tap_shapes, backbone.text_width, config.reward_names)
+    critic = Critic(backbone, config.reward_names, config.critic)
     torch.nn.init.normal_(critic.heads.weight, std=0.5)
     critic.save(folder / "critic")
     export(folder, config, run="some-run", version="some-version")

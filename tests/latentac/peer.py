@@ -1,0 +1,49 @@
+"""One of two workers: `python -m tests.latentac.peer FOLDER` does RUNS with its peer, into FOLDER/<run>/<rank>."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+
+from latentac.checkpoint import write_state
+from latentac.distributed import Mesh
+from latentac.trainer import Trainer
+from tests.latentac.trainers import make_trainer
+
+_BOLD = {"learning_rate": 3e-4, "warmup_updates": 0}
+_ANYTHING_GOES = {"guard": {"max_kl": 1e3, "max_clip_share": 1.0}}
+RUNS: dict[str, dict[str, Any]] = {
+    "ppo": {
+        "rewards": [{"name": "brightness"}, {"name": "redness"}],
+        "critic": {"replay_images": 12},
+        "policy": {**_BOLD, "ema_decay": 0.9},
+        "algorithm": {"prediction_kl": 0.1},
+        "train": _ANYTHING_GOES,
+    },
+    "grpo": {"algorithm": {"name": "grpo", "group_size": 2}, "policy": _BOLD, "train": _ANYTHING_GOES},
+    "ddpo": {
+        "algorithm": {"name": "ddpo", "baseline": "prompt", "prompt_min_count": 1},
+        "policy": _BOLD,
+        "train": _ANYTHING_GOES,
+    },
+}
+
+
+def do_run(name: str, mesh: Mesh) -> Trainer:
+    """Two iterations."""
+    trainer = make_trainer(mesh=mesh, **RUNS[name])
+    for _ in range(2):
+        trainer.iterate()
+    return trainer
+
+
+def main(folder: Path) -> None:
+    mesh = Mesh.join("cpu")
+    for name in RUNS:
+        write_state(folder / name / str(mesh.rank), *do_run(name, mesh).state())
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

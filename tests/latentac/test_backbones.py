@@ -1,0 +1,201 @@
+"""What every backbone promises, and that each is the pipeline of diffusers whose folder it reads."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+
+from latentac.backbones import BACKBONES, load_backbone
+from latentac.config import Policy as PolicySettings
+from latentac.diffusion import CPS, DDIM, DanceSDE, FlowSDE, Kernel, forward_noise
+from latentac.distributed import noise_for
+from latentac.policy import Policy
+from latentac.rollout import rollout
+from latentac.shapes import builtin_pipeline
+from latentac.types import flatten_steps
+
+CPU = torch.device("cpu")
+PROMPTS = ["a red circle", "two blue squares", "a green triangle above a red square", "a cyan circle and a red square"]
+PIPELINES = {"unet": "shapes-unet", "dit": "shapes-dit"}
+KERNELS: dict[str, list[Kernel]] = {
+    "unet": [DDIM(1.0), DDIM(0.5)],
+    "dit": [FlowSDE(0.7), DanceSDE(0.3), CPS(0.9)],
+}
+PAIRS = [pytest.param(name, kernel, id=f"{name}-{kernel}") for name in sorted(BACKBONES) for kernel in KERNELS[name]]
+
+
+def load(name):
+    torch.set_num_threads(1)
+    return load_backbone(name, builtin_pipeline(PIPELINES[name]), CPU)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return {name: load(name) for name in BACKBONES}
+
+
+@pytest.fixture(params=sorted(BACKBONES))
+def backbone(request, loaded):
+    return loaded[request.param]
+
+
+def noise_of(backbone, num_steps=5, prompts=PROMPTS):
+    return noise_for([(index,) for index in range(len(prompts))], 0, num_steps, backbone.latent_shape)
+
+
+def some_state(backbone, seed=0):
+    """Latents at the second level of five, and what the prompts say."""
+    latents = torch.randn(len(PROMPTS), *backbone.latent_shape, generator=torch.Generator().manual_seed(seed))
+    return latents, backbone.schedule(5)[1].expand(len(PROMPTS)), backbone.encode(PROMPTS)
+
+
+@pytest.mark.parametrize(("name", "kernel"), PAIRS)
+def test_the_ratio_is_bitwise_1_before_the_first_update(loaded, name, kernel):
+    """log p of the update equals that of the rollout to the last bit, though the rows come shuffled over images and
+    steps, in another batch size and with gradients on."""
+    backbone = loaded[name]
+    policy = Policy(backbone, kernel)
+    trajectory = rollout(policy, None, PROMPTS, backbone.encode(PROMPTS), noise_of(backbone))
+    images, steps = trajectory.log_probs.shape
+    rows = torch.randperm(images * steps, generator=torch.Generator().manual_seed(1))[:7]
+    batch = flatten_steps(trajectory, torch.zeros(images, steps), rows // steps, rows % steps)
+    backbone.module.requires_grad_(True)
+    transition = policy.transition(batch.latents, batch.sigma, batch.sigma_next, batch.conditioning)
+    log_probs = transition.log_prob(batch.next_latents)
+    backbone.module.requires_grad_(False)
+    assert log_probs.requires_grad
+    assert torch.equal(log_probs.detach(), batch.old_log_probs)
+
+
+def test_a_rollout_without_noise_is_what_plain_diffusers_samples():
+    """The unet's eta 0 is StableDiffusionPipeline with its DDIM scheduler. Latents, to float error."""
+    backbone = load("unet")
+    noise = noise_of(backbone)
+    ours = rollout(Policy(backbone, DDIM(0.0)), None, PROMPTS, backbone.encode(PROMPTS), noise).clean
+    pipeline = StableDiffusionPipeline.from_pretrained(builtin_pipeline("shapes-unet"))
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        PROMPTS, latents=noise[:, 0], num_inference_steps=5, eta=0.0, guidance_scale=1.0, output_type="latent"
+    ).images
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_rollout_without_noise_is_what_plain_diffusers_samples(shift, tmp_path):
+    """The dit's Euler rollout is StableDiffusion3Pipeline at the same levels: latents to float error, and the decoded
+    picture. The zero tokens that stand where T5 would be are left out by `max_sequence_length=0`."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        builtin_pipeline("shapes-dit"), text_encoder_3=None, tokenizer_3=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, shift=shift)
+    pipeline.save_pretrained(tmp_path)
+    backbone = load_backbone("dit", tmp_path, CPU)
+    noise = noise_of(backbone)
+    ours = rollout(Policy(backbone, CPS(0.0)), None, PROMPTS, backbone.encode(PROMPTS), noise).clean
+    settings = {
+        "latents": noise[:, 0],
+        "sigmas": np.linspace(1, 1 / 5, 5).tolist(),
+        "guidance_scale": 1.0,
+        "max_sequence_length": 0,
+    }
+    torch.testing.assert_close(ours, pipeline(PROMPTS, output_type="latent", **settings).images, rtol=1e-4, atol=1e-4)
+    pictures = (pipeline(PROMPTS, output_type="np", **settings).images * 255).round().astype(int)
+    assert np.abs(pictures - backbone.decode(ours)).max() <= 1
+
+
+def test_texts_of_77_tokens_are_followed_by_zeros_where_t5_would_be():
+    """As Stable Diffusion 3 without T5 is used: 256 zero tokens after those of CLIP."""
+    backbone = load("dit")
+    own = backbone.encode(PROMPTS).tokens
+    assert own.shape == (4, backbone._pipeline.tokenizer_max_length, backbone.text_width)
+    assert bool((own[..., 96:] == 0).all())
+    backbone._pipeline.tokenizer_max_length = 77
+    for encoder in (backbone._pipeline.text_encoder, backbone._pipeline.text_encoder_2):
+        embeddings = encoder.text_model.embeddings
+        embeddings.position_embedding = torch.nn.Embedding(77, encoder.config.hidden_size)
+        embeddings.position_ids = torch.arange(77)[None]
+    padded = backbone.encode(PROMPTS).tokens
+    assert padded.shape == (4, 77 + 256, backbone.text_width)
+    assert bool((padded[:, 77:] == 0).all())
+
+
+def test_the_prediction_mixes_to_the_latents(backbone):
+    """alpha clean + sigma noise gives back the noisy latents that were asked about."""
+    latents, sigma, conditioning = some_state(backbone)
+    with torch.no_grad():
+        prediction, _ = backbone.predict(latents, sigma, conditioning)
+    mixed = forward_noise(prediction.clean, prediction.noise, sigma, backbone.path)
+    torch.testing.assert_close(mixed, latents, rtol=1e-4, atol=1e-4)
+
+
+def test_taps_are_feature_maps_of_that_forward(backbone):
+    """Named and shaped as announced, finite, differentiable in the latents, and those of the calling forward."""
+    latents, sigma, conditioning = some_state(backbone)
+    latents.requires_grad_(True)
+    _, taps = backbone.predict(latents, sigma, conditioning)
+    assert {name: tuple(tap.shape[1:]) for name, tap in taps.items()} == backbone.tap_shapes
+    assert all(bool(tap.isfinite().all()) for tap in taps.values())
+    (gradient,) = torch.autograd.grad(sum(tap.square().mean() for tap in taps.values()), latents)
+    assert bool((gradient.flatten(1).abs().sum(1) > 0).all())
+
+
+def test_taps_of_a_transformer_lie_on_the_latents_grid():
+    """Changing one patch of the latents changes that tap cell most, in row and column."""
+    backbone = load("dit")
+    latents, sigma, conditioning = some_state(backbone)
+    changed = latents.clone()
+    changed[:, :, 2:4, 4:6] += 0.5
+    name = next(iter(backbone.tap_shapes))
+    with torch.no_grad():
+        before, after = (backbone.predict(x, sigma, conditioning)[1][name] for x in (latents, changed))
+    difference = (after - before).square().sum(1).flatten(1)
+    assert difference.argmax(1).tolist() == [1 * 4 + 2] * len(PROMPTS)
+
+
+def test_a_clone_predicts_the_same_and_learns_alone(backbone):
+    """Bitwise the same predictions and taps; changing the clone's weights leaves the original's predictions and taps
+    alone, and each hands out the taps of its own forward."""
+    state = some_state(backbone)
+    with torch.no_grad():
+        prediction, taps = backbone.predict(*state)
+        clone = backbone.clone()
+        same, same_taps = clone.predict(*state)
+        assert torch.equal(same.clean, prediction.clean)
+        assert torch.equal(same.noise, prediction.noise)
+        assert all(torch.equal(same_taps[name], tap) for name, tap in taps.items())
+        for parameter in clone.module.parameters():
+            parameter.mul_(1.1)
+        other, other_taps = clone.predict(*state)
+        again, again_taps = backbone.predict(*state)
+    assert not torch.equal(other.clean, prediction.clean)
+    assert torch.equal(again.clean, prediction.clean)
+    for name, tap in taps.items():
+        assert not torch.equal(other_taps[name], tap)
+        assert torch.equal(again_taps[name], tap)
+
+
+@pytest.mark.parametrize("adaptation", ["full", "lora"])
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_what_is_saved_samples_as_what_was_trained(name, adaptation, tmp_path):
+    """An adapted clone taps, trains without touching the original, and is saved as plain diffusers: adapters merged,
+    safetensors only, and the loaded folder gives its predictions."""
+    original = load(name)
+    backbone = original.clone()
+    backbone.adapt(PolicySettings(adaptation=adaptation, lora_rank=4))
+    assert not any(parameter.requires_grad for parameter in original.module.parameters())
+    with torch.no_grad():
+        for parameter in backbone.module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02)
+    backbone.save(tmp_path / "saved")
+    assert not list((tmp_path / "saved").rglob("*.bin"))
+    saved = load_backbone(name, tmp_path / "saved", CPU)
+    state = some_state(backbone)
+    with torch.no_grad():
+        (expected, taps), (found, found_taps) = backbone.predict(*state), saved.predict(*state)
+        before, _ = original.predict(*state)
+    assert not torch.allclose(expected.noise, before.noise, atol=1e-2)
+    torch.testing.assert_close(found.noise, expected.noise, rtol=1e-3, atol=1e-3)
+    for tap in taps:
+        torch.testing.assert_close(found_taps[tap], taps[tap], rtol=1e-3, atol=1e-2)

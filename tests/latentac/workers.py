@@ -1,0 +1,50 @@
+"""A prepared run and its training worker in this very process: a real store, real checkpoints, a group of one."""
+
+import json
+import socket
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from latentac.run import prepare, pretrain_value
+from latentac.worker import main
+from latentac.workspace import Workspace, open_run
+
+RUN = "some-run"
+_PROMPTS = {
+    "train": [{"text": text} for text in ("a red circle", "two blue squares", "a green triangle", "a cyan circle")],
+    "held_out": [{"text": "a red square"}, {"text": "two blue circles"}],
+}
+_SMALL = [
+    "kernel.num_steps=2",
+    "critic.width=32",
+    "critic.num_queries=1",
+    "pretrain={num_images: 8, num_held_out_images: 8, num_passes: 1, minibatch_states: 8}",
+    "train={num_iterations: 2, images_per_iteration: 4, block_images: 2, updates_per_iteration: 2, num_workers: 1}",
+    "backbone.device=cpu",
+    "rewards=[{name: jpeg_compressibility}]",  # never the same for two pictures, so there is always something to learn
+    "gate.reward=jpeg_compressibility",
+]
+
+
+def prepared(folder: Path, *overrides: str) -> Workspace:
+    """A run of the smallest size with its critic pretrained; `overrides` are laid upon that."""
+    (folder / "prompts.json").write_text(json.dumps(_PROMPTS))
+    settings = [*_SMALL, f"prompts.source={folder / 'prompts.json'}", *overrides]
+    prepare(RUN, "", str(folder), "shapes-unet-smoke", overrides=settings)
+    pretrain_value(RUN, "", str(folder))
+    return open_run(RUN, "", str(folder))
+
+
+def train_here(folder: Path, patch: pytest.MonkeyPatch) -> tuple[int, str]:
+    """The worker's exit code, and the message that it left for the launcher."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        patch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("RANK", "0"), ("WORLD_SIZE", "1")):
+        patch.setenv(name, value)
+    failure = folder / "failure.json"
+    failure.unlink(missing_ok=True)
+    code = main(RUN, "", str(folder), str(failure))
+    return code, failure.read_text() if failure.exists() else ""
