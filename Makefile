@@ -32,9 +32,11 @@ LOCK := compile -q --universal --fork-strategy fewest --generate-hashes --python
 RUN_OPTIONS = $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(SEED),--seed '$(SEED)') $(if $(CONFIG),--config '$(CONFIG)') \
 	$(foreach assignment,$(SET),--set '$(assignment)') \
 	$(if $(OUTPUT),--output '$(OUTPUT)') $(if $(STORE),--store '$(STORE)') $(if $(RESUME),--resume '$(RESUME)')
+EVIDENCE_OPTIONS = $(if $(ONLY),--only '$(ONLY)') $(if $(RECIPE),--recipe '$(RECIPE)') \
+	$(if $(MINUTES),--budget-minutes '$(MINUTES)') $(if $(WORKERS),--workers '$(WORKERS)')
 
 .PHONY: help install run run-containers serve test test-fast lint format compile minio images sbom chart
-.PHONY: node-build node-up node-down node-shell test-cluster e2e lock clean
+.PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 } /^#:/ { print "      " substr($$0, 4) }' Makefile
@@ -61,14 +63,14 @@ serve: install ## serve what a run deployed, until Ctrl-C; without RUN the newes
 	$(VENV)/bin/latentac serve --run "$$run" $(if $(PORT),--port '$(PORT)') \
 		$(if $(OUTPUT),--output '$(OUTPUT)') $(if $(STORE),--store '$(STORE)')
 
-test: install minio ## every test (at most 15 minutes on two cores)
+test: install minio ## every test (15 minutes on two cores)
 #: TEST_WORKERS=2 ARGS="-k ratio"
 	@status=0
 	$(PARALLEL) $(TEST) -m "not slow and not cluster" -n $(TEST_WORKERS) $(ARGS) || status=$$?
 	$(TEST) -m "slow and not cluster" -n $(TEST_WORKERS) --dist loadfile $(ARGS) || status=$$?
 	exit $$status
 
-test-fast: install ## the fast tier (at most 3 minutes)
+test-fast: install ## the fast tier (4 minutes)
 	@$(PARALLEL) $(TEST) -m "not slow and not cluster" -n $(TEST_WORKERS) $(ARGS)
 
 lint: install ## ruff, mypy, and the house's own rules: floors, sizes, addresses, documentation
@@ -122,6 +124,18 @@ test-cluster: install ## tests on a Kubernetes node of their own (as root; the o
 e2e: install ## chart, pipeline, endpoint and report on the cluster of KUBECONFIG, which has KFP, Volcano and KServe
 #: NAMESPACE=<exists> VALUES="a.yaml b.yaml" RELEASE=latentac KFP_HOST=http://... MINUTES=60 KEEP=1; more in tests/cluster/e2e.py
 	@$(PY) -m tests.cluster.e2e
+
+evidence: install ## arms x seeds x backbones at equal pictures and updates; stop and start it at will (hours)
+#: ONLY="main ablations hacking critic" RECIPE=shapes-unet MINUTES=120 WORKERS=2; writes tests/bench/results and README.md
+	@$(PARALLEL) $(PY) -m tests.bench.evidence run $(EVIDENCE_OPTIONS)
+
+evidence-quick: install ## a small version in 20 minutes on two cores, into build/evidence-quick
+#: as make evidence
+	@$(PARALLEL) $(PY) -m tests.bench.evidence run --quick $(EVIDENCE_OPTIONS)
+
+bench-critic: install ## what the critic costs: iterations of DDPO and of ours in turns, in one process
+#: RECIPE=shapes-unet PAIRS=12
+	@$(PARALLEL) $(PY) -m tests.bench.critic_cost $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(PAIRS),--pairs '$(PAIRS)')
 
 lock: install ## resolve requirements/*.in anew; versions move only where a pin in them moved
 #: UPGRADE=1 lets everything that is not pinned there move
