@@ -33,7 +33,7 @@ RUN_OPTIONS = $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(SEED),--seed '$(SEED)'
 	$(foreach assignment,$(SET),--set '$(assignment)') \
 	$(if $(OUTPUT),--output '$(OUTPUT)') $(if $(STORE),--store '$(STORE)') $(if $(RESUME),--resume '$(RESUME)')
 EVIDENCE_OPTIONS = $(if $(ONLY),--only '$(ONLY)') $(if $(RECIPE),--recipe '$(RECIPE)') \
-	$(if $(MINUTES),--budget-minutes '$(MINUTES)') $(if $(WORKERS),--workers '$(WORKERS)')
+	$(if $(MINUTES),--budget-minutes '$(MINUTES)') $(if $(WORKERS),--workers '$(WORKERS)') $(if $(ANEW),--anew)
 
 .PHONY: help install run run-containers serve test test-fast lint format compile minio images sbom chart
 .PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic lock clean
@@ -126,7 +126,7 @@ e2e: install ## chart, pipeline, endpoint and report on the cluster of KUBECONFI
 	@$(PY) -m tests.cluster.e2e
 
 evidence: install ## arms x seeds x backbones at equal pictures and updates; stop and start it at will (hours)
-#: ONLY="main ablations hacking critic" RECIPE=shapes-unet MINUTES=120 WORKERS=2; writes tests/bench/results and README.md
+#: ONLY="main ablations hacking critic" RECIPE=shapes-unet MINUTES=120 WORKERS=2 ANEW=1; writes tests/bench/results and README.md
 	@$(PARALLEL) $(PY) -m tests.bench.evidence run $(EVIDENCE_OPTIONS)
 
 evidence-quick: install ## a small version in 20 minutes on two cores, into build/evidence-quick

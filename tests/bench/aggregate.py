@@ -41,11 +41,11 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Interval 
 
 
 def aggregate(scale: Scale, experiment: str, recipe: str) -> Path | None:
-    """Write <results>/<experiment>-<recipe>.json from what units left here and from the units that the file has already
-    (they may come from another machine). Only units of the present plan count. None where there is no unit."""
+    """Write <results>/<experiment>-<recipe>.json from what units left here and from what is recorded already (it may
+    come from another machine). Only units of the present plan count. None where there is no unit."""
     planned = units(scale, [experiment], [recipe])
     path = scale.results / f"{experiment}-{recipe}.json"
-    known = {record["hash"]: record for record in _committed(path)}
+    known = recorded(scale)
     records, environments = [], []
     for unit in planned:
         result = scale.folder / unit.name / RESULT
@@ -109,6 +109,11 @@ def dump(content: Record) -> str:
 def load(scale: Scale) -> dict[str, Record]:
     """<experiment>-<recipe> -> the aggregated file, of all that there are."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(scale.results.glob("*.json"))}
+
+
+def recorded(scale: Scale) -> dict[str, Record]:
+    """Hash -> record of every unit in the aggregated files; experiments share units."""
+    return {record["hash"]: record for content in load(scale).values() for record in content.get("units", ())}
 
 
 def _gaps(by_arm: Mapping[str, Mapping[int, Record]]) -> list[Interval]:
@@ -187,10 +192,6 @@ def _compact(result: Record) -> Record:
     """What of a unit's result goes into the aggregated file."""
     kept = {name: value for name, value in result.items() if name not in _DROPPED}
     return {**kept, "environment": {name: result[name] for name in ("commit", "machine", "versions")}}
-
-
-def _committed(path: Path) -> list[Record]:
-    return list(json.loads(path.read_text())["units"]) if path.exists() else []
 
 
 def _failed(scale: Scale, planned: Sequence[Unit]) -> list[Record]:

@@ -3,7 +3,8 @@
     python -m tests.bench.evidence run [--quick] [--only main,ablations] [--recipe NAME] [--budget-minutes 60]
     python -m tests.bench.evidence report [--quick]
 
-Finished units are skipped and stopped ones go on, so it can be ended at any time (Ctrl-C, kill) and started again.
+Finished units are skipped, those that the results have from another machine too, and stopped ones go on: it can be ended
+at any time (Ctrl-C, kill) and started again. With --anew what others recorded is run here.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from types import FrameType
 from latentac.distributed import num_cores
 from latentac.lifetime import own_descendants, run_lock
 from latentac.progress import Progress, duration, progress
-from tests.bench.aggregate import aggregate
+from tests.bench.aggregate import aggregate, recorded
 from tests.bench.plan import EXPERIMENTS, RESULT, ROOT, SCALES, Scale, Unit, units
 from tests.bench.report import write_report
 
@@ -33,8 +34,10 @@ _POLL_SECONDS = 0.5
 class Schedule:
     """The units that are left, those that run, and those that failed."""
 
-    def __init__(self, scale: Scale, planned: Sequence[Unit], workers: int) -> None:
+    def __init__(self, scale: Scale, planned: Sequence[Unit], workers: int, *, anew: bool = False) -> None:
+        """anew: units that are recorded, but did not run here, are not finished."""
         self.scale, self.planned, self.workers = scale, planned, workers
+        self.recorded = frozenset() if anew else frozenset(recorded(scale))
         once = {unit.name: unit for unit in planned}
         self.left = [unit for unit in once.values() if not self.finished(unit)]
         self.total = len(once)
@@ -45,7 +48,7 @@ class Schedule:
         return self.scale.folder / unit.name
 
     def finished(self, unit: Unit) -> bool:
-        return (self.folder(unit) / RESULT).exists()
+        return unit.hash in self.recorded or (self.folder(unit) / RESULT).exists()
 
     def run(self, deadline: float) -> bool:
         """Until all is done, or the deadline on the monotonic clock: what runs then is ended. Whether all is done."""
@@ -127,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = 0
     with run_lock(scale.folder / "lock"):
         if options.action == "run":
-            schedule = Schedule(scale, planned, options.workers or default_workers())
+            schedule = Schedule(scale, planned, options.workers or default_workers(), anew=options.anew)
             began, budget = time.monotonic(), 60 * options.budget_minutes if options.budget_minutes else float("inf")
             try:
                 done = schedule.run(began + budget)
@@ -135,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 status, done = 130, False
             took = duration(time.monotonic() - began)
             print(
-                f"{schedule.total - len(schedule.left)} of {schedule.total} units are done, after {took}"
+                f"{schedule.total - len(schedule.left)} of {schedule.total} units are done or recorded, after {took}"
                 + ("" if done else f"; `{scale.command}` goes on")
             )
             status = status or int(bool(schedule.failed))
@@ -153,6 +156,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", default="", type=_names, help="recipes")
     parser.add_argument("--budget-minutes", type=float, help="stop then, and go on the next time")
     parser.add_argument("--workers", type=int, help="units at once")
+    parser.add_argument("--anew", action="store_true", help="run here what the results have from elsewhere, too")
     options = parser.parse_args(arguments)
     if unknown := set(options.only) - set(EXPERIMENTS):
         parser.error(f"no such experiment: {', '.join(sorted(unknown))}")

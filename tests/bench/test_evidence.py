@@ -19,6 +19,7 @@ from scipy import stats
 from latentac.recipes import RECIPES
 from tests.bench import aggregate, claims, report
 from tests.bench.claims import CLAIMS, judge
+from tests.bench.evidence import Schedule, refresh
 from tests.bench.plan import ARMS, EXPERIMENTS, FAILURE, FULL, QUICK, RESULT, ROOT, SCALES, Scale, Unit, units
 
 TINY = (
@@ -118,6 +119,24 @@ def test_results_of_another_configuration_are_not_mixed_in(tmp_path: Path) -> No
     assert ["pixel", 0] in found["missing"]
     assert ["ours", 0] not in found["missing"]
     assert aggregate.aggregate(scale, "critic", "shapes-unet") is None
+
+
+def test_what_is_recorded_need_not_run_again(tmp_path: Path) -> None:
+    """A unit of the committed files is finished on every machine, in each experiment that has it; anew, it is not."""
+    scale = dataclasses.replace(FULL, folder=tmp_path / "units", results=tmp_path / "results")
+    shared = next(unit for unit in units(scale, ["main"]) if unit.arm == "ours")
+    record = {**_record("ours", 0, 0.0), "hash": shared.hash}
+    record["environment"] = {"commit": "c", "machine": {}, "versions": {}}
+    scale.results.mkdir()
+    (scale.results / "main-shapes-unet.json").write_text(json.dumps({"units": [record]}))
+    planned = units(scale, ["main", "ablations"], ["shapes-unet"])
+    left = Schedule(scale, planned, workers=1).left
+    assert len(left) == len({unit.name for unit in planned}) - 1
+    assert shared.name not in {unit.name for unit in left}
+    assert shared.name in {unit.name for unit in Schedule(scale, planned, workers=1, anew=True).left}
+    path = aggregate.aggregate(scale, "ablations", "shapes-unet")
+    assert path is not None
+    assert [unit["hash"] for unit in json.loads(path.read_text())["units"]] == [shared.hash]
 
 
 def test_aggregated_files_are_json(tmp_path: Path) -> None:
@@ -230,8 +249,6 @@ def test_a_killed_unit_comes_to_the_same_result(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_a_failed_unit_is_told_and_stops_nobody(tmp_path: Path) -> None:
     """The scheduler goes on after a failure, aggregates what there is, and names what is missing and why."""
-    from tests.bench.evidence import Schedule, refresh
-
     scale = _here(tmp_path)
     nothing = ('rewards=[{"name": "nowhere:Nothing", "weight": 1.0}]', "gate.reward=nowhere:Nothing")
     bad = Unit("critic", "pretrained", "shapes-unet", 0, (*TINY, *nothing))
