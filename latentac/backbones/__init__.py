@@ -36,7 +36,7 @@ class Denoiser(Protocol):
         ...
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Text to conditioning, one row a prompt, without gradient."""
+        """Text to conditioning, one row a prompt, without gradient. Thread-safe."""
         ...
 
     def predict(

@@ -52,6 +52,7 @@ class DiTBackbone:
         self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.text_width: int = config.joint_attention_dim
         self._taps = threading.local()
+        self._tokenizing = threading.Lock()  # a tokenizer's padding is state that a call changes
         self.tap_shapes = {}
         side, count = config.sample_size // config.patch_size, len(self.module.transformer_blocks)
         for index in sorted({math.ceil(count * part / _NUM_TAPS) - 1 for part in range(1, _NUM_TAPS + 1)}):
@@ -71,7 +72,7 @@ class DiTBackbone:
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         standard = self._pipeline.tokenizer_max_length >= _CLIP_LENGTH
-        with torch.no_grad():
+        with self._tokenizing, torch.no_grad():
             tokens, _, pooled, _ = self._pipeline.encode_prompt(
                 list(prompts),
                 None,

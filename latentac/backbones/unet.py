@@ -51,6 +51,7 @@ class UNetBackbone:
         config = self.module.config
         self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.text_width: int = config.cross_attention_dim
+        self._tokenizing = threading.Lock()  # a tokenizer's padding is state that a call may change
         self._taps = threading.local()
         for name, block in (("middle", self.module.mid_block), ("last", self.module.up_blocks[-1])):
             block.register_forward_hook(_tap(self._taps, name))
@@ -75,13 +76,14 @@ class UNetBackbone:
         return torch.cat([self._sigma_table[timesteps], torch.zeros(1)])
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        tokens = self._tokenizer(
-            list(prompts),
-            padding="max_length",
-            truncation=True,
-            max_length=self._tokenizer.model_max_length,
-            return_tensors="pt",
-        )
+        with self._tokenizing:
+            tokens = self._tokenizer(
+                list(prompts),
+                padding="max_length",
+                truncation=True,
+                max_length=self._tokenizer.model_max_length,
+                return_tensors="pt",
+            )
         with torch.no_grad():
             return Conditioning(self._text_encoder(tokens.input_ids.to(self.device)).last_hidden_state.float())
 

@@ -1,5 +1,7 @@
 """What every backbone promises, and that each is the pipeline of diffusers whose folder it reads."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,16 @@ def some_state(backbone, seed=0):
     """Latents at the second level of five, and what the prompts say."""
     latents = torch.randn(len(PROMPTS), *backbone.latent_shape, generator=torch.Generator().manual_seed(seed))
     return latents, backbone.schedule(5)[1].expand(len(PROMPTS)), backbone.encode(PROMPTS)
+
+
+def test_threads_may_encode_at_once(backbone):
+    """What a thread reads of its prompts does not depend on what others encode meanwhile."""
+    alone = [backbone.encode([prompt]).tokens for prompt in PROMPTS]
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        for _ in range(20):
+            together = list(pool.map(lambda prompt: backbone.encode([prompt]).tokens, PROMPTS))
+            for one, other in zip(alone, together, strict=True):
+                assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(("name", "kernel"), PAIRS)
