@@ -19,12 +19,12 @@ from latentac.shapes.training import DenoiserTraining
 TEXT_WIDTH = 48  # of each of the two encoders
 TEXT_LENGTH = 12
 JOINT_WIDTH = 128  # wider than both texts together, so that they are padded with zeros as in Stable Diffusion 3
-WIDTH, NUM_HEADS, NUM_BLOCKS = 96, 2, 3
+WIDTH, NUM_HEADS, NUM_BLOCKS = 96, 3, 3
 PATCH = 2
 LATENT_SHAPE = (4, 8, 8)
 TRAIN_TIMESTEPS = 1000
 KERNEL: Kernel = CPS(0.9)
-TRAINING = DenoiserTraining(batch=64, learning_rate=3e-3, betas=(0.9, 0.95), decay_steps=2400, last_rate=0.1)
+TRAINING = DenoiserTraining(batch=64, learning_rate=2e-3, betas=(0.9, 0.95), decay_steps=16_000, last_rate=0.2)
 
 
 @dataclass(frozen=True)
