@@ -74,7 +74,9 @@ class Critic(Section):
 
     body: frozen_taps (the policy's own forward), lora or copy (a backbone of its own), or to compare with: pixel (the
         decoded guess of the picture), latent_cnn (shares nothing); or `module:Class`.
-    width: of a branch; num_queries: learnable summary tokens a feature map; grid: cells a side that a map keeps;
+    width: of a branch; num_queries: learnable summary tokens a feature map, with 0 the head reads no places, only
+        each channel's mean and spread: cheaper, and better after a few thousand pictures; grid: cells a side that a
+        map keeps;
     dropout: of maps and summaries while learning; body_learning_rate: of the backbone in lora and copy.
     num_passes: over each iteration's states. replay_images: so many of the newest scored pictures are remembered, and
         with each state of a rollout the critic learns from a forward-noised one of them; 0 for none.
@@ -83,7 +85,7 @@ class Critic(Section):
     body: str = "frozen_taps"
     width: Positive = 64
     num_heads: Positive = 4
-    num_queries: Positive = 4
+    num_queries: Annotated[int, Field(ge=0)] = 4
     grid: Positive = 4
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     time_conditioning: bool = True

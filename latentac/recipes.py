@@ -13,7 +13,9 @@ _SHAPES_UNET: dict[str, Any] = {
         {"name": "jpeg_compressibility", "weight": 0.0},
     ],
     "policy": {"learning_rate": 1e-4},
-    "algorithm": {"gae_lambda": 0.9},
+    "algorithm": {"gae_lambda": 0.9, "clip": 0.0015},
+    "critic": {"num_queries": 0, "num_passes": 4},
+    "pretrain": {"num_images": 1024},
     "gate": {"reward": "shapes_verifier"},
 }
 
@@ -23,6 +25,9 @@ _SHAPES_DIT = merge(
         "recipe": "shapes-dit",
         "backbone": {"name": "dit", "source": "builtin:shapes-dit"},
         "kernel": {"name": "cps", "noise": 0.9},
+        "policy": {"learning_rate": 2e-4},
+        "algorithm": {"clip": 0.003},
+        "train": {"num_iterations": 60},
     },
 )
 

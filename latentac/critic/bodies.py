@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from latentac.backbones import Denoiser
 from latentac.config import Critic as CriticSettings
 from latentac.config import Policy as PolicySettings
-from latentac.critic.attention import Reader
+from latentac.critic.reader import Reader
 from latentac.diffusion import Prediction
 from latentac.types import Conditioning
 
@@ -24,7 +24,7 @@ class FrozenTaps(nn.Module):
         self.width = self.reader.width
 
     def features(self, latents: Tensor, prediction: Prediction, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: _averaged(tap) for name, tap in taps.items()}
+        return self.reader.see({name: _averaged(tap) for name, tap in taps.items()})
 
     def forward(self, features: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
         summary: Tensor = self.reader(features, sigma, conditioning)
@@ -55,7 +55,8 @@ class OwnBackbone(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
         _, taps = self._denoiser.predict(features["latents"], sigma, conditioning)
-        summary: Tensor = self.reader({name: _averaged(tap) for name, tap in taps.items()}, sigma, conditioning)
+        seen = self.reader.see({name: _averaged(tap) for name, tap in taps.items()})
+        summary: Tensor = self.reader(seen, sigma, conditioning)
         return summary
 
 
@@ -76,7 +77,8 @@ class Pixel(nn.Module):
         return {"picture": self._pictures(prediction.clean)}
 
     def forward(self, features: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        summary: Tensor = self.reader({"picture": self.stem(features["picture"])}, sigma, conditioning)
+        seen = self.reader.see({"picture": self.stem(features["picture"])})
+        summary: Tensor = self.reader(seen, sigma, conditioning)
         return summary
 
 
@@ -95,7 +97,8 @@ class LatentCnn(nn.Module):
         return {"latents": latents}
 
     def forward(self, features: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        summary: Tensor = self.reader({"latents": self.stem(features["latents"])}, sigma, conditioning)
+        seen = self.reader.see({"latents": self.stem(features["latents"])})
+        summary: Tensor = self.reader(seen, sigma, conditioning)
         return summary
 
 

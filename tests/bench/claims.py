@@ -138,6 +138,11 @@ CLAIMS: Sequence[Claim] = (
         Claim(f"The recipe's lambda is better than {_versus(arm).removeprefix('lambda ')}", "ablations", better(arm))
         for arm in ("lambda_1", "lambda_095", "lambda_06")
     ),
+    Claim(
+        f"A critic that glances reaches what one with attention reaches, but for {BODY_MARGIN:g}",
+        "ablations",
+        better("attention", bound=-BODY_MARGIN),
+    ),
     *(
         Claim(
             f"Frozen taps reach what {_versus(arm)} reaches, but for {BODY_MARGIN:g}",

@@ -3,8 +3,8 @@
     python -m tests.bench.evidence run [--quick] [--only main,ablations] [--recipe NAME] [--budget-minutes 60]
     python -m tests.bench.evidence report [--quick]
 
-Finished units are skipped, those that the results have from another machine too, and stopped ones go on: it can be ended
-at any time (Ctrl-C, kill) and started again. With --anew what others recorded is run here.
+Finished units are skipped, those that the results have from another machine too, and stopped ones go on: it can be
+ended at any time (Ctrl-C, kill) and started again. With --anew what others recorded is run here.
 """
 
 import argparse

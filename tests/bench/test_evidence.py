@@ -45,7 +45,7 @@ def test_every_arm_spends_the_same(scale: Scale) -> None:
             spent.setdefault((unit.experiment, unit.recipe), set()).add((unit.images, unit.updates))
     assert {name: len(found) for name, found in spent.items()} == dict.fromkeys(spent, 1), spent
     if scale is FULL:
-        assert set.union(*spent.values()) == {(10_240, 160)}
+        assert set.union(*spent.values()) == {(5_120, 80)}
 
 
 def test_a_group_is_not_paid_for_in_prompts_alone() -> None:

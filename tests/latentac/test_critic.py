@@ -158,11 +158,13 @@ def test_a_loaded_critic_goes_on_learning_with_all_that_it_has(name, body, tmp_p
 
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("body", sorted(set(BODIES) - set(OWN_BACKBONE)))
-def test_the_head_knows_time_and_text_only_if_it_is_told(name, body):
+@pytest.mark.parametrize("queries", [0, 2])
+def test_the_head_knows_time_and_text_only_if_it_is_told(name, body, queries):
     """With what the body sees held fixed, noise level and prompt change the value where they are conditioned on, and
     not by a bit where they are not."""
     for time, text in ((True, True), (False, True), (True, False)):
-        _, policy, critic = make(name, body, opinion=0.05, time_conditioning=time, text_conditioning=text)
+        settings = {"time_conditioning": time, "text_conditioning": text, "num_queries": queries}
+        _, policy, critic = make(name, body, opinion=0.05, **settings)
         latents, sigma, conditioning = some_state(policy.backbone)
         with torch.no_grad():
             prediction, taps = policy.backbone.predict(latents, sigma, conditioning)
@@ -175,9 +177,10 @@ def test_the_head_knows_time_and_text_only_if_it_is_told(name, body):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_part_of_the_state_counts(name):
+@pytest.mark.parametrize("queries", [0, 2])
+def test_every_part_of_the_state_counts(name, queries):
     """Latents, noise level and prompt each change the value that the denoiser's own features give."""
-    _, policy, critic = make(name, "frozen_taps", opinion=0.05)
+    _, policy, critic = make(name, "frozen_taps", opinion=0.05, num_queries=queries)
     latents, sigma, conditioning = some_state(policy.backbone)
     with torch.no_grad():
         value = ask(policy, critic, latents, sigma, conditioning)
@@ -262,6 +265,20 @@ def test_memory_begins_with_pretraining_and_survives_a_checkpoint():
     forgetful.begin_with(before)
     forgetful.observe(trajectory.clean, rewards, prompts)
     assert forgetful.replay is None
+
+
+def test_without_queries_places_do_not_count():
+    """A glance sees channels, not where in the picture they are strong; attention sees that too."""
+    for queries, blind in ((0, True), (2, False)):
+        _, policy, critic = make("dit", "frozen_taps", opinion=0.05, num_queries=queries)
+        latents, sigma, conditioning = some_state(policy.backbone)
+        with torch.no_grad():
+            prediction, taps = policy.backbone.predict(latents, sigma, conditioning)
+            turned = {name: tap.rot90(1, (2, 3)) for name, tap in taps.items()}
+            value, other = (
+                critic(critic.features(latents, prediction, seen), sigma, conditioning) for seen in (taps, turned)
+            )
+        assert torch.allclose(value, other, rtol=1e-5, atol=1e-6) == blind
 
 
 def test_a_prompt_that_is_padded_is_read_to_its_end():

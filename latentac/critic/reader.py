@@ -1,9 +1,9 @@
-"""Attention branches: learned queries that know the text and the noise level gather what a feature map holds.
+"""What a critic makes of feature maps, text and noise level: a glance at everything, and attention to places.
 
 After "Explicit Critic Guidance for Aligning Diffusion Models" (arXiv 2605.27736): learned queries gather each tap and
 the time modulates the head (AdaLN). Ours where the paper is silent: several queries a tap, and queries that have read
 the text. Keys and values come from a map's own channels at once: with thousands of states an iteration the critic must
-cost a fraction of the denoiser.
+cost a fraction of the denoiser. And ours alone: the glance, for a critic that has seen only a few thousand pictures.
 """
 
 from collections.abc import Mapping
@@ -82,38 +82,87 @@ class _Branch(nn.Module):
         return summary
 
 
+class _Glance(nn.Module):
+    """What is seen without attention: each map's channels in the mean and spread over the picture, and the words in
+    their order.
+
+    Few parameters, and none for a place in the picture: from a few thousand scored pictures it learns more than the
+    attention branches do.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int, int]], text_width: int, settings: CriticSettings) -> None:
+        super().__init__()
+        width = settings.width
+        channels = 2 * sum(shape[0] for shape in shapes.values())
+        self.channels = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, width))
+        self.word = nn.Linear(text_width, _WORD_WIDTH) if settings.text_conditioning else None
+        self.places = nn.Parameter(torch.randn(_MOST_WORDS, _WORD_WIDTH, width) / (4 * _WORD_WIDTH**0.5))
+        self.modulation = _TimeModulation(width)
+        self.think = nn.Sequential(nn.Linear(width, width), nn.GELU())
+
+    def forward(self, channels: Tensor, tokens: Tensor, time: Tensor) -> Tensor:
+        """[B, 1, W]; channels: [B, C], mean and spread of each; tokens: [B, L, C'], the text's; time: [B, W]."""
+        seen = self.channels(channels)
+        if self.word is not None:
+            words = self.word(tokens)
+            seen = seen + words.flatten(1) @ self.places[: words.shape[1]].flatten(0, 1)
+        modulated, gate = self.modulation(seen[:, None], time)
+        first = F.gelu(modulated)
+        summary: Tensor = first + gate * self.think(first)
+        return summary
+
+
 class Reader(nn.Module):
-    """The text's summary and a branch a feature map, side by side.
+    """A glance at everything, the text's summary and a branch a feature map, side by side.
 
     shapes: name -> (channels, height, width) of each map. `width` is that of the whole summary.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, int, int]], text_width: int, settings: CriticSettings) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.names = settings, tuple(shapes)
         inner = settings.width
+        attends = settings.num_queries > 0
         parts = len(shapes) + settings.text_conditioning
-        self.width = parts * settings.num_queries * inner
+        self.width = (1 + parts * settings.num_queries) * inner
         self.time = nn.Sequential(nn.Linear(inner, inner), nn.SiLU(), nn.Linear(inner, inner), nn.SiLU())
-        self.branches = nn.ModuleDict({name: _Branch(shape, settings) for name, shape in shapes.items()})
-        self.text = _Gather(text_width, _MOST_WORDS, settings) if settings.text_conditioning else None
+        self.glance = _Glance(shapes, text_width, settings)
+        branches = {name: _Branch(shape, settings) for name, shape in shapes.items()} if attends else {}
+        self.branches = nn.ModuleDict(branches)
+        self.text = _Gather(text_width, _MOST_WORDS, settings) if attends and settings.text_conditioning else None
         self.asks = nn.Parameter(0.02 * torch.randn(1, settings.num_queries, inner))
         self.dropout = nn.Dropout(settings.dropout)
 
-    def forward(self, maps: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """[B, width]. maps: name -> [B, c, h, w]; sigma: [B]."""
+    def see(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `forward` needs of maps, name -> [B, c, h, w]: without attention a few numbers a state."""
+        channels = torch.cat([_mean_and_spread(maps[name]) for name in self.names], 1)
+        return {_CHANNELS: channels, **{name: maps[name] for name in self.branches}}
+
+    def forward(self, seen: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """[B, width]. seen: of `see`; sigma: [B]."""
         known = sigma if self.settings.time_conditioning else torch.zeros_like(sigma)
         time = self.time(_fourier(known, self.settings.width))
         context = self.asks.repeat(len(sigma), 1, 1)  # a view would be multiplied in another order once it is frozen
-        summaries = []
+        tokens = conditioning.tokens[:, :_MOST_WORDS]
+        summaries = [self.glance(seen[_CHANNELS], tokens, time)]
         if self.text is not None:
-            context = self.dropout(self.text(context, conditioning.tokens[:, :_MOST_WORDS]))
+            context = self.dropout(self.text(context, tokens))
             summaries.append(context)
-        summaries += [branch(maps[name], context, time) for name, branch in self.branches.items()]
+        summaries += [branch(seen[name], context, time) for name, branch in self.branches.items()]
         return torch.cat(summaries, 1).flatten(1)
 
 
 _MOST_WORDS = 77  # text tokens that the head reads: those of CLIP; what a backbone appends to them says no more
+_CHANNELS = "channels"  # among the names of maps
+_WORD_WIDTH = 16  # numbers that a glance takes of each of them
+
+
+def _mean_and_spread(feature_map: Tensor) -> Tensor:
+    """[B, 2 c]: mean and standard deviation of each channel over the picture."""
+    cells = feature_map.flatten(2)
+    mean = cells.mean(2)
+    spread = ((cells - mean[..., None]).square().mean(2) + 1e-6).sqrt()
+    return torch.cat([mean, spread], 1)
 
 
 def _fourier(sigma: Tensor, width: int) -> Tensor:
