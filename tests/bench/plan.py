@@ -78,7 +78,7 @@ FULL = Scale(
         "main": {"shapes-unet": 5, "shapes-dit": 3},
         "ablations": {"shapes-unet": 3},
         "hacking": {"shapes-unet": 3},
-        "critic": {"shapes-unet": 3},
+        "critic": {"shapes-unet": 3, "shapes-dit": 3},
     },
     folder=ROOT / "build" / "evidence",
     results=Path(__file__).resolve().parent / "results",
