@@ -9,21 +9,15 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from latentac.backbones import BACKBONES, load_backbone
 from latentac.config import Policy as PolicySettings
-from latentac.diffusion import CPS, DDIM, DanceSDE, FlowSDE, Kernel, forward_noise
+from latentac.diffusion import CPS, DDIM, forward_noise
 from latentac.distributed import noise_for
 from latentac.policy import Policy
 from latentac.rollout import rollout
 from latentac.shapes import builtin_pipeline
-from latentac.types import flatten_steps
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "two blue squares", "a green triangle above a red square", "a cyan circle and a red square"]
 PIPELINES = {"unet": "shapes-unet", "dit": "shapes-dit"}
-KERNELS: dict[str, list[Kernel]] = {
-    "unet": [DDIM(1.0), DDIM(0.5)],
-    "dit": [FlowSDE(0.7), DanceSDE(0.3), CPS(0.9)],
-}
-PAIRS = [pytest.param(name, kernel, id=f"{name}-{kernel}") for name in sorted(BACKBONES) for kernel in KERNELS[name]]
 
 
 def load(name):
@@ -59,24 +53,6 @@ def test_threads_may_encode_at_once(backbone):
             together = list(pool.map(lambda prompt: backbone.encode([prompt]).tokens, PROMPTS))
             for one, other in zip(alone, together, strict=True):
                 assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize(("name", "kernel"), PAIRS)
-def test_the_ratio_is_bitwise_1_before_the_first_update(loaded, name, kernel):
-    """log p of the update equals that of the rollout to the last bit, though the rows come shuffled over images and
-    steps, in another batch size and with gradients on."""
-    backbone = loaded[name]
-    policy = Policy(backbone, kernel)
-    trajectory = rollout(policy, None, PROMPTS, backbone.encode(PROMPTS), noise_of(backbone))
-    images, steps = trajectory.log_probs.shape
-    rows = torch.randperm(images * steps, generator=torch.Generator().manual_seed(1))[:7]
-    batch = flatten_steps(trajectory, torch.zeros(images, steps), rows // steps, rows % steps)
-    backbone.module.requires_grad_(True)
-    transition = policy.transition(batch.latents, batch.sigma, batch.sigma_next, batch.conditioning)
-    log_probs = transition.log_prob(batch.next_latents)
-    backbone.module.requires_grad_(False)
-    assert log_probs.requires_grad
-    assert torch.equal(log_probs.detach(), batch.old_log_probs)
 
 
 def test_a_rollout_without_noise_is_what_plain_diffusers_samples():
