@@ -643,7 +643,11 @@ def test_failure_of_a_worker_ends_the_job_at_once(site: Site, tmp_path: Path, mo
 @pytest.mark.slow
 def test_job_belongs_to_the_workflow_of_its_step(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the step's pod says its workflow, the job goes with it; not from another namespace."""
-    owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "wf", "uid": "1b4e28ba-2fa1-11d2"}
+    kind = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow"}
+    # A real one: what belongs to an owner that is not there is deleted by the cluster, sooner or later.
+    workflow = json.dumps({**kind, "metadata": {"name": "wf"}, "spec": {}})
+    made = site.plane.kubectl("create", "-n", site.namespace, "-o", "json", "-f", "-", stdin=workflow)
+    owner = {**kind, "name": "wf", "uid": json.loads(made)["metadata"]["uid"]}
     spec = pod_of({"metadata": {"name": "x", "namespace": "x", "uid": "x"}, "spec": {"queue": "q", "tasks": []}}, {
         "name": "t", "template": {"spec": shaped(site.settings)["spec"]["tasks"][0]["template"]["spec"]}
     })["spec"]  # fmt: skip
