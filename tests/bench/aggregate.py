@@ -42,7 +42,7 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Interval 
 
 def aggregate(scale: Scale, experiment: str, recipe: str) -> Path | None:
     """Write <results>/<experiment>-<recipe>.json from what units left here and from what is recorded already (it may
-    come from another machine). Only units of the present plan count. None where there is no unit."""
+    come from another machine). Only units of the present plan count. None where there is nothing to compare yet."""
     planned = units(scale, [experiment], [recipe])
     path = scale.results / f"{experiment}-{recipe}.json"
     known = recorded(scale)
@@ -54,7 +54,7 @@ def aggregate(scale: Scale, experiment: str, recipe: str) -> Path | None:
         if unit.hash in known:
             records.append({**known[unit.hash], "arm": unit.arm, "seed": unit.seed})
             environments.append(known[unit.hash]["environment"])
-    if not records:
+    if {record["arm"] for record in records} <= {EXPERIMENTS[experiment].reference}:
         return None
     content = {
         "experiment": experiment,
