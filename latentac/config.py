@@ -77,7 +77,8 @@ class Critic(Section):
     width: of a branch; num_queries: learnable summary tokens a feature map, with 0 the head reads no places, only
         each channel's mean and spread: cheaper, and better after a few thousand pictures; grid: cells a side that a
         map keeps;
-    dropout: of maps and summaries while learning; body_learning_rate: of the backbone in lora and copy.
+    dropout: of maps and summaries while learning; text_dropout: of what is read of each word; body_learning_rate: of
+        the backbone in lora and copy.
     num_passes: over each iteration's states. replay_images: so many of the newest scored pictures are remembered, and
         with each state of a rollout the critic learns from a forward-noised one of them; 0 for none.
     """
@@ -88,6 +89,7 @@ class Critic(Section):
     num_queries: Annotated[int, Field(ge=0)] = 4
     grid: Positive = 4
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    text_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.6
     time_conditioning: bool = True
     text_conditioning: bool = True
     shared_head: bool = False
@@ -125,6 +127,8 @@ class Algorithm(Section):
         not drowned by what later steps did. value_lambda: the same for the critic's own targets, 1 is the reward.
     whitening: of advantages over all steps together, or of each step for itself.
     combination: of several rewards: `by_head` whitens each one's advantages before the weighted sum, `sum` only after.
+    value_guidance: how far, in std^2 times the gradient of the values, the actor's means are drawn uphill on the critic;
+        0 leaves the critic a baseline.
     prediction_kl: weight of mean (prediction - prediction of the base)^2; 0 keeps no reference.
     """
 
@@ -143,6 +147,7 @@ class Algorithm(Section):
     whitening: Literal["global", "per_step"] = "global"
     combination: Literal["by_head", "sum"] = "by_head"
     advantage_clip: Rate = 10.0
+    value_guidance: NonNegative = 0.0
     prediction_kl: NonNegative = 0.0
 
 
@@ -387,6 +392,13 @@ def _impossible(config: Config) -> list[Problem]:
         algorithm.group_size,
         "grpo compares the rollouts of one prompt and needs at least 2",
         "Set algorithm.group_size=4, or algorithm.name=ppo.",
+    )
+    refuse(
+        algorithm.value_guidance > 0 and algorithm.name in {"ddpo", "grpo"},
+        "algorithm.value_guidance",
+        algorithm.value_guidance,
+        f"{algorithm.name} has no critic whose gradient could guide the actor",
+        "Set algorithm.name=ppo, or algorithm.value_guidance=0.",
     )
     stopping = train.early_stopping
     watched = [reward.name for reward in config.rewards if reward.weight == 0]

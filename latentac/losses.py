@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from latentac.diffusion import GaussianTransition, Path, Prediction, broadcast
+from latentac.types import Guidance
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,19 @@ def value_loss(values: Tensor, returns: Tensor, target_clip: float, weights: Ten
     """
     squares = 0.5 * (values - returns.clamp(-target_clip, target_clip)).square()
     return squares.mean() if weights is None else (squares * weights).sum(1).mean() / weights.sum()
+
+
+def guidance_loss(transition: GaussianTransition, old_mean: Tensor, guidance: Guidance, strength: float) -> Tensor:
+    """[], the mean KL, in nats a step, to the acting policy steered uphill on the critic: N(mean_old + w std^2 g, std^2).
+
+    old_mean: [N, *latent]; guidance: N rows, g its gradients, rows without one count 0; strength: w. Where the policy is still the acting
+    one the loss descends along -w g d mean/d theta: the pathwise policy gradient of w E[V(z')], which by Stein's identity
+    is the expectation of the likelihood-ratio gradient with V as the advantage, without its noise. The optimum lies at
+    the steered policy, so a step is bounded however steep the critic is.
+    """
+    std = broadcast(transition.std, old_mean)
+    steered = GaussianTransition(old_mean + strength * std**2 * guidance.gradients, transition.std)
+    return (transition_kl(steered, transition) * guidance.known).mean()
 
 
 def transition_kl(p: GaussianTransition, q: GaussianTransition) -> Tensor:

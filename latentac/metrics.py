@@ -14,6 +14,7 @@ DEFINITIONS = {
     "value_loss": "0.5 (V - clamp(R))^2 in squared standard deviations of each reward, mean over the last pass",
     "kl": "KL(acting || present policy) of one denoising step in nats, mean over transitions and updates",
     "clip_share": "share of transitions whose gradient the trust region removed",
+    "guidance": "KL(steered || present policy) of one step in nats: how far the actor is from what the critic asks for",
     "prediction_kl": "mean (prediction - the base's prediction)^2 over transitions and dimensions",
     "zero_std_share": "share of images in groups whose rewards are all equal, which were dropped",
     "ratio_deviation": "mean |ratio - 1|, in the unit of algorithm.log_prob_scale",

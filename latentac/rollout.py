@@ -12,7 +12,7 @@ from latentac.errors import RewardError
 from latentac.policy import Policy
 from latentac.rewards import Reward
 from latentac.steering import Steering, SteeringState
-from latentac.types import Conditioning, Scores, Trajectory
+from latentac.types import Conditioning, Guidance, Scores, Trajectory
 
 
 def rollout(
@@ -25,41 +25,50 @@ def rollout(
     steering: Steering | None = None,
     policy_version: int = 0,
     keep_features: bool = False,
+    value_weights: Tensor | None = None,
 ) -> Trajectory:
     """Denoise from `noise`, [B, K+1, *latent] standard normal, whose entry k + 1 is the draw of step k.
 
     The schedule follows from K. Steered log-probs are those of the policy, not of the steered transition.
     keep_features: what the critic sees of each state is kept with it, to learn from.
+    value_weights: [M], asks for the gradient of the values, each reward's head weighted so; a step then costs 3 forwards.
+
+    Steering needs a state's value before the next one is drawn. Without it the critic is asked once, at the end, about
+    all states: small products cost more to start than to do.
     """
     num_steps = noise.shape[1] - 1
     sigmas = policy.backbone.schedule(num_steps).to(noise.device)
     num_stochastic = num_stochastic_steps(policy.kernel, sigmas)
     latents = [noise[:, 0]]
     means, log_probs, values = [], [], []
+    gradients: dict[int, Tensor] = {}
     features: dict[str, list[Tensor]] = {}
     for step in range(num_steps):
         state = latents[-1].detach()
         sigma, sigma_next = sigmas[step].expand(len(state)), sigmas[step + 1].expand(len(state))
-        needs_gradient = steering is not None and steering.needs_gradient
+        wanted = value_weights is not None and 0 < step <= num_stochastic
+        needs_gradient = wanted or (steering is not None and steering.needs_gradient)
         with torch.set_grad_enabled(needs_gradient):
             state.requires_grad_(needs_gradient)
             output = policy.forward(state, sigma, sigma_next, conditioning)
-            if critic is None:
-                value = state.new_zeros(len(state), 0)
-            else:
-                seen = critic.features(state, output.prediction, output.taps)
-                value = critic.standardised(seen, sigma, conditioning)
-                for name, feature in seen.items() if keep_features else ():
-                    features.setdefault(name, []).append(feature.detach())
+            seen = critic.features(state, output.prediction, output.taps) if critic is not None else {}
             transition = output.transition
+            if wanted and critic is not None:
+                weighted = critic.standardised(seen, sigma, conditioning) @ value_weights
+                (gradients[step - 1],) = torch.autograd.grad(weighted.sum(), state)
             if steering is not None:
+                no_value = state.new_zeros(len(state), 0)
+                value = no_value if critic is None else critic.standardised(seen, sigma, conditioning)
+                values.append(value.detach())
                 transition = steering.guide(SteeringState(step, state, transition, value))
         with torch.no_grad():
             latents.append(transition.sample(noise[:, step + 1]).detach())
             if step < num_stochastic:
                 means.append(output.transition.mean.detach())
                 log_probs.append(output.transition.log_prob(latents[-1]).detach())
-            values.append(value.detach() if critic is None else critic.unstandardise(value.detach()))
+            for name, feature in seen.items() if keep_features or steering is None else ():
+                features.setdefault(name, []).append(feature.detach())
+    kept = {name: torch.stack(steps, 1) for name, steps in features.items()}
     return Trajectory(
         prompts=prompts,
         conditioning=conditioning,
@@ -67,10 +76,41 @@ def rollout(
         sigmas=sigmas,
         means=torch.stack(means, 1) if means else noise.new_zeros(len(noise), 0, *noise.shape[2:]),
         log_probs=torch.stack(log_probs, 1) if log_probs else noise.new_zeros(len(noise), 0),
-        values=torch.stack(values, 1),
+        values=_values(critic, kept, values, sigmas[:-1], conditioning, noise),
         policy_version=policy_version,
-        features={name: torch.stack(steps, 1) for name, steps in features.items()},
+        features=kept if keep_features else {},
+        guidance=_guidance(gradients, num_stochastic, noise) if gradients else None,
     )
+
+
+def _guidance(gradients: dict[int, Tensor], num_stochastic: int, noise: Tensor) -> Guidance:
+    """`gradients`: stochastic step -> [B, *latent]."""
+    nothing = torch.zeros_like(noise[:, 0])
+    known = torch.tensor([step in gradients for step in range(num_stochastic)], device=noise.device)
+    stacked = torch.stack([gradients.get(step, nothing) for step in range(num_stochastic)], 1)
+    return Guidance(stacked, known.expand(len(noise), -1))
+
+
+@torch.no_grad()
+def _values(
+    critic: Critic | None,
+    features: dict[str, Tensor],
+    known: Sequence[Tensor],
+    sigmas: Tensor,
+    conditioning: Conditioning,
+    noise: Tensor,
+) -> Tensor:
+    """[B, K, M] in the rewards' units: of the standardised ones that steering asked for, or else of features [B, K, ...]
+    of all states at once. Without a critic M is 0."""
+    size, steps = len(noise), len(sigmas)
+    if critic is None:
+        return noise.new_zeros(size, steps, 0)
+    if known:
+        return critic.unstandardise(torch.stack(tuple(known), 1))
+    image = torch.arange(size, device=noise.device).repeat_interleave(steps)
+    flat = {name: feature.flatten(0, 1) for name, feature in features.items()}
+    values = critic.standardised(flat, sigmas.repeat(size), conditioning.rows(image))
+    return critic.unstandardise(values).unflatten(0, (size, steps))
 
 
 def steered_rollout(

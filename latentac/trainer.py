@@ -76,6 +76,8 @@ class Trainer:
             self.actor_parameters.values(), actor.learning_rate, (0.9, 0.95), weight_decay=actor.weight_decay
         )
         self.learner = Learner(config, policy, critic, self.conditioning, mesh) if algorithm.uses_critic else None
+        weights = torch.tensor([reward.weight for reward in config.rewards], device=mesh.device)
+        self.value_weights = weights if config.algorithm.value_guidance > 0 else None
         self.reference = _frozen(policy) if config.algorithm.prediction_kl > 0 else None
         self.history: list[dict[str, Any]] = []
         self.recoveries: list[dict[str, Any]] = []
@@ -191,6 +193,7 @@ class Trainer:
             noise.to(self.mesh.device),
             policy_version=self.iteration * train.updates_per_iteration,
             keep_features=self.learner is not None,
+            value_weights=self.value_weights,
         )
         scores = score(self.rewards, self.policy.backbone.decode(trajectory.clean), texts)
         return Block(index, trajectory, rows, scores.rewards.to(self.mesh.device))

@@ -36,6 +36,18 @@ def join(parts: Sequence[Conditioning]) -> Conditioning:
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """The values' gradient by the latents that a stochastic step led to. gradients: [B, S, *latent], of the weighted,
+    standardised values; known: bool [B, S], where there is one. Or [N, *latent] and [N]."""
+
+    gradients: Tensor
+    known: Tensor
+
+    def rows(self, index: Tensor | tuple[Tensor, Tensor]) -> Self:
+        return replace(self, gradients=self.gradients[index], known=self.known[index])
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """A batch of rollouts: all that an update needs, and nothing of the network's own state.
 
@@ -48,6 +60,7 @@ class Trajectory:
     values:       [B, K, M] the critic's estimate at each state that was denoised; M = 0 without a critic
     policy_version: optimizer updates that the acting policy had seen
     features: name -> [B, K, ...], what the critic saw of each state; nothing unless it was asked for
+    guidance: where the critic would have each stochastic step's next latents; None unless it was asked for
     """
 
     prompts: Sequence[str]
@@ -59,6 +72,7 @@ class Trajectory:
     values: Tensor
     policy_version: int
     features: Mapping[str, Tensor] = field(default_factory=dict)
+    guidance: Guidance | None = None
 
     @property
     def num_steps(self) -> int:
@@ -86,6 +100,7 @@ class Trajectory:
             log_probs=self.log_probs[index],
             values=self.values[index],
             features={name: feature[index] for name, feature in self.features.items()},
+            guidance=None if self.guidance is None else self.guidance.rows(index),
         )
 
 
@@ -107,6 +122,7 @@ class Minibatch:
 
     latents, next_latents: [N, *latent]     sigma, sigma_next: [N]     conditioning: N rows
     old_means: [N, *latent], old_log_probs: [N]: of the acting policy     advantages: [N], whitened
+    guidance: N rows, or None
     """
 
     latents: Tensor
@@ -117,6 +133,7 @@ class Minibatch:
     old_means: Tensor
     old_log_probs: Tensor
     advantages: Tensor
+    guidance: Guidance | None = None
 
 
 def flatten_steps(trajectory: Trajectory, advantages: Tensor, image: Tensor, step: Tensor) -> Minibatch:
@@ -133,4 +150,5 @@ def flatten_steps(trajectory: Trajectory, advantages: Tensor, image: Tensor, ste
         old_means=trajectory.means[image, step],
         old_log_probs=trajectory.log_probs[image, step],
         advantages=advantages[image, step],
+        guidance=None if trajectory.guidance is None else trajectory.guidance.rows((image, step)),
     )

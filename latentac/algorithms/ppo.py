@@ -7,6 +7,7 @@ from latentac.algorithms import Credit, PolicyLoss
 from latentac.algorithms.surrogate import policy_loss
 from latentac.config import Config
 from latentac.diffusion import GaussianTransition
+from latentac.losses import guidance_loss
 from latentac.returns import combine, gae
 from latentac.types import Minibatch
 
@@ -36,4 +37,9 @@ class PPO:
         return Credit(combined, returns)
 
     def loss(self, transition: GaussianTransition, minibatch: Minibatch) -> PolicyLoss:
-        return policy_loss(self.settings, transition, minibatch)
+        found = policy_loss(self.settings, transition, minibatch)
+        if minibatch.guidance is None:
+            return found
+        guidance = guidance_loss(transition, minibatch.old_means, minibatch.guidance, self.settings.value_guidance)
+        dimensions = minibatch.latents[0].numel() if self.settings.log_prob_scale == "mean" else 1
+        return PolicyLoss(found.loss + guidance / dimensions, {**found.metrics, "guidance": guidance.detach()})

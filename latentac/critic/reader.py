@@ -96,6 +96,9 @@ class _Glance(nn.Module):
         channels = 2 * sum(shape[0] for shape in shapes.values())
         self.channels = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, width))
         self.word = nn.Linear(text_width, _WORD_WIDTH) if settings.text_conditioning else None
+        # A prompt is met a few times and its rewards are soon learned by heart: whole numbers of words are left out, and
+        # what remains is what many prompts share, and how it fits the picture.
+        self.drop_words = nn.Dropout(settings.text_dropout)
         self.places = nn.Parameter(torch.randn(_MOST_WORDS, _WORD_WIDTH, width) / (4 * _WORD_WIDTH**0.5))
         self.modulation = _TimeModulation(width)
         self.think = nn.Sequential(nn.Linear(width, width), nn.GELU())
@@ -104,7 +107,7 @@ class _Glance(nn.Module):
         """[B, 1, W]; channels: [B, C], mean and spread of each; tokens: [B, L, C'], the text's; time: [B, W]."""
         seen = self.channels(channels)
         if self.word is not None:
-            words = self.word(tokens)
+            words = self.drop_words(self.word(tokens))
             seen = seen + words.flatten(1) @ self.places[: words.shape[1]].flatten(0, 1)
         modulated, gate = self.modulation(seen[:, None], time)
         first = F.gelu(modulated)

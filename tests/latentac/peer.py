@@ -18,7 +18,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "rewards": [{"name": "brightness"}, {"name": "redness"}],
         "critic": {"replay_images": 12},
         "policy": {**_BOLD, "ema_decay": 0.9},
-        "algorithm": {"prediction_kl": 0.1},
+        "algorithm": {"prediction_kl": 0.1, "value_guidance": 2.0},
         "train": _ANYTHING_GOES,
     },
     "grpo": {"algorithm": {"name": "grpo", "group_size": 2}, "policy": _BOLD, "train": _ANYTHING_GOES},

@@ -24,7 +24,7 @@ EVERYTHING: dict[str, Any] = {
     "rewards": [{"name": "brightness"}, {"name": "redness", "weight": 0.0}],
     "critic": {"replay_images": 12},
     "policy": {"ema_decay": 0.9},
-    "algorithm": {"prediction_kl": 0.1},
+    "algorithm": {"prediction_kl": 0.1, "value_guidance": 2.0},
     "train": {"early_stopping": {"reward": "redness", "window": 1, "patience": 9}},
 }
 """Sections that turn on whatever has a state of its own."""
@@ -49,7 +49,7 @@ def with_adaptation(adaptation):
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
 def test_the_first_ratio_of_an_iteration_is_exactly_1(name, adaptation):
     """Through blocks, shuffling and minibatches the first update of every iteration sees ratio 1 to the last bit."""
-    trainer = make_trainer(name, policy={"adaptation": adaptation})
+    trainer = make_trainer(name, policy={"adaptation": adaptation}, algorithm={"value_guidance": 2.0})
     for _ in range(2):
         assert trainer.iterate()["first_ratio_deviation"] == 0.0
     assert trainer.history[-1]["kl"] > 0
@@ -105,7 +105,8 @@ def test_blocks_and_steps_add_up_to_one_batch(name):
     the denoising steps of all images."""
     found = []
     for block_images in (2, 4):
-        trainer = make_trainer(name, train={"block_images": block_images, "updates_per_iteration": 1})
+        train = {"block_images": block_images, "updates_per_iteration": 1}
+        trainer = make_trainer(name, train=train, algorithm={"value_guidance": 2.0})
         blocks = [trainer._roll_out(index) for index in range(4 // block_images)]
         trainer._credit(blocks)
         for block in blocks:
@@ -158,7 +159,7 @@ def test_two_workers_do_what_one_does(tmp_path):
 def test_actor_and_critic_do_not_shape_each_other(name):
     """The critic's passes leave actor and reference bitwise as they were, and give them no gradient; an update of the
     actor leaves the critic; with zero advantages the actor gets no gradient at all."""
-    trainer = make_trainer(name, critic={"replay_images": 8}, algorithm={"prediction_kl": 0.1})
+    trainer = make_trainer(name, critic={"replay_images": 8}, algorithm={"prediction_kl": 0.1, "value_guidance": 2.0})
     assert trainer.reference is not None
     assert trainer.learner is not None
     reference = trainer.reference.backbone.module
@@ -212,6 +213,37 @@ def test_the_prediction_kl_pulls_back(name):
                 if parameter.grad is not None:
                     parameter.sub_(0.02 / norm * parameter.grad)
     assert drifts[1] < drifts[0]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_guidance_leads_uphill_on_the_critic(name):
+    """With every advantage 0, updates towards the steered policy raise the critic's value of the very same draws, and
+    against a negative weight they would lower it; the loss falls from one to the next. Without guidance no gradient."""
+    found = []
+    for weight in (1.0, -1.0):
+        trainer = make_trainer(name, algorithm={"value_guidance": 5.0}, critic={"num_passes": 8, "learning_rate": 5e-3})
+        assert trainer.learner is not None
+        blocks = [trainer._roll_out(index) for index in range(2)]
+        trainer._credit(blocks)
+        trainer.learner.learn(0, [(block.index, block.trajectory, block.returns) for block in blocks])
+        trainer.value_weights = torch.tensor([weight])
+        block = trainer._roll_out(0)
+        block.advantages = torch.zeros_like(block.trajectory.log_probs)
+        minibatch, distances = trainer._share(block, 0), []
+        scale = minibatch.latents[0].numel() * 2  # of the loss: a mean over dimensions and blocks
+        for _ in range(3):
+            trainer.actor_optimizer.zero_grad()
+            distances.append(float(trainer._actor_gradient(minibatch)["guidance"]))
+            norm = float(gradient(trainer).norm())
+            with torch.no_grad():
+                for parameter in trainer.actor_parameters.values():
+                    if parameter.grad is not None:
+                        parameter.sub_(0.2 * distances[-1] / scale / norm**2 * parameter.grad)  # Polyak's step
+        assert distances == sorted(distances, reverse=True)
+        trainer.value_weights = None
+        change = trainer._roll_out(0).trajectory.values[:, -1] - block.trajectory.values[:, -1]
+        found.append(float(change.mean()))
+    assert found[1] < 0 < found[0]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
