@@ -79,8 +79,9 @@ class Critic(Section):
         map keeps;
     dropout: of maps and summaries while learning; text_dropout: of what is read of each word; body_learning_rate: of
         the backbone in lora and copy.
-    num_passes: over each iteration's states. replay_images: so many of the newest scored pictures are remembered, and
-        with each state of a rollout the critic learns from a forward-noised one of them; 0 for none.
+    num_passes: over each iteration's states, each of `updates_per_pass` updates. replay_images: so many of the newest
+        scored pictures are remembered, and with each state of a rollout the critic learns from a forward-noised one of
+        them; 0 for none.
     """
 
     body: str = "frozen_taps"
@@ -96,6 +97,7 @@ class Critic(Section):
     lora_rank: Positive = 32
     lora_alpha: Positive = 64
     num_passes: Positive = 2
+    updates_per_pass: Positive = 4
     replay_images: Annotated[int, Field(ge=0)] = 0
     learning_rate: Rate = 2e-3
     body_learning_rate: Rate = 1e-4
@@ -127,8 +129,8 @@ class Algorithm(Section):
         not drowned by what later steps did. value_lambda: the same for the critic's own targets, 1 is the reward.
     whitening: of advantages over all steps together, or of each step for itself.
     combination: of several rewards: `by_head` whitens each one's advantages before the weighted sum, `sum` only after.
-    value_guidance: how far, in std^2 times the gradient of the values, the actor's means are drawn uphill on the critic;
-        0 leaves the critic a baseline.
+    value_guidance: how far the actor's means are drawn uphill on the critic, in std^2 times the gradient of its values,
+        which are in standard deviations of each reward; 0 leaves the critic a baseline.
     prediction_kl: weight of mean (prediction - prediction of the base)^2; 0 keeps no reference.
     """
 

@@ -84,7 +84,7 @@ class Learner:
     def learn(self, iteration: int, blocks: Sequence[tuple[int, Trajectory, Tensor]]) -> float:
         """The iteration's passes over `blocks`: (index, trajectory with features, returns [B, K, M]). Returns the mean
         loss of the last pass."""
-        settings, updates = self.config.critic, self.config.train.updates_per_iteration
+        settings, updates = self.config.critic, self._updates_per_pass
         num_blocks = self.config.train.images_per_iteration // self.config.train.block_images
         total = torch.zeros((), device=self.mesh.device)
         self.critic.train()
@@ -123,12 +123,17 @@ class Learner:
         replay = {name: tensor.to(self.mesh.device) for name, tensor in _below(_PREFIX, tensors).items()}
         self.replay = Replay(**replay) if replay else None
 
+    @property
+    def _updates_per_pass(self) -> int:
+        """No more than a block has states."""
+        return min(self.config.critic.updates_per_pass, self.config.train.block_images * self.config.kernel.num_steps)
+
     def _share(self, trajectory: Trajectory, returns: Tensor, key: tuple[int, int, int, int]) -> Tensor:
         """The flattened (image, step) rows of a block that belong to an update."""
         iteration, number, update, index = key
         generator = generator_for(self.config.seed, "order", "critic", iteration, number, index)
         order = torch.randperm(len(returns) * trajectory.num_steps, generator=generator)
-        return order.tensor_split(self.config.train.updates_per_iteration)[update].to(self.mesh.device)
+        return order.tensor_split(self._updates_per_pass)[update].to(self.mesh.device)
 
     def _rollout_loss(self, trajectory: Trajectory, returns: Tensor, rows: Tensor) -> Tensor:
         image, step = rows // trajectory.num_steps, rows % trajectory.num_steps

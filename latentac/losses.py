@@ -64,12 +64,13 @@ def value_loss(values: Tensor, returns: Tensor, target_clip: float, weights: Ten
 
 
 def guidance_loss(transition: GaussianTransition, old_mean: Tensor, guidance: Guidance, strength: float) -> Tensor:
-    """[], the mean KL, in nats a step, to the acting policy steered uphill on the critic: N(mean_old + w std^2 g, std^2).
+    """[], mean KL in nats a step to the acting policy steered uphill on the critic, N(mean_old + w std^2 g, std^2).
 
-    old_mean: [N, *latent]; guidance: N rows, g its gradients, rows without one count 0; strength: w. Where the policy is still the acting
-    one the loss descends along -w g d mean/d theta: the pathwise policy gradient of w E[V(z')], which by Stein's identity
-    is the expectation of the likelihood-ratio gradient with V as the advantage, without its noise. The optimum lies at
-    the steered policy, so a step is bounded however steep the critic is.
+    old_mean: [N, *latent]; guidance: N rows, g its gradients, rows without one count 0; strength: w.
+    Where the policy is still the acting one the loss descends along -w g d mean/d theta. That is the pathwise gradient
+    of w E[V(z')] (Heess et al. 2015, eq. 13), by Stein's identity the expectation of the likelihood-ratio gradient with
+    V as the advantage, without that one's noise. The optimum lies at the steered policy, so a step is bounded however
+    steep the critic is.
     """
     std = broadcast(transition.std, old_mean)
     steered = GaussianTransition(old_mean + strength * std**2 * guidance.gradients, transition.std)

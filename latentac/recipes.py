@@ -13,9 +13,9 @@ _SHAPES_UNET: dict[str, Any] = {
         {"name": "jpeg_compressibility", "weight": 0.0},
     ],
     "policy": {"learning_rate": 1e-4},
-    "algorithm": {"gae_lambda": 0.9, "clip": 0.0015},
-    "critic": {"num_queries": 0, "num_passes": 4},
-    "pretrain": {"num_images": 1024},
+    "algorithm": {"gae_lambda": 0.9, "clip": 0.0015, "value_guidance": 5.0},
+    "critic": {"num_queries": 0},
+    "pretrain": {"num_images": 2048, "num_passes": 10},
     "gate": {"reward": "shapes_verifier"},
 }
 
@@ -25,9 +25,8 @@ _SHAPES_DIT = merge(
         "recipe": "shapes-dit",
         "backbone": {"name": "dit", "source": "builtin:shapes-dit"},
         "kernel": {"name": "cps", "noise": 0.9},
-        "policy": {"learning_rate": 2e-4},
         "algorithm": {"clip": 0.003},
-        "train": {"num_iterations": 60},
+        "train": {"num_iterations": 60, "updates_per_iteration": 20},
     },
 )
 

@@ -31,7 +31,8 @@ def rollout(
 
     The schedule follows from K. Steered log-probs are those of the policy, not of the steered transition.
     keep_features: what the critic sees of each state is kept with it, to learn from.
-    value_weights: [M], asks for the gradient of the values, each reward's head weighted so; a step then costs 3 forwards.
+    value_weights: [M], asks for the gradient of the values with each reward's head weighted so; a step then costs three
+    forwards.
 
     Steering needs a state's value before the next one is drawn. Without it the critic is asked once, at the end, about
     all states: small products cost more to start than to do.
@@ -46,15 +47,15 @@ def rollout(
     for step in range(num_steps):
         state = latents[-1].detach()
         sigma, sigma_next = sigmas[step].expand(len(state)), sigmas[step + 1].expand(len(state))
-        wanted = value_weights is not None and 0 < step <= num_stochastic
-        needs_gradient = wanted or (steering is not None and steering.needs_gradient)
+        weights = value_weights if 0 < step <= num_stochastic else None
+        needs_gradient = weights is not None or (steering is not None and steering.needs_gradient)
         with torch.set_grad_enabled(needs_gradient):
             state.requires_grad_(needs_gradient)
             output = policy.forward(state, sigma, sigma_next, conditioning)
             seen = critic.features(state, output.prediction, output.taps) if critic is not None else {}
             transition = output.transition
-            if wanted and critic is not None:
-                weighted = critic.standardised(seen, sigma, conditioning) @ value_weights
+            if weights is not None and critic is not None:
+                weighted = critic.standardised(seen, sigma, conditioning) @ weights
                 (gradients[step - 1],) = torch.autograd.grad(weighted.sum(), state)
             if steering is not None:
                 no_value = state.new_zeros(len(state), 0)
@@ -100,8 +101,8 @@ def _values(
     conditioning: Conditioning,
     noise: Tensor,
 ) -> Tensor:
-    """[B, K, M] in the rewards' units: of the standardised ones that steering asked for, or else of features [B, K, ...]
-    of all states at once. Without a critic M is 0."""
+    """[B, K, M] in the rewards' units: the standardised ones that steering asked for, or else those of the features
+    [B, K, ...] of all states at once. Without a critic M is 0."""
     size, steps = len(noise), len(sigmas)
     if critic is None:
         return noise.new_zeros(size, steps, 0)

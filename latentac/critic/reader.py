@@ -96,8 +96,8 @@ class _Glance(nn.Module):
         channels = 2 * sum(shape[0] for shape in shapes.values())
         self.channels = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, width))
         self.word = nn.Linear(text_width, _WORD_WIDTH) if settings.text_conditioning else None
-        # A prompt is met a few times and its rewards are soon learned by heart: whole numbers of words are left out, and
-        # what remains is what many prompts share, and how it fits the picture.
+        # A prompt is met a few times and its rewards are soon learned by heart. With part of what is read of each word
+        # left out, what remains is what many prompts share, and whether the picture fits.
         self.drop_words = nn.Dropout(settings.text_dropout)
         self.places = nn.Parameter(torch.randn(_MOST_WORDS, _WORD_WIDTH, width) / (4 * _WORD_WIDTH**0.5))
         self.modulation = _TimeModulation(width)

@@ -1,8 +1,9 @@
-"""What the critic costs: iterations of DDPO and of ours with frozen taps, in turns in one process.
+"""What the critic costs: iterations of DDPO and of ours with frozen taps, without and with guidance, in turns.
 
     python -m tests.bench.critic_cost [--recipe shapes-unet] [--pairs 12]
 
-Both do the same pictures, denoising steps and actor updates; ours also asks the critic at every step and trains it.
+All do the same pictures, denoising steps and actor updates in one process. `values` asks the critic at every state and
+trains it; `guided` also takes the values' gradient by the latents at every step, as the recipe says.
 """
 
 import argparse
@@ -33,8 +34,9 @@ from tests.bench.unit import base_policy
 
 _BOOTSTRAP = 2000
 _ARMS = {
-    "DDPO": ["algorithm.name=ddpo"],
-    "ours": ["algorithm.name=ppo", "critic.body=frozen_taps"],
+    "DDPO": ["algorithm.name=ddpo", "algorithm.value_guidance=0"],
+    "values": ["algorithm.name=ppo", "critic.body=frozen_taps", "algorithm.value_guidance=0"],
+    "guided": ["algorithm.name=ppo", "critic.body=frozen_taps"],
 }
 
 
@@ -72,16 +74,17 @@ class Timed(Trainer):
 
 
 def measure(recipe: str, overrides: Sequence[str], pairs: int) -> dict[str, Any]:
-    """The record of `pairs` pairs of iterations, after one of each that does not count."""
+    """The record of `pairs` iterations of each arm, after one that does not count. ratio, guided_ratio: of `values` and
+    of `guided` to DDPO, turn by turn."""
     trainers = {name: _trainer(resolve_recipe(recipe, "", [*overrides, *own])) for name, own in _ARMS.items()}
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in _ARMS}
     with progress(pairs + 1, "critic cost", "pairs") as bar:
         for pair in range(pairs + 1):
-            for name in list(_ARMS)[:: 1 if pair % 2 else -1]:  # neither is always the first
+            for name in list(_ARMS)[:: 1 if pair % 2 else -1]:  # none is always the first
                 rows[name].append(trainers[name].seconds())
             bar.update()
     whole = {name: np.array([row["all"] for row in found[1:]]) for name, found in rows.items()}
-    config = trainers["ours"].config
+    config = trainers["values"].config
     parts = ("rollout", "actor", "critic", "all")
     found = environment()
     return {
@@ -93,7 +96,8 @@ def measure(recipe: str, overrides: Sequence[str], pairs: int) -> dict[str, Any]
         "images": config.train.images_per_iteration,
         "steps": config.kernel.num_steps,
         "updates": config.train.updates_per_iteration,
-        "ratio": median(whole["ours"] / whole["DDPO"], _BOOTSTRAP, 0),
+        "ratio": median(whole["values"] / whole["DDPO"], _BOOTSTRAP, 0),
+        "guided_ratio": median(whole["guided"] / whole["DDPO"], _BOOTSTRAP, 0),
         "seconds": {
             name: {part: float(np.median([row[part] for row in each[1:]])) for part in parts}
             for name, each in rows.items()
@@ -124,9 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.output / f"cost-{options.recipe}.json"
     path.write_text(dump(found))
     for name, parts in found["seconds"].items():
-        print(f"{name:5}", *(f"{part} {value:6.2f} s" for part, value in parts.items()), sep="  ")
-    ratio = found["ratio"]
-    print(f"ours / DDPO: {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}], {ratio['n']} pairs")
+        print(f"{name:6}", *(f"{part} {value:6.2f} s" for part, value in parts.items()), sep="  ")
+    for name, key in (("values", "ratio"), ("guided", "guided_ratio")):
+        ratio = found[key]
+        print(f"{name} / DDPO: {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}], {ratio['n']} pairs")
     for claim in CLAIMS:
         if claim.experiment == "cost":
             verdict = claim.decide(found)

@@ -29,7 +29,7 @@ Settings = Mapping[str, Any]
 
 TUNED: dict[str, dict[str, Settings]] = {
     "shapes-unet": {"ddpo": {"algorithm.clip": 0.0008}, "grpo": {"algorithm.clip": 0.0008}},
-    "shapes-dit": {},
+    "shapes-dit": {"ddpo": {"policy.learning_rate": 2e-4}, "grpo": {"policy.learning_rate": 2e-4}},
 }
 """Recipe -> arm -> the settings found best for it, where they are not the recipe's; README.md has the trials."""
 
@@ -43,17 +43,19 @@ MEASURED = tuple(
 class Scale:
     """How much an arm spends, and how much is measured.
 
-    pretraining: pictures that an arm with value pretraining pays for it; pretrained, plain: (iterations, updates in
-    each) of an arm with and without; evaluated: held-out pictures before and after; grouped: held-out prompts of which
-    four pictures each are made; seeds: experiment -> recipe -> number of seeds. folder: where units work and leave
-    their results; results: where the aggregated ones go; readme: the document with the section that is generated.
+    pretraining: pictures that an arm with value pretraining pays for it; pretrained, plain: iterations of an arm with
+    and without; updates: recipe -> those of the actor in all; evaluated: held-out pictures before and after; grouped:
+    held-out prompts of which four pictures each are made; seeds: experiment -> recipe -> number of seeds. folder: where
+    units work and leave their results; results: where the aggregated ones go; readme: the document with the section
+    that is generated.
     """
 
     name: str
     images_per_iteration: int
     pretraining: int
-    pretrained: tuple[int, int]
-    plain: tuple[int, int]
+    pretrained: int
+    plain: int
+    updates: Mapping[str, int]
     evaluated: int
     grouped: int
     seeds: Mapping[str, Mapping[str, int]]
@@ -70,14 +72,15 @@ FULL = Scale(
     name="full",
     images_per_iteration=256,
     pretraining=1024,
-    pretrained=(16, 5),
-    plain=(20, 4),
+    pretrained=16,
+    plain=20,
+    updates={"shapes-unet": 80, "shapes-dit": 320},
     evaluated=1024,
     grouped=64,
     seeds={
         "main": {"shapes-unet": 5, "shapes-dit": 3},
-        "ablations": {"shapes-unet": 3},
-        "hacking": {"shapes-unet": 3},
+        "ablations": {"shapes-dit": 3},
+        "hacking": {"shapes-dit": 3},
         "critic": {"shapes-unet": 3, "shapes-dit": 3},
     },
     folder=ROOT / "build" / "evidence",
@@ -88,8 +91,9 @@ QUICK = Scale(
     name="quick",
     images_per_iteration=256,
     pretraining=256,
-    pretrained=(4, 5),
-    plain=(5, 4),
+    pretrained=4,
+    plain=5,
+    updates={"shapes-unet": 20},
     evaluated=256,
     grouped=16,
     seeds={"main": {"shapes-unet": 3}},
@@ -119,19 +123,22 @@ def _rewards(**weights: float) -> Settings:
 
 _THREE = _rewards(shapes_clip=1.0, shapes_verifier=1.0, jpeg_compressibility=1.0)
 
+_NO_CRITIC: Settings = {"algorithm.value_guidance": 0.0}
+
 ARMS: dict[str, Arm] = {
     "ours": Arm("ours", {"algorithm.name": "ppo", "critic.body": "frozen_taps"}),
-    "ddpo": Arm("DDPO", {"algorithm.name": "ddpo"}, pretrained=False),
-    "grpo": Arm("GRPO, groups of 4", {"algorithm.name": "grpo", "algorithm.group_size": 4}, pretrained=False),
-    # Half the width: convolutions at the picture's own size cost many times what the others do.
-    "pixel": Arm("pixel critic", {"critic.body": "pixel", "critic.width": 32}),
+    "ddpo": Arm("DDPO", {"algorithm.name": "ddpo", **_NO_CRITIC}, pretrained=False),
+    "grpo": Arm(
+        "GRPO, groups of 4", {"algorithm.name": "grpo", "algorithm.group_size": 4, **_NO_CRITIC}, pretrained=False
+    ),
+    # Half the width and the passes: convolutions at the picture's own size cost many times what the others do.
+    "pixel": Arm("pixel critic", {"critic.body": "pixel", "critic.width": 32, "pretrain.num_passes": 5}),
     "latent_cnn": Arm("stand-alone latent critic", {"critic.body": "latent_cnn"}),
+    "unguided": Arm("without guidance: the critic is a baseline", {"algorithm.value_guidance": 0.0}),
     "no_time": Arm("without time conditioning", {"critic.time_conditioning": False}),
     "no_pretraining": Arm("without value pretraining", {}, pretrained=False),
     "lambda_1": Arm("lambda 1", {"algorithm.gae_lambda": 1.0}),
     "lambda_095": Arm("lambda 0.95", {"algorithm.gae_lambda": 0.95}),
-    "lambda_06": Arm("lambda 0.6", {"algorithm.gae_lambda": 0.6}),
-    "attention": Arm("with attention, 4 queries a map", {"critic.num_queries": 4}),
     "lora": Arm("critic body: own LoRA", {"critic.body": "lora"}),
     "copy": Arm("critic body: own copy", {"critic.body": "copy"}),
     "three_rewards": Arm("three rewards", _THREE),
@@ -160,8 +167,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     "ablations": Experiment(
         "ours",
         (
-            *("ours", "no_time", "no_pretraining", "lambda_1", "lambda_095", "lambda_06", "attention", "lora", "copy"),
+            *("ours", "unguided", "no_time", "no_pretraining", "lambda_1", "lambda_095"),
             *(("three_rewards", "shared_head") if "shapes_clip" in REWARDS else ()),
+            *("lora", "copy"),
         ),
         {"three_rewards": "three_rewards", "shared_head": "three_rewards"},
     ),
@@ -242,17 +250,17 @@ def units(scale: Scale, only: Sequence[str] = (), recipes: Sequence[str] = ()) -
 
 def _units(scale: Scale, name: str, experiment: Experiment, recipe: str, seed: int) -> Iterator[Unit]:
     for arm in experiment.arms:
-        settings = {**_spent(scale, arm), **ARMS[arm].settings, **TUNED.get(recipe, {}).get(arm, {})}
+        settings = {**_spent(scale, recipe, arm), **ARMS[arm].settings, **TUNED.get(recipe, {}).get(arm, {})}
         yield Unit(name, arm, recipe, seed, tuple(f"{path}={json.dumps(value)}" for path, value in settings.items()))
 
 
-def _spent(scale: Scale, arm: str) -> Settings:
+def _spent(scale: Scale, recipe: str, arm: str) -> Settings:
     pretrained = ARMS[arm].pretrained
-    iterations, updates = scale.pretrained if pretrained else scale.plain
+    iterations = scale.pretrained if pretrained else scale.plain
     settings = {
         "pretrain.num_images": scale.pretraining if pretrained else 0,
         "train.num_iterations": iterations,
-        "train.updates_per_iteration": updates,
+        "train.updates_per_iteration": scale.updates[recipe] // iterations,
         "train.images_per_iteration": scale.images_per_iteration,
         "train.num_workers": 1,
         "train.checkpoint_every": 2,

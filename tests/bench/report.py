@@ -151,11 +151,12 @@ def _steps(found: File) -> Iterator[str]:
 
 
 def _cost(found: File) -> Iterator[str]:
-    ratio = found["ratio"]
+    ratio, guided = found["ratio"], found["guided_ratio"]
     yield (
         f"The same process does iterations of DDPO and of ours in turns: {found['images']} pictures, {found['steps']} "
-        f"denoising steps, {found['updates']} updates. Median of the {ratio['n']} pairs' ratios: {ratio['median']:.3f} "
-        f"[{ratio['low']:.3f}, {ratio['high']:.3f}]."
+        f"denoising steps, {found['updates']} updates. Median of the ratios of {ratio['n']} turns to DDPO: with values "
+        f"alone {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}], guided by their gradient too "
+        f"{guided['median']:.3f} [{guided['low']:.3f}, {guided['high']:.3f}]."
     )
     yield ""
     yield "| Seconds an iteration (median) | Rollout and scoring | Actor updates | Critic updates and credit | All |"

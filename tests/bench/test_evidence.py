@@ -45,12 +45,13 @@ def test_every_arm_spends_the_same(scale: Scale) -> None:
             spent.setdefault((unit.experiment, unit.recipe), set()).add((unit.images, unit.updates))
     assert {name: len(found) for name, found in spent.items()} == dict.fromkeys(spent, 1), spent
     if scale is FULL:
-        assert set.union(*spent.values()) == {(5_120, 80)}
+        for (_, recipe), budgets in spent.items():
+            assert budgets == {(5_120, {"shapes-unet": 80, "shapes-dit": 320}[recipe])}
 
 
 def test_a_group_is_not_paid_for_in_prompts_alone() -> None:
     """GRPO's groups come out of the same pictures an iteration; only value pretraining changes the iterations."""
-    config = next(unit.config for unit in units(FULL) if unit.arm == "grpo")
+    config = next(unit.config for unit in units(FULL) if unit.arm == "grpo" and unit.recipe == "shapes-unet")
     assert (config.train.images_per_iteration, config.algorithm.group_size, config.pretrain.num_images) == (256, 4, 0)
 
 
@@ -124,20 +125,20 @@ def test_results_of_another_configuration_are_not_mixed_in(tmp_path: Path) -> No
 def test_what_is_recorded_need_not_run_again(tmp_path: Path) -> None:
     """A unit of the committed files is finished on every machine, in each experiment that has it; anew, it is not."""
     scale = dataclasses.replace(FULL, folder=tmp_path / "units", results=tmp_path / "results")
-    shared = next(unit for unit in units(scale, ["main"]) if unit.arm == "ours")
+    shared = next(unit for unit in units(scale, ["main"], ["shapes-dit"]) if unit.arm == "ours")
     record = {**_record("ours", 0, 0.0), "hash": shared.hash}
     record["environment"] = {"commit": "c", "machine": {}, "versions": {}}
     scale.results.mkdir()
-    (scale.results / "main-shapes-unet.json").write_text(json.dumps({"units": [record]}))
-    planned = units(scale, ["main", "ablations"], ["shapes-unet"])
+    (scale.results / "main-shapes-dit.json").write_text(json.dumps({"units": [record]}))
+    planned = units(scale, ["main", "ablations"], ["shapes-dit"])
     left = Schedule(scale, planned, workers=1).left
     assert len(left) == len({unit.name for unit in planned}) - 1
     assert shared.name not in {unit.name for unit in left}
     assert shared.name in {unit.name for unit in Schedule(scale, planned, workers=1, anew=True).left}
     other = next(unit for unit in planned if unit.arm == "no_time")
-    assert aggregate.aggregate(scale, "ablations", "shapes-unet") is None, "there is nothing to compare it with"
+    assert aggregate.aggregate(scale, "ablations", "shapes-dit") is None, "there is nothing to compare it with"
     _leave(scale, other, {**_record("no_time", 0, 0.0), "hash": other.hash})
-    path = aggregate.aggregate(scale, "ablations", "shapes-unet")
+    path = aggregate.aggregate(scale, "ablations", "shapes-dit")
     assert path is not None
     assert [unit["hash"] for unit in json.loads(path.read_text())["units"]] == [shared.hash, other.hash]
 
@@ -271,14 +272,15 @@ def test_a_failed_unit_is_told_and_stops_nobody(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_cost_of_the_critic_is_measured_in_turns(tmp_path: Path) -> None:
-    """One process gives the ratio with its interval and each arm's seconds by part."""
+    """One process gives both ratios with their intervals and each arm's seconds by part."""
     from tests.bench import critic_cost
 
     settings = [f"--set={setting}" for setting in TINY]
     assert critic_cost.main(["--pairs=2", f"--output={tmp_path}", *settings]) == 0
     found = json.loads((tmp_path / "cost-shapes-unet.json").read_text())
-    assert found["ratio"]["n"] == 2
-    assert found["ratio"]["low"] <= found["ratio"]["median"] <= found["ratio"]["high"]
+    for ratio in (found["ratio"], found["guided_ratio"]):
+        assert ratio["n"] == 2
+        assert ratio["low"] <= ratio["median"] <= ratio["high"]
     for parts in found["seconds"].values():
         assert parts["rollout"] > 0
         assert parts["actor"] > 0
@@ -362,11 +364,13 @@ def _world(truth: int) -> dict[str, dict[str, Any]]:
         found |= {"commits": ["0" * 40], "machines": [machine], "missing": [], "failed": [], "units": records}
         results[f"{name}-shapes-unet"] = {**found, **aggregate.summarise(name, records)}
     ratio = {1: (1.05, 1.04, 1.06), -1: (1.2, 1.18, 1.22), 0: (1.1, 1.05, 1.15)}[truth]
+    told: dict[str, float] = {**dict(zip(("median", "low", "high"), ratio, strict=True)), "n": 12}
     results["cost-shapes-unet"] = {
         **results["main-shapes-unet"],
         "experiment": "cost",
-        "ratio": {**dict(zip(("median", "low", "high"), ratio, strict=True)), "n": 12},
-        "seconds": {name: dict.fromkeys(("rollout", "actor", "critic", "all"), 1.0) for name in ("DDPO", "ours")},
+        "ratio": told,
+        "guided_ratio": told,
+        "seconds": {name: dict.fromkeys(("rollout", "actor", "critic", "all"), 1.0) for name in ("DDPO", "values")},
         "steps": 10,
     } | {"images": 256, "updates": 4}
     return results

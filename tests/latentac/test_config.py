@@ -46,7 +46,8 @@ def test_all_problems_come_at_once_with_path_value_and_remedy():
     ("overrides", "path", "words"),
     [
         (["kernel.noise=0"], "kernel.noise", "deterministic"),
-        (["algorithm.name=grpo", "algorithm.group_size=1"], "algorithm.group_size", "at least 2"),
+        (["algorithm={name: grpo, group_size: 1, value_guidance: 0}"], "algorithm.group_size", "at least 2"),
+        (["algorithm={name: ddpo, value_guidance: 2}"], "algorithm.value_guidance", "has no critic"),
         (["train.early_stopping={reward: shapes_verifier}"], "train.early_stopping.reward", "rises to the end"),
         (["train.early_stopping={reward: nothing}"], "train.early_stopping.reward", "not a watched reward"),
         (["algorithm.baseline=group"], "algorithm.baseline", "'batch' or 'prompt'"),

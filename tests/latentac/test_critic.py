@@ -20,7 +20,8 @@ TWO = [{"name": "brightness"}, {"name": "redness"}]
 
 def make(name, body, opinion=0.0, **settings):
     """(config, policy, critic) with two heads; opinion: standard deviation of noise on all weights, heads included."""
-    critic_settings = {"body": body, "dropout": 0.0, "learning_rate": 5e-3, "num_passes": 8, **settings}
+    critic_settings = {"body": body, "dropout": 0.0, "learning_rate": 5e-3, "num_passes": 8, "updates_per_pass": 1}
+    critic_settings |= settings
     train = {"images_per_iteration": 4, "block_images": 4, "updates_per_iteration": 1}
     config = make_config(name, critic=critic_settings, rewards=TWO, train=train)
     policy = Policy(shipped(name).clone(), KERNELS[config.kernel.name](config.kernel.noise))

@@ -83,8 +83,8 @@ def test_a_rollout_keeps_its_axes(name, kernel, critics):
 @pytest.mark.parametrize(("name", "kernel"), PAIRS)
 @pytest.mark.parametrize("steering", [ValueGradient(torch.zeros(2)), BestOfN(torch.ones(2), 1)], ids=["grad", "best"])
 def test_strength_0_is_bitwise_the_plain_rollout(name, kernel, steering, critics):
-    """Steering that asks for nothing changes nothing, though it takes gradients: latents and log-probs. Values are asked
-    for all states at once in one and step by step in the other: equal to float error."""
+    """Steering that asks for nothing changes nothing, though it takes gradients: latents and log-probs. Values are
+    asked for all states at once in one and step by step in the other: equal to float error."""
     _, plain = roll(name, kernel, critics[name])
     _, steered = roll(name, kernel, critics[name], steering=steering)
     assert torch.equal(plain.latents, steered.latents)
@@ -107,8 +107,8 @@ def test_steering_raises_the_head_that_it_is_told_to(name, kernel, critics):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_noise_depends_on_the_image_alone(name, critics):
-    """An image's rollout is bitwise the same in blocks of 16 and of 32: blocks may be cut and dealt anywhere. So are the
-    values, to float error."""
+    """An image's rollout is bitwise the same in blocks of 16 and of 32: blocks may be cut and dealt anywhere. So are
+    the values, to float error."""
     backbone, prompts = shipped(name), PROMPTS * 8
     noise = noise_for([(i,) for i in range(32)], 0, 3, backbone.latent_shape)
     policy = Policy(backbone, KERNELS[dict(PAIRS)[name]](0.7))

@@ -176,6 +176,7 @@ def test_the_values_gradient_is_the_policy_gradient_without_its_noise(kernel):
     critic = AnalyticCritic(policy.backbone, kernel)
     trajectory = roll(policy, critic, count, seed=5, value_weights=torch.ones(1))
     stochastic = trajectory.num_stochastic_steps
+    assert trajectory.guidance is not None
     guided = trajectory.guidance.known[0]
     assert bool(guided[: STEPS - 1].all())  # a step that leads to the picture itself has no value behind it
     assert len(guided) == stochastic
@@ -185,17 +186,19 @@ def test_the_values_gradient_is_the_policy_gradient_without_its_noise(kernel):
 
     rows = torch.arange(count * stochastic)
     batch = flatten_steps(trajectory, advantages[..., 0], rows // stochastic, rows % stochastic)
+    guidance = batch.guidance
+    assert guidance is not None
     theta = torch.zeros(len(batch.latents), 1, 1, 1, requires_grad=True)
     transition = policy.transition(batch.latents, batch.sigma, batch.sigma_next, batch.conditioning)
-    loss = guidance_loss(transition.shifted(theta), batch.old_means, batch.guidance, 1.0)
+    loss = guidance_loss(transition.shifted(theta), batch.old_means, guidance, 1.0)
     (pathwise,) = torch.autograd.grad(-loss * len(theta), theta)
     pathwise = pathwise.reshape(count, stochastic).sum(1)
     error = 4 * (float(noisy.var()) / count + float(pathwise.var()) / count) ** 0.5
     assert abs(float(pathwise.mean()) - float(noisy.mean())) < error
     assert float(pathwise.var()) < 0.5 * float(noisy.var())
 
-    steered = transition.shifted(broadcast(transition.std**2, batch.latents) * batch.guidance.gradients)
-    assert float(guidance_loss(steered, batch.old_means, batch.guidance, 1.0)) == pytest.approx(0, abs=1e-9)
+    steered = transition.shifted(broadcast(transition.std**2, batch.latents) * guidance.gradients)
+    assert float(guidance_loss(steered, batch.old_means, guidance, 1.0)) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("kernel", NOISY, ids=repr)

@@ -73,7 +73,15 @@ def make_config(backbone: str = SHIPPED[0], **sections: Any) -> Config:
         "prompts": {"source": "builtin:shapes"},
         "rewards": [{"name": "brightness"}],
         "gate": {"reward": "brightness"},
-        "critic": {"width": 32, "num_heads": 2, "num_queries": 1, "lora_rank": 4, "lora_alpha": 8, "num_passes": 1},
+        "critic": {
+            "width": 32,
+            "num_heads": 2,
+            "num_queries": 1,
+            "lora_rank": 4,
+            "lora_alpha": 8,
+            "num_passes": 1,
+            "updates_per_pass": 2,
+        },
         "policy": {"lora_rank": 4, "lora_alpha": 8},
         "train": {"images_per_iteration": 4, "block_images": 2, "updates_per_iteration": 2, "num_workers": 1},
     }
