@@ -13,17 +13,23 @@ from latentac.measures import interval
 from latentac.policy import Policy
 from latentac.prompts import Prompt, balanced
 from latentac.rewards import Reward
-from latentac.steering import Steering, evaluations, make_steering
+from latentac.steering import STEERING, Steering, evaluations, make_steering
 
 
 def arms(config: Config) -> list[tuple[str, float, int, Steering]]:
-    """(method, strength, candidates, steering) of each arm; every head counts by its reward's weight."""
-    weights = torch.tensor([reward.weight for reward in config.rewards])
-    gradient = [
-        ("value_gradient", s, 1, make_steering("value_gradient", s * weights)) for s in config.steering.strengths
-    ]
-    best = [("best_of_n", 0.0, n, make_steering("best_of_n", weights, n)) for n in config.steering.candidates]
-    return [*gradient, *best]
+    """(method, strength, candidates, steering) of each arm; every head counts by its reward's weight.
+
+    The value gradient alone at each strength; at the default one each method with each number of candidates, but those
+    that take gradients not with the highest, which cost three times as much.
+    """
+    settings, weights = config.steering, torch.tensor([reward.weight for reward in config.rewards])
+    strength, most = settings.default_strength, max(settings.candidates)
+    found = [("value_gradient", each, 1) for each in settings.strengths]
+    for method in STEERING:
+        gradient = make_steering(method, weights, 1).needs_gradient
+        numbers = [n for n in settings.candidates if n < most or not gradient]
+        found += [(method, 0.0 if method == "best_of_n" else strength, n) for n in numbers]
+    return [(name, each, n, make_steering(name, (each or 1.0) * weights, n)) for name, each, n in found]
 
 
 def run_benchmark(
@@ -39,7 +45,7 @@ def run_benchmark(
     chosen = [prompts[i].text for i in balanced(prompts, evaluation.num_images, config.seed, "evaluation")]
     rows = []
     for method, strength, candidates, steering in arms(config):
-        label = f"{method} {strength:g}" if method == "value_gradient" else f"{method} {candidates}"
+        label = f"{method} {strength:g}" if candidates == 1 else f"{method} {candidates}"
         texts = chosen[: config.steering.num_images]
         started = time.monotonic()
         arm = sample(

@@ -67,6 +67,10 @@ class GaussianTransition:
         squares = deviation.flatten(1).square().sum(1)
         return -0.5 * squares - dimensions * (self.std.log() + 0.5 * math.log(2 * math.pi))
 
+    def rows(self, index: Tensor) -> "GaussianTransition":
+        """The transitions of the images that `index`, int64 [N], names."""
+        return GaussianTransition(self.mean[index], self.std[index])
+
     def shifted(self, offset: Tensor) -> "GaussianTransition":
         """The same transition with `offset`, [B, *latent], added to its mean."""
         return GaussianTransition(self.mean + offset, self.std)

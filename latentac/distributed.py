@@ -37,6 +37,11 @@ def noise_for(keys: Sequence[tuple[object, ...]], seed: int, num_steps: int, sha
     return torch.stack([torch.randn(num_steps + 1, *shape, generator=generator_for(seed, *key)) for key in keys])
 
 
+def uniforms_for(keys: Sequence[tuple[object, ...]], seed: int, num_steps: int) -> Tensor:
+    """U(0, 1) [len(keys), K]: one number a step for whatever chooses among the candidates of an image."""
+    return torch.stack([torch.rand(num_steps, generator=generator_for(seed, "uniforms", *key)) for key in keys])
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is the worker's own GPU where there is one, else the CPU."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):

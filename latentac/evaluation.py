@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentac.config import Config
 from latentac.critic import Critic
-from latentac.distributed import map_blocks, noise_for
+from latentac.distributed import map_blocks, noise_for, uniforms_for
 from latentac.measures import DEFINITIONS, difference, diversity, interval, intervals, median, ratio
 from latentac.policy import Policy
 from latentac.progress import progress
@@ -84,7 +84,9 @@ def _roll_out(
     noise = noise_for(keys, seed, num_steps, policy.backbone.latent_shape).to(device)
     if steering is None or critic is None:
         return rollout(policy, critic, texts, conditioning, noise)
-    return steered_rollout(policy, critic, texts, conditioning, noise.unflatten(0, (-1, candidates)), steering)
+    uniforms = uniforms_for([("evaluation", slot) for slot in slots], seed, num_steps).to(device)
+    parted = noise.unflatten(0, (-1, candidates))
+    return steered_rollout(policy, critic, texts, conditioning, parted, steering, uniforms)
 
 
 def compare(

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from latentac.critic import Critic
-from latentac.diffusion import num_stochastic_steps
+from latentac.diffusion import GaussianTransition, num_stochastic_steps
 from latentac.errors import RewardError
 from latentac.policy import Policy
 from latentac.rewards import Reward
-from latentac.steering import Steering, SteeringState
+from latentac.steering import Guide, Steering, SteeringState
 from latentac.types import Conditioning, Guidance, Scores, Trajectory
 
 
@@ -23,6 +23,7 @@ def rollout(
     noise: Tensor,
     *,
     steering: Steering | None = None,
+    uniforms: Tensor | None = None,
     policy_version: int = 0,
     keep_features: bool = False,
     value_weights: Tensor | None = None,
@@ -30,6 +31,8 @@ def rollout(
     """Denoise from `noise`, [B, K+1, *latent] standard normal, whose entry k + 1 is the draw of step k.
 
     The schedule follows from K. Steered log-probs are those of the policy, not of the steered transition.
+    uniforms: [B / N, K] from U(0, 1), for steering with N > 1 candidates an image, which are consecutive rows. A row
+    that goes on from another one has that one's past.
     keep_features: what the critic sees of each state is kept with it, to learn from.
     value_weights: [M], asks for the gradient of the values with each reward's head weighted so; a step then costs three
     forwards.
@@ -40,8 +43,11 @@ def rollout(
     num_steps = noise.shape[1] - 1
     sigmas = policy.backbone.schedule(num_steps).to(noise.device)
     num_stochastic = num_stochastic_steps(policy.kernel, sigmas)
-    latents = [noise[:, 0]]
-    means, log_probs, values = [], [], []
+    guide = _begin(steering, uniforms, noise)
+    latents: list[Tensor] = [noise[:, 0]]
+    means: list[Tensor] = []
+    log_probs: list[Tensor] = []
+    values: list[Tensor] = []
     gradients: dict[int, Tensor] = {}
     features: dict[str, list[Tensor]] = {}
     for step in range(num_steps):
@@ -53,21 +59,25 @@ def rollout(
             state.requires_grad_(needs_gradient)
             output = policy.forward(state, sigma, sigma_next, conditioning)
             seen = critic.features(state, output.prediction, output.taps) if critic is not None else {}
-            transition = output.transition
+            transition = proposal = output.transition
             if weights is not None and critic is not None:
                 weighted = critic.standardised(seen, sigma, conditioning) @ weights
                 (gradients[step - 1],) = torch.autograd.grad(weighted.sum(), state)
-            if steering is not None:
+            if guide is not None:
                 no_value = state.new_zeros(len(state), 0)
                 value = no_value if critic is None else critic.standardised(seen, sigma, conditioning)
                 values.append(value.detach())
-                transition = steering.guide(SteeringState(step, state, transition, value))
+                transition, proposal, rows = _steered(guide, SteeringState(step, state, transition, value))
+                for past in (latents, means, log_probs, values) if rows is not None else ():
+                    past[:] = [each[rows] for each in past]
         with torch.no_grad():
-            latents.append(transition.sample(noise[:, step + 1]).detach())
+            latents.append(proposal.sample(noise[:, step + 1]).detach())
+            if guide is not None:
+                guide.moved(transition, proposal, latents[-1])
             if step < num_stochastic:
-                means.append(output.transition.mean.detach())
-                log_probs.append(output.transition.log_prob(latents[-1]).detach())
-            for name, feature in seen.items() if keep_features or steering is None else ():
+                means.append(transition.mean.detach())
+                log_probs.append(transition.log_prob(latents[-1]).detach())
+            for name, feature in seen.items() if keep_features or guide is None else ():
                 features.setdefault(name, []).append(feature.detach())
     kept = {name: torch.stack(steps, 1) for name, steps in features.items()}
     return Trajectory(
@@ -82,6 +92,25 @@ def rollout(
         features=kept if keep_features else {},
         guidance=_guidance(gradients, num_stochastic, noise) if gradients else None,
     )
+
+
+def _begin(steering: Steering | None, uniforms: Tensor | None, noise: Tensor) -> Guide | None:
+    if steering is None:
+        return None
+    if uniforms is None:
+        if steering.candidates > 1:
+            raise ValueError(f"{steering.candidates} candidates an image need uniforms, [images, steps]")
+        uniforms = noise.new_zeros(len(noise), noise.shape[1] - 1)  # one candidate alone is never resampled
+    return steering.begin(uniforms)
+
+
+def _steered(guide: Guide, state: SteeringState) -> tuple[GaussianTransition, GaussianTransition, Tensor | None]:
+    """The policy's transition, the proposal, and the rows that they go on from, if not from their own."""
+    proposal, rows = guide.guide(state), guide.resample(state)
+    if rows is None:
+        return state.transition, proposal, None
+    transition = state.transition.rows(rows)
+    return transition, transition if proposal is state.transition else proposal.rows(rows), rows
 
 
 def _guidance(gradients: dict[int, Tensor], num_stochastic: int, noise: Tensor) -> Guidance:
@@ -121,8 +150,10 @@ def steered_rollout(
     conditioning: Conditioning,
     noise: Tensor,
     steering: Steering,
+    uniforms: Tensor,
 ) -> Trajectory:
-    """One trajectory an image, chosen among `steering.candidates`. noise: [B, N, K+1, *latent], N = candidates."""
+    """One trajectory an image, chosen among `steering.candidates`. noise: [B, N, K+1, *latent], N = candidates;
+    uniforms: [B, K]."""
     images, candidates = noise.shape[:2]
     repeated = torch.arange(images, device=noise.device).repeat_interleave(candidates)
     trajectory = rollout(
@@ -132,6 +163,7 @@ def steered_rollout(
         conditioning.rows(repeated),
         noise.flatten(0, 1),
         steering=steering,
+        uniforms=uniforms,
     )
     last = critic.standardise(trajectory.values[:, -1])
     chosen = steering.select(last.unflatten(0, (images, candidates)))

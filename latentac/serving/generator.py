@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from latentac.backbones import load_backbone
 from latentac.critic import Critic
 from latentac.diffusion import KERNELS
-from latentac.distributed import map_blocks, noise_for
+from latentac.distributed import map_blocks, noise_for, uniforms_for
 from latentac.errors import ConfigError, Problem, ServingError
 from latentac.policy import Policy
 from latentac.rollout import rollout, steered_rollout
@@ -111,7 +111,7 @@ class Generator:
         if not weights:
             return None
         heads = torch.tensor([weights.get(name, 0.0) for name in self.critic.reward_names], device=self.device)
-        return make_steering(request.method, heads, request.candidates if request.method == "best_of_n" else 1)
+        return make_steering(request.method, heads, 1 if request.method == "value_gradient" else request.candidates)
 
     def _picture(
         self, request: Request, index: int, num_steps: int, steering: Steering | None
@@ -124,8 +124,10 @@ class Generator:
         if steering is None:
             trajectory = rollout(self.policy, self.critic, [request.prompt], conditioning, noise)
         else:
+            uniforms = uniforms_for([("serving", index)], request.seed, num_steps).to(self.device)
+            prompts = [request.prompt]
             trajectory = steered_rollout(
-                self.policy, self.critic, [request.prompt], conditioning, noise[None], steering
+                self.policy, self.critic, prompts, conditioning, noise[None], steering, uniforms
             )
         return backbone.decode(trajectory.clean)[0], trajectory.values[0].cpu().numpy()
 

@@ -12,7 +12,7 @@ from latentac.serving.exported import Exported
 
 Root = TypeVar("Root", bound=Section)
 
-METHODS = ("value_gradient", "best_of_n", "none")
+METHODS = ("value_gradient", "best_of_n", "resampling", "twisted", "svdd", "none")
 MAX_WEIGHT = 100.0
 """A weight is a number of standard deviations; far above this the latents leave everything the decoder has seen."""
 
@@ -28,7 +28,7 @@ class Request(Section):
     steering: Annotated[
         dict[str, Number] | None, Field(description="Give a finite number for each reward's name, or leave it out.")
     ] = None
-    candidates: Annotated[int, Field(ge=1, description="Use a whole number, at least 1 (best_of_n only).")] = 4
+    candidates: Annotated[int, Field(ge=1, description="Use a whole number, at least 1.")] = 4
 
 
 class Body(Section):

@@ -1,6 +1,7 @@
-"""Steering: the critic changes how a policy samples. One file a method, one row here.
+"""Steering: the critic changes how a policy samples, towards p(x) exp(sum_m w_m V_m). One file a method, one row here.
 
-A method may move each transition (`guide`), and may choose among several rollouts of an image (`select`).
+An image has N candidates, consecutive rows of a rollout. A method may move each transition (`guide`), may let some
+candidates go on in the place of others (`resample`), and chooses one at the end (`select`).
 """
 
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from latentac.diffusion import GaussianTransition
 
 @dataclass(frozen=True)
 class SteeringState:
-    """One step of a rollout, before the next latents are drawn.
+    """One step of a rollout, before the next latents are drawn. B images, N candidates each.
 
-    latents: [B, *latent], a leaf that requires grad where the method needs gradients
-    transition: the policy's own      values: [B, M], standardised, with the graph to `latents` where it is needed
+    latents: [B N, *latent], a leaf that requires grad where the method needs gradients
+    transition: the policy's own      values: [B N, M], standardised, with the graph to `latents` where it is needed
     """
 
     step: int
@@ -26,25 +27,50 @@ class SteeringState:
     values: Tensor
 
 
+class Guide:
+    """A method at work on one rollout; what it remembers from step to step is its own. This one changes nothing.
+
+    At each step the rollout calls `guide`, then `resample`, draws, and tells `moved`.
+    """
+
+    def guide(self, state: SteeringState) -> GaussianTransition:
+        """The proposal: the transition to draw the next latents from."""
+        return state.transition
+
+    def resample(self, state: SteeringState) -> Tensor | None:
+        """Which rows go on, int64 [B N], each image's own among its own places; None for all as they are."""
+        return None
+
+    def moved(self, transition: GaussianTransition, proposal: GaussianTransition, next_latents: Tensor) -> None:
+        """What was drawn from `proposal`, where the policy has `transition`."""
+
+
 class Steering(Protocol):
-    """Built as `Class(weights, candidates)`. candidates: rollouts an image; needs_gradient: whether `guide` takes the
-    values' gradient by the latents."""
+    """Built as `Class(weights, candidates)`: settings alone, shared by threads.
+
+    weights: [M], how much each reward's head counts, in standard deviations of that reward. candidates: rollouts an
+    image; needs_gradient: whether `guide` takes the values' gradient by the latents.
+    """
 
     candidates: int
     needs_gradient: bool
 
-    def guide(self, state: SteeringState) -> GaussianTransition:
-        """The transition to draw the next latents from."""
+    def begin(self, uniforms: Tensor) -> Guide:
+        """A guide for one rollout of B images. uniforms: [B, K] from U(0, 1), one for each time that an image may be
+        resampled."""
         ...
 
     def select(self, values: Tensor) -> Tensor:
-        """Which candidate each image keeps. values: [B, N, M] at the last denoised state. Returns int64 [B]."""
+        """Which candidate each image keeps. values: [B, N, M], standardised, at the last denoised state. int64 [B]."""
         ...
 
 
 STEERING = {
     "value_gradient": "latentac.steering.value_gradient:ValueGradient",
     "best_of_n": "latentac.steering.best_of_n:BestOfN",
+    "resampling": "latentac.steering.resampling:Resampling",
+    "twisted": "latentac.steering.twisted:Twisted",
+    "svdd": "latentac.steering.svdd:SVDD",
 }
 
 

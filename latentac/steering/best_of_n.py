@@ -2,25 +2,24 @@
 
 from torch import Tensor
 
-from latentac.diffusion import GaussianTransition
-from latentac.steering import SteeringState
+from latentac.steering import Guide
 
 
 class BestOfN:
     """N plain rollouts an image; the critic keeps the one with the highest sum_m w_m V_m at its last denoised state.
 
-    weights: [M], one a reward's head. No picture is decoded and no reward is asked for the choice.
+    No picture is decoded and no reward is asked for the choice.
     """
 
     needs_gradient = False
 
     def __init__(self, weights: Tensor, candidates: int) -> None:
         if candidates < 1:
-            raise ValueError(f"best-of-N needs at least one candidate, got {candidates}")
+            raise ValueError(f"steering needs at least one candidate, got {candidates}")
         self.weights, self.candidates = weights, candidates
 
-    def guide(self, state: SteeringState) -> GaussianTransition:
-        return state.transition
+    def begin(self, uniforms: Tensor) -> Guide:
+        return Guide()
 
     def select(self, values: Tensor) -> Tensor:
         return (values @ self.weights).argmax(1)

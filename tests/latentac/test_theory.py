@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentac.config import merge, resolve
 from latentac.critic import Critic
-from latentac.diffusion import DDIM, KERNELS, alpha_of, broadcast, forward_noise
+from latentac.diffusion import DDIM, alpha_of, broadcast, forward_noise
 from latentac.losses import clipped_surrogate, guidance_loss
 from latentac.policy import Policy
 from latentac.pretraining import States, fit, predict
@@ -16,31 +16,7 @@ from latentac.rollout import rollout
 from latentac.steering.best_of_n import BestOfN
 from latentac.steering.value_gradient import ValueGradient
 from latentac.types import flatten_steps
-from tests.latentac.worlds import GaussianBackbone, Quadratic, affine_steps, analytic_values
-
-REWARD = Quadratic(-2.0, 1.0, 0.5)
-STEPS = 8
-NOISY = [DDIM(1.0), *(kernel(0.5) for kernel in KERNELS.values() if kernel.path == "flow")]
-
-
-class AnalyticCritic(nn.Module):
-    """V* as a critic: what the trained one approximates."""
-
-    def __init__(self, backbone, kernel):
-        super().__init__()
-        self.sigmas = backbone.schedule(STEPS)[:-1]
-        self.values = analytic_values(affine_steps(backbone, kernel, STEPS), REWARD)
-
-    def features(self, latents, prediction, taps):
-        return taps
-
-    def standardised(self, features, sigma, conditioning):
-        states, steps = features["state"][:, :1, 0, 0], (self.sigmas - sigma[:, None]).abs().argmin(1)
-        each = torch.stack([value(states) for value in self.values[: len(self.sigmas)]])
-        return each[steps, torch.arange(len(states))]
-
-    def unstandardise(self, values):
-        return values
+from tests.latentac.worlds import NOISY, REWARD, STEPS, AnalyticCritic, GaussianBackbone, affine_steps
 
 
 def noise(count: int, seed: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from latentac import diffusion
 from latentac.backbones import to_arrays
 from latentac.config import Policy as PolicySettings
-from latentac.diffusion import Kernel
+from latentac.diffusion import DDIM, KERNELS, Kernel
 from latentac.types import Conditioning
 
 MEAN, STD = 0.7, 0.6
@@ -121,3 +121,31 @@ def analytic_values(steps: Sequence[AffineStep], reward: Quadratic) -> list[Quad
         )
         values.append(value)
     return values[::-1]
+
+
+REWARD = Quadratic(-2.0, 1.0, 0.5)
+STEPS = 8
+NOISY = [DDIM(1.0), *(kernel(0.5) for kernel in KERNELS.values() if kernel.path == "flow")]
+
+
+class AnalyticCritic(nn.Module):
+    """V* as a critic: what the trained one approximates."""
+
+    def __init__(self, backbone, kernel):
+        super().__init__()
+        self.sigmas = backbone.schedule(STEPS)[:-1]
+        self.values = analytic_values(affine_steps(backbone, kernel, STEPS), REWARD)
+
+    def features(self, latents, prediction, taps):
+        return taps
+
+    def standardised(self, features, sigma, conditioning):
+        states, steps = features["state"][:, :1, 0, 0], (self.sigmas - sigma[:, None]).abs().argmin(1)
+        each = torch.stack([value(states) for value in self.values[: len(self.sigmas)]])
+        return each[steps, torch.arange(len(states))]
+
+    def standardise(self, returns):
+        return returns
+
+    def unstandardise(self, values):
+        return values

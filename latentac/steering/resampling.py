@@ -1,0 +1,88 @@
+"""Resampling with the critic: sequential Monte Carlo whose potentials are values. No picture is decoded on the way."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from latentac.diffusion import GaussianTransition
+from latentac.steering import Guide, SteeringState
+from latentac.steering.best_of_n import BestOfN
+
+Potential = Literal["diff", "max"]
+
+
+class Resampling(BestOfN):
+    """Feynman-Kac steering (Singhal et al. 2025) with the critic as its intermediate reward.
+
+    The N candidates of an image are particles of p(z) exp(psi), psi = sum_m w_m V_m(z_t, t, y). Where the effective
+    sample size of their weights falls below `threshold` N they are resampled, systematically (Douc and Cappe 2005).
+    potential: `diff` weighs each step by exp(psi_t - psi_{t-1}), whose product is exp(psi) at the end; `max` by the
+    rise of the highest psi in the particle's own past. The values come with the forward that the denoiser needs anyway.
+    Of the particles at the end the one of the highest value is kept.
+    """
+
+    potential: Potential = "diff"
+    threshold = 0.5
+
+    def begin(self, uniforms: Tensor) -> Guide:
+        return Particles(self.weights, self.candidates, uniforms, self.potential, self.threshold)
+
+
+class MaxResampling(Resampling):
+    """Resampling with the potential `max`, by `latentac.steering.resampling:MaxResampling`."""
+
+    potential: Potential = "max"
+
+
+class Particles(Guide):
+    """log_weights: [B, N] since the last resampling; log_normaliser: [B], log of the estimate of Z up to then."""
+
+    def __init__(
+        self, weights: Tensor, candidates: int, uniforms: Tensor, potential: Potential, threshold: float
+    ) -> None:
+        self.weights, self.candidates, self.uniforms = weights, candidates, uniforms
+        self.potential, self.threshold = potential, threshold
+        self.log_weights = uniforms.new_zeros(len(uniforms), candidates)
+        self.log_normaliser = uniforms.new_zeros(len(uniforms))
+        self._psi = uniforms.new_zeros(len(uniforms), candidates)
+
+    def resample(self, state: SteeringState) -> Tensor | None:
+        psi = (state.values.detach() @ self.weights).unflatten(0, (-1, self.candidates))
+        if self.potential == "max" and state.step > 0:
+            psi = psi.maximum(self._psi)
+        self.log_weights = self.log_weights + psi - self._psi
+        self._psi = psi
+        return self._resampled(state.step)
+
+    def moved(self, transition: GaussianTransition, proposal: GaussianTransition, next_latents: Tensor) -> None:
+        if proposal is not transition:
+            change = transition.log_prob(next_latents) - proposal.log_prob(next_latents)
+            self.log_weights = self.log_weights + change.unflatten(0, (-1, self.candidates))
+
+    def _resampled(self, step: int) -> Tensor | None:
+        images, count = self.log_weights.shape
+        shares = self.log_weights.softmax(1)
+        poor = 1 / shares.square().sum(1) < self.threshold * count
+        if not bool(poor.any()):
+            return None
+        own = torch.arange(count, device=shares.device).expand(images, -1)
+        chosen = torch.where(poor[:, None], systematic(shares, self.uniforms[:, step]), own)
+        mean = self.log_weights.logsumexp(1) - math.log(count)
+        self.log_normaliser = torch.where(poor, self.log_normaliser + mean, self.log_normaliser)
+        self.log_weights = torch.where(poor[:, None], torch.zeros_like(self.log_weights), self.log_weights)
+        self._psi = self._psi.gather(1, chosen)
+        return (chosen + count * torch.arange(images, device=chosen.device)[:, None]).flatten()
+
+
+def systematic(shares: Tensor, uniforms: Tensor) -> Tensor:
+    """int64 [B, N], ascending: place j goes to the particle in whose share (u + j) / N falls. Particle i gets N share_i
+    places in expectation, and never fewer than the whole number below or more than the one above that.
+
+    shares: [B, N], rows that sum to 1; uniforms: [B].
+    """
+    count = shares.shape[1]
+    points = (torch.arange(count, device=shares.device) + uniforms[:, None]) / count
+    edges = shares.cumsum(1)
+    return torch.searchsorted(edges / edges[:, -1:], points.contiguous()).clamp(max=count - 1)

@@ -1,0 +1,25 @@
+"""Soft value-based decoding with the critic: several ways to go on at each step, and the best one is taken."""
+
+import torch
+from torch import Tensor
+
+from latentac.steering import Guide, SteeringState
+from latentac.steering.best_of_n import BestOfN
+
+
+class SVDD(BestOfN):
+    """At each state an image's N candidates are compared by sum_m w_m V_m, and all go on from the best one (Li et al.
+    2024, in the limit of their temperature to 0)."""
+
+    def begin(self, uniforms: Tensor) -> Guide:
+        return Greedy(self.weights, self.candidates)
+
+
+class Greedy(Guide):
+    def __init__(self, weights: Tensor, candidates: int) -> None:
+        self.weights, self.candidates = weights, candidates
+
+    def resample(self, state: SteeringState) -> Tensor | None:
+        best = (state.values.detach() @ self.weights).unflatten(0, (-1, self.candidates)).argmax(1)
+        first = torch.arange(len(best), device=best.device) * self.candidates
+        return (first + best).repeat_interleave(self.candidates)

@@ -1,0 +1,260 @@
+"""Steering against the closed forms of a linear-Gaussian chain: laws, normalisers, signs, and nothing at strength 0."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentac.diffusion import DDIM, GaussianTransition, broadcast
+from latentac.distributed import noise_for, uniforms_for
+from latentac.policy import Policy
+from latentac.rollout import rollout, steered_rollout
+from latentac.steering import STEERING, Guide, SteeringState, evaluations, make_steering
+from latentac.steering.resampling import MaxResampling, Particles, Resampling, systematic
+from latentac.steering.twisted import Twisted, TwistedParticles
+from tests.latentac.worlds import (
+    NOISY,
+    REWARD,
+    STEPS,
+    AffineStep,
+    AnalyticCritic,
+    GaussianBackbone,
+    Quadratic,
+    affine_steps,
+)
+
+CANDIDATES = 8
+
+
+def world(kernel):
+    """(policy, V* as its critic)."""
+    policy = Policy(GaussianBackbone(kernel.path), kernel)
+    return policy, AnalyticCritic(policy.backbone, kernel)
+
+
+def sample(policy, critic, steering, images: int, seed: int = 0):
+    """One steered trajectory an image."""
+    noise = torch.randn(images, steering.candidates, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(seed))
+    uniforms = torch.rand(images, STEPS, generator=torch.Generator().manual_seed(seed + 1))
+    prompts = [""] * images
+    return steered_rollout(policy, critic, prompts, policy.backbone.encode(prompts), noise, steering, uniforms)
+
+
+@pytest.mark.parametrize("kernel", NOISY, ids=repr)
+@pytest.mark.parametrize("name", STEERING)
+def test_each_method_raises_the_reward_and_the_other_sign_lowers_it(name, kernel):
+    """With V*, a positive weight gives more reward than a plain rollout, a negative one less."""
+    policy, critic = world(kernel)
+
+    def mean_reward(weight: float) -> float:
+        steering = make_steering(name, torch.tensor([weight]), 4)
+        return float(REWARD(sample(policy, critic, steering, 2000).clean.flatten()).mean())
+
+    plain = sample(policy, critic, make_steering("best_of_n", torch.zeros(1), 1), 8000)
+    unsteered = float(REWARD(plain.clean.flatten()).mean())
+    assert mean_reward(1.0) > unsteered + 0.03
+    assert mean_reward(-1.0) < unsteered - 0.03
+
+
+@pytest.mark.parametrize("kernel", NOISY, ids=repr)
+@pytest.mark.parametrize("candidates", [1, 4])
+@pytest.mark.parametrize("name", STEERING)
+def test_strength_0_is_bitwise_the_plain_rollout(name, kernel, candidates):
+    """Weights of 0 ask for nothing: the first candidate goes its own way, bit for bit, and is the one that is kept."""
+    policy, critic = world(kernel)
+    steering = make_steering(name, torch.zeros(1), candidates)
+    noise = torch.randn(16, candidates, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(3))
+    prompts = [""] * 16
+    conditioning = policy.backbone.encode(prompts)
+    steered = steered_rollout(policy, critic, prompts, conditioning, noise, steering, torch.full((16, STEPS), 0.5))
+    plain = rollout(policy, critic, prompts, conditioning, noise[:, 0])
+    if name == "svdd" and candidates > 1:  # all values are equal, so the first one is the best at every step
+        assert torch.equal(steered.latents[:, :2], plain.latents[:, :2])
+    else:
+        assert torch.equal(steered.latents, plain.latents)
+        assert torch.equal(steered.log_probs, plain.log_probs)
+
+
+class Watched(Resampling):
+    """Resampling that lets a test see its particles at the end of the rollout, and resamples often."""
+
+    threshold = 0.999
+    made: Particles
+
+    def begin(self, uniforms: Tensor) -> Guide:
+        self.made = Particles(self.weights, self.candidates, uniforms, self.potential, self.threshold)
+        return self.made
+
+
+class WatchedTwisted(Watched):
+    needs_gradient = True
+
+    def begin(self, uniforms: Tensor) -> Guide:
+        self.made = TwistedParticles(self.weights, self.candidates, uniforms, self.potential, self.threshold)
+        return self.made
+
+
+def last_state(backbone: GaussianBackbone, kernel) -> tuple[float, float]:
+    """Mean and variance of the last denoised state of a plain rollout, which begins at N(0, 1)."""
+    mean, variance = 0.0, 1.0
+    for step in affine_steps(backbone, kernel, STEPS)[:-1]:
+        mean, variance = step.slope * mean + step.offset, step.slope**2 * variance + step.std**2
+    return mean, variance
+
+
+def tilted(mean: float, variance: float, psi: Quadratic) -> tuple[float, float, float]:
+    """(log Z, mean, variance) of N(mean, variance) exp(psi) / Z."""
+    precision = 1 / variance - psi.p
+    centre = (mean / variance + psi.q) / precision
+    log_z = psi.r - 0.5 * math.log(variance * precision) + 0.5 * (precision * centre**2 - mean**2 / variance)
+    return log_z, centre, 1 / precision
+
+
+@pytest.mark.parametrize("kernel", NOISY, ids=repr)
+@pytest.mark.parametrize("make", [Watched, WatchedTwisted])
+def test_particles_have_the_tilted_law_and_its_normaliser(make, kernel):
+    """Weighted, the particles at the last state have the mean and variance of p(z) exp(V*), and the estimate of the
+    normaliser is unbiased; both with a good many resamplings on the way."""
+    policy, critic = world(kernel)
+    steering, images = make(torch.ones(1), CANDIDATES), 4000
+    noise = torch.randn(images * CANDIDATES, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(5))
+    uniforms = torch.rand(images, STEPS, generator=torch.Generator().manual_seed(6))
+    prompts = [""] * len(noise)
+    conditioning = policy.backbone.encode(prompts)
+    trajectory = rollout(policy, critic, prompts, conditioning, noise, steering=steering, uniforms=uniforms)
+    particles = steering.made
+    assert float((particles.log_normaliser != 0).float().mean()) > 0.05
+    log_z, mean, variance = tilted(*last_state(GaussianBackbone(kernel.path), kernel), critic.values[STEPS - 1])
+
+    # The last transition adds its own p / q to the weights, 1 in expectation: the state before it is what is tilted.
+    mass = (particles.log_normaliser[:, None] + particles.log_weights).exp() / CANDIDATES
+    found = mass.sum(1)
+    assert abs(float(found.mean()) - math.exp(log_z)) < 4 * float(found.std()) / images**0.5
+    state = trajectory.latents[:, STEPS - 1].reshape(images, CANDIDATES)
+    for moment, expected in ((state, mean), ((state - mean) ** 2, variance)):
+        estimate = (mass * moment).sum(1)
+        error = float((estimate - expected * found).std()) / images**0.5 / float(found.mean())
+        assert abs(float(estimate.mean() / found.mean()) - expected) < 4 * error
+
+
+class ExactTwist(Particles):
+    """Proposes from p(z') exp(psi_{k+1}(z')) itself, which the Gaussian world has in closed form."""
+
+    twists: list[Quadratic]
+
+    def guide(self, state: SteeringState) -> GaussianTransition:
+        if state.step + 1 >= len(self.twists):
+            return state.transition
+        twist, variance = self.twists[state.step + 1], state.transition.std**2
+        precision = 1 / variance - twist.p
+        mean = state.transition.mean / broadcast(variance, state.latents) + twist.q
+        return GaussianTransition(mean / broadcast(precision, state.latents), precision.rsqrt())
+
+
+def soft_values(steps: list[AffineStep], last: Quadratic) -> list[Quadratic]:
+    """psi_k(z) = log E[exp(psi_{k+1}(z'))], backed up from psi of the last denoised state."""
+    values = [last]
+    for step in reversed(steps[:-1]):
+        a, b, s, psi = step.slope, step.offset, step.std, values[0]
+        shrink = 1 - s**2 * psi.p
+        p = a**2 * psi.p / shrink
+        q = a * (psi.p * b + psi.q) / shrink
+        r = psi.r - 0.5 * math.log(shrink) + (psi.p * b**2 / 2 + psi.q * b + psi.q**2 * s**2 / 2) / shrink
+        values.insert(0, Quadratic(p, q, r))
+    return values
+
+
+@pytest.mark.parametrize("kernel", NOISY, ids=repr)
+def test_the_exact_twist_gives_constant_weights(kernel):
+    """Where critic and proposal are the exact twist, nothing but the first state's own weight is left, so a particle's
+    weight is exp(psi_0(z_0)) to the end, and with it the law is tilted."""
+    policy, critic = world(kernel)
+    critic.values = soft_values(affine_steps(policy.backbone, kernel, STEPS), critic.values[STEPS - 1])
+
+    class Exact(Resampling):
+        needs_gradient = False
+        threshold = 0.0
+
+        def begin(self, uniforms: Tensor) -> Guide:
+            self.made = ExactTwist(self.weights, self.candidates, uniforms, self.potential, self.threshold)
+            self.made.twists = critic.values
+            return self.made
+
+    steering = Exact(torch.ones(1), CANDIDATES)
+    noise = torch.randn(200 * CANDIDATES, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(5))
+    prompts, uniforms = [""] * len(noise), torch.full((200, STEPS), 0.5)
+    conditioning = policy.backbone.encode(prompts)
+    trajectory = rollout(policy, critic, prompts, conditioning, noise, steering=steering, uniforms=uniforms)
+    first = critic.values[0](trajectory.latents[:, 0].reshape(200, CANDIDATES))
+    torch.testing.assert_close(steering.made.log_weights, first, atol=2e-3, rtol=1e-3)
+
+
+def test_systematic_resampling_is_unbiased_and_even():
+    """Over uniform draws a particle gets N times its share in places, and in each draw the whole number below or above;
+    equal shares keep every particle where it is."""
+    shares = torch.tensor([0.05, 0.6, 0.0, 0.35])
+    uniforms = (torch.arange(1000) + 0.5) / 1000
+    chosen = systematic(shares.expand(1000, -1), uniforms)
+    counts = torch.stack([(chosen == index).sum(1) for index in range(4)], 1).float()
+    torch.testing.assert_close(counts.mean(0), 4 * shares, atol=2e-3, rtol=0)
+    assert bool(((counts >= (4 * shares).floor()) & (counts <= (4 * shares).ceil())).all())
+    assert bool((chosen.diff(dim=1) >= 0).all())
+    assert systematic(torch.full((3, 4), 0.25), torch.tensor([0.01, 0.5, 0.99])).tolist() == [[0, 1, 2, 3]] * 3
+
+
+def test_a_resampled_row_has_the_past_of_the_row_that_it_goes_on_from():
+    """Latents, log-probs and values of a row form one trajectory: its own transitions explain it from the first state
+    to the last."""
+    kernel = DDIM(1.0)
+    policy, critic = world(kernel)
+    noise = noise_for([(index,) for index in range(32)], 0, STEPS, (1, 1, 1))
+    uniforms = uniforms_for([(index,) for index in range(4)], 0, STEPS)
+    prompts = [""] * 32
+    conditioning = policy.backbone.encode(prompts)
+    steering = Watched(torch.tensor([8.0]), 8)
+    trajectory = rollout(policy, critic, prompts, conditioning, noise, steering=steering, uniforms=uniforms)
+    assert len(trajectory.latents[:, 0].unique()) < 32, "nobody was resampled"
+    for step in range(trajectory.num_stochastic_steps):
+        state, sigma = trajectory.latents[:, step], trajectory.sigmas[step].expand(32)
+        transition = policy.transition(state, sigma, trajectory.sigmas[step + 1].expand(32), conditioning)
+        torch.testing.assert_close(transition.log_prob(trajectory.latents[:, step + 1]), trajectory.log_probs[:, step])
+        torch.testing.assert_close(critic.values[step](state.flatten()), trajectory.values[:, step, 0])
+
+
+def test_the_highest_past_value_never_falls():
+    """The potential `max` weighs by the rise of the highest value so far: a fall costs nothing."""
+    particles = MaxResampling(torch.ones(1), 2).begin(torch.full((1, 3), 0.5))
+    assert isinstance(particles, Particles)
+    latents, still = torch.zeros(2, 1, 1, 1), GaussianTransition(torch.zeros(2, 1, 1, 1), torch.ones(2))
+    for step, values in enumerate(([0.1, -0.2], [-0.3, 0.0], [0.2, -0.1])):
+        state = SteeringState(step, latents, still, torch.tensor(values)[:, None])
+        assert particles.resample(state) is None
+    assert particles.log_weights.tolist() == [[pytest.approx(0.2), pytest.approx(0.0)]]
+
+
+def test_function_evaluations_count_a_backward_twice():
+    """K N forwards, and three times as many with a gradient."""
+    weights = torch.ones(1)
+    found = {name: evaluations(make_steering(name, weights, 4), 10) for name in STEERING}
+    assert found == {"value_gradient": 120, "best_of_n": 40, "resampling": 40, "twisted": 120, "svdd": 40}
+    assert evaluations(None, 10) == 10
+
+
+def test_many_candidates_without_uniforms_are_refused():
+    """They would be resampled by chance that nobody drew."""
+    policy, critic = world(DDIM(1.0))
+    prompts = [""] * 2
+    with pytest.raises(ValueError, match="need uniforms"):
+        rollout(
+            *(policy, critic, prompts, policy.backbone.encode(prompts), torch.zeros(2, STEPS + 1, 1, 1, 1)),
+            steering=Twisted(torch.ones(1), 2),
+        )
+
+
+def test_a_steering_state_is_frozen():
+    """What a method is told is not its to change."""
+    state = SteeringState(0, torch.zeros(1), GaussianTransition(torch.zeros(1), torch.zeros(1)), torch.zeros(1, 1))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        state.step = 1  # type: ignore[misc]
