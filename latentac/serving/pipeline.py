@@ -1,0 +1,80 @@
+"""An exported model in the manner of a diffusers pipeline, for a notebook or a script."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from PIL import Image
+
+from latentac.distributed import pick_device
+from latentac.serving.generator import Generator
+from latentac.serving.request import METHODS
+
+
+@dataclass(frozen=True)
+class SteeredImages:
+    """images: N pictures, those of a prompt beside each other; values: float32 [N, K, M], the critic's estimate at each
+    denoised state, in each reward's own unit; reward_names: the M heads; nfe: function evaluations a picture; seeds: of
+    each prompt, as `Generator.generate` takes them."""
+
+    images: list[Image.Image]
+    values: np.ndarray
+    reward_names: tuple[str, ...]
+    nfe: int
+    seeds: list[int]
+
+
+class LatentacPipeline:
+    """`pipe("two red squares", steering={"shapes_verifier": 3.0}, method="resampling", particles=8).images`
+
+    The same pictures as the endpoint's for the same seed. The folder is a plain diffusers pipeline too: without
+    steering any of diffusers' own tools loads it.
+    """
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str = "auto") -> Self:
+        """The model that `latentac deploy` exported to `folder`. Raises ServingError if it is none, or damaged."""
+        return cls(Generator(Path(folder), pick_device(device)))
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        steering: dict[str, float] | None = None,
+        method: str = METHODS[0],
+        particles: int = 4,
+        num_inference_steps: int | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> SteeredImages:
+        """Pictures of each prompt.
+
+        steering: reward name -> weight in standard deviations of that reward, the exported defaults if None; method: a
+        row of `STEERING`, or none; particles: candidates a picture, where the method has several. generator: decides
+        the noise; without one each call draws another. Raises ConfigError with every problem of the request.
+        """
+        found = [
+            self._generator.generate(
+                text,
+                seed=int(torch.randint(2**63 - 1, (1,), generator=generator)),
+                count=num_images_per_prompt,
+                num_steps=num_inference_steps,
+                method=method,
+                steering=steering,
+                candidates=particles,
+            )
+            for text in ([prompt] if isinstance(prompt, str) else prompt)
+        ]
+        return SteeredImages(
+            images=[Image.fromarray(image) for pictures in found for image in pictures.images],
+            values=np.concatenate([pictures.values for pictures in found]),
+            reward_names=found[0].reward_names,
+            nfe=found[0].nfe,
+            seeds=[pictures.seed for pictures in found],
+        )
