@@ -24,12 +24,16 @@ def arms(config: Config) -> list[tuple[str, float, int, Steering]]:
     """
     settings, weights = config.steering, torch.tensor([reward.weight for reward in config.rewards])
     strength, most = settings.default_strength, max(settings.candidates)
-    found = [("value_gradient", each, 1) for each in settings.strengths]
+    found = [
+        ("value_gradient", each, 1, make_steering("value_gradient", each * weights)) for each in settings.strengths
+    ]
     for method in STEERING:
-        gradient = make_steering(method, weights, 1).needs_gradient
-        numbers = [n for n in settings.candidates if n < most or not gradient]
-        found += [(method, 0.0 if method == "best_of_n" else strength, n) for n in numbers]
-    return [(name, each, n, make_steering(name, (each or 1.0) * weights, n)) for name, each, n in found]
+        for candidates in settings.candidates:
+            steering = make_steering(method, strength * weights, candidates)
+            if candidates < most or not steering.needs_gradient:
+                # Best-of-N only compares: its choice is the same at every strength.
+                found.append((method, 0.0 if method == "best_of_n" else strength, candidates, steering))
+    return found
 
 
 def run_benchmark(

@@ -22,7 +22,8 @@ _COLOURS = {
     "steered": "#050505",
     "other": "#060606",
 }
-_METHODS = ("steered", "other", "trained", "base")  # colours of the steering methods, in their order
+# Colour and mark of the steering methods, in their order.
+_METHODS = (("steered", "o"), ("other", "s"), ("trained", "^"), ("base", "D"), ("ink", "v"))
 _INCHES = (4.2, 2.75)  # at this width 9 point text is still 10 pixels on a telephone
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -120,24 +121,30 @@ def _critic(critic: Row) -> str:
 def _steering(name: str, unit: str, rows: Sequence[Row]) -> str:
     """Reward against NFE, a mark a row; marks at one NFE stand beside each other, the dotted line is the cheapest."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    with _axes(f"steering-{name}", name, "NFE a picture (log scale)", unit, pad=20) as (axes, svg):
+    marks = {method: _METHODS[place % len(_METHODS)] for place, method in enumerate(methods)}
+    columns = 3
+    above = 6 + 14 * math.ceil(len(marks) / columns)  # room for the legend below the title
+    with _axes(f"steering-{name}", name, "NFE a picture (log scale)", unit, above) as (axes, svg):
         axes.set_xscale("log", base=2)
         ordered = sorted(rows, key=lambda row: row["nfe"])
         axes.axhline(ordered[0]["mean"], color=_COLOURS["ink"], linewidth=0.9, linestyle=":")
         for nfe, group in groupby(ordered, key=lambda row: row["nfe"]):
             beside = list(group)
             for place, row in enumerate(beside):
-                x = nfe * 2 ** (0.16 * (place - (len(beside) - 1) / 2))
-                top = _mark(axes, x, row, _METHODS[methods.index(row["method"]) % len(_METHODS)])
-                words = f"N={row['candidates']}" if (row["candidates"] or 1) > 1 else f"{row['strength'] or 0:g}"
-                axes.annotate(words, (x, top), (0, 3), textcoords="offset points", ha="center", va="bottom")
-        for place, method in enumerate(methods):
-            axes.plot([], [], "o", color=_COLOURS[_METHODS[place % len(_METHODS)]], label=method, markersize=4.5)
+                x = nfe * 2 ** (0.12 * (place - (len(beside) - 1) / 2))
+                top = _mark(axes, x, row, *marks[row["method"]])
+                if (row["candidates"] or 1) == 1:
+                    words = f"{row['strength'] or 0:g}"
+                    axes.annotate(words, (x, top), (0, 3), textcoords="offset points", ha="center", va="bottom")
+        for method, (colour, mark) in marks.items():
+            axes.plot([], [], mark, color=_COLOURS[colour], label=method, markersize=4.5)
         ticks = sorted({row["nfe"] for row in rows})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.margins(x=0.08, y=0.14)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, handletextpad=0.1, columnspacing=1, borderpad=0)
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, handletextpad=0.1, columnspacing=1, borderpad=0
+        )
     return svg.getvalue()
 
 
@@ -149,11 +156,11 @@ def _line(axes: Any, points: Any, colour: str, marks: str = "-", alpha: float = 
     return [(*known[-1], colour)] if known else []
 
 
-def _mark(axes: Any, x: float, row: Row, colour: str) -> float:
+def _mark(axes: Any, x: float, row: Row, colour: str, mark: str = "o") -> float:
     """A mean with its interval; gives the upper end."""
     low, high = (row["mean"] if row[end] is None else row[end] for end in ("low", "high"))
     reach = [[max(0.0, row["mean"] - low)], [max(0.0, high - row["mean"])]]
-    axes.errorbar([x], [row["mean"]], reach, fmt="o", color=_COLOURS[colour], markersize=4.5, capsize=3, linewidth=1.4)
+    axes.errorbar([x], [row["mean"]], reach, fmt=mark, color=_COLOURS[colour], markersize=4.5, capsize=3, linewidth=1.4)
     return float(high)
 
 

@@ -68,8 +68,10 @@ def rollout(
                 value = no_value if critic is None else critic.standardised(seen, sigma, conditioning)
                 values.append(value.detach())
                 transition, proposal, rows = _steered(guide, SteeringState(step, state, transition, value))
-                for past in (latents, means, log_probs, values) if rows is not None else ():
-                    past[:] = [each[rows] for each in past]
+                if rows is not None:
+                    seen = {name: feature[rows] for name, feature in seen.items()}
+                    for past in (latents, means, log_probs, values, *features.values()):
+                        past[:] = [each[rows] for each in past]
         with torch.no_grad():
             latents.append(proposal.sample(noise[:, step + 1]).detach())
             if guide is not None:

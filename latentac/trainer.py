@@ -77,7 +77,7 @@ class Trainer:
         )
         self.learner = Learner(config, policy, critic, self.conditioning, mesh) if algorithm.uses_critic else None
         weights = torch.tensor([reward.weight for reward in config.rewards], device=mesh.device)
-        self.value_weights = weights if config.algorithm.value_guidance > 0 else None
+        self.value_weights = weights if self.learner is not None and config.algorithm.value_guidance > 0 else None
         self.reference = _frozen(policy) if config.algorithm.prediction_kl > 0 else None
         self.history: list[dict[str, Any]] = []
         self.recoveries: list[dict[str, Any]] = []

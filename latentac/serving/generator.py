@@ -72,7 +72,7 @@ class Generator:
 
         num_steps: the exported default if None. steering: reward name -> weight in standard deviations of that reward,
         the exported defaults if None; a reward that is not named has weight 0, and all at 0 is the plain rollout.
-        candidates: rollouts a picture, for best_of_n. Raises ConfigError with every problem of the request.
+        candidates: rollouts a picture; value_gradient has one alone. Raises ConfigError with every problem.
         """
         request = checked(
             self.exported,

@@ -12,6 +12,7 @@ from latentac.serving.exported import Exported
 
 Root = TypeVar("Root", bound=Section)
 
+# The rows of `steering.STEERING`, told here too because that package imports torch and a client does without.
 METHODS = ("value_gradient", "best_of_n", "resampling", "twisted", "svdd", "none")
 MAX_WEIGHT = 100.0
 """A weight is a number of standard deviations; far above this the latents leave everything the decoder has seen."""

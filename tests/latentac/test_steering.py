@@ -1,19 +1,21 @@
 """Steering against the closed forms of a linear-Gaussian chain: laws, normalisers, signs, and nothing at strength 0."""
 
-import dataclasses
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
+from latentac.benchmark import arms
 from latentac.diffusion import DDIM, GaussianTransition, broadcast
 from latentac.distributed import noise_for, uniforms_for
 from latentac.policy import Policy
 from latentac.rollout import rollout, steered_rollout
+from latentac.serving.request import METHODS
 from latentac.steering import STEERING, Guide, SteeringState, evaluations, make_steering
 from latentac.steering.resampling import MaxResampling, Particles, Resampling, systematic
 from latentac.steering.twisted import Twisted, TwistedParticles
+from tests.latentac.trainers import make_config
 from tests.latentac.worlds import (
     NOISY,
     REWARD,
@@ -70,11 +72,8 @@ def test_strength_0_is_bitwise_the_plain_rollout(name, kernel, candidates):
     conditioning = policy.backbone.encode(prompts)
     steered = steered_rollout(policy, critic, prompts, conditioning, noise, steering, torch.full((16, STEPS), 0.5))
     plain = rollout(policy, critic, prompts, conditioning, noise[:, 0])
-    if name == "svdd" and candidates > 1:  # all values are equal, so the first one is the best at every step
-        assert torch.equal(steered.latents[:, :2], plain.latents[:, :2])
-    else:
-        assert torch.equal(steered.latents, plain.latents)
-        assert torch.equal(steered.log_probs, plain.log_probs)
+    assert torch.equal(steered.latents, plain.latents)
+    assert torch.equal(steered.log_probs, plain.log_probs)
 
 
 class Watched(Resampling):
@@ -205,8 +204,8 @@ def test_systematic_resampling_is_unbiased_and_even():
 
 
 def test_a_resampled_row_has_the_past_of_the_row_that_it_goes_on_from():
-    """Latents, log-probs and values of a row form one trajectory: its own transitions explain it from the first state
-    to the last."""
+    """Latents, log-probs, values and features of a row form one trajectory: its own transitions explain it from the
+    first state to the last."""
     kernel = DDIM(1.0)
     policy, critic = world(kernel)
     noise = noise_for([(index,) for index in range(32)], 0, STEPS, (1, 1, 1))
@@ -214,13 +213,16 @@ def test_a_resampled_row_has_the_past_of_the_row_that_it_goes_on_from():
     prompts = [""] * 32
     conditioning = policy.backbone.encode(prompts)
     steering = Watched(torch.tensor([8.0]), 8)
-    trajectory = rollout(policy, critic, prompts, conditioning, noise, steering=steering, uniforms=uniforms)
+    trajectory = rollout(
+        policy, critic, prompts, conditioning, noise, steering=steering, uniforms=uniforms, keep_features=True
+    )
     assert len(trajectory.latents[:, 0].unique()) < 32, "nobody was resampled"
     for step in range(trajectory.num_stochastic_steps):
         state, sigma = trajectory.latents[:, step], trajectory.sigmas[step].expand(32)
         transition = policy.transition(state, sigma, trajectory.sigmas[step + 1].expand(32), conditioning)
         torch.testing.assert_close(transition.log_prob(trajectory.latents[:, step + 1]), trajectory.log_probs[:, step])
         torch.testing.assert_close(critic.values[step](state.flatten()), trajectory.values[:, step, 0])
+        assert torch.equal(trajectory.features["state"][:, step, 0], state[:, 0])
 
 
 def test_the_highest_past_value_never_falls():
@@ -253,8 +255,24 @@ def test_many_candidates_without_uniforms_are_refused():
         )
 
 
-def test_a_steering_state_is_frozen():
-    """What a method is told is not its to change."""
-    state = SteeringState(0, torch.zeros(1), GaussianTransition(torch.zeros(1), torch.zeros(1)), torch.zeros(1, 1))
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        state.step = 1  # type: ignore[misc]
+def test_the_benchmark_steers_each_arm_as_it_says():
+    """Its weights are the strength times each reward's weight, so the arm of strength 0 is the plain rollout; method
+    and candidates are those it is told by."""
+    config = make_config(
+        rewards=[{"name": "brightness", "weight": 2.0}, {"name": "redness", "weight": 0.0}],
+        steering={"strengths": [0.0, 3.0], "candidates": [2, 4], "default_strength": 3.0},
+    )
+    found = arms(config)
+    for method, strength, candidates, steering in found:
+        assert type(steering) is type(make_steering(method, torch.ones(2), candidates))
+        assert steering.candidates == candidates
+        if method != "best_of_n":
+            assert vars(steering)["weights"].tolist() == [2 * strength, 0]
+    gradients = [(method, n) for method, _, n, steering in found if steering.needs_gradient]
+    assert gradients == [("value_gradient", 1), ("value_gradient", 1), ("value_gradient", 2), ("twisted", 2)]
+    assert {method for method, *_ in found} == set(STEERING)
+
+
+def test_a_request_may_name_each_method():
+    """The server's list is the table's rows, and none."""
+    assert set(METHODS) == {*STEERING, "none"}
