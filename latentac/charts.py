@@ -131,7 +131,7 @@ def _steering(name: str, unit: str, rows: Sequence[Row]) -> str:
         for nfe, group in groupby(ordered, key=lambda row: row["nfe"]):
             beside = list(group)
             for place, row in enumerate(beside):
-                x = nfe * 2 ** (0.12 * (place - (len(beside) - 1) / 2))
+                x = nfe * 2 ** (0.15 * (place - (len(beside) - 1) / 2))
                 top = _mark(axes, x, row, *marks[row["method"]])
                 if (row["candidates"] or 1) == 1:
                     words = f"{row['strength'] or 0:g}"
