@@ -78,7 +78,7 @@ FULL = Scale(
     evaluated=1024,
     grouped=64,
     seeds={
-        "main": {"shapes-unet": 5, "shapes-dit": 3},
+        "main": {"shapes-unet": 5, "shapes-dit": 5},
         "ablations": {"shapes-dit": 3},
         "hacking": {"shapes-dit": 3},
         "critic": {"shapes-unet": 3, "shapes-dit": 3},
