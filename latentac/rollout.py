@@ -1,6 +1,6 @@
 """The only denoising loop: training, value pretraining, evaluation, steering and serving all sample here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,10 @@ from latentac.policy import Policy
 from latentac.rewards import Reward
 from latentac.steering import Guide, Steering, SteeringState
 from latentac.types import Conditioning, Guidance, Scores, Trajectory
+
+Observer = Callable[[int, Tensor], None]
+"""Told of each step, and of the values of its states: [B, N, M], B images of N candidates, in each reward's own unit.
+What it raises ends the rollout."""
 
 
 def rollout(
@@ -27,6 +31,7 @@ def rollout(
     policy_version: int = 0,
     keep_features: bool = False,
     value_weights: Tensor | None = None,
+    observe: Observer | None = None,
 ) -> Trajectory:
     """Denoise from `noise`, [B, K+1, *latent] standard normal, whose entry k + 1 is the draw of step k.
 
@@ -36,14 +41,15 @@ def rollout(
     keep_features: what the critic sees of each state is kept with it, to learn from.
     value_weights: [M], asks for the gradient of the values with each reward's head weighted so; a step then costs three
     forwards.
+    observe: told of each step's values as soon as they are known, before any candidate goes on from another.
 
-    Steering needs a state's value before the next one is drawn. Without it the critic is asked once, at the end, about
-    all states: small products cost more to start than to do.
+    Steering needs a state's value before the next one is drawn, and so does an observer. Without them the critic is
+    asked once, at the end, about all states: small products cost more to start than to do.
     """
     num_steps = noise.shape[1] - 1
     sigmas = policy.backbone.schedule(num_steps).to(noise.device)
     num_stochastic = num_stochastic_steps(policy.kernel, sigmas)
-    guide = _begin(steering, uniforms, noise)
+    guide = _begin(steering, uniforms, noise, observe)
     latents: list[Tensor] = [noise[:, 0]]
     means: list[Tensor] = []
     log_probs: list[Tensor] = []
@@ -64,9 +70,11 @@ def rollout(
                 weighted = critic.standardised(seen, sigma, conditioning) @ weights
                 (gradients[step - 1],) = torch.autograd.grad(weighted.sum(), state)
             if guide is not None:
-                no_value = state.new_zeros(len(state), 0)
-                value = no_value if critic is None else critic.standardised(seen, sigma, conditioning)
+                value = (
+                    state.new_zeros(len(state), 0) if critic is None else critic.standardised(seen, sigma, conditioning)
+                )
                 values.append(value.detach())
+                _tell(observe, step, values[-1], critic, steering)
                 transition, proposal, rows = _steered(guide, SteeringState(step, state, transition, value))
                 if rows is not None:
                     seen = {name: feature[rows] for name, feature in seen.items()}
@@ -96,14 +104,29 @@ def rollout(
     )
 
 
-def _begin(steering: Steering | None, uniforms: Tensor | None, noise: Tensor) -> Guide | None:
+def _begin(steering: Steering | None, uniforms: Tensor | None, noise: Tensor, observe: Observer | None) -> Guide | None:
     if steering is None:
-        return None
+        return None if observe is None else Guide()
     if uniforms is None:
         if steering.candidates > 1:
             raise ValueError(f"{steering.candidates} candidates an image need uniforms, [images, steps]")
         uniforms = noise.new_zeros(len(noise), noise.shape[1] - 1)  # one candidate alone is never resampled
     return steering.begin(uniforms)
+
+
+def _standardised(
+    critic: Critic | None, features: dict[str, Tensor], sigma: Tensor, conditioning: Conditioning
+) -> Tensor:
+    """[B, M], with the graph to the latents; without a critic M is 0."""
+    return sigma.new_zeros(len(sigma), 0) if critic is None else critic.standardised(features, sigma, conditioning)
+
+
+def _tell(
+    observe: Observer | None, step: int, values: Tensor, critic: Critic | None, steering: Steering | None
+) -> None:
+    if observe is not None:
+        told = values if critic is None else critic.unstandardise(values)
+        observe(step, told.unflatten(0, (-1, steering.candidates if steering else 1)))
 
 
 def _steered(guide: Guide, state: SteeringState) -> tuple[GaussianTransition, GaussianTransition, Tensor | None]:
@@ -153,9 +176,10 @@ def steered_rollout(
     noise: Tensor,
     steering: Steering,
     uniforms: Tensor,
+    observe: Observer | None = None,
 ) -> Trajectory:
     """One trajectory an image, chosen among `steering.candidates`. noise: [B, N, K+1, *latent], N = candidates;
-    uniforms: [B, K]."""
+    uniforms: [B, K]; observe: as in `rollout`."""
     images, candidates = noise.shape[:2]
     repeated = torch.arange(images, device=noise.device).repeat_interleave(candidates)
     trajectory = rollout(
@@ -166,6 +190,7 @@ def steered_rollout(
         noise.flatten(0, 1),
         steering=steering,
         uniforms=uniforms,
+        observe=observe,
     )
     last = critic.standardise(trajectory.values[:, -1])
     chosen = steering.select(last.unflatten(0, (images, candidates)))

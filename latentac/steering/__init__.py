@@ -48,8 +48,8 @@ class Guide:
 class Steering(Protocol):
     """Built as `Class(weights, candidates)`: settings alone, shared by threads.
 
-    weights: [M], how much each reward's head counts, in standard deviations of that reward. candidates: rollouts an
-    image; needs_gradient: whether `guide` takes the values' gradient by the latents.
+    weights: [M], how much each reward's head counts, in standard deviations of that reward, or [B, M], a row an image.
+    candidates: rollouts an image; needs_gradient: whether `guide` takes the values' gradient by the latents.
     """
 
     candidates: int
@@ -77,15 +77,24 @@ STEERING = {
 def make_steering(name: str, weights: Tensor, candidates: int = 1) -> Steering:
     """The method `name`, a row of the table or `module:Class`, built as `Class(weights, candidates)`.
 
-    weights: [M], how much each reward's head counts, in standard deviations of that reward.
+    weights: [M], how much each reward's head counts, in standard deviations of that reward, or [B, M], a row an image.
     """
     module, _, attribute = STEERING.get(name, name).partition(":")
     steering: Steering = getattr(import_module(module), attribute)(weights, candidates)
     return steering
 
 
-def evaluations(steering: Steering | None, num_steps: int) -> int:
-    """NFE an image: a forward counts 1 and a backward 2, for every step of every candidate."""
+def weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """[B N], psi = sum_m w_m V_m of each row of values [B N, M]; weights: [M], or [B, M], each for N rows."""
+    if weights.ndim == 2:
+        weights = weights.repeat_interleave(len(values) // len(weights), 0)
+    return (values * weights).sum(-1)
+
+
+def evaluations(steering: Steering | None, num_steps: int, guided: bool = False) -> int:
+    """NFE an image: a forward counts 1 and a backward 2, for every step of every candidate; with classifier-free
+    guidance each of them twice."""
+    forwards = num_steps * (2 if guided else 1)
     if steering is None:
-        return num_steps
-    return num_steps * steering.candidates * (3 if steering.needs_gradient else 1)
+        return forwards
+    return forwards * steering.candidates * (3 if steering.needs_gradient else 1)

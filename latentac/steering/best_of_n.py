@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from latentac.steering import Guide
+from latentac.steering import Guide, weighted
 
 
 class BestOfN:
@@ -22,4 +22,4 @@ class BestOfN:
         return Guide()
 
     def select(self, values: Tensor) -> Tensor:
-        return (values @ self.weights).argmax(1)
+        return weighted(values.flatten(0, 1), self.weights).view(values.shape[:2]).argmax(1)

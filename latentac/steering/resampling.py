@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from latentac.diffusion import GaussianTransition
-from latentac.steering import Guide, SteeringState
+from latentac.steering import Guide, SteeringState, weighted
 from latentac.steering.best_of_n import BestOfN
 
 Potential = Literal["diff", "max"]
@@ -49,7 +49,7 @@ class Particles(Guide):
         self._psi = uniforms.new_zeros(len(uniforms), candidates)
 
     def resample(self, state: SteeringState) -> Tensor | None:
-        psi = (state.values.detach() @ self.weights).unflatten(0, (-1, self.candidates))
+        psi = weighted(state.values.detach(), self.weights).unflatten(0, (-1, self.candidates))
         if self.potential == "max" and state.step > 0:
             psi = psi.maximum(self._psi)
         self.log_weights = self.log_weights + psi - self._psi

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from latentac.steering import Guide, SteeringState
+from latentac.steering import Guide, SteeringState, weighted
 from latentac.steering.best_of_n import BestOfN
 
 
@@ -20,6 +20,6 @@ class Greedy(Guide):
         self.weights, self.candidates = weights, candidates
 
     def resample(self, state: SteeringState) -> Tensor | None:
-        best = (state.values.detach() @ self.weights).unflatten(0, (-1, self.candidates)).argmax(1)
+        best = weighted(state.values.detach(), self.weights).unflatten(0, (-1, self.candidates)).argmax(1)
         first = torch.arange(len(best), device=best.device) * self.candidates
         return (first + best).repeat_interleave(self.candidates)

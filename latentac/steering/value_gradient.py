@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from latentac.diffusion import GaussianTransition, broadcast
-from latentac.steering import Guide, SteeringState
+from latentac.steering import Guide, SteeringState, weighted
 from latentac.steering.best_of_n import BestOfN
 
 
@@ -34,5 +34,5 @@ class Uphill(Guide):
 
 def ascent(state: SteeringState, weights: Tensor) -> Tensor:
     """[B N, *latent], std^2 grad_z sum_m w_m V_m: by how much the mean moves."""
-    (gradient,) = torch.autograd.grad((state.values @ weights).sum(), state.latents)
+    (gradient,) = torch.autograd.grad(weighted(state.values, weights).sum(), state.latents)
     return broadcast(state.transition.std**2, gradient) * gradient

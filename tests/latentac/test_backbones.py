@@ -8,6 +8,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from latentac.backbones import BACKBONES, load_backbone
+from latentac.backbones.guided import Guided, guided
 from latentac.config import Policy as PolicySettings
 from latentac.diffusion import CPS, DDIM, forward_noise
 from latentac.distributed import noise_for
@@ -161,6 +162,49 @@ def test_a_clone_predicts_the_same_and_learns_alone(backbone):
     for name, tap in taps.items():
         assert not torch.equal(other_taps[name], tap)
         assert torch.equal(again_taps[name], tap)
+
+
+def test_guidance_goes_from_the_empty_prompt_through_the_given_one(backbone):
+    """Scale 0 is the prediction of the empty prompt, 1 that of the prompt, and the others lie on the line through both,
+    clean and noise alike; the taps are the prompt's at every scale."""
+    latents, sigma, conditioning = some_state(backbone)
+    with torch.no_grad():
+        empty, _ = backbone.predict(latents, sigma, backbone.encode([""] * len(latents)))
+        given, taps = backbone.predict(latents, sigma, conditioning)
+        for scale in (0.0, 1.0, 2.5, -1.0):
+            found, found_taps = Guided(backbone, scale).predict(latents, sigma, conditioning)
+            for part in ("clean", "noise"):
+                without, within = getattr(empty, part), getattr(given, part)
+                expected = without + scale * (within - without)
+                torch.testing.assert_close(getattr(found, part), expected, rtol=1e-3, atol=1e-4)
+            for name, tap in taps.items():
+                torch.testing.assert_close(found_taps[name], tap, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(empty.clean, given.clean, atol=1e-2)
+
+
+def test_guidance_of_1_is_the_backbone_itself(backbone):
+    """It costs what no guidance costs; any other is a denoiser of its own with the same taps and latents."""
+    assert guided(backbone, 1.0) is backbone
+    wrapped = guided(backbone, 3.0)
+    assert isinstance(wrapped, Guided)
+    assert (wrapped.latent_shape, wrapped.tap_shapes, wrapped.path) == (
+        backbone.latent_shape,
+        backbone.tap_shapes,
+        backbone.path,
+    )
+    assert torch.equal(wrapped.schedule(5), backbone.schedule(5))
+    assert torch.equal(wrapped.encode(PROMPTS).tokens, backbone.encode(PROMPTS).tokens)
+
+
+def test_gradients_flow_through_guidance(backbone):
+    """By the latents, from predictions and taps alike, as value-gradient steering needs them."""
+    latents, sigma, conditioning = some_state(backbone)
+    latents.requires_grad_()
+    prediction, taps = Guided(backbone, 3.0).predict(latents, sigma, conditioning)
+    for output in (prediction.clean, *taps.values()):
+        (gradient,) = torch.autograd.grad(output.square().sum(), latents, retain_graph=True)
+        assert bool(gradient.isfinite().all())
+        assert bool((gradient.flatten(1).abs().amax(1) > 0).all())
 
 
 @pytest.mark.parametrize("adaptation", ["full", "lora"])

@@ -6,16 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentac.backbones.guided import guided
 from latentac.benchmark import arms
-from latentac.diffusion import DDIM, GaussianTransition, broadcast
+from latentac.diffusion import CPS, DDIM, KERNELS, GaussianTransition, broadcast
 from latentac.distributed import noise_for, uniforms_for
 from latentac.policy import Policy
+from latentac.pretraining import new_critic
 from latentac.rollout import rollout, steered_rollout
 from latentac.serving.request import METHODS
 from latentac.steering import STEERING, Guide, SteeringState, evaluations, make_steering
 from latentac.steering.resampling import MaxResampling, Particles, Resampling, systematic
 from latentac.steering.twisted import Twisted, TwistedParticles
-from tests.latentac.trainers import make_config
+from tests.latentac.trainers import PROMPTS, SHIPPED, make_config, shipped
 from tests.latentac.worlds import (
     NOISY,
     REWARD,
@@ -36,12 +38,13 @@ def world(kernel):
     return policy, AnalyticCritic(policy.backbone, kernel)
 
 
-def sample(policy, critic, steering, images: int, seed: int = 0):
+def sample(policy, critic, steering, images: int, seed: int = 0, observe=None):
     """One steered trajectory an image."""
     noise = torch.randn(images, steering.candidates, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(seed))
     uniforms = torch.rand(images, STEPS, generator=torch.Generator().manual_seed(seed + 1))
     prompts = [""] * images
-    return steered_rollout(policy, critic, prompts, policy.backbone.encode(prompts), noise, steering, uniforms)
+    conditioning = policy.backbone.encode(prompts)
+    return steered_rollout(policy, critic, prompts, conditioning, noise, steering, uniforms, observe)
 
 
 @pytest.mark.parametrize("kernel", NOISY, ids=repr)
@@ -74,6 +77,90 @@ def test_strength_0_is_bitwise_the_plain_rollout(name, kernel, candidates):
     plain = rollout(policy, critic, prompts, conditioning, noise[:, 0])
     assert torch.equal(steered.latents, plain.latents)
     assert torch.equal(steered.log_probs, plain.log_probs)
+
+
+@pytest.mark.parametrize("backbone", SHIPPED)
+@pytest.mark.parametrize("name", STEERING)
+def test_strength_0_is_bitwise_the_plain_rollout_with_guidance(name, backbone):
+    """The same under classifier-free guidance, on the shipped networks with a critic of random opinions."""
+    config = make_config(backbone)
+    kernel = KERNELS[config.kernel.name](config.kernel.noise)
+    policy = Policy(guided(shipped(backbone), 3.0), kernel)
+    critic = new_critic(config, policy)
+    torch.nn.init.normal_(critic.heads.weight)
+    conditioning = policy.backbone.encode(PROMPTS[:2])
+    noise = noise_for([(index,) for index in range(4)], 0, 3, policy.backbone.latent_shape)
+    steering = make_steering(name, torch.zeros(len(config.rewards)), 2)
+    uniforms = torch.full((2, 3), 0.5)
+    parted = noise.unflatten(0, (2, 2))
+    steered = steered_rollout(policy, critic, PROMPTS[:2], conditioning, parted, steering, uniforms)
+    rows = torch.arange(2).repeat_interleave(2)
+    plain = rollout(policy, critic, [PROMPTS[row] for row in rows], conditioning.rows(rows), noise)
+    assert torch.equal(steered.latents, plain.latents[::2])
+
+
+@pytest.mark.parametrize("kernel", [DDIM(1.0), CPS(0.5)], ids=repr)
+@pytest.mark.parametrize("name", STEERING)
+def test_each_image_may_have_weights_of_its_own(name, kernel):
+    """A row of weights is one image's, shared by its candidates: image by image, bitwise the batch in which all have
+    that image's weights; and a row for each is as one for all where they are equal."""
+    policy, critic = world(kernel)
+    rows = torch.tensor([[3.0], [0.0], [-2.0], [30.0]])
+    together = sample(policy, critic, make_steering(name, rows, 4), 4)
+    for image, row in enumerate(rows):
+        alone = sample(policy, critic, make_steering(name, row, 4), 4)
+        assert torch.equal(together.latents[image], alone.latents[image])
+        assert torch.equal(together.values[image], alone.values[image])
+        same = sample(policy, critic, make_steering(name, row.expand(4, -1), 4), 4)
+        assert torch.equal(same.latents, alone.latents)
+    assert len({tuple(row.flatten().tolist()) for row in together.latents}) == 4
+
+
+@pytest.mark.parametrize("name", STEERING)
+def test_an_observer_is_told_each_steps_values(name):
+    """All candidates' values, in the reward's own unit and cut off from any graph, before some go on from others; the
+    one that is kept has them in its trajectory."""
+    policy, critic = world(DDIM(1.0))
+    told = []
+    trajectory = sample(
+        policy, critic, make_steering(name, torch.tensor([4.0]), 4), 3, observe=lambda *args: told.append(args)
+    )
+    assert [step for step, _ in told] == list(range(STEPS))
+    assert all(values.shape == (3, 4, 1) and not values.requires_grad for _, values in told)
+    last = told[-1][1][..., 0]
+    assert all(float(trajectory.values[image, -1]) in last[image].tolist() for image in range(3))
+
+
+def test_a_plain_rollout_may_be_observed():
+    """The values are those that it would be told at the end, to float error, and the pictures are the same, bitwise;
+    without a critic there are none."""
+    policy, critic = world(DDIM(1.0))
+    noise = torch.randn(5, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(3))
+    prompts, told = [""] * 5, []
+    conditioning = policy.backbone.encode(prompts)
+    plain = rollout(policy, critic, prompts, conditioning, noise)
+    seen = rollout(policy, critic, prompts, conditioning, noise, observe=lambda _, values: told.append(values))
+    assert torch.equal(seen.latents, plain.latents)
+    assert torch.equal(torch.stack(told, 1)[:, :, :, 0], seen.values)
+    torch.testing.assert_close(seen.values, plain.values)
+    told.clear()
+    rollout(policy, None, prompts, conditioning, noise, observe=lambda _, values: told.append(values))
+    assert [values.shape for values in told] == [(5, 1, 0)] * STEPS
+
+
+def test_an_observer_may_end_the_rollout():
+    """What it raises comes through, and no further step is done."""
+    policy, critic = world(DDIM(1.0))
+    told = []
+
+    def observe(step: int, values: Tensor) -> None:
+        told.append(step)
+        if step == 2:
+            raise TimeoutError("nobody waits any more")
+
+    with pytest.raises(TimeoutError, match="nobody waits"):
+        sample(policy, critic, make_steering("svdd", torch.ones(1), 2), 2, observe=observe)
+    assert told == [0, 1, 2]
 
 
 class Watched(Resampling):
@@ -237,11 +324,13 @@ def test_the_highest_past_value_never_falls():
 
 
 def test_function_evaluations_count_a_backward_twice():
-    """K N forwards, and three times as many with a gradient."""
+    """K N forwards, three times as many with a gradient, and twice as many with classifier-free guidance."""
     weights = torch.ones(1)
     found = {name: evaluations(make_steering(name, weights, 4), 10) for name in STEERING}
     assert found == {"value_gradient": 120, "best_of_n": 40, "resampling": 40, "twisted": 120, "svdd": 40}
     assert evaluations(None, 10) == 10
+    assert evaluations(None, 10, guided=True) == 20
+    assert evaluations(make_steering("twisted", weights, 4), 10, guided=True) == 240
 
 
 def test_many_candidates_without_uniforms_are_refused():
