@@ -19,21 +19,24 @@ from latentac.steering import STEERING, Steering, evaluations, make_steering
 def arms(config: Config) -> list[tuple[str, float, int, Steering]]:
     """(method, strength, candidates, steering) of each arm; every head counts by its reward's weight.
 
-    The value gradient alone at each strength; at the default one each method with each number of candidates, but those
-    that take gradients not with the highest, which cost three times as much.
+    The value gradient alone at each of `gradient_strengths`; at its own strength each method with each number of
+    candidates, but those that take gradients not with the highest, which cost three times as much.
     """
-    settings, weights = config.steering, torch.tensor([reward.weight for reward in config.rewards])
-    strength, most = settings.default_strength, max(settings.candidates)
-    found = [
-        ("value_gradient", each, 1, make_steering("value_gradient", each * weights)) for each in settings.strengths
-    ]
+    settings = config.steering
+    alone = [(strength, _steering(config, "value_gradient", strength, 1)) for strength in settings.gradient_strengths]
+    found = [("value_gradient", strength, 1, steering) for strength, steering in alone]
     for method in STEERING:
         for candidates in settings.candidates:
-            steering = make_steering(method, strength * weights, candidates)
-            if candidates < most or not steering.needs_gradient:
-                # Best-of-N only compares: its choice is the same at every strength.
-                found.append((method, 0.0 if method == "best_of_n" else strength, candidates, steering))
+            strength = settings.strengths.of(method)
+            steering = _steering(config, method, strength, candidates)
+            if candidates < max(settings.candidates) or not steering.needs_gradient:
+                found.append((method, strength, candidates, steering))
     return found
+
+
+def _steering(config: Config, method: str, strength: float, candidates: int) -> Steering:
+    weights = torch.tensor([reward.weight for reward in config.rewards])
+    return make_steering(method, strength * weights, candidates, config.steering.schedule)
 
 
 def run_benchmark(
@@ -43,7 +46,7 @@ def run_benchmark(
 
     A row is {method, strength, candidates, nfe, reward, mean, low, high, n, seconds}. nfe counts forwards of the
     denoiser an image, a backward as 2; seconds are wall time for all n images, decoding and scoring included. The
-    gallery shows the recipe's default strength on the prompts and noise of `compare`.
+    gallery shows the value gradient at its own strength on the prompts and noise of `compare`.
     """
     evaluation = config.evaluation
     chosen = [prompts[i].text for i in balanced(prompts, evaluation.num_images, config.seed, "evaluation")]
@@ -57,8 +60,7 @@ def run_benchmark(
         )
         rows += _rows(config, arm, time.monotonic() - started, method, strength, candidates, steering)
     shown = chosen[: evaluation.num_gallery_prompts]
-    weights = torch.tensor([reward.weight for reward in config.rewards])
-    steered = make_steering("value_gradient", config.steering.default_strength * weights)
+    steered = _steering(config, "value_gradient", config.steering.strengths.value_gradient, 1)
     arm = sample(
         policy, critic, rewards, shown, config.seed, config.kernel.num_steps, steering=steered, label="gallery"
     )

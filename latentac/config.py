@@ -202,13 +202,49 @@ class Evaluation(Section):
     pictures_per_prompt: Annotated[int, Field(ge=2)] = 4
 
 
-class Steering(Section):
-    """The benchmark's arms. A strength multiplies std^2 grad V, with V in standard deviations of the reward."""
+class Strengths(Section):
+    """How much a reward of weight 1 counts for each method, in standard deviations of that reward."""
 
+    value_gradient: Rate = 5.0
+    best_of_n: Rate = 1.0
+    resampling: Rate = 20.0
+    twisted: Rate = 5.0
+    svdd: Rate = 1.0
+
+    def of(self, method: str) -> float:
+        """The strength of a row of `STEERING`."""
+        return float(getattr(self, method))
+
+
+class Schedule(Section):
+    """When steering acts, and how: at the steps k of K with start <= k / K < stop.
+
+    normalised: the gradient gives the direction alone, and a strength is the length of the step, in standard deviations
+        of the transition.
+    potential: of resampling: `diff` weighs each step by exp of the value's rise, `max` by that of its highest so far.
+    tempering: values count ((k + 1) / n)^tempering at the k-th of n steered steps; 0 is fully from the first one on.
+    resample_below: particles are resampled where their effective sample size is below this share of their number.
+    """
+
+    start: Fraction = 0.0
+    stop: Fraction = 1.0
+    normalised: bool = False
+    potential: Literal["diff", "max"] = "diff"
+    tempering: NonNegative = 0.0
+    resample_below: Fraction = 0.5
+
+
+class Steering(Section):
+    """Strengths and schedule of each way to steer, and the benchmark's arms.
+
+    gradient_strengths: of `value_gradient`, each an arm with one candidate; candidates: of the arms of every method.
+    """
+
+    strengths: Strengths = Strengths()
+    schedule: Schedule = Schedule()
     num_images: Annotated[int, Field(ge=8)] = 256
-    strengths: list[NonNegative] = [0.0, 5.0, 10.0, 20.0]
+    gradient_strengths: list[NonNegative] = [0.0, 5.0, 10.0, 20.0]
     candidates: list[Positive] = [2, 4, 8]
-    default_strength: Rate = 5.0
 
 
 class Gate(Section):
@@ -401,6 +437,14 @@ def _impossible(config: Config) -> list[Problem]:
         algorithm.value_guidance,
         f"{algorithm.name} has no critic whose gradient could guide the actor",
         "Set algorithm.name=ppo, or algorithm.value_guidance=0.",
+    )
+    schedule = config.steering.schedule
+    refuse(
+        schedule.start >= schedule.stop,
+        "steering.schedule.start",
+        schedule.start,
+        f"is not before steering.schedule.stop = {schedule.stop:g}, so steering would never act",
+        "Use for example 0 and 1.",
     )
     stopping = train.early_stopping
     watched = [reward.name for reward in config.rewards if reward.weight == 0]

@@ -42,7 +42,7 @@ _SMOKE: dict[str, Any] = {
         "num_diversity_prompts": 8,
         "pictures_per_prompt": 3,
     },
-    "steering": {"num_images": 8, "strengths": [0.0, 5.0], "candidates": [2]},
+    "steering": {"num_images": 8, "gradient_strengths": [0.0, 5.0], "candidates": [2]},
     "gate": {
         "min_gain": -1.0,
         "min_lower_bound": -1.0,

@@ -49,7 +49,7 @@ def rollout(
     num_steps = noise.shape[1] - 1
     sigmas = policy.backbone.schedule(num_steps).to(noise.device)
     num_stochastic = num_stochastic_steps(policy.kernel, sigmas)
-    guide = _begin(steering, uniforms, noise, observe)
+    guide, steered = _begin(steering, uniforms, noise, observe)
     latents: list[Tensor] = [noise[:, 0]]
     means: list[Tensor] = []
     log_probs: list[Tensor] = []
@@ -60,7 +60,7 @@ def rollout(
         state = latents[-1].detach()
         sigma, sigma_next = sigmas[step].expand(len(state)), sigmas[step + 1].expand(len(state))
         weights = value_weights if 0 < step <= num_stochastic else None
-        needs_gradient = weights is not None or (steering is not None and steering.needs_gradient)
+        needs_gradient = weights is not None or (step in steered and steering is not None and steering.needs_gradient)
         with torch.set_grad_enabled(needs_gradient):
             state.requires_grad_(needs_gradient)
             output = policy.forward(state, sigma, sigma_next, conditioning)
@@ -70,12 +70,12 @@ def rollout(
                 weighted = critic.standardised(seen, sigma, conditioning) @ weights
                 (gradients[step - 1],) = torch.autograd.grad(weighted.sum(), state)
             if guide is not None:
-                value = (
-                    state.new_zeros(len(state), 0) if critic is None else critic.standardised(seen, sigma, conditioning)
-                )
+                value = _standardised(critic, seen, sigma, conditioning)
                 values.append(value.detach())
                 _tell(observe, step, values[-1], critic, steering)
-                transition, proposal, rows = _steered(guide, SteeringState(step, state, transition, value))
+                transition, proposal, rows = _steered(
+                    guide if step in steered else Guide(), SteeringState(step, state, transition, value)
+                )
                 if rows is not None:
                     seen = {name: feature[rows] for name, feature in seen.items()}
                     for past in (latents, means, log_probs, values, *features.values()):
@@ -104,14 +104,18 @@ def rollout(
     )
 
 
-def _begin(steering: Steering | None, uniforms: Tensor | None, noise: Tensor, observe: Observer | None) -> Guide | None:
+def _begin(
+    steering: Steering | None, uniforms: Tensor | None, noise: Tensor, observe: Observer | None
+) -> tuple[Guide | None, range]:
+    """The guide, and the steps at which it acts. Who only observes has one that never does."""
+    num_steps = noise.shape[1] - 1
     if steering is None:
-        return None if observe is None else Guide()
+        return None if observe is None else Guide(), range(0)
     if uniforms is None:
         if steering.candidates > 1:
             raise ValueError(f"{steering.candidates} candidates an image need uniforms, [images, steps]")
-        uniforms = noise.new_zeros(len(noise), noise.shape[1] - 1)  # one candidate alone is never resampled
-    return steering.begin(uniforms)
+        uniforms = noise.new_zeros(len(noise), num_steps)  # one candidate alone is never resampled
+    return steering.begin(uniforms), steering.steps(num_steps)
 
 
 def _standardised(

@@ -59,7 +59,7 @@ def export(folder: Path, config: Config, *, run: str, version: str) -> Exported:
         backbone=config.backbone.name,
         kernel=config.kernel,
         rewards=config.rewards,
-        steering=DefaultSteering(strength=config.steering.default_strength),
+        steering=DefaultSteering(strength=config.steering.strengths.value_gradient),
         limits=Limits(max_images=config.serving.max_images, max_steps=max(100, config.kernel.num_steps)),
     )
     (folder / FILE).write_text(exported.model_dump_json(indent=2) + "\n")

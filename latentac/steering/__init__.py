@@ -4,12 +4,14 @@ An image has N candidates, consecutive rows of a rollout. A method may move each
 candidates go on in the place of others (`resample`), and chooses one at the end (`select`).
 """
 
+import math
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol
 
 from torch import Tensor
 
+from latentac.config import Schedule
 from latentac.diffusion import GaussianTransition
 
 
@@ -30,7 +32,7 @@ class SteeringState:
 class Guide:
     """A method at work on one rollout; what it remembers from step to step is its own. This one changes nothing.
 
-    At each step the rollout calls `guide`, then `resample`, draws, and tells `moved`.
+    At each step of `Steering.steps` the rollout calls `guide`, then `resample`, draws, and tells `moved`.
     """
 
     def guide(self, state: SteeringState) -> GaussianTransition:
@@ -46,7 +48,7 @@ class Guide:
 
 
 class Steering(Protocol):
-    """Built as `Class(weights, candidates)`: settings alone, shared by threads.
+    """Built as `Class(weights, candidates, schedule)`: settings alone, shared by threads.
 
     weights: [M], how much each reward's head counts, in standard deviations of that reward, or [B, M], a row an image.
     candidates: rollouts an image; needs_gradient: whether `guide` takes the values' gradient by the latents.
@@ -54,6 +56,10 @@ class Steering(Protocol):
 
     candidates: int
     needs_gradient: bool
+
+    def steps(self, num_steps: int) -> range:
+        """The steps of a rollout at which the method acts; at the others the rollout is a plain one."""
+        ...
 
     def begin(self, uniforms: Tensor) -> Guide:
         """A guide for one rollout of B images. uniforms: [B, K] from U(0, 1), one for each time that an image may be
@@ -74,27 +80,38 @@ STEERING = {
 }
 
 
-def make_steering(name: str, weights: Tensor, candidates: int = 1) -> Steering:
-    """The method `name`, a row of the table or `module:Class`, built as `Class(weights, candidates)`.
+def make_steering(name: str, weights: Tensor, candidates: int = 1, schedule: Schedule | None = None) -> Steering:
+    """The method `name`, a row of the table or `module:Class`, built as `Class(weights, candidates, schedule)`.
 
     weights: [M], how much each reward's head counts, in standard deviations of that reward, or [B, M], a row an image.
+    schedule: when and how it acts; the default one if None.
     """
     module, _, attribute = STEERING.get(name, name).partition(":")
-    steering: Steering = getattr(import_module(module), attribute)(weights, candidates)
+    made = getattr(import_module(module), attribute)
+    steering: Steering = made(weights, candidates, schedule or Schedule())
     return steering
 
 
 def weighted(values: Tensor, weights: Tensor) -> Tensor:
     """[B N], psi = sum_m w_m V_m of each row of values [B N, M]; weights: [M], or [B, M], each for N rows."""
-    if weights.ndim == 2:
-        weights = weights.repeat_interleave(len(values) // len(weights), 0)
-    return (values * weights).sum(-1)
+    return (values * per_row(weights, len(values))).sum(-1)
+
+
+def per_row(weights: Tensor, rows: int) -> Tensor:
+    """[M] as it is, or [B N, M]: the weights of each of `rows` = B N rows."""
+    return weights if weights.ndim == 1 else weights.repeat_interleave(rows // len(weights), 0)
+
+
+def window(schedule: Schedule, num_steps: int) -> range:
+    """The steps k with start <= k / K < stop."""
+    return range(math.ceil(schedule.start * num_steps - 1e-9), math.ceil(schedule.stop * num_steps - 1e-9))
 
 
 def evaluations(steering: Steering | None, num_steps: int, guided: bool = False) -> int:
-    """NFE an image: a forward counts 1 and a backward 2, for every step of every candidate; with classifier-free
-    guidance each of them twice."""
-    forwards = num_steps * (2 if guided else 1)
-    if steering is None:
-        return forwards
-    return forwards * steering.candidates * (3 if steering.needs_gradient else 1)
+    """NFE an image: for every step of every candidate a forward counts 1, and a backward, where there is one, 2; with
+    classifier-free guidance each of them twice."""
+    forwards = num_steps
+    if steering is not None:
+        gradients = len(steering.steps(num_steps)) if steering.needs_gradient else 0
+        forwards = steering.candidates * (num_steps + 2 * gradients)
+    return forwards * (2 if guided else 1)

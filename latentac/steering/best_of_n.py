@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from latentac.steering import Guide, weighted
+from latentac.config import Schedule
+from latentac.steering import Guide, weighted, window
 
 
 class BestOfN:
@@ -13,10 +14,13 @@ class BestOfN:
 
     needs_gradient = False
 
-    def __init__(self, weights: Tensor, candidates: int) -> None:
+    def __init__(self, weights: Tensor, candidates: int, schedule: Schedule) -> None:
         if candidates < 1:
             raise ValueError(f"steering needs at least one candidate, got {candidates}")
-        self.weights, self.candidates = weights, candidates
+        self.weights, self.candidates, self.schedule = weights, candidates, schedule
+
+    def steps(self, num_steps: int) -> range:
+        return window(self.schedule, num_steps)
 
     def begin(self, uniforms: Tensor) -> Guide:
         return Guide()

@@ -1,7 +1,6 @@
 """Resampling with the critic: sequential Monte Carlo whose potentials are values. No picture is decoded on the way."""
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,49 +9,41 @@ from latentac.diffusion import GaussianTransition
 from latentac.steering import Guide, SteeringState, weighted
 from latentac.steering.best_of_n import BestOfN
 
-Potential = Literal["diff", "max"]
-
 
 class Resampling(BestOfN):
     """Feynman-Kac steering (Singhal et al. 2025) with the critic as its intermediate reward.
 
     The N candidates of an image are particles of p(z) exp(psi), psi = sum_m w_m V_m(z_t, t, y). Where the effective
-    sample size of their weights falls below `threshold` N they are resampled, systematically (Douc and Cappe 2005).
+    sample size of their weights falls below `resample_below` N they are resampled, systematically (Douc and Cappe
+    2005). The values come with the forward that the denoiser needs anyway.
+
     potential: `diff` weighs each step by exp(psi_t - psi_{t-1}), whose product is exp(psi) at the end; `max` by the
-    rise of the highest psi in the particle's own past. The values come with the forward that the denoiser needs anyway.
+    rise of the highest psi in the particle's own past. tempering: psi is scaled by lambda_k, which rises to 1 at the
+    last step that is steered, so the law there is the same, and earlier, where values are unsure, little is decided.
     Of the particles at the end the one of the highest value is kept.
     """
 
-    potential: Potential = "diff"
-    threshold = 0.5
-
     def begin(self, uniforms: Tensor) -> Guide:
-        return Particles(self.weights, self.candidates, uniforms, self.potential, self.threshold)
-
-
-class MaxResampling(Resampling):
-    """Resampling with the potential `max`, by `latentac.steering.resampling:MaxResampling`."""
-
-    potential: Potential = "max"
+        return Particles(self, uniforms)
 
 
 class Particles(Guide):
     """log_weights: [B, N] since the last resampling; log_normaliser: [B], log of the estimate of Z up to then."""
 
-    def __init__(
-        self, weights: Tensor, candidates: int, uniforms: Tensor, potential: Potential, threshold: float
-    ) -> None:
-        self.weights, self.candidates, self.uniforms = weights, candidates, uniforms
-        self.potential, self.threshold = potential, threshold
-        self.log_weights = uniforms.new_zeros(len(uniforms), candidates)
+    def __init__(self, steering: Resampling, uniforms: Tensor) -> None:
+        self.weights, self.candidates, self.schedule = steering.weights, steering.candidates, steering.schedule
+        self.steps, self.uniforms = steering.steps(uniforms.shape[1]), uniforms
+        self.log_weights = uniforms.new_zeros(len(uniforms), self.candidates)
         self.log_normaliser = uniforms.new_zeros(len(uniforms))
-        self._psi = uniforms.new_zeros(len(uniforms), candidates)
+        self._psi = uniforms.new_zeros(len(uniforms), self.candidates)
 
     def resample(self, state: SteeringState) -> Tensor | None:
         psi = weighted(state.values.detach(), self.weights).unflatten(0, (-1, self.candidates))
-        if self.potential == "max" and state.step > 0:
+        first = state.step == self.steps.start
+        if self.schedule.potential == "max" and not first:
             psi = psi.maximum(self._psi)
-        self.log_weights = self.log_weights + psi - self._psi
+        before = 0.0 if first else self._temperature(state.step - 1) * self._psi
+        self.log_weights = self.log_weights + self._temperature(state.step) * psi - before
         self._psi = psi
         return self._resampled(state.step)
 
@@ -61,10 +52,14 @@ class Particles(Guide):
             change = transition.log_prob(next_latents) - proposal.log_prob(next_latents)
             self.log_weights = self.log_weights + change.unflatten(0, (-1, self.candidates))
 
+    def _temperature(self, step: int) -> float:
+        """lambda_k = ((k + 1) / n)^tempering of the k-th of n steered steps."""
+        return float(((step - self.steps.start + 1) / len(self.steps)) ** self.schedule.tempering)
+
     def _resampled(self, step: int) -> Tensor | None:
         images, count = self.log_weights.shape
         shares = self.log_weights.softmax(1)
-        poor = 1 / shares.square().sum(1) < self.threshold * count
+        poor = 1 / shares.square().sum(1) < self.schedule.resample_below * count
         if not bool(poor.any()):
             return None
         own = torch.arange(count, device=shares.device).expand(images, -1)

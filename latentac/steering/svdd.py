@@ -20,6 +20,7 @@ class Greedy(Guide):
         self.weights, self.candidates = weights, candidates
 
     def resample(self, state: SteeringState) -> Tensor | None:
-        best = weighted(state.values.detach(), self.weights).unflatten(0, (-1, self.candidates)).argmax(1)
+        psi = weighted(state.values.detach(), self.weights)
+        best = psi.unflatten(0, (-1, self.candidates)).argmax(1)
         first = torch.arange(len(best), device=best.device) * self.candidates
         return (first + best).repeat_interleave(self.candidates)

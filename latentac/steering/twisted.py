@@ -11,18 +11,18 @@ from latentac.steering.value_gradient import ascent
 class Twisted(Resampling):
     """Value gradient and resampling together (twisted diffusion sampler, Wu et al. 2023).
 
-    The proposal is the transition with its mean moved by std^2 grad psi, and each weight is multiplied by
+    The proposal is the transition with its mean moved as `value_gradient` moves it, and each weight is multiplied by
     p(z') / q(z'), so the law stays p(z) exp(psi) however good the gradient is; a good one keeps the weights even.
     """
 
     needs_gradient = True
 
     def begin(self, uniforms: Tensor) -> Guide:
-        return TwistedParticles(self.weights, self.candidates, uniforms, self.potential, self.threshold)
+        return TwistedParticles(self, uniforms)
 
 
 class TwistedParticles(Particles):
     def guide(self, state: SteeringState) -> GaussianTransition:
         if bool((state.transition.std <= 0).any()):
             return state.transition  # a step without noise has no other proposal than itself
-        return state.transition.shifted(ascent(state, self.weights))
+        return state.transition.shifted(ascent(state, self.weights, self.schedule.normalised))

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from latentac.config import Schedule
 from latentac.diffusion import GaussianTransition, broadcast
-from latentac.steering import Guide, SteeringState, weighted
+from latentac.steering import Guide, SteeringState, per_row, weighted
 from latentac.steering.best_of_n import BestOfN
 
 
@@ -17,22 +18,25 @@ class ValueGradient(BestOfN):
 
     needs_gradient = True
 
-    def __init__(self, weights: Tensor, candidates: int = 1) -> None:
-        super().__init__(weights, candidates)
-
     def begin(self, uniforms: Tensor) -> Guide:
-        return Uphill(self.weights)
+        return Uphill(self.weights, self.schedule)
 
 
 class Uphill(Guide):
-    def __init__(self, weights: Tensor) -> None:
-        self.weights = weights
+    def __init__(self, weights: Tensor, schedule: Schedule) -> None:
+        self.weights, self.schedule = weights, schedule
 
     def guide(self, state: SteeringState) -> GaussianTransition:
-        return state.transition.shifted(ascent(state, self.weights))
+        return state.transition.shifted(ascent(state, self.weights, self.schedule.normalised))
 
 
-def ascent(state: SteeringState, weights: Tensor) -> Tensor:
-    """[B N, *latent], std^2 grad_z sum_m w_m V_m: by how much the mean moves."""
+def ascent(state: SteeringState, weights: Tensor, normalised: bool) -> Tensor:
+    """[B N, *latent], by how much the mean moves: std^2 g, g = grad_z sum_m w_m V_m, or std sum_m |w_m| g / |g|, which
+    is as many standard deviations of the transition whatever the critic's slope."""
     (gradient,) = torch.autograd.grad(weighted(state.values, weights).sum(), state.latents)
-    return broadcast(state.transition.std**2, gradient) * gradient
+    std = broadcast(state.transition.std, gradient)
+    if not normalised:
+        return std**2 * gradient
+    rows = len(gradient)
+    length = per_row(weights, rows).abs().sum(-1).expand(rows) / gradient.flatten(1).norm(dim=1).clamp(min=1e-12)
+    return std * broadcast(length, gradient) * gradient

@@ -25,10 +25,10 @@ def test_every_recipe_is_complete(name):
 
 def test_overrides_are_typed_and_nested():
     """Values are YAML; 1e-4 is a number, as everyone who types it means."""
-    config = resolved("policy.learning_rate=1e-4", "seed=7", "steering.strengths=[0, 1.5]")
-    assert (config.policy.learning_rate, config.seed, config.steering.strengths) == (1e-4, 7, [0, 1.5])
+    config = resolved("policy.learning_rate=1e-4", "seed=7", "steering.gradient_strengths=[0, 1.5]")
+    assert (config.policy.learning_rate, config.seed, config.steering.gradient_strengths) == (1e-4, 7, [0, 1.5])
     assert config.hash != resolved().hash
-    assert config.hash == resolved("seed=7", "steering.strengths=[0, 1.5]", "policy.learning_rate=0.0001").hash
+    assert config.hash == resolved("seed=7", "steering.gradient_strengths=[0, 1.5]", "policy.learning_rate=0.0001").hash
 
 
 def test_all_problems_come_at_once_with_path_value_and_remedy():

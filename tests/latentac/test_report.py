@@ -44,9 +44,9 @@ SETTINGS = {
     "policy": {"adaptation": "full", "learning_rate": 6e-05, "warmup_updates": 20},
     "steering": {
         "num_images": 256,
-        "strengths": [0.0, 1.0, 2.0, 4.0],
+        "gradient_strengths": [0.0, 1.0, 2.0, 4.0],
         "candidates": [2, 4, 8],
-        "default_strength": 2.0,
+        "strengths": {"value_gradient": 2.0, "resampling": 20.0},
     },
     "gate": {"reward": "shapes_verifier", "min_gain": 0.05, "min_lower_bound": 0.0},
 }

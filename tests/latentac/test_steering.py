@@ -8,6 +8,7 @@ from torch import Tensor
 
 from latentac.backbones.guided import guided
 from latentac.benchmark import arms
+from latentac.config import Schedule, Strengths
 from latentac.diffusion import CPS, DDIM, KERNELS, GaussianTransition, broadcast
 from latentac.distributed import noise_for, uniforms_for
 from latentac.policy import Policy
@@ -15,8 +16,10 @@ from latentac.pretraining import new_critic
 from latentac.rollout import rollout, steered_rollout
 from latentac.serving.request import METHODS
 from latentac.steering import STEERING, Guide, SteeringState, evaluations, make_steering
-from latentac.steering.resampling import MaxResampling, Particles, Resampling, systematic
-from latentac.steering.twisted import Twisted, TwistedParticles
+from latentac.steering.resampling import Particles, Resampling, systematic
+from latentac.steering.twisted import TwistedParticles
+from latentac.steering.value_gradient import ascent
+from latentac.types import Trajectory
 from tests.latentac.trainers import PROMPTS, SHIPPED, make_config, shipped
 from tests.latentac.worlds import (
     NOISY,
@@ -163,29 +166,30 @@ def test_an_observer_may_end_the_rollout():
     assert told == [0, 1, 2]
 
 
-class Watched(Resampling):
-    """Resampling that lets a test see its particles at the end of the rollout, and resamples often."""
+OFTEN = 0.999
+"""Of the effective sample size: below it particles are resampled, so that a test sees a good many resamplings."""
 
-    threshold = 0.999
+
+class Watched(Resampling):
+    """Resampling that lets a test see its particles at the end of the rollout."""
+
+    particles = Particles
     made: Particles
 
     def begin(self, uniforms: Tensor) -> Guide:
-        self.made = Particles(self.weights, self.candidates, uniforms, self.potential, self.threshold)
+        self.made = self.particles(self, uniforms)
         return self.made
 
 
 class WatchedTwisted(Watched):
     needs_gradient = True
-
-    def begin(self, uniforms: Tensor) -> Guide:
-        self.made = TwistedParticles(self.weights, self.candidates, uniforms, self.potential, self.threshold)
-        return self.made
+    particles = TwistedParticles
 
 
-def last_state(backbone: GaussianBackbone, kernel) -> tuple[float, float]:
-    """Mean and variance of the last denoised state of a plain rollout, which begins at N(0, 1)."""
+def law_at(index: int, backbone: GaussianBackbone, kernel) -> tuple[float, float]:
+    """Mean and variance of a state of a plain rollout, which begins at N(0, 1)."""
     mean, variance = 0.0, 1.0
-    for step in affine_steps(backbone, kernel, STEPS)[:-1]:
+    for step in affine_steps(backbone, kernel, STEPS)[:index]:
         mean, variance = step.slope * mean + step.offset, step.slope**2 * variance + step.std**2
     return mean, variance
 
@@ -198,31 +202,99 @@ def tilted(mean: float, variance: float, psi: Quadratic) -> tuple[float, float, 
     return log_z, centre, 1 / precision
 
 
+SCHEDULES = {
+    "whole": Schedule(resample_below=OFTEN),
+    "tempered": Schedule(resample_below=OFTEN, tempering=1.5),
+    "late": Schedule(resample_below=OFTEN, start=0.4),
+    "early": Schedule(resample_below=OFTEN, stop=0.6),
+    "window": Schedule(resample_below=OFTEN, start=0.25, stop=0.8, tempering=1.0),
+    "normalised": Schedule(resample_below=OFTEN, normalised=True, tempering=0.5),
+    "lazy": Schedule(resample_below=0.5, tempering=1.0),
+}
+
+
+def law_of(steering: Watched, trajectory: Trajectory) -> tuple[Tensor, Tensor, int]:
+    """(mass [B, N], state [B, N], step): the particles of the last state that was steered, and what each weighs."""
+    particles, last = steering.made, steering.steps(STEPS)[-1]
+    mass = (particles.log_normaliser[:, None] + particles.log_weights).exp() / CANDIDATES
+    return mass, trajectory.latents[:, last].reshape(-1, CANDIDATES), last
+
+
 @pytest.mark.parametrize("kernel", NOISY, ids=repr)
 @pytest.mark.parametrize("make", [Watched, WatchedTwisted])
-def test_particles_have_the_tilted_law_and_its_normaliser(make, kernel):
-    """Weighted, the particles at the last state have the mean and variance of p(z) exp(V*), and the estimate of the
-    normaliser is unbiased; both with a good many resamplings on the way."""
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_particles_have_the_tilted_law_and_its_normaliser(schedule, make, kernel):
+    """Weighted, the particles at the last state that is steered have the mean and variance of p(z) exp(V*), and the
+    estimate of the normaliser is unbiased; with a good many resamplings on the way, whatever the schedule."""
     policy, critic = world(kernel)
-    steering, images = make(torch.ones(1), CANDIDATES), 4000
+    steering, images = make(torch.ones(1), CANDIDATES, schedule), 4000
     noise = torch.randn(images * CANDIDATES, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(5))
     uniforms = torch.rand(images, STEPS, generator=torch.Generator().manual_seed(6))
     prompts = [""] * len(noise)
     conditioning = policy.backbone.encode(prompts)
     trajectory = rollout(policy, critic, prompts, conditioning, noise, steering=steering, uniforms=uniforms)
-    particles = steering.made
-    assert float((particles.log_normaliser != 0).float().mean()) > 0.05
-    log_z, mean, variance = tilted(*last_state(GaussianBackbone(kernel.path), kernel), critic.values[STEPS - 1])
-
-    # The last transition adds its own p / q to the weights, 1 in expectation: the state before it is what is tilted.
-    mass = (particles.log_normaliser[:, None] + particles.log_weights).exp() / CANDIDATES
+    if schedule.resample_below == OFTEN:
+        assert float((steering.made.log_normaliser != 0).float().mean()) > 0.05
+    # The transitions after that state add their own p / q to the weights, 1 in expectation.
+    mass, state, last = law_of(steering, trajectory)
+    log_z, mean, variance = tilted(*law_at(last, GaussianBackbone(kernel.path), kernel), critic.values[last])
     found = mass.sum(1)
     assert abs(float(found.mean()) - math.exp(log_z)) < 4 * float(found.std()) / images**0.5
-    state = trajectory.latents[:, STEPS - 1].reshape(images, CANDIDATES)
     for moment, expected in ((state, mean), ((state - mean) ** 2, variance)):
         estimate = (mass * moment).sum(1)
         error = float((estimate - expected * found).std()) / images**0.5 / float(found.mean())
         assert abs(float(estimate.mean() / found.mean()) - expected) < 4 * error
+
+
+@pytest.mark.parametrize("kernel", NOISY, ids=repr)
+@pytest.mark.parametrize("name", STEERING)
+def test_each_method_raises_the_reward_at_some_of_the_steps_too(name, kernel):
+    """Steered in a window of the trajectory, or up a gradient of length 1, a positive weight gives more reward."""
+    policy, critic = world(kernel)
+    plain = sample(policy, critic, make_steering("best_of_n", torch.zeros(1), 1), 8000)
+    unsteered = float(REWARD(plain.clean.flatten()).mean())
+    for schedule in (Schedule(start=0.25, stop=0.9), Schedule(normalised=True)):
+        steered = sample(policy, critic, make_steering(name, torch.ones(1), 4, schedule), 2000)
+        assert float(REWARD(steered.clean.flatten()).mean()) > unsteered + 0.02
+
+
+@pytest.mark.parametrize("name", ["value_gradient", "resampling", "twisted", "svdd"])
+def test_outside_its_window_a_method_does_nothing(name):
+    """Before `start` candidates go their own way, bit for bit, and so they do from `stop` on, from where they are."""
+    kernel = CPS(0.5)
+    policy, critic = world(kernel)
+    steering = make_steering(name, torch.tensor([9.0]), 4, Schedule(start=0.5, stop=0.75, resample_below=1.0))
+    assert list(steering.steps(STEPS)) == [4, 5]
+    noise = torch.randn(8 * 4, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(3))
+    prompts, uniforms = [""] * 32, torch.full((8, STEPS), 0.5)
+    conditioning = policy.backbone.encode(prompts)
+    plain = rollout(policy, critic, prompts, conditioning, noise)
+    found = rollout(policy, critic, prompts, conditioning, noise, steering=steering, uniforms=uniforms)
+    origin = (found.latents[:, None, 0] == plain.latents[None, :, 0]).flatten(2).all(2).float().argmax(1)
+    assert torch.equal(found.latents[:, :5], plain.latents[origin, :5])
+    assert not torch.equal(found.latents[:, 6], plain.latents[:, 6])
+    for step in (6, 7):
+        sigma, sigma_next = found.sigmas[step].expand(32), found.sigmas[step + 1].expand(32)
+        transition = policy.transition(found.latents[:, step], sigma, sigma_next, conditioning)
+        assert torch.equal(transition.sample(noise[:, step + 1]), found.latents[:, step + 1])
+
+
+def test_a_normalised_gradient_gives_steps_of_one_length():
+    """As many standard deviations of the transition as the weights say, for each image by its own, up the gradient."""
+    latents = torch.randn(6, 2, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    transition = GaussianTransition(torch.zeros(6, 2, 3, 3), torch.tensor([0.5, 0.5, 2.0, 2.0, 1.0, 1.0]))
+    weights = torch.tensor([[1.0, 0.0], [2.0, 1.0], [0.0, 0.0]])
+
+    def state() -> SteeringState:
+        values = torch.stack([(latents**3).sum((1, 2, 3)), -latents.sum((1, 2, 3))], 1)
+        return SteeringState(0, latents, transition, values)
+
+    shift = ascent(state(), weights, normalised=True)
+    lengths = shift.flatten(1).norm(dim=1) / transition.std
+    torch.testing.assert_close(lengths, torch.tensor([1.0, 1.0, 3.0, 3.0, 0.0, 0.0]))
+    uphill = ascent(state(), weights, normalised=False)
+    cosines = torch.nn.functional.cosine_similarity(shift.flatten(1), uphill.flatten(1))
+    torch.testing.assert_close(cosines[:4], torch.ones(4))
 
 
 class ExactTwist(Particles):
@@ -260,15 +332,12 @@ def test_the_exact_twist_gives_constant_weights(kernel):
     critic.values = soft_values(affine_steps(policy.backbone, kernel, STEPS), critic.values[STEPS - 1])
 
     class Exact(Resampling):
-        needs_gradient = False
-        threshold = 0.0
-
         def begin(self, uniforms: Tensor) -> Guide:
-            self.made = ExactTwist(self.weights, self.candidates, uniforms, self.potential, self.threshold)
+            self.made = ExactTwist(self, uniforms)
             self.made.twists = critic.values
             return self.made
 
-    steering = Exact(torch.ones(1), CANDIDATES)
+    steering = Exact(torch.ones(1), CANDIDATES, Schedule(resample_below=0))
     noise = torch.randn(200 * CANDIDATES, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(5))
     prompts, uniforms = [""] * len(noise), torch.full((200, STEPS), 0.5)
     conditioning = policy.backbone.encode(prompts)
@@ -299,7 +368,7 @@ def test_a_resampled_row_has_the_past_of_the_row_that_it_goes_on_from():
     uniforms = uniforms_for([(index,) for index in range(4)], 0, STEPS)
     prompts = [""] * 32
     conditioning = policy.backbone.encode(prompts)
-    steering = Watched(torch.tensor([8.0]), 8)
+    steering = Watched(torch.tensor([8.0]), 8, Schedule(resample_below=OFTEN))
     trajectory = rollout(
         policy, critic, prompts, conditioning, noise, steering=steering, uniforms=uniforms, keep_features=True
     )
@@ -314,8 +383,7 @@ def test_a_resampled_row_has_the_past_of_the_row_that_it_goes_on_from():
 
 def test_the_highest_past_value_never_falls():
     """The potential `max` weighs by the rise of the highest value so far: a fall costs nothing."""
-    particles = MaxResampling(torch.ones(1), 2).begin(torch.full((1, 3), 0.5))
-    assert isinstance(particles, Particles)
+    particles = Particles(Resampling(torch.ones(1), 2, Schedule(potential="max")), torch.full((1, 3), 0.5))
     latents, still = torch.zeros(2, 1, 1, 1), GaussianTransition(torch.zeros(2, 1, 1, 1), torch.ones(2))
     for step, values in enumerate(([0.1, -0.2], [-0.3, 0.0], [0.2, -0.1])):
         state = SteeringState(step, latents, still, torch.tensor(values)[:, None])
@@ -324,13 +392,15 @@ def test_the_highest_past_value_never_falls():
 
 
 def test_function_evaluations_count_a_backward_twice():
-    """K N forwards, three times as many with a gradient, and twice as many with classifier-free guidance."""
+    """K N forwards, three times as many where there is a gradient, and twice as many with classifier-free guidance."""
     weights = torch.ones(1)
     found = {name: evaluations(make_steering(name, weights, 4), 10) for name in STEERING}
     assert found == {"value_gradient": 120, "best_of_n": 40, "resampling": 40, "twisted": 120, "svdd": 40}
     assert evaluations(None, 10) == 10
     assert evaluations(None, 10, guided=True) == 20
     assert evaluations(make_steering("twisted", weights, 4), 10, guided=True) == 240
+    assert evaluations(make_steering("twisted", weights, 4, Schedule(start=0.2, stop=0.7)), 10) == 80
+    assert evaluations(make_steering("svdd", weights, 4, Schedule(stop=0.7)), 10) == 40
 
 
 def test_many_candidates_without_uniforms_are_refused():
@@ -340,26 +410,36 @@ def test_many_candidates_without_uniforms_are_refused():
     with pytest.raises(ValueError, match="need uniforms"):
         rollout(
             *(policy, critic, prompts, policy.backbone.encode(prompts), torch.zeros(2, STEPS + 1, 1, 1, 1)),
-            steering=Twisted(torch.ones(1), 2),
+            steering=make_steering("twisted", torch.ones(1), 2),
         )
 
 
 def test_the_benchmark_steers_each_arm_as_it_says():
-    """Its weights are the strength times each reward's weight, so the arm of strength 0 is the plain rollout; method
-    and candidates are those it is told by."""
+    """Its weights are the strength times each reward's weight, so the arm of strength 0 is the plain rollout; method,
+    candidates and schedule are those it is told by."""
     config = make_config(
         rewards=[{"name": "brightness", "weight": 2.0}, {"name": "redness", "weight": 0.0}],
-        steering={"strengths": [0.0, 3.0], "candidates": [2, 4], "default_strength": 3.0},
+        steering={
+            "gradient_strengths": [0.0, 4.0],
+            "candidates": [2, 4],
+            "strengths": {"resampling": 7.0},
+            "schedule": {"stop": 0.5},
+        },
     )
     found = arms(config)
     for method, strength, candidates, steering in found:
         assert type(steering) is type(make_steering(method, torch.ones(2), candidates))
-        assert steering.candidates == candidates
-        if method != "best_of_n":
-            assert vars(steering)["weights"].tolist() == [2 * strength, 0]
+        assert (steering.candidates, list(steering.steps(4))) == (candidates, [0, 1])
+        assert vars(steering)["weights"].tolist() == [2 * strength, 0]
+        assert candidates == 1 or strength == config.steering.strengths.of(method)
     gradients = [(method, n) for method, _, n, steering in found if steering.needs_gradient]
     assert gradients == [("value_gradient", 1), ("value_gradient", 1), ("value_gradient", 2), ("twisted", 2)]
     assert {method for method, *_ in found} == set(STEERING)
+
+
+def test_every_method_has_a_strength():
+    """Of its own: what counts for a gradient leaves particles' weights even."""
+    assert set(Strengths.model_fields) == set(STEERING)
 
 
 def test_a_request_may_name_each_method():
