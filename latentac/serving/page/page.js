@@ -68,20 +68,24 @@ function defaultSettings() {
     num_steps: String(defaults.num_steps),
     guidance_scale: String(defaults.guidance_scale),
     method: defaults.method,
-    particles: String(defaults.particles),
+    particles: defaultParticles(defaults.method),
     weights: defaultWeights(defaults.method),
   };
 }
 
+// A reward's default weight is the default method's; each method has a strength of its own.
 function defaultWeights(method) {
-  const strength = options.defaults.strengths[method] ?? 0;
-  const weight = (reward) => String(Number((strength * reward.default_weight).toPrecision(6)));
+  const { strengths, method: usual } = options.defaults;
+  const factor = strengths[usual] > 0 ? (strengths[method] ?? 0) / strengths[usual] : 1;
+  const weight = (reward) => String(Number((factor * reward.default_weight).toPrecision(6)));
   return Object.fromEntries(options.rewards.map((reward) => [reward.name, weight(reward)]));
 }
 
 const sameSettings = (one, other) => JSON.stringify(one) === JSON.stringify(other);
 
 const methodOf = (name) => options.methods.find((method) => method.name === name);
+
+const defaultParticles = (method) => String(methodOf(method)?.particles ?? options.defaults.particles);
 
 function showMethod() {
   methodShown = $("method").value;
@@ -96,11 +100,14 @@ function showMethod() {
   }
 }
 
-// Dials that nobody has turned follow the method: each has a strength of its own.
+// What nobody has changed follows the method.
 function methodChosen() {
-  const untouched = sameSettings(readSettings().weights, defaultWeights(methodShown));
+  const { weights, particles } = readSettings();
+  const sameDials = sameSettings(weights, defaultWeights(methodShown));
+  const sameParticles = particles === defaultParticles(methodShown);
   showMethod();
-  if (untouched) resetDials();
+  if (sameDials) resetDials();
+  if (sameParticles) $("particles").value = defaultParticles(methodShown);
   settingsChanged();
 }
 
@@ -203,11 +210,13 @@ function followLink() {
   const linked = parts.has("prompt");
   const settings = defaultSettings();
   const missing = [];
+  settings.particles = defaultParticles(parts.get("method") ?? settings.method);
   for (const name of FIELDS) settings[name] = parts.get(name) ?? settings[name];
   if (!methodOf(settings.method)) {
     missing.push(`the method ${settings.method}`);
     settings.method = options.defaults.method;
   }
+  warn("");
   if (linked) settings.weights = Object.fromEntries(options.rewards.map((reward) => [reward.name, "0"]));
   for (const [name, text] of parts) {
     if (!name.startsWith("steering.")) continue;
@@ -408,10 +417,14 @@ async function drawArm(draw, arm, signal) {
   }
 }
 
+function drawAnew() {
+  warn("");
+  drawAll();
+}
+
 async function drawAll() {
   stop();
   forgetProblems();
-  warn("");
   const draw = newDraw(readSettings());
   const controller = new AbortController();
   running = controller;
@@ -696,7 +709,7 @@ function makeExample(prompt) {
   const button = element("button", { type: "button", textContent: prompt });
   button.addEventListener("click", () => {
     $("prompt").value = prompt;
-    drawAll();
+    drawAnew();
   });
   return button;
 }
@@ -742,7 +755,7 @@ function newSeed() {
 
 function listen() {
   $("method").addEventListener("change", methodChosen);
-  $("ask").addEventListener("submit", (event) => { event.preventDefault(); drawAll(); });
+  $("ask").addEventListener("submit", (event) => { event.preventDefault(); drawAnew(); });
   $("stop").addEventListener("click", stop);
   $("reset").addEventListener("click", resetDials);
   $("new-seed").addEventListener("click", newSeed);
