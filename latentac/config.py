@@ -1,17 +1,15 @@
 """One strict, frozen configuration a run: every field is checked, every problem is told at once.
 
-A configuration is a recipe, then a file, then `--set path=value`, merged in that order and validated together.
+A configuration is a recipe, then a file, then `--set path=value`, merged in that order (`latentac.fields`) and
+validated together.
 """
 
 import difflib
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentac.errors import ConfigError, Problem
@@ -312,58 +310,6 @@ class Config(Section):
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text; everyone who types a learning rate means a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """A YAML or JSON file as nested dictionaries. Raises ConfigError."""
-    try:
-        content = yaml.load(path.read_text(), _Loader)  # noqa: S506 - a SafeLoader with one more number format
-    except OSError as error:
-        raise _single("--config", str(path), f"cannot be read: {error.strerror}", "Name a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise _single("--config", str(path), f"is not YAML: {reason}", "Correct the file.") from error
-    if not isinstance(content, dict):
-        raise _single("--config", str(path), "does not hold fields", "Write `section:` and its fields below.")
-    return content
-
-
-def read_overrides(assignments: Sequence[str]) -> dict[str, Any]:
-    """`a.b=value` strings as nested dictionaries; the values are YAML. Raises ConfigError."""
-    merged: dict[str, Any] = {}
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", path):
-            raise _single(
-                "--set", assignment, "is not path=value", "Write for example --set policy.learning_rate=1e-4."
-            )
-        try:
-            nested: Any = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader with one more number format
-        except yaml.YAMLError as error:
-            raise _single("--set", assignment, "has a value that is not YAML", "Quote it.") from error
-        for name in reversed(path.split(".")):
-            nested = {name: nested}
-        merged = merge(merged, nested)
-    return merged
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid upon `base`: dictionaries are merged field by field, everything else is replaced."""
-    result = dict(base)
-    for name, value in over.items():
-        below = result.get(name)
-        nested = isinstance(below, Mapping) and isinstance(value, Mapping)
-        result[name] = merge(below, value) if nested else value  # type: ignore[arg-type]
-    return result
-
-
 def resolve(fields: Mapping[str, Any]) -> Config:
     """Validate nested dictionaries into a Config. Raises ConfigError with every problem at once."""
     try:
@@ -381,10 +327,6 @@ def suggestion(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     guess = f'Did you mean "{close[0]}"? ' if close else ""
     return f"{guess}Known: {', '.join(known)}."
-
-
-def _single(path: str, value: object, problem: str, remedy: str) -> ConfigError:
-    return ConfigError([Problem(path, value, problem, remedy)])
 
 
 def _problem(detail: Any) -> Problem:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from latentac.config import merge
+from latentac.fields import merge
 
 _SHAPES_UNET: dict[str, Any] = {
     "recipe": "shapes-unet",

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentac.config import Config, merge, read_file, read_overrides, resolve, suggestion
+from latentac.config import Config, resolve, suggestion
 from latentac.errors import ArtifactNotFound, ConfigError, Problem, TrainingError
+from latentac.fields import merge, read_file, read_overrides
 from latentac.recipes import RECIPES
 from latentac.store import Manifest, Store, open_store
 from latentac.workspace import Workspace, default_store, open_run, working_folder

@@ -274,7 +274,7 @@ def _uploaded(service: "Service", settings: "Cluster", *, own_id: bool = False) 
 
 def _parameters(options: argparse.Namespace) -> dict[str, Any]:
     """What the run is asked to do, checked here, where a mistake costs nothing. A file stays here, its fields go."""
-    from latentac.config import read_file
+    from latentac.fields import read_file
     from latentac.run import resolve_recipe
 
     fields = read_file(Path(options.config)) if options.config else {}

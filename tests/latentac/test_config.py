@@ -2,8 +2,9 @@
 
 import pytest
 
-from latentac.config import Config, merge, read_file, read_overrides, resolve
+from latentac.config import Config, resolve
 from latentac.errors import ConfigError
+from latentac.fields import merge, read_file, read_overrides
 from latentac.recipes import RECIPES
 
 

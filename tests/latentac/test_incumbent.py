@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from latentac import run as verbs
-from latentac.config import merge
 from latentac.errors import ConfigError, IntegrityError
+from latentac.fields import merge
 from latentac.incumbent import POINTER, in_production, load_incumbent, trouble
 from latentac.pretraining import new_critic
 from latentac.serving.exported import FILE, export

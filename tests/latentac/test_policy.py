@@ -9,8 +9,7 @@ from latentac.diffusion import KERNELS
 from latentac.distributed import noise_for
 from latentac.policy import Policy
 from latentac.rollout import rollout
-from latentac.steering.best_of_n import BestOfN
-from latentac.steering.value_gradient import ValueGradient
+from latentac.steering import make_steering
 from latentac.types import flatten_steps
 from tests.latentac.trainers import PAIRS, PROMPTS, SHIPPED, make_config, shipped
 
@@ -81,11 +80,12 @@ def test_a_rollout_keeps_its_axes(name, kernel, critics):
 
 
 @pytest.mark.parametrize(("name", "kernel"), PAIRS)
-@pytest.mark.parametrize("steering", [ValueGradient(torch.zeros(2)), BestOfN(torch.ones(2), 1)], ids=["grad", "best"])
-def test_strength_0_is_bitwise_the_plain_rollout(name, kernel, steering, critics):
+@pytest.mark.parametrize(("method", "weight"), [("value_gradient", 0.0), ("best_of_n", 1.0)], ids=["grad", "best"])
+def test_strength_0_is_bitwise_the_plain_rollout(name, kernel, method, weight, critics):
     """Steering that asks for nothing changes nothing, though it takes gradients: latents and log-probs. Values are
     asked for all states at once in one and step by step in the other: equal to float error."""
     _, plain = roll(name, kernel, critics[name])
+    steering = make_steering(method, torch.full((2,), weight))
     _, steered = roll(name, kernel, critics[name], steering=steering)
     assert torch.equal(plain.latents, steered.latents)
     assert torch.equal(plain.log_probs, steered.log_probs)
@@ -98,7 +98,7 @@ def test_steering_raises_the_head_that_it_is_told_to(name, kernel, critics):
     rollout, a negative one to lower values."""
 
     def value(weight: float) -> float:
-        steering = ValueGradient(torch.tensor([weight, 0.0]))
+        steering = make_steering("value_gradient", torch.tensor([weight, 0.0]))
         _, trajectory = roll(name, kernel, critics[name], steering=steering)
         return float(trajectory.values[:, -1, 0].mean())
 

@@ -4,17 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentac.config import merge, resolve
+from latentac.config import resolve
 from latentac.critic import Critic
 from latentac.diffusion import DDIM, alpha_of, broadcast, forward_noise
+from latentac.fields import merge
 from latentac.losses import clipped_surrogate, guidance_loss
 from latentac.policy import Policy
 from latentac.pretraining import States, fit, predict
 from latentac.recipes import RECIPES
 from latentac.returns import explained_variance, gae
 from latentac.rollout import rollout
-from latentac.steering.best_of_n import BestOfN
-from latentac.steering.value_gradient import ValueGradient
+from latentac.steering import make_steering
 from latentac.types import flatten_steps
 from tests.latentac.worlds import NOISY, REWARD, STEPS, AnalyticCritic, GaussianBackbone, affine_steps
 
@@ -184,7 +184,7 @@ def test_steering_up_the_value_raises_the_reward_and_down_lowers_it(kernel):
     critic = AnalyticCritic(policy.backbone, kernel)
 
     def mean_reward(strength: float) -> float:
-        steering = ValueGradient(torch.tensor([strength]))
+        steering = make_steering("value_gradient", torch.tensor([strength]))
         return float(REWARD(roll(policy, critic, 4000, 3, steering).clean.flatten()).mean())
 
     assert mean_reward(1.0) > mean_reward(0.0) + 0.03
@@ -192,12 +192,13 @@ def test_steering_up_the_value_raises_the_reward_and_down_lowers_it(kernel):
 
 
 @pytest.mark.parametrize("kernel", NOISY, ids=repr)
-@pytest.mark.parametrize("steering", [ValueGradient(torch.zeros(1)), BestOfN(torch.ones(1), 1)], ids=["grad", "best"])
-def test_strength_0_is_bitwise_the_plain_rollout(kernel, steering):
+@pytest.mark.parametrize(("method", "weight"), [("value_gradient", 0.0), ("best_of_n", 1.0)], ids=["grad", "best"])
+def test_strength_0_is_bitwise_the_plain_rollout(kernel, method, weight):
     """Steering that asks for nothing changes nothing: latents and log-probs. Values are asked for all states at once in
     one and step by step in the other: equal to float error."""
     policy = Policy(GaussianBackbone(kernel.path), kernel)
     critic = AnalyticCritic(policy.backbone, kernel)
+    steering = make_steering(method, torch.tensor([weight]))
     plain, steered = roll(policy, critic, 64, 4), roll(policy, critic, 64, 4, steering)
     assert torch.equal(plain.latents, steered.latents)
     assert torch.equal(plain.log_probs, steered.log_probs)
@@ -207,5 +208,5 @@ def test_strength_0_is_bitwise_the_plain_rollout(kernel, steering):
 def test_best_of_n_keeps_the_candidate_with_the_highest_value():
     """By the weighted sum of the heads at the last state."""
     values = torch.tensor([[[1.0, 0.0], [0.0, 3.0]], [[2.0, 0.0], [0.0, 1.0]]])
-    assert BestOfN(torch.tensor([1.0, 1.0]), 2).select(values).tolist() == [1, 0]
-    assert BestOfN(torch.tensor([1.0, 0.0]), 2).select(values).tolist() == [0, 0]
+    assert make_steering("best_of_n", torch.tensor([1.0, 1.0]), 2).select(values).tolist() == [1, 0]
+    assert make_steering("best_of_n", torch.tensor([1.0, 0.0]), 2).select(values).tolist() == [0, 0]

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from latentac.algorithms import make_algorithm
 from latentac.backbones import BACKBONES, Denoiser, load_backbone
-from latentac.config import Config, merge, resolve
+from latentac.config import Config, resolve
 from latentac.diffusion import KERNELS
 from latentac.distributed import Mesh
+from latentac.fields import merge
 from latentac.policy import Policy
 from latentac.pretraining import new_critic
 from latentac.prompts import Prompt, load_prompts
