@@ -9,7 +9,8 @@ const FIELDS = ["prompt", "seed", "num_steps", "guidance_scale", "method", "part
 const MAX_TRIES = 8; // of a server that is busy
 const MAX_WAIT_SECONDS = 60;
 const MAX_HISTORY = 24;
-const MAX_STORED_CHARACTERS = 2_000_000; // sessionStorage takes about 5 million, and is shared with nothing else here
+const MAX_KEPT_CHARACTERS = 50_000_000; // of pictures, in memory
+const MAX_STORED_CHARACTERS = 2_000_000; // sessionStorage takes about 5 million of everything
 const STORED_HISTORY = "latentac.history";
 const REACHES = [5, 10, 20, 50, 100]; // of a dial; a hundredth is one step of it
 
@@ -217,11 +218,13 @@ function followLink() {
     settings.method = options.defaults.method;
   }
   warn("");
-  if (linked) settings.weights = Object.fromEntries(options.rewards.map((reward) => [reward.name, "0"]));
-  for (const [name, text] of parts) {
-    if (!name.startsWith("steering.")) continue;
+  const turned = [...parts].filter(([name]) => name.startsWith("steering."));
+  settings.weights = defaultWeights(settings.method);
+  // As in a request: a reward that is not named where others are is left alone.
+  if (turned.length) for (const reward of Object.keys(settings.weights)) settings.weights[reward] = "0";
+  for (const [name, text] of turned) {
     const reward = name.slice("steering.".length);
-    if (reward in settings.weights) settings.weights[reward] = text;
+    if (Object.hasOwn(settings.weights, reward)) settings.weights[reward] = text;
     else missing.push(`a dial for ${reward}`);
   }
   writeSettings(settings);
@@ -360,6 +363,7 @@ async function streamOf(draw, arm, signal) {
     const refusal = await refusalOf(answer);
     const asked = Number(answer.headers.get("Retry-After"));
     if (![429, 503].includes(answer.status) || !(asked > 0) || tries === MAX_TRIES) throw refusal;
+    say("The server is busy. It is asked again soon.");
     for (let left = Math.min(Math.ceil(asked), MAX_WAIT_SECONDS); left > 0; left -= 1) {
       note(draw, arm, `The server is busy. Trying again in ${left} s.`);
       await pause(1, signal);
@@ -446,7 +450,7 @@ function finish(draw, seconds) {
   if (drawn === arms.length) say(`${drawn} pictures drawn in ${seconds.toFixed(1)} s.`);
   else say(`${drawn || "None"} of ${arms.length} pictures drawn. What is in the way is marked with ⚠.`);
   if (!drawn) return;
-  earlier = [draw, ...earlier].slice(0, MAX_HISTORY);
+  earlier = newest([draw, ...earlier].slice(0, MAX_HISTORY), MAX_KEPT_CHARACTERS);
   store();
   showHistory();
 }
@@ -532,7 +536,8 @@ function showCurve() {
   const box = { left: 44, right: width - 104, top: 10, bottom: 180 };
   const scale = scaleOf(box, rangeOfValues(reward, lines), steps);
   const picture = svg("svg", { width, height: 220, role: "img", "aria-label": curveInWords(reward, lines, steps) });
-  picture.append(...gridOf(box, scale, steps), ...curvesOf(lines, scale));
+  // The base's dots last: where it is as good as the trained model, they show on its dashes.
+  picture.append(...gridOf(box, scale, steps), ...curvesOf(lines, scale).reverse());
   if (!lines.size) picture.append(svg("text", { x: (box.left + box.right) / 2, y: 95, "text-anchor": "middle" }, "Grows while the pictures are drawn"));
   $("curve").replaceChildren(picture);
   $("value-axis").textContent = `↑ ${reward.name}: ${reward.unit}`;
@@ -627,12 +632,22 @@ function showTable(lines) {
 
 // ---- Earlier draws
 
-// As many of the newest as fit. The page does without where a browser stores nothing.
+// As many of the newest draws as have no more characters of pictures than that.
+function newest(draws, characters) {
+  const kept = [];
+  let left = characters;
+  for (const draw of draws) {
+    for (const told of Object.values(draw.arms)) left -= told.image?.length ?? 0;
+    if (left < 0) break;
+    kept.push(draw);
+  }
+  return kept;
+}
+
+// The page does without where a browser stores nothing.
 function store() {
-  let kept = earlier;
-  while (kept.length && JSON.stringify(kept).length > MAX_STORED_CHARACTERS) kept = kept.slice(0, -1);
   try {
-    sessionStorage.setItem(STORED_HISTORY, JSON.stringify(kept));
+    sessionStorage.setItem(STORED_HISTORY, JSON.stringify(newest(earlier, MAX_STORED_CHARACTERS)));
   } catch {
     say("This browser does not keep earlier draws when the page is loaded again.");
   }
@@ -692,7 +707,7 @@ function makeDial(reward) {
   dial.dataset.reward = reward.name;
   const [label, hint, problem] = ["label", ".hint", ".problem"].map((selector) => dial.querySelector(selector));
   Object.assign(label, { htmlFor: id, textContent: reward.name });
-  Object.assign(hint, { id: `${id}-hint`, textContent: `${reward.unit}; 1 σ is ${formatted(reward.std)}` });
+  Object.assign(hint, { id: `${id}-hint`, textContent: `${reward.unit}; 1\u00a0σ\u00a0is\u00a0${formatted(reward.std)}` });
   problem.id = `${id}-problem`;
   const number = numberOf(dial);
   number.id = id;
@@ -721,12 +736,13 @@ function furnish() {
   $("model").textContent = [version, run && `from ${run}`].filter(Boolean).join(", ");
   document.body.classList.toggle("small", Math.max(...size) <= 128);
   for (const frame of document.querySelectorAll(".frame")) frame.style.aspectRatio = `${size[1]} / ${size[0]}`;
-  document.querySelector("figure[data-arm=base]").hidden = !options.policies.includes("base");
+  $("how-many").textContent = offered().length === 3 ? "three" : "two";
+  document.querySelector("figure[data-arm=base]").hidden = !offered().includes("base");
   $("dial-list").replaceChildren(...rewards.map(makeDial));
   $("method").replaceChildren(...methods.filter((method) => method.name !== "none").map((method) => option(method.name)));
   $("reward").replaceChildren(...rewards.map((reward) => option(reward.name)));
   $("reward-choice").hidden = rewards.length < 2;
-  $("particles-hint").textContent = `Tries a picture, at most ${limits.max_particles}.`;
+  $("particles-hint").textContent = `Tries for each picture, at most ${limits.max_particles}.`;
   $("num_steps-hint").textContent = `At most ${limits.max_steps}.`;
   $("guidance_scale-hint").textContent = `1 is off, at most ${limits.max_guidance_scale}.`;
   $("examples").replaceChildren(...examples.map(makeExample));
