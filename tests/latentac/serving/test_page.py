@@ -65,7 +65,7 @@ Visit = Callable[..., Page]
 
 
 @pytest.fixture
-def visit(server: ServerProcess, browser: Browser) -> Iterator[Visit]:
+def visit(browser: Browser, server: ServerProcess) -> Iterator[Visit]:
     """Opens the page, each time in a browser that knows nothing yet. At the end: nothing was complained of in the
     console but refusals, which are part of the conversation, and nobody else was talked to."""
     contexts: list[BrowserContext] = []
@@ -347,7 +347,7 @@ def test_a_busy_server_is_asked_again(visit: Visit) -> None:
     expect(status(page)).to_contain_text("3 pictures drawn in", timeout=DRAW_MS)
 
 
-def test_a_server_that_is_gone_is_told(server: ServerProcess, browser: Browser) -> None:
+def test_a_server_that_is_gone_is_told(browser: Browser, server: ServerProcess) -> None:
     """When the page is opened, where trying again is one press; and while one draws, with what has broken."""
     images = "**/v1/images/*"
     with browser.new_context() as context:
