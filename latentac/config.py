@@ -271,9 +271,29 @@ class Gate(Section):
 
 
 class Serving(Section):
+    """The endpoint, and what one request may ask of it: `max_images` is over all its instances.
+
+    include_base: the untouched denoiser is exported too, to compare with; with a large one it doubles the folder.
+    batch_rows: rollouts that go through the denoiser together. A batch that is not full is filled up, so that a
+        picture's bytes do not depend on who shares it: more rows give more pictures a second, and each alone takes
+        longer.
+    batch_wait_seconds: how long a picture waits for others to share a batch.
+    max_queued_images: pictures that may wait; beyond that requests are answered 429.
+    request_seconds: the longest that a request may take, waiting included.
+    """
+
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     ready_seconds: Rate = 120.0
     max_images: Positive = 8
+    max_steps: Annotated[int, Field(ge=2, le=1000)] = 100
+    max_particles: Positive = 32
+    max_prompt_characters: Positive = 1000
+    max_guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 20.0
+    include_base: bool = True
+    batch_rows: Positive = 4
+    batch_wait_seconds: NonNegative = 0.005
+    max_queued_images: Positive = 64
+    request_seconds: Rate = 300.0
 
 
 class Config(Section):

@@ -11,12 +11,13 @@ from latentac.errors import ConfigError, Problem
 from latentac.incumbent import POINTER as PRODUCTION
 from latentac.incumbent import in_production
 from latentac.serving.deployment import Deployment, serve_and_check
-from latentac.serving.exported import export, read
+from latentac.serving.exported import add_base, export, read
 from latentac.store import Manifest, open_store
 from latentac.store.blobs import disk_errors
 from latentac.workspace import Workspace, default_store
 
 CANDIDATE = "registry/candidate.json"
+_EXAMPLES = 8  # held-out prompts that the endpoint's page offers to begin with
 UNFINISHED = ".latentac-fetch"
 """Folder within the one that `fetch_version` fills, for as long as it does."""
 
@@ -58,7 +59,10 @@ def release(space: Workspace, prove: Prove = on_loopback) -> tuple[dict[str, Any
         folder = Path(temporary) / "model"
         shutil.copytree(space.artifact("train") / "policy", folder)
         shutil.copytree(space.artifact("train") / "critic", folder / "critic")
-        export(folder, space.config, run=space.run, version=version)
+        if space.config.serving.include_base:
+            add_base(folder, space.artifact("prepare") / "backbone")
+        examples = list(dict.fromkeys(prompt.text for prompt in space.prompts.held_out))[:_EXAMPLES]
+        export(folder, space.config, run=space.run, version=version, examples=examples)
         published = space.store.publish(
             f"models/{version}",
             folder,

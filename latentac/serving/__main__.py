@@ -25,10 +25,11 @@ def main(arguments: Sequence[str]) -> int:
         die_with_parent()
     try:
         if options.socket is None:
-            serve(options.model, options.port, host=options.host, name=options.name, device=options.device)
+            address = {"host": options.host, "name": options.name, "device": options.device}
+            serve(options.model, options.port, **address, log_prompts=options.log_prompts)
         else:
             with socket.socket(fileno=options.socket) as listener:
-                serve_on(listener, options.model, options.name, options.device)
+                serve_on(listener, options.model, options.name, options.device, log_prompts=options.log_prompts)
     except LatentacError as error:
         print(f"serving: {error}", file=sys.stderr, flush=True)
         return error.exit_code
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m latentac.serving",
-        description="Serve an exported model: KServe's V1 protocol, probes and metrics on one port.",
+        description="Serve an exported model: a page, KServe's and OpenAI's protocols, probes and metrics on one port.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default=HOST, help=f"address to listen on ({HOST}: this machine only)")
     parser.add_argument("--port", type=int, default=PORT, help=f"port to listen on, 0 for a free one ({PORT})")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (auto)")
+    parser.add_argument("--log-prompts", action="store_true", help="prompts stand in the request log (left out)")
     parser.add_argument("--die-with-parent", action="store_true", help="end when the process that started this ends")
     parser.add_argument("--socket", type=int, metavar="FD", help="a bound socket to inherit, instead of host and port")
     return parser

@@ -4,22 +4,27 @@ Diffusers ignores what it does not know, so `StableDiffusionPipeline.from_pretra
 """
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from latentac.config import Config, Kernel, NonNegative, Positive, Reward, Section
+from latentac.config import Config, Kernel, NonNegative, Positive, Rate, Reward, Schedule, Section, Strengths
 from latentac.errors import ServingError
 
 FILE = "latentac.json"
+BASE = "base"
+"""Folder of the untouched denoiser, where there is one."""
 
 
 class DefaultSteering(Section):
-    """What a request without `steering` gets: each reward's head at `strength` times the reward's weight."""
+    """What a request without `steering` gets: each reward's head at its method's strength times the reward's weight."""
 
-    method: Literal["value_gradient", "best_of_n"] = "value_gradient"
-    strength: NonNegative
+    method: str = "value_gradient"
+    strengths: Strengths
+    schedule: Schedule
 
 
 class Limits(Section):
@@ -27,43 +32,83 @@ class Limits(Section):
 
     max_images: Positive
     max_steps: Positive = 100
-    max_candidates: Positive = 32
+    max_particles: Positive = 32
     max_prompt_characters: Positive = 1000
+    max_guidance_scale: Rate = 20.0
+
+
+class Batching(Section):
+    """How requests share the denoiser; the fields are those of `config.Serving`."""
+
+    batch_rows: Positive = 4
+    batch_wait_seconds: NonNegative = 0.005
+    max_queued_images: Positive = 64
+    request_seconds: Rate = 300.0
 
 
 class Exported(Section):
-    """latentac.json. version: of the model, chosen by who deploys; rewards: the critic's heads, in their order."""
+    """latentac.json. version: of the model, chosen by who deploys; rewards: the critic's heads, in their order; size:
+    (height, width) of a picture in pixels; examples: prompts to begin with."""
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
-    schema_version: Literal[1] = Field(default=1, alias="schema")
+    schema_version: Literal[2] = Field(default=2, alias="schema")
     version: str
     run: str
     backbone: str
     kernel: Kernel
+    size: tuple[int, int]
+    policies: list[str]
     rewards: list[Reward]
+    units: dict[str, str]
+    examples: list[str]
     steering: DefaultSteering
     limits: Limits
+    batching: Batching
 
     @property
-    def default_weights(self) -> dict[str, float]:
-        """Reward name -> steering weight, in standard deviations of that reward."""
-        return {reward.name: self.steering.strength * reward.weight for reward in self.rewards}
+    def size_name(self) -> str:
+        """As a caller writes it, width x height: `32x32`."""
+        return f"{self.size[1]}x{self.size[0]}"
+
+    def default_weights(self, method: str) -> dict[str, float]:
+        """Reward name -> steering weight of a method, in standard deviations of that reward."""
+        return {reward.name: self.steering.strengths.of(method) * reward.weight for reward in self.rewards}
 
 
-def export(folder: Path, config: Config, *, run: str, version: str) -> Exported:
+def export(folder: Path, config: Config, *, run: str, version: str, examples: Sequence[str] = ()) -> Exported:
     """Complete `folder`, which holds a diffusers pipeline and `critic/`, with its latentac.json."""
+    from latentac.rewards import load_reward  # a reward may import torch
+
+    serving = config.serving
     exported = Exported(
         version=version,
         run=run,
         backbone=config.backbone.name,
         kernel=config.kernel,
+        size=image_size(folder),
+        policies=["trained", *([BASE] if (folder / BASE).is_dir() else [])],
         rewards=config.rewards,
-        steering=DefaultSteering(strength=config.steering.strengths.value_gradient),
-        limits=Limits(max_images=config.serving.max_images, max_steps=max(100, config.kernel.num_steps)),
+        units={name: load_reward(name).unit for name in config.reward_names},
+        examples=list(examples),
+        steering=DefaultSteering(strengths=config.steering.strengths, schedule=config.steering.schedule),
+        limits=Limits(
+            max_images=serving.max_images,
+            max_steps=max(serving.max_steps, config.kernel.num_steps),
+            max_particles=serving.max_particles,
+            max_prompt_characters=serving.max_prompt_characters,
+            max_guidance_scale=serving.max_guidance_scale,
+        ),
+        batching=Batching(**{name: getattr(serving, name) for name in Batching.model_fields}),
     )
     (folder / FILE).write_text(exported.model_dump_json(indent=2) + "\n")
     return exported
+
+
+def add_base(folder: Path, base: Path) -> None:
+    """Put the untouched denoiser of the pipeline `base` into the exported `folder`, under `base/`."""
+    part = denoiser_folder(base)
+    shutil.copytree(base / part, folder / BASE / part)
 
 
 def read(folder: Path) -> Exported:
@@ -87,8 +132,12 @@ def read(folder: Path) -> Exported:
 
 def image_size(folder: Path) -> tuple[int, int]:
     """(height, width) of the pictures, in pixels, from the diffusers configs alone."""
-    index = json.loads((folder / "model_index.json").read_text())
-    denoiser = json.loads((folder / ("unet" if "unet" in index else "transformer") / "config.json").read_text())
+    denoiser = json.loads((folder / denoiser_folder(folder) / "config.json").read_text())
     autoencoder = json.loads((folder / "vae" / "config.json").read_text())
     side = denoiser["sample_size"] * 2 ** (len(autoencoder["block_out_channels"]) - 1)
     return side, side
+
+
+def denoiser_folder(folder: Path) -> str:
+    """The part of a diffusers pipeline that denoises: `unet` or `transformer`."""
+    return "unet" if "unet" in json.loads((folder / "model_index.json").read_text()) else "transformer"

@@ -1,15 +1,19 @@
-"""Pictures from an exported model: the same request gives the same bytes."""
+"""Pictures from an exported model: the same request gives the same bytes, whoever shares a batch with it."""
 
 import io
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from torch import Tensor
 
-from latentac.backbones import load_backbone
+from latentac.backbones import Denoiser, load_backbone
+from latentac.backbones.guided import guided
 from latentac.critic import Critic
 from latentac.diffusion import KERNELS
 from latentac.distributed import map_blocks, noise_for, uniforms_for
@@ -17,8 +21,45 @@ from latentac.errors import ConfigError, Problem, ServingError
 from latentac.policy import Policy
 from latentac.rollout import rollout, steered_rollout
 from latentac.serving import exported
-from latentac.serving.request import METHODS, Request, checked
-from latentac.steering import Steering, evaluations, make_steering
+from latentac.serving.request import DEFAULT_METHOD, Request, checked, default_particles
+from latentac.steering import evaluations, make_steering
+
+Observe = Callable[[int, np.ndarray], None]
+"""Is told the step and float32 [pictures, N, M], the values of each picture's N particles, in the rewards' units."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What pictures must have in common to be drawn together. Unsteered, method is `none`, particles 1."""
+
+    policy: str
+    num_steps: int
+    guidance_scale: float
+    method: str
+    particles: int
+
+    @property
+    def steers(self) -> bool:
+        return self.method != "none"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One picture to draw: its place in its request. weights: of the M heads."""
+
+    kind: Kind
+    prompt: str
+    seed: int
+    index: int
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture, uint8 [H, W, 3], and the critic's values on the way, float32 [K, M], in the rewards' units."""
+
+    image: np.ndarray
+    values: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -37,22 +78,26 @@ class Pictures:
     weights: dict[str, float]
     nfe: int
     seed: int
+    num_steps: int
 
 
 class Generator:
-    """An exported folder on a device. `generate` may be called from any thread, one call at a time."""
+    """An exported folder on a device. Everything may be called from any thread, several at a time."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         """Raises ServingError if `folder` is no exported model, or is damaged."""
         self.exported = exported.read(folder)
         self.device = device
-        kernel = KERNELS[self.exported.kernel.name](self.exported.kernel.noise)
         try:
-            self.policy = Policy(load_backbone(self.exported.backbone, folder, device), kernel)
-            self.critic = Critic.load(folder / "critic", self.policy.backbone)
+            backbone = load_backbone(self.exported.backbone, folder, device)
+            self._backbones = {"trained": backbone}
+            if "base" in self.exported.policies:
+                self._backbones["base"] = _with_weights(backbone, folder / exported.BASE, folder)
+            self.critic = Critic.load(folder / "critic", backbone)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ServingError(str(folder), f"cannot be loaded: {reason}", "Fetch the model again.") from error
+        self._kernel = KERNELS[self.exported.kernel.name](self.exported.kernel.noise)
         names = tuple(reward.name for reward in self.exported.rewards)
         if self.critic.reward_names != names:
             problem = f"the critic's heads {self.critic.reward_names} are not the rewards {names} of {exported.FILE}"
@@ -64,15 +109,18 @@ class Generator:
         seed: int = 0,
         count: int = 1,
         num_steps: int | None = None,
-        method: str = METHODS[0],
+        method: str = DEFAULT_METHOD,
         steering: dict[str, float] | None = None,
-        candidates: int = 4,
+        particles: int | None = None,
+        guidance_scale: float = 1.0,
+        policy: str = "trained",
     ) -> Pictures:
         """`count` pictures of `prompt`. Picture i depends on (seed, i), not on `count` or on the number of cores.
 
         num_steps: the exported default if None. steering: reward name -> weight in standard deviations of that reward,
         the exported defaults if None; a reward that is not named has weight 0, and all at 0 is the plain rollout.
-        candidates: rollouts a picture; value_gradient has one alone. Raises ConfigError with every problem.
+        particles: rollouts a picture, the method's default if None. guidance_scale: of classifier-free guidance, 1 is
+        none. policy: `trained` weights, or `base`. Raises ConfigError with every problem.
         """
         request = checked(
             self.exported,
@@ -82,54 +130,110 @@ class Generator:
             num_steps=num_steps,
             method=method,
             steering=steering,
-            candidates=candidates,
+            particles=particles,
+            guidance_scale=guidance_scale,
+            policy=policy,
         )
-        weights = self._weights(request)
-        guide = self._steering(request, weights)
-        steps = request.num_steps or self.exported.kernel.num_steps
-        # One block a picture: its bytes then do not depend on which others share the request.
-        parts = map_blocks(lambda index: self._picture(request, index, steps, guide), range(count), self.device)
-        values = np.stack([value for _, value in parts])
+        slots = self.slots(request)
+        room = self.room(slots[0].kind)
+        blocks = [slots[start : start + room] for start in range(0, len(slots), room)]
+        return self.pictures(request, [one for block in map_blocks(self.draw, blocks, self.device) for one in block])
+
+    def weights(self, request: Request) -> dict[str, float]:
+        """Reward name -> the steering weight that the request has; those at 0 are left out."""
+        if request.method == "none":
+            return {}
+        given = self.exported.default_weights(request.method) if request.steering is None else request.steering
+        return {name: float(weight) for name, weight in given.items() if weight}
+
+    def slots(self, request: Request) -> list[Slot]:
+        """The request's pictures, all of one kind."""
+        weights = self.weights(request)
+        method = request.method if weights else "none"
+        kind = Kind(
+            policy=request.policy,
+            num_steps=request.num_steps or self.exported.kernel.num_steps,
+            guidance_scale=float(request.guidance_scale),
+            method=method,
+            particles=1 if method == "none" else request.particles or default_particles(method),
+        )
+        heads = tuple(weights.get(name, 0.0) for name in self.critic.reward_names)
+        return [Slot(kind, request.prompt, request.seed, index, heads) for index in range(request.count)]
+
+    def room(self, kind: Kind) -> int:
+        """How many pictures of a kind are drawn together."""
+        return max(1, self.exported.batching.batch_rows // kind.particles)
+
+    def draw(self, slots: Sequence[Slot], observe: Observe | None = None) -> list[Drawn]:
+        """At most `room` pictures of one kind. What `observe` raises ends the work.
+
+        A network's rounding depends on the shape of a batch, but a row's not on the other rows. So each batch of a kind
+        has the same shape: free places are filled with the last picture again.
+        """
+        kind = slots[0].kind
+        filled = [*slots, *[slots[-1]] * (self.room(kind) - len(slots))]
+        backbone = guided(self._backbones[kind.policy], kind.guidance_scale)
+        policy, prompts = Policy(backbone, self._kernel), [slot.prompt for slot in filled]
+        conditioning = backbone.encode(prompts)
+        noise = torch.stack([self._noise(slot) for slot in filled]).to(self.device)
+
+        def told(step: int, values: Tensor) -> None:
+            if observe is not None:
+                observe(step, values[: len(slots)].cpu().numpy())
+
+        if kind.steers:
+            weights = torch.tensor([slot.weights for slot in filled], device=self.device)
+            steering = make_steering(kind.method, weights, kind.particles, self.exported.steering.schedule)
+            uniforms = torch.cat([uniforms_for([_key(slot)], slot.seed, kind.num_steps) for slot in filled])
+            trajectory = steered_rollout(
+                policy, self.critic, prompts, conditioning, noise, steering, uniforms.to(self.device), observe=told
+            )
+        else:
+            trajectory = rollout(policy, self.critic, prompts, conditioning, noise.flatten(0, 1), observe=told)
+        images, values = backbone.decode(trajectory.clean), trajectory.values.cpu().numpy()
+        return [Drawn(images[row], values[row]) for row in range(len(slots))]
+
+    def pictures(self, request: Request, drawn: Sequence[Drawn]) -> Pictures:
+        """The answer to `request`, whose pictures are drawn. Raises ConfigError where the weights were too strong."""
+        values, weights, kind = (
+            np.stack([one.values for one in drawn]),
+            self.weights(request),
+            self.slots(request)[0].kind,
+        )
         if not np.isfinite(values).all():
             raise ConfigError([Problem("steering", weights, "drove the latents to infinity", "Use smaller weights.")])
         return Pictures(
-            images=np.stack([image for image, _ in parts]),
+            images=np.stack([one.image for one in drawn]),
             values=values,
             reward_names=self.critic.reward_names,
             weights=weights,
-            nfe=evaluations(guide, steps),
-            seed=seed,
+            nfe=self.nfe(kind),
+            seed=request.seed,
+            num_steps=kind.num_steps,
         )
 
-    def _weights(self, request: Request) -> dict[str, float]:
-        if request.method == "none":
-            return {}
-        given = self.exported.default_weights if request.steering is None else request.steering
-        return {name: float(weight) for name, weight in given.items() if weight}
+    def nfe(self, kind: Kind) -> int:
+        """Function evaluations a picture."""
+        schedule = self.exported.steering.schedule
+        steering = make_steering(kind.method, torch.zeros(1), kind.particles, schedule) if kind.steers else None
+        return evaluations(steering, kind.num_steps, guided=kind.guidance_scale != 1)
 
-    def _steering(self, request: Request, weights: dict[str, float]) -> Steering | None:
-        if not weights:
-            return None
-        heads = torch.tensor([weights.get(name, 0.0) for name in self.critic.reward_names], device=self.device)
-        return make_steering(request.method, heads, 1 if request.method == "value_gradient" else request.candidates)
+    def _noise(self, slot: Slot) -> Tensor:
+        """[N, K+1, *latent]"""
+        keys = [(*_key(slot), particle) for particle in range(slot.kind.particles)]
+        return noise_for(keys, slot.seed, slot.kind.num_steps, self._backbones["trained"].latent_shape)
 
-    def _picture(
-        self, request: Request, index: int, num_steps: int, steering: Steering | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [H, W, 3] and values [K, M]."""
-        backbone = self.policy.backbone
-        conditioning = backbone.encode([request.prompt])
-        keys = [("serving", index, candidate) for candidate in range(steering.candidates if steering else 1)]
-        noise = noise_for(keys, request.seed, num_steps, backbone.latent_shape).to(self.device)
-        if steering is None:
-            trajectory = rollout(self.policy, self.critic, [request.prompt], conditioning, noise)
-        else:
-            uniforms = uniforms_for([("serving", index)], request.seed, num_steps).to(self.device)
-            prompts = [request.prompt]
-            trajectory = steered_rollout(
-                self.policy, self.critic, prompts, conditioning, noise[None], steering, uniforms
-            )
-        return backbone.decode(trajectory.clean)[0], trajectory.values[0].cpu().numpy()
+
+def _key(slot: Slot) -> tuple[str, int]:
+    return "serving", slot.index
+
+
+def _with_weights(backbone: Denoiser, base: Path, folder: Path) -> Denoiser:
+    """A second denoiser that has the weights in `base`, and shares everything else with `backbone`."""
+    other, part = backbone.clone(), exported.denoiser_folder(folder)
+    kind: Any = type(other.module)
+    other.module.load_state_dict(kind.from_pretrained(base, subfolder=part, use_safetensors=True).state_dict())
+    return other
 
 
 def png(image: np.ndarray) -> bytes:

@@ -1,73 +1,137 @@
-"""The KServe model: requests in KServe's V1 protocol to pictures, one generation at a time, off the event loop."""
+"""The KServe model: requests in either of its protocols to pictures, which are drawn off the event loop."""
 
 import asyncio
 import base64
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from fastapi import Request as HTTPRequest
-from fastapi.responses import JSONResponse
-from kserve import InferRequest, Model
+from kserve import InferRequest, InferResponse, Model
 
-from latentac.distributed import pick_device
-from latentac.errors import ConfigError
-from latentac.serving.generator import Generator, Pictures, png
+from latentac.distributed import num_cores, pick_device
+from latentac.serving import observing
+from latentac.serving.batching import Batcher, Job, Tell
+from latentac.serving.generator import Drawn, Generator, png
+from latentac.serving.observing import Record
 from latentac.serving.request import Request, parse
+from latentac.serving.tensors import INPUTS, OUTPUTS, described, infer_response, instances
+
+
+class TooLong(Exception):
+    """A request was not answered within the time that it may take."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"not drawn within {seconds:g} s")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a payload asks for. infer: the V2 request that it came as, or None."""
+
+    requests: list[Request]
+    infer: InferRequest | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prediction for each request of `asked`, in order."""
+
+    asked: Asked
+    predictions: list[dict[str, Any]]
 
 
 class SteeredDiffusion(Model):
-    """POST /v1/models/<name>:predict. A synchronous predict would hold up the probes for as long as it draws, so the
-    drawing has a thread of its own."""
+    """`submit` and `finish` are what all routes use; `__call__`, KServe's own, goes through them too."""
 
     def __init__(self, name: str, folder: Path, device_name: str = "auto") -> None:
         super().__init__(name)
         self._folder, self._device = folder, pick_device(device_name)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="generation")
 
     def load(self) -> bool:
         """Load the folder and draw one picture: ready means that it has drawn. Raises ServingError."""
         if self._device.type == "cuda":  # same request, same bytes: the gradients need it, and before cuBLAS starts
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
-        self._generator = Generator(self._folder, self._device)
-        self._generator.generate("ready", num_steps=2)
+        self.generator = Generator(self._folder, self._device)
+        self.generator.generate("ready", num_steps=2)
+        workers = num_cores() if self._device.type == "cpu" else 1
+        self._batcher = Batcher(self.generator, self.generator.exported.batching, workers, observing.drew)
+        observing.watch_queue(lambda: self._batcher.queued)
         self.ready = True
         return self.ready
 
-    async def preprocess(self, payload: Any, headers: dict[str, str] | None = None) -> list[Request]:
+    def close(self) -> None:
+        """Draw what waits, and end the workers."""
+        self._batcher.close()
+
+    def submit(self, requests: Sequence[Request], tell: Tell | None = None) -> list[Job]:
+        """Queue the requests, all or none. tell: is told of every step. Raises Busy."""
+        return self._batcher.submit([(self.generator.slots(request), tell) for request in requests])
+
+    async def finish(self, requests: Sequence[Request], jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """A prediction a request, once its job is done. Cancelled, or too long, it abandons the jobs.
+
+        Raises ConfigError where weights drove the latents to infinity, TooLong.
+        """
+        seconds = self.generator.exported.batching.request_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                drawn = [await asyncio.wrap_future(job.future) for job in jobs]
+        except TimeoutError:
+            raise TooLong(seconds) from None
+        finally:
+            for job in jobs:
+                if not job.future.done():
+                    self._batcher.abandon(job)
+        if (record := observing.CURRENT.get()) is not None:
+            self._tell(record, requests, jobs)
+        parts = zip(requests, drawn, strict=True)
+        return await asyncio.to_thread(lambda: [self._prediction(request, pictures) for request, pictures in parts])
+
+    async def preprocess(self, payload: Any, headers: dict[str, str] | None = None) -> Asked:
         """The body's requests. Raises ConfigError with every problem, before any of them is drawn."""
-        if isinstance(payload, InferRequest):
-            raise NotImplementedError(f"This model speaks KServe's V1 protocol: POST /v1/models/{self.name}:predict.")
-        return parse(payload, self._generator.exported)
+        infer = payload if isinstance(payload, InferRequest) else None
+        return Asked(parse(instances(infer) if infer else payload, self.generator.exported), infer)
 
-    async def predict(self, payload: list[Request], headers: dict[str, str] | None = None) -> dict[str, Any]:
-        """{"predictions": [...]}, one a request, in order."""
-        loop = asyncio.get_running_loop()
-        return {"predictions": [await loop.run_in_executor(self._thread, self._draw, request) for request in payload]}
+    async def predict(self, payload: Asked, headers: dict[str, str] | None = None) -> Answer:
+        """One prediction a request, in order. Raises Busy."""
+        return Answer(payload, await self.finish(payload.requests, self.submit(payload.requests)))
 
-    def _draw(self, request: Request) -> dict[str, Any]:
-        pictures = self._generator.generate(**request.model_dump())
+    async def postprocess(
+        self, result: Answer, headers: dict[str, str] | None = None
+    ) -> dict[str, Any] | InferResponse:
+        """In the protocol of the question."""
+        if result.asked.infer is not None:
+            return infer_response(result.asked.infer, self.name, result.predictions)
+        return {"predictions": result.predictions}
+
+    def get_input_types(self) -> list[dict[str, Any]]:
+        return described(INPUTS)
+
+    def get_output_types(self) -> list[dict[str, Any]]:
+        return described(OUTPUTS)
+
+    def _tell(self, record: Record, requests: Sequence[Request], jobs: Sequence[Job]) -> None:
+        record.asked(requests)
+        kinds = [self.generator.slots(request)[0].kind for request in requests]
+        counted = [(kind, job.count, self.generator.nfe(kind)) for kind, job in zip(kinds, jobs, strict=True)]
+        record.drawn(counted, max(job.waited for job in jobs))
+
+    def _prediction(self, request: Request, drawn: Sequence[Drawn]) -> dict[str, Any]:
+        pictures, kind = self.generator.pictures(request, drawn), self.generator.slots(request)[0].kind
         return {
             "images": [base64.b64encode(png(image)).decode() for image in pictures.images],
             "seed": pictures.seed,
-            "nfe": pictures.nfe,
-            "method": request.method,
+            "num_steps": kind.num_steps,
+            "guidance_scale": kind.guidance_scale,
+            "policy": kind.policy,
+            "method": kind.method,
+            "particles": kind.particles,
             "steering": pictures.weights,
-            "values": _values(pictures),
-            "version": self._generator.exported.version,
+            "nfe": pictures.nfe,
+            "values": {name: pictures.values[:, :, head].tolist() for head, name in enumerate(pictures.reward_names)},
+            "version": self.generator.exported.version,
         }
-
-
-def _values(pictures: Pictures) -> dict[str, list[list[float]]]:
-    """Reward name -> for each picture, the critic's value at each step."""
-    return {name: pictures.values[:, :, head].tolist() for head, name in enumerate(pictures.reward_names)}
-
-
-async def refuse(request: HTTPRequest, error: Exception) -> JSONResponse:
-    """The answer to a ConfigError: 422 and each problem with its field, value and remedy."""
-    problems = error.problems if isinstance(error, ConfigError) else ()
-    told = [{"field": p.path, "value": p.value, "problem": p.problem, "remedy": p.remedy} for p in problems]
-    return JSONResponse(status_code=422, content={"error": str(error), "problems": told})

@@ -11,7 +11,7 @@ from PIL import Image
 
 from latentac.distributed import pick_device
 from latentac.serving.generator import Generator
-from latentac.serving.request import METHODS
+from latentac.serving.request import DEFAULT_METHOD
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class LatentacPipeline:
         prompt: str | Sequence[str],
         *,
         steering: dict[str, float] | None = None,
-        method: str = METHODS[0],
-        particles: int = 4,
+        method: str = DEFAULT_METHOD,
+        particles: int | None = None,
+        guidance_scale: float = 1.0,
         num_inference_steps: int | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | None = None,
@@ -56,7 +57,7 @@ class LatentacPipeline:
         """Pictures of each prompt.
 
         steering: reward name -> weight in standard deviations of that reward, the exported defaults if None; method: a
-        row of `STEERING`, or none; particles: candidates a picture, where the method has several. generator: decides
+        row of `STEERING`, or none; particles: rollouts a picture, the method's default if None. generator: decides
         the noise; without one each call draws another. Raises ConfigError with every problem of the request.
         """
         found = [
@@ -67,7 +68,8 @@ class LatentacPipeline:
                 num_steps=num_inference_steps,
                 method=method,
                 steering=steering,
-                candidates=particles,
+                particles=particles,
+                guidance_scale=guidance_scale,
             )
             for text in ([prompt] if isinstance(prompt, str) else prompt)
         ]

@@ -1,7 +1,8 @@
 """What a caller may ask for. Everything wrong with a request is told at once, each with its path and remedy."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 from pydantic_core import from_json
@@ -13,7 +14,18 @@ from latentac.serving.exported import Exported
 Root = TypeVar("Root", bound=Section)
 
 # The rows of `steering.STEERING`, told here too because that package imports torch and a client does without.
-METHODS = ("value_gradient", "best_of_n", "resampling", "twisted", "svdd", "none")
+METHODS = {
+    "value_gradient": "moves each step up the critic's gradient",
+    "best_of_n": "draws several, keeps the one that the critic prefers",
+    "resampling": "several at once: good ones go on in the place of bad ones",
+    "twisted": "gradient and resampling together, weighed exactly",
+    "svdd": "at each step all go on from the best one",
+    "none": "no steering: the policy alone",
+}
+DEFAULT_METHOD = "value_gradient"
+_PARTICLES = 4
+POLICIES = ("trained", "base")
+"""Whose weights denoise: those that were trained, or the untouched ones, where they were exported."""
 MAX_WEIGHT = 100.0
 """A weight is a number of standard deviations; far above this the latents leave everything the decoder has seen."""
 
@@ -25,11 +37,14 @@ class Request(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63, description="Use a whole number from 0 to 2^63 - 1.")] = 0
     count: Annotated[int, Field(ge=1, description="Use a whole number of pictures, at least 1.")] = 1
     num_steps: Annotated[int | None, Field(ge=2, description="Use at least 2 steps, or leave it out.")] = None
-    method: Annotated[str, Field(description=f"Use one of {', '.join(METHODS)}.")] = METHODS[0]
+    size: Annotated[str | None, Field(description="Use the model's own size, or leave it out.")] = None
+    guidance_scale: Annotated[Number, Field(ge=1, description="Use a number from 1, which is no guidance.")] = 1.0
+    policy: Annotated[str, Field(description=f"Use one of {', '.join(POLICIES)}.")] = POLICIES[0]
+    method: Annotated[str, Field(description=f"Use one of {', '.join(METHODS)}.")] = DEFAULT_METHOD
     steering: Annotated[
         dict[str, Number] | None, Field(description="Give a finite number for each reward's name, or leave it out.")
     ] = None
-    candidates: Annotated[int, Field(ge=1, description="Use a whole number, at least 1.")] = 4
+    particles: Annotated[int | None, Field(ge=1, description="Use a whole number, at least 1, or leave it out.")] = None
 
 
 class Body(Section):
@@ -38,31 +53,65 @@ class Body(Section):
     instances: Annotated[list[Request], Field(min_length=1, description='Send {"instances": [{"prompt": "..."}]}.')]
 
 
-_FIELDS = {**Body.model_fields, **Request.model_fields}
+class ImagesRequest(Request):
+    """The body of OpenAI's `images/generations`, and our own fields beside it."""
+
+    model: Annotated[str | None, Field(description="Use the served model's name, or leave it out.")] = None
+    count: Annotated[int, Field(ge=1, alias="n", description="Use a whole number of pictures, at least 1.")] = 1
+    response_format: Annotated[
+        Literal["b64_json"], Field(description="Use b64_json: the server keeps no pictures to link to.")
+    ] = "b64_json"
+    user: Annotated[str | None, Field(max_length=256, description="Use at most 256 characters.")] = None
+
+
+_FIELDS = {**Body.model_fields, **ImagesRequest.model_fields}
+
+
+def default_particles(method: str) -> int:
+    """Rollouts a picture where a request does not say: the gradient needs no others to choose from."""
+    return 1 if method in ("none", "value_gradient") else _PARTICLES
+
+
+def decoded(body: bytes) -> Any:
+    """The JSON of a body. Raises ConfigError where it is none, or holds a number that JSON has not."""
+    try:
+        return from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise ConfigError([Problem("body", shortened(body), f"is not JSON: {error}", _remedy([]))]) from None
 
 
 def parse(body: object, exported: Exported) -> list[Request]:
-    """The requests of a V1 body: decoded JSON, or its bytes. Raises ConfigError with every problem."""
-    if isinstance(body, bytes):
-        try:
-            body = from_json(body, allow_inf_nan=False)
-        except ValueError as error:
-            raise ConfigError([Problem("body", shortened(body), f"is not JSON: {error}", _remedy([]))]) from None
-    given = body.get("instances") if isinstance(body, dict) else None
-    limits = []
-    for index, fields in enumerate(given if isinstance(given, list) else []):
-        limits += _beyond(fields, exported, f"instances.{index}.")
+    """The requests of a V1 body, decoded JSON. Raises ConfigError with every problem."""
+    given, most = body.get("instances") if isinstance(body, dict) else None, exported.limits.max_images
+    listed = given if isinstance(given, list) else []
+    _at_most(most, len(listed))  # first: a long list of wrong ones would be told at length
+    limits = [problem for index, fields in enumerate(listed) for problem in _beyond(fields, exported, index)]
     requests = _validated(Body, body, limits).instances
-    total, most = sum(request.count for request in requests), exported.limits.max_images
-    if total > most:
-        told = f"is the number of pictures asked for, above the limit of {most}"
-        raise ConfigError([Problem("instances", total, told, "Send several requests.")])
+    _at_most(most, sum(request.count for request in requests))
     return requests
+
+
+def _at_most(most: int, images: int) -> None:
+    if images > most:
+        told = f"is the number of pictures asked for, above the limit of {most}"
+        raise ConfigError([Problem("instances", images, told, "Send several requests.")])
+
+
+def parse_one(body: object, exported: Exported) -> Request:
+    """One request from decoded JSON. Raises ConfigError with every problem."""
+    return _validated(Request, body, _beyond(body, exported))
+
+
+def parse_images(body: object, exported: Exported) -> ImagesRequest:
+    """OpenAI's form of a request. Raises ConfigError with every problem."""
+    ours = {"count" if name == "n" else name: value for name, value in body.items()} if isinstance(body, dict) else body
+    limits = [replace(p, path="n") if p.path == "count" else p for p in _beyond(ours, exported)]
+    return _validated(ImagesRequest, body, limits)
 
 
 def checked(exported: Exported, **fields: Any) -> Request:
     """One request from its fields. Raises ConfigError with every problem."""
-    return _validated(Request, fields, _beyond(fields, exported, ""))
+    return parse_one(fields, exported)
 
 
 def _validated(root: type[Root], fields: object, limits: Sequence[Problem]) -> Root:
@@ -77,27 +126,35 @@ def _validated(root: type[Root], fields: object, limits: Sequence[Problem]) -> R
     return valid
 
 
-def _beyond(fields: object, exported: Exported, at: str) -> list[Problem]:
-    """What is well-formed in a request, but not for this model; the rest is left to the form. `at`: prefix of paths."""
+def _beyond(fields: object, exported: Exported, instance: int | None = None) -> list[Problem]:
+    """What is well-formed in a request, but not for this model; the rest is left to the form."""
     if not isinstance(fields, dict):
         return []
     limits, problems = exported.limits, []
+    at = "" if instance is None else f"instances.{instance}."
     for name, most in (
         ("count", limits.max_images),
         ("num_steps", limits.max_steps),
-        ("candidates", limits.max_candidates),
+        ("particles", limits.max_particles),
+        ("guidance_scale", limits.max_guidance_scale),
     ):
         value = fields.get(name)
-        if isinstance(value, int) and value > most:
-            problems.append(Problem(f"{at}{name}", value, "is above this model's limit", f"Use at most {most}."))
+        if isinstance(value, (int, float)) and value > most:
+            told = shortened(value)
+            problems.append(Problem(f"{at}{name}", told, "is above this model's limit", f"Use at most {most:g}."))
     prompt, most = fields.get("prompt"), limits.max_prompt_characters
     if isinstance(prompt, str) and len(prompt) > most:
         told = f"has {len(prompt)} characters"
         problems.append(Problem(f"{at}prompt", shortened(prompt), told, f"Use at most {most}."))
     method = fields.get("method")
-    if isinstance(method, str) and method not in METHODS:
-        remedy = suggestion(shortened(method), METHODS)
-        problems.append(Problem(f"{at}method", shortened(method), "no such steering method", remedy))
+    for name, known, told in (
+        ("method", list(METHODS), "no such steering method"),
+        ("policy", exported.policies, "this model has no such policy"),
+        ("size", [exported.size_name], "this model draws no such size"),
+    ):
+        value = fields.get(name)
+        if isinstance(value, str) and value not in known:
+            problems.append(Problem(f"{at}{name}", shortened(value), told, suggestion(shortened(value), known)))
     weights = fields.get("steering")
     if isinstance(weights, dict):
         problems += _weight_problems(weights, method == "none", [reward.name for reward in exported.rewards], at)
@@ -125,8 +182,9 @@ def _problem(detail: Mapping[str, Any], root: type[Section]) -> Problem:
     location = [shortened(str(part)) for part in detail["loc"]]
     path = ".".join(location) or "body"
     if detail["type"] == "extra_forbidden":
-        fields = root.model_fields if len(location) == 1 else Request.model_fields
-        return Problem(path, shortened(detail["input"]), "unknown field", suggestion(location[-1], list(fields)))
+        fields = (root if len(location) == 1 else Request).model_fields
+        known = [field.alias or name for name, field in fields.items()]
+        return Problem(path, shortened(detail["input"]), "unknown field", suggestion(location[-1], known))
     if detail["type"] == "missing":
         return Problem(path, None, "is required", _remedy(location))
     message = "is no JSON object" if detail["type"] == "model_type" else detail["msg"][0].lower() + detail["msg"][1:]
@@ -135,8 +193,8 @@ def _problem(detail: Mapping[str, Any], root: type[Section]) -> Problem:
 
 def _remedy(location: Sequence[str]) -> str:
     """The description of the innermost field in `location`."""
-    named = [_FIELDS[part] for part in location if part in _FIELDS]
-    return str((named[-1] if named else _FIELDS["instances"]).description)
+    named = [_FIELDS[part] for part in ("count" if part == "n" else part for part in location) if part in _FIELDS]
+    return str(named[-1].description) if named else "Send an object of the documented fields."
 
 
 def shortened(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import signal
 import socket
 import sys
 import warnings
@@ -43,38 +44,64 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(folder: Path, port: int = PORT, *, host: str = HOST, name: str = NAME, device: str = "auto") -> None:
+def serve(
+    folder: Path,
+    port: int = PORT,
+    *,
+    host: str = HOST,
+    name: str = NAME,
+    device: str = "auto",
+    log_prompts: bool = False,
+) -> None:
     """Serve an exported folder to a person, until Ctrl-C or SIGTERM; tells its address and an example on stdout.
 
     Raises ResourceError if the port is taken, before anything is loaded, and ServingError if `folder` cannot be served.
     """
     with bind(host, port) as listener:
-        serve_on(listener, folder, name, device, told=True)
+        serve_on(listener, folder, name, device, told=True, log_prompts=log_prompts)
 
 
-def serve_on(listener: socket.socket, folder: Path, name: str, device: str, *, told: bool = False) -> None:
+def serve_on(
+    listener: socket.socket, folder: Path, name: str, device: str, *, told: bool = False, log_prompts: bool = False
+) -> None:
     """Load the model, listen on the bound `listener`, and serve until SIGTERM, SIGINT or SIGQUIT; requests that were
-    accepted by then are answered."""
+    accepted by then are answered. log_prompts: they stand in the request log, which otherwise leaves them out."""
     from latentac.serving import exported  # imports pydantic: after the port is known to be free
 
     exported.read(folder)
     # Imported late: torch and kserve take seconds, and kserve parses the command line anew, by its own rules.
     sys.argv = sys.argv[:1]
-    from kserve.model_server import ModelServer, app
+    from fastapi import FastAPI
+    from kserve.model_server import ModelServer
 
-    from latentac.errors import ConfigError
-    from latentac.serving.model import SteeredDiffusion, refuse
+    from latentac.serving import observing, openapi
+    from latentac.serving.model import SteeredDiffusion
+    from latentac.serving.routes import Routes, register_kserve
 
     class LoopbackServer(ModelServer):
-        """ModelServer always listens on every address of the machine; this one on the socket that it is given."""
+        """ModelServer listens on every address of the machine; this one on the socket that it is given. And it offers
+        what its OpenAPI document says, no more."""
+
+        def register_signal_handler(self) -> None:
+            """ModelServer's own handlers lose a signal that comes before uvicorn has put its in their place."""
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
+                signal.signal(number, self._rest_server._server.handle_exit)
 
         async def _serve(self) -> None:
-            uvicorn_server = self._rest_server._server
-            uvicorn_server.serve = partial(uvicorn_server.serve, sockets=[listener])
+            rest, generator = self._rest_server, model.generator
+            rest._server.serve = partial(rest._server.serve, sockets=[listener])
+
+            def register(app: FastAPI) -> None:
+                Routes(model, prompts=log_prompts).register(app)
+                register_kserve(app, self.dataplane)
+                document = openapi.document(app, generator.exported, name)
+                app.openapi = lambda: document  # type: ignore[method-assign]
+
+            rest._register_endpoints = register
             await super()._serve()
 
     _log_plainly()
-    app.add_exception_handler(ConfigError, refuse)
+    observing.log_requests()
     model = SteeredDiffusion(name, folder, device)
     model.load()
     server = LoopbackServer(workers=1, enable_grpc=False, enable_latency_logging=False, grace_period=GRACE_SECONDS)
@@ -82,6 +109,7 @@ def serve_on(listener: socket.socket, folder: Path, name: str, device: str, *, t
     if told:
         print(_example(address_of(listener), name), file=sys.stdout, flush=True)
     server.start([model])
+    model.close()
 
 
 def _listen(listener: socket.socket) -> None:
@@ -103,7 +131,7 @@ def _example(address: str, name: str) -> str:
     decode = "import base64, json, sys; p = json.load(sys.stdin)['predictions'][0]; "
     decode += "open('picture.png', 'wb').write(base64.b64decode(p['images'][0]))"
     return (
-        f"Serving {name} at {address} (Ctrl-C stops it). A picture:\n"
+        f"Serving {name} at {address} (a page in a browser; Ctrl-C stops it). A picture:\n"
         f"  curl -s {address}/v1/models/{name}:predict -d '{body}' \\\n    | python3 -c \"{decode}\""
     )
 

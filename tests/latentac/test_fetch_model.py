@@ -13,14 +13,19 @@ from latentac.store import Store, open_store
 FILES = {
     "latentac.json": json.dumps(
         {
-            "schema": 1,
+            "schema": 2,
             "version": "v1",
             "run": "some-run",
             "backbone": "unet",
             "kernel": {"name": "ddim"},
+            "size": [32, 32],
+            "policies": ["trained"],
             "rewards": [{"name": "shapes_verifier"}],
-            "steering": {"strength": 5.0},
+            "units": {},
+            "examples": [],
+            "steering": {"strengths": {}, "schedule": {}},
             "limits": {"max_images": 8},
+            "batching": {},
         }
     ),
     "model_index.json": "{}",

@@ -9,7 +9,7 @@ import torch
 from latentac.backbones import load_backbone
 from latentac.config import Config, resolve
 from latentac.critic import Critic
-from latentac.serving.exported import export
+from latentac.serving.exported import add_base, export
 from latentac.serving.generator import Generator
 from latentac.shapes import builtin_pipeline
 
@@ -37,7 +37,8 @@ def exported_folder(tmp_path_factory: pytest.TempPathFactory, config: Config) ->
     critic = Critic(backbone, config.reward_names, config.critic)
     torch.nn.init.normal_(critic.heads.weight, std=0.5)
     critic.save(folder / "critic")
-    export(folder, config, run="some-run", version="some-version")
+    add_base(folder, builtin_pipeline("shapes-unet"))
+    export(folder, config, run="some-run", version="some-version", examples=["two red squares"])
     return folder
 
 

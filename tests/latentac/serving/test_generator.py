@@ -3,16 +3,18 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from latentac.errors import ConfigError, ServingError
 from latentac.serving.exported import FILE, image_size
 from latentac.serving.generator import Generator
-from latentac.serving.request import METHODS
+from latentac.serving.request import METHODS, checked
 
 PROMPT = "two red squares"
 
@@ -39,10 +41,10 @@ def test_shapes_units_and_cost(generator: Generator) -> None:
     assert pictures.images.dtype == np.uint8
     assert pictures.values.shape == (2, 10, 2)
     assert pictures.reward_names == ("shapes_verifier", "jpeg_compressibility")
-    assert pictures.weights == {"shapes_verifier": generator.exported.steering.strength}
+    assert pictures.weights == {"shapes_verifier": generator.exported.steering.strengths.value_gradient}
     assert pictures.nfe == 30
     assert generator.generate(PROMPT, method="none").nfe == 10
-    assert generator.generate(PROMPT, method="best_of_n", candidates=3, num_steps=4).nfe == 12
+    assert generator.generate(PROMPT, method="best_of_n", particles=3, num_steps=4).nfe == 12
 
 
 def test_strength_zero_is_bitwise_the_plain_picture(generator: Generator) -> None:
@@ -51,7 +53,7 @@ def test_strength_zero_is_bitwise_the_plain_picture(generator: Generator) -> Non
     for pictures in (
         generator.generate(PROMPT, seed=5, steering={"shapes_verifier": 0.0}),
         generator.generate(PROMPT, seed=5, steering={}),
-        *(generator.generate(PROMPT, seed=5, method=name, candidates=1) for name in ("best_of_n", "resampling")),
+        *(generator.generate(PROMPT, seed=5, method=name, particles=1) for name in ("best_of_n", "resampling")),
     ):
         assert pictures.images.tobytes() == plain.images.tobytes()
         np.testing.assert_allclose(pictures.values, plain.values, atol=1e-5)
@@ -96,6 +98,51 @@ def test_each_method_gives_the_same_bytes_again_and_a_higher_value(generator: Ge
     assert first.values[:, -1, 0].mean() > plain.values[:, -1, 0].mean()
 
 
+def test_the_untouched_weights_are_the_base_policy(exported_folder: Path, generator: Generator, tmp_path: Path) -> None:
+    """Where the trained ones differ, `base` still gives the pictures of the pipeline that training began with; a folder
+    without them refuses to."""
+    folder = tmp_path / "trained"
+    shutil.copytree(exported_folder, folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor * 0.98 for name, tensor in tensors.items()}, weights)
+    other = Generator(folder, torch.device("cpu"))
+    base, trained = (other.generate(PROMPT, seed=5, method="none", policy=name).images for name in ("base", "trained"))
+    assert base.tobytes() == generator.generate(PROMPT, seed=5, method="none").images.tobytes()
+    assert trained.tobytes() != base.tobytes()
+    described = json.loads((folder / FILE).read_text())
+    (folder / FILE).write_text(json.dumps(described | {"policies": ["trained"]}))
+    with pytest.raises(ConfigError, match="this model has no such policy"):
+        Generator(folder, torch.device("cpu")).generate(PROMPT, policy="base")
+
+
+def test_guidance_changes_the_picture_and_doubles_its_cost(generator: Generator) -> None:
+    """A scale of 1 is none."""
+    plain, guided = (generator.generate(PROMPT, seed=5, method="none", guidance_scale=s) for s in (1.0, 4.0))
+    assert (plain.nfe, guided.nfe) == (10, 20)
+    assert plain.images.tobytes() != guided.images.tobytes()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_picture_is_the_same_in_any_batch(generator: Generator, method: str) -> None:
+    """Bit for bit: alone, or beside pictures of other prompts, seeds and weights, at any place."""
+    weights = {} if method == "none" else {"shapes_verifier": 3.0}
+    fields: dict[str, Any] = {"method": method, "num_steps": 3, "particles": 2, "steering": weights or None}
+    mine = checked(generator.exported, prompt=PROMPT, seed=5, **fields)
+    if weights:
+        fields["steering"] = {"jpeg_compressibility": -7.0}
+    theirs = checked(generator.exported, prompt="three blue circles", seed=8, **fields)
+    own, other = generator.slots(mine), generator.slots(theirs)
+    [alone] = generator.draw(own)
+    room = generator.room(own[0].kind)
+    assert room > 1
+    for place in range(room):
+        batch = [other[0]] * room
+        batch[place] = own[0]
+        together = generator.draw(batch)[place]
+        assert (together.image.tobytes(), together.values.tobytes()) == (alone.image.tobytes(), alone.values.tobytes())
+
+
 def test_a_bad_request_is_told_before_anything_is_drawn(generator: Generator) -> None:
     """The same rules as over HTTP, with the argument's name."""
     with pytest.raises(ConfigError) as caught:
@@ -124,8 +171,8 @@ def test_a_folder_that_is_not_whole_is_told(exported_folder: Path, tmp_path: Pat
         content = json.loads((exported_folder / FILE).read_text())
         (damaged / FILE).write_text(json.dumps(content | change))
 
-    write({"schema": 2})
-    with pytest.raises(ServingError, match=r"latentac\.json: is not valid \(schema: Input should be 1\)"):
+    write({"schema": 1})
+    with pytest.raises(ServingError, match=r"latentac\.json: is not valid \(schema: Input should be 2\)"):
         Generator(damaged, cpu)
     write({"rewards": [{"name": "shapes_verifier"}]})
     with pytest.raises(ServingError, match="the critic's heads"):

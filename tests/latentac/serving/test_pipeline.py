@@ -41,7 +41,7 @@ def test_pictures_are_those_of_the_endpoint(pipe: LatentacPipeline, generator: G
     assert (len(found.images), found.values.shape, found.nfe) == (4, (4, 4, 2), 12)
     assert found.reward_names == ("shapes_verifier", "jpeg_compressibility")
     for place, (prompt, seed) in enumerate(zip(PROMPTS, found.seeds, strict=True)):
-        asked = generator.generate(prompt, seed, count=2, num_steps=4, candidates=3, **settings)
+        asked = generator.generate(prompt, seed, count=2, num_steps=4, particles=3, **settings)
         for image, expected in zip(found.images[2 * place :], asked.images, strict=False):
             assert image.tobytes() == expected.tobytes()
     assert found.images[0].mode == "RGB"

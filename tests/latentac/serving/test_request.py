@@ -5,19 +5,24 @@ from typing import Any
 
 import pytest
 
-from latentac.config import Config, Kernel, Reward
+from latentac.config import Config, Kernel, Reward, Schedule, Strengths
 from latentac.errors import ConfigError
-from latentac.serving.exported import DefaultSteering, Exported, Limits
-from latentac.serving.request import Request, parse
+from latentac.serving.exported import Batching, DefaultSteering, Exported, Limits
+from latentac.serving.request import Request, decoded, parse, parse_images, parse_one
 
 EXPORTED = Exported(
     version="v",
     run="r",
     backbone="unet",
     kernel=Kernel(),
+    size=(32, 32),
+    policies=["trained"],
     rewards=[Reward(name="shapes_verifier"), Reward(name="jpeg_compressibility")],
-    steering=DefaultSteering(strength=2.0),
+    units={},
+    examples=[],
+    steering=DefaultSteering(strengths=Strengths(best_of_n=2.0, resampling=20.0), schedule=Schedule()),
     limits=Limits(max_images=8, max_prompt_characters=100),
+    batching=Batching(),
 )
 
 
@@ -29,12 +34,12 @@ def told(body: object) -> list[str]:
 
 
 def test_defaults_and_all_fields() -> None:
-    """A prompt is enough; bytes and decoded JSON are the same."""
-    full = {"prompt": "b", "seed": 2**63 - 1, "count": 7, "num_steps": 2, "method": "best_of_n", "candidates": 32}
-    full["steering"] = {"jpeg_compressibility": -1}
+    """A prompt is enough; the body's JSON is read as it was written."""
+    full = {"prompt": "b", "seed": 2**63 - 1, "count": 7, "num_steps": 2, "method": "best_of_n", "particles": 32}
+    full |= {"steering": {"jpeg_compressibility": -1}, "size": "32x32", "guidance_scale": 4.5, "policy": "trained"}
     body = {"instances": [{"prompt": "a"}, full]}
     requests = parse(body, EXPORTED)
-    assert requests == parse(json.dumps(body).encode(), EXPORTED)
+    assert requests == parse(decoded(json.dumps(body).encode()), EXPORTED)
     assert requests[0] == Request(prompt="a")
     assert requests[1].model_dump() == full
 
@@ -53,7 +58,7 @@ def test_defaults_and_all_fields() -> None:
         ({"prompt": "a", "count": True}, "instances.0.count = True: input should be a valid integer."),
         ({"prompt": "a", "num_steps": 1}, "Use at least 2 steps, or leave it out."),
         ({"prompt": "a", "num_steps": 101}, "instances.0.num_steps = 101: is above this model's limit."),
-        ({"prompt": "a", "candidates": 33}, "instances.0.candidates = 33: is above this model's limit."),
+        ({"prompt": "a", "particles": 33}, "instances.0.particles = 33: is above this model's limit."),
         ({"prompt": "a", "method": "best_of"}, 'no such steering method. Did you mean "best_of_n"?'),
         ({"prompt": "a", "steering": {"jpeg": 1}}, "instances.0.steering.jpeg = 1: the critic has no head"),
         (
@@ -62,6 +67,16 @@ def test_defaults_and_all_fields() -> None:
         ),
         ({"prompt": "a", "steering": {"shapes_verifier": "x"}}, "instances.0.steering.shapes_verifier = 'x': input"),
         ({"prompt": "a", "method": "none", "steering": {"shapes_verifier": 1}}, 'does nothing with method "none"'),
+        (
+            {"prompt": "a", "guidance_scale": 21},
+            "instances.0.guidance_scale = 21: is above this model's limit. Use at most 20.",
+        ),
+        ({"prompt": "a", "guidance_scale": 0.5}, "Use a number from 1, which is no guidance."),
+        ({"prompt": "a", "size": "64x64"}, "instances.0.size = '64x64': this model draws no such size. Known: 32x32."),
+        (
+            {"prompt": "a", "policy": "base"},
+            "instances.0.policy = 'base': this model has no such policy. Known: trained.",
+        ),
         ("a", "instances.0 = 'a': is no JSON object."),
     ],
 )
@@ -73,25 +88,51 @@ def test_a_bad_field_is_told_with_path_value_and_remedy(instance: Any, message: 
 def test_every_problem_is_told_at_once() -> None:
     """Of all instances, whether a field is malformed or only above a limit."""
     first = {"prompt": "a", "seed": -1, "count": 9, "method": "x", "steering": {"y": 1}}
-    assert len(told({"instances": [first, {"prompt": "a", "candidates": 0}]})) == 5
+    assert len(told({"instances": [first, {"prompt": "a", "particles": 0}]})) == 5
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b'{"instances": [', "is not JSON: EOF while parsing"),
-        (b"\xff", "is not JSON"),
-        (b'{"instances": [{"prompt": "a", "steering": {"shapes_verifier": NaN}}]}', "is not JSON"),
         ([1], "body = [1]: is no JSON object. Send"),
         ({"instances": []}, "instances = []: list should have at least 1 item"),
         ({"instances": {"prompt": "a"}}, "instances = {'prompt': 'a'}: input should be a valid list."),
         ({"prompt": "a"}, "prompt = 'a': unknown field."),
         ({"instances": [{"prompt": "a", "count": 5}] * 2}, "instances = 10: is the number of pictures asked for"),
+        ({"instances": [3] * 9}, "instances = 9: is the number of pictures asked for"),
     ],
 )
 def test_a_bad_body_is_told(body: object, message: str) -> None:
     """The frame around the requests is held to the same."""
     assert any(message in line for line in told(body)), told(body)
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"instances": [', b"\xff", b"", b'{"a": NaN}', b'{"a": 1' + b"0" * 5000 + b"}", b"[" * 9999]
+)
+def test_what_is_not_json_is_told(body: bytes) -> None:
+    """So are numbers that JSON does not have, and what is nested without end."""
+    with pytest.raises(ConfigError, match="is not JSON"):
+        decoded(body)
+
+
+def test_openais_form_is_the_same_request() -> None:
+    """`n` is our `count`, and problems are told by its name; what belongs to nobody is refused."""
+    asked = parse_images({"prompt": "a", "n": 2, "size": "32x32", "response_format": "b64_json", "seed": 3}, EXPORTED)
+    assert (
+        asked.model_dump(include=set(Request.model_fields))
+        == Request(prompt="a", count=2, size="32x32", seed=3).model_dump()
+    )
+    with pytest.raises(ConfigError) as caught:
+        parse_images({"prompt": "a", "n": 9, "quality": "hd", "response_format": "url"}, EXPORTED)
+    assert {problem.path for problem in caught.value.problems} == {"n", "quality", "response_format"}
+
+
+def test_one_request_is_read_alone() -> None:
+    """Its problems have no number."""
+    assert parse_one({"prompt": "a"}, EXPORTED) == Request(prompt="a")
+    with pytest.raises(ConfigError, match=r"^count = 9: is above this model's limit"):
+        parse_one({"prompt": "a", "count": 9}, EXPORTED)
 
 
 def test_an_error_is_never_much_larger_than_a_line() -> None:
@@ -102,6 +143,7 @@ def test_an_error_is_never_much_larger_than_a_line() -> None:
 
 
 def test_the_default_weights_follow_the_rewards(config: Config) -> None:
-    """The trained reward's head at the default strength, a watched one's at 0."""
+    """The trained reward's head at its method's strength, a watched one's at 0."""
     rewards = [Reward(name="a", weight=0.5), Reward(name="b", weight=0.0)]
-    assert EXPORTED.model_copy(update={"rewards": rewards}).default_weights == {"a": 1.0, "b": 0.0}
+    assert EXPORTED.model_copy(update={"rewards": rewards}).default_weights("best_of_n") == {"a": 1.0, "b": 0.0}
+    assert EXPORTED.default_weights("resampling")["shapes_verifier"] == 20.0

@@ -1,0 +1,210 @@
+"""The OpenAPI document: the routes, schemas and errors that this server has, with this model's own limits in them."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from kserve.protocol.rest.v2_datamodels import InferenceRequest, InferenceResponse
+from pydantic import BaseModel
+
+import latentac
+from latentac.config import Section
+from latentac.serving.exported import Exported
+from latentac.serving.request import MAX_WEIGHT, METHODS, Body, ImagesRequest, Request
+
+_REF = "#/components/schemas/{model}"
+
+Json = dict[str, Any]
+
+
+class Told(Section):
+    """One thing that is wrong with a request."""
+
+    field: str
+    value: Any
+    problem: str
+    remedy: str
+
+
+class Refusal(Section):
+    """Why there is no picture: in words, and each problem by its field."""
+
+    error: str
+    problems: list[Told]
+
+
+class OpenAIError(Section):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIRefusal(Section):
+    """As `Refusal`, in the form that OpenAI's clients read."""
+
+    error: OpenAIError
+    problems: list[Told]
+
+
+class KServeError(Section):
+    """KServe's own."""
+
+    error: str
+
+
+class Metadata(Section):
+    """How pictures were made. values: reward name -> a list a picture -> the critic's value at each step, in the
+    reward's own unit; nfe: function evaluations a picture, a backward counted as 2; steering: the weights used."""
+
+    seed: int
+    num_steps: int
+    guidance_scale: float
+    policy: str
+    method: str
+    particles: int
+    steering: dict[str, float]
+    nfe: int
+    values: dict[str, list[list[float]]]
+    version: str
+
+
+class Prediction(Metadata):
+    """images: PNG, base64."""
+
+    images: list[str]
+
+
+class Predictions(Section):
+    """One an instance, in order."""
+
+    predictions: list[Prediction]
+
+
+class ImageData(Section):
+    b64_json: str
+
+
+class Images(Section):
+    """OpenAI's form of an answer."""
+
+    created: int
+    data: list[ImageData]
+    latentac: Metadata
+
+
+_OWN: dict[str, tuple[type[BaseModel], type[BaseModel] | str, type[BaseModel]]] = {
+    "/v1/models/{model_name}:predict": (Body, Predictions, Refusal),
+    "/v2/models/{model_name}/infer": (InferenceRequest, InferenceResponse, Refusal),
+    "/v1/images/generations": (ImagesRequest, Images, OpenAIRefusal),
+    "/v1/images/stream": (Request, "text/event-stream", Refusal),
+}
+"""Path of a POST -> its body, its answer (a schema or a media type), its refusal."""
+
+_REFUSALS = {
+    "400": "The body is no JSON",
+    "404": "No such model",
+    "408": "The body did not arrive",
+    "413": "The body is too long",
+    "422": "A field is wrong, or above this model's limits",
+    "429": "The queue is full; Retry-After says for how long",
+    "500": "The server failed",
+    "503": "Not drawn within the time that a request may take",
+}
+_KSERVE = {
+    "/v1/models": (),
+    "/v1/models/{model_name}": ("404", "503"),
+    "/v2": (),
+    "/v2/health/live": (),
+    "/v2/health/ready": ("503",),
+    "/v2/models": (),
+    "/v2/models/{model_name}": ("404",),
+    "/v2/models/{model_name}/ready": ("404", "503"),
+    "/metrics": (),
+}
+"""Path of a GET of KServe's -> its errors."""
+
+
+def document(app: FastAPI, exported: Exported, name: str) -> Json:
+    """The whole document, for the routes that `app` has."""
+    found = get_openapi(
+        title="latentac", version=latentac.__version__, routes=app.routes, summary="Pictures, steered by a critic"
+    )
+    schemas: Json = {}
+    for path, (asked, answered, refused) in _OWN.items():
+        operation = found["paths"][path]["post"]
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(asked)}}}
+        given = {"text/event-stream": {"schema": {"type": "string"}}}
+        operation["responses"] = {
+            "200": _response("The pictures", _ref(answered))
+            if not isinstance(answered, str)
+            else {"description": "Events: queued, step, picture, error", "content": given},
+            **_errors(_REFUSALS, refused),
+        }
+        for model in (asked, refused, *([] if isinstance(answered, str) else [answered])):
+            schemas |= _schemas(model)
+    for path, codes in _KSERVE.items():
+        responses = found["paths"][path]["get"]["responses"]
+        responses.pop("422", None)
+        responses |= _errors({code: {"404": "No such model", "503": "Not ready"}[code] for code in codes}, KServeError)
+    found["paths"]["/metrics"]["get"]["responses"]["200"]["content"] = {
+        kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")
+    }
+    options = _response("Methods, rewards, defaults and limits", {"type": "object"})
+    found["paths"]["/v1/images/options"]["get"]["responses"] = {"200": options}
+    for operations in found["paths"].values():
+        for operation in operations.values():
+            for parameter in operation.get("parameters", []):
+                parameter["schema"] = {"type": "string", "examples": [name]}
+    found.setdefault("components", {}).setdefault("schemas", {}).update(schemas | _schemas(KServeError))
+    found["components"]["schemas"].pop("HTTPValidationError", None)
+    found["components"]["schemas"].pop("ValidationError", None)
+    for form in ("Request", "ImagesRequest"):
+        _limit(found["components"]["schemas"][form]["properties"], exported)
+    found["components"]["schemas"]["Body"]["properties"]["instances"]["maxItems"] = exported.limits.max_images
+    return found
+
+
+def _ref(model: type[BaseModel]) -> Json:
+    return {"$ref": _REF.format(model=model.__name__)}
+
+
+def _response(description: str, schema: Json) -> Json:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+def _errors(codes: dict[str, str], model: type[BaseModel]) -> Json:
+    return {code: _response(told, _ref(model)) for code, told in codes.items()}
+
+
+def _schemas(model: type[BaseModel]) -> Json:
+    """The model's schema and those that it names, each under its name."""
+    mode: Any = "validation" if model in _bodies() else "serialization"
+    schema = model.model_json_schema(ref_template=_REF, mode=mode)
+    return {**schema.pop("$defs", {}), model.__name__: schema}
+
+
+def _bodies() -> Iterable[type[BaseModel]]:
+    return [asked for asked, _, _ in _OWN.values()]
+
+
+def _limit(properties: Json, exported: Exported) -> None:
+    """What this model allows, in the schema of a request's fields."""
+    limits = exported.limits
+    _narrow(properties["prompt"], maxLength=limits.max_prompt_characters)
+    _narrow(properties["n" if "n" in properties else "count"], maximum=limits.max_images)
+    _narrow(properties["num_steps"], maximum=limits.max_steps)
+    _narrow(properties["particles"], maximum=limits.max_particles)
+    _narrow(properties["guidance_scale"], maximum=limits.max_guidance_scale)
+    _narrow(properties["size"], enum=[exported.size_name])
+    _narrow(properties["policy"], enum=list(exported.policies))
+    _narrow(properties["method"], enum=list(METHODS))
+    weight = {"type": "number", "minimum": -MAX_WEIGHT, "maximum": MAX_WEIGHT}
+    heads = {reward.name: weight for reward in exported.rewards}
+    properties["steering"]["anyOf"][0] = {"type": "object", "properties": heads, "additionalProperties": False}
+
+
+def _narrow(schema: Json, **bounds: Any) -> None:
+    """Add `bounds` to a field's schema; to the first of its kinds where it may be null as well."""
+    schema.get("anyOf", [schema])[0].update(bounds)

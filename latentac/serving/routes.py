@@ -1,0 +1,376 @@
+"""The endpoint's own routes: KServe's two ways to ask for pictures, OpenAI's, a stream, and the page that uses it."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import torch
+from fastapi import FastAPI, HTTPException
+from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from kserve.protocol.dataplane import DataPlane
+from kserve.protocol.rest.server import metrics_handler
+from kserve.protocol.rest.v1_endpoints import V1Endpoints
+from kserve.protocol.rest.v2_datamodels import (
+    ListModelsResponse,
+    ModelMetadataResponse,
+    ModelReadyResponse,
+    ServerLiveResponse,
+    ServerMetadataResponse,
+    ServerReadyResponse,
+)
+from kserve.protocol.rest.v2_endpoints import V2Endpoints
+
+from latentac.errors import ConfigError, Problem
+from latentac.serving import observing
+from latentac.serving.batching import Busy, Job
+from latentac.serving.model import SteeredDiffusion, TooLong
+from latentac.serving.observing import Record
+from latentac.serving.request import (
+    DEFAULT_METHOD,
+    MAX_WEIGHT,
+    METHODS,
+    Request,
+    decoded,
+    default_particles,
+    parse_images,
+    parse_one,
+)
+from latentac.serving.tensors import infer_request
+from latentac.steering import STEERING, make_steering
+
+MAX_BODY_BYTES = 1_000_000
+BODY_SECONDS = 30.0
+"""A body that is longer, or takes longer to arrive, is refused."""
+_ALIVE_SECONDS = 15.0
+_PROBLEMS = 20  # told of one request; a longer list helps nobody
+_PAGE = {"page.css": "text/css", "page.js": "text/javascript"}
+_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+_log = logging.getLogger(__name__)
+
+Handle = Callable[[Any, Record], Awaitable[Response]]
+
+
+class _Gone(Exception):
+    """The caller closed the connection."""
+
+
+class _Refused(Exception):
+    """A request that is wrong before its fields are read."""
+
+    def __init__(self, status: int, problem: Problem) -> None:
+        super().__init__(problem.problem)
+        self.status, self.problem = status, problem
+
+
+class Routes:
+    """Handlers over one model. prompts: whether they are logged."""
+
+    def __init__(self, model: SteeredDiffusion, *, prompts: bool) -> None:
+        self._model, self._prompts = model, prompts
+
+    def register(self, app: FastAPI) -> None:
+        """Add the routes."""
+        app.add_api_route("/", self.page, methods=["GET"], include_in_schema=False)
+        app.add_api_route("/page/{name}", self.part, methods=["GET"], include_in_schema=False)
+        app.add_api_route("/v1/images/options", self.options, methods=["GET"])
+        app.add_api_route("/v1/images/generations", self.images, methods=["POST"])
+        app.add_api_route("/v1/images/stream", self.stream, methods=["POST"])
+        app.add_api_route("/v1/models/{model_name}:predict", self.predict, methods=["POST"])
+        app.add_api_route("/v2/models/{model_name}/infer", self.infer, methods=["POST"])
+
+    async def page(self) -> Response:
+        """What a person sees."""
+        return _file("index.html", "text/html")
+
+    async def part(self, name: str) -> Response:
+        """What the page loads."""
+        if name not in _PAGE:
+            raise HTTPException(404)
+        return _file(name, _PAGE[name])
+
+    async def options(self) -> Response:
+        """What may be asked for, with the defaults."""
+        return JSONResponse(described(self._model))
+
+    async def predict(self, model_name: str, request: HTTPRequest) -> Response:
+        """KServe's V1 protocol."""
+
+        async def handle(body: Any, record: Record) -> Response:
+            answer, _ = await self._model(body)
+            return JSONResponse(answer)
+
+        return await self._answered(request, "v1", handle, model_name)
+
+    async def infer(self, model_name: str, request: HTTPRequest) -> Response:
+        """KServe's V2 protocol, with the tensors' data in the JSON."""
+
+        async def handle(body: Any, record: Record) -> Response:
+            answer, _ = await self._model(infer_request(body, self._model.name))
+            content, _ = answer.to_rest()
+            return JSONResponse(content)
+
+        return await self._answered(request, "v2", handle, model_name)
+
+    async def images(self, request: HTTPRequest) -> Response:
+        """OpenAI's `images/generations`."""
+
+        async def handle(body: Any, record: Record) -> Response:
+            asked = parse_images(body, self._model.generator.exported)
+            if asked.model not in (None, self._model.name):
+                raise _unknown(asked.model or "", self._model.name)
+            [prediction] = await self._model.finish([asked], self._model.submit([asked]))
+            told = {name: value for name, value in prediction.items() if name != "images"}
+            data = [{"b64_json": image} for image in prediction["images"]]
+            return JSONResponse({"created": int(time.time()), "data": data, "latentac": told})
+
+        return await self._answered(request, "openai", handle)
+
+    async def stream(self, request: HTTPRequest) -> Response:
+        """One request's pictures, and the critic's values while they are drawn, as server-sent events."""
+
+        async def handle(body: Any, record: Record) -> Response:
+            asked = parse_one(body, self._model.generator.exported)
+            loop, steps = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any]]()
+
+            def tell(index: int, step: int, values: np.ndarray) -> None:
+                event = self._step(asked, index, step, values)
+                with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
+                    loop.call_soon_threadsafe(steps.put_nowait, event)
+
+            jobs = self._model.submit([asked], tell)
+            events = self._events(asked, jobs, steps, record)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+        return await self._answered(request, "stream", handle)
+
+    async def _events(
+        self, asked: Request, jobs: Sequence[Job], steps: asyncio.Queue[dict[str, Any]], record: Record
+    ) -> AsyncIterator[str]:
+        status, drawing = 499, asyncio.ensure_future(self._finished(asked, jobs, record))
+        try:
+            yield _event("queued", {"id": record.id, "ahead": jobs[0].ahead})
+            while not (drawing.done() and steps.empty()):
+                told = asyncio.ensure_future(steps.get())
+                await asyncio.wait({told, drawing}, timeout=_ALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if told.done():
+                    yield _event("step", told.result())
+                elif told.cancel() and not drawing.done():
+                    yield ": alive\n\n"
+            status, name, content = drawing.result()
+            yield _event(name, content)
+        finally:
+            drawing.cancel()
+            record.answered(status)
+
+    async def _finished(self, asked: Request, jobs: Sequence[Job], record: Record) -> tuple[int, str, dict[str, Any]]:
+        """Status, name and content of the last event."""
+        observing.CURRENT.set(record)
+        try:
+            [prediction] = await self._model.finish([asked], jobs)
+        except Exception as error:  # noqa: BLE001 - the stream has begun: its last event says what went wrong
+            refusal = _refusal(error)
+            return refusal.status_code, "error", json.loads(bytes(refusal.body))
+        return 200, "picture", prediction
+
+    def _step(self, asked: Request, index: int, step: int, values: np.ndarray) -> dict[str, Any]:
+        """Of the particles the one that the weights prefer. values: [N, M]."""
+        slot, critic = self._model.generator.slots(asked)[index], self._model.generator.critic
+        best = int((values @ (np.array(slot.weights) / critic.std.cpu().numpy())).argmax())
+        told = {name: [float(value)] for name, value in zip(critic.reward_names, values[best], strict=True)}
+        return {"step": step, "num_steps": slot.kind.num_steps, "pictures": [index], "values": told}
+
+    async def _answered(self, http: HTTPRequest, protocol: str, handle: Handle, name: str = "") -> Response:
+        """The response of `handle` to the request's body, or a refusal; told to the operator."""
+        record = Record(protocol, _request_id(http), self._prompts)
+        observing.CURRENT.set(record)
+        status = 499
+        try:
+            if name and name != self._model.name:
+                raise _unknown(name, self._model.name)
+            body = _decoded(await _body(http))
+            response = await _unless_gone(http, handle(body, record))
+            status = response.status_code
+        except _Gone:
+            response = Response(status_code=499)
+        except Exception as error:  # noqa: BLE001 - every failure is an answer
+            response = _refusal(error, openai=protocol == "openai")
+            status = response.status_code
+        finally:
+            if protocol != "stream" or status != 200:  # a stream that has begun tells its own end
+                record.answered(status)
+        response.headers["X-Request-Id"] = record.id
+        return response
+
+
+def register_kserve(app: FastAPI, dataplane: DataPlane) -> None:
+    """KServe's own routes about the model's state. Of its others, those that ask for pictures are ours, above; and this
+    server explains nothing, has no versions beside each other, and lets nobody load or unload."""
+    first, second = V1Endpoints(dataplane), V2Endpoints(dataplane)
+    app.add_api_route("/v1/models", first.models, methods=["GET"])
+    app.add_api_route("/v1/models/{model_name}", first.model_ready, methods=["GET"])
+    app.add_api_route("/v2", second.metadata, methods=["GET"], response_model=ServerMetadataResponse)
+    app.add_api_route("/v2/health/live", second.live, methods=["GET"], response_model=ServerLiveResponse)
+    app.add_api_route("/v2/health/ready", second.ready, methods=["GET"], response_model=ServerReadyResponse)
+    app.add_api_route("/v2/models", second.models, methods=["GET"], response_model=ListModelsResponse)
+    app.add_api_route(
+        "/v2/models/{model_name}", _unversioned(second.model_metadata), response_model=ModelMetadataResponse
+    )
+    app.add_api_route(
+        "/v2/models/{model_name}/ready", _unversioned(second.model_ready), response_model=ModelReadyResponse
+    )
+    app.add_api_route("/metrics", metrics_handler, methods=["GET"])
+
+
+def _unversioned(endpoint: Callable[[str], Awaitable[Any]]) -> Callable[[str], Awaitable[Any]]:
+    """KServe's handler without its parameter `model_version`, which nothing fills."""
+
+    async def handler(model_name: str) -> Any:
+        return await endpoint(model_name)
+
+    handler.__name__, handler.__doc__ = endpoint.__name__, (endpoint.__doc__ or "").partition("\n")[0]
+    return handler
+
+
+def described(model: SteeredDiffusion) -> dict[str, Any]:
+    """What may be asked of `model`, for a page or a program to offer."""
+    exported, critic = model.generator.exported, model.generator.critic
+    default = DEFAULT_METHOD
+    return {
+        "name": model.name,
+        "version": exported.version,
+        "run": exported.run,
+        "size": list(exported.size),
+        "policies": exported.policies,
+        "methods": [
+            {
+                "name": name,
+                "summary": summary,
+                "gradient": name in STEERING and make_steering(name, torch.zeros(1)).needs_gradient,
+                "several": name in STEERING,
+                "particles": default_particles(name),
+            }
+            for name, summary in METHODS.items()
+        ],
+        "rewards": [
+            {
+                "name": reward.name,
+                "unit": exported.units.get(reward.name, ""),
+                "default_weight": exported.default_weights(default)[reward.name],
+                "mean": float(critic.mean[head]),
+                "std": float(critic.std[head]),
+            }
+            for head, reward in enumerate(exported.rewards)
+        ],
+        "defaults": {
+            "num_steps": exported.kernel.num_steps,
+            "guidance_scale": 1.0,
+            "method": default,
+            "particles": default_particles(default),
+            "count": 1,
+            "seed": 0,
+            "strengths": {name: exported.steering.strengths.of(name) for name in METHODS if name != "none"},
+        },
+        "limits": {**exported.limits.model_dump(), "max_weight": MAX_WEIGHT},
+        "examples": exported.examples,
+    }
+
+
+async def _body(http: HTTPRequest) -> bytes:
+    """Raises _Refused where it is too long or does not arrive."""
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in http.stream():
+                parts.append(part)
+                size += len(part)
+                if size > MAX_BODY_BYTES:
+                    told = Problem("body", size, "bytes and more are too many", f"Send at most {MAX_BODY_BYTES}.")
+                    raise _Refused(413, told)
+    except TimeoutError:
+        told = Problem("body", size, f"bytes have arrived after {BODY_SECONDS:g} s", "Send the body at once.")
+        raise _Refused(408, told) from None
+    return b"".join(parts)
+
+
+def _decoded(body: bytes) -> Any:
+    try:
+        return decoded(body)
+    except ConfigError as error:
+        raise _Refused(400, error.problems[0]) from None
+
+
+async def _unless_gone(http: HTTPRequest, work: Awaitable[Response]) -> Response:
+    """The result of `work`, which is cancelled if the caller goes away. Raises _Gone then."""
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(http))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise _Gone
+        return working.result()
+    finally:
+        working.cancel()
+        gone.cancel()
+
+
+async def _disconnected(http: HTTPRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _refusal(error: Exception, *, openai: bool = False) -> JSONResponse:
+    """The answer to a request that gets no picture: status, the reason in words, and each problem by field."""
+    headers, problems = {}, []
+    match error:
+        case ConfigError():
+            status, problems = 422, list(error.problems)
+        case _Refused():
+            status, problems = error.status, [error.problem]
+        case Busy():
+            status, headers = 429, {"Retry-After": str(error.seconds)}
+            remedy = f"Ask again in {error.seconds} s."
+            problems = [Problem("queue", error.queued, "pictures wait already, and there is no room for more", remedy)]
+        case TooLong():
+            status, headers = 503, {"Retry-After": "10"}
+            problems = [Problem("request", None, str(error), "Ask for less, or later.")]
+        case _:
+            _log.error("a request failed", exc_info=error)
+            status, problems = 500, [Problem("request", None, "the server failed", "Look at its log.")]
+    told = [{"field": p.path, "value": p.value, "problem": p.problem, "remedy": p.remedy} for p in problems[:_PROBLEMS]]
+    words = "\n".join(map(str, problems[:_PROBLEMS]))
+    kind = "invalid_request_error" if status < 429 else "server_error"
+    envelope = {"message": words, "type": kind, "param": problems[0].path, "code": None} if openai else words
+    return JSONResponse({"error": envelope, "problems": told}, status, headers)
+
+
+def _unknown(name: str, known: str) -> _Refused:
+    return _Refused(404, Problem("model", name[:80], "is not served here", f"Use {known}."))
+
+
+def _request_id(http: HTTPRequest) -> str:
+    """The caller's, if it is one that may stand in a header and a log; else a new one."""
+    given = http.headers.get("x-request-id", "")
+    return given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
+
+
+def _event(name: str, content: dict[str, Any]) -> str:
+    return f"event: {name}\ndata: {json.dumps(content)}\n\n"
+
+
+def _file(name: str, kind: str) -> Response:
+    content = (files("latentac.serving") / "page" / name).read_bytes()
+    return Response(content, headers=_HEADERS, media_type=f"{kind}; charset=utf-8")
