@@ -203,10 +203,10 @@ class Evaluation(Section):
 class Strengths(Section):
     """How much a reward of weight 1 counts for each method, in standard deviations of that reward."""
 
-    value_gradient: Rate = 5.0
+    value_gradient: Rate = 15.0
     best_of_n: Rate = 1.0
-    resampling: Rate = 20.0
-    twisted: Rate = 5.0
+    resampling: Rate = 8.0
+    twisted: Rate = 10.0
     svdd: Rate = 1.0
 
     def of(self, method: str) -> float:
@@ -224,12 +224,12 @@ class Schedule(Section):
     resample_below: particles are resampled where their effective sample size is below this share of their number.
     """
 
-    start: Fraction = 0.0
-    stop: Fraction = 1.0
+    start: Fraction = 0.3
+    stop: Fraction = 0.8
     normalised: bool = False
     potential: Literal["diff", "max"] = "diff"
     tempering: NonNegative = 0.0
-    resample_below: Fraction = 0.5
+    resample_below: Fraction = 0.7
 
 
 class Steering(Section):
@@ -241,7 +241,7 @@ class Steering(Section):
     strengths: Strengths = Strengths()
     schedule: Schedule = Schedule()
     num_images: Annotated[int, Field(ge=8)] = 256
-    gradient_strengths: list[NonNegative] = [0.0, 5.0, 10.0, 20.0]
+    gradient_strengths: list[NonNegative] = [0.0, 5.0, 15.0, 30.0]
     candidates: list[Positive] = [2, 4, 8]
 
 

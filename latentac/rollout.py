@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentac.critic import Critic
+from latentac.critic import ValueFunction
 from latentac.diffusion import GaussianTransition, num_stochastic_steps
 from latentac.errors import RewardError
 from latentac.policy import Policy
@@ -21,7 +21,7 @@ What it raises ends the rollout."""
 
 def rollout(
     policy: Policy,
-    critic: Critic | None,
+    critic: ValueFunction | None,
     prompts: Sequence[str],
     conditioning: Conditioning,
     noise: Tensor,
@@ -119,14 +119,14 @@ def _begin(
 
 
 def _standardised(
-    critic: Critic | None, features: dict[str, Tensor], sigma: Tensor, conditioning: Conditioning
+    critic: ValueFunction | None, features: dict[str, Tensor], sigma: Tensor, conditioning: Conditioning
 ) -> Tensor:
     """[B, M], with the graph to the latents; without a critic M is 0."""
     return sigma.new_zeros(len(sigma), 0) if critic is None else critic.standardised(features, sigma, conditioning)
 
 
 def _tell(
-    observe: Observer | None, step: int, values: Tensor, critic: Critic | None, steering: Steering | None
+    observe: Observer | None, step: int, values: Tensor, critic: ValueFunction | None, steering: Steering | None
 ) -> None:
     if observe is not None:
         told = values if critic is None else critic.unstandardise(values)
@@ -152,7 +152,7 @@ def _guidance(gradients: dict[int, Tensor], num_stochastic: int, noise: Tensor) 
 
 @torch.no_grad()
 def _values(
-    critic: Critic | None,
+    critic: ValueFunction | None,
     features: dict[str, Tensor],
     known: Sequence[Tensor],
     sigmas: Tensor,
@@ -174,16 +174,21 @@ def _values(
 
 def steered_rollout(
     policy: Policy,
-    critic: Critic,
+    critic: ValueFunction,
     prompts: Sequence[str],
     conditioning: Conditioning,
     noise: Tensor,
     steering: Steering,
     uniforms: Tensor,
     observe: Observer | None = None,
+    judge: Callable[[Trajectory], Tensor] | None = None,
 ) -> Trajectory:
     """One trajectory an image, chosen among `steering.candidates`. noise: [B, N, K+1, *latent], N = candidates;
-    uniforms: [B, K]; observe: as in `rollout`."""
+    uniforms: [B, K]; observe: as in `rollout`.
+
+    judge: says what is chosen by, standardised values [B N, M] of the candidates' trajectories; if None, those of the
+    critic at the last denoised state.
+    """
     images, candidates = noise.shape[:2]
     repeated = torch.arange(images, device=noise.device).repeat_interleave(candidates)
     trajectory = rollout(
@@ -196,7 +201,7 @@ def steered_rollout(
         uniforms=uniforms,
         observe=observe,
     )
-    last = critic.standardise(trajectory.values[:, -1])
+    last = critic.standardise(trajectory.values[:, -1]) if judge is None else judge(trajectory)
     chosen = steering.select(last.unflatten(0, (images, candidates)))
     rows = torch.arange(images, device=noise.device) * candidates + chosen
     return trajectory.rows(rows)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,6 +28,26 @@ BODIES = {
 }
 
 _BACKBONE = "body.backbone."
+
+
+class ValueFunction(Protocol):
+    """What a rollout asks of a critic: the values of states, and the scale that they are in."""
+
+    def features(self, latents: Tensor, prediction: Prediction, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """name -> [B, ...]: what of latents [B, *latent] and a denoiser's forward on them the values depend on."""
+        ...
+
+    def standardised(self, features: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """[B, M] values in standard deviations of each reward. sigma: [B]."""
+        ...
+
+    def standardise(self, returns: Tensor) -> Tensor:
+        """Returns [..., M] in the reward's own unit to that of `standardised`."""
+        ...
+
+    def unstandardise(self, values: Tensor) -> Tensor:
+        """Undo `standardise`."""
+        ...
 
 
 class Critic(nn.Module):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from latentac.steering import STEERING, Guide, SteeringState, evaluations, make_
 from latentac.steering.resampling import Particles, Resampling, systematic
 from latentac.steering.twisted import TwistedParticles
 from latentac.steering.value_gradient import ascent
+from latentac.true_reward import TrueReward
 from latentac.types import Trajectory
-from tests.latentac.trainers import PROMPTS, SHIPPED, make_config, shipped
+from tests.latentac.trainers import PROMPTS, SHIPPED, Redness, make_config, shipped
 from tests.latentac.worlds import (
     NOISY,
     REWARD,
@@ -33,6 +35,11 @@ from tests.latentac.worlds import (
 )
 
 CANDIDATES = 8
+
+
+def whole(**settings) -> Schedule:
+    """All steps are steered."""
+    return Schedule.model_validate({"start": 0.0, "stop": 1.0, **settings})
 
 
 def world(kernel):
@@ -57,7 +64,7 @@ def test_each_method_raises_the_reward_and_the_other_sign_lowers_it(name, kernel
     policy, critic = world(kernel)
 
     def mean_reward(weight: float) -> float:
-        steering = make_steering(name, torch.tensor([weight]), 4)
+        steering = make_steering(name, torch.tensor([weight]), 4, whole())
         return float(REWARD(sample(policy, critic, steering, 2000).clean.flatten()).mean())
 
     plain = sample(policy, critic, make_steering("best_of_n", torch.zeros(1), 1), 8000)
@@ -72,7 +79,7 @@ def test_each_method_raises_the_reward_and_the_other_sign_lowers_it(name, kernel
 def test_strength_0_is_bitwise_the_plain_rollout(name, kernel, candidates):
     """Weights of 0 ask for nothing: the first candidate goes its own way, bit for bit, and is the one that is kept."""
     policy, critic = world(kernel)
-    steering = make_steering(name, torch.zeros(1), candidates)
+    steering = make_steering(name, torch.zeros(1), candidates, whole())
     noise = torch.randn(16, candidates, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(3))
     prompts = [""] * 16
     conditioning = policy.backbone.encode(prompts)
@@ -93,7 +100,7 @@ def test_strength_0_is_bitwise_the_plain_rollout_with_guidance(name, backbone):
     torch.nn.init.normal_(critic.heads.weight)
     conditioning = policy.backbone.encode(PROMPTS[:2])
     noise = noise_for([(index,) for index in range(4)], 0, 3, policy.backbone.latent_shape)
-    steering = make_steering(name, torch.zeros(len(config.rewards)), 2)
+    steering = make_steering(name, torch.zeros(len(config.rewards)), 2, whole())
     uniforms = torch.full((2, 3), 0.5)
     parted = noise.unflatten(0, (2, 2))
     steered = steered_rollout(policy, critic, PROMPTS[:2], conditioning, parted, steering, uniforms)
@@ -109,12 +116,12 @@ def test_each_image_may_have_weights_of_its_own(name, kernel):
     that image's weights; and a row for each is as one for all where they are equal."""
     policy, critic = world(kernel)
     rows = torch.tensor([[3.0], [0.0], [-2.0], [30.0]])
-    together = sample(policy, critic, make_steering(name, rows, 4), 4)
+    together = sample(policy, critic, make_steering(name, rows, 4, whole()), 4)
     for image, row in enumerate(rows):
-        alone = sample(policy, critic, make_steering(name, row, 4), 4)
+        alone = sample(policy, critic, make_steering(name, row, 4, whole()), 4)
         assert torch.equal(together.latents[image], alone.latents[image])
         assert torch.equal(together.values[image], alone.values[image])
-        same = sample(policy, critic, make_steering(name, row.expand(4, -1), 4), 4)
+        same = sample(policy, critic, make_steering(name, row.expand(4, -1), 4, whole()), 4)
         assert torch.equal(same.latents, alone.latents)
     assert len({tuple(row.flatten().tolist()) for row in together.latents}) == 4
 
@@ -203,13 +210,13 @@ def tilted(mean: float, variance: float, psi: Quadratic) -> tuple[float, float, 
 
 
 SCHEDULES = {
-    "whole": Schedule(resample_below=OFTEN),
-    "tempered": Schedule(resample_below=OFTEN, tempering=1.5),
-    "late": Schedule(resample_below=OFTEN, start=0.4),
-    "early": Schedule(resample_below=OFTEN, stop=0.6),
+    "whole": whole(resample_below=OFTEN),
+    "tempered": whole(resample_below=OFTEN, tempering=1.5),
+    "late": Schedule(resample_below=OFTEN, start=0.4, stop=1.0),
+    "early": Schedule(resample_below=OFTEN, start=0.0, stop=0.6),
     "window": Schedule(resample_below=OFTEN, start=0.25, stop=0.8, tempering=1.0),
-    "normalised": Schedule(resample_below=OFTEN, normalised=True, tempering=0.5),
-    "lazy": Schedule(resample_below=0.5, tempering=1.0),
+    "normalised": whole(resample_below=OFTEN, normalised=True, tempering=0.5),
+    "lazy": whole(resample_below=0.5, tempering=1.0),
 }
 
 
@@ -253,7 +260,7 @@ def test_each_method_raises_the_reward_at_some_of_the_steps_too(name, kernel):
     policy, critic = world(kernel)
     plain = sample(policy, critic, make_steering("best_of_n", torch.zeros(1), 1), 8000)
     unsteered = float(REWARD(plain.clean.flatten()).mean())
-    for schedule in (Schedule(start=0.25, stop=0.9), Schedule(normalised=True)):
+    for schedule in (Schedule(start=0.25, stop=0.9), whole(normalised=True)):
         steered = sample(policy, critic, make_steering(name, torch.ones(1), 4, schedule), 2000)
         assert float(REWARD(steered.clean.flatten()).mean()) > unsteered + 0.02
 
@@ -337,7 +344,7 @@ def test_the_exact_twist_gives_constant_weights(kernel):
             self.made.twists = critic.values
             return self.made
 
-    steering = Exact(torch.ones(1), CANDIDATES, Schedule(resample_below=0))
+    steering = Exact(torch.ones(1), CANDIDATES, whole(resample_below=0.0))
     noise = torch.randn(200 * CANDIDATES, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(5))
     prompts, uniforms = [""] * len(noise), torch.full((200, STEPS), 0.5)
     conditioning = policy.backbone.encode(prompts)
@@ -368,7 +375,7 @@ def test_a_resampled_row_has_the_past_of_the_row_that_it_goes_on_from():
     uniforms = uniforms_for([(index,) for index in range(4)], 0, STEPS)
     prompts = [""] * 32
     conditioning = policy.backbone.encode(prompts)
-    steering = Watched(torch.tensor([8.0]), 8, Schedule(resample_below=OFTEN))
+    steering = Watched(torch.tensor([8.0]), 8, whole(resample_below=OFTEN))
     trajectory = rollout(
         policy, critic, prompts, conditioning, noise, steering=steering, uniforms=uniforms, keep_features=True
     )
@@ -383,7 +390,7 @@ def test_a_resampled_row_has_the_past_of_the_row_that_it_goes_on_from():
 
 def test_the_highest_past_value_never_falls():
     """The potential `max` weighs by the rise of the highest value so far: a fall costs nothing."""
-    particles = Particles(Resampling(torch.ones(1), 2, Schedule(potential="max")), torch.full((1, 3), 0.5))
+    particles = Particles(Resampling(torch.ones(1), 2, whole(potential="max")), torch.full((1, 3), 0.5))
     latents, still = torch.zeros(2, 1, 1, 1), GaussianTransition(torch.zeros(2, 1, 1, 1), torch.ones(2))
     for step, values in enumerate(([0.1, -0.2], [-0.3, 0.0], [0.2, -0.1])):
         state = SteeringState(step, latents, still, torch.tensor(values)[:, None])
@@ -394,11 +401,11 @@ def test_the_highest_past_value_never_falls():
 def test_function_evaluations_count_a_backward_twice():
     """K N forwards, three times as many where there is a gradient, and twice as many with classifier-free guidance."""
     weights = torch.ones(1)
-    found = {name: evaluations(make_steering(name, weights, 4), 10) for name in STEERING}
+    found = {name: evaluations(make_steering(name, weights, 4, whole()), 10) for name in STEERING}
     assert found == {"value_gradient": 120, "best_of_n": 40, "resampling": 40, "twisted": 120, "svdd": 40}
     assert evaluations(None, 10) == 10
     assert evaluations(None, 10, guided=True) == 20
-    assert evaluations(make_steering("twisted", weights, 4), 10, guided=True) == 240
+    assert evaluations(make_steering("twisted", weights, 4, whole()), 10, guided=True) == 240
     assert evaluations(make_steering("twisted", weights, 4, Schedule(start=0.2, stop=0.7)), 10) == 80
     assert evaluations(make_steering("svdd", weights, 4, Schedule(stop=0.7)), 10) == 40
 
@@ -423,7 +430,7 @@ def test_the_benchmark_steers_each_arm_as_it_says():
             "gradient_strengths": [0.0, 4.0],
             "candidates": [2, 4],
             "strengths": {"resampling": 7.0},
-            "schedule": {"stop": 0.5},
+            "schedule": {"start": 0.0, "stop": 0.5},
         },
     )
     found = arms(config)
@@ -440,6 +447,41 @@ def test_the_benchmark_steers_each_arm_as_it_says():
 def test_every_method_has_a_strength():
     """Of its own: what counts for a gradient leaves particles' weights even."""
     assert set(Strengths.model_fields) == set(STEERING)
+
+
+def painted(policy, prompts, images: int = 3, candidates: int = 4):
+    """Noise, uniforms and prompts for a few pictures of the shipped network."""
+    keys = [(image, candidate) for image in range(images) for candidate in range(candidates)]
+    noise = noise_for(keys, 0, 4, policy.backbone.latent_shape).unflatten(0, (images, candidates))
+    return noise, uniforms_for([(image,) for image in range(images)], 0, 4), list(prompts[:images])
+
+
+@pytest.mark.parametrize("backbone", SHIPPED)
+def test_the_true_reward_may_steer_and_choose(backbone):
+    """In a critic's place it values each state by the picture that the denoiser guesses, so at the last state by the
+    picture itself; as the judge it chooses among the finished pictures, whatever steered them."""
+    config = make_config(backbone)
+    policy = Policy(shipped(backbone), KERNELS[config.kernel.name](config.kernel.noise))
+    noise, uniforms, prompts = painted(policy, PROMPTS)
+    scale, rewards = new_critic(config, policy), [Redness()]
+    scale.update_scale(torch.tensor([[0.1], [0.14]]))
+    conditioning, rows = policy.backbone.encode(prompts), [prompt for prompt in prompts for _ in range(4)]
+    truth = TrueReward(policy.backbone, rewards, rows, scale)
+    weights = torch.tensor([50.0])
+    schedule = whole(resample_below=0.9)
+    steering = make_steering("resampling", weights, 4, schedule)
+    found = steered_rollout(policy, truth, prompts, conditioning, noise, steering, uniforms)
+    pictures = policy.backbone.decode(found.clean)
+    torch.testing.assert_close(found.values[:, -1, 0], torch.from_numpy(Redness()(pictures, prompts)))
+    plain = make_steering("best_of_n", torch.ones(1), 4)
+    best = steered_rollout(policy, scale, prompts, conditioning, noise, plain, uniforms, judge=truth.judge)
+    each = [
+        Redness()(policy.backbone.decode(rollout(policy, None, prompts, conditioning, part).clean), prompts)
+        for part in noise.unbind(1)
+    ]
+    highest = torch.from_numpy(np.stack(each, 1)).max(1).values
+    torch.testing.assert_close(torch.from_numpy(Redness()(policy.backbone.decode(best.clean), prompts)), highest)
+    assert float(found.values[:, -1].mean()) > float(np.stack(each).mean())
 
 
 def test_a_request_may_name_each_method():
