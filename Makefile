@@ -36,7 +36,7 @@ EVIDENCE_OPTIONS = $(if $(ONLY),--only '$(ONLY)') $(if $(RECIPE),--recipe '$(REC
 	$(if $(MINUTES),--budget-minutes '$(MINUTES)') $(if $(WORKERS),--workers '$(WORKERS)') $(if $(ANEW),--anew)
 
 .PHONY: help install run run-containers serve test test-fast lint format compile minio images sbom chart
-.PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic lock clean
+.PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 } /^#:/ { print "      " substr($$0, 4) }' Makefile
@@ -136,6 +136,11 @@ evidence-quick: install ## a small version in 20 minutes on two cores, into buil
 bench-critic: install ## what the critic costs: iterations of DDPO and of ours in turns, in one process
 #: RECIPE=shapes-unet PAIRS=12
 	@$(PARALLEL) $(PY) -m tests.bench.critic_cost $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(PAIRS),--pairs '$(PAIRS)')
+
+bench-steering: install ## reward against evaluations of every way to steer, and what a particle and a gradient cost
+#: RECIPE=shapes-unet RUN=runs/<run that has trained; else it trains> PROMPTS=256; goes on where it was stopped
+	@$(PARALLEL) $(PY) -m tests.bench.steering $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(RUN),--run '$(RUN)') \
+		$(if $(PROMPTS),--prompts '$(PROMPTS)')
 
 lock: install ## resolve requirements/*.in anew; versions move only where a pin in them moved
 #: UPGRADE=1 lets everything that is not pinned there move

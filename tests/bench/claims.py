@@ -5,6 +5,7 @@ bound, does not hold when the whole interval is on the other side, and is undeci
 one for itself: among many claims one or another is wrong by chance.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,9 @@ Word = Literal["holds", "does not hold", "undecided"]
 MIN_SEEDS = 3
 EXPLAINED_VARIANCE_MARGIN = 0.05
 COST_BOUND = 1.10
+PARTICLE_BOUND, GRADIENT_BOUND = 1.10, 2.5
+MULTIPLES = (1, 2, 4, 8, 16)
+"""Of K: the evaluations a picture at which ways to steer are compared, or as near as their candidates come."""
 BODY_MARGIN = 0.03
 """How much of the verifier's share a dearer critic body may be better by before the cheap one counts as worse."""
 
@@ -106,6 +110,62 @@ def cheap(found: Mapping[str, Any]) -> Verdict:
     return judge(interval, COST_BOUND, above=False, unit="pairs of iterations", sign="")
 
 
+def near(found: Mapping[str, Any], weights: str, multiple: int) -> list[Mapping[str, Any]]:
+    """The points of these weights whose evaluations are nearest to `multiple` K, and not far above."""
+    target = multiple * found["steps"]
+    return [
+        point
+        for point in found["points"]
+        if point["weights"] == weights
+        and min(MULTIPLES, key=lambda each: abs(math.log(each * found["steps"] / point["nfe"]))) == multiple
+        and point["nfe"] <= 1.05 * target
+    ]
+
+
+def steered_best(weights: str) -> Callable[..., Verdict]:
+    """At each number of evaluations from 2 K on, the best way that a critic steers against best-of-N by the reward."""
+
+    def decide(found: Mapping[str, Any]) -> Verdict:
+        verdicts = []
+        for multiple in MULTIPLES[1:]:
+            points = [point for point in near(found, weights, multiple) if point["critic"]]
+            if points:
+                best = max(points, key=lambda point: point["minus_control"]["mean"])
+                verdict = judge(best["minus_control"], 0.0, unit="prompts")
+                verdicts.append((verdict.word, f"{multiple} K: {best['label']} {_told(best['minus_control'], '+')}"))
+        words = [word for word, _ in verdicts]
+        word: Word = "holds"
+        for worse in ("undecided", "does not hold"):
+            word = worse if worse in words or not words else word
+        return Verdict(word, "; ".join(reason for _, reason in verdicts) or "not run yet")
+
+    return decide
+
+
+def gradient_alone(weights: str) -> Callable[..., Verdict]:
+    """One candidate up the value gradient against plain sampling."""
+
+    def decide(found: Mapping[str, Any]) -> Verdict:
+        points = [
+            point
+            for point in found["points"]
+            if (point["weights"], point["way"], point["candidates"]) == (weights, "value_gradient", 1)
+        ]
+        return judge(points[0]["minus_plain"] if points else None, 0.0, unit="prompts")
+
+    return decide
+
+
+def step_cost(kind: str, bound: float) -> Callable[..., Verdict]:
+    """A steered rollout against a plain one of as many rows."""
+
+    def decide(found: Mapping[str, Any]) -> Verdict:
+        ratio = found["cost"]["base"][kind]
+        return judge({**ratio, "mean": ratio["median"]}, bound, above=False, unit="turns", sign="")
+
+    return decide
+
+
 def series(numbers: Mapping[str, Any], metric: str) -> list[Mapping[str, Any]]:
     """The intervals `<metric>.0`, `<metric>.1` ... of an arm, one a denoising step."""
     found: list[Mapping[str, Any]] = []
@@ -173,6 +233,33 @@ CLAIMS: Sequence[Claim] = (
         within(EXPLAINED_VARIANCE_MARGIN),
     ),
     Claim(f"With `frozen_taps` an iteration takes at most {COST_BOUND:.2f} times one of DDPO", "cost", cheap),
+    *(
+        Claim(
+            f"On {weights} weights the best way that a critic steers is right more often than best-of-N by the true "
+            "reward, at each number of evaluations from 2 K on",
+            "steering",
+            steered_best(weights),
+        )
+        for weights in ("base", "trained")
+    ),
+    *(
+        Claim(
+            f"On {weights} weights one candidate up the value gradient is right more often than plain sampling",
+            "steering",
+            gradient_alone(weights),
+        )
+        for weights in ("base", "trained")
+    ),
+    Claim(
+        f"A particle costs at most {PARTICLE_BOUND:.2f} times a plain sample in a batch of the same size",
+        "steering",
+        step_cost("resampling", PARTICLE_BOUND),
+    ),
+    Claim(
+        f"A rollout with a gradient at every step costs at most {GRADIENT_BOUND:g} times a plain one",
+        "steering",
+        step_cost("value_gradient", GRADIENT_BOUND),
+    ),
 )
 
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tests.bench.claims import Results, series
+from tests.bench.claims import MULTIPLES, Results, series
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -39,7 +39,7 @@ File = Mapping[str, Any]
 
 def draw(results: Results, folder: Path) -> list[Path]:
     """<experiment>-<recipe>.svg of each aggregated file that has something to draw; their paths."""
-    kinds = {"main": _main, "ablations": _ablations, "hacking": _hacking, "critic": _critic}
+    kinds = {"main": _main, "ablations": _ablations, "hacking": _hacking, "critic": _critic, "steering": _steering}
     written = []
     for name, found in results.items():
         if found["experiment"] in kinds:
@@ -104,6 +104,52 @@ def _critic(found: File, path: Path) -> None:
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(loc="lower right")
+
+
+# (way, who chooses) -> words and colour: few enough to be read at once.
+_LINES = {
+    ("best_of_n", "reward"): ("best of N, true reward", "#000000"),
+    ("resampling", "reward"): ("resampling, then true reward", "#0072b2"),
+    ("resampling", "critic"): ("resampling", "#56b4e9"),
+    ("value_gradient", "critic"): ("value gradient", "#d55e00"),
+    ("best_of_n", "critic"): ("best of N, critic", "#999999"),
+}
+
+
+def _steering(found: File, path: Path) -> None:
+    """Reward against evaluations, on base and on trained weights; plain sampling is where all begin."""
+    reward = found["reward"]
+    with _panels(path, 2, width=1.55) as panels:
+        for axes, weights in zip(panels, ("base", "trained"), strict=True):
+            own = [point for point in found["points"] if point["weights"] == weights]
+            ends = []
+            for (way, choice), (words, colour) in _LINES.items():
+                points = sorted(
+                    (point for point in own if point["way"] == way and point["choice"] in (choice, "none")),
+                    key=lambda point: point["nfe"],
+                )
+                x, intervals = [point["nfe"] for point in points], [point["rewards"][reward] for point in points]
+                _band(axes, x, intervals, colour, words)
+                ends.append((x[-1], intervals[-1]["mean"], words, colour))
+            plain = next(point for point in own if point["way"] == "best_of_n" and point["candidates"] == 1)
+            axes.axhline(plain["rewards"][reward]["mean"], color="black", linewidth=0.8, linestyle=":")
+            axes.set_xscale("log", base=2)
+            ticks = [multiple * found["steps"] for multiple in MULTIPLES]
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
+            axes.set_xlim(ticks[0] * 0.9, ticks[-1] * 5)
+            axes.set(xlabel="evaluations of the denoiser a picture", title=f"{weights} weights")
+            _beside(axes, ends)
+        panels[0].set_ylabel(f"{reward}, held out")
+
+
+def _beside(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Words at the right end of each line, pushed apart."""
+    low, high = axes.get_ylim()
+    floor = low
+    for x, y, words, colour in sorted(ends, key=lambda end: end[1]):
+        floor = max(y, floor + 0.06 * (high - low))
+        axes.annotate(words, (x, floor), (6, 0), textcoords="offset points", va="center", color=colour, fontsize=8)
 
 
 def _curve(axes: Axes, arm: File, key: str, colour: str, *, scale: float, reward: str = "shapes_verifier") -> None:

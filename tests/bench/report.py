@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.aggregate import load
-from tests.bench.claims import CLAIMS, MIN_SEEDS, Results, series
+from tests.bench.claims import CLAIMS, MIN_SEEDS, MULTIPLES, Results, near, series
 from tests.bench.plan import Scale
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -18,6 +18,7 @@ _TITLES = {
     "hacking": "one learned reward, or three",
     "critic": "how good the pretrained critic is",
     "cost": "what the critic costs",
+    "steering": "steering",
 }
 File = Mapping[str, Any]
 
@@ -59,7 +60,14 @@ def _part(experiment: str, found: File, results: Results, folder: str) -> Iterat
     recipe = found["recipe"]
     yield f"### {_TITLES[experiment][0].upper()}{_TITLES[experiment][1:]} (`{recipe}`)"
     yield ""
-    tables = {"main": _arms, "ablations": _arms, "hacking": _rewards, "critic": _steps, "cost": _cost}
+    tables = {
+        "main": _arms,
+        "ablations": _arms,
+        "hacking": _rewards,
+        "critic": _steps,
+        "cost": _cost,
+        "steering": steering,
+    }
     yield from tables[experiment](found)
     yield ""
     if experiment != "cost":
@@ -163,6 +171,54 @@ def _cost(found: File) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for name, parts in found["seconds"].items():
         yield _row(name, *(f"{parts[part]:.2f}" for part in ("rollout", "actor", "critic", "all")))
+
+
+def steering(found: File) -> Iterator[str]:
+    """On each weights a row a way and choice, a column a number of evaluations; then all rewards at 4 K; then costs."""
+    reward, steps = found["reward"], found["steps"]
+    yield (
+        f"`{reward}` on {found['prompts']} held-out prompts, the same noise for all; evaluations a picture, "
+        f"K = {steps}: a backward pass counts 2 and CFG doubles; where a way has no such number of candidates, the "
+        f"nearest below. Half of a 95 % interval is {_half(found['points'][0]['rewards'][reward]):.3f}. Best-of-N by "
+        "the true reward asks the reward itself N times."
+    )
+    for weights in ("base", "trained"):
+        yield ""
+        yield _row(f"{weights} weights, chosen by", "", *(f"{multiple} K" for multiple in MULTIPLES))
+        yield "|---" * (len(MULTIPLES) + 2) + "|"
+        cells: dict[tuple[str, str], dict[int, str]] = {}
+        for multiple in MULTIPLES:
+            for point in near(found, weights, multiple):
+                way = point["label"].partition(" x")[0], point["choice"]
+                cells.setdefault(way, {})[multiple] = f"{point['rewards'][reward]['mean']:.3f}"
+        for (label, choice), row in cells.items():
+            yield _row(label, choice, *(row.get(multiple, "") for multiple in MULTIPLES))
+    yield ""
+    yield from _beside(found)
+    ratios = {name: found["cost"]["base"][name] for name in ("resampling", "value_gradient")}
+    told_ratios = (f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" for ratio in ratios.values())
+    particle, gradient = told_ratios
+    yield ""
+    yield (
+        f"Processor time of a rollout of {found['cost']['base']['rows']} rows over that of a plain one, median of "
+        f"{ratios['resampling']['n']} turns: particles {particle}, value gradient {gradient}."
+    )
+
+
+def _beside(found: File) -> Iterator[str]:
+    """At 4 K, what else the pictures are: the other rewards, diversity, seconds."""
+    points = [point for weights in ("base", "trained") for point in near(found, weights, 4)]
+    names = list(points[0]["rewards"])
+    yield _row("At 4 K", *(f"`{name}`" for name in names), "Diversity", "ms a picture")
+    yield "|---" * (len(names) + 3) + "|"
+    for point in points:
+        rewards = (f"{point['rewards'][name]['mean']:.3f}" for name in names)
+        label = f"{point['weights']}: {point['label']}"
+        yield _row(label, *rewards, f"{point['diversity']['mean']:.3f}", f"{1000 * point['seconds']:.0f}")
+
+
+def _half(interval: Mapping[str, Any]) -> float:
+    return float(interval["high"] - interval["low"]) / 2
 
 
 def _provenance(found: File) -> Iterator[str]:

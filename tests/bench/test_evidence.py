@@ -76,7 +76,7 @@ def test_a_unit_is_known_by_what_decides_its_result() -> None:
 
 def test_every_claim_has_its_comparison() -> None:
     """What a claim asks for is in the plan: an experiment of that name, with intervals of at least three seeds."""
-    assert {claim.experiment for claim in CLAIMS} <= {*EXPERIMENTS, "cost"}
+    assert {claim.experiment for claim in CLAIMS} <= {*EXPERIMENTS, "cost", "steering"}
     counts = [count for seeds in FULL.seeds.values() for recipe, count in seeds.items() if recipe in RECIPES]
     assert min(counts) >= claims.MIN_SEEDS
 
@@ -200,7 +200,8 @@ def test_a_report_is_drawn_from_the_files_alone(tmp_path: Path) -> None:
     for name, content in _world(1).items():
         (scale.results / f"{name}.json").write_text(aggregate.dump(dict(content)))
     written = {path: path.read_bytes() for path in report.write_report(scale)}
-    assert {path.name for path in written} == {"README.md", *(f"{name}-shapes-unet.svg" for name in EXPERIMENTS)}
+    drawn = {f"{name}-shapes-unet.svg" for name in (*EXPERIMENTS, "steering")}
+    assert {path.name for path in written} == {"README.md", *drawn}
     assert written == {path: path.read_bytes() for path in report.write_report(scale)}
     text = scale.readme.read_text()
     assert all(claim.sentence in text for claim in CLAIMS)
@@ -299,6 +300,44 @@ def _untimed(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entry.items() if not name.endswith("seconds")}
 
 
+def test_ways_to_steer_are_measured_on_the_same_candidates(tmp_path: Path) -> None:
+    """Best-of-N by the true reward is the best of its candidates, every number of evaluations has its control, and what
+    was measured is not measured again."""
+    import torch
+
+    from latentac.backbones import load_backbone
+    from latentac.diffusion import KERNELS
+    from latentac.policy import Policy
+    from latentac.pretraining import new_critic
+    from latentac.run import resolve_recipe
+    from latentac.shapes import builtin_pipeline
+    from tests.bench import steering
+
+    config = resolve_recipe("shapes-dit-smoke", "", [])
+    backbone = load_backbone(config.backbone.name, builtin_pipeline("shapes-dit"), torch.device("cpu"))
+    critic = new_critic(config, Policy(backbone, KERNELS[config.kernel.name](config.kernel.noise)))
+    torch.nn.init.normal_(critic.heads.weight)
+    critic.save(tmp_path / "pretrain-value" / "critic")
+    world = steering.World("base", config, tmp_path, 6)
+    assert world.counts(steering.WAYS["best_of_n"])[-1] == 16
+    assert world.nfe(steering.WAYS["resampling_cfg"], 2) == 4 * config.kernel.num_steps
+    rows = steering.points(world, "best_of_n", 3) + steering.points(world, "resampling", 2)
+    rewards = {(row["way"], row["candidates"], row["choice"]): np.array(row["rewards"]) for row in rows}
+    assert all(found.shape == (6, len(world.rewards)) for found in rewards.values())
+    alone, best = (rewards["best_of_n", *which] for which in ((1, "none"), (3, "reward")))
+    assert (best[:, 0] >= np.maximum(alone, rewards["best_of_n", 3, "critic"])[:, 0]).all()
+    found = steering.compared(rows, [reward.name for reward in world.rewards], config)
+    assert [row["candidates"] for row in found if row["way"] == "best_of_n"] == [1, 2, 2]
+    assert all(row["control_nfe"] == row["nfe"] for row in found)
+    assert {row["critic"] for row in found if row["way"] == "resampling"} == {True}
+    cost = steering.cost(world, 4)
+    assert cost["resampling"]["n"] == cost["value_gradient"]["n"] > 2
+    calls: list[int] = []
+    for stamp in ({"a": 1}, {"a": 1}, {"a": 2}):
+        steering._once(tmp_path, stamp, "name", lambda: calls.append(1))
+    assert len(calls) == 2
+
+
 def _start(folder: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen([sys.executable, "-m", "tests.bench.unit", str(folder)], cwd=ROOT, env=environment)
@@ -373,4 +412,48 @@ def _world(truth: int) -> dict[str, dict[str, Any]]:
         "seconds": {name: dict.fromkeys(("rollout", "actor", "critic", "all"), 1.0) for name in ("DDPO", "values")},
         "steps": 10,
     } | {"images": 256, "updates": 4}
+    results["steering-shapes-unet"] = {**results["main-shapes-unet"], **_steering_world(truth)}
     return results
+
+
+def _steering_world(truth: int) -> dict[str, Any]:
+    """Points of a few ways: those that a critic steers are ahead of best-of-N, behind it, or nobody knows."""
+    ahead = 0.1 * truth
+    spread = 0.2 if truth == 0 else 0.02
+
+    def point(weights: str, way: str, candidates: int, nfe: int, choice: str) -> dict[str, Any]:
+        steered = way != "best_of_n"
+        difference = ahead if steered else 0.0
+        interval = {"mean": difference, "low": difference - spread, "high": difference + spread, "n": 256}
+        reward = {"mean": 0.6 + difference, "low": 0.58, "high": 0.8, "n": 256}
+        told = dict.fromkeys(("shapes_verifier", "jpeg_compressibility", "colourfulness", "shapes_clip"), reward)
+        return {
+            "weights": weights,
+            "way": way,
+            "candidates": candidates,
+            "nfe": nfe,
+            "choice": choice,
+            "label": f"{way} x{candidates}",
+            "critic": steered,
+            "rewards": told,
+            "diversity": reward,
+            "minus_control": interval,
+            "minus_plain": interval,
+            "seconds": 0.02,
+        }
+
+    points = []
+    for weights in ("base", "trained"):
+        points.append(point(weights, "value_gradient", 1, 20, "none"))
+        for count in claims.MULTIPLES:
+            ways = ("best_of_n", "resampling", "value_gradient") if count > 1 else ("best_of_n",)
+            choices = ("critic", "reward") if count > 1 else ("none",)
+            points += [point(weights, way, count, 10 * count, choice) for way in ways for choice in choices]
+
+    def ratio(median: float, half: float) -> dict[str, float]:
+        return {"median": median, "low": median - half, "high": median + half, "n": 12}
+
+    particle, gradient = {1: (1.05, 2.2), -1: (1.3, 2.9), 0: (1.1, 2.5)}[truth]
+    cost = {"rows": 64, "resampling": ratio(particle, 0.03), "value_gradient": ratio(gradient, 0.03)}
+    told = {"experiment": "steering", "reward": "shapes_verifier", "steps": 10, "prompts": 256}
+    return {**told, "cost": {"base": cost, "trained": cost}, "points": points}

@@ -54,10 +54,10 @@ _SOURCES = (
 Record = dict[str, Any]
 
 
-def sources() -> str:
-    """sha256 of the sources and weights that numbers depend on."""
+def sources(*more: str) -> str:
+    """sha256 of the sources and weights that numbers depend on; more: patterns of others below latentac/."""
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in _SOURCES for path in (ROOT / "latentac").glob(pattern)}):
+    for path in sorted({path for pattern in (*_SOURCES, *more) for path in (ROOT / "latentac").glob(pattern)}):
         if path.is_file() and path.suffix in {".py", ".json", ".safetensors", ".txt"}:
             digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
