@@ -12,6 +12,7 @@ import latentac
 from latentac.config import Section
 from latentac.serving.exported import Exported
 from latentac.serving.request import MAX_WEIGHT, METHODS, Body, ImagesRequest, Request
+from latentac.serving.tensors import INPUTS, OUTPUTS
 
 _REF = "#/components/schemas/{model}"
 
@@ -126,6 +127,17 @@ _KSERVE = {
 """Path of a GET of KServe's -> its errors."""
 
 
+_EVENT: Json = {
+    "type": "object",
+    "description": "Each event. data is JSON: of `step` the step and each reward's value, of `picture` a prediction",
+    "properties": {
+        "event": {"enum": ["queued", "step", "picture", "error"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+    "required": ["event", "data"],
+}
+
+
 def document(app: FastAPI, exported: Exported, name: str) -> Json:
     """The whole document, for the routes that `app` has."""
     found = get_openapi(
@@ -135,7 +147,7 @@ def document(app: FastAPI, exported: Exported, name: str) -> Json:
     for path, (asked, answered, refused) in _OWN.items():
         operation = found["paths"][path]["post"]
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(asked)}}}
-        given = {"text/event-stream": {"schema": {"type": "string"}}}
+        given = {"text/event-stream": {"schema": _EVENT}}
         operation["responses"] = {
             "200": _response("The pictures", _ref(answered))
             if not isinstance(answered, str)
@@ -160,6 +172,7 @@ def document(app: FastAPI, exported: Exported, name: str) -> Json:
     found.setdefault("components", {}).setdefault("schemas", {}).update(schemas | _schemas(KServeError))
     found["components"]["schemas"].pop("HTTPValidationError", None)
     found["components"]["schemas"].pop("ValidationError", None)
+    _name_tensors(found["components"]["schemas"])
     for form in ("Request", "ImagesRequest"):
         _limit(found["components"]["schemas"][form]["properties"], exported)
     found["components"]["schemas"]["Body"]["properties"]["instances"]["maxItems"] = exported.limits.max_images
@@ -187,6 +200,17 @@ def _schemas(model: type[BaseModel]) -> Json:
 
 def _bodies() -> Iterable[type[BaseModel]]:
     return [asked for asked, _, _ in _OWN.values()]
+
+
+def _name_tensors(schemas: Json) -> None:
+    """What KServe's general form of a V2 request is filled with here."""
+    inputs, outputs = schemas["RequestInput"]["properties"], schemas["RequestOutput"]["properties"]
+    inputs["name"]["enum"], outputs["name"]["enum"] = list(INPUTS), list(OUTPUTS)
+    inputs["datatype"]["enum"] = sorted(set(INPUTS.values()))
+    inputs["shape"] |= {"minItems": 1, "maxItems": 2, "items": {"type": "integer", "minimum": 1}}
+    inputs["shape"]["description"] = "[number of elements]: that of the prompts, or 1 for all of them"
+    prompt = {"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["two red squares"]}
+    schemas["InferenceRequest"]["example"] = {"inputs": [prompt], "outputs": [{"name": "image"}]}
 
 
 def _limit(properties: Json, exported: Exported) -> None:

@@ -82,6 +82,13 @@ class ServerProcess:
         """The exit code, once the process has ended by itself. Raises subprocess.TimeoutExpired."""
         return self._process.wait(seconds)
 
+    def log(self) -> str:
+        """The end of what it has written so far, stdout and stderr together."""
+        # pread, because the child writes at the offset that it shares with this descriptor.
+        descriptor = self._log.fileno()
+        tail = os.pread(descriptor, TAIL_BYTES, max(0, os.fstat(descriptor).st_size - TAIL_BYTES))
+        return tail.decode(errors="replace")
+
     def _client(self) -> Client:
         return Client(self.address, self.name)
 
@@ -99,10 +106,7 @@ class ServerProcess:
         code = self._process.poll()
         if code is not None:
             problem += f"; it ended with {f'exit code {code}' if code >= 0 else signal.Signals(-code).name}"
-        # pread, because the child writes at the offset that it shares with this descriptor.
-        descriptor = self._log.fileno()
-        text = os.pread(descriptor, TAIL_BYTES, max(0, os.fstat(descriptor).st_size - TAIL_BYTES))
-        lines = [line for line in text.decode(errors="replace").splitlines() if line.strip(" ^~")]
+        lines = [line for line in self.log().splitlines() if line.strip(" ^~")]
         tail = " | ".join(lines[-5:]) or "nothing"
         return ServingError(f"the model server for {self._folder}", problem, f"Its last words: {tail}")
 

@@ -4,13 +4,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import from_json
 
 from latentac.config import Number, Section, suggestion
 from latentac.errors import ConfigError, Problem
 from latentac.serving.exported import Exported
 
+
+def _whole(value: object) -> object:
+    """JSON has one kind of number: 2.0 is a whole one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
 Root = TypeVar("Root", bound=Section)
 
 # The rows of `steering.STEERING`, told here too because that package imports torch and a client does without.
@@ -34,9 +41,9 @@ class Request(Section):
     """One prompt's pictures. The descriptions are the remedies that a caller reads."""
 
     prompt: Annotated[str, Field(min_length=1, description="Write what the picture shall show.")]
-    seed: Annotated[int, Field(ge=0, lt=2**63, description="Use a whole number from 0 to 2^63 - 1.")] = 0
-    count: Annotated[int, Field(ge=1, description="Use a whole number of pictures, at least 1.")] = 1
-    num_steps: Annotated[int | None, Field(ge=2, description="Use at least 2 steps, or leave it out.")] = None
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="Use a whole number from 0 to 2^63 - 1."), WHOLE] = 0
+    count: Annotated[int, Field(ge=1, description="Use a whole number of pictures, at least 1."), WHOLE] = 1
+    num_steps: Annotated[int | None, Field(ge=2, description="Use at least 2 steps, or leave it out."), WHOLE] = None
     size: Annotated[str | None, Field(description="Use the model's own size, or leave it out.")] = None
     guidance_scale: Annotated[Number, Field(ge=1, description="Use a number from 1, which is no guidance.")] = 1.0
     policy: Annotated[str, Field(description=f"Use one of {', '.join(POLICIES)}.")] = POLICIES[0]
@@ -44,7 +51,9 @@ class Request(Section):
     steering: Annotated[
         dict[str, Number] | None, Field(description="Give a finite number for each reward's name, or leave it out.")
     ] = None
-    particles: Annotated[int | None, Field(ge=1, description="Use a whole number, at least 1, or leave it out.")] = None
+    particles: Annotated[
+        int | None, Field(ge=1, description="Use a whole number, at least 1, or leave it out."), WHOLE
+    ] = None
 
 
 class Body(Section):
@@ -57,7 +66,7 @@ class ImagesRequest(Request):
     """The body of OpenAI's `images/generations`, and our own fields beside it."""
 
     model: Annotated[str | None, Field(description="Use the served model's name, or leave it out.")] = None
-    count: Annotated[int, Field(ge=1, alias="n", description="Use a whole number of pictures, at least 1.")] = 1
+    count: Annotated[int, Field(ge=1, alias="n", description="Use a whole number of pictures, at least 1."), WHOLE] = 1
     response_format: Annotated[
         Literal["b64_json"], Field(description="Use b64_json: the server keeps no pictures to link to.")
     ] = "b64_json"

@@ -58,7 +58,7 @@ def infer_request(body: object, name: str) -> InferRequest:
         raise ConfigError(problems[:20])
     inputs = [InferInput(one.name, one.shape, one.datatype, one.data) for one in request.inputs]
     wanted = [InferOutput(one.name, [], OUTPUTS[one.name]) for one in request.outputs or []]
-    return InferRequest(name, inputs, request.id, request_outputs=wanted or None)
+    return InferRequest(name, inputs, request.id or "", request_outputs=wanted or None)
 
 
 def instances(request: InferRequest) -> dict[str, Any]:
