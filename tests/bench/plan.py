@@ -28,8 +28,8 @@ Settings = Mapping[str, Any]
 """Path of a configuration's field -> value."""
 
 TUNED: dict[str, dict[str, Settings]] = {
-    "shapes-unet": {"ddpo": {"algorithm.clip": 0.0008}, "grpo": {"algorithm.clip": 0.0008}},
-    "shapes-dit": {"ddpo": {"policy.learning_rate": 2e-4}, "grpo": {"policy.learning_rate": 2e-4}},
+    "shapes-unet": {"ddpo": {"algorithm.clip": 0.0008}},
+    "shapes-dit": {"ddpo": {"policy.learning_rate": 2e-4}},
 }
 """Recipe -> arm -> the settings found best for it, where they are not the recipe's; README.md has the trials."""
 
