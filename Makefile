@@ -36,7 +36,7 @@ EVIDENCE_OPTIONS = $(if $(ONLY),--only '$(ONLY)') $(if $(RECIPE),--recipe '$(REC
 	$(if $(MINUTES),--budget-minutes '$(MINUTES)') $(if $(WORKERS),--workers '$(WORKERS)') $(if $(ANEW),--anew)
 
 .PHONY: help install run run-containers serve test test-fast lint format compile minio images sbom chart
-.PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering lock clean
+.PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering bench-serving fuzz lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 } /^#:/ { print "      " substr($$0, 4) }' Makefile
@@ -141,6 +141,14 @@ bench-steering: install ## reward against evaluations of every way to steer, and
 #: RECIPE=shapes-unet RUN=runs/<run that has trained; else it trains> PROMPTS=256; goes on where it was stopped
 	@$(PARALLEL) $(PY) -m tests.bench.steering $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(RUN),--run '$(RUN)') \
 		$(if $(PROMPTS),--prompts '$(PROMPTS)')
+
+bench-serving: install ## the endpoint: batching against one by one, the way through HTTP, probes under load
+#: RECIPE=shapes-unet ROUNDS=6
+	@$(PARALLEL) $(PY) -m tests.bench.serving $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(ROUNDS),--rounds '$(ROUNDS)')
+
+fuzz: install ## 10,000 requests that are made from the endpoint's own OpenAPI document (minutes)
+#: EXAMPLES=700 for each operation
+	@$(PARALLEL) LATENTAC_FUZZ_EXAMPLES=$(or $(EXAMPLES),700) $(TEST) -s -k made_from_the_document tests/latentac/serving
 
 lock: install ## resolve requirements/*.in anew; versions move only where a pin in them moved
 #: UPGRADE=1 lets everything that is not pinned there move

@@ -103,6 +103,10 @@ class Generator:
             problem = f"the critic's heads {self.critic.reward_names} are not the rewards {names} of {exported.FILE}"
             raise ServingError(str(folder), problem, "Deploy the run again.")
 
+    def policy(self, name: str, guidance_scale: float = 1.0) -> Policy:
+        """The policy `trained` or `base`, with classifier-free guidance; 1 is none."""
+        return Policy(guided(self._backbones[name], guidance_scale), self._kernel)
+
     def generate(
         self,
         prompt: str,
@@ -172,8 +176,8 @@ class Generator:
         """
         kind = slots[0].kind
         filled = [*slots, *[slots[-1]] * (self.room(kind) - len(slots))]
-        backbone = guided(self._backbones[kind.policy], kind.guidance_scale)
-        policy, prompts = Policy(backbone, self._kernel), [slot.prompt for slot in filled]
+        policy, prompts = self.policy(kind.policy, kind.guidance_scale), [slot.prompt for slot in filled]
+        backbone = policy.backbone
         conditioning = backbone.encode(prompts)
         noise = torch.stack([self._noise(slot) for slot in filled]).to(self.device)
 

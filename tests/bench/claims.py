@@ -20,6 +20,7 @@ MIN_SEEDS = 3
 EXPLAINED_VARIANCE_MARGIN = 0.05
 COST_BOUND = 1.10
 PARTICLE_BOUND, GRADIENT_BOUND = 1.10, 2.5
+BATCHING_BOUND, PROBE_SECONDS = 1.5, 0.1
 MULTIPLES = (1, 2, 4, 8, 16)
 """Of K: the evaluations a picture at which ways to steer are compared, or as near as their candidates come."""
 BODY_MARGIN = 0.03
@@ -166,6 +167,24 @@ def step_cost(kind: str, bound: float) -> Callable[..., Verdict]:
     return decide
 
 
+def batched(method: str) -> Callable[..., Verdict]:
+    """Pictures a second of a server that batches over those of one that does not."""
+
+    def decide(found: Mapping[str, Any]) -> Verdict:
+        ratio = found["throughput"][method]
+        return judge({**ratio, "mean": ratio["median"]}, BATCHING_BOUND, unit="rounds", sign="")
+
+    return decide
+
+
+def probed(found: Mapping[str, Any]) -> Verdict:
+    """The slowest of all probes."""
+    probes = found["probes"]
+    word: Word = "holds" if probes["max"] <= PROBE_SECONDS else "does not hold"
+    times = ", ".join(f"{name} {probes[name] * 1000:.0f} ms" for name in ("median", "p99", "max"))
+    return Verdict(word, f"{times} of {probes['n']:,} probes")
+
+
 def series(numbers: Mapping[str, Any], metric: str) -> list[Mapping[str, Any]]:
     """The intervals `<metric>.0`, `<metric>.1` ... of an arm, one a denoising step."""
     found: list[Mapping[str, Any]] = []
@@ -260,6 +279,15 @@ CLAIMS: Sequence[Claim] = (
         "steering",
         step_cost("value_gradient", GRADIENT_BOUND),
     ),
+    *(
+        Claim(
+            f"Batching gives at least {BATCHING_BOUND:g} times the pictures a second at eight callers, {told}",
+            "serving",
+            batched(method),
+        )
+        for method, told in (("none", "plain"), ("value_gradient", "steered by the gradient"))
+    ),
+    Claim(f"Under that load every probe is answered within {PROBE_SECONDS * 1000:.0f} ms", "serving", probed),
 )
 
 

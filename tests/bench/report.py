@@ -19,6 +19,7 @@ _TITLES = {
     "critic": "how good the pretrained critic is",
     "cost": "what the critic costs",
     "steering": "steering",
+    "serving": "the endpoint",
 }
 File = Mapping[str, Any]
 
@@ -67,10 +68,11 @@ def _part(experiment: str, found: File, results: Results, folder: str) -> Iterat
         "critic": _steps,
         "cost": _cost,
         "steering": steering,
+        "serving": _serving,
     }
     yield from tables[experiment](found)
     yield ""
-    if experiment != "cost":
+    if experiment not in ("cost", "serving"):
         yield f"![{_TITLES[experiment]}]({folder}/{experiment}-{recipe}.svg)"
         yield ""
     for label, picture in found.get("pictures", ()):
@@ -171,6 +173,26 @@ def _cost(found: File) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for name, parts in found["seconds"].items():
         yield _row(name, *(f"{parts[part]:.2f}" for part in ("rollout", "actor", "critic", "all")))
+
+
+def _serving(found: File) -> Iterator[str]:
+    """Pictures a second with and without batching, and what the way to one picture takes."""
+    alone, overhead = found["alone"], found["overhead"]
+    yield (
+        f"Two servers of one model take turns, each with a worker a core; {found['callers']} callers, "
+        f"{found['steps']} steps. One puts up to {found['batch_rows']} rollouts together, the other draws each by "
+        f"itself. With one caller a plain picture takes {alone['served'] * 1000:.0f} ms through HTTP, "
+        f"{alone['drawn'] * 1000:.0f} ms drawn in the same way within a process (ratio {overhead['median']:.2f} "
+        f"[{overhead['low']:.2f}, {overhead['high']:.2f}]), and {alone['bare'] * 1000:.0f} ms in a batch of one "
+        "without values: the rest is the price of a fixed batch, in which a picture's bytes do not depend on the load."
+    )
+    yield ""
+    yield _row("Pictures a second", "batched", "one by one", "ratio")
+    yield "|---" * 4 + "|"
+    for method, rates in found["rates"].items():
+        ratio = found["throughput"][method]
+        told_ratio = f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+        yield _row(f"`{method}`", f"{rates['batched']:.1f}", f"{rates['single']:.1f}", told_ratio)
 
 
 def steering(found: File) -> Iterator[str]:
