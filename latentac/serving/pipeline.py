@@ -50,6 +50,7 @@ class LatentacPipeline:
         method: str = DEFAULT_METHOD,
         particles: int | None = None,
         guidance_scale: float = 1.0,
+        policy: str = "trained",
         num_inference_steps: int | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | None = None,
@@ -57,8 +58,9 @@ class LatentacPipeline:
         """Pictures of each prompt.
 
         steering: reward name -> weight in standard deviations of that reward, the exported defaults if None; method: a
-        row of `STEERING`, or none; particles: rollouts a picture, the method's default if None. generator: decides
-        the noise; without one each call draws another. Raises ConfigError with every problem of the request.
+        row of `STEERING`, or none; particles: rollouts a picture, the method's default if None; policy: `trained` weights,
+        or `base`. generator: decides the noise; without one each call draws another. Raises ConfigError with every
+        problem of the request.
         """
         found = [
             self._generator.generate(
@@ -70,6 +72,7 @@ class LatentacPipeline:
                 steering=steering,
                 particles=particles,
                 guidance_scale=guidance_scale,
+                policy=policy,
             )
             for text in ([prompt] if isinstance(prompt, str) else prompt)
         ]
