@@ -58,9 +58,9 @@ class LatentacPipeline:
         """Pictures of each prompt.
 
         steering: reward name -> weight in standard deviations of that reward, the exported defaults if None; method: a
-        row of `STEERING`, or none; particles: rollouts a picture, the method's default if None; policy: `trained` weights,
-        or `base`. generator: decides the noise; without one each call draws another. Raises ConfigError with every
-        problem of the request.
+        row of `STEERING`, or none; particles: rollouts a picture, the method's default if None; policy: `trained`
+        weights, or `base`. generator: decides the noise; without one each call draws another. Raises ConfigError with
+        every problem of the request.
         """
         found = [
             self._generator.generate(
