@@ -203,9 +203,9 @@ class Evaluation(Section):
 class Strengths(Section):
     """How much a reward of weight 1 counts for each method, in standard deviations of that reward."""
 
-    value_gradient: Rate = 15.0
+    value_gradient: Rate = 20.0
     best_of_n: Rate = 1.0
-    resampling: Rate = 8.0
+    resampling: Rate = 5.0
     twisted: Rate = 10.0
     svdd: Rate = 1.0
 
@@ -241,7 +241,7 @@ class Steering(Section):
     strengths: Strengths = Strengths()
     schedule: Schedule = Schedule()
     num_images: Annotated[int, Field(ge=8)] = 256
-    gradient_strengths: list[NonNegative] = [0.0, 5.0, 15.0, 30.0]
+    gradient_strengths: list[NonNegative] = [0.0, 10.0, 20.0, 30.0]
     candidates: list[Positive] = [2, 4, 8]
 
 

@@ -118,7 +118,8 @@ _LINES = {
 
 def _steering(found: File, path: Path) -> None:
     """Reward against evaluations, on base and on trained weights; plain sampling is where all begin."""
-    reward = found["reward"]
+    reward, ticks = found["reward"], [multiple * found["steps"] for multiple in MULTIPLES]
+    beside = []
     with _panels(path, 2, width=1.55) as panels:
         for axes, weights in zip(panels, ("base", "trained"), strict=True):
             own = [point for point in found["points"] if point["weights"] == weights]
@@ -130,26 +131,40 @@ def _steering(found: File, path: Path) -> None:
                 )
                 x, intervals = [point["nfe"] for point in points], [point["rewards"][reward] for point in points]
                 _band(axes, x, intervals, colour, words)
-                ends.append((x[-1], intervals[-1]["mean"], words, colour))
+                ends.append((intervals[-1]["mean"], words, colour))
             plain = next(point for point in own if point["way"] == "best_of_n" and point["candidates"] == 1)
-            axes.axhline(plain["rewards"][reward]["mean"], color="black", linewidth=0.8, linestyle=":")
+            level = plain["rewards"][reward]["mean"]
+            axes.plot([ticks[0], ticks[-1]], [level, level], color="black", linewidth=0.8, linestyle=":")
+            ends.append((level, "plain", "black"))
             axes.set_xscale("log", base=2)
-            ticks = [multiple * found["steps"] for multiple in MULTIPLES]
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
-            axes.set_xlim(ticks[0] * 0.9, ticks[-1] * 5)
+            axes.set_xlim(ticks[0] * 0.9, ticks[-1] * 7)
             axes.set(xlabel="evaluations of the denoiser a picture", title=f"{weights} weights")
-            _beside(axes, ends)
+            beside.append((axes, ends))
+        low = min(axes.get_ylim()[0] for axes in panels)
+        for axes, ends in beside:
+            axes.set_ylim(low, 1.04)
+            _beside(axes, ticks[-1], ends)
         panels[0].set_ylabel(f"{reward}, held out")
 
 
-def _beside(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Words at the right end of each line, pushed apart."""
+def _beside(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Words to the right of x, each at its line's height, pushed apart."""
     low, high = axes.get_ylim()
-    floor = low
-    for x, y, words, colour in sorted(ends, key=lambda end: end[1]):
-        floor = max(y, floor + 0.06 * (high - low))
-        axes.annotate(words, (x, floor), (6, 0), textcoords="offset points", va="center", color=colour, fontsize=8)
+    floor = low - (high - low)
+    for y, words, colour in sorted(ends):
+        floor = max(y, floor + 0.065 * (high - low))
+        axes.annotate(
+            words,
+            (x, floor),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            annotation_clip=False,
+            color=colour,
+            fontsize=8,
+        )
 
 
 def _curve(axes: Axes, arm: File, key: str, colour: str, *, scale: float, reward: str = "shapes_verifier") -> None:

@@ -224,7 +224,7 @@ def points(world: World, name: str, candidates: int) -> list[Record]:
 def cost(world: World, pictures: int = _ROWS) -> Record:
     """Seconds of a rollout of `pictures` rows, plain, with resampling of 4 and with the value gradient, both at every
     step, in turns; and the median ratios to plain, which asks no critic."""
-    strengths, whole = world.config.steering.strengths, Schedule()
+    strengths, whole = world.config.steering.strengths, Schedule(start=0.0, stop=1.0)
     steering = {
         "plain": None,
         "resampling": make_steering("resampling", strengths.resampling * world.dials, 4, whole),
