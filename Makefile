@@ -138,7 +138,7 @@ bench-critic: install ## what the critic costs: iterations of DDPO and of ours i
 	@$(PARALLEL) $(PY) -m tests.bench.critic_cost $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(PAIRS),--pairs '$(PAIRS)')
 
 bench-steering: install ## reward against evaluations of every way to steer, and what a particle and a gradient cost
-#: RECIPE=shapes-unet RUN=runs/<run that has trained; else it trains> PROMPTS=256; goes on where it was stopped
+#: RECIPE=shapes-unet RUN=runs/<run that has trained; else it trains> PROMPTS=384; goes on where it was stopped
 	@$(PARALLEL) $(PY) -m tests.bench.steering $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(RUN),--run '$(RUN)') \
 		$(if $(PROMPTS),--prompts '$(PROMPTS)')
 
@@ -147,8 +147,8 @@ bench-serving: install ## the endpoint: batching against one by one, the way thr
 	@$(PARALLEL) $(PY) -m tests.bench.serving $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(ROUNDS),--rounds '$(ROUNDS)')
 
 fuzz: install ## 10,000 requests that are made from the endpoint's own OpenAPI document (minutes)
-#: EXAMPLES=700 for each operation
-	@$(PARALLEL) LATENTAC_FUZZ_EXAMPLES=$(or $(EXAMPLES),700) $(TEST) -s -k made_from_the_document tests/latentac/serving
+#: EXAMPLES=1200 for each operation
+	@$(PARALLEL) LATENTAC_FUZZ_EXAMPLES=$(or $(EXAMPLES),1200) $(TEST) -s -k made_from_the_document tests/latentac/serving
 
 lock: install ## resolve requirements/*.in anew; versions move only where a pin in them moved
 #: UPGRADE=1 lets everything that is not pinned there move

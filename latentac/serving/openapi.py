@@ -138,6 +138,13 @@ _EVENT: Json = {
 }
 
 
+_UNSTEERED: Json = {
+    "if": {"properties": {"method": {"const": "none"}}, "required": ["method"]},
+    "then": {"properties": {"steering": {"type": ["object", "null"], "additionalProperties": {"const": 0}}}},
+}
+"""Weights that would do nothing are refused."""
+
+
 def document(app: FastAPI, exported: Exported, name: str) -> Json:
     """The whole document, for the routes that `app` has."""
     found = get_openapi(
@@ -175,6 +182,7 @@ def document(app: FastAPI, exported: Exported, name: str) -> Json:
     _name_tensors(found["components"]["schemas"])
     for form in ("Request", "ImagesRequest"):
         _limit(found["components"]["schemas"][form]["properties"], exported)
+        found["components"]["schemas"][form] |= _UNSTEERED
     found["components"]["schemas"]["Body"]["properties"]["instances"]["maxItems"] = exported.limits.max_images
     return found
 

@@ -25,7 +25,7 @@ from tests.latentac.serving.test_protocols import READY_SECONDS, ask, changed
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 EXAMPLES = int(os.environ.get("LATENTAC_FUZZ_EXAMPLES", "60"))
-"""For each operation of the document; 60 make about 1,000 requests, 700 the 10,000 of `make fuzz`."""
+"""For each operation of the document; 60 make about 1,000 requests, 1,200 the 10,000 of `make fuzz`."""
 
 # Two rules that a JSON schema cannot tell: the pictures of all instances together, and elements of a tensor's type.
 CONFIGURATION = """
