@@ -1,6 +1,6 @@
 """What steering gives for its evaluations, on base and trained weights, against best-of-N by the true reward.
 
-    python -m tests.bench.steering [--recipe shapes-unet] [--run FOLDER] [--prompts 256]
+    python -m tests.bench.steering [--recipe shapes-unet] [--run FOLDER] [--prompts 384]
 
 Every way to steer makes N candidates a picture, and one of them is chosen twice: by the critic and by the true reward.
 All ways have the same held-out prompts and noise. One process, one thread; what was measured is in build/steering and
@@ -51,6 +51,7 @@ from tests.bench.unit import sources
 GUIDANCE_SCALE = 2.0
 FOLDER = ROOT / "build" / "steering"
 CHOICES = ("critic", "reward")
+_PROMPTS = 384
 _DIVERSE = 32  # of the first so many prompts a second picture is made, for diversity
 _ROWS = 64  # rollouts at once, whatever the number of candidates
 _BOOTSTRAP = 2000
@@ -78,7 +79,7 @@ WAYS: dict[str, Way] = {
     "value_gradient": Way("value gradient", "value_gradient"),
     "twisted": Way("twisted", "twisted", most=8),
     "svdd": Way("SVDD", "svdd", most=8),
-    "fk_true": Way("resampling by the true reward of the guess", "resampling", truth=True, most=8),
+    "fk_true": Way("resampling by the true reward of the guess", "resampling", truth=True, most=4),
     "best_of_n_cfg": Way("best of N, CFG", "best_of_n", scale=GUIDANCE_SCALE, most=8, nested=True),
     "resampling_cfg": Way("resampling, CFG", "resampling", scale=GUIDANCE_SCALE, most=8),
     "value_gradient_cfg": Way("value gradient, CFG", "value_gradient", scale=GUIDANCE_SCALE, most=8),
@@ -262,6 +263,8 @@ def compared(rows: Sequence[Record], names: Sequence[str], config: Config) -> li
     }
     found = []
     for row in rows:
+        if WAYS[row["way"]].truth and row["choice"] == "critic":
+            continue  # there the values are the reward: both choices are one
         rewards = np.array(row["rewards"])
         nearest = min(control, key=lambda nfe: abs(nfe - row["nfe"]))
         numbers = {name: interval(rewards[:, column], _BOOTSTRAP, 0) for column, name in enumerate(names)}
@@ -323,7 +326,7 @@ def measure(recipe: str, run: str, num_prompts: int, folder: Path) -> Record:
     return {
         "experiment": "steering",
         "recipe": recipe,
-        "command": "make bench-steering" + ("" if recipe == "shapes-unet" else f" RECIPE={recipe}"),
+        "command": _command(recipe, num_prompts),
         "commits": [where["commit"]],
         "machines": [where["machine"]],
         "artifacts": artifacts,
@@ -336,6 +339,11 @@ def measure(recipe: str, run: str, num_prompts: int, folder: Path) -> Record:
         "cost": costs,
         "points": found,
     }
+
+
+def _command(recipe: str, num_prompts: int) -> str:
+    options = "" if recipe == "shapes-unet" else f" RECIPE={recipe}"
+    return f"make bench-steering{options}" + ("" if num_prompts == _PROMPTS else f" PROMPTS={num_prompts}")
 
 
 def _once(folder: Path, stamp: Record, name: str, work: Callable[[], Any]) -> Any:
@@ -357,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.steering", description=__doc__.partition("\n")[0])
     parser.add_argument("--recipe", default="shapes-unet")
     parser.add_argument("--run", default="", help="<output>/<id> of a run that has trained; else it is trained here")
-    parser.add_argument("--prompts", type=int, default=256, help="held-out prompts, one picture each")
+    parser.add_argument("--prompts", type=int, default=_PROMPTS, help="held-out prompts, one picture each")
     parser.add_argument("--output", type=Path, default=FULL.results, help="folder of steering-<recipe>.json and .svg")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where what is measured is kept")
     options = parser.parse_args(arguments)
