@@ -1,5 +1,6 @@
 """The README's section of results, and its figures, from the aggregated files and from nothing else."""
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,9 @@ _TITLES = {
     "steering": "steering",
     "serving": "the endpoint",
 }
+_SHOWN = ("best_of_n", "resampling", "value_gradient", "fk_true", "best_of_n_cfg")
+"""Ways to steer that the README tells of; the file has all."""
+
 File = Mapping[str, Any]
 
 
@@ -195,48 +199,56 @@ def _serving(found: File) -> Iterator[str]:
         yield _row(f"`{method}`", f"{rates['batched']:.1f}", f"{rates['single']:.1f}", told_ratio)
 
 
-def steering(found: File) -> Iterator[str]:
-    """On each weights a row a way and choice, a column a number of evaluations; then all rewards at 4 K; then costs."""
+def steering(found: File, *, every: bool = False) -> Iterator[str]:
+    """On each weights a row a way and choice, a column a number of evaluations; then all rewards at 4 K; then costs.
+
+    every: all ways, instead of those that a reader asks for first.
+    """
+    points = [point for point in found["points"] if every or point["way"] in _SHOWN]
+    found = {**found, "points": points}
     reward, steps = found["reward"], found["steps"]
     yield (
         f"`{reward}` on {found['prompts']} held-out prompts, the same noise for all; evaluations a picture, "
         f"K = {steps}: a backward pass counts 2 and CFG doubles; where a way has no such number of candidates, the "
-        f"nearest below. Half of a 95 % interval is {_half(found['points'][0]['rewards'][reward]):.3f}. Best-of-N by "
+        f"nearest below. Half of a 95 % interval is {_half(points[0]['rewards'][reward]):.3f}. Best-of-N by "
         "the true reward asks the reward itself N times."
     )
-    for weights in ("base", "trained"):
-        yield ""
-        yield _row(f"{weights} weights, chosen by", "", *(f"{multiple} K" for multiple in MULTIPLES))
-        yield "|---" * (len(MULTIPLES) + 2) + "|"
-        cells: dict[tuple[str, str], dict[int, str]] = {}
-        for multiple in MULTIPLES:
-            for point in near(found, weights, multiple):
-                way = point["label"].partition(" x")[0], point["choice"]
+    yield ""
+    yield _row("Weights", "Way", "Last choice by", *(f"{multiple} K" for multiple in MULTIPLES))
+    yield "|---" * (len(MULTIPLES) + 3) + "|"
+    cells: dict[tuple[str, str, str], dict[int, str]] = {}
+    for weights, multiple in itertools.product(("base", "trained"), MULTIPLES):
+        for point in near(found, weights, multiple):
+            for choice in ("critic", "reward") if point["choice"] == "none" else (point["choice"],):
+                way = weights, point["label"].partition(" x")[0], choice
                 cells.setdefault(way, {})[multiple] = f"{point['rewards'][reward]['mean']:.3f}"
-        for (label, choice), row in cells.items():
-            yield _row(label, choice, *(row.get(multiple, "") for multiple in MULTIPLES))
+    for way, row in cells.items():
+        yield _row(*way, *(row.get(multiple, "") for multiple in MULTIPLES))
     yield ""
-    yield from _beside(found)
-    ratios = {name: found["cost"]["base"][name] for name in ("resampling", "value_gradient")}
-    told_ratios = (f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" for ratio in ratios.values())
-    particle, gradient = told_ratios
+    yield from _at_4k(found, every)
     yield ""
+    cost = found["cost"]["base"]
+    particle, gradient = (
+        f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+        for ratio in (cost["resampling"], cost["value_gradient"])
+    )
     yield (
-        f"Processor time of a rollout of {found['cost']['base']['rows']} rows over that of a plain one, median of "
-        f"{ratios['resampling']['n']} turns: particles {particle}, value gradient {gradient}."
+        f"Processor time of a rollout of {cost['rows']} rows over that of a plain one, median of "
+        f"{cost['resampling']['n']} turns: with particles {particle}, with a gradient at every step {gradient}."
     )
 
 
-def _beside(found: File) -> Iterator[str]:
-    """At 4 K, what else the pictures are: the other rewards, diversity, seconds."""
+def _at_4k(found: File, every: bool) -> Iterator[str]:
+    """What else the pictures are: the other rewards, diversity, seconds."""
     points = [point for weights in ("base", "trained") for point in near(found, weights, 4)]
     names = list(points[0]["rewards"])
     yield _row("At 4 K", *(f"`{name}`" for name in names), "Diversity", "ms a picture")
     yield "|---" * (len(names) + 3) + "|"
     for point in points:
-        rewards = (f"{point['rewards'][name]['mean']:.3f}" for name in names)
-        label = f"{point['weights']}: {point['label']}"
-        yield _row(label, *rewards, f"{point['diversity']['mean']:.3f}", f"{1000 * point['seconds']:.0f}")
+        if every or (point["way"] in _SHOWN[:3] and point["choice"] != "critic"):
+            rewards = (f"{point['rewards'][name]['mean']:.3f}" for name in names)
+            label = f"{point['weights']}: {point['label']}"
+            yield _row(label, *rewards, f"{point['diversity']['mean']:.3f}", f"{1000 * point['seconds']:.0f}")
 
 
 def _half(interval: Mapping[str, Any]) -> float:

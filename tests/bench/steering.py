@@ -375,7 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = f"steering-{options.recipe}"
     (options.output / f"{name}.json").write_text(dump(found))
     figures.draw({name: found}, options.output)
-    _tell("\n".join(report.steering(found)))
+    _tell("\n".join(report.steering(found, every=True)))
     for claim in CLAIMS:
         if claim.experiment == "steering":
             verdict = claim.decide(found)
