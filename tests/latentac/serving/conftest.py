@@ -22,6 +22,7 @@ def config() -> Config:
             "backbone": {"source": "builtin:shapes-unet"},
             "prompts": {"source": "builtin:shapes"},
             "rewards": [{"name": "shapes_verifier"}, {"name": "jpeg_compressibility", "weight": 0.0}],
+            "steering": {"schedule": {"start": 0.0, "stop": 1.0}},  # costs are told as if every step were steered
             "gate": {"reward": "shapes_verifier"},
         }
     )
