@@ -20,7 +20,7 @@ MIN_SEEDS = 3
 EXPLAINED_VARIANCE_MARGIN = 0.05
 COST_BOUND = 1.10
 PARTICLE_BOUND, GRADIENT_BOUND = 1.10, 2.5
-BATCHING_BOUND, PROBE_SECONDS = 1.5, 0.1
+BATCHING_BOUND, PROBE_SECONDS, MIN_PROBES = 1.5, 0.1, 100
 MULTIPLES = (1, 2, 4, 8, 16)
 """Of K: the evaluations a picture at which ways to steer are compared, or as near as their candidates come."""
 BODY_MARGIN = 0.03
@@ -178,9 +178,11 @@ def batched(method: str) -> Callable[..., Verdict]:
 
 
 def probed(found: Mapping[str, Any]) -> Verdict:
-    """The slowest of all probes."""
+    """The slowest of all probes; a few say nothing."""
     probes = found["probes"]
     word: Word = "holds" if probes["max"] <= PROBE_SECONDS else "does not hold"
+    if probes["n"] < MIN_PROBES:
+        word = "undecided"
     times = ", ".join(f"{name} {probes[name] * 1000:.0f} ms" for name in ("median", "p99", "max"))
     return Verdict(word, f"{times} of {probes['n']:,} probes")
 

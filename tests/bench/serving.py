@@ -40,8 +40,6 @@ from tests.bench.plan import FULL
 from tests.bench.unit import base_policy
 
 CALLERS = 8
-_REQUESTS = 64  # a round and server
-_ALONE = 24  # a round, at concurrency 1
 _BOOTSTRAP = 2000
 _PROBE_SECONDS = 0.02
 _READY_SECONDS = 240.0
@@ -87,20 +85,22 @@ class Probes:
                 raise RuntimeError(f"a probe answered {status}")
 
 
-def rate(server: ServerProcess, fields: dict[str, Any], seed: int) -> float:
+def rate(server: ServerProcess, fields: dict[str, Any], seed: int, requests: int) -> float:
     """Pictures a second, with CALLERS requests under way at any time."""
     began = time.monotonic()
     with ThreadPoolExecutor(CALLERS) as pool:
-        list(pool.map(lambda i: server.predict(fields | {"seed": seed + i}), range(_REQUESTS)))
-    return _REQUESTS / (time.monotonic() - began)
+        list(pool.map(lambda i: server.predict(fields | {"seed": seed + i}), range(requests)))
+    return requests / (time.monotonic() - began)
 
 
-def alone(server: ServerProcess, generator: Generator, fields: dict[str, Any], seed: int) -> dict[str, float]:
+def alone(
+    server: ServerProcess, generator: Generator, fields: dict[str, Any], seed: int, requests: int
+) -> dict[str, float]:
     """Median seconds a picture with one request under way: served, drawn in this process, and drawn here by the loop
     alone in a batch of one, without values."""
     spent: dict[str, list[float]] = {"served": [], "drawn": [], "bare": []}
     policy, steps = generator.policy("trained"), generator.exported.kernel.num_steps
-    for turn in range(_ALONE):
+    for turn in range(requests):
         began = time.monotonic()
         server.predict(fields | {"seed": seed + turn})
         spent["served"].append(time.monotonic() - began)
@@ -115,7 +115,7 @@ def alone(server: ServerProcess, generator: Generator, fields: dict[str, Any], s
     return {name: statistics.median(seconds) for name, seconds in spent.items()}
 
 
-def measure(recipe: str, rounds: int) -> dict[str, Any]:
+def measure(recipe: str, rounds: int, requests: int, alone_requests: int) -> dict[str, Any]:
     """The record. throughput: the ratio of batched to one by one, round by round, a method; probes: seconds."""
     config = resolve_recipe(recipe, "", [])
     rates: dict[str, dict[str, list[float]]] = {name: {"batched": [], "single": []} for name in _METHODS}
@@ -136,14 +136,13 @@ def measure(recipe: str, rounds: int) -> dict[str, Any]:
                     for kind in ("batched", "single") if turn % 2 else ("single", "batched"):
                         server = together if kind == "batched" else apart
                         with Probes(server) as watched:
-                            speed = rate(server, asked, 1000 * turn)
+                            speed = rate(server, asked, 1000 * turn, requests)
                         if turn:  # the first round only warms
                             rates[name][kind].append(speed)
                             probes += watched.seconds if kind == "batched" else []
                 if turn:
-                    alones.append(
-                        alone(together, generator, {"prompt": "two red squares", "method": "none"}, 1000 * turn)
-                    )
+                    plain = {"prompt": "two red squares", "method": "none"}
+                    alones.append(alone(together, generator, plain, 1000 * turn, alone_requests))
                 bar.update()
     found = environment()
     throughput = {
@@ -176,10 +175,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.serving", description=__doc__.partition("\n")[0])
     parser.add_argument("--recipe", default="shapes-unet")
     parser.add_argument("--rounds", type=int, default=6, help="turns of both servers")
+    parser.add_argument("--requests", type=int, default=64, help="of a turn")
+    parser.add_argument("--alone", type=int, default=24, help="of a turn with one caller")
     parser.add_argument("--output", type=Path, default=FULL.results, help="folder of serving-<recipe>.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found = measure(options.recipe, options.rounds)
+    found = measure(options.recipe, options.rounds, options.requests, options.alone)
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"serving-{options.recipe}.json"
     path.write_text(dump(found))

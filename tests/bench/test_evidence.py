@@ -76,7 +76,7 @@ def test_a_unit_is_known_by_what_decides_its_result() -> None:
 
 def test_every_claim_has_its_comparison() -> None:
     """What a claim asks for is in the plan: an experiment of that name, with intervals of at least three seeds."""
-    assert {claim.experiment for claim in CLAIMS} <= {*EXPERIMENTS, "cost", "steering"}
+    assert {claim.experiment for claim in CLAIMS} <= {*EXPERIMENTS, "cost", "steering", "serving"}
     counts = [count for seeds in FULL.seeds.values() for recipe, count in seeds.items() if recipe in RECIPES]
     assert min(counts) >= claims.MIN_SEEDS
 
@@ -288,6 +288,23 @@ def test_the_cost_of_the_critic_is_measured_in_turns(tmp_path: Path) -> None:
         assert parts["critic"] >= 0
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_endpoint_is_measured_in_turns(tmp_path: Path) -> None:
+    """Two real servers: each method's ratio, one caller's seconds, every probe; and the file says so."""
+    from tests.bench import serving
+
+    options = ["--rounds=2", "--requests=8", "--alone=2", f"--output={tmp_path}"]
+    assert serving.main(options) == 0
+    found = json.loads((tmp_path / "serving-shapes-unet.json").read_text())
+    for ratio in (*found["throughput"].values(), found["overhead"]):
+        assert ratio["n"] == 2
+        assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+    assert found["alone"]["bare"] > 0
+    assert found["probes"]["n"] > 0
+    assert found["probes"]["median"] <= found["probes"]["p99"] <= found["probes"]["max"]
+
+
 # What they share
 
 
@@ -413,7 +430,26 @@ def _world(truth: int) -> dict[str, dict[str, Any]]:
         "steps": 10,
     } | {"images": 256, "updates": 4}
     results["steering-shapes-unet"] = {**results["main-shapes-unet"], **_steering_world(truth)}
+    results["serving-shapes-unet"] = {**results["main-shapes-unet"], **_serving_world(truth)}
     return results
+
+
+def _serving_world(truth: int) -> dict[str, Any]:
+    """Batching gains, or loses, or nobody knows; probes are answered in time but where it loses."""
+    median, half = {1: (2.0, 0.1), -1: (0.9, 0.1), 0: (1.5, 0.2)}[truth]
+    ratio = {"median": median, "low": median - half, "high": median + half, "n": 6}
+    methods = ("none", "value_gradient")
+    return {
+        "experiment": "serving",
+        "callers": 8,
+        "batch_rows": 4,
+        "steps": 10,
+        "throughput": dict.fromkeys(methods, ratio),
+        "rates": {method: {"batched": 40.0, "single": 20.0} for method in methods},
+        "alone": {"served": 0.06, "drawn": 0.055, "bare": 0.035},
+        "overhead": ratio,
+        "probes": {"n": 500 if truth else 50, "median": 0.002, "p99": 0.02, "max": 0.2 if truth < 0 else 0.03},
+    }
 
 
 def _steering_world(truth: int) -> dict[str, Any]:
