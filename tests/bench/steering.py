@@ -272,7 +272,7 @@ def compared(rows: Sequence[Record], names: Sequence[str], config: Config) -> li
             {
                 **row,
                 "label": label(row),
-                "critic": not WAYS[row["way"]].truth and row["way"] != "best_of_n",
+                "critic": _by_critic(row),
                 "rewards": numbers,
                 "diversity": interval(np.array(row["diversity"]), _BOOTSTRAP, 0),
                 "control_nfe": nearest,
@@ -281,6 +281,12 @@ def compared(rows: Sequence[Record], names: Sequence[str], config: Config) -> li
             }
         )
     return [row for row in found if not WAYS[row["way"]].nested or row["candidates"] in MULTIPLES]
+
+
+def _by_critic(point: Record) -> bool:
+    """Whether a critic steered, or chose at least."""
+    way = WAYS[point["way"]]
+    return not way.truth and (way.method != "best_of_n" or point["choice"] == "critic")
 
 
 def label(point: Record) -> str:

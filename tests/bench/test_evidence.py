@@ -347,6 +347,7 @@ def test_ways_to_steer_are_measured_on_the_same_candidates(tmp_path: Path) -> No
     assert [row["candidates"] for row in found if row["way"] == "best_of_n"] == [1, 2, 2]
     assert all(row["control_nfe"] == row["nfe"] for row in found)
     assert {row["critic"] for row in found if row["way"] == "resampling"} == {True}
+    assert [row["critic"] for row in found if row["way"] == "best_of_n"] == [False, True, False]
     cost = steering.cost(world, 4)
     assert cost["resampling"]["n"] == cost["value_gradient"]["n"] > 2
     calls: list[int] = []
