@@ -155,7 +155,7 @@ def test_a_pointer_that_names_nothing_is_refused(copy: Workspace, content: objec
     ("part", "change", "words"),
     [
         (FILE, {"backbone": "dit"}, "models/bad-1: its backbone is dit, that of this run unet"),
-        (FILE, {"schema": 2}, "is not valid"),
+        (FILE, {"schema": 1}, "is not valid"),
         ("unet/config.json", {"sample_size": 16}, r"its latents are \(4, 16, 16\), those of this run \(4, 8, 8\)"),
         (None, {}, "nothing was published there"),
     ],
