@@ -84,7 +84,7 @@ class Batcher:
             queued = len(self._waiting)
             # An empty queue takes everything that one request may ask for.
             if queued and queued + wanted > self._settings.max_queued_images:
-                raise Busy(queued, self._seconds_left(queued))
+                raise Busy(queued, self._seconds_left())
             jobs = []
             for slots, tell in requests:
                 job = Job(len(slots), len(self._waiting), tell, now)
@@ -110,8 +110,8 @@ class Batcher:
         for thread in self._threads:
             thread.join()
 
-    def _seconds_left(self, queued: int) -> int:
-        batches = queued / max(1, self._settings.batch_rows) / len(self._threads)
+    def _seconds_left(self) -> int:
+        batches = sum(1 / self._generator.room(one.slot.kind) for one in self._waiting) / len(self._threads)
         return max(1, math.ceil(batches * self._seconds_a_batch))
 
     def _work(self) -> None:
@@ -122,7 +122,8 @@ class Batcher:
             started = time.monotonic()
             self._draw(batch, started)
             seconds = time.monotonic() - started
-            self._seconds_a_batch += 0.2 * (seconds - self._seconds_a_batch)
+            weight = 0.2 if self._seconds_a_batch else 1.0  # of the newest in the running mean
+            self._seconds_a_batch += weight * (seconds - self._seconds_a_batch)
             self._drew(len(batch), seconds)
 
     def _next(self) -> list[_Waiting]:

@@ -21,7 +21,7 @@ from latentac.errors import ConfigError, Problem, ServingError
 from latentac.policy import Policy
 from latentac.rollout import rollout, steered_rollout
 from latentac.serving import exported
-from latentac.serving.request import DEFAULT_METHOD, Request, checked, default_particles
+from latentac.serving.request import DEFAULT_METHOD, Request, default_particles, parse_one
 from latentac.steering import evaluations, make_steering
 
 Observe = Callable[[int, np.ndarray], None]
@@ -78,7 +78,6 @@ class Pictures:
     weights: dict[str, float]
     nfe: int
     seed: int
-    num_steps: int
 
 
 class Generator:
@@ -126,18 +125,18 @@ class Generator:
         particles: rollouts a picture, the method's default if None. guidance_scale: of classifier-free guidance, 1 is
         none. policy: `trained` weights, or `base`. Raises ConfigError with every problem.
         """
-        request = checked(
-            self.exported,
-            prompt=prompt,
-            seed=seed,
-            count=count,
-            num_steps=num_steps,
-            method=method,
-            steering=steering,
-            particles=particles,
-            guidance_scale=guidance_scale,
-            policy=policy,
-        )
+        fields = {
+            "prompt": prompt,
+            "seed": seed,
+            "count": count,
+            "num_steps": num_steps,
+            "method": method,
+            "steering": steering,
+            "particles": particles,
+            "guidance_scale": guidance_scale,
+            "policy": policy,
+        }
+        request = parse_one(fields, self.exported)
         slots = self.slots(request)
         room = self.room(slots[0].kind)
         blocks = [slots[start : start + room] for start in range(0, len(slots), room)]
@@ -150,17 +149,20 @@ class Generator:
         given = self.exported.default_weights(request.method) if request.steering is None else request.steering
         return {name: float(weight) for name, weight in given.items() if weight}
 
-    def slots(self, request: Request) -> list[Slot]:
-        """The request's pictures, all of one kind."""
-        weights = self.weights(request)
-        method = request.method if weights else "none"
-        kind = Kind(
+    def kind(self, request: Request) -> Kind:
+        """What the request's pictures are; with all weights at 0 they are plain ones, whatever the method."""
+        method = request.method if self.weights(request) else "none"
+        return Kind(
             policy=request.policy,
             num_steps=request.num_steps or self.exported.kernel.num_steps,
             guidance_scale=float(request.guidance_scale),
             method=method,
             particles=1 if method == "none" else request.particles or default_particles(method),
         )
+
+    def slots(self, request: Request) -> list[Slot]:
+        """The request's pictures, all of one kind."""
+        kind, weights = self.kind(request), self.weights(request)
         heads = tuple(weights.get(name, 0.0) for name in self.critic.reward_names)
         return [Slot(kind, request.prompt, request.seed, index, heads) for index in range(request.count)]
 
@@ -199,11 +201,7 @@ class Generator:
 
     def pictures(self, request: Request, drawn: Sequence[Drawn]) -> Pictures:
         """The answer to `request`, whose pictures are drawn. Raises ConfigError where the weights were too strong."""
-        values, weights, kind = (
-            np.stack([one.values for one in drawn]),
-            self.weights(request),
-            self.slots(request)[0].kind,
-        )
+        values, weights = np.stack([one.values for one in drawn]), self.weights(request)
         if not np.isfinite(values).all():
             raise ConfigError([Problem("steering", weights, "drove the latents to infinity", "Use smaller weights.")])
         return Pictures(
@@ -211,9 +209,8 @@ class Generator:
             values=values,
             reward_names=self.critic.reward_names,
             weights=weights,
-            nfe=self.nfe(kind),
+            nfe=self.nfe(self.kind(request)),
             seed=request.seed,
-            num_steps=kind.num_steps,
         )
 
     def nfe(self, kind: Kind) -> int:

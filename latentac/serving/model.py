@@ -116,12 +116,12 @@ class SteeredDiffusion(Model):
 
     def _tell(self, record: Record, requests: Sequence[Request], jobs: Sequence[Job]) -> None:
         record.asked(requests)
-        kinds = [self.generator.slots(request)[0].kind for request in requests]
+        kinds = [self.generator.kind(request) for request in requests]
         counted = [(kind, job.count, self.generator.nfe(kind)) for kind, job in zip(kinds, jobs, strict=True)]
         record.drawn(counted, max(job.waited for job in jobs))
 
     def _prediction(self, request: Request, drawn: Sequence[Drawn]) -> dict[str, Any]:
-        pictures, kind = self.generator.pictures(request, drawn), self.generator.slots(request)[0].kind
+        pictures, kind = self.generator.pictures(request, drawn), self.generator.kind(request)
         return {
             "images": [base64.b64encode(png(image)).decode() for image in pictures.images],
             "seed": pictures.seed,

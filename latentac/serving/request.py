@@ -118,11 +118,6 @@ def parse_images(body: object, exported: Exported) -> ImagesRequest:
     return _validated(ImagesRequest, body, limits)
 
 
-def checked(exported: Exported, **fields: Any) -> Request:
-    """One request from its fields. Raises ConfigError with every problem."""
-    return parse_one(fields, exported)
-
-
 def _validated(root: type[Root], fields: object, limits: Sequence[Problem]) -> Root:
     """`fields` as a `root`. Raises ConfigError with the problems of its form and those in `limits` together."""
     try:

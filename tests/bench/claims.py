@@ -6,7 +6,7 @@ one for itself: among many claims one or another is wrong by chance.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -291,6 +291,14 @@ CLAIMS: Sequence[Claim] = (
     ),
     Claim(f"Under that load every probe is answered within {PROBE_SECONDS * 1000:.0f} ms", "serving", probed),
 )
+
+
+def verdicts(experiment: str, found: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each claim that the file of an experiment decides."""
+    for claim in CLAIMS:
+        if claim.experiment == experiment:
+            verdict = claim.decide(found)
+            yield f"{verdict.word}: {claim.sentence} ({verdict.reason})"
 
 
 def _told(interval: Mapping[str, Any], sign: str) -> str:

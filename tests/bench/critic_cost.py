@@ -28,7 +28,7 @@ from latentac.rewards import load_reward
 from latentac.run import resolve_recipe
 from latentac.trainer import Block, Trainer
 from tests.bench.aggregate import dump
-from tests.bench.claims import CLAIMS
+from tests.bench.claims import verdicts
 from tests.bench.plan import FULL
 from tests.bench.unit import base_policy
 
@@ -132,10 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, key in (("values", "ratio"), ("guided", "guided_ratio")):
         ratio = found[key]
         print(f"{name} / DDPO: {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}], {ratio['n']} pairs")
-    for claim in CLAIMS:
-        if claim.experiment == "cost":
-            verdict = claim.decide(found)
-            print(f"{verdict.word}: {claim.sentence} ({verdict.reason})")
+    print("\n".join(verdicts("cost", found)))
     return 0
 
 

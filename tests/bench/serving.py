@@ -35,7 +35,7 @@ from latentac.serving.generator import Generator
 from latentac.serving.process import ServerProcess
 from latentac.shapes import builtin_pipeline
 from tests.bench.aggregate import dump
-from tests.bench.claims import CLAIMS
+from tests.bench.claims import verdicts
 from tests.bench.plan import FULL
 from tests.bench.unit import base_policy
 
@@ -187,10 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(json.dumps({name: found[name] for name in ("rates", "alone", "probes")}, indent=2))
     for name, ratio in (*found["throughput"].items(), ("overhead of a request", found["overhead"])):
         print(f"{name}: {ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}], {ratio['n']} rounds")
-    for claim in CLAIMS:
-        if claim.experiment == "serving":
-            verdict = claim.decide(found)
-            print(f"{verdict.word}: {claim.sentence} ({verdict.reason})")
+    print("\n".join(verdicts("serving", found)))
     return 0
 
 

@@ -44,7 +44,7 @@ from latentac.types import Trajectory
 from latentac.workspace import default_store
 from tests.bench import figures, report
 from tests.bench.aggregate import dump
-from tests.bench.claims import CLAIMS, MULTIPLES
+from tests.bench.claims import MULTIPLES, verdicts
 from tests.bench.plan import FULL, MEASURED, ROOT
 from tests.bench.unit import sources
 
@@ -382,10 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (options.output / f"{name}.json").write_text(dump(found))
     figures.draw({name: found}, options.output)
     _tell("\n".join(report.steering(found, every=True)))
-    for claim in CLAIMS:
-        if claim.experiment == "steering":
-            verdict = claim.decide(found)
-            _tell(f"{verdict.word}: {claim.sentence} ({verdict.reason})")
+    _tell("\n".join(verdicts("steering", found)))
     return 0
 
 

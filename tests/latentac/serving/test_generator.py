@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from latentac.errors import ConfigError, ServingError
 from latentac.serving.exported import FILE, image_size
 from latentac.serving.generator import Generator
-from latentac.serving.request import METHODS, checked
+from latentac.serving.request import METHODS, parse_one
 
 PROMPT = "two red squares"
 
@@ -128,10 +128,10 @@ def test_a_picture_is_the_same_in_any_batch(generator: Generator, method: str) -
     """Bit for bit: alone, or beside pictures of other prompts, seeds and weights, at any place."""
     weights = {} if method == "none" else {"shapes_verifier": 3.0}
     fields: dict[str, Any] = {"method": method, "num_steps": 3, "particles": 2, "steering": weights or None}
-    mine = checked(generator.exported, prompt=PROMPT, seed=5, **fields)
+    mine = parse_one({"prompt": PROMPT, "seed": 5, **fields}, generator.exported)
     if weights:
         fields["steering"] = {"jpeg_compressibility": -7.0}
-    theirs = checked(generator.exported, prompt="three blue circles", seed=8, **fields)
+    theirs = parse_one({"prompt": "three blue circles", "seed": 8, **fields}, generator.exported)
     own, other = generator.slots(mine), generator.slots(theirs)
     [alone] = generator.draw(own)
     room = generator.room(own[0].kind)
