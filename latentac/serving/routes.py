@@ -28,6 +28,7 @@ from kserve.protocol.rest.v2_datamodels import (
     ServerReadyResponse,
 )
 from kserve.protocol.rest.v2_endpoints import V2Endpoints
+from starlette.types import Receive, Scope, Send
 
 from latentac.errors import ConfigError, Problem
 from latentac.serving import observing
@@ -64,6 +65,9 @@ _log = logging.getLogger(__name__)
 
 Handle = Callable[[Any, Record], Awaitable[Response]]
 
+_Last = tuple[int, str, dict[str, Any]]
+"""Status, name and content of a stream's last event."""
+
 
 class _Gone(Exception):
     """The caller closed the connection."""
@@ -75,6 +79,44 @@ class _Refused(Exception):
     def __init__(self, status: int, problem: Problem) -> None:
         super().__init__(problem.problem)
         self.status, self.problem = status, problem
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events: `first`, a "step" for each of `steps` while `drawing` goes on, and its result.
+
+    answered: is told the status at the end: of the result, or 499 where the caller left before it, be it before the
+    first event. Nothing is drawn any more then.
+    """
+
+    def __init__(
+        self,
+        first: str,
+        drawing: asyncio.Future[_Last],
+        steps: asyncio.Queue[dict[str, Any]],
+        answered: Callable[[int], None],
+    ) -> None:
+        super().__init__(self._events(first), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._drawing, self._steps, self._answered = drawing, steps, answered
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            left = self._drawing.cancel() or self._drawing.cancelled()
+            self._answered(499 if left else self._drawing.result()[0])
+
+    async def _events(self, first: str) -> AsyncIterator[str]:
+        yield first
+        while not (self._drawing.done() and self._steps.empty()):
+            told = asyncio.ensure_future(self._steps.get())
+            either: set[asyncio.Future[Any]] = {told, self._drawing}
+            await asyncio.wait(either, timeout=_ALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if told.done():
+                yield _event("step", told.result())
+            elif told.cancel() and not self._drawing.done():
+                yield ": alive\n\n"
+        _, name, content = self._drawing.result()
+        yield _event(name, content)
 
 
 class Routes:
@@ -153,33 +195,14 @@ class Routes:
                     loop.call_soon_threadsafe(steps.put_nowait, event)
 
             jobs = self._model.submit([asked], tell)
-            events = self._events(asked, jobs, steps, record)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            drawing = asyncio.ensure_future(self._finished(asked, jobs))
+            queued = _event("queued", {"id": record.id, "ahead": jobs[0].ahead})
+            return _Stream(queued, drawing, steps, record.answered)
 
         return await self._answered(request, "stream", handle)
 
-    async def _events(
-        self, asked: Request, jobs: Sequence[Job], steps: asyncio.Queue[dict[str, Any]], record: Record
-    ) -> AsyncIterator[str]:
-        status, drawing = 499, asyncio.ensure_future(self._finished(asked, jobs, record))
-        try:
-            yield _event("queued", {"id": record.id, "ahead": jobs[0].ahead})
-            while not (drawing.done() and steps.empty()):
-                told = asyncio.ensure_future(steps.get())
-                await asyncio.wait({told, drawing}, timeout=_ALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                if told.done():
-                    yield _event("step", told.result())
-                elif told.cancel() and not drawing.done():
-                    yield ": alive\n\n"
-            status, name, content = drawing.result()
-            yield _event(name, content)
-        finally:
-            drawing.cancel()
-            record.answered(status)
-
-    async def _finished(self, asked: Request, jobs: Sequence[Job], record: Record) -> tuple[int, str, dict[str, Any]]:
-        """Status, name and content of the last event."""
-        observing.CURRENT.set(record)
+    async def _finished(self, asked: Request, jobs: Sequence[Job]) -> _Last:
+        """What the last event says."""
         try:
             [prediction] = await self._model.finish([asked], jobs)
         except Exception as error:  # noqa: BLE001 - the stream has begun: its last event says what went wrong
@@ -223,7 +246,9 @@ def register_kserve(app: FastAPI, dataplane: DataPlane) -> None:
     first, second = V1Endpoints(dataplane), V2Endpoints(dataplane)
     app.add_api_route("/v1/models", first.models, methods=["GET"])
     app.add_api_route("/v1/models/{model_name}", first.model_ready, methods=["GET"])
-    app.add_api_route("/v2", second.metadata, methods=["GET"], response_model=ServerMetadataResponse)
+    app.add_api_route(
+        "/v2", _without_extensions(second.metadata), methods=["GET"], response_model=ServerMetadataResponse
+    )
     app.add_api_route("/v2/health/live", second.live, methods=["GET"], response_model=ServerLiveResponse)
     app.add_api_route("/v2/health/ready", second.ready, methods=["GET"], response_model=ServerReadyResponse)
     app.add_api_route("/v2/models", second.models, methods=["GET"], response_model=ListModelsResponse)
@@ -234,6 +259,17 @@ def register_kserve(app: FastAPI, dataplane: DataPlane) -> None:
         "/v2/models/{model_name}/ready", _unversioned(second.model_ready), response_model=ModelReadyResponse
     )
     app.add_api_route("/metrics", metrics_handler, methods=["GET"])
+
+
+def _without_extensions(endpoint: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
+    """KServe's handler, which names an extension for loading and unloading models that this server lacks."""
+
+    async def metadata() -> Any:
+        told: ServerMetadataResponse = await endpoint()
+        return told.model_copy(update={"extensions": []})
+
+    metadata.__doc__ = (endpoint.__doc__ or "").partition("\n")[0]
+    return metadata
 
 
 def _unversioned(endpoint: Callable[[str], Awaitable[Any]]) -> Callable[[str], Awaitable[Any]]:

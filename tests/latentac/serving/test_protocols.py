@@ -1,8 +1,10 @@
 """Each way to ask a real server for pictures, and what an operator sees of it."""
 
+import asyncio
 import base64
 import http.client
 import json
+import logging
 import re
 import time
 from collections.abc import Iterator
@@ -12,9 +14,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from fastapi import FastAPI
 
 from latentac.serving.exported import FILE
+from latentac.serving.model import SteeredDiffusion
 from latentac.serving.process import ServerProcess
+from latentac.serving.routes import Routes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -224,6 +229,36 @@ def test_whoever_goes_away_has_its_work_ended(server: ServerProcess) -> None:
     assert server.predict(ASKED)["num_steps"] == 3
     assert time.monotonic() - began < 30  # eight times 8 pictures of 32 particles, 100 steps, would take minutes
     assert "latentac_queued_pictures 0.0" in ask(server, "GET", "/metrics")[2]
+
+
+def test_whoever_leaves_a_stream_before_its_first_event_has_its_work_ended(
+    exported_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not one byte could be sent: the pictures are given up all the same, and the operator is told 499."""
+    model = SteeredDiffusion("latentac", exported_folder, "cpu")
+    model.load()
+    app = FastAPI()
+    Routes(model, prompts=False).register(app)
+    body = ASKED | {"num_steps": 100, "method": "twisted", "particles": 32, "count": 8}
+
+    messages = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
+
+    async def receive() -> dict[str, Any]:
+        for message in messages:
+            return message
+        await asyncio.sleep(0.3)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        await asyncio.Event().wait()
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/images/stream", "headers": [], "query_string": b""}
+    with caplog.at_level(logging.INFO, "latentac.requests"):
+        asyncio.run(asyncio.wait_for(app(scope, receive, send), 60))
+    began = time.monotonic()
+    model.close()
+    assert time.monotonic() - began < 30  # 8 pictures of 32 particles, 100 steps, take longer
+    assert [json.loads(line.getMessage())["status"] for line in caplog.records] == [499]
 
 
 def changed(exported_folder: Path, folder: Path, **sections: dict[str, Any]) -> Path:
