@@ -25,7 +25,8 @@ _SHAPES_DIT = merge(
         "recipe": "shapes-dit",
         "backbone": {"name": "dit", "source": "builtin:shapes-dit"},
         "kernel": {"name": "cps", "noise": 0.9},
-        "algorithm": {"clip": 0.003},
+        "algorithm": {"clip": 0.003, "gae_lambda": 1.0},
+        "critic": {"replay_images": 4096},
         "train": {"num_iterations": 60, "updates_per_iteration": 20},
     },
 )

@@ -54,7 +54,8 @@ def aggregate(scale: Scale, experiment: str, recipe: str) -> Path | None:
         if unit.hash in known:
             records.append({**known[unit.hash], "arm": unit.arm, "seed": unit.seed})
             environments.append(known[unit.hash]["environment"])
-    if {record["arm"] for record in records} <= {EXPERIMENTS[experiment].reference}:
+    summary = summarise(experiment, records)
+    if not summary["differences"]:
         return None
     content = {
         "experiment": experiment,
@@ -65,7 +66,7 @@ def aggregate(scale: Scale, experiment: str, recipe: str) -> Path | None:
         "machines": _distinct(environment["machine"] for environment in environments),
         "versions": _distinct(environment["versions"] for environment in environments),
         "sources": sorted({record["sources"] for record in records}),
-        **summarise(experiment, records),
+        **summary,
         "pictures": _pictures(scale, planned) if experiment == "hacking" else [],
         "failed": _failed(scale, planned),
         "missing": [[unit.arm, unit.seed] for unit in planned if unit.hash not in known],

@@ -123,7 +123,9 @@ def _rewards(**weights: float) -> Settings:
 
 _THREE = _rewards(shapes_clip=1.0, shapes_verifier=1.0, jpeg_compressibility=1.0)
 
-_NO_CRITIC: Settings = {"algorithm.value_guidance": 0.0}
+_PLAIN: Settings = {"algorithm.gae_lambda": 0.9, "critic.replay_images": 0}
+"""What the ablations start from: what they showed to help came into a recipe after them."""
+_NO_CRITIC: Settings = {**_PLAIN, "algorithm.value_guidance": 0.0}
 
 ARMS: dict[str, Arm] = {
     "ours": Arm("ours", {"algorithm.name": "ppo", "critic.body": "frozen_taps"}),
@@ -134,18 +136,22 @@ ARMS: dict[str, Arm] = {
     # Half the width and the passes: convolutions at the picture's own size cost many times what the others do.
     "pixel": Arm("pixel critic", {"critic.body": "pixel", "critic.width": 32, "pretrain.num_passes": 5}),
     "latent_cnn": Arm("stand-alone latent critic", {"critic.body": "latent_cnn"}),
-    "unguided": Arm("without guidance: the critic is a baseline", {"algorithm.value_guidance": 0.0}),
-    "no_time": Arm("without time conditioning", {"critic.time_conditioning": False}),
-    "no_pretraining": Arm("without value pretraining", {}, pretrained=False),
-    "lambda_1": Arm("lambda 1", {"algorithm.gae_lambda": 1.0}),
-    "lambda_095": Arm("lambda 0.95", {"algorithm.gae_lambda": 0.95}),
-    "lora": Arm("critic body: own LoRA", {"critic.body": "lora"}),
-    "copy": Arm("critic body: own copy", {"critic.body": "copy"}),
-    "three_rewards": Arm("three rewards", _THREE),
-    "shared_head": Arm("three rewards, one shared head", {**_THREE, "critic.shared_head": True}),
-    "clip_alone": Arm("shapes_clip alone", _rewards(shapes_clip=1.0, shapes_verifier=0.0, jpeg_compressibility=0.0)),
-    "pretrained": Arm("pretrained critic", {}, trains=False),
-    "ten_times": Arm("ten times the rollouts, to convergence", {}, trains=False, passes=(2, 4, 8, 16)),
+    "plain": Arm("start: lambda 0.9, no picture remembered", _PLAIN),
+    "replay": Arm("pictures remembered", {**_PLAIN, "critic.replay_images": 4096}),
+    "lambda_1": Arm("lambda 1", {**_PLAIN, "algorithm.gae_lambda": 1.0}),
+    "lambda_095": Arm("lambda 0.95", {**_PLAIN, "algorithm.gae_lambda": 0.95}),
+    "unguided": Arm("without guidance: the critic is a baseline", {**_PLAIN, "algorithm.value_guidance": 0.0}),
+    "no_time": Arm("without time conditioning", {**_PLAIN, "critic.time_conditioning": False}),
+    "no_pretraining": Arm("without value pretraining", _PLAIN, pretrained=False),
+    "lora": Arm("critic body: own LoRA", {**_PLAIN, "critic.body": "lora"}),
+    "copy": Arm("critic body: own copy", {**_PLAIN, "critic.body": "copy"}),
+    "three_rewards": Arm("three rewards", {**_PLAIN, **_THREE}),
+    "shared_head": Arm("three rewards, one shared head", {**_PLAIN, **_THREE, "critic.shared_head": True}),
+    "clip_alone": Arm(
+        "shapes_clip alone", {**_PLAIN, **_rewards(shapes_clip=1.0, shapes_verifier=0.0, jpeg_compressibility=0.0)}
+    ),
+    "pretrained": Arm("pretrained critic", _PLAIN, trains=False),
+    "ten_times": Arm("ten times the rollouts, to convergence", _PLAIN, trains=False, passes=(2, 4, 8, 16)),
 }
 
 
@@ -165,9 +171,9 @@ class Experiment:
 EXPERIMENTS: dict[str, Experiment] = {
     "main": Experiment("ours", ("ours", "ddpo", "grpo", "pixel", "latent_cnn"), {}),
     "ablations": Experiment(
-        "ours",
+        "plain",
         (
-            *("ours", "unguided", "no_time", "no_pretraining", "lambda_1", "lambda_095"),
+            *("plain", "lambda_1", "lambda_095", "replay", "ours", "unguided", "no_time", "no_pretraining"),
             *(("three_rewards", "shared_head") if "shapes_clip" in REWARDS else ()),
             *("lora", "copy"),
         ),

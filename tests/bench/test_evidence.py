@@ -135,12 +135,12 @@ def test_what_is_recorded_need_not_run_again(tmp_path: Path) -> None:
     assert len(left) == len({unit.name for unit in planned}) - 1
     assert shared.name not in {unit.name for unit in left}
     assert shared.name in {unit.name for unit in Schedule(scale, planned, workers=1, anew=True).left}
-    other = next(unit for unit in planned if unit.arm == "no_time")
+    other = next(unit for unit in planned if unit.arm == "plain")
     assert aggregate.aggregate(scale, "ablations", "shapes-dit") is None, "there is nothing to compare it with"
-    _leave(scale, other, {**_record("no_time", 0, 0.0), "hash": other.hash})
+    _leave(scale, other, {**_record("plain", 0, 0.0), "hash": other.hash})
     path = aggregate.aggregate(scale, "ablations", "shapes-dit")
     assert path is not None
-    assert [unit["hash"] for unit in json.loads(path.read_text())["units"]] == [shared.hash, other.hash]
+    assert [unit["hash"] for unit in json.loads(path.read_text())["units"]] == [other.hash, shared.hash]
 
 
 def test_aggregated_files_are_json(tmp_path: Path) -> None:
