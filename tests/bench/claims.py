@@ -217,9 +217,13 @@ CLAIMS: Sequence[Claim] = (
     Claim("Time conditioning of the head helps", "ablations", better("no_time")),
     Claim("Value pretraining helps, paid for in pictures", "ablations", better("no_pretraining")),
     *(
-        Claim(f"The recipe's lambda is better than {_versus(arm).removeprefix('lambda ')}", "ablations", better(arm))
+        Claim(f"{_versus(arm).capitalize()} is better than 0.9", "ablations", better(arm, above=False))
         for arm in ("lambda_1", "lambda_095")
     ),
+    Claim(
+        "It helps that the critic goes on learning from remembered pictures", "ablations", better("replay", above=False)
+    ),
+    Claim("Both together, which is ours, help", "ablations", better("ours", above=False)),
     *(
         Claim(
             f"Frozen taps reach what {_versus(arm)} reaches, but for {BODY_MARGIN:g}",

@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.bench.aggregate import load
 from tests.bench.claims import CLAIMS, MIN_SEEDS, MULTIPLES, Results, near, series
-from tests.bench.plan import Scale
+from tests.bench.plan import ARMS, EXPERIMENTS, Scale
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 NOTHING = "Nothing has been recorded yet: `make evidence` writes this section."
@@ -92,8 +92,9 @@ def _part(experiment: str, found: File, results: Results, folder: str) -> Iterat
 
 def _arms(found: File) -> Iterator[str]:
     """What was spent, then a table with a row an arm."""
-    arms = found["arms"]
+    arms, reference = found["arms"], EXPERIMENTS[found["experiment"]].reference
     first = next(iter(arms.values()))
+    against = ARMS[reference].label.partition(":")[0].capitalize()
     yield (
         f"Each arm: {first['images']:,} scored pictures and {first['updates']} actor updates, value pretraining "
         "included. Verifier: share of held-out pictures that show exactly what the caption says. Mean over seeds with "
@@ -101,7 +102,7 @@ def _arms(found: File) -> Iterator[str]:
     )
     yield ""
     yield (
-        "| Arm | Seeds | Verifier | Ours minus it | Diversity kept | Explained variance, first and last step "
+        f"| Arm | Seeds | Verifier | {against} minus it | Diversity kept | Explained variance, first and last step "
         "| Rank correlation | Processor minutes |"
     )
     yield "|---|---|---|---|---|---|---|---|"
@@ -109,7 +110,7 @@ def _arms(found: File) -> Iterator[str]:
         yield f"| base, untrained | {first['base.shapes_verifier']['n']} | {told(first['base.shapes_verifier'])} ||||||"
     for name, arm in arms.items():
         difference = found["differences"].get(name, {})
-        own = difference.get("reference", "ours") == "ours"
+        own = difference.get("reference", reference) == reference
         explained, ranks = series(arm, "explained_variance"), series(arm, "rank_correlation")
         yield _row(
             arm["label"],
@@ -165,12 +166,13 @@ def _steps(found: File) -> Iterator[str]:
 
 
 def _cost(found: File) -> Iterator[str]:
-    ratio, guided = found["ratio"], found["guided_ratio"]
+    ratio, recipe = found["ratio"], found["recipe_ratio"]
     yield (
         f"The same process does iterations of DDPO and of ours in turns: {found['images']} pictures, {found['steps']} "
         f"denoising steps, {found['updates']} updates. Median of the ratios of {ratio['n']} turns to DDPO: with values "
-        f"alone {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}], guided by their gradient too "
-        f"{guided['median']:.3f} [{guided['low']:.3f}, {guided['high']:.3f}]."
+        f"alone {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}], with what the recipe does "
+        f"besides (their gradient, remembered pictures) {recipe['median']:.3f} "
+        f"[{recipe['low']:.3f}, {recipe['high']:.3f}]."
     )
     yield ""
     yield "| Seconds an iteration (median) | Rollout and scoring | Actor updates | Critic updates and credit | All |"

@@ -279,7 +279,7 @@ def test_the_cost_of_the_critic_is_measured_in_turns(tmp_path: Path) -> None:
     settings = [f"--set={setting}" for setting in TINY]
     assert critic_cost.main(["--pairs=2", f"--output={tmp_path}", *settings]) == 0
     found = json.loads((tmp_path / "cost-shapes-unet.json").read_text())
-    for ratio in (found["ratio"], found["guided_ratio"]):
+    for ratio in (found["ratio"], found["recipe_ratio"]):
         assert ratio["n"] == 2
         assert ratio["low"] <= ratio["median"] <= ratio["high"]
     for parts in found["seconds"].values():
@@ -408,6 +408,8 @@ def _world(truth: int) -> dict[str, dict[str, Any]]:
             for seed in range(3):
                 noise = 0.3 * (seed - 1) if truth == 0 and plan.reference_of(arm) == arm else 0.0
                 ahead = 0.1 * truth if plan.reference_of(arm) == arm else 0.0
+                if name == "ablations" and arm in ("lambda_1", "lambda_095", "replay", "ours"):
+                    ahead = 0.2 * truth
                 if arm == "ten_times":
                     ahead = 0.2 if truth < 0 else 0.1 * truth
                 records.append(_record(arm, seed, ahead + noise))
@@ -426,7 +428,7 @@ def _world(truth: int) -> dict[str, dict[str, Any]]:
         **results["main-shapes-unet"],
         "experiment": "cost",
         "ratio": told,
-        "guided_ratio": told,
+        "recipe_ratio": told,
         "seconds": {name: dict.fromkeys(("rollout", "actor", "critic", "all"), 1.0) for name in ("DDPO", "values")},
         "steps": 10,
     } | {"images": 256, "updates": 4}
