@@ -143,14 +143,15 @@ def steered_best(weights: str) -> Callable[..., Verdict]:
     return decide
 
 
-def gradient_alone(weights: str) -> Callable[..., Verdict]:
-    """One candidate up the value gradient against plain sampling."""
+def over_plain(weights: str, way: str, candidates: int, choice: str) -> Callable[..., Verdict]:
+    """One way to steer against plain sampling."""
 
     def decide(found: Mapping[str, Any]) -> Verdict:
         points = [
             point
             for point in found["points"]
-            if (point["weights"], point["way"], point["candidates"]) == (weights, "value_gradient", 1)
+            if (point["weights"], point["way"], point["candidates"], point["choice"])
+            == (weights, way, candidates, choice)
         ]
         return judge(points[0]["minus_plain"] if points else None, 0.0, unit="prompts")
 
@@ -271,7 +272,16 @@ CLAIMS: Sequence[Claim] = (
         Claim(
             f"On {weights} weights one candidate up the value gradient is right more often than plain sampling",
             "steering",
-            gradient_alone(weights),
+            over_plain(weights, "value_gradient", 1, "none"),
+        )
+        for weights in ("base", "trained")
+    ),
+    *(
+        Claim(
+            f"On {weights} weights resampling with 4 particles and the critic's choice, which asks no reward, is right "
+            "more often than plain sampling",
+            "steering",
+            over_plain(weights, "resampling", 4, "critic"),
         )
         for weights in ("base", "trained")
     ),
