@@ -124,7 +124,8 @@ def _rewards(**weights: float) -> Settings:
 _THREE = _rewards(shapes_clip=1.0, shapes_verifier=1.0, jpeg_compressibility=1.0)
 
 _PLAIN: Settings = {"algorithm.gae_lambda": 0.9, "critic.replay_images": 0}
-"""What the ablations start from: what they showed to help came into a recipe after them."""
+"""What the ablations start from: what they showed to help came into a recipe after them. Where no critic is trained on,
+as in DDPO or value pretraining alone, it decides nothing, and keeps what was recorded then."""
 _NO_CRITIC: Settings = {**_PLAIN, "algorithm.value_guidance": 0.0}
 
 ARMS: dict[str, Arm] = {

@@ -171,7 +171,7 @@ def _cost(found: File) -> Iterator[str]:
         f"The same process does iterations of DDPO and of ours in turns: {found['images']} pictures, {found['steps']} "
         f"denoising steps, {found['updates']} updates. Median of the ratios of {ratio['n']} turns to DDPO: with values "
         f"alone {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}], with what the recipe does "
-        f"besides (their gradient, remembered pictures) {recipe['median']:.3f} "
+        f"besides (their gradient, pictures if it remembers any) {recipe['median']:.3f} "
         f"[{recipe['low']:.3f}, {recipe['high']:.3f}]."
     )
     yield ""
