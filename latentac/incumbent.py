@@ -83,7 +83,7 @@ def _load(space: Workspace, version: str, base: "Policy") -> "Policy":
     from latentac.serving.exported import read
 
     folder = space.folder / "incumbent" / version
-    space.store.fetch(f"models/{version}", folder)
+    space.store.fetch(f"models/{version}", folder, cache=space.folder.parent)
     exported, name = read(folder), space.config.backbone.name
     if exported.backbone != name:
         raise _unfit(version, f"its backbone is {exported.backbone}, that of this run {name}")

@@ -12,7 +12,7 @@ from latentac.incumbent import POINTER as PRODUCTION
 from latentac.incumbent import in_production
 from latentac.serving.deployment import Deployment, serve_and_check
 from latentac.serving.exported import add_base, export, read
-from latentac.store import Manifest, open_store
+from latentac.store import Manifest, copy_folder, open_store
 from latentac.store.blobs import disk_errors
 from latentac.workspace import Workspace, default_store
 
@@ -57,8 +57,8 @@ def release(space: Workspace, prove: Prove = on_loopback) -> tuple[dict[str, Any
     version = f"{space.run}-{trained.digest[:8]}"
     with tempfile.TemporaryDirectory(prefix=".model-", dir=space.folder) as temporary:
         folder = Path(temporary) / "model"
-        shutil.copytree(space.artifact("train") / "policy", folder)
-        shutil.copytree(space.artifact("train") / "critic", folder / "critic")
+        copy_folder(space.artifact("train") / "policy", folder)
+        copy_folder(space.artifact("train") / "critic", folder / "critic")
         if space.config.serving.include_base:
             add_base(folder, space.artifact("prepare") / "backbone")
         examples = list(dict.fromkeys(prompt.text for prompt in space.prompts.held_out))[:_EXAMPLES]
@@ -70,6 +70,7 @@ def release(space: Workspace, prove: Prove = on_loopback) -> tuple[dict[str, Any
             step="deploy",
             config_hash=space.config.hash,
             parents=[trained],
+            owned=True,
         )
         space.store.write_json(CANDIDATE, {"version": version, "run": space.run})
         request = {"prompt": space.prompts.held_out[0].text, "seed": space.config.seed, "count": 1}
@@ -125,7 +126,7 @@ def fetch_model(run: str, store: str, output: str) -> Path:
     deployed: Manifest = opened.manifest(f"{run}/deploy")
     version = deployed.metrics["version"]
     folder = Path(output) / run / "model"
-    opened.fetch(f"models/{version}", folder)
+    opened.fetch(f"models/{version}", folder, cache=Path(output))
     return folder
 
 

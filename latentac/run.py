@@ -217,6 +217,7 @@ def finish(run: str, store: str, output: str) -> Manifest | None:
             config_hash=origins[0].config_hash,
             parents=origins,
             metrics={"seconds": time.monotonic() - started},
+            owned=True,
         )
 
 
@@ -258,6 +259,7 @@ def _step(
             config_hash=space.config.hash,
             parents=origins,
             metrics=metrics,
+            owned=True,
         )
 
 
@@ -298,6 +300,7 @@ def _prepare(run: str, store: Store, output: Path, settings: Config, started: fl
             step="prepare",
             config_hash=settings.hash,
             metrics={"seconds": time.monotonic() - started},
+            owned=True,
         )
 
 

@@ -42,9 +42,10 @@ class Workspace:
         return manifest if manifest.config_hash == self.config.hash else None
 
     def artifact(self, step: str) -> Path:
-        """The verified local copy of a step's artifact. Raises ArtifactNotFound where the step has not run."""
+        """The verified local copy of a step's artifact, read-only: its files are shared with other copies (see
+        `latentac.store.pool`). Raises ArtifactNotFound where the step has not run."""
         folder = self.folder / step
-        self.store.fetch(f"{self.run}/{step}", folder)
+        self.store.fetch(f"{self.run}/{step}", folder, cache=self.folder.parent)
         return folder
 
     @functools.cached_property
@@ -103,7 +104,7 @@ def open_run(run: str, store: str, output: str) -> Workspace:
     """The workspace of a prepared run. Raises ArtifactNotFound where `prepare` has not published."""
     opened = open_store(store or default_store(output))
     folder = working_folder(run, output)
-    manifest = opened.fetch(f"{run}/prepare", folder / "prepare")
+    manifest = opened.fetch(f"{run}/prepare", folder / "prepare", cache=folder.parent)
     config = resolve(json.loads((folder / "prepare" / "config.json").read_text()))
     return Workspace(run, opened, folder, config, manifest)
 

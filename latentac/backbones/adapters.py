@@ -1,7 +1,6 @@
 """Training a diffusers module whole or by low-rank adapters, and writing it as if it had always been so."""
 
 import copy
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from peft import LoraConfig
 
 from latentac.config import Policy
+from latentac.store import copy_folder
 
 
 def adapt(module: Any, settings: Policy, attention: Sequence[str]) -> None:
@@ -23,7 +23,7 @@ def adapt(module: Any, settings: Policy, attention: Sequence[str]) -> None:
 
 def save(module: Any, source: Path, folder: Path, subfolder: str) -> None:
     """The pipeline of `source` in `folder`, with `module`, adapters merged, as its `subfolder`; safetensors only."""
-    shutil.copytree(source, folder, dirs_exist_ok=True)
+    copy_folder(source, folder)
     if getattr(module, "peft_config", None):
         module = copy.deepcopy(module)
         module.fuse_lora()

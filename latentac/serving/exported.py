@@ -4,7 +4,6 @@ Diffusers ignores what it does not know, so `StableDiffusionPipeline.from_pretra
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from latentac.config import Config, Kernel, NonNegative, Positive, Rate, Reward, Schedule, Section, Strengths
 from latentac.errors import ServingError
+from latentac.store import copy_folder
 
 FILE = "latentac.json"
 BASE = "base"
@@ -108,7 +108,7 @@ def export(folder: Path, config: Config, *, run: str, version: str, examples: Se
 def add_base(folder: Path, base: Path) -> None:
     """Put the untouched denoiser of the pipeline `base` into the exported `folder`, under `base/`."""
     part = denoiser_folder(base)
-    shutil.copytree(base / part, folder / BASE / part)
+    copy_folder(base / part, folder / BASE / part)
 
 
 def read(folder: Path) -> Exported:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from latentac.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem, ResourceError
 from latentac.progress import Progress, progress
@@ -28,6 +28,7 @@ from latentac.store.manifest import (
     safe_key,
     scan,
 )
+from latentac.store.pool import Pool, hash_of
 
 PROGRESS_BYTES = 8 * 2**20
 _PATIENCE = Patience()
@@ -55,11 +56,13 @@ class Store:
         config_hash: str,
         parents: Sequence[Manifest] = (),
         metrics: Mapping[str, Any] | None = None,
+        owned: bool = False,
     ) -> Manifest:
         """Publishes every file below `folder` under `key`, files first and the manifest last.
 
         The same files with the same origin are published once: the manifest that is there is returned. Anything else
-        replaces it at one stroke. `metrics` must be JSON without NaN and infinity.
+        replaces it at one stroke. Files that the store holds already are not moved again. `metrics` must be JSON
+        without NaN and infinity. `owned`: nobody writes to the folder any more, so its files may become the store's.
         """
         self._key(key)
         files = scan(Path(folder))
@@ -70,9 +73,15 @@ class Store:
         published = self._published(key)
         if published and replace(manifest, created=published.created) == published:
             return published
+        twins = {file: f"{parent.folder}/{file.path}" for parent in parents for file in parent.files}
+        known = {(file.sha256, file.size): name for file, name in twins.items()}
         with _shown(f"publish {key}", files) as moved:
             for file in files:
-                self._send(Path(folder) / file.path, file, f"{manifest.folder}/{file.path}", moved)
+                name, twin = f"{manifest.folder}/{file.path}", known.get((file.sha256, file.size))
+                if twin is not None and self._backend.copy(twin, name):
+                    moved(file.size)
+                else:
+                    self._send(Path(folder) / file.path, file, name, moved, owned)
         self._put(f"{key}/manifest.json", manifest.to_json())
         return manifest
 
@@ -81,11 +90,12 @@ class Store:
         raw = self._get(f"{self._key(key)}/manifest.json", f"Run the step that publishes {key} first")
         return Manifest.from_json(raw, f"{self.url}/{key}/manifest.json", key)
 
-    def fetch(self, key: str, folder: Path | str) -> Manifest:
+    def fetch(self, key: str, folder: Path | str, *, cache: Path | None = None) -> Manifest:
         """Copies the artifact to `folder`, which appears whole and verified or not at all.
 
         A folder that already holds exactly this artifact is left as it is; one that holds anything else is a
-        ResourceError, for nothing is overwritten.
+        ResourceError, for nothing is overwritten. cache: a folder above `folder` where equal files are kept once (see
+        `latentac.store.pool`); what is fetched is then read-only, for it is shared, with the store too if it can be.
         """
         manifest, folder = self.manifest(key), Path(folder).absolute()
         if _holds(folder, manifest):
@@ -94,7 +104,7 @@ class Store:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{folder.name}.fetch-", dir=folder.parent) as temporary:
                 whole = Path(temporary) / folder.name
-                self._read_files(manifest, whole)
+                self._read_files(manifest, whole, Pool(cache) if cache else None)
                 try:
                     os.rename(whole, folder)
                 except OSError as error:  # another process fetched to the same place meanwhile
@@ -131,9 +141,11 @@ class Store:
     def delete(self, key: str) -> None:
         """Removes the artifact: its manifest first, so that no reader starts on it, then all its files."""
         marker = f"{self._key(key)}/manifest.json"
+        published = self._published(key)
         names = [name for name in self._backend.names(f"{key}/") if name.startswith(f"{key}/files-")]
         for name in [marker, *names]:
             self._backend.remove(name)
+        self._backend.reclaim({file.sha256 for file in published.files} if published else None)
 
     def write_json(self, key: str, value: object) -> None:
         """Writes a pointer: readers find the old JSON or the new."""
@@ -187,32 +199,48 @@ class Store:
         except (ArtifactNotFound, IntegrityError):  # a damaged manifest is replaced by a sound one
             return None
 
-    def _send(self, path: Path, file: File, name: str, moved: Callable[[int], None]) -> None:
+    def _send(self, path: Path, file: File, name: str, moved: Callable[[int], None], owned: bool) -> None:
         try:
-            with path.open("rb") as stream:
-                source = Stream(stream, moved)
-                self._backend.put(name, source, file.size)
-            problem = "" if source.sha256 == file.sha256 else "other bytes than before"
+            found = self._backend.keep(name, path, file.sha256, file.size, moved, owned)
+            problem = "" if found == file.sha256 else "other bytes than before"
         except OSError as error:  # of the source; the store's own are StoreErrors
             problem = str(error)
         if problem:
             remedy = "Let nothing write to the folder while it is published, and publish it again"
             raise IntegrityError(str(path), f"it changed while it was published ({problem})", remedy)
 
-    def _read_files(self, manifest: Manifest, folder: Path | None) -> None:
+    def _read_files(self, manifest: Manifest, folder: Path | None, pool: Pool | None = None) -> None:
         """Reads every file of the artifact, into `folder` where one is given, and refuses the first that differs."""
         with _shown(f"{'verify' if folder is None else 'fetch'} {manifest.key}", manifest.files) as moved:
             for file in manifest.files:
-                with nullcontext() if folder is None else _created(folder / file.path) as stream:
+                target = None if folder is None else folder / file.path
+                if target is not None:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                name = f"{manifest.folder}/{file.path}"
+                if target is not None and pool is not None and self._shared(name, file, target, pool, moved):
+                    continue
+                with nullcontext() if target is None else target.open("xb") as stream:
                     sink = Stream(stream, moved)
                     try:
-                        self._backend.get(f"{manifest.folder}/{file.path}", sink)
+                        self._backend.get(name, sink)
                         found = f"size {sink.size}, sha256 {sink.sha256}"
                     except FileNotFoundError:
                         found = "no such file"
                 if found != f"size {file.size}, sha256 {file.sha256}":
                     problem = f"{file.path}: expected size {file.size}, sha256 {file.sha256}; found {found}"
                     raise IntegrityError(f"{self.url}/{manifest.key}", problem, remedy_for(manifest.key))
+                if target is not None and pool is not None:
+                    pool.give(target, file.sha256)
+
+    def _shared(self, name: str, file: File, target: Path, pool: Pool, moved: Callable[[int], None]) -> bool:
+        """Whether a hard link at `target` made a copy needless: to the store's own file, or to one fetched before."""
+        if self._backend.share(name, target):
+            if hash_of(target) == file.sha256:
+                moved(file.size)
+                return True
+            target.unlink()  # it is read below, and refused with what was found
+            return False
+        return pool.take(file.sha256, target, moved)
 
     def _put(self, name: str, data: bytes) -> None:
         self._backend.put(name, Stream(BytesIO(data)), len(data))
@@ -243,11 +271,6 @@ def _holds(folder: Path, manifest: Manifest) -> bool:
         return True
     problem = f"it exists and is not the artifact {manifest.key}, which was to be put there"
     raise ResourceError(str(folder), problem, "Move it away or choose another folder")
-
-
-def _created(path: Path) -> BinaryIO:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("xb")
 
 
 @contextmanager

@@ -9,13 +9,15 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 from xml.etree.ElementTree import ParseError
 
 import certifi
 from minio import Minio
+from minio.commonconfig import CopySource
 from minio.error import MinioException, S3Error, ServerError
 from urllib3 import PoolManager, Retry, Timeout
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
@@ -79,6 +81,29 @@ class Bucket:
                 response.release_conn()
 
         self._attempt(receive, name)
+
+    def keep(self, name: str, path: Path, sha256: str, size: int, moved: Callable[[int], None], owned: bool) -> str:
+        with path.open("rb") as stream:
+            source = Stream(stream, moved)
+            self.put(name, source, size)
+        return source.sha256
+
+    def copy(self, source: str, name: str) -> bool:
+        def send() -> None:
+            origin = CopySource(self._bucket, self._prefix + source)
+            self._client.copy_object(self._bucket, self._prefix + name, origin)
+
+        try:
+            self._attempt(send, name)
+        except (FileNotFoundError, StoreError):  # gone, or a server or a user without this right: it is sent, then
+            return False
+        return True
+
+    def share(self, name: str, target: Path) -> bool:
+        return False
+
+    def reclaim(self, digests: Collection[str] | None) -> int:
+        return 0
 
     def names(self, prefix: str) -> list[str]:
         def enumerate_objects() -> list[str]:
