@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from latentac.rewards import Reward
 
 
+_TAKEN = ("store", "checkpoints", "failures", "models", "registry", "tensorboard")
+"""What lies beside runs in an output folder or a store."""
+
+
 @dataclass(frozen=True)
 class Workspace:
     """run: its id; folder: `<output>/<run>`, the local working folder; everything lasting is in the store."""
@@ -94,8 +98,9 @@ class Workspace:
 
 def working_folder(run: str, output: str) -> Path:
     """`<output>/<run>`. Raises ConfigError for an id that would lie elsewhere or hide itself."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", run) or run == "store":
-        remedy = "Use letters, digits, '.', '_' and '-', beginning with a letter or digit, and not `store`"
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", run) or run in _TAKEN:
+        remedy = "Use letters, digits, '.', '_' and '-', beginning with a letter or digit, and none of "
+        remedy += ", ".join(f"`{name}`" for name in _TAKEN)
         raise ConfigError([Problem("run", run, "cannot be the id of a run", remedy)])
     return Path(output) / run
 

@@ -22,7 +22,6 @@ from pipelines.request import CONTAINERS, Request
 
 _STOPPED = 130
 _CONFIG_ERROR = 2
-_COMMANDS = {CONTAINERS: "make run-containers"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,8 @@ def run_pipeline(run: str, request: Request, output: Path, *, fresh: bool) -> in
         try:
             with _way(run, request, output) as way:
                 console.say(f"run {run}, recipe {request.recipe}, in {folder}")
-                _execute(run, request, way, folder, console)
+                if not _done_already(run, request, way, console):
+                    _execute(run, request, way, folder, console)
                 _conclude(run, request, output, way, console)
         except KeyboardInterrupt:
             console.count(console.running)
@@ -93,6 +93,36 @@ def _way(run: str, request: Request, output: Path) -> contextlib.AbstractContext
     from pipelines.embedded import processes
 
     return processes(run, request, output)
+
+
+def _done_already(run: str, request: Request, way: Way, console: Console) -> bool:
+    """Whether every step is published for this very request, its report too; then each is told, and none is started."""
+    from latentac.run import VERBS, resolve_recipe
+    from latentac.store import open_store
+
+    try:
+        config_hash = resolve_recipe(request.recipe, request.config, request.overrides).hash
+        store = open_store(way.store)
+        known = set(store.keys(run))
+        steps = [step for step in VERBS if f"{run}/{step}" in known]
+        found = {step: store.manifest(f"{run}/{step}") for step in steps}
+    except LatentacError:  # the step that meets it says so
+        return False
+    if any(manifest.config_hash != config_hash for manifest in found.values()) or "finish" not in found:
+        return False
+    published = [manifest.digest for step, manifest in found.items() if step != "finish"]
+    if [parent.sha256 for parent in found["finish"].parents] != published:
+        return False
+    missing = set(VERBS) - set(steps)
+    if (
+        "gate" not in found
+        or missing > {"deploy"}
+        or (("deploy" in missing) == (found["gate"].metrics["decision"] == "promote"))
+    ):
+        return False
+    for step in steps:
+        console.skip(step)
+    return True
 
 
 def _execute(run: str, request: Request, way: Way, folder: Path, console: Console) -> None:
@@ -155,21 +185,22 @@ def _conclude(run: str, request: Request, output: Path, way: Way, console: Conso
         raise StepFailed("report", error.exit_code, str(error)) from error
     lines = [*console.table(), f"gate     {decision}", f"report   {report}", f"summary  {summary}"]
     if decision == "promote" and way.keep:
-        store = f" STORE={shlex.quote(request.store)}" if request.way == CONTAINERS else ""
-        lines.append(f"serve    make serve RUN={run}{_output_argument(output)}{store}")
+        store = f" --store {shlex.quote(request.store)}" if request.store else ""
+        lines.append(f"serve    latentac serve --run {run}{_output_argument(output)}{store}")
     for line in lines:
         console.say(line)
 
 
 def _report(message: str, exit_code: int, run: str, request: Request, output: Path) -> int:
     clear = CLEAR_LINE if sys.stderr.isatty() else ""
-    command = f"{_COMMANDS.get(request.way, 'make run')} RESUME={run}{_output_argument(output)}"
+    containers = " --containers" if request.way == CONTAINERS else ""
+    command = f"latentac run --resume {run}{_output_argument(output)}{containers}"
     print(f"{clear}{message}\nresume with: {command}", file=sys.stderr)
     return exit_code
 
 
 def _output_argument(output: Path) -> str:
-    return "" if output == Path("runs") else f" OUTPUT={shlex.quote(str(output))}"
+    return "" if output == Path("runs") else f" --output {shlex.quote(str(output))}"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -1,17 +1,29 @@
-"""What a run was asked to do, kept in its folder, so that a resume asks for the same."""
+"""What a run was asked to do, kept in its folder, so that a resume asks for the same, wherever it is called from.
+
+Everything that depends on the working folder is resolved once, when the run starts: the file of settings is copied,
+and sources and a store that are named by a relative path get their absolute one. What lies in the output folder is
+named relative to that, for the output folder may be moved.
+"""
 
 import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from latentac.errors import ConfigError, Problem, ResourceError
+from latentac.fields import read_file, read_overrides
 
 _FILE = "request.json"
-_CONFIG = "given-config.yaml"
+_GIVEN = "given"
+_CONFIG_BEFORE = "given-config.yaml"  # what runs of earlier versions have
+_OUTPUT = "file://{output}/"
 PROCESSES, CONTAINERS = "processes", "containers"
 """The ways to run the steps on this machine."""
 
@@ -19,51 +31,89 @@ PROCESSES, CONTAINERS = "processes", "containers"
 @dataclass(frozen=True)
 class Request:
     """recipe: name; config: path of a YAML file, or empty; overrides: `path=value`; store: URL, or empty; way: how the
-    steps run."""
+    steps run; folder: where the run was started, in which `module:Class` is looked for."""
 
     recipe: str
     config: str = ""
     overrides: tuple[str, ...] = ()
     store: str = ""
     way: str = PROCESSES
+    folder: str = ""
 
     def store_url(self, output: Path) -> str:
         return self.store or f"file://{output.resolve()}/store"
 
 
+def absolute(request: Request) -> Request:
+    """The same request, to be understood in any working folder; its file of settings is where it was."""
+    scheme, _, place = request.store.partition("://")
+    return dataclasses.replace(
+        request,
+        config=str(Path(request.config).absolute()) if request.config else "",
+        overrides=tuple(map(_absolute_override, request.overrides)),
+        store=f"file://{Path(place).absolute()}" if scheme == "file" and place else request.store,
+        folder=request.folder or str(Path.cwd()),
+    )
+
+
 def create_run(request: Request, output: Path) -> tuple[str, Request]:
     """Make `<output>/<run>/` with the request and a copy of its config file. Returns the run's id and its request."""
+    request = absolute(request)
     try:
         folder = _new_folder(output, re.sub(r"[^A-Za-z0-9._-]+", "-", request.recipe).strip(".-") or "run")
     except OSError as error:
         remedy = "Choose another --output, or make it a folder that you may write to."
         raise ResourceError(str(output), f"no folder can be made in it ({error.strerror})", remedy) from None
+    kept = dataclasses.replace(request, store=_relative_store(request.store, output))
     if request.config and Path(request.config).is_file():  # if it is not, prepare says so with all other problems
-        shutil.copyfile(request.config, folder / _CONFIG)
-        request = dataclasses.replace(request, config=str(folder / _CONFIG))
+        copy = folder / _GIVEN / Path(request.config).name  # its name stays: a run may be called after it
+        copy.parent.mkdir()
+        _copy_settings(Path(request.config), copy)
+        kept = dataclasses.replace(kept, config=f"{_GIVEN}/{copy.name}")
+        request = dataclasses.replace(request, config=str(copy.absolute()))
     # request.json makes a folder a run, so it comes last and whole
-    (folder / f"{_FILE}.part").write_text(json.dumps(dataclasses.asdict(request), indent=2))
+    (folder / f"{_FILE}.part").write_text(json.dumps(dataclasses.asdict(kept), indent=2))
     (folder / f"{_FILE}.part").rename(folder / _FILE)
     return folder.name, request
 
 
-def load_run(run: str, output: Path, given: dict[str, object]) -> Request:
+def load_run(run: str, output: Path, given: Mapping[str, object]) -> Request:
     """The request of the run `run`. Raises ConfigError if there is none, or if `given` (field: value) differs."""
     known = known_runs(output)
     if run not in known:
         remedy = f"Known, the newest first: {', '.join(known[:10])}." if known else "There is none: leave it out."
         raise ConfigError([Problem("--resume", run, f"no such run in {output}", remedy)])
-    fields = json.loads((output / run / _FILE).read_text())
-    request = Request(**{**fields, "overrides": tuple(fields["overrides"])})
+    request = read_request(output / run)
+    wanted = absolute(dataclasses.replace(request, **given))  # type: ignore[arg-type]
     remedy = "Leave it out, or start a new run."
     problems = [
-        Problem(f"--{name}", value, f"the run was started with {getattr(request, name)!r}", remedy)
-        for name, value in given.items()
-        if value != getattr(request, name)
+        Problem(f"--{name}", given[name], f"the run was started with {_shown(getattr(request, name))!r}", remedy)
+        for name in given
+        if getattr(wanted, name) != getattr(request, name)
+        and not (name == "config" and request.config and _settings(wanted.config) == _settings(request.config))
     ]
     if problems:
         raise ConfigError(problems)
     return request
+
+
+def read_request(folder: Path) -> Request:
+    """The request in the run's folder, its places as they are now. Raises ConfigError where it cannot be read."""
+    try:
+        fields = json.loads((folder / _FILE).read_text())
+        request = Request(**{**fields, "overrides": tuple(fields["overrides"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        remedy = "Start a new run; what this one has published stays in its store."
+        raise ConfigError([Problem("--resume", folder.name, f"its {_FILE} cannot be read ({error})", remedy)]) from None
+    config = request.config
+    if (folder / _CONFIG_BEFORE).is_file():
+        config = str((folder / _CONFIG_BEFORE).absolute())
+    elif config and not Path(config).is_absolute():
+        config = str((folder / config).absolute())
+    store = request.store
+    if store.startswith(_OUTPUT):
+        store = f"file://{folder.parent.resolve()}/{store.removeprefix(_OUTPUT)}"
+    return dataclasses.replace(request, config=config, store=store)
 
 
 def known_runs(output: Path) -> list[str]:
@@ -82,3 +132,62 @@ def _new_folder(output: Path, recipe: str) -> Path:
             continue
         return output / f"{stem}{suffix}"
     raise FileExistsError(output / stem)
+
+
+def _absolute_override(assignment: str) -> str:
+    """`path=value` with the absolute path of a source in it; as it is where there is none, or where it is no such."""
+    path = assignment.partition("=")[0]
+    try:
+        before = read_overrides([assignment])
+    except ConfigError:  # said with all other problems
+        return assignment
+    after: Any = _absolute_sources(before)
+    if after == before:
+        return assignment
+    for name in path.split("."):
+        after = after[name]
+    return f"{path}={json.dumps(after)}"
+
+
+def _absolute_sources(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with the absolute paths of backbone and prompts, where those are files or folders here."""
+    result = dict(fields)
+    for section in ("backbone", "prompts"):
+        below = fields.get(section)
+        source = below.get("source") if isinstance(below, dict) else None
+        if isinstance(source, str) and source and Path(source).exists():
+            result[section] = {**below, "source": str(Path(source).absolute())}  # type: ignore[dict-item]
+    return result
+
+
+def _copy_settings(file: Path, copy: Path) -> None:
+    """The file as it is, or with the absolute paths of its sources."""
+    try:
+        before = read_file(file)
+    except ConfigError:  # said with all other problems
+        before = {}
+    after = _absolute_sources(before)
+    if after == before:
+        shutil.copyfile(file, copy)
+    else:
+        text = yaml.safe_dump(after, sort_keys=False, allow_unicode=True)
+        copy.write_text(f"# {file}, with absolute paths\n{text}", encoding="utf-8")
+
+
+def _relative_store(store: str, output: Path) -> str:
+    """A store in the output folder moves with it."""
+    place = Path(store.removeprefix("file://"))
+    if store.startswith("file://") and place.resolve().is_relative_to(output.resolve()):
+        return f"{_OUTPUT}{place.resolve().relative_to(output.resolve()).as_posix()}"
+    return store
+
+
+def _settings(config: str) -> dict[str, Any] | None:
+    try:
+        return _absolute_sources(read_file(Path(config)))
+    except ConfigError:
+        return None
+
+
+def _shown(value: object) -> object:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -5,17 +5,18 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from latentac.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem, ResourceError
 from latentac.progress import Progress, progress
-from latentac.store.blobs import Patience, Stream, connect, disk_errors
+from latentac.store.blobs import Entry, Patience, Stream, connect, disk_errors
 from latentac.store.manifest import (
     SCHEMA,
     File,
@@ -146,6 +147,31 @@ class Store:
         for name in [marker, *names]:
             self._backend.remove(name)
         self._backend.reclaim({file.sha256 for file in published.files} if published else None)
+
+    def entries(self) -> dict[str, Entry]:
+        """Every object of the store by its name, manifests and files and pointers, with what is known of each."""
+        return self._backend.entries("")
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Removes objects by their names in `entries`, in this order; what is not there is no error."""
+        for name in names:
+            self._backend.remove(name)
+
+    def sweep(self) -> int:
+        """Drops shared files that no artifact and no working copy uses any more; the bytes that became free."""
+        return self._backend.reclaim(None)
+
+    def read_file(self, manifest: Manifest, path: str) -> bytes:
+        """One file of an artifact, verified. Raises IntegrityError, also where it has no such file."""
+        (file,) = [file for file in manifest.files if file.path == path] or [None]
+        sink = BytesIO()
+        if file is not None:
+            with suppress(FileNotFoundError):
+                self._backend.get(f"{manifest.folder}/{path}", Stream(sink))
+        if file is None or sha256(sink.getvalue()).hexdigest() != file.sha256:
+            problem = f"{path}: no such file, or other bytes than were published"
+            raise IntegrityError(f"{self.url}/{manifest.key}", problem, remedy_for(manifest.key))
+        return sink.getvalue()
 
     def write_json(self, key: str, value: object) -> None:
         """Writes a pointer: readers find the old JSON or the new."""

@@ -81,11 +81,18 @@ class Stream:
 
 
 class Entry(NamedTuple):
-    """What is known of a blob without reading it. changed: seconds since 1970; stamp: differs where the bytes do."""
+    """What is known of a blob without reading it. changed: seconds since 1970; stamp: differs where the bytes do.
+
+    inode, links: which file of this machine it is and how many names that has, "" and 1 where it is none; moved: when
+    it last got another name, else as changed.
+    """
 
     size: int
     changed: float
     stamp: str
+    inode: str = ""
+    links: int = 1
+    moved: float = 0.0
 
 
 class Blobs(Protocol):
@@ -208,8 +215,17 @@ class Folder:
         found = {}
         for name in self.names(prefix):
             with suppress(FileNotFoundError):  # removed meanwhile
-                status = (self._root / name).stat()
-                found[name] = Entry(status.st_size, status.st_mtime, str(status.st_mtime_ns))
+                path = self._root / name
+                status = path.lstat() if path.is_symlink() else path.stat()
+                stamp, inode = str(status.st_mtime_ns), f"{status.st_dev}:{status.st_ino}"
+                found[name] = Entry(
+                    status.st_size,
+                    status.st_mtime,
+                    stamp,
+                    inode,
+                    status.st_nlink,
+                    max(status.st_mtime, status.st_ctime),
+                )
         return found
 
     def remove(self, name: str) -> None:

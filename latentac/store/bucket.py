@@ -115,12 +115,12 @@ class Bucket:
     def entries(self, prefix: str) -> dict[str, Entry]:
         def enumerate_objects() -> dict[str, Entry]:
             found = self._client.list_objects(self._bucket, self._prefix + prefix, recursive=True)
-            return {
-                (item.object_name or "").removeprefix(self._prefix): Entry(
-                    item.size or 0, item.last_modified.timestamp() if item.last_modified else 0.0, item.etag or ""
-                )
-                for item in found
-            }
+            entries = {}
+            for item in found:
+                changed = item.last_modified.timestamp() if item.last_modified else 0.0
+                name = (item.object_name or "").removeprefix(self._prefix)
+                entries[name] = Entry(item.size or 0, changed, item.etag or "", moved=changed)
+            return entries
 
         return self._attempt(enumerate_objects, prefix)
 

@@ -1,0 +1,105 @@
+"""What a run would do and need, and everything that would refuse it, found without writing anything."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from latentac import preparation
+from latentac.config import Config
+from latentac.errors import ConfigError, LatentacError, Problem, ResourceError
+from latentac.prompts import load_prompts
+from latentac.run import resolve_recipe
+from latentac.store import open_store
+
+_WEIGHTS = ("*.safetensors", "*.json", "*.txt")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """settings: None where they are refused themselves; disk, memory: bytes, None where the backbone is not here;
+    refused: one message each."""
+
+    settings: Config | None
+    disk: int | None
+    memory: int | None
+    refused: tuple[str, ...]
+
+
+def plan(recipe: str, config: str, overrides: Sequence[str], store: str, output: Path) -> Plan:
+    """All that `prepare` would check, each check on its own, so that one refusal does not hide another."""
+    refused: list[str] = []
+
+    @contextmanager
+    def noted() -> Iterator[None]:
+        try:
+            yield
+        except LatentacError as error:
+            refused.extend(line for line in str(error).splitlines() if line not in refused)
+
+    with noted():
+        _check_output(output)
+    with noted():
+        _check_store(store)
+    settings = None
+    with noted():
+        settings = resolve_recipe(recipe, config, overrides)
+    if settings is None:
+        return Plan(None, None, None, tuple(refused))
+    checks: list[Callable[[Config], object]] = [
+        preparation.check_names,
+        lambda settings: preparation.check_machine(settings, output),
+        preparation.check_rewards,
+        lambda settings: preparation.check_prompts(settings, load_prompts(settings.prompts.source)),
+        lambda settings: preparation.check_source(settings.backbone.source),
+    ]
+    for check in checks:
+        with noted():
+            check(settings)
+    disk, memory = requirements(settings)
+    free = preparation.free_bytes(output)
+    if disk is not None and free < disk:
+        problem = f"has {free / 2**20:.0f} MiB free, this run needs {disk / 2**20:.0f}"
+        refused.append(str(ResourceError(str(output), problem, "Free some space")))
+    return Plan(settings, disk, memory, tuple(refused))
+
+
+def requirements(settings: Config) -> tuple[int | None, int | None]:
+    """Bytes of disk and of memory, by the sizes of the backbone's files: the weights once, again for each result, and
+    with two moments each for checkpoints. None where the backbone is not on this machine yet."""
+    folder = preparation.local_source(settings.backbone.source)
+    if folder is None:
+        return None, None
+    whole = sum(path.stat().st_size for pattern in _WEIGHTS for path in folder.rglob(pattern))
+    parts = [folder / name for name in ("unet", "transformer") if (folder / name).is_dir()]
+    trained = sum(path.stat().st_size for part in parts for path in part.glob("*.safetensors"))
+    checkpoints = settings.train.keep_checkpoints + 1
+    return whole + trained * (2 + 3 * checkpoints), settings.train.num_workers * (whole + 4 * trained)
+
+
+def settings_text(settings: Config) -> str:
+    """The resolved settings as YAML."""
+    return yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False, allow_unicode=True)
+
+
+def _check_output(output: Path) -> None:
+    there = preparation.existing(output)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        problem = "no folder can be made in it" if there.is_dir() else f"{there} is no folder"
+        raise ResourceError(str(output), problem, "Choose another --output, or make it one that you may write to.")
+
+
+def _check_store(store: str) -> None:
+    """Whether the store can be read, and, if it is a folder, written to."""
+    opened = open_store(store)
+    if store.startswith("file://"):
+        there = preparation.existing(Path(store.removeprefix("file://")).absolute())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            remedy = "Give this user the right to write there, or choose another place."
+            raise ConfigError([Problem("--store", store, f"nothing can be written to {there}", remedy)])
+    else:
+        opened.keys("registry")
