@@ -9,12 +9,11 @@ from pathlib import Path
 
 import yaml
 
-from latentac import preparation
 from latentac.config import Config
 from latentac.errors import ConfigError, LatentacError, Problem, ResourceError
-from latentac.prompts import load_prompts
 from latentac.run import resolve_recipe
 from latentac.store import open_store
+from latentac.workspace import existing, free_bytes
 
 _WEIGHTS = ("*.safetensors", "*.json", "*.txt")
 
@@ -50,6 +49,9 @@ def plan(recipe: str, config: str, overrides: Sequence[str], store: str, output:
         settings = resolve_recipe(recipe, config, overrides)
     if settings is None:
         return Plan(None, None, None, tuple(refused))
+    from latentac import preparation  # torch, which a typing error need not wait for
+    from latentac.prompts import load_prompts
+
     checks: list[Callable[[Config], object]] = [
         preparation.check_names,
         lambda settings: preparation.check_machine(settings, output),
@@ -60,8 +62,10 @@ def plan(recipe: str, config: str, overrides: Sequence[str], store: str, output:
     for check in checks:
         with noted():
             check(settings)
-    disk, memory = requirements(settings)
-    free = preparation.free_bytes(output)
+    disk, memory = None, None
+    with noted():
+        disk, memory = requirements(settings)
+    free = free_bytes(output)
     if disk is not None and free < disk:
         problem = f"has {free / 2**20:.0f} MiB free, this run needs {disk / 2**20:.0f}"
         refused.append(str(ResourceError(str(output), problem, "Free some space")))
@@ -71,6 +75,8 @@ def plan(recipe: str, config: str, overrides: Sequence[str], store: str, output:
 def requirements(settings: Config) -> tuple[int | None, int | None]:
     """Bytes of disk and of memory, by the sizes of the backbone's files: the weights once, again for each result, and
     with two moments each for checkpoints. None where the backbone is not on this machine yet."""
+    from latentac import preparation
+
     folder = preparation.local_source(settings.backbone.source)
     if folder is None:
         return None, None
@@ -87,7 +93,7 @@ def settings_text(settings: Config) -> str:
 
 
 def _check_output(output: Path) -> None:
-    there = preparation.existing(output)
+    there = existing(output)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         problem = "no folder can be made in it" if there.is_dir() else f"{there} is no folder"
         raise ResourceError(str(output), problem, "Choose another --output, or make it one that you may write to.")
@@ -97,7 +103,7 @@ def _check_store(store: str) -> None:
     """Whether the store can be read, and, if it is a folder, written to."""
     opened = open_store(store)
     if store.startswith("file://"):
-        there = preparation.existing(Path(store.removeprefix("file://")).absolute())
+        there = existing(Path(store.removeprefix("file://")).absolute())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             remedy = "Give this user the right to write there, or choose another place."
             raise ConfigError([Problem("--store", store, f"nothing can be written to {there}", remedy)])

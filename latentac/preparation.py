@@ -20,6 +20,7 @@ from latentac.errors import ConfigError, LatentacError, Problem, ResourceError, 
 from latentac.prompts import PromptSet
 from latentac.rewards import REWARDS, load_reward
 from latentac.store import commit, copy_folder
+from latentac.workspace import free_bytes
 
 _FREE_BYTES = 512 * 2**20
 _PACKAGES = ("torch", "diffusers", "transformers", "kfp", "torchx-nightly", "kserve", "minio")
@@ -63,17 +64,6 @@ def check_machine(config: Config, output: Path) -> None:
                 raise ResourceError(
                     f"serving.port = {config.serving.port}", f"is taken ({error.strerror})", "Use 0 for any free port"
                 ) from error
-
-
-def existing(path: Path) -> Path:
-    """`path`, or the nearest above it that is there."""
-    path = path.absolute()
-    return next(each for each in (path, *path.parents) if each.exists())
-
-
-def free_bytes(output: Path) -> int:
-    """Of the disk that `output` is or would be on."""
-    return shutil.disk_usage(existing(output)).free
 
 
 def check_rewards(config: Config) -> None:

@@ -6,6 +6,7 @@ torch and diffusers are imported where they are needed: the steps that only laun
 import functools
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,3 +118,14 @@ def open_run(run: str, store: str, output: str) -> Workspace:
 def default_store(output: str) -> str:
     """Where artifacts go when no --store is named."""
     return f"file://{Path(output).absolute()}/store"
+
+
+def existing(path: Path) -> Path:
+    """`path`, or the nearest above it that is there."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
+def free_bytes(output: Path) -> int:
+    """Of the disk that `output` is or would be on."""
+    return shutil.disk_usage(existing(output)).free

@@ -74,7 +74,7 @@ def test_store_without_access_fails_in_prepare_and_says_how_to_go_on(tmp_path: P
     assert error == f"prepare: {left['message']}"
     assert failed.returncode == left["exit_code"]
     assert failed.returncode in (3, 6)
-    assert resume == f"resume with: make run RESUME={run} OUTPUT={tmp_path / 'runs'}"
+    assert resume == f"resume with: latentac run --resume {run} --output {tmp_path / 'runs'}"
     assert "[1/8] prepare failed" in failed.stdout
 
 
@@ -125,7 +125,7 @@ def test_config_file_is_kept_with_the_run(tmp_path: Path) -> None:
     file.unlink()
 
     assert Path(request.config).read_text() == "seed: 3\n"
-    assert Path(request.config).parent == tmp_path / "runs" / run
+    assert Path(request.config).parent.parent == tmp_path / "runs" / run
 
 
 def test_runs_started_in_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
