@@ -195,15 +195,15 @@ def pooled(root: Path) -> set[str]:
 
 def table(runs: list[Run], now: float | None = None) -> str:
     """Two lines a run, at most 80 characters wide as long as no name is longer than that."""
-    lines = [f"{'RUN':<52}{'GATE':<9}{'SIZE':>9}{'AGE':>8}", f"  {'STATE':<25}{'RECIPE':<20}{'SEED':<8}GAIN [95 %]"]
+    lines = [f"{'RUN':<52}{'GATE':<9}{'SIZE':>9}{'AGE':>8}", f"  {'STATE':<25}{'RECIPE':<19}{'SEED':<8}GAIN [95 %]"]
     for run in runs:
         told = f"{run.gate or '-':<9}{size(run.bytes):>9}{_age(run.started, now):>8}"
         lines += [f"{run.name:<52}{told}"] if len(run.name) < 52 else [run.name, f"{'':<52}{told}"]
         joint = {"running": "", "stopped": "in "}.get(run.state, "at ")
         state = f"{run.state} {joint}{run.step}" if run.step else run.state
         seed, recipe = "-" if run.seed is None else str(run.seed), run.recipe or "-"
-        recipe = recipe if len(recipe) < 20 else f"{recipe[:17]}..."
-        lines.append(f"  {state:<25}{recipe:<20}{seed:<8}{_gain(run)}".rstrip())
+        recipe = recipe if len(recipe) < 19 else f"{recipe[:15]}..."
+        lines.append(f"  {state:<25}{recipe:<19}{seed:<8}{_gain(run)}".rstrip())
     return "\n".join(lines)
 
 
