@@ -30,7 +30,7 @@ _MADE = {
     *LOCKS,
     *(
         "request.json",
-        "given",
+        "given-config",
         "given-config.yaml",
         ERROR_FILE,
         "timings.json",

@@ -57,7 +57,7 @@ def plan(recipe: str, config: str, overrides: Sequence[str], store: str, output:
         lambda settings: preparation.check_machine(settings, output),
         preparation.check_rewards,
         lambda settings: preparation.check_prompts(settings, load_prompts(settings.prompts.source)),
-        lambda settings: preparation.check_source(settings.backbone.source),
+        lambda settings: _check_source(settings.backbone.source),
     ]
     for check in checks:
         with noted():
@@ -75,9 +75,7 @@ def plan(recipe: str, config: str, overrides: Sequence[str], store: str, output:
 def requirements(settings: Config) -> tuple[int | None, int | None]:
     """Bytes of disk and of memory, by the sizes of the backbone's files: the weights once, again for each result, and
     with two moments each for checkpoints. None where the backbone is not on this machine yet."""
-    from latentac import preparation
-
-    folder = preparation.local_source(settings.backbone.source)
+    folder = _local_source(settings.backbone.source)
     if folder is None:
         return None, None
     whole = sum(path.stat().st_size for pattern in _WEIGHTS for path in folder.rglob(pattern))
@@ -90,6 +88,27 @@ def requirements(settings: Config) -> tuple[int | None, int | None]:
 def settings_text(settings: Config) -> str:
     """The resolved settings as YAML."""
     return yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False, allow_unicode=True)
+
+
+def _local_source(source: str) -> Path | None:
+    """The folder that `source` names on this machine; None for a hub id. Raises ConfigError for an unknown builtin."""
+    if source.startswith("builtin:"):
+        from latentac.shapes import builtin_pipeline
+
+        return builtin_pipeline(source.removeprefix("builtin:"))
+    return Path(source) if Path(source).is_dir() else None
+
+
+def _check_source(source: str) -> None:
+    """Refuse a backbone that is not there, or no pipeline; what is not on this machine yet is not fetched for it."""
+    folder = _local_source(source)
+    if folder is None:
+        problem = "is no folder here" if Path(source).is_absolute() or source.startswith(".") else ""
+    else:
+        problem = "" if (folder / "model_index.json").is_file() else "has no model_index.json"
+    if problem:
+        remedy = "Use builtin:shapes-unet, a diffusers folder with safetensors weights, or a hub id"
+        raise ConfigError([Problem("backbone.source", source, problem, remedy)])
 
 
 def _check_output(output: Path) -> None:

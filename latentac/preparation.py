@@ -19,7 +19,7 @@ from latentac.critic import BODIES
 from latentac.errors import ConfigError, LatentacError, Problem, ResourceError, RewardError
 from latentac.prompts import PromptSet
 from latentac.rewards import REWARDS, load_reward
-from latentac.store import commit, copy_folder
+from latentac.store import commit
 from latentac.workspace import free_bytes
 
 _FREE_BYTES = 512 * 2**20
@@ -95,9 +95,12 @@ def fetch_backbone(source: str, folder: Path) -> None:
 
     `builtin:<name>` and folders are copied; anything else is a hub id, of which safetensors and text files are fetched.
     """
-    local = local_source(source)
-    if local is not None:
-        copy_folder(local, folder)
+    if source.startswith("builtin:"):
+        from latentac.shapes import builtin_pipeline
+
+        shutil.copytree(builtin_pipeline(source.removeprefix("builtin:")), folder)
+    elif Path(source).is_dir():
+        shutil.copytree(source, folder)
     else:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -108,28 +111,6 @@ def fetch_backbone(source: str, folder: Path) -> None:
             reason = str(error).splitlines()[0]
             raise _bad_source(source, f"is no folder here and could not be fetched from the hub ({reason})") from error
         shutil.rmtree(folder / ".cache", ignore_errors=True)
-    _check_folder(source, folder)
-
-
-def local_source(source: str) -> Path | None:
-    """The folder that `source` names on this machine; None for a hub id. Raises ConfigError for an unknown builtin."""
-    if source.startswith("builtin:"):
-        from latentac.shapes import builtin_pipeline
-
-        return builtin_pipeline(source.removeprefix("builtin:"))
-    return Path(source) if Path(source).is_dir() else None
-
-
-def check_source(source: str) -> None:
-    """Refuse what `fetch_backbone` would, as far as it can be seen without fetching anything."""
-    local = local_source(source)
-    if local is not None:
-        _check_folder(source, local)
-    elif Path(source).is_absolute() or source.startswith("."):
-        raise _bad_source(source, "is no folder here")
-
-
-def _check_folder(source: str, folder: Path) -> None:
     if not (folder / "model_index.json").is_file():
         raise _bad_source(source, "has no model_index.json, so it is no diffusers pipeline")
     if not any((folder / "unet").glob("*.safetensors")) and not any((folder / "transformer").glob("*.safetensors")):

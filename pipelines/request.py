@@ -21,7 +21,7 @@ from latentac.errors import ConfigError, Problem, ResourceError
 from latentac.fields import read_file, read_overrides
 
 _FILE = "request.json"
-_GIVEN = "given"
+_GIVEN = "given-config"
 _CONFIG_BEFORE = "given-config.yaml"  # what runs of earlier versions have
 _OUTPUT = "file://{output}/"
 PROCESSES, CONTAINERS = "processes", "containers"
