@@ -23,6 +23,7 @@ from latentac.runs import LOCKS, Run, Survey, Traces, files, list_runs, pooled, 
 from latentac.store.blobs import PARTIAL
 from latentac.store.pool import Pool
 from latentac.task import ERROR_FILE
+from latentac.workspace import SHARED
 
 _DAY = 86400.0
 _MADE = {
@@ -30,6 +31,7 @@ _MADE = {
     *LOCKS,
     *(
         "request.json",
+        SHARED,
         "given-config",
         "given-config.yaml",
         ERROR_FILE,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from latentac.errors import ArtifactNotFound, IntegrityError, ServingError
-from latentac.workspace import Workspace
+from latentac.workspace import Workspace, cache_beside
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ def _load(space: Workspace, version: str, base: "Policy") -> "Policy":
     from latentac.serving.exported import read
 
     folder = space.folder / "incumbent" / version
-    space.store.fetch(f"models/{version}", folder, cache=space.folder.parent)
+    space.store.fetch(f"models/{version}", folder, cache=cache_beside(space.folder))
     exported, name = read(folder), space.config.backbone.name
     if exported.backbone != name:
         raise _unfit(version, f"its backbone is {exported.backbone}, that of this run {name}")

@@ -14,7 +14,7 @@ from latentac.serving.deployment import Deployment, serve_and_check
 from latentac.serving.exported import add_base, export, read
 from latentac.store import Manifest, copy_folder, open_store
 from latentac.store.blobs import disk_errors
-from latentac.workspace import Workspace, default_store
+from latentac.workspace import Workspace, cache_beside, default_store
 
 CANDIDATE = "registry/candidate.json"
 _EXAMPLES = 8  # held-out prompts that the endpoint's page offers to begin with
@@ -126,7 +126,7 @@ def fetch_model(run: str, store: str, output: str) -> Path:
     deployed: Manifest = opened.manifest(f"{run}/deploy")
     version = deployed.metrics["version"]
     folder = Path(output) / run / "model"
-    opened.fetch(f"models/{version}", folder, cache=Path(output))
+    opened.fetch(f"models/{version}", folder, cache=cache_beside(folder.parent))
     return folder
 
 

@@ -5,6 +5,7 @@ torch and diffusers are imported where they are needed: the steps that only laun
 
 import functools
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from latentac.prompts import PromptSet
     from latentac.rewards import Reward
 
+
+SHARED = "shared"
+"""In a run's folder, where that is all that can be written to: what its local copies share."""
 
 _TAKEN = ("store", "checkpoints", "failures", "models", "registry", "tensorboard")
 """What lies beside runs in an output folder or a store."""
@@ -50,7 +54,7 @@ class Workspace:
         """The verified local copy of a step's artifact, read-only: its files are shared with other copies (see
         `latentac.store.pool`). Raises ArtifactNotFound where the step has not run."""
         folder = self.folder / step
-        self.store.fetch(f"{self.run}/{step}", folder, cache=self.folder.parent)
+        self.store.fetch(f"{self.run}/{step}", folder, cache=cache_beside(self.folder))
         return folder
 
     @functools.cached_property
@@ -110,9 +114,15 @@ def open_run(run: str, store: str, output: str) -> Workspace:
     """The workspace of a prepared run. Raises ArtifactNotFound where `prepare` has not published."""
     opened = open_store(store or default_store(output))
     folder = working_folder(run, output)
-    manifest = opened.fetch(f"{run}/prepare", folder / "prepare", cache=folder.parent)
+    manifest = opened.fetch(f"{run}/prepare", folder / "prepare", cache=cache_beside(folder))
     config = resolve(json.loads((folder / "prepare" / "config.json").read_text()))
     return Workspace(run, opened, folder, config, manifest)
+
+
+def cache_beside(folder: Path) -> Path:
+    """Where the local copies of the run in `folder` share equal files: with the other runs of its output, or among
+    themselves in a container, which has the run's folder alone."""
+    return folder.parent if os.access(folder.parent, os.W_OK) else folder / SHARED
 
 
 def default_store(output: str) -> str:
