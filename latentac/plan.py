@@ -2,10 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
@@ -15,6 +15,7 @@ from latentac.run import resolve_recipe
 from latentac.store import open_store
 from latentac.workspace import existing, free_bytes
 
+T = TypeVar("T")
 _WEIGHTS = ("*.safetensors", "*.json", "*.txt")
 
 
@@ -33,38 +34,27 @@ def plan(recipe: str, config: str, overrides: Sequence[str], store: str, output:
     """All that `prepare` would check, each check on its own, so that one refusal does not hide another."""
     refused: list[str] = []
 
-    @contextmanager
-    def noted() -> Iterator[None]:
+    def attempt(check: Callable[[], T]) -> T | None:
         try:
-            yield
+            return check()
         except LatentacError as error:
             refused.extend(line for line in str(error).splitlines() if line not in refused)
+            return None
 
-    with noted():
-        _check_output(output)
-    with noted():
-        _check_store(store)
-    settings = None
-    with noted():
-        settings = resolve_recipe(recipe, config, overrides)
+    attempt(lambda: _check_output(output))
+    attempt(lambda: _check_store(store))
+    settings = attempt(lambda: resolve_recipe(recipe, config, overrides))
     if settings is None:
         return Plan(None, None, None, tuple(refused))
     from latentac import preparation  # torch, which a typing error need not wait for
     from latentac.prompts import load_prompts
 
-    checks: list[Callable[[Config], object]] = [
-        preparation.check_names,
-        lambda settings: preparation.check_machine(settings, output),
-        preparation.check_rewards,
-        lambda settings: preparation.check_prompts(settings, load_prompts(settings.prompts.source)),
-        lambda settings: _check_source(settings.backbone.source),
-    ]
-    for check in checks:
-        with noted():
-            check(settings)
-    disk, memory = None, None
-    with noted():
-        disk, memory = requirements(settings)
+    attempt(lambda: preparation.check_names(settings))
+    attempt(lambda: preparation.check_machine(settings, output))
+    attempt(lambda: preparation.check_rewards(settings))
+    attempt(lambda: preparation.check_prompts(settings, load_prompts(settings.prompts.source)))
+    attempt(lambda: _check_source(settings.backbone.source))
+    disk, memory = attempt(lambda: requirements(settings)) or (None, None)
     free = free_bytes(output)
     if disk is not None and free < disk:
         problem = f"has {free / 2**20:.0f} MiB free, this run needs {disk / 2**20:.0f}"

@@ -163,7 +163,7 @@ class Store:
 
     def read_file(self, manifest: Manifest, path: str) -> bytes:
         """One file of an artifact, verified. Raises IntegrityError, also where it has no such file."""
-        (file,) = [file for file in manifest.files if file.path == path] or [None]
+        file = next((file for file in manifest.files if file.path == path), None)
         sink = BytesIO()
         if file is not None:
             with suppress(FileNotFoundError):

@@ -134,7 +134,7 @@ def test_without_hard_links_everything_is_copied(
     def refuse(*arguments: Any, **options: Any) -> None:
         raise OSError(getattr(errno, name), "no link")
 
-    monkeypatch.setattr(pool.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     manifest = publish(store, artifact, owned=True)
     store.fetch(KEY, tmp_path / "shared", cache=tmp_path)
     store.verify(manifest)
@@ -226,15 +226,26 @@ def bucket(minio_server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
     return use(minio_server, monkeypatch)
 
 
+def counted(store: Store, operation: str) -> list[str]:
+    """The names that the operation is called with, from here on."""
+    names: list[str] = []
+    call = getattr(store._backend, operation)
+
+    def note(name: str, *rest: Any) -> Any:
+        names.append(name)
+        return call(name, *rest)
+
+    setattr(store._backend, operation, note)
+    return names
+
+
 @pytest.mark.minio
 def test_what_a_bucket_has_is_not_sent_again(bucket: str, artifact: Path, tmp_path: Path) -> None:
     """Files of a parent are copied by the server; the child is whole, and stays so without the parent."""
     store = open_store(bucket)
     parent = publish(store, artifact, "run-1/prepare")
     (artifact / "new").write_bytes(b"new")
-    sent: list[str] = []
-    keep = store._backend.keep
-    store._backend.keep = lambda name, *rest: (sent.append(name), keep(name, *rest))[1]  # type: ignore[method-assign]
+    sent = counted(store, "keep")
     child = publish(store, artifact, parents=[parent])
 
     assert sent == [f"{child.folder}/new"]
@@ -261,9 +272,7 @@ def test_local_copies_of_a_bucket_are_shared_and_fetched_once(bucket: str, artif
     for key in ("run-1/prepare", "run-1/train"):
         publish(store, artifact, key)
     store.fetch("run-1/prepare", tmp_path / "runs/run-1/prepare", cache=tmp_path / "runs")
-    got: list[str] = []
-    get = store._backend.get
-    store._backend.get = lambda name, sink: (got.append(name), get(name, sink))[1]  # type: ignore[method-assign]
+    got = counted(store, "get")
     store.fetch("run-1/train", tmp_path / "runs/run-1/train", cache=tmp_path / "runs")
 
     assert got == ["run-1/train/manifest.json"]

@@ -22,7 +22,7 @@ from latentac.errors import ConfigError, IntegrityError, ResourceError
 from latentac.lifetime import run_lock
 from latentac.run import VERBS
 from latentac.runs import Run, list_runs, size, table
-from latentac.store import Store, open_store
+from latentac.store import Manifest, Store, open_store
 from tests.latentac.test_store import use, write
 
 BEFORE_GATE = ("prepare", "pretrain-value", "train", "evaluate", "steer")
@@ -49,7 +49,7 @@ class Place:
         }
         (self.output / name / "request.json").write_text(json.dumps(request))
         (self.output / name / "run.lock").write_text("1")
-        version, parents = f"{name}-0123abcd", []
+        version, parents = f"{name}-0123abcd", list[Manifest]()
         difference = {"shapes_verifier": {"mean": 0.25, "low": 0.125, "high": 0.5}}
         files: dict[str, dict[str, Any]] = {
             "prepare": {"config.json": {"recipe": "shapes-unet", "seed": 3, "gate": {"reward": "shapes_verifier"}}},
@@ -122,7 +122,7 @@ def clear(plan: clearing.Plan) -> list[str]:
 def later(monkeypatch: pytest.MonkeyPatch) -> float:
     """Two days on: what the system writes down itself, when a file got a name, cannot be set back."""
     now = time.time() + 2 * 86400
-    monkeypatch.setattr(clearing.time, "time", lambda: now)
+    monkeypatch.setattr(time, "time", lambda: now)
     return now
 
 
