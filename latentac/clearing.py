@@ -25,7 +25,7 @@ from latentac.store.pool import Pool
 from latentac.task import ERROR_FILE
 from latentac.workspace import SHARED
 
-_DAY = 86400.0
+_HOUR, _DAY = 3600.0, 86400.0
 _MADE = {
     *(step for step in VERBS),
     *LOCKS,
@@ -109,7 +109,7 @@ def plan_prune(
         chosen = [run for run in chosen if run.started and _seconds_since(run.started) > older_than]
     if failed:
         chosen = [run for run in chosen if run.state in ("failed", "stopped")]
-    kept = referenced_runs(survey)
+    kept = _busy_elsewhere(survey) | referenced_runs(survey)
     going = [run.name for run in chosen if run.name not in kept]
     return _plan(
         survey, going, _leftovers(survey, going), {run.name: kept[run.name] for run in chosen if run.name in kept}
@@ -181,6 +181,17 @@ def _pointed_at(survey: Survey) -> Iterator[tuple[str, str, str]]:
         yield str(found.get("previous")), "", f"its model is the one to go back to ({key})"
 
 
+def _busy_elsewhere(survey: Survey) -> dict[str, str]:
+    """Unfinished runs without a folder here, so without a lock to look at, that were written to a short while ago."""
+    since = time.time() - _HOUR
+    return {
+        name: "it was written to within the hour, and may be running on another machine"
+        for name, traces in survey.traces.items()
+        if traces.folder is None and traces.steps and "finish" not in traces.steps
+        if max(entry.changed for entry in traces.objects.values()) > since
+    }
+
+
 def _compared(survey: Survey, going: Collection[str]) -> dict[str, str]:
     """Version -> why it must stay: a run that stays was compared with it, and its gate looks at it again."""
     kept = {}
@@ -211,6 +222,8 @@ def _whole_run(survey: Survey, traces: Traces, staying: Collection[str]) -> Remo
     ]
     folder, paths = traces.folder, list[Path]()
     title = f"run {traces.name}"
+    if traces.name in _busy_elsewhere(survey):
+        title += " (it was written to within the hour: does it run on another machine?)"
     if folder is not None and folder.is_symlink():
         folder, title = None, f"{title} (its folder is a link and stays)"
     elif folder is not None:
@@ -224,6 +237,7 @@ def _whole_run(survey: Survey, traces: Traces, staying: Collection[str]) -> Remo
 
 def _leftovers(survey: Survey, going: Collection[str]) -> list[Removal]:
     """What killed processes left, older than a day, and what is of no use any more, of runs that nobody works on."""
+    busy = _busy_elsewhere(survey)
     compared, pointed = _compared(survey, going), {version for version, _, _ in _pointed_at(survey)}
     made = []
 
@@ -236,7 +250,7 @@ def _leftovers(survey: Survey, going: Collection[str]) -> list[Removal]:
         root = Path(survey.store.url.removeprefix("file://"))
         add("unfinished writes in the store", paths=(path for path, _ in files(root / PARTIAL) if _old(path)))
     for name, traces in survey.traces.items():
-        if name in going or traces.holder:
+        if name in going or name in busy or traces.holder:
             continue
         objects = {each: entry for each, entry in traces.objects.items() if _OBJECT.fullmatch(each)}
         add(f"{name}: files that no manifest names", _unnamed(survey, objects))

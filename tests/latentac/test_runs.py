@@ -503,6 +503,18 @@ def test_prune_of_a_bucket_leaves_nothing_of_a_run_that_is_gone(place: Place) ->
     assert place.objects() == []
 
 
+def test_what_may_run_on_another_machine_is_not_pruned(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """There is no lock to look at; whoever names it is told. A finished run is another matter."""
+    place.run("cluster", BEFORE_GATE)
+    place.run("ended", [*BEFORE_GATE, "gate", "finish"], decision="hold")
+    there = place.output.parent / "another machine"
+    plan = plan_prune(there, place.store.url, keep=0)
+    assert list(plan.kept) == ["cluster"]
+    assert [removal.title for removal in plan.removals] == ["run ended"]
+    assert main(["delete", "cluster", "--output", str(there), "--store", place.store.url]) == 0
+    assert "does it run on another machine?" in capsys.readouterr().out
+
+
 # Asking
 
 

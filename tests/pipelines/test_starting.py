@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -46,6 +47,16 @@ def prompts(file: Path) -> Path:
     found = json.loads(load_prompts("builtin:shapes").to_json())
     file.write_text(json.dumps({"train": found["train"][:2], "held_out": found["held_out"][:8]}))
     return file
+
+
+def test_the_help_comes_at_once_with_examples(tmp_path: Path) -> None:
+    """Half a second of work, from any folder."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    helped = latentac(tmp_path, "run", "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert helped.returncode == 0
+    assert "latentac run --resume" in helped.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
 # What is resolved at the start
@@ -200,7 +211,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_an_installed_wheel_runs_the_pipeline_anywhere(installed: str, tmp_path: Path) -> None:
     """No file of the checkout is needed: from start to served and listed, in a folder of its own. Resumed when it is
     finished, it is done at once."""
