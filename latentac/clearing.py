@@ -33,6 +33,7 @@ _MADE = {
         "request.json",
         SHARED,
         "given-config",
+        "given-package",
         "given-config.yaml",
         ERROR_FILE,
         "timings.json",

@@ -9,9 +9,10 @@ from typing import TypeVar
 
 import yaml
 
-from latentac.config import Config
+from latentac import package as packages
+from latentac.config import Config, resolve
 from latentac.errors import ConfigError, LatentacError, Problem, ResourceError
-from latentac.run import resolve_recipe
+from latentac.run import recipe_fields
 from latentac.store import open_store
 from latentac.workspace import existing, free_bytes
 
@@ -30,7 +31,7 @@ class Plan:
     refused: tuple[str, ...]
 
 
-def plan(recipe: str, config: str, overrides: Sequence[str], store: str, output: Path) -> Plan:
+def plan(recipe: str, config: str, overrides: Sequence[str], package: str, store: str, output: Path) -> Plan:
     """All that `prepare` would check, each check on its own, so that one refusal does not hide another."""
     refused: list[str] = []
 
@@ -43,23 +44,29 @@ def plan(recipe: str, config: str, overrides: Sequence[str], store: str, output:
 
     attempt(lambda: _check_output(output))
     attempt(lambda: _check_store(store))
-    settings = attempt(lambda: resolve_recipe(recipe, config, overrides))
+    if package:
+        attempt(lambda: _check_package(Path(package)))
+    from latentac import preparation
+    from latentac.prompts import load_prompts
+    from latentac.resolution import resolve_all
+
+    fields = attempt(lambda: recipe_fields(recipe, config, overrides))
+    resolved = attempt(lambda: resolve_all(fields)) if fields is not None else None
+    # An extension that is refused hides nothing else, a field that is wrong does.
+    settings = resolved.config if resolved else attempt(lambda: resolve(fields)) if fields is not None else None
     if settings is None:
         return Plan(None, None, None, tuple(refused))
-    from latentac import preparation  # torch, which a typing error need not wait for
-    from latentac.prompts import load_prompts
-
-    attempt(lambda: preparation.check_names(settings))
     attempt(lambda: preparation.check_machine(settings, output))
-    attempt(lambda: preparation.check_rewards(settings))
-    attempt(lambda: preparation.check_prompts(settings, load_prompts(settings.prompts.source)))
+    prompts = attempt(lambda: load_prompts(settings.prompts.source))
+    if prompts is not None and resolved is not None:
+        attempt(lambda: preparation.check_rewards(resolved.rewards, prompts))
     attempt(lambda: _check_source(settings.backbone.source))
     disk, memory = attempt(lambda: requirements(settings)) or (None, None)
     free = free_bytes(output)
     if disk is not None and free < disk:
         problem = f"has {free / 2**20:.0f} MiB free, this run needs {disk / 2**20:.0f}"
         refused.append(str(ResourceError(str(output), problem, "Free some space")))
-    return Plan(settings, disk, memory, tuple(refused))
+    return Plan(resolved.config if resolved else None, disk, memory, tuple(refused))
 
 
 def requirements(settings: Config) -> tuple[int | None, int | None]:
@@ -99,6 +106,12 @@ def _check_source(source: str) -> None:
     if problem:
         remedy = "Use builtin:shapes-unet, a diffusers folder with safetensors weights, or a hub id"
         raise ConfigError([Problem("backbone.source", source, problem, remedy)])
+
+
+def _check_package(folder: Path) -> None:
+    """Raises ConfigError where it could not be shipped; else it is importable from here on."""
+    packages.pack(folder)
+    packages.make_importable(folder.parent if (folder / "__init__.py").is_file() else folder)
 
 
 def _check_output(output: Path) -> None:

@@ -97,18 +97,21 @@ def _way(run: str, request: Request, output: Path) -> contextlib.AbstractContext
 
 def _done_already(run: str, request: Request, way: Way, console: Console) -> bool:
     """Whether every step is published for this very request, its report too; then each is told, and none is started."""
-    from latentac.run import VERBS, resolve_recipe
+    from latentac.run import VERBS, prepare
     from latentac.store import open_store
 
     try:
-        config_hash = resolve_recipe(request.recipe, request.config, request.overrides).hash
         store = open_store(way.store)
         known = set(store.keys(run))
+        if not {f"{run}/prepare", f"{run}/finish"} <= known:
+            return False
+        given = (request.recipe, request.config, request.overrides, request.package)
+        config_hash = prepare(run, way.store, str(way.output), *given).config_hash  # it is done: it only compares
         steps = [step for step in VERBS if f"{run}/{step}" in known]
         found = {step: store.manifest(f"{run}/{step}") for step in steps}
     except LatentacError:  # the step that meets it says so
         return False
-    if any(manifest.config_hash != config_hash for manifest in found.values()) or "finish" not in found:
+    if any(manifest.config_hash != config_hash for manifest in found.values()):
         return False
     published = [manifest.digest for step, manifest in found.items() if step != "finish"]
     if [parent.sha256 for parent in found["finish"].parents] != published:
@@ -144,6 +147,7 @@ def _execute(run: str, request: Request, way: Way, folder: Path, console: Consol
                 recipe=request.recipe,
                 config=way.config,
                 overrides=list(request.overrides),
+                package=request.package,
                 output=str(way.output),
             )
         except RuntimeError as error:  # kfp says only which task failed

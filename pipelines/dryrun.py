@@ -14,8 +14,9 @@ from pipelines.request import Request
 
 def print_plan(request: Request, output: Path, run: str) -> int:
     """run: the one that would be resumed, or "". Returns 0, or a configuration error's code if anything is refused."""
+    sys.dont_write_bytecode = True  # beside the user's own code
     store = request.store_url(output)
-    made = plan(request.recipe, request.config, request.overrides, store, output)
+    made = plan(request.recipe, request.config, request.overrides, request.package, store, output)
     refused = list(made.refused)
     if run:
         holders = (lock_holder(output / run / name) for name in ("run.lock", LOCK_FILE))

@@ -25,9 +25,6 @@ def processes(run: str, request: Request, output: Path) -> Iterator[Way]:
     shutil.rmtree(root, ignore_errors=True)  # copies of manifests of earlier starts: the store has the originals
     if sys.stderr.isatty():
         os.environ[TERMINAL] = os.ttyname(sys.stderr.fileno())
-    if request.folder and Path(request.folder) != Path.cwd():  # a run that is resumed from elsewhere
-        paths = [request.folder, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     python = sys.executable
     # kfp.local puts sys.executable, unquoted, wherever its command says python3, in paths too: make that the identity
     (root / "bin").mkdir(parents=True)

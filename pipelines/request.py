@@ -17,11 +17,12 @@ from typing import Any
 
 import yaml
 
+from latentac import package as packages
 from latentac.errors import ConfigError, Problem, ResourceError
 from latentac.fields import read_file, read_overrides
 
 _FILE = "request.json"
-_GIVEN = "given-config"
+_GIVEN, _PACKAGE = "given-config", "given-package"
 _CONFIG_BEFORE = "given-config.yaml"  # what runs of earlier versions have
 _OUTPUT = "file://{output}/"
 PROCESSES, CONTAINERS = "processes", "containers"
@@ -30,8 +31,8 @@ PROCESSES, CONTAINERS = "processes", "containers"
 
 @dataclass(frozen=True)
 class Request:
-    """recipe: name; config: path of a YAML file, or empty; overrides: `path=value`; store: URL, or empty; way: how the
-    steps run; folder: where the run was started, in which `module:Class` is looked for."""
+    """recipe: name; config: path of a YAML file, or empty; overrides: `path=value`; package: folder of code, or empty;
+    store: URL, or empty; way: how the steps run; folder: where the run was started, whose modules are importable."""
 
     recipe: str
     config: str = ""
@@ -39,6 +40,7 @@ class Request:
     store: str = ""
     way: str = PROCESSES
     folder: str = ""
+    package: str = ""
 
     def store_url(self, output: Path) -> str:
         return self.store or f"file://{output.resolve()}/store"
@@ -51,6 +53,7 @@ def absolute(request: Request) -> Request:
         request,
         config=str(Path(request.config).absolute()) if request.config else "",
         overrides=tuple(map(_absolute_override, request.overrides)),
+        package=str(Path(request.package).absolute()) if request.package else "",
         store=f"file://{Path(place).absolute()}" if scheme == "file" and place else request.store,
         folder=request.folder or str(Path.cwd()),
     )
@@ -59,6 +62,7 @@ def absolute(request: Request) -> Request:
 def create_run(request: Request, output: Path) -> tuple[str, Request]:
     """Make `<output>/<run>/` with the request and a copy of its config file. Returns the run's id and its request."""
     request = absolute(request)
+    code = packages.pack(Path(request.package)) if request.package else b""
     try:
         folder = _new_folder(output, re.sub(r"[^A-Za-z0-9._-]+", "-", request.recipe).strip(".-") or "run")
     except OSError as error:
@@ -71,6 +75,10 @@ def create_run(request: Request, output: Path) -> tuple[str, Request]:
         _copy_settings(Path(request.config), copy)
         kept = dataclasses.replace(kept, config=f"{_GIVEN}/{copy.name}")
         request = dataclasses.replace(request, config=str(copy.absolute()))
+    if code:
+        copy = _copy_package(code, Path(request.package), folder / _PACKAGE)
+        kept = dataclasses.replace(kept, package=f"{_PACKAGE}/{copy.name}")
+        request = dataclasses.replace(request, package=str(copy.absolute()))
     # request.json makes a folder a run, so it comes last and whole
     (folder / f"{_FILE}.part").write_text(json.dumps(dataclasses.asdict(kept), indent=2))
     (folder / f"{_FILE}.part").rename(folder / _FILE)
@@ -90,7 +98,7 @@ def load_run(run: str, output: Path, given: Mapping[str, object]) -> Request:
         Problem(f"--{name}", given[name], f"the run was started with {_shown(getattr(request, name))!r}", remedy)
         for name in given
         if getattr(wanted, name) != getattr(request, name)
-        and not (name == "config" and request.config and _settings(wanted.config) == _settings(request.config))
+        and not _same(name, getattr(wanted, name), getattr(request, name))
     ]
     if problems:
         raise ConfigError(problems)
@@ -113,7 +121,8 @@ def read_request(folder: Path) -> Request:
     store = request.store
     if store.startswith(_OUTPUT):
         store = f"file://{folder.parent.resolve()}/{store.removeprefix(_OUTPUT)}"
-    return dataclasses.replace(request, config=config, store=store)
+    package = str((folder / request.package).absolute()) if request.package else ""
+    return dataclasses.replace(request, config=config, package=package, store=store)
 
 
 def known_runs(output: Path) -> list[str]:
@@ -180,6 +189,22 @@ def _relative_store(store: str, output: Path) -> str:
     if store.startswith("file://") and place.resolve().is_relative_to(output.resolve()):
         return f"{_OUTPUT}{place.resolve().relative_to(output.resolve()).as_posix()}"
     return store
+
+
+def _copy_package(code: bytes, given: Path, folder: Path) -> Path:
+    """Unpack it so that it can be packed again to the same bytes: a package keeps its name."""
+    name = given.resolve().name
+    packages.unpack(code, folder if (given / "__init__.py").is_file() else folder / name)
+    return folder / name
+
+
+def _same(name: str, wanted: str, known: str) -> bool:
+    """Whether a file of settings, or a package, says what the run's own copy says."""
+    if not wanted or not known:
+        return False
+    if name == "package":
+        return packages.pack(Path(wanted)) == packages.pack(Path(known))
+    return name == "config" and _settings(wanted) == _settings(known)
 
 
 def _settings(config: str) -> dict[str, Any] | None:

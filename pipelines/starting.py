@@ -49,6 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file laid over the recipe")
     parser.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one field; may be repeated")
     parser.add_argument("--seed", type=int, metavar="N", help="the same as --set seed=N")
+    parser.add_argument("--package", metavar="DIR", help="your own code: kept with the run, importable in each step")
     parser.add_argument("--output", default="runs", metavar="FOLDER", help="working files (default: runs)")
     parser.add_argument("--store", metavar="URL", help="file:// or s3:// (default: file://OUTPUT/store)")
     parser.add_argument(
@@ -62,6 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def start(options: argparse.Namespace, *, containers: bool) -> int:
     """Start or resume the run that the options describe, to its end."""
+    from latentac.package import make_importable
     from latentac.run import resolve_recipe
     from pipelines.request import CONTAINERS, PROCESSES, Request, absolute, create_run, load_run
 
@@ -71,11 +73,13 @@ def start(options: argparse.Namespace, *, containers: bool) -> int:
         if (Path(run) / "request.json").is_file():
             output, run = Path(run).absolute().parent, Path(run).absolute().name
         given = {"recipe": options.recipe, "config": options.config, "overrides": overrides, "store": options.store}
-        given["way"] = CONTAINERS if containers else ""
+        given |= {"package": options.package, "way": CONTAINERS if containers else ""}
         request = load_run(run, output, {name: value for name, value in given.items() if value})
     else:
         way = CONTAINERS if containers else PROCESSES
-        request = Request(options.recipe or "shapes-unet", options.config or "", overrides, options.store or "", way)
+        recipe, config = options.recipe or "shapes-unet", options.config or ""
+        request = Request(recipe, config, overrides, options.store or "", way, package=options.package or "")
+    make_importable(Path(request.folder or Path.cwd()))
     if options.dry_run:
         from pipelines.dryrun import print_plan
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from latentac import package as packages
 from latentac.errors import ConfigError
 from latentac.run import resolve_recipe
 from latentac.store import open_store
@@ -115,6 +116,27 @@ def test_a_request_from_before_is_read(tmp_path: Path) -> None:
     assert load_run("old", tmp_path, {}).config == str(folder / "given-config.yaml")
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_code_of_ones_own_is_kept_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
+    """A package, or a folder of modules: the run has a copy that is the same to it, whatever becomes of the original;
+    the same code may be named again, other code is refused."""
+    code = tmp_path / "mine"
+    code.mkdir()
+    (code / "rewards.py").write_text("x = 1\n")
+    if named:
+        (code / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    before = packages.pack(code)
+    run, request = create_run(Request("shapes-unet", package="mine"), Path("runs"))
+    assert packages.pack(Path(request.package)) == before
+    load_run(run, Path("runs"), {"package": "mine"})
+    (code / "rewards.py").write_text("x = 2\n")
+    with pytest.raises(ConfigError, match="--package"):
+        load_run(run, Path("runs"), {"package": "mine"})
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    assert packages.pack(Path(load_run(run, tmp_path / "moved", {}).package)) == before
+
+
 def test_options_may_be_repeated_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same ones agree, typed as before or from another folder; a file that differs is refused."""
     monkeypatch.chdir(tmp_path)
@@ -160,7 +182,7 @@ def test_a_dry_run_tells_all_refusals_at_once(tmp_path: Path) -> None:
     """Of the settings, the prompts, the backbone, the output and the store, with exit code 2; nothing is written."""
     (tmp_path / "file").touch()
     before = everything(tmp_path)
-    bad = ["--set", "backbone.source=./none", "--set", "prompts.source=none.json", "--set", "algorithm.name=pppo"]
+    bad = ["--set", "backbone.source=./none", "--set", "prompts.source=none.json", "--set", "algorithm.use=pppo"]
     told = latentac(tmp_path, "run", "--dry-run", *bad, "--output", "file/x", "--store", f"file://{tmp_path}/file")
 
     assert told.returncode == 2
