@@ -293,10 +293,17 @@ def _holds(folder: Path, manifest: Manifest) -> bool:
     """Whether `folder` is exactly the artifact. False where it does not exist or is empty, an error otherwise."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    if folder.is_dir() and set(scan(folder)) == set(manifest.files):
+    wanted = set(manifest.files)
+    found = set(scan(folder)) if folder.is_dir() else set()
+    if {file for file in found if file in wanted or not _bytecode(file)} == wanted:
         return True
     problem = f"it exists and is not the artifact {manifest.key}, which was to be put there"
     raise ResourceError(str(folder), problem, "Move it away or choose another folder")
+
+
+def _bytecode(file: File) -> bool:
+    """What Python writes beside code that it imports from a local copy."""
+    return "__pycache__" in file.path.split("/")
 
 
 @contextmanager

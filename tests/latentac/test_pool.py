@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from latentac.errors import IntegrityError
+from latentac.errors import IntegrityError, ResourceError
 from latentac.store import Manifest, Store, copy_folder, open_store, pool
 from latentac.store.pool import OBJECTS, Pool
 from tests.latentac.test_store import CONTENT, KEY, bulk, publish, read, use, write
@@ -77,6 +77,17 @@ def test_what_is_shared_is_read_only_and_what_is_handed_out_is_not(
         path.write_bytes(b"mine now")
     assert read(tmp_path / "shared") == CONTENT
     store.verify(manifest)
+
+
+def test_bytecode_beside_fetched_code_is_no_change(store: Store, tmp_path: Path) -> None:
+    """Python writes it when it imports a package from its local copy; anything else that is new is refused."""
+    publish(store, write(tmp_path / "artifact", {"package/mine.py": b"x = 1"}))
+    store.fetch(KEY, tmp_path / "copy", cache=tmp_path)
+    write(tmp_path / "copy", {"package/__pycache__/mine.cpython-311.pyc": b"bytecode"})
+    store.fetch(KEY, tmp_path / "copy", cache=tmp_path)
+    write(tmp_path / "copy", {"package/other.py": b"x = 2"})
+    with pytest.raises(ResourceError):
+        store.fetch(KEY, tmp_path / "copy", cache=tmp_path)
 
 
 def test_an_editor_that_replaces_the_file_leaves_the_store_alone(store: Store, artifact: Path, tmp_path: Path) -> None:

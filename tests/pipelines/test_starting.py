@@ -17,11 +17,13 @@ import pytest
 from latentac import package as packages
 from latentac.errors import ConfigError
 from latentac.run import resolve_recipe
+from latentac.shapes import builtin_pipeline
 from latentac.store import open_store
 from pipelines.request import Request, create_run, load_run
 from tests.pipelines.test_end_to_end import OPTIONS, Driver, come_to, run_id, weights
 from tests.test_house import FILES, PACKAGES, ROOT
 
+BACKBONE = builtin_pipeline("shapes-unet")
 PROGRAM = str(Path(sys.executable).with_name("latentac"))
 
 
@@ -35,9 +37,7 @@ def everything(folder: Path) -> dict[str, int]:
 
 
 def model(folder: Path) -> Path:
-    from latentac.shapes import builtin_pipeline
-
-    shutil.copytree(builtin_pipeline("shapes-unet"), folder)
+    shutil.copytree(BACKBONE, folder)
     return folder
 
 
@@ -243,6 +243,10 @@ def test_an_installed_wheel_runs_the_pipeline_anywhere(installed: str, tmp_path:
     assert f"latentac serve --run {report.parent.name}" in done.stdout
     listed = json.loads(latentac(tmp_path, "runs", "--json", program=installed).stdout)
     assert [(run["run"], run["state"]) for run in listed] == [(report.parent.name, "done")]
+
+    files = [path.lstat() for path in (tmp_path / "runs").rglob("*") if path.is_file() and "state" not in path.name]
+    occupied = sum({status.st_ino: status.st_size for status in files if status.st_nlink > 1}.values())
+    assert occupied < 2.2 * sum(path.stat().st_size for path in BACKBONE.rglob("*")), "unchanged files were copied"
 
     began = time.monotonic()
     again = latentac(tmp_path, "run", "--resume", str(Path("runs") / report.parent.name), program=installed)
