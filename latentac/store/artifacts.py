@@ -74,8 +74,8 @@ class Store:
         published = self._published(key)
         if published and replace(manifest, created=published.created) == published:
             return published
-        twins = {file: f"{parent.folder}/{file.path}" for parent in parents for file in parent.files}
-        known = {(file.sha256, file.size): name for file, name in twins.items()}
+        there = [*([published] if published else []), *parents]
+        known = {(file.sha256, file.size): f"{each.folder}/{file.path}" for each in there for file in each.files}
         with _shown(f"publish {key}", files) as moved:
             for file in files:
                 name, twin = f"{manifest.folder}/{file.path}", known.get((file.sha256, file.size))

@@ -90,8 +90,11 @@ class Bucket:
 
     def copy(self, source: str, name: str) -> bool:
         def send() -> None:
-            origin = CopySource(self._bucket, self._prefix + source)
-            self._client.copy_object(self._bucket, self._prefix + name, origin)
+            if source == name:
+                self._client.stat_object(self._bucket, self._prefix + name)
+            else:
+                origin = CopySource(self._bucket, self._prefix + source)
+                self._client.copy_object(self._bucket, self._prefix + name, origin)
 
         try:
             self._attempt(send, name)

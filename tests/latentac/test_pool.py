@@ -267,6 +267,22 @@ def test_what_a_bucket_has_is_not_sent_again(bucket: str, artifact: Path, tmp_pa
 
 
 @pytest.mark.minio
+def test_what_is_published_anew_sends_what_changed(bucket: str, artifact: Path, tmp_path: Path) -> None:
+    """The same files of another origin, then one file more: nothing, then that file; a file that is gone is sent."""
+    store = open_store(bucket)
+    first = publish(store, artifact)
+    sent = counted(store, "keep")
+    publish(store, artifact, metrics={"again": 1})
+    assert sent == []
+    (artifact / "new").write_bytes(b"new")
+    second = publish(store, artifact)
+    assert sent == [f"{second.folder}/new"]
+    store._backend.remove(f"{first.folder}/{WEIGHTS}")
+    store._backend.remove(f"{second.folder}/{WEIGHTS}")
+    store.verify(publish(store, artifact, metrics={"again": 2}))
+
+
+@pytest.mark.minio
 def test_a_parent_that_lost_its_files_makes_no_hole(bucket: str, artifact: Path) -> None:
     """There is nothing to copy, so the files are sent."""
     store = open_store(bucket)
