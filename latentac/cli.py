@@ -76,18 +76,13 @@ def _parser() -> argparse.ArgumentParser:
         verb = _make(verbs.add_parser, name, summary, example)
         _add_place(verb)
         if name == "prepare":
-            verb.add_argument("--recipe", default="shapes-unet", help="named configuration (default: %(default)s)")
-            verb.add_argument("--config", default="", metavar="FILE", help="YAML file over the recipe")
-            verb.add_argument(
-                "--set", action="append", default=[], metavar="a.b=c", help="a field over both; repeat it"
-            )
-            verb.add_argument(
-                "--package", default="", metavar="DIR", help="your own code: kept with the run, importable in each step"
-            )
+            _add_settings(verb)
         verb.set_defaults(command=_run_verb, verb=name)
 
     for name, summary in _FURTHER.items():  # only for the list: they are called before anything is parsed
         verbs.add_parser(name, help=summary, add_help=False)
+
+    _add_config(verbs)
 
     report = _make(verbs.add_parser, "report", "write report.html and summary.json", "latentac report --run first")
     _add_place(report)
@@ -125,6 +120,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(command=_generate)
     return parser
+
+
+def _add_config(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    summary = "show the resolved settings, or explain the fields"
+    example = "latentac config show --recipe shapes-unet > mine.yaml\n  latentac config fields train"
+    commands = _make(verbs.add_parser, "config", summary, example).add_subparsers(metavar="command", required=True)
+    example = "latentac config show --recipe shapes-unet --set algorithm.use=grpo"
+    show = _make(commands.add_parser, "show", "print the resolved settings as commented YAML", example)
+    _add_settings(show)
+    show.set_defaults(command=_show_config)
+    example = "latentac config fields rewards.weight\n  latentac config fields algorithm.grpo"
+    fields = _make(
+        commands.add_parser, "fields", "explain a section, a field, a row of a table, or all of them", example
+    )
+    fields.add_argument("path", nargs="?", default="", metavar="PATH", help="such as train, or algorithm.grpo")
+    fields.set_defaults(command=_explain_fields)
+
+
+def _add_settings(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--recipe", default="shapes-unet", help="named configuration (default: %(default)s)")
+    verb.add_argument("--config", default="", metavar="FILE", help="YAML file over the recipe")
+    verb.add_argument("--set", action="append", default=[], metavar="a.b=c", help="a field over both; repeat it")
+    verb.add_argument(
+        "--package", default="", metavar="DIR", help="your own code: kept with the run, importable in each step"
+    )
 
 
 def _make(
@@ -175,6 +195,24 @@ def _run_further(options: argparse.Namespace) -> None:
         return
     remedy = "Install the whole package anew: `make install`, or pip install."
     raise ConfigError([Problem(name, arguments, "this installation has no such command", remedy)])
+
+
+def _show_config(options: argparse.Namespace) -> None:
+    from latentac.package import make_importable
+    from latentac.reference import commented_yaml
+    from latentac.resolution import resolve_all
+    from latentac.run import recipe_fields
+
+    if options.package:
+        folder = Path(options.package)
+        make_importable(folder.parent if (folder / "__init__.py").is_file() else folder)
+    sys.stdout.write(commented_yaml(resolve_all(recipe_fields(options.recipe, options.config, options.set)).config))
+
+
+def _explain_fields(options: argparse.Namespace) -> None:
+    from latentac.reference import fields_text
+
+    sys.stdout.write(fields_text(options.path))
 
 
 def _report(options: argparse.Namespace) -> None:

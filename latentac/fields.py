@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
-from latentac.config import Config, section_of, suggestion
+from latentac.config import Config, suggestion
 from latentac.errors import ConfigError, Problem
+from latentac.validation import section_of
 
 
 class _Loader(yaml.SafeLoader):
