@@ -39,6 +39,7 @@ def app(run: str, store: str, output: str, failure: Path, num_workers: int, max_
         env={
             "PET_MAX_RESTARTS": str(max_restarts),
             "PET_MONITOR_INTERVAL": "0.5",
+            "PET_LOG_DIR": str(failure.parent),  # else below TMPDIR
             # All workers are on this machine. By default they look each other up by its hostname, which resolves
             # neither on every machine nor in every container: without an answer they would wait for ever.
             "PET_LOCAL_ADDR": LOOPBACK,

@@ -6,6 +6,7 @@ steps. All containers of a driver carry its label, and a keeper process removes 
 """
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import shutil
@@ -24,6 +25,7 @@ from docker.types import Mount
 
 from latentac.errors import ConfigError, Problem, ResourceError
 from latentac.lifetime import run_lock
+from latentac.store import access
 from latentac.task import EVENTS
 from pipelines.driver import Way
 from pipelines.request import Request
@@ -36,8 +38,7 @@ _LOCAL = {name: f"latentac/{name}:dev" for name in ("pipeline", "train", "serve"
 _SERVED = "serve"
 _DECIDING = ("gate", "finish")
 _START_SECONDS = 60.0
-_PASSED_ON = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "LATENTAC_S3_ENDPOINT")
-_AS_THEY_ARE = ("HF_HUB_OFFLINE", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
+_AS_THEY_ARE = ("HF_HUB_OFFLINE", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "https_proxy", "http_proxy", "no_proxy")
 
 
 def image(name: str) -> str:
@@ -75,6 +76,8 @@ def containers(run: str, request: Request, output: Path) -> Iterator[Way]:
             environment, store = _environment_of_the_store(), request.store
         else:
             environment, store = stack.enter_context(_minio(client, output / ".minio", driver)), f"s3://{BUCKET}/store"
+        for name in access.VARIABLES:
+            os.environ.pop(name, None)  # a session token of another store, say
         os.environ |= environment  # the driver reads the store too
         _hand_over(folder)
         yield Way(
@@ -155,10 +158,10 @@ def _hand_over(folder: Path) -> None:
 
 
 def _environment_of_the_store() -> dict[str, str]:
-    found = {name: os.environ[name] for name in _PASSED_ON if os.environ.get(name)}
-    if authorities := os.environ.get("LATENTAC_S3_CA") or os.environ.get("SSL_CERT_FILE"):
-        found["LATENTAC_S3_CA"] = str(Path(authorities).resolve())
-    return found
+    """Raises ConfigError."""
+    found = access.read()
+    authorities = str(Path(found.authorities).resolve()) if found.authorities else ""
+    return dataclasses.replace(found, authorities=authorities).environment()
 
 
 @contextlib.contextmanager
