@@ -1,7 +1,7 @@
 """The fields of a configuration before it is one: nested dictionaries from files and `--set`, laid upon each other."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,29 @@ import yaml
 from latentac.errors import ConfigError, Problem
 
 
-class _Loader(yaml.SafeLoader):
+class DuplicateKey(yaml.YAMLError):
+    """A key that a mapping has twice: YAML forbids it, and PyYAML would take the last one without a word."""
+
+    def __init__(self, key: object, first: int, second: int) -> None:
+        lines = f"line {first}" if first == second else f"lines {first} and {second}"
+        super().__init__(f"has the key {key!r} twice, in {lines}")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found: dict[Any, int] = {}
+        for name, _ in node.value:
+            if name.tag == "tag:yaml.org,2002:merge":
+                continue
+            key, line = self.construct_object(name, deep=True), name.start_mark.line + 1
+            if isinstance(key, Hashable):  # else the loader itself complains
+                if key in found:
+                    raise DuplicateKey(key, found[key], line)
+                found[key] = line
+        return super().construct_mapping(node, deep)
+
+
+class _Loader(_UniqueKeys):
     """YAML 1.1 reads 1e-4 as text; everyone who types a learning rate means a number."""
 
 
@@ -19,10 +41,17 @@ _Loader.add_implicit_resolver(
 )
 
 
+def read_yaml(text: str) -> Any:
+    """YAML 1.1 with unique keys. Raises yaml.YAMLError, of which DuplicateKey names the key and its lines."""
+    return yaml.load(text, _UniqueKeys)  # noqa: S506 - a SafeLoader that refuses more
+
+
 def read_file(path: Path) -> dict[str, Any]:
     """A YAML or JSON file as nested dictionaries. Raises ConfigError."""
     try:
-        content = yaml.load(path.read_text(), _Loader)  # noqa: S506 - a SafeLoader with one more number format
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader with one more number format
+    except DuplicateKey as error:
+        raise _single("--config", str(path), str(error), "Keep one of them.") from None
     except OSError as error:
         raise _single("--config", str(path), f"cannot be read: {error.strerror}", "Name a YAML file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -44,6 +73,8 @@ def read_overrides(assignments: Sequence[str]) -> dict[str, Any]:
             )
         try:
             nested: Any = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader with one more number format
+        except DuplicateKey as error:
+            raise _single("--set", assignment, str(error), "Keep one of them.") from None
         except yaml.YAMLError as error:
             raise _single("--set", assignment, "has a value that is not YAML", "Quote it.") from error
         for name in reversed(path.split(".")):

@@ -13,7 +13,8 @@ from latentac.errors import LatentacError, ResourceError, expected, require
 
 def without(module: str, command: str, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """`python -m command arguments` in an environment that has no such module."""
-    code = "import runpy, sys; sys.modules[sys.argv[1]] = None; del sys.argv[:2]; runpy.run_module(sys.argv[0], {}, '__main__')"
+    hidden = "import runpy, sys; sys.modules[sys.argv[1]] = None; del sys.argv[:2]; "
+    code = hidden + "runpy.run_module(sys.argv[0], {}, '__main__')"
     s3 = {"LATENTAC_S3_ENDPOINT": "http://127.0.0.1:1", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
     return subprocess.run(
         [sys.executable, "-c", code, module, command, *arguments],

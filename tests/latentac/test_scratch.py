@@ -13,13 +13,15 @@ from latentac import scratch
 from latentac.errors import ResourceError
 from latentac.scratch import MAX_PATH_BYTES, temporary_files
 
+USUAL = "/tmp"  # noqa: S108 - where they go instead
+
 
 @pytest.fixture
 def tiny() -> Iterator[Path]:
     """A real file system of 256 KiB at a short path."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(dir=USUAL) as folder:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], check=True)
         try:
             yield Path(folder)
@@ -35,7 +37,7 @@ def test_a_folder_that_will_do_is_used_without_a_word(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """For this process and its children; afterwards all is as it was, and nothing is left there."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as mine:
+    with tempfile.TemporaryDirectory(dir=USUAL) as mine:
         monkeypatch.setenv("TMPDIR", mine)
         before = tempfile.tempdir
         with temporary_files(Path("/none")) as folder:
@@ -68,10 +70,10 @@ def test_a_folder_that_will_not_do_is_done_without(
     if kind in ("missing", "a file"):
         monkeypatch.setattr(scratch, "MAX_PATH_BYTES", 4096)  # pytest's own folders are long
     with caplog.at_level(logging.WARNING), temporary_files(tmp_path) as folder:
-        assert lies_in(folder, "/tmp")
+        assert lies_in(folder, USUAL)
     assert f"TMPDIR = {wanted} " in caplog.text
     assert words in caplog.text
-    assert caplog.text.rstrip().endswith("temporary files go to /tmp")
+    assert caplog.text.rstrip().endswith(f"temporary files go to {USUAL}")
 
 
 def test_the_runs_own_folder_is_the_last_resort(

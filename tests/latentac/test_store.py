@@ -911,8 +911,9 @@ def test_the_region_is_what_amazons_tools_take(
     for name, value in regions.items():
         monkeypatch.setenv(name, value)
     with _answering(monkeypatch, 403, "application/xml", _told("AccessDenied")) as (_, asked):
+        store = open_store("s3://bucket/x", HASTY)
         with pytest.raises(StoreAccessError):
-            open_store("s3://bucket/x", HASTY).keys()
+            store.keys()
     assert f"/{signed}/s3/" in asked[0]["Authorization"]
 
 
