@@ -40,6 +40,9 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
+_PATH = r"[A-Za-z_]\w*(?:\.\w+)*"
+_NEXT = re.compile(rf"\s+(?=['\"]?{_PATH}=)")
+
 
 def read_yaml(text: str) -> Any:
     """YAML 1.1 with unique keys. Raises yaml.YAMLError, of which DuplicateKey names the key and its lines."""
@@ -62,12 +65,45 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
+def split(text: str) -> list[str]:
+    """The assignments in `text`: parted where white space, outside of brackets and quotes, stands before a `path=`.
+
+    `rewards=[{name: a, weight: 1}] prompts.source=my file.json seed=3` are three. An assignment as a whole may stand in
+    quotes, too; those go.
+    """
+    parts, start, depth, quote, place = [], 0, 0, "", 0
+    while place < len(text):
+        character = text[place]
+        if quote:
+            if text.startswith("\\" if quote == '"' else "''", place):
+                place += 1  # what is escaped does not close
+            elif character == quote:
+                quote = ""
+        elif character in "'\"" and (place == start or text[place - 1] in " \t\n=,:[{"):
+            quote = character  # elsewhere it is an apostrophe
+        elif character in "[{":
+            depth += 1
+        elif character in "]}":
+            depth -= 1
+        elif depth <= 0 and (found := _NEXT.match(text, place)):
+            parts.append(text[start:place])
+            start = place = found.end()
+            continue
+        place += 1
+    parts.append(text[start:])
+    parts = [part.strip() for part in parts]
+    return [part[1:-1] if re.fullmatch(r"'.*'|\".*\"", part, re.DOTALL) else part for part in parts if part]
+
+
 def read_overrides(assignments: Sequence[str]) -> dict[str, Any]:
-    """`a.b=value` strings as nested dictionaries; the values are YAML. Raises ConfigError."""
+    """`a.b=value` strings as nested dictionaries; the values are YAML, and one string may hold several (`split`).
+
+    Raises ConfigError.
+    """
     merged: dict[str, Any] = {}
-    for assignment in assignments:
+    for assignment in (part for given in assignments for part in split(given) or [given]):
         path, equals, text = assignment.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", path):
+        if not equals or not re.fullmatch(_PATH, path):
             raise _single(
                 "--set", assignment, "is not path=value", "Write for example --set policy.learning_rate=1e-4."
             )
