@@ -76,9 +76,7 @@ def containers(run: str, request: Request, output: Path) -> Iterator[Way]:
             environment, store = _environment_of_the_store(), request.store
         else:
             environment, store = stack.enter_context(_minio(client, output / ".minio", driver)), f"s3://{BUCKET}/store"
-        for name in access.VARIABLES:
-            os.environ.pop(name, None)  # a session token of another store, say
-        os.environ |= environment  # the driver reads the store too
+        _read_from(environment)
         _hand_over(folder)
         yield Way(
             runner=local.DockerRunner(**_arguments(folder, environment, {RUN_LABEL: run, DRIVER_LABEL: driver})),
@@ -92,14 +90,23 @@ def containers(run: str, request: Request, output: Path) -> Iterator[Way]:
 
 
 def _client() -> docker.DockerClient:
+    _leave_out_proxies()
     try:
         client = docker.from_env(timeout=600)
         client.ping()
-    except DockerException as error:
+    except (DockerException, ValueError) as error:
         where = os.environ.get("DOCKER_HOST") or "docker"
         remedy = "Start one, or export DOCKER_HOST"
         raise ResourceError(where, f"no docker daemon answers ({_short(error)})", remedy) from None
     return client
+
+
+def _leave_out_proxies() -> None:
+    """No proxy for this machine, where the daemon and the MinIO are; the docker SDK would ask one for 127.0.0.1."""
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    joined = ",".join(dict.fromkeys([*names, "localhost", "127.0.0.1", "::1"]))
+    os.environ |= {"NO_PROXY": joined, "no_proxy": joined}
 
 
 def _check_images(client: docker.DockerClient, own_store: bool) -> None:
@@ -162,6 +169,13 @@ def _environment_of_the_store() -> dict[str, str]:
     found = access.read()
     authorities = str(Path(found.authorities).resolve()) if found.authorities else ""
     return dataclasses.replace(found, authorities=authorities).environment()
+
+
+def _read_from(environment: Mapping[str, str]) -> None:
+    """Make the store of `environment` this process's own: of another one nothing stays, such as a session token."""
+    for name in access.VARIABLES:
+        os.environ.pop(name, None)
+    os.environ |= environment
 
 
 @contextlib.contextmanager
