@@ -53,7 +53,10 @@ def app(run: str, store: str, output: str, failure: Path, num_workers: int, max_
     )
     # The agent is not ours, so it is started under our rule that no process outlives its owner.
     (command,) = definition.roles[0].args[1:]
-    agent = f"exec {shlex.quote(sys.executable)} -m latentac.lifetime torch.distributed.run"
+    # Options of an agent around this process, such as a training operator's, are none of ours.
+    foreign = [name for name in os.environ if name.startswith("PET_") and name not in definition.roles[0].env]
+    unset = "".join(f"-u {shlex.quote(name)} " for name in sorted(foreign))
+    agent = f"exec env {unset}{shlex.quote(sys.executable)} -m latentac.lifetime torch.distributed.run"
     command = command.replace("torchrun", agent, 1).replace("localhost", LOOPBACK, 1)  # the rendezvous' endpoint
     definition.roles[0].args = ["-c", command]
     return definition

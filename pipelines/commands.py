@@ -226,7 +226,7 @@ def _finish(state: str, run_id: str) -> None:
 def _service(options: argparse.Namespace) -> "Service":
     from pipelines.service import ENDPOINT, Service
 
-    return Service(options.host or os.environ.get(ENDPOINT, ""), options.namespace, options.ca)
+    return Service(options.host or os.environ.get(ENDPOINT, "").strip(), options.namespace, options.ca)
 
 
 def _named(options: argparse.Namespace) -> bool:

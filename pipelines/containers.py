@@ -43,7 +43,7 @@ _AS_THEY_ARE = ("HF_HUB_OFFLINE", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "http
 
 def image(name: str) -> str:
     """The reference of the image `name`: LATENTAC_IMAGE_<NAME>, else what `make images` builds."""
-    return os.environ.get(f"LATENTAC_IMAGE_{name.upper()}") or _LOCAL[name]
+    return os.environ.get(f"LATENTAC_IMAGE_{name.upper()}", "").strip() or _LOCAL[name]
 
 
 def image_of(step: str) -> str:

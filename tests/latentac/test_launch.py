@@ -27,8 +27,27 @@ def test_a_machine_whose_hostname_does_not_resolve_trains(tmp_path: Path) -> Non
     """The workers of one machine find each other by the loopback address, whatever the machine is called."""
     prefix = _renamed("no-such-host")
     prepared(tmp_path, "train.num_workers=2")
-    command = [*prefix, sys.executable, "-c", _TRAIN, RUN, "", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
+    done = _trained(tmp_path, prefix)
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["2"]
+
+
+@pytest.mark.slow
+def test_what_the_environment_says_of_another_group_of_workers_does_not_count(tmp_path: Path) -> None:
+    """A pod of a training operator, or a batch system: their agent's options and addresses are not this agent's."""
+    prepared(tmp_path)
+    foreign = {"PET_NNODES": "3", "PET_STANDALONE": "1", "PET_NO_PYTHON": "1", "PET_LOCAL_ADDR": "elsewhere",
+               "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1", "WORLD_SIZE": "7", "RANK": "3", "LOCAL_RANK": "3",
+               "GLOO_SOCKET_IFNAME": "ib0", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+    done = _trained(tmp_path, [], **foreign)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1"]
+
+
+def _trained(folder: Path, prefix: list[str], **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = [*prefix, sys.executable, "-c", _TRAIN, RUN, "", str(folder)]
+    return subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=150
+    )

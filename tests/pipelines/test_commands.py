@@ -294,6 +294,7 @@ def test_a_token_with_a_line_break_is_a_token(
     monkeypatch.setenv("LATENTAC_KFP_TOKEN", "right-and-secret\r\n")
     assert pipeline("runs") == 0
     for name in ("LATENTAC_KFP_TOKEN", "LATENTAC_KFP_COOKIE"):
+        monkeypatch.delenv("LATENTAC_KFP_TOKEN", raising=False)
         monkeypatch.setenv(name, "two-and\nsecret")
         assert pipeline("runs") == 2
         told = capsys.readouterr().err
