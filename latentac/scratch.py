@@ -46,13 +46,13 @@ def temporary_files(own: Path) -> Iterator[Path]:
 def _place(own: Path) -> Path:
     wanted = os.environ.get("TMPDIR")
     own = own.absolute()
-    lacks = {}
-    for place in (*([wanted] if wanted else []), *_USUAL, own):
-        problem = _lacks(Path(place), bounded=place is not own)
+    lacks: dict[str, str] = {}
+    for place in (*map(Path, (wanted, *_USUAL) if wanted else _USUAL), own):
+        problem = _lacks(place, bounded=place is not own)
         if problem is None:
             if lacks and wanted:
-                _log.warning("TMPDIR = %s %s: temporary files go to %s", wanted, lacks[wanted], place)
-            return Path(place).absolute()
+                _log.warning("TMPDIR = %s %s: temporary files go to %s", wanted, lacks[str(Path(wanted))], place)
+            return place.absolute()
         lacks[str(place)] = problem
     problem = "; ".join(f"{place} {problem}" for place, problem in lacks.items())
     remedy = f"Name a folder with {ROOM_BYTES >> 20} MiB of room in it, which you may write to, and run again"
