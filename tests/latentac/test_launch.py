@@ -23,6 +23,7 @@ def _renamed(name: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_machine_whose_hostname_does_not_resolve_trains(tmp_path: Path) -> None:
     """The workers of one machine find each other by the loopback address, whatever the machine is called."""
     prefix = _renamed("no-such-host")
@@ -34,6 +35,7 @@ def test_a_machine_whose_hostname_does_not_resolve_trains(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_what_the_environment_says_of_another_group_of_workers_does_not_count(tmp_path: Path) -> None:
     """A pod of a training operator, or a batch system: their agent's options and addresses are not this agent's."""
     prepared(tmp_path)
