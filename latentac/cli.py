@@ -1,7 +1,6 @@
 """The command line: parse, call a verb, map errors to exit codes. Nothing heavy is imported before a verb runs."""
 
 import argparse
-import errno
 import json
 import logging
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentac import __version__
-from latentac.errors import ConfigError, LatentacError, Problem, ResourceError
+from latentac.errors import ConfigError, LatentacError, Problem, expected
 
 if TYPE_CHECKING:
     from latentac.store import Manifest
@@ -46,14 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command: Callable[[argparse.Namespace], None] = options.command
         command(options)
-    except LatentacError as error:
-        print(f"latentac: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (LatentacError, OSError, ImportError) as error:
+        meant = expected(error)
+        if meant is None:
             raise
-        print(f"latentac: {error.filename or 'disk'}: no space is left. Free some and resume.", file=sys.stderr)
-        return ResourceError.exit_code
+        print(f"latentac: {meant}", file=sys.stderr)
+        return meant.exit_code
     except KeyboardInterrupt:
         print("latentac: interrupted; the same command goes on from what is done", file=sys.stderr)
         return 130
@@ -170,6 +167,7 @@ def _add_place(verb: argparse.ArgumentParser) -> None:
 def _run_verb(options: argparse.Namespace) -> None:
     from latentac.lifetime import own_descendants, run_lock
     from latentac.run import VERBS
+    from latentac.scratch import temporary_files
     from latentac.task import LOCK_FILE
     from latentac.workspace import working_folder
 
@@ -178,7 +176,8 @@ def _run_verb(options: argparse.Namespace) -> None:
     if options.verb == "prepare":
         given = {"recipe": options.recipe, "config": options.config, "overrides": options.set}
         place |= {**given, "package": options.package}
-    with run_lock(working_folder(options.run, options.output) / LOCK_FILE):
+    folder = working_folder(options.run, options.output)
+    with run_lock(folder / LOCK_FILE), temporary_files(folder):
         manifest: Manifest | None = VERBS[options.verb](**place)
     if manifest is None:
         print(json.dumps({"key": None, "metrics": {}}))
