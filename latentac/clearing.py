@@ -43,7 +43,7 @@ _MADE = {
     ),
     *("kfp", "incumbent", "model", "tensorboard"),
 }
-"""What latentac makes in a run's folder, beside hidden files."""
+"""What latentac makes in a run's folder, beside temporary folders, which are hidden or called latentac-..."""
 
 _ARTIFACT = r"(?:manifest\.json|files-[0-9a-f]{16}/.+)"
 _OBJECT = re.compile(
@@ -229,7 +229,7 @@ def _whole_run(survey: Survey, traces: Traces, staying: Collection[str]) -> Remo
         folder, title = None, f"{title} (its folder is a link and stays)"
     elif folder is not None:
         found = sorted(folder.iterdir())
-        paths = [path for path in found if path.name in _MADE or path.name.startswith(".")]
+        paths = [path for path in found if path.name in _MADE or path.name.startswith((".", "latentac-"))]
         paths.sort(key=lambda path: path.name in LOCKS)  # while they are there, nobody else begins
         foreign = [path.name for path in found if path not in paths]
         title += f" (not of latentac, stays: {', '.join(foreign[:3])})" if foreign else ""
@@ -261,7 +261,8 @@ def _leftovers(survey: Survey, going: Collection[str]) -> list[Removal]:
                 (o for o in objects if o.startswith("checkpoints/")),
             )
         if traces.folder is not None and not traces.folder.is_symlink():
-            hidden = (path for path in traces.folder.glob(".*") if _old(path))
+            found = (*traces.folder.glob(".*"), *traces.folder.glob("latentac-*/"))
+            hidden = (path for path in found if _old(path))
             add(f"{name}: temporary folders of killed processes", paths=hidden)
         elif traces.folder is None and not traces.steps:
             unused = {version for version in traces.models if version not in compared and version not in pointed}

@@ -1,13 +1,10 @@
 """What a run would do and need, and everything that would refuse it, found without writing anything."""
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
-
-import yaml
 
 from latentac import package as packages
 from latentac.config import Config, resolve
@@ -83,8 +80,10 @@ def requirements(settings: Config) -> tuple[int | None, int | None]:
 
 
 def settings_text(settings: Config) -> str:
-    """The resolved settings as YAML."""
-    return yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False, allow_unicode=True)
+    """The resolved settings as `latentac config show` prints them."""
+    from latentac.reference import commented_yaml
+
+    return commented_yaml(settings)
 
 
 def _local_source(source: str) -> Path | None:

@@ -20,16 +20,19 @@ examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from latentac.errors import LatentacError
+    from latentac.errors import LatentacError, expected
 
     options = _parser().parse_args(arguments)
     try:
         if options.command == "compile":
             return _compile(options.to, options.manifests)
         return start(options, containers=options.command == "run-containers")
-    except LatentacError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    except (LatentacError, OSError, ImportError) as error:
+        meant = expected(error)
+        if meant is None:
+            raise
+        print(meant, file=sys.stderr)
+        return meant.exit_code
     except KeyboardInterrupt:  # before the run began; afterwards run_pipeline says how to go on
         return 130
     finally:

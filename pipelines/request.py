@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from latentac import package as packages
-from latentac.errors import ConfigError, Problem, ResourceError
+from latentac.errors import ConfigError, Problem, ResourceError, require
 from latentac.fields import read_file, read_overrides
 
 _FILE = "request.json"
@@ -27,6 +27,13 @@ _CONFIG_BEFORE = "given-config.yaml"  # what runs of earlier versions have
 _OUTPUT = "file://{output}/"
 PROCESSES, CONTAINERS = "processes", "containers"
 """The ways to run the steps on this machine."""
+
+_HERE = ("kfp", "jinja2", "matplotlib", "PIL", "tqdm")
+_NEEDED = {
+    PROCESSES: (*_HERE, *"torch diffusers transformers peft safetensors torchx tensorboard kserve".split()),
+    CONTAINERS: (*_HERE, "docker", "minio"),
+}
+"""What each way imports here, its last step included: the images hold what the steps in them need."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,11 @@ def absolute(request: Request) -> Request:
 
 
 def create_run(request: Request, output: Path) -> tuple[str, Request]:
-    """Make `<output>/<run>/` with the request and a copy of its config file. Returns the run's id and its request."""
+    """Make `<output>/<run>/` with the request and a copy of its config file. Returns the run's id and its request.
+
+    Raises ResourceError where no folder can be made, or where a package is not installed that the run will need.
+    """
+    require(*_NEEDED[request.way])
     request = absolute(request)
     code = packages.pack(Path(request.package)) if request.package else b""
     try:
@@ -92,6 +103,7 @@ def load_run(run: str, output: Path, given: Mapping[str, object]) -> Request:
         remedy = f"Known, the newest first: {', '.join(known[:10])}." if known else "There is none: leave it out."
         raise ConfigError([Problem("--resume", run, f"no such run in {output}", remedy)])
     request = read_request(output / run)
+    require(*_NEEDED[request.way])
     wanted = absolute(dataclasses.replace(request, **given))  # type: ignore[arg-type]
     remedy = "Leave it out, or start a new run."
     problems = [
