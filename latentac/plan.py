@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from latentac import package as packages
-from latentac.config import Config, resolve
+from latentac.config import Config
 from latentac.errors import ConfigError, LatentacError, Problem, ResourceError
 from latentac.run import recipe_fields
 from latentac.store import open_store
+from latentac.validation import resolve
 from latentac.workspace import existing, free_bytes
 
 T = TypeVar("T")
