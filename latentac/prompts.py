@@ -1,8 +1,8 @@
 """Prompt sets: what is trained on, what is held out, and fair draws from either."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,20 @@ from latentac.errors import ConfigError, Problem
 
 @dataclass(frozen=True)
 class Prompt:
-    """One text and the category that it counts for."""
+    """One text and the category that it counts for.
+
+    metadata: JSON that came with it, for the rewards that ask for it (GenEval's `include`, for example); nobody changes
+    it. Equal prompts have equal metadata; the hash is of text and category alone.
+    """
 
     text: str
-    category: str
+    category: str = "all"
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `load_prompts` reads as this prompt again."""
+        known = {"text": self.text, "category": self.category}
+        return {**known, "metadata": dict(self.metadata)} if self.metadata else known
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class PromptSet:
     held_out: tuple[Prompt, ...]
 
     def to_json(self) -> str:
-        content = {"train": [asdict(p) for p in self.train], "held_out": [asdict(p) for p in self.held_out]}
+        content = {"train": [p.to_dict() for p in self.train], "held_out": [p.to_dict() for p in self.held_out]}
         return json.dumps(content, indent=0) + "\n"
 
 
@@ -84,7 +94,7 @@ def _builtin(source: str) -> PromptSet:
 
 
 def _prompt(entry: Any) -> Prompt:
-    return Prompt(str(entry["text"]), str(entry.get("category", "all")))
+    return Prompt(str(entry["text"]), str(entry.get("category", "all")), dict(entry.get("metadata", {})))
 
 
 def _refused(source: str, problem: str) -> ConfigError:
