@@ -42,9 +42,20 @@ class Kernel(Section):
 
 
 class Prompts(Section):
-    """source: `builtin:shapes`, or a JSON file {"train": [{"text", "category"}], "held_out": [...]}."""
+    """source: `builtin:shapes`, a file (JSON, JSONL, CSV, plain text), or a folder with train.* and held_out.*.
+
+    train, held_out: two files, instead of `source`.
+    held_out_fraction: where there is one list, this share of its texts is held out: those whose hash with `split_seed`
+        is smallest, the same on every machine and for every seed of a run.
+    on_truncation: what `prepare` does where a prompt has more tokens than the text encoder reads.
+    """
 
     source: str
+    train: str = ""
+    held_out: str = ""
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    on_truncation: Literal["refuse", "warn"] = "refuse"
 
 
 class Reward(Section):
@@ -273,6 +284,8 @@ class Gate(Section):
 class Serving(Section):
     """The endpoint, and what one request may ask of it: `max_images` is over all its instances.
 
+    allow_truncation: a prompt of more tokens than the text encoder reads is drawn by its first ones, and the answer
+        says so; else it is refused.
     include_base: the untouched denoiser is exported too, to compare with; with a large one it doubles the folder.
     batch_rows: rollouts that go through the denoiser together. A batch that is not full is filled up, so that a
         picture's bytes do not depend on who shares it: more rows give more pictures a second, and each alone takes
@@ -289,6 +302,7 @@ class Serving(Section):
     max_particles: Positive = 32
     max_prompt_characters: Positive = 1000
     max_guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 20.0
+    allow_truncation: bool = False
     include_base: bool = True
     batch_rows: Positive = 4
     batch_wait_seconds: NonNegative = 0.005

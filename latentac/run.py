@@ -281,7 +281,7 @@ def _prepare(run: str, store: Store, output: Path, settings: Config, started: fl
     preparation.check_names(settings)
     preparation.check_machine(settings, output)
     store.probe()
-    prompts = load_prompts(settings.prompts.source)
+    prompts = load_prompts(settings.prompts)
     preparation.check_rewards(settings)
     preparation.check_prompts(settings, prompts)
     (output / run).mkdir(parents=True, exist_ok=True)
