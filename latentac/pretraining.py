@@ -29,7 +29,8 @@ from latentac.types import Conditioning, join
 class States:
     """Rollouts of a frozen actor as the critic sees them.
 
-    features: name -> [B, K, ...]     clean: [B, *latent]     sigmas: [K]     conditioning: B rows     rewards: [B, M]
+    features: name -> [B, K, ...]     clean: [B, *latent]     sigmas: [K]     rewards: [B, M]
+    conditioning: B rows, in the host's memory: of a large text encoder they are what takes most room
     prompts: int64 [B], which prompt of the split
     """
 
@@ -44,7 +45,11 @@ class States:
         """The critic's arguments at flattened (image, step) rows."""
         image, step = rows // len(self.sigmas), rows % len(self.sigmas)
         features = {name: feature[image, step] for name, feature in self.features.items()}
-        return features, self.sigmas[step], self.conditioning.rows(image)
+        return features, self.sigmas[step], self.conditioned(image)
+
+    def conditioned(self, image: Tensor) -> Conditioning:
+        """The conditioning of these images, where the rest is."""
+        return self.conditioning.rows(image.to(self.conditioning.tokens.device)).to(self.clean.device)
 
 
 def new_critic(config: Config, policy: Policy) -> Critic:
@@ -108,7 +113,7 @@ def _collect_block(
         dict(trajectory.features),
         trajectory.clean,
         trajectory.sigmas[:-1],
-        conditioning,
+        conditioning.to(torch.device("cpu")),
         scores.rewards.to(noise.device),
         torch.tensor([chosen[slot] for slot in block]),
     )
@@ -189,7 +194,7 @@ def _noised(
 ) -> tuple[dict[str, Tensor], Tensor, Conditioning]:
     """As `States.inputs`, of fresh noise on the pictures instead of the states that the rollouts passed."""
     image, step = rows // len(states.sigmas), rows % len(states.sigmas)
-    clean, sigma, conditioning = states.clean[image], states.sigmas[step], states.conditioning.rows(image)
+    clean, sigma, conditioning = states.clean[image], states.sigmas[step], states.conditioned(image)
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
     latents = forward_noise(clean, noise, sigma, policy.backbone.path)
     return observe(policy, critic, latents, sigma, conditioning), sigma, conditioning
