@@ -55,16 +55,25 @@ def run_benchmark(
         label = f"{method} {strength:g}" if candidates == 1 else f"{method} {candidates}"
         texts = chosen[: config.steering.num_images]
         started = time.monotonic()
-        arm = sample(
-            policy, critic, rewards, texts, config.seed, config.kernel.num_steps, steering=steering, label=label
-        )
+        arm = _sampled(config, policy, critic, rewards, texts, steering, label)
         rows += _rows(config, arm, time.monotonic() - started, method, strength, candidates, steering)
     shown = chosen[: evaluation.num_gallery_prompts]
     steered = _steering(config, "value_gradient", config.steering.strengths.value_gradient, 1)
-    arm = sample(
-        policy, critic, rewards, shown, config.seed, config.kernel.num_steps, steering=steered, label="gallery"
-    )
+    arm = _sampled(config, policy, critic, rewards, shown, steered, "gallery")
     return rows, gallery(config, shown, {"steered": arm.images})
+
+
+def _sampled(
+    config: Config,
+    policy: Policy,
+    critic: Critic,
+    rewards: Sequence[Reward],
+    texts: Sequence[str],
+    steering: Steering,
+    label: str,
+) -> Arm:
+    size, steps = config.train.block_images, config.kernel.num_steps
+    return sample(policy, critic, rewards, texts, config.seed, steps, block_images=size, steering=steering, label=label)
 
 
 def _rows(

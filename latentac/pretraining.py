@@ -119,13 +119,13 @@ def _collect_block(
     )
 
 
-def predict(critic: Critic, states: States, block: int = 256) -> Tensor:
-    """[B, K, M] values in each reward's own unit."""
+def predict(critic: Critic, states: States, minibatch_states: int) -> Tensor:
+    """[B, K, M] values in each reward's own unit, of so many states at once."""
     images, steps = states.rewards.shape[0], len(states.sigmas)
     rows = torch.arange(images * steps, device=states.rewards.device)
     critic.eval()
     with torch.no_grad():
-        values = [critic(*states.inputs(part)) for part in rows.split(block)]
+        values = [critic(*states.inputs(part)) for part in rows.split(minibatch_states)]
     return torch.cat(values).unflatten(0, (images, steps))
 
 
@@ -160,7 +160,8 @@ def fit(config: Config, policy: Policy, critic: Critic, states: States, held_out
                 inputs = _noised(policy, critic, states, rows, generator) if noised else states.inputs(rows)
                 losses.append(_step(config, critic, optimizer, inputs, states.rewards[rows // len(states.sigmas)]))
                 bar.update()
-            values, rewards = predict(critic, held_out)[..., main], held_out.rewards[:, main]
+            values = predict(critic, held_out, settings.minibatch_states)[..., main]
+            rewards = held_out.rewards[:, main]
             explained = explained_variance(values, rewards)
             bar.note(f"held-out explained variance {float(explained.mean()):.3f}")
             history.append(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentac.config import Prompts, suggestion
+from latentac.config import Prompts, Serving, suggestion
 from latentac.errors import ConfigError, Problem
 from latentac.promptfiles import READERS, SPLITS, Flaw, Row, read_file
 
@@ -78,6 +78,16 @@ def load_prompts(source: str | Prompts) -> PromptSet:
     chosen = {split: tuple(Prompt(row.text, row.category, row.metadata) for row in lists[split]) for split in SPLITS}
     places = {row.text: row.where for split in SPLITS for row in lists[split]}
     return PromptSet(chosen["train"], chosen["held_out"], places)
+
+
+def within(prompts: Sequence[Prompt], limits: Serving, truncated: Iterable[int]) -> tuple[Prompt, ...]:
+    """Those that an endpoint of these limits draws. truncated: the indices of those that the text encoder cuts."""
+    refused = set[int]() if limits.allow_truncation else set(truncated)
+    return tuple(
+        prompt
+        for index, prompt in enumerate(prompts)
+        if index not in refused and len(prompt.text) <= limits.max_prompt_characters
+    )
 
 
 def balanced(prompts: Sequence[Prompt], count: int, seed: int, *purpose: object) -> list[int]:

@@ -61,7 +61,7 @@ def release(space: Workspace, prove: Prove = on_loopback) -> tuple[dict[str, Any
         shutil.copytree(space.artifact("train") / "critic", folder / "critic")
         if space.config.serving.include_base:
             add_base(folder, space.artifact("prepare") / "backbone")
-        examples = list(dict.fromkeys(prompt.text for prompt in space.prompts.held_out))[:_EXAMPLES]
+        examples = list(dict.fromkeys(prompt.text for prompt in space.presentable))[:_EXAMPLES]
         export(folder, space.config, run=space.run, version=version, examples=examples)
         published = space.store.publish(
             f"models/{version}",
@@ -72,7 +72,7 @@ def release(space: Workspace, prove: Prove = on_loopback) -> tuple[dict[str, Any
             parents=[trained],
         )
         space.store.write_json(CANDIDATE, {"version": version, "run": space.run})
-        request = {"prompt": space.prompts.held_out[0].text, "seed": space.config.seed, "count": 1}
+        request = {"prompt": space.presentable[0].text, "seed": space.config.seed, "count": 1}
         proof = prove(Candidate(space, folder, published, version, request))
     before = in_production(space)
     space.store.write_json(PRODUCTION, {"version": version, "run": space.run, "previous": before})
@@ -143,7 +143,8 @@ def generate_picture(
     steering = dict(_dial(dial) for dial in dials) or None
     pictures = Generator(folder, pick_device("auto")).generate(prompt, seed, count, steering=steering)
     contact_sheet(pictures.images, count).save(picture, "PNG")
-    return {"nfe": pictures.nfe, "weights": pictures.weights, "seed": pictures.seed}
+    used = {"nfe": pictures.nfe, "weights": pictures.weights, "seed": pictures.seed}
+    return {**used, "tokens": pictures.tokens, "truncated": pictures.truncated}
 
 
 def _dial(text: str) -> tuple[str, float]:

@@ -148,7 +148,7 @@ def gate(run: str, store: str, output: str) -> Manifest:
 
         # What is promoted must be what was evaluated, byte for byte.
         space.store.verify(space.store.manifest(f"{run}/evaluate"))
-        evaluation = json.loads((space.artifact("evaluate") / "evaluation.json").read_text())
+        evaluation = json.loads(space.store.read(f"{run}/evaluate", "evaluation.json"))
         version, evaluated = in_production(space), evaluation.get("production") or {}
         compared = version is not None and not evaluated.get("problem")
         found = trouble(space, version, evaluated.get("sha256")) if version is not None and compared else ""
@@ -275,7 +275,10 @@ def resolve_recipe(recipe: str, config: str = "", overrides: Sequence[str] = ())
 
 
 def _prepare(run: str, store: Store, output: Path, settings: Config, started: float) -> Manifest:
+    import torch
+
     from latentac import preparation
+    from latentac.backbones import load_backbone
     from latentac.prompts import load_prompts
 
     preparation.check_names(settings)
@@ -288,6 +291,8 @@ def _prepare(run: str, store: Store, output: Path, settings: Config, started: fl
     with tempfile.TemporaryDirectory(prefix=".prepare-", dir=output / run) as temporary:
         folder = Path(temporary)
         preparation.fetch_backbone(settings.backbone.source, folder / "backbone")
+        backbone = load_backbone(settings.backbone.name, folder / "backbone", torch.device("cpu"))
+        _write(folder / "lengths.json", preparation.check_lengths(settings, prompts, backbone))
         _write(folder / "config.json", settings.model_dump())
         (folder / "prompts.json").write_text(prompts.to_json())
         _write(folder / "environment.json", preparation.environment())

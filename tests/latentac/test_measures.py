@@ -130,7 +130,7 @@ def test_contrasts_are_measured_on_real_policies() -> None:
     backbone = load_backbone("unet", builtin_pipeline("shapes-unet"), torch.device("cpu"))
     policy = Policy(backbone, KERNELS["ddim"](1.0))
     texts = [prompt.text for prompt in load_prompts("builtin:shapes").held_out[:5]]
-    images = sample(policy, None, [load_reward("jpeg_compressibility")], texts, config.seed, 2).images
+    images = sample(policy, None, [load_reward("jpeg_compressibility")], texts, config.seed, 2, block_images=2).images
     policies = dict.fromkeys(("base", "trained", "incumbent"), policy)
     found = contrasts(config, policies, texts, dict.fromkeys(policies, images))
 
