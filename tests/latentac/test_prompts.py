@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from latentac.config import Prompts
-from latentac.errors import ConfigError
+from latentac.errors import ConfigError, IntegrityError
 from latentac.prompts import Prompt, balanced, load_prompts
+from latentac.run import prepare
+from latentac.workspace import open_run
 
 GENEVAL = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
@@ -323,3 +325,52 @@ def test_twenty_thousand_prompts_are_read_and_drawn_in_seconds(tmp_path: Path) -
     seconds = time.process_time() - started
     assert (len(found.train), len(found.held_out), len(set(drawn))) == (18_000, 2_000, 256)
     assert seconds < 5, f"{seconds:.1f} s"
+
+
+LONG = "a red circle left of a blue square above a green triangle and four yellow squares"
+"""18 tokens, and the UNet of the embedded world reads 16."""
+
+
+def test_prepare_refuses_what_the_text_encoder_would_cut(tmp_path: Path) -> None:
+    """With the prompt's line, its tokens and the bound, before anything is published; a setting makes it a warning, and
+    then the prompts that the endpoint is shown are those that it takes."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    written(folder, {"train.txt": f"a red circle\n{LONG}\n", "test.txt": f"{LONG} and more\na blue square\n"})
+    rewards = ["rewards=[{name: jpeg_compressibility}]", "gate.reward=jpeg_compressibility"]
+    settings = [f"prompts.source={folder}", *rewards]
+    with pytest.raises(ConfigError) as caught:
+        prepare("r", "", str(tmp_path), "shapes-unet-smoke", overrides=settings)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(
+        f"prompts = 'train.txt, line 2: {LONG[:80]}...': has 18 tokens, and the text encoder reads 16"
+    )
+    assert "test.txt, line 1" in second
+    assert "has 20 tokens" in second
+    assert not (tmp_path / "store").exists() or not list((tmp_path / "store").rglob("manifest.json"))
+    prepare("r", "", str(tmp_path), "shapes-unet-smoke", overrides=[*settings, "prompts.on_truncation=warn"])
+    space = open_run("r", "", str(tmp_path))
+    assert [prompt.text for prompt in space.presentable] == ["a blue square"]
+    assert len(space.prompts.held_out) == 2
+
+
+def test_prepare_refuses_prompts_none_of_which_the_endpoint_would_draw(tmp_path: Path) -> None:
+    """`deploy` proves that the model serves with one of them: it would fail at the end of the run."""
+    source = written(tmp_path, {"p.json": json.dumps({"train": ["a cat"], "held_out": [LONG]})}) / "p.json"
+    rewards = ["rewards=[{name: jpeg_compressibility}]", "gate.reward=jpeg_compressibility"]
+    settings = [f"prompts.source={source}", *rewards, "prompts.on_truncation=warn"]
+    with pytest.raises(ConfigError, match=r"set serving.max_prompt_characters, or serving.allow_truncation=true"):
+        prepare("r", "", str(tmp_path), "shapes-unet-smoke", overrides=settings)
+    prepare("r", "", str(tmp_path), "shapes-unet-smoke", overrides=[*settings, "serving.allow_truncation=true"])
+    assert [prompt.text for prompt in open_run("r", "", str(tmp_path)).presentable] == [LONG]
+
+
+def test_a_run_is_opened_without_its_backbone(tmp_path: Path) -> None:
+    """What many GB hold is fetched by the steps that need it."""
+    prepare("r", "", str(tmp_path), "shapes-unet-smoke")
+    for path in (tmp_path / "store").rglob("*.safetensors"):
+        path.unlink()
+    space = open_run("r", "", str(tmp_path))
+    assert space.config.recipe == "shapes-unet-smoke"
+    with pytest.raises(IntegrityError):
+        space.artifact("prepare")
