@@ -39,9 +39,9 @@ def test_every_step_follows_block_images(size):
     sizes = {
         "kernel": {"num_steps": 2},
         "train": {"block_images": size, "images_per_iteration": size, "num_workers": 1, "updates_per_iteration": 1},
-        "evaluation": {"num_images": 40, "num_diversity_prompts": 40, "pictures_per_prompt": 2, "num_bootstrap": 100},
-        "steering": {"num_images": 40, "gradient_strengths": [5.0], "candidates": [3]},
-        "pretrain": {"num_images": 40, "num_held_out_images": 40, "minibatch_states": 16, "num_passes": 1},
+        "evaluation": {"num_images": 16, "num_diversity_prompts": 16, "pictures_per_prompt": 2, "num_bootstrap": 100},
+        "steering": {"num_images": 16, "gradient_strengths": [5.0], "candidates": [3]},
+        "pretrain": {"num_images": 16, "num_held_out_images": 16, "minibatch_states": 16, "num_passes": 1},
     }
     config = resolve(merge(RECIPES["shapes-unet-smoke"], sizes))
     backbone, prompts = Watched(shipped("unet")), load_prompts("builtin:shapes")
@@ -50,7 +50,7 @@ def test_every_step_follows_block_images(size):
     torch.nn.init.normal_(critic.heads.weight, std=0.5)
     backbone.denoised.clear()
 
-    whole = min(size, 40)
+    whole = min(size, 16)
     compare(config, {"base": policy, "trained": policy}, critic, rewards, prompts)
     assert (max(backbone.denoised), max(backbone.decoded)) == (whole, whole)
     backbone.denoised.clear()

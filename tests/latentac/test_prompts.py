@@ -346,7 +346,7 @@ def test_prepare_refuses_what_the_text_encoder_would_cut(tmp_path: Path) -> None
         f"prompts = 'train.txt, line 2: {LONG[:80]}...': has 18 tokens, and the text encoder reads 16"
     )
     assert "test.txt, line 1" in second
-    assert "has 20 tokens" in second
+    assert "has 22 tokens" in second
     assert not (tmp_path / "store").exists() or not list((tmp_path / "store").rglob("manifest.json"))
     prepare("r", "", str(tmp_path), "shapes-unet-smoke", overrides=[*settings, "prompts.on_truncation=warn"])
     space = open_run("r", "", str(tmp_path))
