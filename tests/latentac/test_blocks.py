@@ -6,14 +6,14 @@ import torch
 from latentac.backbones.guided import Guided
 from latentac.benchmark import run_benchmark
 from latentac.config import resolve
-from latentac.diffusion import DDIM
 from latentac.evaluation import compare
 from latentac.fields import merge
+from latentac.kernels import KERNELS
 from latentac.policy import Policy
 from latentac.pretraining import new_critic, pretrain
 from latentac.prompts import load_prompts
 from latentac.recipes import RECIPES
-from latentac.rewards.jpeg_compressibility import JpegCompressibility
+from latentac.rewards.configured import load_rewards
 from tests.latentac.trainers import shipped
 
 
@@ -38,14 +38,19 @@ def test_every_step_follows_block_images(size):
     """Evaluation, its gallery, diversity and latency, steering with its candidates, and value pretraining."""
     sizes = {
         "kernel": {"num_steps": 2},
+        "rewards": [{"use": "jpeg_compressibility"}],
+        "gate": {"reward": "jpeg_compressibility"},
         "train": {"block_images": size, "images_per_iteration": size, "num_workers": 1, "updates_per_iteration": 1},
         "evaluation": {"num_images": 16, "num_diversity_prompts": 16, "pictures_per_prompt": 2, "num_bootstrap": 100},
-        "steering": {"num_images": 16, "gradient_strengths": [5.0], "candidates": [3]},
+        "steering": {
+            "num_images": 16,
+            "methods": [{"use": "best_of_n", "candidates": [3]}, {"use": "value_gradient", "candidates": []}],
+        },
         "pretrain": {"num_images": 16, "num_held_out_images": 16, "minibatch_states": 16, "num_passes": 1},
     }
     config = resolve(merge(RECIPES["shapes-unet-smoke"], sizes))
     backbone, prompts = Watched(shipped("unet")), load_prompts("builtin:shapes")
-    policy, rewards = Policy(backbone, DDIM(1.0)), [JpegCompressibility(), JpegCompressibility()]
+    policy, rewards = Policy(backbone, KERNELS.build("ddim", noise=1.0)), load_rewards(config.rewards)
     critic = new_critic(config, policy)
     torch.nn.init.normal_(critic.heads.weight, std=0.5)
     backbone.denoised.clear()

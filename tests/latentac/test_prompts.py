@@ -337,7 +337,7 @@ def test_prepare_refuses_what_the_text_encoder_would_cut(tmp_path: Path) -> None
     folder = tmp_path / "own"
     folder.mkdir()
     written(folder, {"train.txt": f"a red circle\n{LONG}\n", "test.txt": f"{LONG} and more\na blue square\n"})
-    rewards = ["rewards=[{name: jpeg_compressibility}]", "gate.reward=jpeg_compressibility"]
+    rewards = ["rewards=[{use: jpeg_compressibility}]", "gate.reward=jpeg_compressibility"]
     settings = [f"prompts.source={folder}", *rewards]
     with pytest.raises(ConfigError) as caught:
         prepare("r", "", str(tmp_path), "shapes-unet-smoke", overrides=settings)
@@ -357,7 +357,7 @@ def test_prepare_refuses_what_the_text_encoder_would_cut(tmp_path: Path) -> None
 def test_prepare_refuses_prompts_none_of_which_the_endpoint_would_draw(tmp_path: Path) -> None:
     """`deploy` proves that the model serves with one of them: it would fail at the end of the run."""
     source = written(tmp_path, {"p.json": json.dumps({"train": ["a cat"], "held_out": [LONG]})}) / "p.json"
-    rewards = ["rewards=[{name: jpeg_compressibility}]", "gate.reward=jpeg_compressibility"]
+    rewards = ["rewards=[{use: jpeg_compressibility}]", "gate.reward=jpeg_compressibility"]
     settings = [f"prompts.source={source}", *rewards, "prompts.on_truncation=warn"]
     with pytest.raises(ConfigError, match=r"set serving.max_prompt_characters, or serving.allow_truncation=true"):
         prepare("r", "", str(tmp_path), "shapes-unet-smoke", overrides=settings)
