@@ -72,9 +72,7 @@ def step_page(step: str, run: str, store: str) -> str:
 
 def gate_reasons(run: str, store: str) -> str:
     """The gate's decision and checks, as the Markdown that `gate` published. Raises ArtifactNotFound before that."""
-    with tempfile.TemporaryDirectory() as scratch:
-        artifact = open_store(store).fetch(f"{run}/gate", Path(scratch) / "gate"), Path(scratch) / "gate"
-        return _text(artifact, "reasons.md")
+    return open_store(store).read(f"{run}/gate", "reasons.md").decode()
 
 
 def numbers(manifest: Manifest) -> dict[str, float]:
@@ -120,15 +118,22 @@ def _timings(path: Path) -> Mapping[str, Any]:
 
 
 def _fetch(store: Store, run: str, scratch: Path) -> Files:
-    """Verified copies of what the run has published, by step."""
+    """Verified copies of what the report shows of the run, by step: numbers, words and pictures. Weights, which may be
+    many GB, are not read."""
     files = {}
     for step in _STEPS:
         try:
-            files[step] = (store.fetch(f"{run}/{step}", scratch / step), scratch / step)
+            files[step] = (store.fetch_files(f"{run}/{step}", scratch / step, _is_shown), scratch / step)
         except ArtifactNotFound:
             if step == "prepare":
                 raise
     return files
+
+
+def _is_shown(path: str) -> bool:
+    """Of an artifact's files. A backbone's own JSON lies in folders of its own."""
+    folder, _, name = path.rpartition("/")
+    return folder in ("", "gallery") and name.endswith((".json", ".md", ".png"))
 
 
 def _read(artifact: tuple[Manifest, Path], name: str) -> Any:
