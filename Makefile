@@ -31,6 +31,7 @@ LOCK := compile -q --universal --fork-strategy fewest --generate-hashes --python
 
 RUN_OPTIONS = $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(SEED),--seed '$(SEED)') $(if $(CONFIG),--config '$(CONFIG)') \
 	$(foreach assignment,$(SET),--set '$(assignment)') \
+	$(if $(PROJECT),--project '$(PROJECT)') \
 	$(if $(OUTPUT),--output '$(OUTPUT)') $(if $(STORE),--store '$(STORE)') $(if $(RESUME),--resume '$(RESUME)')
 EVIDENCE_OPTIONS = $(if $(ONLY),--only '$(ONLY)') $(if $(RECIPE),--recipe '$(RECIPE)') \
 	$(if $(MINUTES),--budget-minutes '$(MINUTES)') $(if $(WORKERS),--workers '$(WORKERS)') $(if $(ANEW),--anew)
@@ -48,19 +49,16 @@ $(STAMP): requirements/dev.lock requirements/runtime.in requirements/installer.l
 	touch $@
 
 run: install ## the whole pipeline: train, evaluate, steer, gate, serve
-#: RECIPE=shapes-unet SEED=0 SET="train.num_iterations=8 ..." CONFIG=file.yaml OUTPUT=runs STORE=file://... RESUME=<run>
+#: RECIPE=shapes-unet SEED=0 SET="train.num_iterations=8 ..." CONFIG=file.yaml PROJECT=name OUTPUT=runs STORE=file://... RESUME=<run>
 	@LATENTAC_OWNERS=$$PPID $(PY) -m pipelines run $(RUN_OPTIONS)
 
 run-containers: install ## the same with each step in its image, artifacts in a MinIO (make images builds them)
 #: as make run, and STORE=s3://bucket/prefix with its endpoint and credentials in the environment; DOCKER_HOST
 	@LATENTAC_OWNERS=$$PPID $(PY) -m pipelines run-containers $(RUN_OPTIONS)
 
-serve: install ## serve what a run deployed, until Ctrl-C; without RUN the newest
-#: RUN=<run> PORT=8080 OUTPUT=runs STORE=file://...
-	@run='$(RUN)'
-	[[ -n $$run ]] || run=$$(ls -t $(or $(OUTPUT),runs)/*/summary.json 2>/dev/null | head -n 1 | xargs -r dirname | xargs -r basename || true)
-	[[ -n $$run ]] || { echo "make serve: no finished run in $(or $(OUTPUT),runs)/. Do 'make run' first, or name one: make serve RUN=<run>" >&2; exit 2; }
-	$(VENV)/bin/latentac serve --run "$$run" $(if $(PORT),--port '$(PORT)') \
+serve: install ## serve what was deployed last, or what a run deployed or trained, until Ctrl-C
+#: RUN=<run>, or PROJECT=<whose model in production>; PORT=8080 OUTPUT=runs STORE=file://...
+	@$(VENV)/bin/latentac serve $(if $(RUN),--run '$(RUN)') $(if $(PROJECT),--project '$(PROJECT)') $(if $(PORT),--port '$(PORT)') \
 		$(if $(OUTPUT),--output '$(OUTPUT)') $(if $(STORE),--store '$(STORE)')
 
 test: install minio ## every test (15 minutes on two cores)

@@ -7,10 +7,12 @@ validated together.
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from latentac.errors import ConfigError, Problem
 
@@ -19,6 +21,28 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+
+NAME_RULE = "letters, digits, '.', '_' and '-', at most 100, beginning with a letter, a digit or '_'"
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` can name a run or a project: it is a part of paths and of keys in the store."""
+    return re.fullmatch(r"(?!manifest\.json|files-)[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", text) is not None
+
+
+def as_name(text: str) -> str:
+    """`text` as such a name: itself where it is one, else what is left of it."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-")[:100]
+    return name if is_name(name) else f"named-{name}"[:100].rstrip(".-")
+
+
+def _checked_name(text: str) -> str:
+    if not is_name(text):
+        raise PydanticCustomError("name", "Is no name")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_checked_name)]
 
 
 class Section(BaseModel):
@@ -297,9 +321,13 @@ class Serving(Section):
 
 
 class Config(Section):
-    """A run, completely: two equal configurations on one machine give bitwise equal results."""
+    """A run, completely: two equal configurations on one machine give bitwise equal results.
+
+    project: whose production model a new one is held against and replaces (default: the configuration's name).
+    """
 
     recipe: str
+    project: Name
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     backbone: Backbone
     kernel: Kernel = Kernel()
@@ -314,6 +342,13 @@ class Config(Section):
     steering: Steering = Steering()
     gate: Gate
     serving: Serving = Serving()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, fields: Any) -> Any:
+        if isinstance(fields, Mapping) and "project" not in fields:
+            return {**fields, "project": as_name(str(fields.get("recipe", "")))}
+        return fields
 
     @property
     def reward_names(self) -> tuple[str, ...]:
@@ -356,7 +391,8 @@ def _problem(detail: Any) -> Problem:
         return Problem(path, detail["input"], "unknown field", suggestion(location[-1], _fields_beside(location)))
     if kind == "missing":
         return Problem(path, None, "is required", f"Add it to the file, or --set {path}=...")
-    return Problem(path, detail["input"], detail["msg"][0].lower() + detail["msg"][1:], "Correct the value.")
+    remedy = f"Use {NAME_RULE}." if kind == "name" else "Correct the value."
+    return Problem(path, detail["input"], detail["msg"][0].lower() + detail["msg"][1:], remedy)
 
 
 def _fields_beside(location: Sequence[str]) -> list[str]:

@@ -48,7 +48,8 @@ class Batching(Section):
 
 class Exported(Section):
     """latentac.json. version: of the model, chosen by who deploys; rewards: the critic's heads, in their order; size:
-    (height, width) of a picture in pixels; examples: prompts to begin with."""
+    (height, width) of a picture in pixels; examples: prompts to begin with; notice: what whoever uses it must know, or
+    ""."""
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
@@ -62,6 +63,7 @@ class Exported(Section):
     rewards: list[Reward]
     units: dict[str, str]
     examples: list[str]
+    notice: str = ""
     steering: DefaultSteering
     limits: Limits
     batching: Batching
@@ -76,7 +78,9 @@ class Exported(Section):
         return {reward.name: self.steering.strengths.of(method) * reward.weight for reward in self.rewards}
 
 
-def export(folder: Path, config: Config, *, run: str, version: str, examples: Sequence[str] = ()) -> Exported:
+def export(
+    folder: Path, config: Config, *, run: str, version: str, examples: Sequence[str] = (), notice: str = ""
+) -> Exported:
     """Complete `folder`, which holds a diffusers pipeline and `critic/`, with its latentac.json."""
     from latentac.rewards import load_reward  # a reward may import torch
 
@@ -91,6 +95,7 @@ def export(folder: Path, config: Config, *, run: str, version: str, examples: Se
         rewards=config.rewards,
         units={name: load_reward(name).unit for name in config.reward_names},
         examples=list(examples),
+        notice=notice,
         steering=DefaultSteering(strengths=config.steering.strengths, schedule=config.steering.schedule),
         limits=Limits(
             max_images=serving.max_images,

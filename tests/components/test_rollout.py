@@ -480,7 +480,7 @@ def test_run_that_ends_early_leaves_nothing_half_way(world: World) -> None:
 
 def test_green_that_is_still_going_is_waited_for(world: World) -> None:
     """KServe's finalizer keeps a deleted one for a moment; what is applied to it would go with it."""
-    model = objects.Model(RUN, "v1", world.store, "models/v1/files-0")
+    model = objects.Model("mine", RUN, "v1", world.store, "models/v1/files-0")
     body = objects.inference_service(world.settings, "latentac-green", model, "latentac", replicas=1)
     world.admin.apply(INFERENCE_SERVICES, body)
     finalizers = ["-n", world.namespace, "inferenceservice/latentac-green", "--type=merge", "-p"]
@@ -563,7 +563,7 @@ def test_every_object_is_valid_strictly(world: World) -> None:
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
     }
     settings = resolve(fields, "test")
-    model = objects.Model("Run_1.", "v1", "s3://models/demo", "models/v1/files-0")
+    model = objects.Model("mine", "Run_1.", "v1", "s3://models/demo", "models/v1/files-0")
     body = objects.inference_service(settings, "other", model, "latentac", replicas=3)
     live = world.admin.apply(INFERENCE_SERVICES, body)
     assert live["spec"]["predictor"]["deploymentStrategy"] == {"type": "Recreate"}

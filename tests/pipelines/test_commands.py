@@ -84,7 +84,7 @@ def test_submit_starts_a_run_under_the_releases_account(
     assert run["runtime_config"]["parameters"] == {
         "run": "first",
         "recipe": "shapes-unet-smoke",
-        "overrides": ["train.num_iterations=2", "seed=3", "seed=4"],
+        "overrides": ["train.num_iterations=2", "seed=3", "seed=4", 'project="mine"'],
         "store": "s3://latentac/latentac",
         "output": "/work",
     }
