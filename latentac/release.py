@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentac.errors import ArtifactNotFound, ConfigError, Problem
-from latentac.incumbent import chosen_production, production, put_in_production
+from latentac.incumbent import Production, chosen_production, productions, put_in_production
 from latentac.serving.deployment import Deployment, serve_and_check
 from latentac.serving.exported import add_base, export, read
 from latentac.store import Manifest, Store, open_store
@@ -144,10 +144,10 @@ def model_to_use(run: str, project: str, store: str, output: str) -> Iterator[tu
     opened = open_store(store or default_store(output))
     if not run:
         chosen, others = chosen_production(opened, project)
-        also = (
-            f"; of others: --project {', '.join(other.project for other in others)}" if others and not project else ""
-        )
-        told = f"{chosen.version}, in production in project {chosen.project}{_forced(chosen.forced)}{also}"
+        told = f"{chosen.version}, {_standing([chosen], chosen.version)}"
+        if others and not project:
+            names = ", ".join(other.project for other in others)
+            told += f". It was deployed last; for another project's: --project with one of {names}"
         yield _fetched(opened, chosen.version, working_folder(chosen.run, output) / "model"), told
         return
     folder = working_folder(run, output)
@@ -158,7 +158,7 @@ def model_to_use(run: str, project: str, store: str, output: str) -> Iterator[tu
             yield found
         return
     version = deployed.metrics["version"]
-    yield _fetched(opened, version, folder / "model"), f"{version}, {_standing(open_run(run, store, output), version)}"
+    yield _fetched(opened, version, folder / "model"), f"{version}, {_standing(productions(opened), version)}"
 
 
 def _fetched(store: Store, version: str, folder: Path) -> Path:
@@ -166,18 +166,13 @@ def _fetched(store: Store, version: str, folder: Path) -> Path:
     return folder
 
 
-def _standing(space: Workspace, version: str) -> str:
-    """What a deployed version is to its project now."""
-    project, now = space.config.project, production(space.store, space.config.project)
-    if now is None:
-        return f"not in production any more: nothing is, in project {project}"
-    if now.version == version:
-        return f"in production in project {project}{_forced(now.forced)}"
-    return f"not in production any more: {now.version} is, in project {project}"
-
-
-def _forced(reasons: Sequence[str]) -> str:
-    return f", forced over its gate ({'; '.join(reasons)})" if reasons else ""
+def _standing(found: Sequence[Production], version: str) -> str:
+    """Where a deployed version is in production now, and whether it was forced there."""
+    for each in found:
+        if each.version == version:
+            forced = f", forced over its gate ({'; '.join(each.forced)})" if each.forced else ""
+            return f"in production in project {each.project}{forced}"
+    return "deployed once, and not in production any more"
 
 
 @contextmanager

@@ -160,10 +160,8 @@ def _conclude(run: str, request: Request, output: Path, way: Way, console: Conso
         if decision == "promote":
             lines.append(f"serve    {typed('serve', *place)}")
         else:
-            lines.append(f"look at  {typed('serve', *place)} (for inspection)")
-            lines.append(
-                f"judge    {typed('gate', *place, '--set', 'gate.FIELD=VALUE', '--dry-run')} (with other bounds)"
-            )
+            lines.append(f"look at  {typed('serve', *place)}")
+            lines.append(f"judge    {typed('gate', *place, '--dry-run', '--set', 'gate.FIELD=VALUE')}")
     for line in lines:
         console.say(line)
 

@@ -394,8 +394,8 @@ def check_schema(summary: dict[str, Any]) -> None:
         fields = {"name", "value", "relation", "bound", "passed"}
         assert all(set(check) == fields for check in summary["gate"]["checks"])
     if summary["serving"] is not None:
-        more = {"project", "forced"}
-        assert set(summary["serving"]) == {"version", "picture_sha256", "seconds", "endpoint", "request"} | more
+        keys = {"version", "picture_sha256", "seconds", "endpoint", "request", "project", "forced"}
+        assert set(summary["serving"]) == keys
     assert all(isinstance(note, str) for note in summary["notes"])
 
 
