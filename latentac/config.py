@@ -7,42 +7,19 @@ validated together.
 import difflib
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from latentac.errors import ConfigError, Problem
+from latentac.names import RULE, Name, as_name
 
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-
-NAME_RULE = "letters, digits, '.', '_' and '-', at most 100, beginning with a letter, a digit or '_'"
-
-
-def is_name(text: str) -> bool:
-    """Whether `text` can name a run or a project: it is a part of paths and of keys in the store."""
-    return re.fullmatch(r"(?!manifest\.json|files-)[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", text) is not None
-
-
-def as_name(text: str) -> str:
-    """`text` as such a name: itself where it is one, else what is left of it."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-")[:100]
-    return name if is_name(name) else f"named-{name}"[:100].rstrip(".-")
-
-
-def _checked_name(text: str) -> str:
-    if not is_name(text):
-        raise PydanticCustomError("name", "Is no name")
-    return text
-
-
-Name = Annotated[str, AfterValidator(_checked_name)]
 
 
 class Section(BaseModel):
@@ -391,7 +368,7 @@ def _problem(detail: Any) -> Problem:
         return Problem(path, detail["input"], "unknown field", suggestion(location[-1], _fields_beside(location)))
     if kind == "missing":
         return Problem(path, None, "is required", f"Add it to the file, or --set {path}=...")
-    remedy = f"Use {NAME_RULE}." if kind == "name" else "Correct the value."
+    remedy = f"Use {RULE}." if kind == "name" else "Correct the value."
     return Problem(path, detail["input"], detail["msg"][0].lower() + detail["msg"][1:], remedy)
 
 

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from latentac.config import is_name
 from latentac.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem, ServingError
+from latentac.names import is_name
 from latentac.store import Store
 from latentac.workspace import Workspace
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from latentac.config import as_name
 from latentac.fields import merge
+from latentac.names import as_name
 
 _SHAPES_UNET: dict[str, Any] = {
     "recipe": "shapes-unet",

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentac.config import NAME_RULE, Config, is_name, resolve
+from latentac.config import Config, resolve
 from latentac.errors import ArtifactNotFound, ConfigError, Problem
+from latentac.names import RULE, is_name
 from latentac.store import Manifest, Store, open_store
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class Workspace:
 def working_folder(run: str, output: str) -> Path:
     """`<output>/<run>`. Raises ConfigError for an id that would lie elsewhere or hide itself."""
     if not is_name(run) or run == "store":
-        remedy = f"Use {NAME_RULE}, and not `store`"
+        remedy = f"Use {RULE}, and not `store`"
         raise ConfigError([Problem("run", run, "cannot be the id of a run", remedy)])
     return Path(output) / run
 

@@ -5,6 +5,7 @@ The model servers are real ones on loopback. KServe's controller and the kubelet
 the controller manager's own.
 """
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -261,6 +262,37 @@ def gone(world: World, name: str) -> bool:
             return True
         time.sleep(0.2)
     return False
+
+
+def test_an_endpoint_belongs_to_one_project() -> None:
+    """The one that the chart names; else that of what it serves; else the first that comes. Nothing else is known of
+    an InferenceService from before projects."""
+    fields = settings_fields("here")
+    free = resolve(fields, "test")
+    owned = resolve(fields | {"deploy": fields["deploy"] | {"project": "mine"}}, "test")
+    model = objects.Model("theirs", RUN, "v1", "s3://models/demo", "models/v1/files-0")
+    live = objects.inference_service(free, "latentac", model, "latentac", replicas=1)
+    assert live["metadata"]["annotations"][objects.PROJECT] == "theirs"
+    assert objects.restorable(live)["metadata"]["annotations"][objects.PROJECT] == "theirs"
+    for settings, before, project in ((free, None, "mine"), (free, live, "theirs"), (owned, live, "mine")):
+        objects.check_project(settings, before, project)
+    objects.check_project(free, {"metadata": {"name": "old"}}, "mine")
+    for settings, before, project in ((free, live, "mine"), (owned, None, "theirs"), (owned, live, "theirs")):
+        with pytest.raises(ConfigError, match=f"project = '{project}': the endpoint latentac .* is that of project"):
+            objects.check_project(settings, before, project)
+
+
+def test_a_run_of_another_project_is_refused_before_anything_is_applied(world: World) -> None:
+    """By what the endpoint serves."""
+    world.rollout()(world.candidate("v1"))
+    before = world.get("latentac")
+    candidate = world.candidate("v2")
+    config = candidate.space.config.model_copy(update={"project": "another"})
+    space = dataclasses.replace(candidate.space, config=config)
+    with pytest.raises(ConfigError, match="project = 'another': the endpoint latentac of release latentac is that of"):
+        world.rollout()(dataclasses.replace(candidate, space=space))
+    assert world.get("latentac") == before
+    assert world.get("latentac-green") is None
 
 
 def test_first_release_serves(world: World) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from latentac.run import resolve_recipe
 from pipelines.request import Request, create_run
 
 
@@ -118,14 +119,17 @@ def test_run_that_is_in_use_is_refused_with_the_pid(tmp_path: Path) -> None:
 
 
 def test_config_file_is_kept_with_the_run(tmp_path: Path) -> None:
-    """A resume reads what the run was started with, whatever became of the file since."""
+    """A resume reads what the run was started with, whatever became of the file since; under the file's own name, for
+    the project is called by it."""
     file = tmp_path / "mine.yaml"
     file.write_text("seed: 3\n")
     run, request = create_run(Request("shapes-unet", config=str(file)), tmp_path / "runs")
     file.unlink()
 
     assert Path(request.config).read_text() == "seed: 3\n"
-    assert Path(request.config).parent == tmp_path / "runs" / run
+    assert Path(request.config).name == "mine.yaml"
+    assert Path(request.config).is_relative_to(tmp_path / "runs" / run)
+    assert resolve_recipe(request.recipe, request.config).project == "mine"
 
 
 def test_runs_started_in_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
