@@ -192,10 +192,22 @@ def _run_verb(options: argparse.Namespace) -> None:
         place["force"] = options.force
     with run_lock(working_folder(options.run, options.output) / LOCK_FILE):
         manifest: Manifest | None = VERBS[options.verb](**place)
+        if manifest is not None and (place.get("overrides") or options.verb == "deploy") and options.verb != "prepare":
+            _tell_again(options)
     if manifest is None:
         print(json.dumps({"key": None, "metrics": {}}))
     else:
         print(json.dumps({"key": manifest.key, "metrics": manifest.metrics}, indent=2))
+
+
+def _tell_again(options: argparse.Namespace) -> None:
+    """Where the run's report was published, let it say what a person has decided since."""
+    from latentac.run import finish
+    from latentac.store import open_store
+    from latentac.workspace import default_store
+
+    if f"{options.run}/finish" in open_store(options.store or default_store(options.output)).keys(options.run):
+        finish(options.run, options.store, options.output)
 
 
 def _judge(place: dict[str, str], overrides: list[str]) -> None:

@@ -176,7 +176,8 @@ def judge(space: Workspace, overrides: Sequence[str] = ()) -> dict[str, Any]:
     verdict = rule.decide(bounds, space.config.reward_names, evaluation, production)
     before, published = space.verdict(), space.finished("gate")
     earlier = rule.former(before, published.created) if before and published else []
-    return {**verdict, "overrides": changed, "by": person() if overrides else None, "former": earlier}
+    told = {"overrides": changed, "by": person() if overrides else None, "former": earlier}
+    return {**verdict, "production": version, **told}
 
 
 def deploy(run: str, store: str, output: str, *, prove: "Prove | None" = None, force: bool = False) -> Manifest:
@@ -207,14 +208,18 @@ def _reasons_against(space: Workspace, force: bool) -> list[str]:
     """What the gate says against deploying the run: nothing, or what is overridden. Raises ConfigError."""
     from latentac.commands import typed
     from latentac.gate import against
+    from latentac.incumbent import in_production
 
-    reasons = against(space.verdict() or {"decision": "hold", "reasons": ["its verdict is of another configuration"]})
+    verdict = space.verdict() or {"decision": "hold", "reasons": ["its verdict is of another configuration"]}
+    reasons, now = against(verdict), in_production(space)
+    if now != verdict.get("production", now):
+        reasons.append(f"it was judged against {verdict['production'] or 'nothing'}, and {now or 'nothing'} serves now")
     if reasons and not force:
         place = (space.store.url, str(space.folder.parent))
         again = typed("gate", space.run, *place, "--set", "gate.FIELD=VALUE")
         remedy = f"Judge it again with other bounds ({again}), or put it in production all the same "
         remedy += f"({typed('deploy', space.run, *place, '--force')})."
-        raise ConfigError([Problem("run", space.run, f"is held by its gate: {'; '.join(reasons)}", remedy)])
+        raise ConfigError([Problem("run", space.run, f"is not to be deployed: {'; '.join(reasons)}", remedy)])
     for reason in reasons:
         _log.warning("forced over the gate: %s", reason)
     return reasons

@@ -21,7 +21,7 @@ from PIL import Image
 
 from latentac import run as verbs
 from latentac.cli import main
-from latentac.incumbent import pointer, production
+from latentac.incumbent import pointer, production, put_in_production
 from latentac.release import Candidate, model_to_use
 from latentac.report import write_report
 from latentac.serving.deployment import Deployment
@@ -79,6 +79,7 @@ def workspace(output: Path) -> Workspace:
 def test_a_run_is_judged_again_with_other_bounds(held: Path) -> None:
     """Without training: the verdict is new, says which bound was changed and by whom, and names the one before it;
     deploy follows it, and so does the report. The gate without other bounds changes nothing any more."""
+    verbs.finish("held", "", str(held))
     before = published(held, "gate", "gate.json")
     assert (before["decision"], before["overrides"], before["former"]) == ("hold", [], [])
     assert command(held, "gate", "--set", "gate.min_gain=-0.5") == 0
@@ -97,7 +98,7 @@ def test_a_run_is_judged_again_with_other_bounds(held: Path) -> None:
     assert published(held, "gate", "gate.json") == verdict
     version = verbs.deploy("held", "", str(held), prove=proved).metrics["version"]
     assert workspace(held).store.read_json(pointer("shapes-unet-smoke"))["version"] == version
-    verbs.finish("held", "", str(held))
+    assert command(held, "deploy") == 0  # which is done; the report that was there says so now
     summary = json.loads((held / "held" / "summary.json").read_text())
     assert summary["gate"]["overrides"] == verdict["overrides"]
     assert summary["gate"]["former"][0]["decision"] == "hold"
@@ -144,7 +145,7 @@ def test_a_held_run_is_not_deployed_unless_it_is_forced(held: Path, capsys: pyte
     """The refusal lists the failed checks and both ways on; by force it is in production, and everything says so."""
     assert command(held, "deploy") == 2
     told = capsys.readouterr().err
-    assert f"run = 'held': is held by its gate: {CHECK}" in told
+    assert f"run = 'held': is not to be deployed: {CHECK}. Judge it again" in told
     again, forced = re.findall(r"\((\S*latentac [^)]+)\)", told)
     assert shlex.split(again)[1:] == ["gate", "--run", "held", "--output", str(held), "--set", "gate.FIELD=VALUE"]
     assert shlex.split(forced)[1:] == ["deploy", "--run", "held", "--output", str(held), "--force"]
@@ -167,6 +168,21 @@ def test_a_held_run_is_not_deployed_unless_it_is_forced(held: Path, capsys: pyte
     assert "Forced over the gate by" in page
     with model_to_use("", "", "", str(held)) as (_, told):
         assert told == f"{now.version}, in production in project shapes-unet-smoke, forced over its gate ({CHECK})"
+
+
+def test_a_model_that_was_promoted_since_the_verdict_is_not_replaced_silently(
+    held: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A verdict is about the model in production of its time."""
+    assert command(held, "gate", "--set", "gate.min_gain=-0.5") == 0
+    put_in_production(start(held, "other", "seed=5"), "other-1")
+    assert command(held, "deploy") == 2
+    told = capsys.readouterr().err
+    assert "is not to be deployed: it was judged against nothing, and other-1 serves now. Judge it again" in told
+    verbs.deploy("held", "", str(held), prove=proved, force=True)
+    now = production(workspace(held).store, "shapes-unet-smoke")
+    assert now is not None
+    assert (now.previous, now.forced) == ("other-1", ("it was judged against nothing, and other-1 serves now",))
 
 
 def test_what_was_deployed_last_is_served_or_a_projects_own(held: Path, capsys: pytest.CaptureFixture[str]) -> None:
