@@ -1,5 +1,6 @@
 """From a trained run to a model that serves: the export, the proof, the registry, and the way back for a person."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -8,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentac.arms import best_steered
 from latentac.errors import ArtifactNotFound, ConfigError, Problem
 from latentac.incumbent import Production, chosen_production, productions, put_in_production
 from latentac.serving.deployment import Deployment, serve_and_check
 from latentac.serving.exported import add_base, export, read
 from latentac.store import Manifest, Store, open_store
 from latentac.store.blobs import disk_errors
-from latentac.workspace import Workspace, default_store, open_run, person, working_folder
+from latentac.workspace import EXTENSIONS, Workspace, default_store, open_run, person, working_folder
 
 _EXAMPLES = 8  # held-out prompts that the endpoint's page offers to begin with
 UNFINISHED = ".latentac-fetch"
@@ -98,7 +100,11 @@ def _export(space: Workspace, trained: Manifest, folder: Path, notice: str = "")
     if space.config.serving.include_base:
         add_base(folder, space.artifact("prepare") / "backbone")
     examples = list(dict.fromkeys(prompt.text for prompt in space.prompts.held_out))[:_EXAMPLES]
-    export(folder, space.config, run=space.run, version=version, examples=examples, notice=notice)
+    extensions = json.loads((space.artifact("prepare") / EXTENSIONS).read_text())
+    rows = json.loads((space.artifact("steer") / "steering.json").read_text()) if space.finished("steer") else []
+    best = best_steered(rows, space.config.gate.reward)
+    told = {"examples": examples, "notice": notice, "extensions": extensions, "best": best}
+    export(folder, space.config, run=space.run, version=version, **told)
     return version
 
 

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from latentac.arms import best_steered
 from latentac.charts import draw
 from latentac.commands import typed
 from latentac.errors import ArtifactNotFound, IntegrityError
@@ -164,6 +165,7 @@ def _summarise(run: str, files: Files, timings: Mapping[str, Any]) -> Summary:
         },
         "training": [{name: row.get(name) for name in _ITERATION} for row in read("train", "history.json") or ()],
         "steering": [{name: row.get(name) for name in _STEERED} for row in read("steer", "steering.json") or ()],
+        "steered": _steered(read("steer", "steering.json") or (), settings["gate"]["reward"]),
         "gate": gate
         and {**{name: gate.get(name) for name in _GATE}, **{name: gate.get(name) or [] for name in _CHANGED}},
         "serving": deployment and {name: deployment.get(name) for name in _SERVING},
@@ -175,6 +177,12 @@ def _summarise(run: str, files: Files, timings: Mapping[str, Any]) -> Summary:
         for path, times in sorted(dropped.items())
     ]
     return summary
+
+
+def _steered(rows: Sequence[Mapping[str, Any]], reward: str) -> Summary | None:
+    """The arm that the gallery shows and the endpoint uses by default."""
+    best = best_steered(rows, reward)
+    return best and {name: best[name] for name in ("method", "strength", "candidates")}
 
 
 def _evaluation(measured: Mapping[str, Any]) -> Summary:
