@@ -86,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
                 "--set", action="append", default=[], metavar="a.b=c", help="a field over both; repeat it"
             )
             verb.add_argument("--project", default="", metavar="NAME", help="as --set project=NAME")
+            verb.add_argument(
+                "--package", default="", metavar="DIR", help="your own code: kept with the run, importable in each step"
+            )
         verb.set_defaults(command=_run_verb, verb=name)
 
     for name, summary in _FURTHER.items():  # only for the list: they are called before anything is parsed
@@ -185,7 +188,8 @@ def _run_verb(options: argparse.Namespace) -> None:
         return
     if options.verb == "prepare":
         project = [f"project={json.dumps(options.project)}"] if options.project else []
-        place |= {"recipe": options.recipe, "config": options.config, "overrides": [*options.set, *project]}
+        given = {"recipe": options.recipe, "config": options.config, "overrides": [*options.set, *project]}
+        place |= {**given, "package": options.package}
     if options.verb == "gate":
         place["overrides"] = options.set
     if options.verb == "deploy":
