@@ -78,7 +78,7 @@ def copy(first: Workspace, tmp_path: Path) -> Workspace:
 
 def test_a_kernel_that_does_not_fit_the_backbone_is_told_by_field(tmp_path: Path) -> None:
     """The message names the kernel, both noise paths, and the kernels that would fit."""
-    with pytest.raises(ConfigError, match=r"kernel.name = 'cps': is for flow backbones, .* Use one of ddim"):
+    with pytest.raises(ConfigError, match=r"kernel.use = 'cps': samples flow models, and unet is .* Use one of ddim"):
         start(tmp_path, "misfit", "kernel.use=cps")
 
 
@@ -158,7 +158,7 @@ def test_a_pointer_that_names_nothing_is_refused(copy: Workspace, content: objec
 @pytest.mark.parametrize(
     ("part", "change", "words"),
     [
-        (FILE, {"backbone": "dit"}, "models/bad-1: its backbone is dit, that of this run unet"),
+        (FILE, {"backbone": {"use": "dit"}}, "models/bad-1: its backbone is dit, that of this run unet"),
         (FILE, {"schema": 1}, "is not valid"),
         ("unet/config.json", {"sample_size": 16}, r"its latents are \(4, 16, 16\), those of this run \(4, 8, 8\)"),
         (None, {}, "nothing was published there"),
