@@ -289,6 +289,7 @@ def described(model: SteeredDiffusion) -> dict[str, Any]:
         "name": model.name,
         "version": exported.version,
         "run": exported.run,
+        "notice": exported.notice,
         "size": list(exported.size),
         "policies": exported.policies,
         "methods": [
