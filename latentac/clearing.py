@@ -32,6 +32,7 @@ _MADE = {
     *(
         "request.json",
         SHARED,
+        "code",
         "given-config",
         "given-package",
         "given-config.yaml",

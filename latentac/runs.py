@@ -132,10 +132,9 @@ class Survey:
 
     def json(self, key: str, path: str) -> Any:
         """A JSON file of an artifact; None where either cannot be read."""
-        manifest = self.manifest(key)
         try:
-            return json.loads(self.store.read_file(manifest, path)) if manifest else None
-        except (IntegrityError, ValueError):
+            return json.loads(self.store.read(key, path)) if f"{key}/manifest.json" in self.entries else None
+        except (ArtifactNotFound, IntegrityError, ValueError):
             return None
 
     def evaluation(self, run: str) -> dict[str, Any]:

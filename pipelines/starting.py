@@ -4,6 +4,7 @@ Imports are lazy: the help must come at once.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file laid over the recipe")
     parser.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one field; may be repeated")
     parser.add_argument("--seed", type=int, metavar="N", help="the same as --set seed=N")
+    parser.add_argument("--project", metavar="NAME", help="the same as --set project=NAME")
     parser.add_argument("--package", metavar="DIR", help="your own code: kept with the run, importable in each step")
     parser.add_argument("--output", default="runs", metavar="FOLDER", help="working files (default: runs)")
     parser.add_argument("--store", metavar="URL", help="file:// or s3:// (default: file://OUTPUT/store)")
@@ -69,6 +71,7 @@ def start(options: argparse.Namespace, *, containers: bool) -> int:
 
     output, run = Path(options.output), options.resume or ""
     overrides = (*options.set, *(() if options.seed is None else (f"seed={options.seed}",)))
+    overrides += (f"project={json.dumps(options.project)}",) if options.project else ()
     if run:
         if (Path(run) / "request.json").is_file():
             output, run = Path(run).absolute().parent, Path(run).absolute().name

@@ -6,10 +6,9 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
-from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -98,20 +97,37 @@ class Store:
         ResourceError, for nothing is overwritten. cache: a folder above `folder` where equal files are kept once (see
         `latentac.store.pool`); what is fetched is then read-only, for it is shared, with the store too if it can be.
         """
+        return self.fetch_files(key, folder, lambda path: True, cache=cache)
+
+    def fetch_files(
+        self, key: str, folder: Path | str, wanted: Callable[[str], bool], *, cache: Path | None = None
+    ) -> Manifest:
+        """As `fetch`, but only the files whose path within the artifact is `wanted`; the others are not read."""
         manifest, folder = self.manifest(key), Path(folder).absolute()
-        if _holds(folder, manifest):
+        files = [file for file in manifest.files if wanted(file.path)]
+        if _holds(folder, files, key):
             return manifest
-        with disk_errors(folder, sum(file.size for file in manifest.files)):
+        with disk_errors(folder, sum(file.size for file in files)):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{folder.name}.fetch-", dir=folder.parent) as temporary:
                 whole = Path(temporary) / folder.name
-                self._read_files(manifest, whole, Pool(cache) if cache else None)
+                whole.mkdir()
+                self._read_files(manifest, whole, files, Pool(cache) if cache else None)
                 try:
                     os.rename(whole, folder)
                 except OSError as error:  # another process fetched to the same place meanwhile
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _holds(folder, manifest):
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _holds(folder, files, key):
                         raise
         return manifest
+
+    def read(self, key: str, path: str) -> bytes:
+        """One file of the artifact, verified; no other is read. Raises IntegrityError if it has no such file."""
+        manifest, buffer = self.manifest(key), BytesIO()
+        for file in manifest.files:
+            if file.path == path:
+                self._read_file(manifest, file, Stream(buffer))
+                return buffer.getvalue()
+        raise IntegrityError(f"{self.url}/{key}", f"the artifact has no {path}", remedy_for(key))
 
     def verify(self, manifest: Manifest, *, files: bool = True, parents: bool = True) -> None:
         """Checks that the store holds `manifest`, its files and, recursively, the parents that it names.
@@ -161,18 +177,6 @@ class Store:
         """Drops shared files that no artifact and no working copy uses any more; the bytes that became free."""
         return self._backend.reclaim(None)
 
-    def read_file(self, manifest: Manifest, path: str) -> bytes:
-        """One file of an artifact, verified. Raises IntegrityError, also where it has no such file."""
-        file = next((file for file in manifest.files if file.path == path), None)
-        sink = BytesIO()
-        if file is not None:
-            with suppress(FileNotFoundError):
-                self._backend.get(f"{manifest.folder}/{path}", Stream(sink))
-        if file is None or sha256(sink.getvalue()).hexdigest() != file.sha256:
-            problem = f"{path}: no such file, or other bytes than were published"
-            raise IntegrityError(f"{self.url}/{manifest.key}", problem, remedy_for(manifest.key))
-        return sink.getvalue()
-
     def write_json(self, key: str, value: object) -> None:
         """Writes a pointer: readers find the old JSON or the new."""
         self._put(self._key(key), dump_json(value, f"{self.url}/{key}"))
@@ -185,6 +189,10 @@ class Store:
         except ValueError as error:
             remedy = "Remove it and run the step that writes it"
             raise IntegrityError(f"{self.url}/{key}", f"it is not JSON ({error})", remedy) from None
+
+    def pointers(self, prefix: str) -> list[str]:
+        """Keys of all plain objects below `prefix`, sorted."""
+        return sorted(name for name in self._backend.names(f"{self._key(prefix)}/") if is_key(name))
 
     def write_files(self, folder: Path | str, prefix: str) -> None:
         """Copies what lies below `folder` to plain objects `<prefix>/<path>`, for readers that know no manifests.
@@ -235,28 +243,39 @@ class Store:
             remedy = "Let nothing write to the folder while it is published, and publish it again"
             raise IntegrityError(str(path), f"it changed while it was published ({problem})", remedy)
 
-    def _read_files(self, manifest: Manifest, folder: Path | None, pool: Pool | None = None) -> None:
-        """Reads every file of the artifact, into `folder` where one is given, and refuses the first that differs."""
-        with _shown(f"{'verify' if folder is None else 'fetch'} {manifest.key}", manifest.files) as moved:
-            for file in manifest.files:
-                target = None if folder is None else folder / file.path
-                if target is not None:
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                name = f"{manifest.folder}/{file.path}"
-                if target is not None and pool is not None and self._shared(name, file, target, pool, moved):
+    def _read_files(
+        self,
+        manifest: Manifest,
+        folder: Path | None,
+        files: Sequence[File] | None = None,
+        pool: Pool | None = None,
+    ) -> None:
+        """Reads these files, or all, into `folder` where one is given, and refuses the first that differs. pool: where
+        equal files are shared."""
+        files = manifest.files if files is None else files
+        with _shown(f"{'verify' if folder is None else 'fetch'} {manifest.key}", files) as moved:
+            for file in files:
+                if folder is None:
+                    self._read_file(manifest, file, Stream(None, moved))
                     continue
-                with nullcontext() if target is None else target.open("xb") as stream:
-                    sink = Stream(stream, moved)
-                    try:
-                        self._backend.get(name, sink)
-                        found = f"size {sink.size}, sha256 {sink.sha256}"
-                    except FileNotFoundError:
-                        found = "no such file"
-                if found != f"size {file.size}, sha256 {file.sha256}":
-                    problem = f"{file.path}: expected size {file.size}, sha256 {file.sha256}; found {found}"
-                    raise IntegrityError(f"{self.url}/{manifest.key}", problem, remedy_for(manifest.key))
-                if target is not None and pool is not None:
+                target = folder / file.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if pool is not None and self._shared(f"{manifest.folder}/{file.path}", file, target, pool, moved):
+                    continue
+                with target.open("xb") as stream:
+                    self._read_file(manifest, file, Stream(stream, moved))
+                if pool is not None:
                     pool.give(target, file.sha256)
+
+    def _read_file(self, manifest: Manifest, file: File, sink: Stream) -> None:
+        try:
+            self._backend.get(f"{manifest.folder}/{file.path}", sink)
+            found = f"size {sink.size}, sha256 {sink.sha256}"
+        except FileNotFoundError:
+            found = "no such file"
+        if found != f"size {file.size}, sha256 {file.sha256}":
+            problem = f"{file.path}: expected size {file.size}, sha256 {file.sha256}; found {found}"
+            raise IntegrityError(f"{self.url}/{manifest.key}", problem, remedy_for(manifest.key))
 
     def _shared(self, name: str, file: File, target: Path, pool: Pool, moved: Callable[[int], None]) -> bool:
         """Whether a hard link at `target` made a copy needless: to the store's own file, or to one fetched before."""
@@ -289,15 +308,16 @@ def open_store(url: str, patience: Patience = _PATIENCE) -> Store:
     return Store(url, patience)
 
 
-def _holds(folder: Path, manifest: Manifest) -> bool:
-    """Whether `folder` is exactly the artifact. False where it does not exist or is empty, an error otherwise."""
+def _holds(folder: Path, files: Sequence[File], key: str) -> bool:
+    """Whether `folder` is exactly these files of an artifact. False where it does not exist or is empty, an error
+    otherwise."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    wanted = set(manifest.files)
+    wanted = set(files)
     found = set(scan(folder)) if folder.is_dir() else set()
     if {file for file in found if file in wanted or not _bytecode(file)} == wanted:
         return True
-    problem = f"it exists and is not the artifact {manifest.key}, which was to be put there"
+    problem = f"it exists and is not the artifact {key}, which was to be put there"
     raise ResourceError(str(folder), problem, "Move it away or choose another folder")
 
 
