@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from latentac.serving.exported import Exported
 from latentac.serving.request import WHOLE, Request, beyond, validated
@@ -18,6 +19,13 @@ _NO_FILM = "Leave it out: a picture is one frame."
 def _fresh_seed() -> int:
     """Small enough to be exact in a program whose numbers are all floats, such as a browser's."""
     return secrets.randbelow(2**53)
+
+
+def _boolean(value: object) -> object:
+    """What is equal to false and no boolean is none."""
+    if not isinstance(value, bool):
+        raise PydanticCustomError("bool_type", "Input should be a valid boolean")
+    return value
 
 
 class ImagesRequest(Request):
@@ -49,13 +57,15 @@ class ImagesRequest(Request):
         Literal["png"], Field(description="Use png, or leave it out; convert the picture afterwards.")
     ] = "png"
     output_compression: Annotated[
-        Literal[100], Field(description="Use 100, or leave it out: a PNG loses nothing."), WHOLE
+        int, Field(ge=100, le=100, description="Use 100, or leave it out: a PNG loses nothing."), WHOLE
     ] = 100
     partial_images: Annotated[
-        Literal[0], Field(description="Use 0, or leave it out; POST /v1/images/stream tells each step."), WHOLE
+        int, Field(ge=0, le=0, description="Use 0, or leave it out; POST /v1/images/stream tells each step."), WHOLE
     ] = 0
     stream: Annotated[
-        Literal[False], Field(description="Use false, or leave it out; POST /v1/images/stream answers by events.")
+        Literal[False],
+        BeforeValidator(_boolean),
+        Field(description="Use false, or leave it out; POST /v1/images/stream answers by events."),
     ] = False
     complexity: Annotated[None, Field(description=_NO_PLAN)] = None
     svg: Annotated[None, Field(description=_NO_SVG)] = None

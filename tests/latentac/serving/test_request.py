@@ -171,6 +171,9 @@ def test_openais_defaults_are_the_default_picture(name: str, values: list[Any]) 
 @pytest.mark.parametrize(
     ("name", "value", "remedy"),
     [
+        ("stream", 0, "POST /v1/images/stream answers by events."),
+        ("partial_images", False, "POST /v1/images/stream tells each step."),
+        ("output_compression", True, "Use 100"),
         ("stream", True, "POST /v1/images/stream answers by events."),
         ("partial_images", 2, "POST /v1/images/stream tells each step."),
         ("response_format", "url", "Use b64_json"),
