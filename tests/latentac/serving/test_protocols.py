@@ -101,6 +101,28 @@ def test_v2_takes_several_prompts_and_names_its_outputs(server: ServerProcess) -
 
 
 @pytest.mark.parametrize(
+    ("shape", "data"),
+    [
+        ([2], ["a red circle", "two blue squares"]),
+        ([2, 1], [["a red circle"], ["two blue squares"]]),
+        ([1, 2], [["a red circle", "two blue squares"]]),
+        ([2, 1], ["a red circle", "two blue squares"]),
+    ],
+)
+def test_v2_takes_data_nested_as_their_shape_says_or_flat(server: ServerProcess, shape: list[int], data: Any) -> None:
+    """Both are V2; one element of no dimension holds for all."""
+    prompts = {"name": "prompt", "datatype": "bytes", "shape": shape, "data": data}
+    steps = {"name": "num_steps", "datatype": "INT8", "shape": [], "data": [2]}
+    body = {"inputs": [prompts, steps], "outputs": [], "id": None, "model_name": "any", "parameters": {}}
+    status, _, answer = ask(server, "POST", f"/v2/models/{server.name}/infer", body)
+    expected = [
+        server.predict({"prompt": prompt, "num_steps": 2})["images"][0]
+        for prompt in ("a red circle", "two blue squares")
+    ]
+    assert (status, answer["outputs"][0]["data"]) == (200, expected)
+
+
+@pytest.mark.parametrize(
     ("inputs", "message"),
     [
         ([], "has no input `prompt`"),
@@ -111,6 +133,10 @@ def test_v2_takes_several_prompts_and_names_its_outputs(server: ServerProcess) -
         ([tensor("prompt", "BYTES", "a")] * 2, "an input is given twice"),
         ([tensor("prompt", "BYTES", "a"), tensor("steering", "BYTES", "x")], "instances.0.steering"),
         ([tensor("prompt", "BYTES", "")], "instances.0.prompt = ''"),
+        ([tensor("prompt", "BYTES", ["a"])], "instances.0.prompt = ['a']"),
+        ([tensor("prompt", "BYTES", "a"), tensor("seed", "BOOL", True)], "is not that of seed. Use INT64."),
+        ([tensor("prompt", "BYTES", "a"), tensor("seed", "FP32", 1.0)], "is not that of seed. Use INT64."),
+        ([tensor("prompt", "BYTES", "a"), tensor("n", "INT64", 1)], "inputs.1.name = 'n': no such input."),
         (3, "inputs = 3"),
     ],
 )
