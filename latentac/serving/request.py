@@ -20,17 +20,8 @@ def _whole(value: object) -> object:
 WHOLE = BeforeValidator(_whole)
 Root = TypeVar("Root", bound=Section)
 
-# The rows of `steering.STEERING`, told here too because that package imports torch and a client does without.
-METHODS = {
-    "value_gradient": "moves each step up the critic's gradient",
-    "best_of_n": "draws several, keeps the one that the critic prefers",
-    "resampling": "several at once: good ones go on in the place of bad ones",
-    "twisted": "gradient and resampling together, weighed exactly",
-    "svdd": "at each step all go on from the best one",
-    "none": "no steering: the policy alone",
-}
-DEFAULT_METHOD = "value_gradient"
-_PARTICLES = 4
+UNSTEERED = "none"
+"""The method of a request for plain pictures."""
 _OBJECT = "Send an object of the documented fields."
 _ELSEWHERE = {
     "n": ("count",),
@@ -75,7 +66,7 @@ class Request(Optionals):
     size: Annotated[str | None, Field(description="Use the model's own size, or leave it out.")] = None
     guidance_scale: Annotated[Number, Field(ge=1, description="Use a number from 1, which is no guidance.")] = 1.0
     policy: Annotated[str, Field(description=f"Use one of {', '.join(POLICIES)}.")] = POLICIES[0]
-    method: Annotated[str, Field(description=f"Use one of {', '.join(METHODS)}.")] = DEFAULT_METHOD
+    method: Annotated[str | None, Field(description="Use one of the model's methods, none, or leave it out.")] = None
     steering: Annotated[
         dict[str, Number] | None, Field(description="Give a finite number for each reward's name, or leave it out.")
     ] = None
@@ -88,11 +79,6 @@ class Body(Section):
     """KServe's V1 protocol: a list of requests, answered in order."""
 
     instances: Annotated[list[Request], Field(min_length=1, description='Send {"instances": [{"prompt": "..."}]}.')]
-
-
-def default_particles(method: str) -> int:
-    """Rollouts a picture where a request does not say: the gradient needs no others to choose from."""
-    return 1 if method in ("none", "value_gradient") else _PARTICLES
 
 
 def decoded(body: bytes) -> Any:
@@ -160,7 +146,7 @@ def beyond(fields: object, exported: Exported, instance: int | None = None) -> l
         problems.append(Problem(f"{at}prompt", shortened(prompt), told, f"Use at most {most}."))
     method = fields.get("method")
     for name, known, told in (
-        ("method", list(METHODS), "no such steering method"),
+        ("method", [*exported.methods, UNSTEERED], "this model has no such steering method"),
         ("policy", exported.policies, "this model has no such policy"),
         ("size", [exported.size_name], "this model draws no such size"),
     ):
@@ -169,7 +155,7 @@ def beyond(fields: object, exported: Exported, instance: int | None = None) -> l
             problems.append(Problem(f"{at}{name}", shortened(value), told, suggestion(shortened(value), known)))
     weights = fields.get("steering")
     if isinstance(weights, dict):
-        problems += _weight_problems(weights, method == "none", [reward.name for reward in exported.rewards], at)
+        problems += _weight_problems(weights, method == UNSTEERED, [reward.name for reward in exported.rewards], at)
     return problems
 
 
