@@ -113,7 +113,13 @@ def test_v2_takes_data_nested_as_their_shape_says_or_flat(server: ServerProcess,
     """Both are V2; one element of no dimension holds for all."""
     prompts = {"name": "prompt", "datatype": "bytes", "shape": shape, "data": data}
     steps = {"name": "num_steps", "datatype": "INT8", "shape": [], "data": [2]}
-    body = {"inputs": [prompts, steps], "outputs": [], "id": None, "model_name": "any", "parameters": {}}
+    body: dict[str, Any] = {
+        "inputs": [prompts, steps],
+        "outputs": [],
+        "id": None,
+        "model_name": "any",
+        "parameters": {},
+    }
     status, _, answer = ask(server, "POST", f"/v2/models/{server.name}/infer", body)
     expected = [
         server.predict({"prompt": prompt, "num_steps": 2})["images"][0]
