@@ -244,7 +244,7 @@ def _shipped(path: str) -> Denoiser:
 
 def _opinionated(backbone: Denoiser, body: Extension | None = None) -> Critic:
     """A critic whose values differ from state to state: that of a new one is 0."""
-    settings = CriticSettings(**({} if body is None else {"body": body}))
+    settings = CriticSettings() if body is None else CriticSettings(body=body)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         critic = Critic(backbone, ("reward",), settings).eval()
