@@ -198,12 +198,14 @@ def _add_folders(verb: argparse.ArgumentParser) -> None:
 
 def _run_verb(options: argparse.Namespace) -> None:
     from latentac.lifetime import own_descendants, run_lock
+    from latentac.package import make_importable
     from latentac.run import VERBS
     from latentac.scratch import temporary_files
     from latentac.task import LOCK_FILE
     from latentac.workspace import working_folder
 
     own_descendants()
+    make_importable(Path.cwd())
     place: dict[str, Any] = {"run": options.run, "store": options.store, "output": options.output}
     if options.verb == "gate" and options.dry_run:
         _judge(place, options.set)
@@ -263,6 +265,7 @@ def _show_config(options: argparse.Namespace) -> None:
     from latentac.resolution import resolve_all
     from latentac.run import recipe_fields
 
+    make_importable(Path.cwd())
     if options.package:
         folder = Path(options.package)
         make_importable(folder.parent if (folder / "__init__.py").is_file() else folder)
@@ -285,9 +288,11 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
+    from latentac.package import make_importable
     from latentac.release import model_to_use
     from latentac.serving.server import serve
 
+    make_importable(Path.cwd())
     with model_to_use(options.run, options.project, options.store, options.output) as (folder, told):
         print(told, flush=True)
         serve(folder, options.port)
@@ -302,9 +307,11 @@ def _fetch(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    from latentac.package import make_importable
     from latentac.release import generate_picture, model_to_use
 
     picture = Path(options.picture)
+    make_importable(Path.cwd())
     with model_to_use(options.run, options.project, options.store, options.output) as (folder, told):
         print(told, file=sys.stderr, flush=True)
         used = generate_picture(folder, options.prompt, options.seed, options.count, options.steer, picture)
