@@ -296,6 +296,22 @@ class Serving(Section):
     request_seconds: Rate = 300.0
 
 
+class Card(Section):
+    """What the model card says and no run can know. What is left empty the card calls unknown.
+
+    licence: of the trained weights, as the hub writes it (`apache-2.0`); the base's own may bind it.
+    base_model: its id on the hub, where `backbone.source` is none. datasets: ids on the hub, of the base's data too.
+    data: what the base was trained on, and where the prompts are from. intended_use, limits: Markdown.
+    """
+
+    licence: str = ""
+    base_model: str = ""
+    datasets: list[str] = []
+    data: str = ""
+    intended_use: str = ""
+    limits: str = ""
+
+
 class Config(Section):
     """A run, completely: two equal configurations on one machine give bitwise equal results."""
 
@@ -314,6 +330,7 @@ class Config(Section):
     steering: Steering = Steering()
     gate: Gate
     serving: Serving = Serving()
+    card: Card = Card()
 
     @property
     def reward_names(self) -> tuple[str, ...]:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from latentac.errors import ConfigError, Problem
+from latentac.folders import copy_pipeline
 from latentac.incumbent import POINTER as PRODUCTION
 from latentac.incumbent import in_production
+from latentac.readme import write_released
 from latentac.serving.deployment import Deployment, serve_and_check
 from latentac.serving.exported import add_base, export, read
 from latentac.store import Manifest, open_store
@@ -57,12 +59,14 @@ def release(space: Workspace, prove: Prove = on_loopback) -> tuple[dict[str, Any
     version = f"{space.run}-{trained.digest[:8]}"
     with tempfile.TemporaryDirectory(prefix=".model-", dir=space.folder) as temporary:
         folder = Path(temporary) / "model"
-        shutil.copytree(space.artifact("train") / "policy", folder)
+        source = space.artifact("train") / "policy"
+        copy_pipeline(source, folder)
         shutil.copytree(space.artifact("train") / "critic", folder / "critic")
         if space.config.serving.include_base:
             add_base(folder, space.artifact("prepare") / "backbone")
         examples = list(dict.fromkeys(prompt.text for prompt in space.prompts.held_out))[:_EXAMPLES]
         export(folder, space.config, run=space.run, version=version, examples=examples)
+        write_released(space, source, folder, version)
         published = space.store.publish(
             f"models/{version}",
             folder,
