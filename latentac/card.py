@@ -1,7 +1,7 @@
 """The model card: a run's page of Markdown, and the README.md of a folder that it exported, from the same facts.
 
-What comes from outside (names, units, prompts, settings) is escaped: it can neither end a cell nor become HTML. Only the
-texts of the configuration's section `card` are Markdown, and they are no HTML either.
+What comes from outside (names, units, prompts, settings) is escaped: it can neither end a cell nor become HTML. Only
+the texts of the configuration's section `card` are Markdown, and they are no HTML either.
 """
 
 import html
@@ -25,8 +25,8 @@ _DEFAULT_LIMITS = """\
 - Whatever the base model reproduces of its data, this one may reproduce too."""
 
 Facts = Mapping[str, Any]
-"""Of summary.json: run, recipe, seed, commit, settings, evaluation, training, steering, gate, serving. What is not there
-yet is None or empty."""
+"""Of summary.json: run, recipe, seed, commit, settings, evaluation, training, steering, gate, serving. What is not
+there yet is None or empty."""
 
 
 def model_card(facts: Facts) -> str:
@@ -103,7 +103,9 @@ def _front_matter(facts: Facts, kind: str, adapter: bool) -> str:
         "pipeline_tag": "text-to-image",
         "tags": [*tags, *(["lora"] if adapter else [])],
     }
-    return "\n".join(["---", *(f"{name}: {json.dumps(value)}" for name, value in fields.items()), "---"])
+    return "\n".join(
+        ["---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()), "---"]
+    )
 
 
 def _body(facts: Facts) -> Iterator[str]:
@@ -234,9 +236,9 @@ def _prose(text: object) -> str:
 
 
 def _text(value: object) -> str:
-    """One line of text: no HTML, no Markdown but single backticks."""
+    """One line of text: no HTML, and no Markdown but code."""
     line = html.escape(" ".join(str(value).split()), quote=False)
-    return re.sub(r"([\\*_\[\]~])", r"\\\1", line) if re.search(r"[*\[\]~]|(^|\W)_|_(\W|$)", line) else line
+    return re.sub(r"[\\*\[\]~]|(?<!\w)_|_(?!\w)|^[#>+-]", r"\\\g<0>", line)
 
 
 def _code(name: object) -> str:

@@ -18,6 +18,8 @@ INDEX = "model_index.json"
 ADAPTER = "lora/pytorch_lora_weights.safetensors"
 """Low-rank adapters alone, in the folder of the pipeline that they are merged into. `load_lora_weights` of diffusers
 takes the folder `lora`."""
+SHARD = "10GB"
+"""The longest file of weights; more are sharded, with an index."""
 
 _WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|model)(\.(?P<variant>\w+))?\.safetensors(?P<index>\.index(\.(?P<other>\w+))?\.json)?"
@@ -48,7 +50,7 @@ def write_index(folder: Path, kind: str, parts: Mapping[str, tuple[str, str]], *
 def write_part(part: Any, folder: Path) -> None:
     """A module or scheduler of diffusers, safetensors only, without the place that it was loaded from."""
     if hasattr(part, "state_dict"):
-        part.save_pretrained(folder, safe_serialization=True)
+        part.save_pretrained(folder, safe_serialization=True, max_shard_size=SHARD)
     else:
         part.save_pretrained(folder)
     for name in _DESCRIPTIONS:
@@ -106,7 +108,7 @@ def copy_part(source: Path, folder: Path) -> None:
 
 
 def weights(part: Path) -> tuple[str, Path, bool] | None:
-    """(stem, file, whether it is an index of shards) of the weights that are loaded from a part's folder, if it has any.
+    """(stem, file, whether it is an index of shards) of what is loaded from a part's folder, if it has weights.
 
     Those without a variant come first, then `fp16`, then the others by name. Of shards and a single file diffusers
     loads the shards, transformers the file.

@@ -20,6 +20,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 
 from latentac.diffusion import DDIM, Kernel, Prediction, alpha_of
+from latentac.diffusion import Path as Mixing
 from latentac.policy import Policy
 
 PURPOSE = "serving"
@@ -115,13 +116,13 @@ def usage(policy: Policy, folder: Path, num_steps: int, prompt: str, seed: int, 
     fields = {"prompt": _quoted(prompt), "seed": seed, "purpose": PURPOSE}
     loaded = _adapted(folder, scheduler, adapter) if adapter else _loaded(folder)
     head = _HEAD.format(pipeline=loaded) + _NOISE.format(**fields)
-    if steps.eta and isinstance(policy.kernel, DDIM):
-        arguments["eta"] = repr(policy.kernel.eta)
-        return head + _PLAIN.format(arguments=_joined(arguments, 4), **fields)
-    parts = _parts(policy.kernel, levels, steps)
-    if parts is None:
+    moves = _moves(policy.kernel, levels)
+    if moves is None:
         return ""
-    before, after, fresh = (_numbers(part) for part in parts)
+    if steps.eta and (eta := _eta(moves, levels)) is not None:
+        arguments["eta"] = repr(eta)
+        return head + _PLAIN.format(arguments=_joined(arguments, 4), **fields)
+    before, after, fresh = map(_numbers, _parts(moves, levels, steps, policy.backbone.path))
     shape = ", ".join(map(str, policy.backbone.latent_shape))
     return head + _RENEWED.format(
         before=before, after=after, fresh=fresh, shape=shape, arguments=_joined(arguments, 8), **fields
@@ -176,13 +177,11 @@ def _steps(folder: Path, num_steps: int) -> tuple[_Steps | None, str]:
     return _Steps(sigmas, after, {}, eta=fits), name
 
 
-def _parts(kernel: Kernel, levels: Tensor, steps: _Steps) -> tuple[Tensor, Tensor, Tensor] | None:
-    """How much of the latents before and after each step of the scheduler, and of fresh noise, make a step of the
-    kernel; None where they do not, for it is not linear."""
-    rows: list[tuple[float, float, float]] = []
-    for step in range(len(levels) - 1):
-        sigma, sigma_next, end = levels[step].view(1), levels[step + 1].view(1), steps.ends[step].view(1)
-        alpha, alpha_end = alpha_of(sigma, kernel.path), alpha_of(end, kernel.path)
+def _moves(kernel: Kernel, levels: Tensor) -> list[tuple[float, float, float]] | None:
+    """Each step's next latents as a sum: how much of the clean ones, of the noise in them, and of fresh noise. None
+    where they are no such sum."""
+    moves = []
+    for sigma, sigma_next in zip(levels[:-1].unsqueeze(1), levels[1:].unsqueeze(1), strict=True):
 
         def mean(clean: float, noise: float, sigma: Tensor = sigma, sigma_next: Tensor = sigma_next) -> float:
             latents = (alpha_of(sigma, kernel.path) * clean + sigma * noise).view(1, 1)
@@ -190,14 +189,29 @@ def _parts(kernel: Kernel, levels: Tensor, steps: _Steps) -> tuple[Tensor, Tenso
             return float(kernel.transition(latents, prediction, sigma, sigma_next).mean)
 
         of_clean, of_noise = mean(1, 0), mean(0, 1)
-        if abs(mean(2, -3) - (2 * of_clean - 3 * of_noise)) > _CLOSE:
+        if abs(mean(20, -30) - (20 * of_clean - 30 * of_noise)) > _CLOSE:
             return None
-        mixed = torch.stack([torch.cat([alpha, alpha_end]), torch.cat([sigma, end])])
-        before, after = torch.linalg.solve(mixed, torch.tensor([of_clean, of_noise], dtype=torch.float64)).tolist()
-        rows.append((before, after, float(kernel.std(sigma, sigma_next))))
-    rows += [(1.0, 0.0, 0.0)] * (len(steps.sigmas) - len(rows))
-    before_, after_, fresh = torch.tensor(rows, dtype=torch.float64).unbind(1)
-    return before_, after_, fresh
+        moves.append((of_clean, of_noise, float(kernel.std(sigma, sigma_next))))
+    return moves
+
+
+def _eta(moves: Sequence[tuple[float, float, float]], levels: Tensor) -> float | None:
+    """The eta with which these moves are DDIM's; None if there is none."""
+    most = _moves(DDIM(1.0), levels) or []
+    eta = round(moves[0][2] / most[0][2], 6)
+    same = _moves(DDIM(eta), levels)
+    return eta if np.allclose(moves, same or most, rtol=0, atol=_CLOSE) else None
+
+
+def _parts(moves: Sequence[tuple[float, float, float]], levels: Tensor, steps: _Steps, path: Mixing) -> Tensor:
+    """[3, K']: how much of the latents before each step of the scheduler, of those after it, and of fresh noise."""
+    sigmas, ends = levels[:-1], steps.ends[: len(moves)]
+    scheduled = torch.stack([torch.stack([alpha_of(each, path), each], -1) for each in (sigmas, ends)], -1)
+    wanted = torch.tensor(moves, dtype=torch.float64)
+    of_latents = torch.linalg.solve(scheduled, wanted[:, :2])
+    rows = torch.cat([of_latents, wanted[:, 2:]], 1)
+    surplus = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64).expand(len(steps.ends) - len(moves), 3)
+    return torch.cat([rows, surplus]).T
 
 
 def _text(folder: Path) -> dict[str, str]:
@@ -219,7 +233,7 @@ def _index(folder: Path) -> dict[str, Any]:
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text)
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _joined(arguments: dict[str, str], indent: int) -> str:

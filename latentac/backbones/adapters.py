@@ -35,7 +35,7 @@ def save(module: Any, folder: Path, part: str) -> None:
 def _save_adapter(module: Any, file: Path, part: str) -> None:
     """The adapters as `load_lora_weights` of diffusers reads them.
 
-    alpha / rank is multiplied into the weights: the format has no room for it, and whoever reads the file takes it as 1.
+    alpha / rank is multiplied into the weights: whoever reads the file takes it as 1.
     """
     (settings,) = module.peft_config.values()
     weights = {}

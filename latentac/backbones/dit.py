@@ -34,7 +34,7 @@ _PARTS = {
     "transformer": ("diffusers", "SD3Transformer2DModel"),
     "vae": ("diffusers", "AutoencoderKL"),
 }
-_ABSENT = {name: (None, None) for name in ("feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3")}
+_ABSENT = dict.fromkeys(("feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3"), (None, None))
 
 
 class DiTBackbone:

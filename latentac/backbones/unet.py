@@ -30,7 +30,7 @@ _PARTS = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
 }
-_ABSENT = {name: (None, None) for name in ("feature_extractor", "image_encoder", "safety_checker")}
+_ABSENT = dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker"), (None, None))
 
 
 class UNetBackbone:
