@@ -112,6 +112,7 @@ def _body(facts: Facts) -> Iterator[str]:
     settings = facts["settings"]
     told = settings.get("card") or {}
     backbone, prompts, training = settings["backbone"], settings.get("prompts") or {}, facts["training"] or []
+    yield "## The run"
     yield _table(
         ("", ""),
         [

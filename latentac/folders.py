@@ -40,9 +40,9 @@ def begin(folder: Path) -> None:
         raise ResourceError(str(folder), "is not empty, and a pipeline is written whole", "Name an empty folder")
 
 
-def write_index(folder: Path, kind: str, parts: Mapping[str, tuple[str, str]], **others: object) -> None:
+def write_index(folder: Path, kind: str, parts: Mapping[str, tuple[str | None, str | None]], **others: object) -> None:
     """model_index.json of a pipeline of class `kind`. parts: name -> (library, class); others: what else it says."""
-    content = {"_class_name": kind, "_diffusers_version": metadata.version("diffusers")}
+    content: dict[str, object] = {"_class_name": kind, "_diffusers_version": metadata.version("diffusers")}
     content |= {name: list(part) for name, part in parts.items()} | others
     (folder / INDEX).write_text(json.dumps(dict(sorted(content.items())), indent=2) + "\n")
 

@@ -25,7 +25,7 @@ _CLIP_LENGTH = 77  # tokens of Stable Diffusion 3's CLIP encoders,
 _T5_LENGTH = 256  # and the zero tokens that it puts after them where T5 would be
 _NUM_TAPS = 3
 _ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-_PARTS = {
+_PARTS: dict[str, tuple[str | None, str | None]] = {
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
     "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
     "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),

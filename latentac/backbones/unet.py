@@ -23,7 +23,7 @@ from latentac.config import Policy
 from latentac.types import Conditioning
 
 _ADAPTED = ["to_q", "to_k", "to_v", "to_out.0"]
-_PARTS = {
+_PARTS: dict[str, tuple[str | None, str | None]] = {
     "scheduler": ("diffusers", "DDIMScheduler"),
     "text_encoder": ("transformers", "CLIPTextModel"),
     "tokenizer": ("transformers", "CLIPTokenizer"),

@@ -362,8 +362,8 @@ def released(run: str, output: Path, name: str, base: Path, adaptation: str) -> 
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
 @pytest.mark.parametrize("name", sorted(PARTS))
 def test_the_model_card_draws_the_served_picture(name: str, adaptation: str, tmp_path: Path) -> None:
-    """Each block of Python in the README.md of the deployed folder, as it stands, in a fresh process, with the base that
-    it names; the picture of the endpoint without steering, within one grey level."""
+    """Each block of Python in the README.md of the deployed folder, as it stands, in a fresh process, with the base
+    that it names; the picture of the endpoint without steering, within one grey level."""
     output = tmp_path / "runs"
     base = miniature(name, tmp_path / "tiny-base", sharded=True)
     folder = released("run", output, name, base, adaptation)
