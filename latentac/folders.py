@@ -127,12 +127,18 @@ def weights(part: Path) -> tuple[str, Path, bool] | None:
 
 
 def _copy_description(source: Path, target: Path) -> None:
-    """As it is; without the path of the machine that wrote it, if it has one."""
+    """As it is; without the path of the machine that wrote it, if it has one, and with the precision of the run.
+
+    transformers would load a text encoder in the precision of its file, which diffusers' networks, in float32, refuse.
+    """
     if source.suffix == ".json" and source.stat().st_size < 2**20:
         content = json.loads(source.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and any(name in content for name in _PATHS):
-            kept = {name: value for name, value in content.items() if name not in _PATHS}
-            target.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            return
+        if isinstance(content, dict):
+            wanted = {name: value for name, value in content.items() if name not in _PATHS}
+            if source.name == "config.json" and "model_type" in content:
+                wanted["dtype" if "dtype" in content else "torch_dtype"] = "float32"
+            if wanted != content:
+                target.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                return
     if source != target:
         shutil.copyfile(source, target)

@@ -184,7 +184,8 @@ def test_weights_of_a_variant_are_copied_under_their_plain_names(sharded: bool, 
     origin: Any = DiffusionPipeline.from_pretrained(base, variant="fp16")
     for part in ("unet", "vae", "text_encoder"):
         for key, tensor in getattr(pipeline, part).state_dict().items():
-            assert torch.equal(tensor, getattr(origin, part).state_dict()[key])
+            assert torch.equal(tensor, getattr(origin, part).state_dict()[key].float())
+            assert tensor.dtype == torch.float32  # what latentac computes in, and diffusers' networks
 
 
 @pytest.mark.parametrize("num_steps", [3, 10, 12, 30, 48, 61, 96])
@@ -220,6 +221,8 @@ CALLS = [
     ("dit", FlowSDE(0.7), 10, {"medium": True}),
     ("dit", DanceSDE(0.3), 10, {}),
     ("dit", CPS(0.9), 5, {"max_length": 77}),
+    ("unet", DDIM(1.0), 5, {"variant": "fp16"}),
+    ("dit", CPS(0.9), 5, {"variant": "fp16"}),
 ]
 
 
@@ -227,9 +230,10 @@ CALLS = [
 def test_the_card_call_draws_what_is_served(
     name: str, kernel: Any, num_steps: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The folder and its adapter on the untouched base, within one grey level: whatever the base's own scheduler was,
-    for every kernel, and for numbers of steps that do not divide the timesteps."""
-    base = miniature(name, tmp_path / "base", sharded=True, **settings)
+    """The folder and its adapter on the untouched base, within one grey level: whatever the base's own scheduler and
+    precision were, for every kernel, and for numbers of steps that do not divide the timesteps."""
+    base = tmp_path / "base"
+    folders.copy_pipeline(miniature(name, tmp_path / "published", sharded=True, **settings), base)
     backbone, folder = trained(name, base, LORA), tmp_path / "export"
     backbone.save(folder)
     policy = Policy(backbone, kernel)
