@@ -25,8 +25,8 @@ _DEFAULT_LIMITS = """\
 - Whatever the base model reproduces of its data, this one may reproduce too."""
 
 Facts = Mapping[str, Any]
-"""Of summary.json: run, recipe, seed, commit, settings, evaluation, training, steering, gate, serving. What is not
-there yet is None or empty."""
+"""Of summary.json: run, recipe, seed, commit, settings, evaluation, training, steering, gate, serving, and perhaps the
+rewards' units. What is not there yet is None or empty."""
 
 
 def model_card(facts: Facts) -> str:
@@ -126,7 +126,7 @@ def _body(facts: Facts) -> Iterator[str]:
             ("images scored in training", max((row.get("images") or 0 for row in training), default=0) or "none"),
         ],
     )
-    yield from _rewards(settings, facts["evaluation"])
+    yield from _rewards(facts)
     yield from _training(settings, training)
     yield from _steering(facts["steering"] or [])
     gate, serving = facts["gate"], facts["serving"]
@@ -144,12 +144,14 @@ def _body(facts: Facts) -> Iterator[str]:
     yield f"## Limits\n\n{_prose(told.get('limits')) or _DEFAULT_LIMITS}"
 
 
-def _rewards(settings: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> Iterator[str]:
+def _rewards(facts: Facts) -> Iterator[str]:
+    settings, evaluation = facts["settings"], facts["evaluation"]
     weights = {_name(reward): reward.get("weight", 1.0) for reward in settings.get("rewards") or []}
     if evaluation is None:
         yield "## Rewards\n\nNot evaluated."
-        if weights:
-            yield _table(("reward", "weight"), [(_code(name), f"{weight:g}") for name, weight in weights.items()])
+        units = facts.get("units") or {}
+        rows = [(_code(name), _text(units.get(name) or ""), f"{weight:g}") for name, weight in weights.items()]
+        yield _table(("reward", "unit", "weight"), rows)
         return
     arms = ("base", "trained", "difference")
     rows = [
@@ -178,7 +180,7 @@ def _training(settings: Mapping[str, Any], training: Sequence[Mapping[str, Any]]
         ("trained", what),
         ("algorithm", _text(_name(settings.get("algorithm") or {}))),
         ("learning rate", policy.get("learning_rate")),
-        ("sampler", f"{_text(_name(kernel))}, noise {kernel.get('noise')}, {kernel.get('num_steps')} steps"),
+        ("sampler", ", ".join(f"{_text(name)} {_text(value)}" for name, value in kernel.items())),
         ("iterations", last.get("iteration") or len(training)),
         ("seconds", f"{sum(row.get('seconds') or 0 for row in training):.0f}"),
         ("mean reward, first iteration and last", f"{_number(training[0], last, 'reward_mean')}"),

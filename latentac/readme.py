@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from latentac.card import Facts, folder_card, sections, use_section
 from latentac.errors import ArtifactNotFound
 from latentac.folders import ADAPTER, INDEX
-from latentac.workspace import Workspace
+from latentac.workspace import EXTENSIONS, Workspace
 
 if TYPE_CHECKING:
     from latentac.policy import Policy
@@ -52,6 +52,7 @@ def _facts(space: Workspace, history: Sequence[dict[str, Any]]) -> Facts:
         "seed": config.seed,
         "commit": (_read(space, "prepare", "environment.json") or {}).get("commit"),
         "settings": config.model_dump(),
+        "units": (_read(space, "prepare", EXTENSIONS) or {}).get("units"),
         "evaluation": _read(space, "evaluate", "evaluation.json"),
         "training": history,
         "steering": _read(space, "steer", "steering.json"),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from latentac import folders
 from latentac.backbones import Denoiser, load_backbone
-from latentac.config import Config, resolve
+from latentac.config import Extension
 from latentac.config import Policy as PolicySettings
 from latentac.critic import Critic
 from latentac.diffusion import CPS, DDIM, DanceSDE, FlowSDE, GaussianTransition
@@ -26,6 +26,7 @@ from latentac.errors import IntegrityError, ResourceError
 from latentac.policy import Policy
 from latentac.readme import write_trained
 from latentac.release import Candidate, fetch_model
+from latentac.resolution import Resolved, resolve_all
 from latentac.rollout import rollout
 from latentac.run import deploy, prepare
 from latentac.serving.deployment import Deployment
@@ -57,7 +58,7 @@ def miniature(name: str, folder: Path, **settings: Any) -> Path:
 
 def trained(name: str, base: Path, settings: PolicySettings | None = None) -> Denoiser:
     """The backbone of `base` with other weights than it had."""
-    backbone = load_backbone(name, base, CPU)
+    backbone = load_backbone(Extension(use=name), base, CPU)
     backbone.adapt(settings or PolicySettings())
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -142,7 +143,7 @@ def test_an_export_holds_its_parts_and_nothing_else(name: str, tmp_path: Path) -
 
 def test_an_export_needs_an_empty_folder(tmp_path: Path) -> None:
     """What is left of another export would be loaded with this one."""
-    backbone = load_backbone("unet", builtin_pipeline("shapes-unet"), CPU)
+    backbone = load_backbone(Extension(use="unet"), builtin_pipeline("shapes-unet"), CPU)
     (tmp_path / "export" / "unet").mkdir(parents=True)
     with pytest.raises(ResourceError, match="not empty"):
         backbone.save(tmp_path / "export")
@@ -159,7 +160,7 @@ def test_sharded_weights_go_round(name: str, tmp_path: Path, monkeypatch: pytest
     shards = list((tmp_path / "copy" / network).glob("*-of-*.safetensors"))
     assert len(shards) > 1
     assert files(tmp_path / "copy") == files(tmp_path / "export")
-    again = load_backbone(name, tmp_path / "copy", CPU)
+    again = load_backbone(Extension(use=name), tmp_path / "copy", CPU)
     pipeline: Any = DiffusionPipeline.from_pretrained(tmp_path / "copy", **(WITHOUT_T5 if name == "dit" else {}))
     for module in (again.module, getattr(pipeline, network)):
         for key, tensor in module.state_dict().items():
@@ -191,7 +192,7 @@ def test_weights_of_a_variant_are_copied_under_their_plain_names(sharded: bool, 
 @pytest.mark.parametrize("num_steps", [3, 10, 12, 30, 48, 61, 96])
 def test_steps_are_those_of_diffusers_scheduler(num_steps: int) -> None:
     """Also where the timesteps fall between two numbers. For some numbers of steps diffusers takes one too many."""
-    backbone = load_backbone("unet", builtin_pipeline("shapes-unet"), CPU)
+    backbone = load_backbone(Extension(use="unet"), builtin_pipeline("shapes-unet"), CPU)
     scheduler: Any = DDIMScheduler.from_pretrained(builtin_pipeline("shapes-unet"), subfolder="scheduler")
     scheduler.set_timesteps(num_steps)
     sigmas = (1 - scheduler.alphas_cumprod[scheduler.timesteps[:num_steps]].double()).sqrt().float()
@@ -243,7 +244,7 @@ def test_the_card_call_draws_what_is_served(
     assert np.abs(drawn(code, folder) - expected).max() <= 1
     adapter = usage(policy, folder, num_steps, PROMPT, 5, base_of(str(base))).replace('"base"', repr(str(base)))
     assert np.abs(drawn(adapter, folder) - expected).max() <= 1
-    untouched = Policy(load_backbone(name, base, CPU), kernel)
+    untouched = Policy(load_backbone(Extension(use=name), base, CPU), kernel)
     assert np.abs(served(untouched, num_steps) - expected).max() > 5
 
 
@@ -255,7 +256,7 @@ def test_a_kernel_that_no_scheduler_makes_has_no_call(tmp_path: Path) -> None:
             transition = super().transition(*arguments)
             return GaussianTransition(transition.mean.clamp(-1, 1), transition.std)
 
-    backbone = load_backbone("unet", builtin_pipeline("shapes-unet"), CPU)
+    backbone = load_backbone(Extension(use="unet"), builtin_pipeline("shapes-unet"), CPU)
     backbone.save(tmp_path / "export")
     assert "eta=1.0" in usage(Policy(backbone, DDIM(1.0)), tmp_path / "export", 10, PROMPT, 0)
     assert usage(Policy(backbone, Clipped(1.0)), tmp_path / "export", 10, PROMPT, 0) == ""
@@ -270,8 +271,8 @@ def test_an_adapter_carries_its_scale(tmp_path: Path) -> None:
     backbone.save(tmp_path / "export")
     weights = load_file(tmp_path / "export" / folders.ADAPTER)
     assert all(re.fullmatch(r"unet\..*\.lora_[AB]\.weight", name) for name in weights)
-    before = dict(load_backbone("unet", base, CPU).module.named_parameters())
-    after = dict(load_backbone("unet", tmp_path / "export", CPU).module.named_parameters())
+    before = dict(load_backbone(Extension(use="unet"), base, CPU).module.named_parameters())
+    after = dict(load_backbone(Extension(use="unet"), tmp_path / "export", CPU).module.named_parameters())
     for name in {name.removeprefix("unet.").rsplit(".lora_", 1)[0] for name in weights}:
         change = weights[f"unet.{name}.lora_B.weight"] @ weights[f"unet.{name}.lora_A.weight"]
         torch.testing.assert_close(after[f"{name}.weight"] - before[f"{name}.weight"], change, rtol=1e-4, atol=1e-5)
@@ -285,26 +286,26 @@ def test_full_training_has_no_adapter(tmp_path: Path) -> None:
 
 def test_the_scheduler_is_the_one_that_samples(tmp_path: Path) -> None:
     """The folder carries spacing, clipping and end of latentac's own steps, not those of the base."""
-    load_backbone("unet", miniature("unet", tmp_path / "sd15"), CPU).save(tmp_path / "unet")
+    load_backbone(Extension(use="unet"), miniature("unet", tmp_path / "sd15"), CPU).save(tmp_path / "unet")
     ddim: Any = DDIMScheduler.from_pretrained(tmp_path / "unet", subfolder="scheduler")
     assert (ddim.config.timestep_spacing, ddim.config.clip_sample, ddim.config.set_alpha_to_one) == (
         "trailing",
         False,
         True,
     )
-    load_backbone("dit", miniature("dit", tmp_path / "sd3"), CPU).save(tmp_path / "dit")
+    load_backbone(Extension(use="dit"), miniature("dit", tmp_path / "sd3"), CPU).save(tmp_path / "dit")
     flow: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "dit", subfolder="scheduler")
     assert flow.config.shift == 3.0
 
 
-def config_of(name: str, base: Path) -> Config:
-    return resolve(
+def resolved_of(name: str, base: Path) -> Resolved:
+    return resolve_all(
         {
             "recipe": "test",
-            "backbone": {"name": name, "source": str(base)},
-            "kernel": {"name": "ddim" if name == "unet" else "cps", "noise": 0.9, "num_steps": 5},
+            "backbone": {"use": name, "source": str(base)},
+            "kernel": {"use": "ddim" if name == "unet" else "cps", "noise": 0.9, "num_steps": 5},
             "prompts": {"source": "builtin:shapes"},
-            "rewards": [{"name": "jpeg_compressibility"}],
+            "rewards": [{"use": "jpeg_compressibility"}],
             "gate": {"reward": "jpeg_compressibility"},
         }
     )
@@ -318,14 +319,15 @@ def test_the_untouched_base_is_served_from_any_form(name: str, form: str, tmp_pa
     network = "unet" if name == "unet" else "transformer"
     base = miniature(name, tmp_path / "base", **({"sharded": True} if form == "sharded" else {"variant": "fp16"}))
     backbone = trained(name, whole)
-    folder, config = tmp_path / "export", config_of(name, whole)
+    folder, resolved = tmp_path / "export", resolved_of(name, whole)
+    config = resolved.config
     backbone.save(folder)
     Critic(backbone, config.reward_names, config.critic).save(folder / "critic")
     add_base(folder, base)
     assert not [path for path in files(folder / "base") if "fp16" in path]
-    export(folder, config, run="run", version="version")
+    export(folder, config, run="run", version="version", extensions=resolved.described())
     generator = Generator(folder, CPU)
-    own = load_backbone(name, whole, CPU).module.state_dict()
+    own = load_backbone(Extension(use=name), whole, CPU).module.state_dict()
     for key, tensor in generator.policy("base").backbone.module.state_dict().items():
         torch.testing.assert_close(tensor, own[key], rtol=2e-3, atol=2e-3)
     assert (folder / "base" / network / "config.json").is_file()
@@ -338,7 +340,7 @@ def released(run: str, output: Path, name: str, base: Path, adaptation: str) -> 
         f"backbone.source={base}",
         f"policy.adaptation={adaptation}",
         "policy.lora_rank=4",
-        "rewards=[{name: jpeg_compressibility}]",
+        "rewards=[{use: jpeg_compressibility}]",
         "gate.reward=jpeg_compressibility",
     ]
     prepare(run, "", str(output), f"shapes-{name}-smoke", overrides=overrides)
