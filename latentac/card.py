@@ -150,8 +150,8 @@ def _rewards(facts: Facts) -> Iterator[str]:
     if evaluation is None:
         yield "## Rewards\n\nNot evaluated."
         units = facts.get("units") or {}
-        rows = [(_code(name), _text(units.get(name) or ""), f"{weight:g}") for name, weight in weights.items()]
-        yield _table(("reward", "unit", "weight"), rows)
+        listed = [(_code(name), _text(units.get(name) or ""), f"{weight:g}") for name, weight in weights.items()]
+        yield _table(("reward", "unit", "weight"), listed)
         return
     arms = ("base", "trained", "difference")
     rows = [
