@@ -18,6 +18,7 @@ from latentac.errors import TrainingError, restore
 from latentac.workspace import Workspace
 
 LAST_LINES = 20
+LOOPBACK = "127.0.0.1"
 _POLL_SECONDS = 0.2
 _log = logging.getLogger(__name__)
 
@@ -38,6 +39,12 @@ def app(run: str, store: str, output: str, failure: Path, num_workers: int, max_
         env={
             "PET_MAX_RESTARTS": str(max_restarts),
             "PET_MONITOR_INTERVAL": "0.5",
+            "PET_LOG_DIR": str(failure.parent),  # else below TMPDIR
+            # All workers are on this machine. By default they look each other up by its hostname, which resolves
+            # neither on every machine nor in every container: without an answer they would wait for ever.
+            "PET_LOCAL_ADDR": LOOPBACK,
+            "GLOO_SOCKET_IFNAME": "lo",
+            "NCCL_SOCKET_IFNAME": "lo",
             # Without it a re-rendezvous waits a minute for a store that died with the lost worker (torch 2.13).
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             # One arithmetic thread a worker: they are as many as the cores.
@@ -46,8 +53,12 @@ def app(run: str, store: str, output: str, failure: Path, num_workers: int, max_
     )
     # The agent is not ours, so it is started under our rule that no process outlives its owner.
     (command,) = definition.roles[0].args[1:]
-    agent = f"exec {shlex.quote(sys.executable)} -m latentac.lifetime torch.distributed.run"
-    definition.roles[0].args = ["-c", command.replace("torchrun", agent, 1)]
+    # Options of an agent around this process, such as a training operator's, are none of ours.
+    foreign = [name for name in os.environ if name.startswith("PET_") and name not in definition.roles[0].env]
+    unset = "".join(f"-u {shlex.quote(name)} " for name in sorted(foreign))
+    agent = f"exec env {unset}{shlex.quote(sys.executable)} -m latentac.lifetime torch.distributed.run"
+    command = command.replace("torchrun", agent, 1).replace("localhost", LOOPBACK, 1)  # the rendezvous' endpoint
+    definition.roles[0].args = ["-c", command]
     return definition
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentac import package as packages
-from latentac.config import Config, resolve, suggestion
+from latentac.config import Config, suggestion
 from latentac.errors import ArtifactNotFound, ConfigError, Problem, TrainingError
 from latentac.fields import merge, read_file, read_overrides
 from latentac.recipes import RECIPES
 from latentac.store import Manifest, Store, open_store
+from latentac.validation import resolve
 from latentac.workspace import EXTENSIONS, PACKAGE, Workspace, default_store, open_run, working_folder
 
 if TYPE_CHECKING:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentac.config import Config, resolve
+from latentac.config import Config
 from latentac.errors import ArtifactNotFound, ConfigError, Problem
 from latentac.package import make_importable
 from latentac.store import Manifest, Store, open_store
+from latentac.validation import resolve
 
 if TYPE_CHECKING:
     import torch
