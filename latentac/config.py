@@ -303,19 +303,20 @@ class Serving(Section):
 
 
 class Card(Section):
-    """What the model card says and no run can know. What is left empty the card calls unknown.
-
-    licence: of the trained weights, as the hub writes it (`apache-2.0`); the base's own may bind it.
-    base_model: its id on the hub, where `backbone.source` is none. datasets: ids on the hub, of the base's data too.
-    data: what the base was trained on, and where the prompts are from. intended_use, limits: Markdown.
-    """
+    """What the model card says and no run can know. What is left empty the card calls unknown, or has a default for."""
 
     licence: str = ""
+    """Of the trained weights, as the hub writes it, for example apache-2.0; that of the base may bind it."""
     base_model: str = ""
+    """The base's id on the hub, where `backbone.source` is none."""
     datasets: list[str] = []
+    """Ids on the hub of what was learned from, the base's data included."""
     data: str = ""
+    """What the base was trained on, and where the prompts are from; Markdown."""
     intended_use: str = ""
+    """What the model is for, and what it is not for; Markdown."""
     limits: str = ""
+    """What is known to go wrong; Markdown."""
 
 
 class Config(Section):
@@ -350,11 +351,9 @@ class Config(Section):
     gate: Gate
     """Bounds of a promotion."""
     serving: Serving = Serving()
-<<<<<<< HEAD
-    card: Card = Card()
-=======
     """The endpoint."""
->>>>>>> main
+    card: Card = Card()
+    """What the model card says and no run can know."""
 
     @property
     def reward_names(self) -> tuple[str, ...]:
