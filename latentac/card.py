@@ -20,7 +20,7 @@ _DEFAULT_USE = """\
 Pictures from prompts like those of the training, in research on reinforcement learning of diffusion models. Judge it on
 your own prompts before you use it for anything else."""
 _DEFAULT_LIMITS = """\
-- The rewards below are all that was measured; what they do not see may have become worse.
+- The rewards above are all that was measured; what they do not see may have become worse.
 - No safety checker looks at the pictures, in training, in the endpoint, or in this folder.
 - Whatever the base model reproduces of its data, this one may reproduce too."""
 
@@ -44,8 +44,8 @@ def use_section(code: str, adapter: bool = False) -> str:
     """How to draw with this folder, from `latentac.snippet.usage`; adapter: with its adapters on the base."""
     if adapter:
         return (
-            f"{_ADAPTER}\n\n`lora/` holds what was trained, without the base, for `load_lora_weights`. Run in this"
-            f" folder, this draws the same picture:\n\n```python\n{code.strip()}\n```"
+            f"{_ADAPTER}\n\n`lora/` holds what was trained, without the base, for `load_lora_weights`, which needs"
+            f" peft. Run in this folder, this draws the same picture:\n\n```python\n{code.strip()}\n```"
             if code
             else ""
         )

@@ -33,7 +33,7 @@ _HEAD = """\
 import hashlib
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import {imports}
 
 {pipeline}
 
@@ -115,7 +115,8 @@ def usage(policy: Policy, folder: Path, num_steps: int, prompt: str, seed: int, 
     arguments = {"num_inference_steps": str(num_steps), "guidance_scale": "1.0"} | steps.arguments | _text(folder)
     fields = {"prompt": _quoted(prompt), "seed": seed, "purpose": PURPOSE}
     loaded = _adapted(folder, scheduler, adapter) if adapter else _loaded(folder)
-    head = _HEAD.format(pipeline=loaded) + _NOISE.format(**fields)
+    imports = f"DiffusionPipeline, {scheduler}" if adapter else "DiffusionPipeline"
+    head = _HEAD.format(imports=imports, pipeline=loaded) + _NOISE.format(**fields)
     moves = _moves(policy.kernel, levels)
     if moves is None:
         return ""
@@ -138,7 +139,7 @@ def base_of(source: str) -> str:
 
 def _loaded(folder: Path) -> str:
     without = ", text_encoder_3=None, tokenizer_3=None" if _is_sd3(folder) else ""
-    return f'pipeline = DiffusionPipeline.from_pretrained("."{without})  # this folder, or its id on the hub'
+    return f'# This folder, or its id on the hub:\npipeline = DiffusionPipeline.from_pretrained("."{without})'
 
 
 def _adapted(folder: Path, scheduler: str, base: str) -> str:
@@ -149,10 +150,9 @@ def _adapted(folder: Path, scheduler: str, base: str) -> str:
         'pipeline.load_lora_weights("lora")  # of this folder',
         f'pipeline.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")',
     ]
-    imports = [f"from diffusers import {scheduler}"]
     if base.startswith("builtin_pipeline"):
-        imports.append("from latentac.shapes import builtin_pipeline")
-    return "\n".join([*imports, "", *lines])
+        lines = ["from latentac.shapes import builtin_pipeline", "", *lines]
+    return "\n".join(lines)
 
 
 def _steps(folder: Path, num_steps: int) -> tuple[_Steps | None, str]:
