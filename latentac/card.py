@@ -135,8 +135,14 @@ def _body(facts: Facts) -> Iterator[str]:
     else:
         reasons = [f"- {_text(reason)}" for reason in gate["reasons"] or ()]
         yield "\n".join([f"## Gate: {_text(gate['decision'])}", "", *reasons])
-    if serving is not None:
+        for bound in gate.get("overrides") or ():
+            new, old = _text(bound["new"]), _text(bound["old"])
+            yield f"Judged with another bound than the run's: {_code(bound['field'])} is {new}, not {old}."
+    if serving:
         yield f"Served as version {_code(serving['version'])}."
+        if serving.get("forced"):
+            reasons = [f"- {_text(reason)}" for reason in serving["forced"]["reasons"]]
+            yield "\n".join(["Forced into production over the gate, which says:", "", *reasons])
     elif gate is not None and gate["decision"] == "promote":
         yield "Promoted, and not deployed."
     yield f"## Data\n\n{_prose(told.get('data')) or _unknown('card.data')}"

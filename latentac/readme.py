@@ -32,10 +32,11 @@ def write_trained(space: Workspace, policy: "Policy", folder: Path, history: Seq
 
 
 def write_released(space: Workspace, source: Path, folder: Path, version: str) -> None:
-    """That of the model `version` in `folder`, a copy of the trained pipeline `source`, with all that was measured."""
+    """That of the model in `folder`, a copy of the trained pipeline `source`, with all that was measured. version: as
+    which it is served, "" where nobody has deployed it."""
     readme = source / FILE
     use, adapter = sections(readme.read_text(encoding="utf-8")) if readme.is_file() else ("", "")
-    facts = {**_facts(space, _read(space, "train", "history.json") or []), "serving": {"version": version}}
+    facts = {**_facts(space, _read(space, "train", "history.json") or []), "serving": version and {"version": version}}
     _write(folder, facts, use or use_section(""), adapter)
 
 

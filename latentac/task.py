@@ -9,6 +9,7 @@ Everything here is the same embedded, in a container and on a cluster. A driver 
 and reads marked lines from the task's output: `begin`, and `end` or `fail`. What lies between is the verb's own log.
 """
 
+import faulthandler
 import json
 import logging
 import os
@@ -58,6 +59,7 @@ def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Itera
         return manifest
 
     die_with_parent()
+    faulthandler.enable()  # a crash in native code, a reward's for example, leaves its Python stack in the log
     _log_plainly()
     _tell(event="begin", task=name)
     try:

@@ -8,6 +8,7 @@ expected error in the file FAILURE. On a cluster there is no such file: the erro
 """
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -47,6 +48,7 @@ _log = logging.getLogger(__name__)
 def main(run: str, store: str, output: str, failure: str = "") -> int:
     """Work, and leave an expected error for the launcher: restarting the workers would only repeat it."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    faulthandler.enable()  # a crash in native code, a reward's for example, leaves its Python stack in the log
     position = Position(graceful=not failure)
     try:
         if failure:
