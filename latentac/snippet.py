@@ -146,7 +146,7 @@ def _adapted(folder: Path, scheduler: str, base: str) -> str:
     without = ", text_encoder_3=None, tokenizer_3=None" if _is_sd3(folder) else ", safety_checker=None"
     lines = [
         f"base = {base}  # the untouched model",
-        f"pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32{without})",
+        f"pipeline = DiffusionPipeline.from_pretrained(base, dtype=torch.float32{without})",
         'pipeline.load_lora_weights("lora")  # of this folder',
         f'pipeline.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")',
     ]

@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 
 from latentac.card import base_model, folder_card, model_card, sections, use_section
-from latentac.config import Card, Config, resolve
+from latentac.config import Card, Config
 from latentac.recipes import RECIPES
+from latentac.resolution import resolve_all
 from tests.latentac.test_report import PROMPTS, STEPS, contents, publish
 
 TEXTS = {"data": "the embedded world's captions", "intended_use": "to try *things*", "limits": "32 pixels"}
@@ -23,7 +24,7 @@ def facts(**changed: Any) -> dict[str, Any]:
         "recipe": "shapes-unet",
         "seed": 0,
         "commit": "3f1c2a9d",
-        "settings": resolve(RECIPES["shapes-unet"]).model_dump(),
+        "settings": resolve_all(RECIPES["shapes-unet"]).config.model_dump(),
         "evaluation": {
             **{arm: {"shapes_verifier": interval, "gone": None} for arm in ("base", "trained", "difference")},
             "units": {"shapes_verifier": "share that is right", "gone": None},
@@ -100,9 +101,9 @@ def test_what_comes_from_outside_is_neither_html_nor_markdown() -> None:
 
 def test_the_front_matter_is_what_the_hub_reads() -> None:
     """YAML with licence, base, task, library, tags and data; of an adapter it says so."""
-    settings = resolve(
+    settings = resolve_all(
         {**RECIPES["shapes-unet"], "card": {"licence": "openrail: +", "datasets": ["a/b"], "base_model": "c/d"}}
-    ).model_dump()
+    ).config.model_dump()
     found = front_matter(readme(settings=settings))
     assert found == {
         "license": "openrail: +",
@@ -125,7 +126,7 @@ def test_what_nobody_has_said_is_called_unknown() -> None:
     assert "`card.data`" in card
     assert "not known: `card.licence`" in card
     assert "No safety checker" in card
-    settings = resolve({**RECIPES["shapes-unet"], "card": TEXTS}).model_dump()
+    settings = resolve_all({**RECIPES["shapes-unet"], "card": TEXTS}).config.model_dump()
     told = readme(settings=settings)
     for heading, text in (("Data", "data"), ("Intended use", "intended_use"), ("Limits", "limits")):
         assert f"## {heading}\n\n{TEXTS[text]}" in told

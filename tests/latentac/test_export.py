@@ -25,7 +25,7 @@ from latentac.distributed import generator_for, noise_for
 from latentac.errors import IntegrityError, ResourceError
 from latentac.policy import Policy
 from latentac.readme import write_trained
-from latentac.release import Candidate, fetch_model
+from latentac.release import Candidate
 from latentac.resolution import Resolved, resolve_all
 from latentac.rollout import rollout
 from latentac.run import deploy, prepare
@@ -353,14 +353,17 @@ def released(run: str, output: Path, name: str, base: Path, adaptation: str) -> 
     write_trained(space, policy, made / "policy", rows)
     (made / "history.json").write_text(json.dumps(rows))
     Critic(policy.backbone, space.config.reward_names, space.config.critic).save(made / "critic")
+    verdict = {"decision": "promote", "reasons": ["it gained"], "checks": []}
+    (made / "gate.json").write_text(json.dumps(verdict))
     for step in ("train", "gate"):
         space.store.publish(f"{run}/{step}", made, run=run, step=step, config_hash=space.config.hash)
 
     def proved(candidate: Candidate) -> Deployment:
         return Deployment("http://127.0.0.1:4", candidate.version, candidate.request, b"PNG", "0" * 64, {}, 5, 1, 2, {})
 
-    deploy(run, "", str(output), prove=proved)
-    return fetch_model(run, "", str(output))
+    version = deploy(run, "", str(output), prove=proved).metrics["version"]
+    space.store.fetch(f"models/{version}", output / "model")
+    return output / "model"
 
 
 @pytest.mark.slow
