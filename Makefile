@@ -53,11 +53,11 @@ $(STAMP): requirements/dev.lock requirements/runtime.in requirements/installer.l
 run: install ## the whole pipeline: train, evaluate, steer, gate, serve
 #: RECIPE=shapes-unet SEED=0 SET="train.num_iterations=8 rewards=[{use: ...}]" CONFIG=file.yaml PACKAGE=folder PROJECT=name
 #: OUTPUT=runs STORE=file://... RESUME=<run>
-	@LATENTAC_OWNERS=$$PPID $(PY) -m pipelines run $(RUN_OPTIONS)
+	@LATENTAC_OWNERS=$$PPID $(VENV)/bin/latentac run $(RUN_OPTIONS)
 
 run-containers: install ## the same with each step in its image, artifacts in a MinIO (make images builds them)
 #: as make run, and STORE=s3://bucket/prefix with its endpoint and credentials in the environment; DOCKER_HOST
-	@LATENTAC_OWNERS=$$PPID $(PY) -m pipelines run-containers $(RUN_OPTIONS)
+	@LATENTAC_OWNERS=$$PPID $(VENV)/bin/latentac run --containers $(RUN_OPTIONS)
 
 serve: install ## serve what was deployed last, or what a run deployed or trained, until Ctrl-C
 #: RUN=<run>, or PROJECT=<whose model in production>; PORT=8080 OUTPUT=runs STORE=file://...

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentac import __version__
 from latentac.errors import ConfigError, LatentacError, Problem, expected
+from latentac.housekeeping import add_verbs
 
 if TYPE_CHECKING:
     from latentac.store import Manifest
@@ -25,7 +26,10 @@ _STEPS = {
     "finish": "write and publish the report of what the run has published, complete or not",
 }
 
-_FURTHER = {"pipeline": "the pipeline on a cluster: compile, upload, submit, follow, report, cancel, schedule"}
+_FURTHER = {
+    "run": "the whole pipeline on this machine, or what it would do (--dry-run)",
+    "pipeline": "the pipeline on a cluster: compile, upload, submit, follow, report, cancel, schedule",
+}
 """Commands of packages above this one, found by entry points of the group `latentac.commands`."""
 
 _EXIT_CODES = """exit codes:
@@ -43,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("latentac").setLevel(logging.INFO)
     try:
-        command: Callable[[argparse.Namespace], None] = options.command
-        command(options)
+        command: Callable[[argparse.Namespace], int | None] = options.command
+        return command(options) or 0
     except (LatentacError, OSError, ImportError) as error:
         meant = expected(error)
         if meant is None:
@@ -54,7 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("latentac: interrupted; the same command goes on from what is done", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, summary in _FURTHER.items():  # only for the list: they are called before anything is parsed
         verbs.add_parser(name, help=summary, add_help=False)
 
+    add_verbs(_make, verbs.add_parser)
     _add_config(verbs)
 
     report = _make(verbs.add_parser, "report", "write report.html and summary.json", "latentac report --run first")
@@ -242,13 +246,13 @@ def _judge(place: dict[str, str], overrides: list[str]) -> None:
     print(markdown(judge(open_run(**place), overrides), place["run"]), end="")
 
 
-def _run_further(options: argparse.Namespace) -> None:
+def _run_further(options: argparse.Namespace) -> int | None:
     from importlib.metadata import entry_points
 
     name, *arguments = options.words
     for found in entry_points(group="latentac.commands", name=name):
-        found.load()(arguments)
-        return
+        code: int | None = found.load()(arguments)
+        return code
     remedy = "Install the whole package anew: `make install`, or pip install."
     raise ConfigError([Problem(name, arguments, "this installation has no such command", remedy)])
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from latentac.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem, ServingError
 from latentac.names import is_name
 from latentac.store import Store
-from latentac.workspace import Workspace
+from latentac.workspace import Workspace, cache_beside
 
 if TYPE_CHECKING:
     import torch
@@ -165,7 +165,7 @@ def _load(space: Workspace, version: str, base: "Policy") -> "Policy":
     # Named by its content too: a version that was published again is not what lies here from before.
     digest = space.store.manifest(f"models/{version}").digest
     folder = space.folder / "incumbent" / f"{version}-{digest[:8]}"
-    space.store.fetch(f"models/{version}", folder)
+    space.store.fetch(f"models/{version}", folder, cache=cache_beside(space.folder))
     exported, name = read(folder), space.config.backbone.use
     if exported.backbone.use != name:
         raise _unfit(version, f"its backbone is {exported.backbone.use}, that of this run {name}")

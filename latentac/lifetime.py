@@ -81,11 +81,29 @@ def run_lock(path: Path, wait_seconds: float = 30.0) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         _acquire(descriptor, path, wait_seconds)
+        if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+            remedy = "Start a new run."
+            raise ResourceError(f"run {path.parent.name}", "was deleted meanwhile", remedy)
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield
     finally:
         os.close(descriptor)
+
+
+def lock_holder(path: Path) -> str:
+    """The pid, as text, of the process on this machine that holds the lock `path`; "" where nobody does."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return ""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # gone again with the descriptor
+    except OSError:
+        return os.pread(descriptor, 32, 0).decode(errors="replace") or "unknown"
+    finally:
+        os.close(descriptor)
+    return ""
 
 
 def _acquire(descriptor: int, path: Path, wait_seconds: float) -> None:

@@ -19,6 +19,7 @@ from latentac.progress import progress
 from latentac.prompts import Prompt, PromptSet, within
 from latentac.rewards.configured import ConfiguredReward
 from latentac.store import commit
+from latentac.workspace import free_bytes
 
 if TYPE_CHECKING:
     from latentac.backbones import Denoiser
@@ -32,8 +33,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "kfp", "torchx-nightly", "kse
 
 def check_machine(config: Config, output: Path) -> None:
     """Disk, device and port. Raises ResourceError."""
-    output.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(output).free
+    free = free_bytes(output)
     if free < _FREE_BYTES:
         raise ResourceError(
             str(output), f"has {free / 2**20:.0f} MiB free, a run needs {_FREE_BYTES / 2**20:.0f}", "Free some space"

@@ -16,9 +16,9 @@ from latentac.incumbent import Production, chosen_production, productions, put_i
 from latentac.readme import write_released
 from latentac.serving.deployment import Deployment, serve_and_check
 from latentac.serving.exported import add_base, export, read
-from latentac.store import Manifest, Store, open_store
+from latentac.store import Manifest, Store, copy_folder, open_store
 from latentac.store.blobs import disk_errors
-from latentac.workspace import EXTENSIONS, Workspace, default_store, open_run, person, working_folder
+from latentac.workspace import EXTENSIONS, Workspace, cache_beside, default_store, open_run, person, working_folder
 
 _EXAMPLES = 8  # held-out prompts that the endpoint's page offers to begin with
 UNFINISHED = ".latentac-fetch"
@@ -68,6 +68,7 @@ def release(space: Workspace, prove: Prove = on_loopback, forced: Sequence[str] 
             step="deploy",
             config_hash=space.config.hash,
             parents=[trained],
+            owned=True,
         )
         space.store.write_json(candidate_key(space.config.project), {"version": version, "run": space.run})
         request = {"prompt": space.presentable[0].text, "seed": space.config.seed, "count": 1}
@@ -99,7 +100,7 @@ def _export(space: Workspace, trained: Manifest, folder: Path, notice: str = "")
     version = f"{space.run}-{trained.digest[:8]}"
     source = space.artifact("train") / "policy"
     copy_pipeline(source, folder)
-    shutil.copytree(space.artifact("train") / "critic", folder / "critic")
+    copy_folder(space.artifact("train") / "critic", folder / "critic")
     if space.config.serving.include_base:
         add_base(folder, space.artifact("prepare") / "backbone")
     examples = list(dict.fromkeys(prompt.text for prompt in space.presentable))[:_EXAMPLES]
@@ -172,7 +173,7 @@ def model_to_use(run: str, project: str, store: str, output: str) -> Iterator[tu
 
 
 def _fetched(store: Store, version: str, folder: Path) -> Path:
-    store.fetch(f"models/{version}", folder)
+    store.fetch(f"models/{version}", folder, cache=cache_beside(folder.parent))
     return folder
 
 

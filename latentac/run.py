@@ -271,6 +271,7 @@ def finish(run: str, store: str, output: str) -> Manifest | None:
             config_hash=origins[0].config_hash,
             parents=origins,
             metrics={"seconds": time.monotonic() - started},
+            owned=True,
         )
 
 
@@ -317,6 +318,7 @@ def _step(
             config_hash=space.config.hash,
             parents=origins,
             metrics=metrics,
+            owned=True,
         )
 
 
@@ -388,6 +390,7 @@ def _prepare(run: str, store: Store, output: Path, fields: dict[str, Any], code:
             step="prepare",
             config_hash=settings.hash,
             metrics={"seconds": time.monotonic() - started, "given": _given(fields, code)},
+            owned=True,
         )
 
 

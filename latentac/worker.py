@@ -241,7 +241,14 @@ def _publish(space: Workspace, trainer: Trainer, seconds: float) -> None:
 def _publish_folder(space: Workspace, key: str, folder: Path, metrics: dict[str, Any]) -> None:
     parents = [space.prepared, space.store.manifest(f"{space.run}/pretrain-value")]
     space.store.publish(
-        key, folder, run=space.run, step="train", config_hash=space.config.hash, parents=parents, metrics=metrics
+        key,
+        folder,
+        run=space.run,
+        step="train",
+        config_hash=space.config.hash,
+        parents=parents,
+        metrics=metrics,
+        owned=True,
     )
 
 

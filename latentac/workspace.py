@@ -6,6 +6,8 @@ torch and diffusers are imported where they are needed: the steps that only laun
 import functools
 import getpass
 import json
+import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,13 @@ PACKAGE = "package"
 """There too: the folder of the user's own code, if the run has any."""
 
 
+SHARED = "shared"
+"""In a run's folder, where that is all that can be written to: what its local copies share."""
+
+_TAKEN = ("store", "checkpoints", "failures", "models", "registry", "tensorboard")
+"""What lies beside runs in an output folder or a store."""
+
+
 @dataclass(frozen=True)
 class Workspace:
     """run: its id; folder: `<output>/<run>`, the local working folder; everything lasting is in the store."""
@@ -52,9 +61,10 @@ class Workspace:
         return manifest if manifest.config_hash == self.config.hash else None
 
     def artifact(self, step: str) -> Path:
-        """The verified local copy of a step's artifact. Raises ArtifactNotFound where the step has not run."""
+        """The verified local copy of a step's artifact, read-only: its files are shared with other copies (see
+        `latentac.store.pool`). Raises ArtifactNotFound where the step has not run."""
         folder = self.folder / step
-        self.store.fetch(f"{self.run}/{step}", folder)
+        self.store.fetch(f"{self.run}/{step}", folder, cache=cache_beside(self.folder))
         return folder
 
     def verdict(self) -> dict[str, Any] | None:
@@ -115,8 +125,8 @@ class Workspace:
 
 def working_folder(run: str, output: str) -> Path:
     """`<output>/<run>`. Raises ConfigError for an id that would lie elsewhere or hide itself."""
-    if not is_name(run) or run == "store":
-        remedy = f"Use {RULE}, and not `store`"
+    if not is_name(run) or run in _TAKEN:
+        remedy = f"Use {RULE}, and none of {', '.join(f'`{name}`' for name in _TAKEN)}"
         raise ConfigError([Problem("run", run, "cannot be the id of a run", remedy)])
     return Path(output) / run
 
@@ -128,14 +138,33 @@ def open_run(run: str, store: str, output: str) -> Workspace:
     manifest = opened.manifest(f"{run}/prepare")
     config = resolve(json.loads(opened.read(manifest.key, "config.json")))  # not the backbone: some steps need none
     if any(file.path.startswith(f"{PACKAGE}/") for file in manifest.files):
-        opened.fetch_files(manifest.key, folder / "code", lambda path: path.startswith(f"{PACKAGE}/"))
+        opened.fetch_files(
+            manifest.key, folder / "code", lambda path: path.startswith(f"{PACKAGE}/"), cache=cache_beside(folder)
+        )
         make_importable(folder / "code" / PACKAGE)
     return Workspace(run, opened, folder, config, manifest)
+
+
+def cache_beside(folder: Path) -> Path:
+    """Where the local copies of the run in `folder` share equal files: with the other runs of its output, or among
+    themselves in a container, which has the run's folder alone."""
+    return folder.parent if os.access(folder.parent, os.W_OK) else folder / SHARED
 
 
 def default_store(output: str) -> str:
     """Where artifacts go when no --store is named."""
     return f"file://{Path(output).absolute()}/store"
+
+
+def existing(path: Path) -> Path:
+    """`path`, or the nearest above it that is there."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
+def free_bytes(output: Path) -> int:
+    """Of the disk that `output` is or would be on."""
+    return shutil.disk_usage(existing(output)).free
 
 
 def person() -> str | None:

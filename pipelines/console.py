@@ -77,6 +77,11 @@ class Console(io.TextIOBase):
         part.replace(self._file)
         return seconds
 
+    def skip(self, step: str) -> None:
+        """Tell of a step that need not be started."""
+        self.finished[step] = True
+        self.say(f"{self._label(step)} done already")
+
     def table(self) -> list[str]:
         """Stage timings, a line each, and the total."""
         rows = []

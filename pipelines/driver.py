@@ -22,7 +22,6 @@ from pipelines.request import CONTAINERS, Request
 
 _STOPPED = 130
 _CONFIG_ERROR = 2
-_COMMANDS = {CONTAINERS: "make run-containers"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,8 @@ def run_pipeline(run: str, request: Request, output: Path, *, fresh: bool) -> in
         try:
             with _way(run, request, output) as way:
                 console.say(f"run {run}, recipe {request.recipe}, in {folder}")
-                _execute(run, request, way, folder, console)
+                if not _done_already(run, request, way, console):
+                    _execute(run, request, way, folder, console)
                 _conclude(run, request, output, way, console)
         except KeyboardInterrupt:
             console.count(console.running)
@@ -95,6 +95,39 @@ def _way(run: str, request: Request, output: Path) -> contextlib.AbstractContext
     return processes(run, request, output)
 
 
+def _done_already(run: str, request: Request, way: Way, console: Console) -> bool:
+    """Whether every step is published for this very request, its report too; then each is told, and none is started."""
+    from latentac.run import VERBS, prepare
+    from latentac.store import open_store
+
+    try:
+        store = open_store(way.store)
+        known = set(store.keys(run))
+        if not {f"{run}/prepare", f"{run}/finish"} <= known:
+            return False
+        given = (request.recipe, request.config, request.overrides, request.package)
+        config_hash = prepare(run, way.store, str(way.output), *given).config_hash  # it is done: it only compares
+        steps = [step for step in VERBS if f"{run}/{step}" in known]
+        found = {step: store.manifest(f"{run}/{step}") for step in steps}
+    except LatentacError:  # the step that meets it says so
+        return False
+    if any(manifest.config_hash != config_hash for manifest in found.values()):
+        return False
+    published = [manifest.digest for step, manifest in found.items() if step != "finish"]
+    if [parent.sha256 for parent in found["finish"].parents] != published:
+        return False
+    missing = set(VERBS) - set(steps)
+    if (
+        "gate" not in found
+        or missing > {"deploy"}
+        or (("deploy" in missing) == (found["gate"].metrics["decision"] == "promote"))
+    ):
+        return False
+    for step in steps:
+        console.skip(step)
+    return True
+
+
 def _execute(run: str, request: Request, way: Way, folder: Path, console: Console) -> None:
     """Hand the graph to kfp.local. Raises StepFailed."""
     from kfp import local
@@ -114,6 +147,7 @@ def _execute(run: str, request: Request, way: Way, folder: Path, console: Consol
                 recipe=request.recipe,
                 config=way.config,
                 overrides=list(request.overrides),
+                package=request.package,
                 output=str(way.output),
             )
         except RuntimeError as error:  # kfp says only which task failed
@@ -168,13 +202,16 @@ def _conclude(run: str, request: Request, output: Path, way: Way, console: Conso
 
 def _report(message: str, exit_code: int, run: str, request: Request, output: Path) -> int:
     clear = CLEAR_LINE if sys.stderr.isatty() else ""
-    command = f"{_COMMANDS.get(request.way, 'make run')} RESUME={run}{_output_argument(output)}"
+    containers = " --containers" if request.way == CONTAINERS else ""
+    from latentac.commands import program
+
+    command = f"{program()} run --resume {run}{_output_argument(output)}{containers}"
     print(f"{clear}{message}\nresume with: {command}", file=sys.stderr)
     return exit_code
 
 
 def _output_argument(output: Path) -> str:
-    return "" if output == Path("runs") else f" OUTPUT={shlex.quote(str(output))}"
+    return "" if output == Path("runs") else f" --output {shlex.quote(str(output))}"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

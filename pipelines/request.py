@@ -1,18 +1,30 @@
-"""What a run was asked to do, kept in its folder, so that a resume asks for the same."""
+"""What a run was asked to do, kept in its folder, so that a resume asks for the same, wherever it is called from.
+
+Everything that depends on the working folder is resolved once, when the run starts: the file of settings is copied,
+and sources and a store that are named by a relative path get their absolute one. What lies in the output folder is
+named relative to that, for the output folder may be moved.
+"""
 
 import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from latentac import package as packages
 from latentac.errors import ConfigError, Problem, ResourceError, require
+from latentac.fields import read_file, read_overrides
 
 _FILE = "request.json"
-_CONFIG = "given-config"
-"""Folder of the copy of the configuration's file, which keeps its name: the project is called by it."""
+_GIVEN, _PACKAGE = "given-config", "given-package"
+_CONFIG_BEFORE = "given-config.yaml"  # what runs of earlier versions have
+_OUTPUT = "file://{output}/"
 PROCESSES, CONTAINERS = "processes", "containers"
 """The ways to run the steps on this machine."""
 
@@ -26,17 +38,32 @@ _NEEDED = {
 
 @dataclass(frozen=True)
 class Request:
-    """recipe: name; config: path of a YAML file, or empty; overrides: `path=value`; store: URL, or empty; way: how the
-    steps run."""
+    """recipe: name; config: path of a YAML file, or empty; overrides: `path=value`; package: folder of code, or empty;
+    store: URL, or empty; way: how the steps run; folder: where the run was started, whose modules are importable."""
 
     recipe: str
     config: str = ""
     overrides: tuple[str, ...] = ()
     store: str = ""
     way: str = PROCESSES
+    folder: str = ""
+    package: str = ""
 
     def store_url(self, output: Path) -> str:
         return self.store or f"file://{output.resolve()}/store"
+
+
+def absolute(request: Request) -> Request:
+    """The same request, to be understood in any working folder; its file of settings is where it was."""
+    scheme, _, place = request.store.partition("://")
+    return dataclasses.replace(
+        request,
+        config=str(Path(request.config).absolute()) if request.config else "",
+        overrides=tuple(map(_absolute_override, request.overrides)),
+        package=str(Path(request.package).absolute()) if request.package else "",
+        store=f"file://{Path(place).absolute()}" if scheme == "file" and place else request.store,
+        folder=request.folder or str(Path.cwd()),
+    )
 
 
 def create_run(request: Request, output: Path) -> tuple[str, Request]:
@@ -45,39 +72,69 @@ def create_run(request: Request, output: Path) -> tuple[str, Request]:
     Raises ResourceError where no folder can be made, or where a package is not installed that the run will need.
     """
     require(*_NEEDED[request.way])
+    request = absolute(request)
+    code = packages.pack(Path(request.package)) if request.package else b""
     try:
         folder = _new_folder(output, re.sub(r"[^A-Za-z0-9._-]+", "-", request.recipe).strip(".-") or "run")
     except OSError as error:
         remedy = "Choose another --output, or make it a folder that you may write to."
         raise ResourceError(str(output), f"no folder can be made in it ({error.strerror})", remedy) from None
+    kept = dataclasses.replace(request, store=_relative_store(request.store, output))
     if request.config and Path(request.config).is_file():  # if it is not, prepare says so with all other problems
-        (folder / _CONFIG).mkdir()
-        copy = shutil.copyfile(request.config, folder / _CONFIG / Path(request.config).name)
-        request = dataclasses.replace(request, config=str(copy))
+        copy = folder / _GIVEN / Path(request.config).name  # its name stays: a run may be called after it
+        copy.parent.mkdir()
+        _copy_settings(Path(request.config), copy)
+        kept = dataclasses.replace(kept, config=f"{_GIVEN}/{copy.name}")
+        request = dataclasses.replace(request, config=str(copy.absolute()))
+    if code:
+        copy = _copy_package(code, Path(request.package), folder / _PACKAGE)
+        kept = dataclasses.replace(kept, package=f"{_PACKAGE}/{copy.name}")
+        request = dataclasses.replace(request, package=str(copy.absolute()))
     # request.json makes a folder a run, so it comes last and whole
-    (folder / f"{_FILE}.part").write_text(json.dumps(dataclasses.asdict(request), indent=2))
+    (folder / f"{_FILE}.part").write_text(json.dumps(dataclasses.asdict(kept), indent=2))
     (folder / f"{_FILE}.part").rename(folder / _FILE)
     return folder.name, request
 
 
-def load_run(run: str, output: Path, given: dict[str, object]) -> Request:
+def load_run(run: str, output: Path, given: Mapping[str, object]) -> Request:
     """The request of the run `run`. Raises ConfigError if there is none, or if `given` (field: value) differs."""
     known = known_runs(output)
     if run not in known:
         remedy = f"Known, the newest first: {', '.join(known[:10])}." if known else "There is none: leave it out."
         raise ConfigError([Problem("--resume", run, f"no such run in {output}", remedy)])
-    fields = json.loads((output / run / _FILE).read_text())
-    request = Request(**{**fields, "overrides": tuple(fields["overrides"])})
+    request = read_request(output / run)
     require(*_NEEDED[request.way])
+    wanted = absolute(dataclasses.replace(request, **given))  # type: ignore[arg-type]
     remedy = "Leave it out, or start a new run."
     problems = [
-        Problem(f"--{name}", value, f"the run was started with {getattr(request, name)!r}", remedy)
-        for name, value in given.items()
-        if value != getattr(request, name)
+        Problem(f"--{name}", given[name], f"the run was started with {_shown(getattr(request, name))!r}", remedy)
+        for name in given
+        if getattr(wanted, name) != getattr(request, name)
+        and not _same(name, getattr(wanted, name), getattr(request, name))
     ]
     if problems:
         raise ConfigError(problems)
     return request
+
+
+def read_request(folder: Path) -> Request:
+    """The request in the run's folder, its places as they are now. Raises ConfigError where it cannot be read."""
+    try:
+        fields = json.loads((folder / _FILE).read_text())
+        request = Request(**{**fields, "overrides": tuple(fields["overrides"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        remedy = "Start a new run; what this one has published stays in its store."
+        raise ConfigError([Problem("--resume", folder.name, f"its {_FILE} cannot be read ({error})", remedy)]) from None
+    config = request.config
+    if (folder / _CONFIG_BEFORE).is_file():
+        config = str((folder / _CONFIG_BEFORE).absolute())
+    elif config and not Path(config).is_absolute():
+        config = str((folder / config).absolute())
+    store = request.store
+    if store.startswith(_OUTPUT):
+        store = f"file://{folder.parent.resolve()}/{store.removeprefix(_OUTPUT)}"
+    package = str((folder / request.package).absolute()) if request.package else ""
+    return dataclasses.replace(request, config=config, package=package, store=store)
 
 
 def known_runs(output: Path) -> list[str]:
@@ -96,3 +153,78 @@ def _new_folder(output: Path, recipe: str) -> Path:
             continue
         return output / f"{stem}{suffix}"
     raise FileExistsError(output / stem)
+
+
+def _absolute_override(assignment: str) -> str:
+    """`path=value` with the absolute path of a source in it; as it is where there is none, or where it is no such."""
+    path = assignment.partition("=")[0]
+    try:
+        before = read_overrides([assignment])
+    except ConfigError:  # said with all other problems
+        return assignment
+    after: Any = _absolute_sources(before)
+    if after == before:
+        return assignment
+    for name in path.split("."):
+        after = after[name]
+    return f"{path}={json.dumps(after)}"
+
+
+def _absolute_sources(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with the absolute paths of backbone and prompts, where those are files or folders here."""
+    result = dict(fields)
+    for section in ("backbone", "prompts"):
+        below = fields.get(section)
+        source = below.get("source") if isinstance(below, dict) else None
+        if isinstance(source, str) and source and Path(source).exists():
+            result[section] = {**below, "source": str(Path(source).absolute())}  # type: ignore[dict-item]
+    return result
+
+
+def _copy_settings(file: Path, copy: Path) -> None:
+    """The file as it is, or with the absolute paths of its sources."""
+    try:
+        before = read_file(file)
+    except ConfigError:  # said with all other problems
+        before = {}
+    after = _absolute_sources(before)
+    if after == before:
+        shutil.copyfile(file, copy)
+    else:
+        text = yaml.safe_dump(after, sort_keys=False, allow_unicode=True)
+        copy.write_text(f"# {file}, with absolute paths\n{text}", encoding="utf-8")
+
+
+def _relative_store(store: str, output: Path) -> str:
+    """A store in the output folder moves with it."""
+    place = Path(store.removeprefix("file://"))
+    if store.startswith("file://") and place.resolve().is_relative_to(output.resolve()):
+        return f"{_OUTPUT}{place.resolve().relative_to(output.resolve()).as_posix()}"
+    return store
+
+
+def _copy_package(code: bytes, given: Path, folder: Path) -> Path:
+    """Unpack it so that it can be packed again to the same bytes: a package keeps its name."""
+    name = given.resolve().name
+    packages.unpack(code, folder if (given / "__init__.py").is_file() else folder / name)
+    return folder / name
+
+
+def _same(name: str, wanted: str, known: str) -> bool:
+    """Whether a file of settings, or a package, says what the run's own copy says."""
+    if not wanted or not known:
+        return False
+    if name == "package":
+        return packages.pack(Path(wanted)) == packages.pack(Path(known))
+    return name == "config" and _settings(wanted) == _settings(known)
+
+
+def _settings(config: str) -> dict[str, Any] | None:
+    try:
+        return _absolute_sources(read_file(Path(config)))
+    except ConfigError:
+        return None
+
+
+def _shown(value: object) -> object:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

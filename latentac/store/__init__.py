@@ -22,7 +22,8 @@ The minio client is not safe across a fork: open the store in the process that u
 """
 
 from latentac.store.artifacts import Store, open_store
-from latentac.store.blobs import Patience
+from latentac.store.blobs import Entry, Patience
 from latentac.store.manifest import File, Manifest, Parent, commit
+from latentac.store.pool import copy_folder
 
-__all__ = ["File", "Manifest", "Parent", "Patience", "Store", "commit", "open_store"]
+__all__ = ["Entry", "File", "Manifest", "Parent", "Patience", "Store", "commit", "copy_folder", "open_store"]

@@ -5,17 +5,17 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from latentac.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem, ResourceError
 from latentac.progress import Progress, progress
-from latentac.store.blobs import Patience, Stream, connect, disk_errors
+from latentac.store.blobs import Entry, Patience, Stream, connect, disk_errors
 from latentac.store.manifest import (
     SCHEMA,
     File,
@@ -28,6 +28,7 @@ from latentac.store.manifest import (
     safe_key,
     scan,
 )
+from latentac.store.pool import Pool, hash_of
 
 PROGRESS_BYTES = 8 * 2**20
 _PATIENCE = Patience()
@@ -55,11 +56,13 @@ class Store:
         config_hash: str,
         parents: Sequence[Manifest] = (),
         metrics: Mapping[str, Any] | None = None,
+        owned: bool = False,
     ) -> Manifest:
         """Publishes every file below `folder` under `key`, files first and the manifest last.
 
         The same files with the same origin are published once: the manifest that is there is returned. Anything else
-        replaces it at one stroke. `metrics` must be JSON without NaN and infinity.
+        replaces it at one stroke. Files that the store holds already are not moved again. `metrics` must be JSON
+        without NaN and infinity. `owned`: nobody writes to the folder any more, so its files may become the store's.
         """
         self._key(key)
         files = scan(Path(folder))
@@ -70,9 +73,15 @@ class Store:
         published = self._published(key)
         if published and replace(manifest, created=published.created) == published:
             return published
+        there = [*([published] if published else []), *parents]
+        known = {(file.sha256, file.size): f"{each.folder}/{file.path}" for each in there for file in each.files}
         with _shown(f"publish {key}", files) as moved:
             for file in files:
-                self._send(Path(folder) / file.path, file, f"{manifest.folder}/{file.path}", moved)
+                name, twin = f"{manifest.folder}/{file.path}", known.get((file.sha256, file.size))
+                if twin is not None and self._backend.copy(twin, name):
+                    moved(file.size)
+                else:
+                    self._send(Path(folder) / file.path, file, name, moved, owned)
         self._put(f"{key}/manifest.json", manifest.to_json())
         return manifest
 
@@ -81,15 +90,18 @@ class Store:
         raw = self._get(f"{self._key(key)}/manifest.json", f"Run the step that publishes {key} first")
         return Manifest.from_json(raw, f"{self.url}/{key}/manifest.json", key)
 
-    def fetch(self, key: str, folder: Path | str) -> Manifest:
+    def fetch(self, key: str, folder: Path | str, *, cache: Path | None = None) -> Manifest:
         """Copies the artifact to `folder`, which appears whole and verified or not at all.
 
         A folder that already holds exactly this artifact is left as it is; one that holds anything else is a
-        ResourceError, for nothing is overwritten.
+        ResourceError, for nothing is overwritten. cache: a folder above `folder` where equal files are kept once (see
+        `latentac.store.pool`); what is fetched is then read-only, for it is shared, with the store too if it can be.
         """
-        return self.fetch_files(key, folder, lambda path: True)
+        return self.fetch_files(key, folder, lambda path: True, cache=cache)
 
-    def fetch_files(self, key: str, folder: Path | str, wanted: Callable[[str], bool]) -> Manifest:
+    def fetch_files(
+        self, key: str, folder: Path | str, wanted: Callable[[str], bool], *, cache: Path | None = None
+    ) -> Manifest:
         """As `fetch`, but only the files whose path within the artifact is `wanted`; the others are not read."""
         manifest, folder = self.manifest(key), Path(folder).absolute()
         files = [file for file in manifest.files if wanted(file.path)]
@@ -100,7 +112,7 @@ class Store:
             with tempfile.TemporaryDirectory(prefix=f".{folder.name}.fetch-", dir=folder.parent) as temporary:
                 whole = Path(temporary) / folder.name
                 whole.mkdir()
-                self._read_files(manifest, whole, files)
+                self._read_files(manifest, whole, files, Pool(cache) if cache else None)
                 try:
                     os.rename(whole, folder)
                 except OSError as error:  # another process fetched to the same place meanwhile
@@ -146,9 +158,24 @@ class Store:
     def delete(self, key: str) -> None:
         """Removes the artifact: its manifest first, so that no reader starts on it, then all its files."""
         marker = f"{self._key(key)}/manifest.json"
+        published = self._published(key)
         names = [name for name in self._backend.names(f"{key}/") if name.startswith(f"{key}/files-")]
         for name in [marker, *names]:
             self._backend.remove(name)
+        self._backend.reclaim({file.sha256 for file in published.files} if published else None)
+
+    def entries(self) -> dict[str, Entry]:
+        """Every object of the store by its name, manifests and files and pointers, with what is known of each."""
+        return self._backend.entries("")
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Removes objects by their names in `entries`, in this order; what is not there is no error."""
+        for name in names:
+            self._backend.remove(name)
+
+    def sweep(self) -> int:
+        """Drops shared files that no artifact and no working copy uses any more; the bytes that became free."""
+        return self._backend.reclaim(None)
 
     def write_json(self, key: str, value: object) -> None:
         """Writes a pointer: readers find the old JSON or the new."""
@@ -206,25 +233,39 @@ class Store:
         except (ArtifactNotFound, IntegrityError):  # a damaged manifest is replaced by a sound one
             return None
 
-    def _send(self, path: Path, file: File, name: str, moved: Callable[[int], None]) -> None:
+    def _send(self, path: Path, file: File, name: str, moved: Callable[[int], None], owned: bool) -> None:
         try:
-            with path.open("rb") as stream:
-                source = Stream(stream, moved)
-                self._backend.put(name, source, file.size)
-            problem = "" if source.sha256 == file.sha256 else "other bytes than before"
+            found = self._backend.keep(name, path, file.sha256, file.size, moved, owned)
+            problem = "" if found == file.sha256 else "other bytes than before"
         except OSError as error:  # of the source; the store's own are StoreErrors
             problem = str(error)
         if problem:
             remedy = "Let nothing write to the folder while it is published, and publish it again"
             raise IntegrityError(str(path), f"it changed while it was published ({problem})", remedy)
 
-    def _read_files(self, manifest: Manifest, folder: Path | None, files: Sequence[File] | None = None) -> None:
-        """Reads these files, or all, into `folder` where one is given, and refuses the first that differs."""
+    def _read_files(
+        self,
+        manifest: Manifest,
+        folder: Path | None,
+        files: Sequence[File] | None = None,
+        pool: Pool | None = None,
+    ) -> None:
+        """Reads these files, or all, into `folder` where one is given, and refuses the first that differs. pool: where
+        equal files are shared."""
         files = manifest.files if files is None else files
         with _shown(f"{'verify' if folder is None else 'fetch'} {manifest.key}", files) as moved:
             for file in files:
-                with nullcontext() if folder is None else _created(folder / file.path) as stream:
+                if folder is None:
+                    self._read_file(manifest, file, Stream(None, moved))
+                    continue
+                target = folder / file.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if pool is not None and self._shared(f"{manifest.folder}/{file.path}", file, target, pool, moved):
+                    continue
+                with target.open("xb") as stream:
                     self._read_file(manifest, file, Stream(stream, moved))
+                if pool is not None:
+                    pool.give(target, file.sha256)
 
     def _read_file(self, manifest: Manifest, file: File, sink: Stream) -> None:
         try:
@@ -235,6 +276,16 @@ class Store:
         if found != f"size {file.size}, sha256 {file.sha256}":
             problem = f"{file.path}: expected size {file.size}, sha256 {file.sha256}; found {found}"
             raise IntegrityError(f"{self.url}/{manifest.key}", problem, remedy_for(manifest.key))
+
+    def _shared(self, name: str, file: File, target: Path, pool: Pool, moved: Callable[[int], None]) -> bool:
+        """Whether a hard link at `target` made a copy needless: to the store's own file, or to one fetched before."""
+        if self._backend.share(name, target):
+            if hash_of(target) == file.sha256:
+                moved(file.size)
+                return True
+            target.unlink()  # it is read below, and refused with what was found
+            return False
+        return pool.take(file.sha256, target, moved)
 
     def _put(self, name: str, data: bytes) -> None:
         self._backend.put(name, Stream(BytesIO(data)), len(data))
@@ -262,15 +313,17 @@ def _holds(folder: Path, files: Sequence[File], key: str) -> bool:
     otherwise."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    if folder.is_dir() and set(scan(folder)) == set(files):
+    wanted = set(files)
+    found = set(scan(folder)) if folder.is_dir() else set()
+    if {file for file in found if file in wanted or not _bytecode(file)} == wanted:
         return True
     problem = f"it exists and is not the artifact {key}, which was to be put there"
     raise ResourceError(str(folder), problem, "Move it away or choose another folder")
 
 
-def _created(path: Path) -> BinaryIO:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("xb")
+def _bytecode(file: File) -> bool:
+    """What Python writes beside code that it imports from a local copy."""
+    return "__pycache__" in file.path.split("/")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Named byte strings in a folder or in an S3 bucket: the four operations that `latentac.store` is built on.
+"""Named byte strings in a folder or in an S3 bucket: the few operations that `latentac.store` is built on.
 
 Each `put` is atomic: a reader finds the old bytes or all of the new ones, whenever the writer or the machine dies.
 In a folder it writes a temporary file (below `.partial` at its root, so leftovers of a killed process are easy to
@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from latentac.errors import (
     StoreAccessError,
     StoreError,
 )
+from latentac.store.pool import OBJECTS, Pool, adopt, link
 
 CHUNK_BYTES = 2**20
 PARTIAL = ".partial"
@@ -80,11 +81,18 @@ class Stream:
 
 
 class Entry(NamedTuple):
-    """What is known of a blob without reading it. changed: seconds since 1970; stamp: differs where the bytes do."""
+    """What is known of a blob without reading it. changed: seconds since 1970; stamp: differs where the bytes do.
+
+    inode, links: which file of this machine it is and how many names that has, "" and 1 where it is none; moved: when
+    it last got another name, else as changed.
+    """
 
     size: int
     changed: float
     stamp: str
+    inode: str = ""
+    links: int = 1
+    moved: float = 0.0
 
 
 class Blobs(Protocol):
@@ -92,8 +100,22 @@ class Blobs(Protocol):
 
     def put(self, name: str, source: Stream, size: int) -> None: ...
 
+    def keep(self, name: str, path: Path, sha256: str, size: int, moved: Callable[[int], None], owned: bool) -> str:
+        """`put` of a file whose digest is known, without a second copy where one is there. The digest of what was kept,
+        which is another one if the file has changed. `owned`: nobody writes to the file any more, so it may be linked
+        instead of read. Raises OSError where the file cannot be read."""
+
+    def copy(self, source: str, name: str) -> bool:
+        """Make `name` what `source` is, within the store; False where that saves nothing, or there is no `source`."""
+
     def get(self, name: str, sink: Stream) -> None:
         """Raises FileNotFoundError."""
+
+    def share(self, name: str, target: Path) -> bool:
+        """Put a hard link to the blob at `target`; False where there can be none."""
+
+    def reclaim(self, digests: Collection[str] | None) -> int:
+        """Drop what is shared and used no more, of these digests or of all (None); the bytes that became free."""
 
     def names(self, prefix: str) -> list[str]:
         """Every name that begins with `prefix`, which is empty or ends with '/'."""
@@ -137,30 +159,33 @@ def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
 
 
 class Folder:
-    """Blobs as files below `root`, which appears with the first `put`."""
+    """Blobs as files below `root`, which appears with the first `put`. Equal files of artifacts are one file."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self._root, self._pool = root, Pool(root)
 
     def put(self, name: str, source: Stream, size: int) -> None:
-        target, partial = self._root / name, self._root / PARTIAL / uuid.uuid4().hex
-        with disk_errors(target, size):
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with partial.open("wb") as sink:
-                    while data := source.read(CHUNK_BYTES):
-                        sink.write(data)
-                    sink.flush()
-                    os.fsync(sink.fileno())
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(partial, target)
-            finally:
-                partial.unlink(missing_ok=True)
-            entry = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(entry)  # else the name itself may be lost with the power
-            finally:
-                os.close(entry)
+        with disk_errors(self._root / name, size), self._partial() as partial:
+            _write(source, partial)
+            self._place(partial, name)
+
+    def keep(self, name: str, path: Path, sha256: str, size: int, moved: Callable[[int], None], owned: bool) -> str:
+        with path.open("rb") as stream, disk_errors(self._root / name, size), self._partial() as partial:
+            if not self._pool.take(sha256, partial, moved):
+                if owned and adopt(path, partial):
+                    os.fsync(stream.fileno())
+                    moved(size)
+                else:
+                    source = Stream(stream, moved)
+                    _write(source, partial)
+                    if source.sha256 != sha256:
+                        return source.sha256
+                self._pool.give(partial, sha256)
+            self._place(partial, name)
+        return sha256
+
+    def copy(self, source: str, name: str) -> bool:
+        return False  # `keep` does the same, and checks it
 
     def get(self, name: str, sink: Stream) -> None:
         with disk_errors(self._root / name):
@@ -174,18 +199,33 @@ class Folder:
             while data := source.read(CHUNK_BYTES):
                 sink.write(data)
 
+    def share(self, name: str, target: Path) -> bool:
+        return link(self._root / name, target)
+
+    def reclaim(self, digests: Collection[str] | None) -> int:
+        return self._pool.sweep(digests)
+
     def names(self, prefix: str) -> list[str]:
         below = self._root / prefix
         with disk_errors(below):
             found = [path.relative_to(self._root).as_posix() for path in below.rglob("*") if path.is_file()]
-        return [name for name in found if not name.startswith(f"{PARTIAL}/")]
+        return [name for name in found if not name.startswith((f"{PARTIAL}/", f"{OBJECTS}/"))]
 
     def entries(self, prefix: str) -> dict[str, Entry]:
         found = {}
         for name in self.names(prefix):
             with suppress(FileNotFoundError):  # removed meanwhile
-                status = (self._root / name).stat()
-                found[name] = Entry(status.st_size, status.st_mtime, str(status.st_mtime_ns))
+                path = self._root / name
+                status = path.lstat() if path.is_symlink() else path.stat()
+                stamp, inode = str(status.st_mtime_ns), f"{status.st_dev}:{status.st_ino}"
+                found[name] = Entry(
+                    status.st_size,
+                    status.st_mtime,
+                    stamp,
+                    inode,
+                    status.st_nlink,
+                    max(status.st_mtime, status.st_ctime),
+                )
         return found
 
     def remove(self, name: str) -> None:
@@ -195,3 +235,37 @@ class Folder:
         with suppress(OSError):  # up to the first folder that still holds something
             for folder in path.parents[: name.count("/")]:
                 folder.rmdir()
+
+    @contextmanager
+    def _partial(self) -> Iterator[Path]:
+        """Where to write what is to be placed; nothing is left there."""
+        path = self._root / PARTIAL / uuid.uuid4().hex
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _place(self, partial: Path, name: str) -> None:
+        target = self._root / name
+        for last in (False, False, True):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.replace(partial, target)  # does nothing if both are one file already
+                break
+            except FileNotFoundError:  # a delete beside it just removed the empty folder
+                if last:
+                    raise
+        entry = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(entry)  # else the name itself may be lost with the power
+        finally:
+            os.close(entry)
+
+
+def _write(source: Stream, path: Path) -> None:
+    with path.open("wb") as sink:
+        while data := source.read(CHUNK_BYTES):
+            sink.write(data)
+        sink.flush()
+        os.fsync(sink.fileno())

@@ -7,18 +7,20 @@ operation is repeated. The parts of an upload that was given up are the server's
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 from xml.etree.ElementTree import ParseError
 
 import certifi
 from minio import Minio
+from minio.commonconfig import CopySource
 from minio.error import MinioException, S3Error, ServerError
 from urllib3 import PoolManager, Retry, Timeout
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 
-from latentac.errors import ConfigError, Problem, StoreAccessError, StoreUnavailable
+from latentac.errors import ConfigError, Problem, StoreAccessError, StoreError, StoreUnavailable
 from latentac.store.access import ENDPOINT, Kind, kind_of, read
 from latentac.store.blobs import CHUNK_BYTES, Entry, Patience, Stream
 
@@ -80,6 +82,32 @@ class Bucket:
 
         self._attempt(receive, name)
 
+    def keep(self, name: str, path: Path, sha256: str, size: int, moved: Callable[[int], None], owned: bool) -> str:
+        with path.open("rb") as stream:
+            source = Stream(stream, moved)
+            self.put(name, source, size)
+        return source.sha256
+
+    def copy(self, source: str, name: str) -> bool:
+        def send() -> None:
+            if source == name:
+                self._client.stat_object(self._bucket, self._prefix + name)
+            else:
+                origin = CopySource(self._bucket, self._prefix + source)
+                self._client.copy_object(self._bucket, self._prefix + name, origin)
+
+        try:
+            self._attempt(send, name)
+        except (FileNotFoundError, StoreError):  # gone, or a server or a user without this right: it is sent, then
+            return False
+        return True
+
+    def share(self, name: str, target: Path) -> bool:
+        return False
+
+    def reclaim(self, digests: Collection[str] | None) -> int:
+        return 0
+
     def names(self, prefix: str) -> list[str]:
         def enumerate_objects() -> list[str]:
             found = self._client.list_objects(self._bucket, self._prefix + prefix, recursive=True)
@@ -90,12 +118,12 @@ class Bucket:
     def entries(self, prefix: str) -> dict[str, Entry]:
         def enumerate_objects() -> dict[str, Entry]:
             found = self._client.list_objects(self._bucket, self._prefix + prefix, recursive=True)
-            return {
-                (item.object_name or "").removeprefix(self._prefix): Entry(
-                    item.size or 0, item.last_modified.timestamp() if item.last_modified else 0.0, item.etag or ""
-                )
-                for item in found
-            }
+            entries = {}
+            for item in found:
+                changed = item.last_modified.timestamp() if item.last_modified else 0.0
+                name = (item.object_name or "").removeprefix(self._prefix)
+                entries[name] = Entry(item.size or 0, changed, item.etag or "", moved=changed)
+            return entries
 
         return self._attempt(enumerate_objects, prefix)
 

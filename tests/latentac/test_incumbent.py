@@ -15,6 +15,7 @@ from latentac.fields import merge
 from latentac.incumbent import BEFORE_PROJECTS, in_production, load_incumbent, pointer, put_in_production, trouble
 from latentac.pretraining import new_critic
 from latentac.serving.exported import FILE, export
+from latentac.store import copy_folder
 from latentac.workspace import EXTENSIONS, Workspace, open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -43,8 +44,8 @@ def start(output: Path, run: str, *overrides: str) -> Workspace:
 def promote(space: Workspace, version: str) -> None:
     """Put the run's model in production, as `deploy` does, without asking a server."""
     folder = space.folder.parent / f"model-{version}"
-    shutil.copytree(space.artifact("train") / "policy", folder)
-    shutil.copytree(space.artifact("train") / "critic", folder / "critic")
+    copy_folder(space.artifact("train") / "policy", folder)
+    copy_folder(space.artifact("train") / "critic", folder / "critic")
     told = json.loads((space.artifact("prepare") / EXTENSIONS).read_text())
     export(folder, space.config, run=space.run, version=version, extensions=told)
     put(space, version, folder)

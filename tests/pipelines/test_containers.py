@@ -210,10 +210,7 @@ def test_ctrl_c_stops_the_containers(images: Docker, tmp_path: Path) -> None:
     os.killpg(driver.process.pid, signal.SIGINT)
 
     assert driver.process.wait(30) == 130, driver.text
-    assert (
-        f"stopped in prepare\nresume with: make run-containers RESUME={name} OUTPUT={tmp_path / 'runs'}\n"
-        in driver.text
-    )
+    assert f"latentac run --resume {name} --output {tmp_path / 'runs'} --containers\n" in driver.text
     assert gone(watch, name)
     assert "Traceback" not in driver.text
 
@@ -231,7 +228,7 @@ def test_a_container_that_dies_is_a_failed_step(images: Docker, tmp_path: Path) 
     assert driver.process.wait(120) == 1, driver.text
     assert "prepare: ended without a message: killed, or out of memory" in driver.text
     assert "[8/8] finish done" in driver.text
-    assert "resume with: make run-containers" in driver.text
+    assert "latentac run --resume" in driver.text
 
 
 @pytest.mark.slow

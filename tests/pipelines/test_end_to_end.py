@@ -183,7 +183,7 @@ def test_ctrl_c_stops_everything_and_says_how_to_go_on(tmp_path: Path) -> None:
     os.killpg(driver.process.pid, signal.SIGINT)
 
     assert driver.process.wait(5) == 130
-    assert f"stopped in train\nresume with: make run RESUME={run} OUTPUT={tmp_path / 'runs'}\n" in driver.text
+    assert f"latentac run --resume {run} --output {tmp_path / 'runs'}\n" in driver.text
     assert "Traceback" not in driver.text
     time.sleep(1)
     assert [pid for pid in family if alive(pid)] == []
@@ -219,7 +219,7 @@ def test_run_that_was_killed_everywhere_ends_as_if_nothing_had_happened(
         assert driver.process.wait(60) != 0
         time.sleep(2)
         assert [pid for pids in family.values() for pid in pids if alive(pid)] == [], f"survivors of the {part}"
-        assert part == "driver" or f"resume with: make run RESUME={run}" in driver.text
+        assert part == "driver" or f"latentac run --resume {run}" in driver.text
         assert done.items() <= published(store, run).items(), "a finished step was run again"
         done = published(store, run)
         driver = start(output, "--resume", run)

@@ -1,0 +1,103 @@
+"""`latentac run`: the whole pipeline on this machine, from any folder. `python -m pipelines run` is the same.
+
+Imports are lazy: the help must come at once.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PROGRAM = "latentac run"
+
+_EXAMPLES = """\
+examples:
+  latentac run
+  latentac run --recipe shapes-unet-smoke --seed 1 --set train.num_iterations=8
+  latentac run --config mine.yaml --dry-run
+  latentac run --resume shapes-unet-20260131-120000 --output runs
+  latentac run --containers --store s3://bucket/prefix
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit code: 0, or that of the step that failed. Raises LatentacError for what is wrong before the first."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Run every step on this machine: prepare, pretrain-value, train, evaluate, steer, gate, deploy.\n"
+        "Report and summary are then in OUTPUT/ID/. A run that was stopped goes on with --resume.",
+        epilog=_EXAMPLES,
+    )
+    add_options(parser)
+    parser.add_argument(
+        "--containers", action="store_true",
+        help="each step in its image, artifacts in an S3 store: that of --store, else a MinIO in OUTPUT/.minio",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    try:
+        return start(options, containers=options.containers)
+    except KeyboardInterrupt:  # before the run began; afterwards run_pipeline says how to go on
+        return 130
+    finally:
+        flush()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", help="named configuration (default: shapes-unet)")
+    parser.add_argument("--config", metavar="FILE", help="YAML file laid over the recipe")
+    parser.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one field; may be repeated")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same as --set seed=N")
+    parser.add_argument("--project", metavar="NAME", help="the same as --set project=NAME")
+    parser.add_argument("--package", metavar="DIR", help="your own code: kept with the run, importable in each step")
+    parser.add_argument("--output", default="runs", metavar="FOLDER", help="working files (default: runs)")
+    parser.add_argument("--store", metavar="URL", help="file:// or s3:// (default: file://OUTPUT/store)")
+    parser.add_argument(
+        "--resume", metavar="ID", help="go on with a run, by its id or its folder: what is done is not run again"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="only print settings, steps, what it needs and what would be refused (exit code 2); writes nothing",
+    )  # fmt: skip
+
+
+def start(options: argparse.Namespace, *, containers: bool) -> int:
+    """Start or resume the run that the options describe, to its end."""
+    from latentac.package import make_importable
+    from latentac.run import resolve_recipe
+    from pipelines.request import CONTAINERS, PROCESSES, Request, absolute, create_run, load_run
+
+    output, run = Path(options.output), options.resume or ""
+    overrides = (*options.set, *(() if options.seed is None else (f"seed={options.seed}",)))
+    overrides += (f"project={json.dumps(options.project)}",) if options.project else ()
+    if run:
+        if (Path(run) / "request.json").is_file():
+            output, run = Path(run).absolute().parent, Path(run).absolute().name
+        given = {"recipe": options.recipe, "config": options.config, "overrides": overrides, "store": options.store}
+        given |= {"package": options.package, "way": CONTAINERS if containers else ""}
+        request = load_run(run, output, {name: value for name, value in given.items() if value})
+    else:
+        way = CONTAINERS if containers else PROCESSES
+        recipe, config = options.recipe or "shapes-unet", options.config or ""
+        request = Request(recipe, config, overrides, options.store or "", way, package=options.package or "")
+    make_importable(Path(request.folder or Path.cwd()))
+    if options.dry_run:
+        from pipelines.dryrun import print_plan
+
+        return print_plan(absolute(request), output, run)
+    if not run:
+        resolve_recipe(request.recipe, request.config, request.overrides)  # a typing error: before anything starts
+        run, request = create_run(request, output)
+    from pipelines.driver import run_pipeline
+
+    return run_pipeline(run, request, output, fresh=not options.resume)
+
+
+def flush() -> None:
+    """Write out what was printed; a reader that is gone (`... | head`) is no error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the interpreter would complain about it when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,311 @@
+"""`latentac run`: from any folder, from a wheel, dry, and resumed after everything was moved."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import venv
+from pathlib import Path
+
+import pytest
+
+from latentac import package as packages
+from latentac.errors import ConfigError
+from latentac.run import resolve_recipe
+from latentac.shapes import builtin_pipeline
+from latentac.store import open_store
+from pipelines.request import Request, create_run, load_run
+from tests.pipelines.test_end_to_end import OPTIONS, Driver, come_to, run_id, weights
+from tests.test_house import FILES, PACKAGES, ROOT
+
+BACKBONE = builtin_pipeline("shapes-unet")
+PROGRAM = str(Path(sys.executable).with_name("latentac"))
+
+
+def latentac(folder: Path, *arguments: str, program: str = PROGRAM) -> "subprocess.CompletedProcess[str]":
+    command = [program, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def everything(folder: Path) -> dict[str, int]:
+    return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def model(folder: Path) -> Path:
+    shutil.copytree(BACKBONE, folder)
+    return folder
+
+
+def prompts(file: Path) -> Path:
+    """Two prompts to train on and eight to hold out."""
+    from latentac.prompts import load_prompts
+
+    found = json.loads(load_prompts("builtin:shapes").to_json())
+    file.write_text(json.dumps({"train": found["train"][:2], "held_out": found["held_out"][:8]}))
+    return file
+
+
+def test_the_help_comes_at_once_with_examples(tmp_path: Path) -> None:
+    """Half a second of work, from any folder."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    helped = latentac(tmp_path, "run", "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert helped.returncode == 0
+    assert "latentac run --resume" in helped.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+# What is resolved at the start
+
+
+def test_relative_places_are_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources in --set and in the file, the file itself and the store mean the same from any other folder."""
+    model(tmp_path / "my model"), prompts(tmp_path / "p.json")
+    (tmp_path / "mine.yaml").write_text("seed: 3\nprompts: {source: p.json}\n")
+    monkeypatch.chdir(tmp_path)
+    overrides = ("backbone.source=my model", "policy.learning_rate=1e-4")
+    run, _ = create_run(Request("shapes-unet", "mine.yaml", overrides, "file://elsewhere/store"), Path("runs"))
+
+    (tmp_path / "mine.yaml").unlink()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    request = load_run(run, Path("../runs"), {})
+    settings = resolve_recipe(request.recipe, request.config, request.overrides)
+    assert settings.backbone.source == str(tmp_path / "my model")
+    assert settings.prompts.source == str(tmp_path / "p.json")
+    assert (settings.seed, settings.policy.learning_rate) == (3, 1e-4)
+    assert request.store == f"file://{tmp_path}/elsewhere/store"
+    assert Path(request.config).name == "mine.yaml"
+
+
+@pytest.mark.parametrize("source", ["builtin:shapes-unet", "org/model", "no/such/folder"])
+def test_what_is_no_path_here_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """A built-in pipeline, a hub id, and a mistake, which is reported by its own name."""
+    monkeypatch.chdir(tmp_path)
+    _, request = create_run(Request("shapes-unet", overrides=(f"backbone.source={source}", "nonsense")), Path("runs"))
+    assert request.overrides == (f"backbone.source={source}", "nonsense")
+
+
+def test_a_request_moves_with_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store in the output folder, the default one or a named one, and the file of settings are where that is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("seed: 3\n")
+    first, _ = create_run(Request("shapes-unet", "mine.yaml"), Path("runs"))
+    second, _ = create_run(Request("shapes-unet", store="file://runs/artifacts"), Path("runs"))
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    monkeypatch.chdir("/")
+
+    request = load_run(first, tmp_path / "moved", {})
+    assert request.store_url(tmp_path / "moved") == f"file://{tmp_path}/moved/store"
+    assert Path(request.config).read_text() == "seed: 3\n"
+    assert load_run(second, tmp_path / "moved", {}).store == f"file://{tmp_path}/moved/artifacts"
+
+
+def test_a_request_from_before_is_read(tmp_path: Path) -> None:
+    """Earlier versions named the copy of the settings by a path relative to the folder that they were called from."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (folder / "given-config.yaml").write_text("seed: 4\n")
+    fields = {"recipe": "shapes-unet", "config": "runs/old/given-config.yaml", "overrides": [], "store": ""}
+    (folder / "request.json").write_text(json.dumps(fields | {"way": "processes"}))
+    assert load_run("old", tmp_path, {}).config == str(folder / "given-config.yaml")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_code_of_ones_own_is_kept_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
+    """A package, or a folder of modules: the run has a copy that is the same to it, whatever becomes of the original;
+    the same code may be named again, other code is refused."""
+    code = tmp_path / "mine"
+    code.mkdir()
+    (code / "rewards.py").write_text("x = 1\n")
+    if named:
+        (code / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    before = packages.pack(code)
+    run, request = create_run(Request("shapes-unet", package="mine"), Path("runs"))
+    assert packages.pack(Path(request.package)) == before
+    load_run(run, Path("runs"), {"package": "mine"})
+    (code / "rewards.py").write_text("x = 2\n")
+    with pytest.raises(ConfigError, match="--package"):
+        load_run(run, Path("runs"), {"package": "mine"})
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    assert packages.pack(Path(load_run(run, tmp_path / "moved", {}).package)) == before
+
+
+def test_options_may_be_repeated_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same ones agree, typed as before or from another folder; a file that differs is refused."""
+    monkeypatch.chdir(tmp_path)
+    prompts(tmp_path / "p.json")
+    (tmp_path / "mine.yaml").write_text("seed: 3\nprompts: {source: p.json}\n")
+    overrides = ("prompts.source=p.json",)
+    run, _ = create_run(Request("shapes-unet", "mine.yaml", overrides, "file://s"), Path("runs"))
+    load_run(run, Path("runs"), {"config": "mine.yaml", "overrides": overrides, "store": "file://s"})
+    (tmp_path / "mine.yaml").write_text("seed: 5\n")
+    with pytest.raises(ConfigError, match="--config"):
+        load_run(run, Path("runs"), {"config": "mine.yaml"})
+
+
+def test_a_damaged_request_is_one_message(tmp_path: Path) -> None:
+    """A file that was cut off by a full disk, say."""
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "request.json").write_text('{"recipe": ')
+    failed = latentac(tmp_path, "run", "--resume", "cut", "--output", ".")
+    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
+    assert "its request.json cannot be read" in failed.stderr
+
+
+# The dry run
+
+
+def test_a_dry_run_tells_settings_steps_and_needs_and_writes_nothing(tmp_path: Path) -> None:
+    """Nothing in the working folder, nor in the output, nor in the store."""
+    arguments = ["run", "--dry-run", "--recipe", "shapes-unet-smoke", "--seed", "7", "--output", "out"]
+    told = latentac(tmp_path, *arguments)
+
+    assert told.returncode == 0, told.stderr
+    assert told.stderr == ""
+    assert "seed: 7" in told.stdout
+    assert "learning_rate: 0.0001" in told.stdout
+    for step in ("prepare", "pretrain-value", "train", "evaluate", "steer", "gate", "deploy", "finish"):
+        assert f" {step}" in told.stdout
+    assert "MiB of disk" in told.stdout
+    assert "MiB of memory" in told.stdout
+    assert everything(tmp_path) == {}
+
+
+def test_a_dry_run_tells_all_refusals_at_once(tmp_path: Path) -> None:
+    """Of the settings, the prompts, the backbone, the output and the store, with exit code 2; nothing is written."""
+    (tmp_path / "file").touch()
+    before = everything(tmp_path)
+    bad = ["--set", "backbone.source=./none", "--set", "prompts.source=none.json", "--set", "algorithm.use=pppo"]
+    told = latentac(tmp_path, "run", "--dry-run", *bad, "--output", "file/x", "--store", f"file://{tmp_path}/file")
+
+    assert told.returncode == 2
+    assert "Traceback" not in told.stderr
+    for words in ("./none", "none.json", "pppo", "file/x", "--store"):
+        assert f"{words}" in told.stderr, words
+    assert all(line.startswith("refused: ") for line in told.stderr.splitlines())
+    assert everything(tmp_path) == before
+
+
+def test_a_dry_run_of_wrong_fields_names_each(tmp_path: Path) -> None:
+    """No settings come of them, and no estimate; what is wrong beside them is told too."""
+    told = latentac(
+        tmp_path, "run", "--dry-run", "--set", "polcy=1", "--set", "seed=x", "--store", "ftp://x", "--output", "o"
+    )
+    assert told.returncode == 2
+    assert [words for words in ("polcy", "seed", "store") if words not in told.stderr] == []
+    assert everything(tmp_path) == {}
+
+
+# From another folder, and from a wheel
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The program of a wheel that was built from this checkout, in an environment without the checkout; what it needs
+    besides comes from this one."""
+    place = tmp_path_factory.mktemp("installed")
+    for path in FILES:
+        name = path.relative_to(ROOT)
+        if name.parts[0] in {*PACKAGES, "requirements", "pyproject.toml", "LICENSE", "README.md"}:
+            (place / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place / "source" / name)
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('..'))"
+    subprocess.run([sys.executable, "-c", build], cwd=place / "source", capture_output=True, check=True)
+    shutil.rmtree(place / "source")
+    (wheel,) = place.glob("*.whl")
+    venv.create(place / "venv", with_pip=False, symlinks=True)
+    (site,) = (place / "venv" / "lib").glob("python*/site-packages")
+    for path in Path(sysconfig.get_path("purelib")).iterdir():  # all but the checkout itself
+        if "latentac" not in path.name.lower() and path.suffix != ".pth":
+            (site / path.name).symlink_to(path)
+    shutil.unpack_archive(wheel, site, "zip")
+    script = place / "venv" / "bin" / "latentac"
+    script.write_text(f"#!{script.with_name('python')}\nimport sys\nfrom latentac.cli import main\nsys.exit(main())\n")
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_installed_wheel_runs_the_pipeline_anywhere(installed: str, tmp_path: Path) -> None:
+    """No file of the checkout is needed: from start to served and listed, in a folder of its own. Resumed when it is
+    finished, it is done at once."""
+    done = latentac(tmp_path, "run", "--recipe", "shapes-unet-smoke", program=installed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (report,) = (tmp_path / "runs").glob("*/report.html")
+    assert f"latentac serve --run {report.parent.name}" in done.stdout
+    listed = json.loads(latentac(tmp_path, "runs", "--json", program=installed).stdout)
+    assert [(run["run"], run["state"]) for run in listed] == [(report.parent.name, "done")]
+
+    files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    checkpoints = {path.lstat().st_ino for path in files if "checkpoints" in path.parts}
+    sizes = {path.lstat().st_ino: path.lstat().st_size for path in files if path.lstat().st_nlink > 1}
+    occupied = sum(size for inode, size in sizes.items() if inode not in checkpoints)
+    assert occupied < 2.2 * sum(path.stat().st_size for path in BACKBONE.rglob("*")), "unchanged files were copied"
+
+    began = time.monotonic()
+    again = latentac(tmp_path, "run", "--resume", str(Path("runs") / report.parent.name), program=installed)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done already") == 16  # as it comes to it, and in the table
+    assert time.monotonic() - began < 60
+
+
+def start(folder: Path, *arguments: str) -> Driver:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    log = folder / f"{time.time_ns()}.log"
+    with log.open("wb") as file:
+        command = [PROGRAM, "run", *arguments]
+        process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    return Driver(process, log)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_that_was_killed_and_moved_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    """kill -9 in training, everything moved, the sources gone, another working folder: bitwise the same weights. The
+    state is right at each point."""
+    ids = {}
+    home, away = tmp_path / "home", tmp_path / "away"
+    for folder in (home, away):
+        folder.mkdir()
+        prompts(folder / "mine.json"), model(folder / "base")
+        (folder / "mine.yaml").write_text("prompts: {source: mine.json}\n")
+    options = [*OPTIONS, "--config", "mine.yaml", "--set", "backbone.source=base", "--output", "out"]
+    undisturbed = latentac(home, "run", *options)
+    assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
+    ids["home"] = undisturbed.stdout.split()[1].rstrip(",")
+
+    driver = start(away, *options)
+    run = run_id(driver)
+    come_to(driver, "train", 2, away / "out", run)
+    assert state(away / "out", run) == ("running", "train")
+    os.kill(driver.process.pid, signal.SIGKILL)
+    driver.process.wait(60)
+    time.sleep(2)
+    assert state(away / "out", run) == ("stopped", "train")
+    moved = tmp_path / "quite" / "elsewhere"
+    moved.parent.mkdir()
+    (away / "out").rename(moved)
+    for name in ("mine.yaml", "mine.json", "base"):
+        path = away / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    resumed = latentac(Path("/"), "run", "--resume", str(moved / run))
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert not (away / "out").exists()
+    assert state(moved, run) == ("done", "")
+    trained = [open_store(f"file://{home}/out/store").manifest(f"{ids['home']}/train")]
+    trained.append(open_store(f"file://{moved}/store").manifest(f"{run}/train"))
+    assert weights(trained[0]) == weights(trained[1])
+
+
+def state(output: Path, run: str) -> tuple[str, str]:
+    listed = json.loads(latentac(output, "runs", "--json", "--output", str(output)).stdout)
+    return next((found["state"], found["step"]) for found in listed if found["run"] == run)
