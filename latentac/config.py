@@ -26,10 +26,12 @@ class Section(BaseModel):
 
 
 class Backbone(Section):
-    """The pretrained diffusion model. source: `builtin:<name>`, a diffusers folder, or a hub id."""
+    """The pretrained diffusion model. source: `builtin:<name>`, a diffusers folder, or a hub id; revision: a commit
+    (which pins it), tag or branch of a hub id, "" for its main branch."""
 
     name: str = "unet"
     source: str
+    revision: str = ""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

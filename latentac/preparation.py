@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shutil
 import socket
 from collections.abc import Sequence
 from contextlib import closing
@@ -12,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from latentac import sizing
 from latentac.algorithms import ALGORITHMS
-from latentac.backbones import BACKBONES
+from latentac.backbones import BACKBONES, layout_of
+from latentac.backbones.layout import copy
+from latentac.backbones.source import locate
 from latentac.config import Config, suggestion
 from latentac.critic import BODIES
 from latentac.errors import ConfigError, LatentacError, Problem, ResourceError, RewardError
@@ -21,7 +23,6 @@ from latentac.prompts import PromptSet
 from latentac.rewards import REWARDS, load_reward
 from latentac.store import commit
 
-_FREE_BYTES = 512 * 2**20
 _PACKAGES = ("torch", "diffusers", "transformers", "kfp", "torchx-nightly", "kserve", "minio")
 
 
@@ -43,13 +44,8 @@ def check_names(config: Config) -> None:
 
 
 def check_machine(config: Config, output: Path) -> None:
-    """Disk, device and port. Raises ResourceError."""
+    """Device and port; room for the run is checked when its backbone is known. Raises ResourceError."""
     output.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(output).free
-    if free < _FREE_BYTES:
-        raise ResourceError(
-            str(output), f"has {free / 2**20:.0f} MiB free, a run needs {_FREE_BYTES / 2**20:.0f}", "Free some space"
-        )
     if config.backbone.device == "cuda":
         import torch
 
@@ -90,31 +86,24 @@ def check_rewards(config: Config) -> None:
             )
 
 
-def fetch_backbone(source: str, folder: Path) -> None:
-    """Copy the diffusers folder that `source` names to `folder`. Raises ConfigError.
+def fetch_backbone(config: Config, folder: Path, output: Path, store: str, num_prompts: int) -> dict[str, Any]:
+    """Copy what is used of the pipeline that `backbone.source` names to `folder`, if this machine has room for the run.
 
-    `builtin:<name>` and folders are copied; anything else is a hub id, of which safetensors and text files are fetched.
+    Returns {source, revision, commit, requires}: the commit that a hub id was resolved to, and what the run needs.
+    Raises ConfigError with all that is wrong with the pipeline, ResourceError with the sum of what is needed.
     """
-    if source.startswith("builtin:"):
-        from latentac.shapes import builtin_pipeline
-
-        shutil.copytree(builtin_pipeline(source.removeprefix("builtin:")), folder)
-    elif Path(source).is_dir():
-        shutil.copytree(source, folder)
-    else:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            snapshot_download(source, local_dir=folder, allow_patterns=["*.safetensors", "*.json", "*.txt"])
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise _bad_source(source, f"is no folder here and could not be fetched from the hub ({reason})") from error
-        shutil.rmtree(folder / ".cache", ignore_errors=True)
-    if not (folder / "model_index.json").is_file():
-        raise _bad_source(source, "has no model_index.json, so it is no diffusers pipeline")
-    if not any((folder / "unet").glob("*.safetensors")) and not any((folder / "transformer").glob("*.safetensors")):
-        raise _bad_source(source, "has no safetensors weights, and no other format is loaded")
+    settings = config.backbone
+    layout = layout_of(settings.name)
+    found, commit = locate(settings.source, layout, settings.revision)
+    needed = sizing.requirements(config, found, num_prompts)
+    sizing.check_room(needed, output, store)
+    copy(found, folder, layout)
+    return {
+        "source": settings.source,
+        "revision": settings.revision,
+        "commit": commit,
+        "requires": needed.to_dict(),
+    }
 
 
 def check_prompts(config: Config, prompts: PromptSet) -> None:
@@ -163,8 +152,3 @@ def _gpu() -> str | None:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def _bad_source(source: str, problem: str) -> ConfigError:
-    remedy = "Use builtin:shapes-unet, a diffusers folder with safetensors weights, or a hub id"
-    return ConfigError([Problem("backbone.source", source, problem, remedy)])

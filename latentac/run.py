@@ -276,7 +276,9 @@ def resolve_recipe(recipe: str, config: str = "", overrides: Sequence[str] = ())
 
 def _prepare(run: str, store: Store, output: Path, settings: Config, started: float) -> Manifest:
     from latentac import preparation
+    from latentac.distributed import pick_device
     from latentac.prompts import load_prompts
+    from latentac.rehearsal import rehearse
 
     preparation.check_names(settings)
     preparation.check_machine(settings, output)
@@ -287,7 +289,11 @@ def _prepare(run: str, store: Store, output: Path, settings: Config, started: fl
     (output / run).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".prepare-", dir=output / run) as temporary:
         folder = Path(temporary)
-        preparation.fetch_backbone(settings.backbone.source, folder / "backbone")
+        described = preparation.fetch_backbone(settings, folder / "backbone", output, store.url, len(prompts.train))
+        rehearsed = rehearse(
+            settings, folder / "backbone", prompts.train[0].text, pick_device(settings.backbone.device)
+        )
+        _write(folder / "backbone.json", {**described, **rehearsed.to_dict()})
         _write(folder / "config.json", settings.model_dump())
         (folder / "prompts.json").write_text(prompts.to_json())
         _write(folder / "environment.json", preparation.environment())

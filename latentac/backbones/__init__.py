@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from latentac import diffusion
+from latentac.backbones.layout import Layout
 from latentac.config import Policy as PolicySettings
 from latentac.types import Conditioning
 
@@ -78,6 +79,13 @@ BACKBONES = {
     "unet": "latentac.backbones.unet:UNetBackbone",
     "dit": "latentac.backbones.dit:DiTBackbone",
 }
+
+
+def layout_of(name: str) -> Layout | None:
+    """The folder layout of the backbone `name`; None for one that declares none."""
+    module, _, attribute = BACKBONES.get(name, name).partition(":")
+    layout: Layout | None = getattr(getattr(import_module(module), attribute), "layout", None)
+    return layout
 
 
 def load_backbone(name: str, folder: FilePath, device: torch.device) -> Denoiser:

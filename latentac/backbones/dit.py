@@ -27,7 +27,6 @@ from latentac.types import Conditioning
 _CLIP_LENGTH = 77  # tokens of Stable Diffusion 3's CLIP encoders,
 _T5_LENGTH = 256  # and the zero tokens that it puts after them where T5 would be
 _NUM_TAPS = 3
-_ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
 
 class DiTBackbone:
@@ -114,7 +113,7 @@ class DiTBackbone:
         return to_arrays(self.pictures, latents)
 
     def adapt(self, settings: Policy) -> None:
-        adapters.adapt(self.module, settings, _ADAPTED)
+        adapters.adapt(self.module, settings, self.layout.adapted)
 
     def save(self, folder: Path) -> None:
         adapters.save(self.module, self.folder, folder, "transformer")

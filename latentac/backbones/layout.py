@@ -54,11 +54,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """pipeline: the class that model_index.json must name; network: the part that is trained; rules: what the parts'
-    configurations, by part, must say: yields the part, what is wrong, and the remedy."""
+    """pipeline: the class that model_index.json must name; network: the part that is trained; adapted: what the names
+    of its layers that get adapters end in; rules: what the parts' configurations, by part, must say: yields the part,
+    what is wrong, and the remedy."""
 
     pipeline: str
     network: str
+    adapted: tuple[str, ...]
     parts: tuple[Part, ...]
     rules: Callable[[Mapping[str, Mapping[str, Any]]], Iterable[tuple[str, str, str]]]
 

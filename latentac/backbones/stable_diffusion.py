@@ -144,6 +144,7 @@ def _text(configuration: Mapping[str, Any]) -> Mapping[str, Any]:
 UNET = Layout(
     pipeline="StableDiffusionPipeline",
     network="unet",
+    adapted=("to_q", "to_k", "to_v", "to_out.0"),
     parts=(
         Part("unet", "network", ("UNet2DConditionModel",)),
         Part("vae", "autoencoder", ("AutoencoderKL",)),
@@ -157,6 +158,7 @@ UNET = Layout(
 DIT = Layout(
     pipeline="StableDiffusion3Pipeline",
     network="transformer",
+    adapted=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     parts=(
         Part("transformer", "network", ("SD3Transformer2DModel",)),
         Part("vae", "autoencoder", ("AutoencoderKL",)),

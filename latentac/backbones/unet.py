@@ -22,8 +22,6 @@ from latentac.backbones.stable_diffusion import UNET
 from latentac.config import Policy
 from latentac.types import Conditioning
 
-_ADAPTED = ["to_q", "to_k", "to_v", "to_out.0"]
-
 
 class UNetBackbone:
     """Taps: `middle`, the mid block's output, and `last`, the last up-block's output.
@@ -109,7 +107,7 @@ class UNetBackbone:
         return to_arrays(self.pictures, latents)
 
     def adapt(self, settings: Policy) -> None:
-        adapters.adapt(self.module, settings, _ADAPTED)
+        adapters.adapt(self.module, settings, self.layout.adapted)
 
     def save(self, folder: Path) -> None:
         adapters.save(self.module, self.folder, folder, "unet")
