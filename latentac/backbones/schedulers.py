@@ -87,12 +87,13 @@ def variance_preserving(folder: Path, source: str = "") -> Any:
         f"beta_schedule {settings.get('beta_schedule')!r} gives DDIM other noise levels than {type(own).__name__}",
         "Use a scheduler with the betas that the model was trained on",
     )
-    faintest = float(ddim.alphas_cumprod.min())
+    sound = ddim.betas.isfinite().all() and float(ddim.betas.min()) >= 0 and float(ddim.betas.max()) <= 1
     refuse(
-        not (ddim.alphas_cumprod.isfinite().all() and faintest >= 0 and float(ddim.alphas_cumprod.max()) < 1),
-        "its betas make no noise schedule",
-        "Correct beta_start, beta_end and beta_schedule",
+        not sound or float(ddim.betas[0]) == 0,
+        "its betas are not between 0 and 1, so they make no noise schedule",
+        "Correct beta_start, beta_end, beta_schedule or trained_betas",
     )
+    faintest = float(ddim.alphas_cumprod[-1])
     refuse(
         prediction == "epsilon" and faintest < _FAINTEST,
         f"the last timestep has no signal (alpha-bar {faintest:.1g}; rescale_betas_zero_snr is "
