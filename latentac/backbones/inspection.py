@@ -78,8 +78,9 @@ def inspect(source: str, folder: Path, layout: Layout, *, weights: bool = True) 
         if not faults and weights and part.stem is not None:
             faults = list(_weights(folder, part))
         problems += [_problem(source, part.name, *each) for each in faults]
-    if all(part.name in configurations for part in layout.parts if part.kind != "scheduler"):
-        problems += [_problem(source, *each) for each in layout.rules(configurations)]
+    for parts, rule in layout.rules:
+        if configurations.keys() >= set(parts):
+            problems += [_problem(source, *each) for each in rule(configurations)]
     problems += _scheduler(source, folder, layout)
     return problems
 

@@ -21,6 +21,9 @@ _TOKENIZER_FILES = {
 _ANYTHING_SAFE = (".safetensors", ".json", ".txt", ".model")
 
 
+Rule = Callable[[Mapping[str, Mapping[str, Any]]], Iterable[tuple[str, str, str]]]
+
+
 @dataclass(frozen=True)
 class Part:
     """name: of its folder and in model_index.json; classes: that the backbone can load; kind: what is in the folder."""
@@ -55,14 +58,14 @@ class Part:
 @dataclass(frozen=True)
 class Layout:
     """pipeline: the class that model_index.json must name; network: the part that is trained; adapted: what the names
-    of its layers that get adapters end in; rules: what the parts' configurations, by part, must say: yields the part,
-    what is wrong, and the remedy."""
+    of its layers that get adapters end in; rules: the parts that a rule is about, and what it finds in their
+    configurations, by part: which part, what is wrong, the remedy."""
 
     pipeline: str
     network: str
     adapted: tuple[str, ...]
     parts: tuple[Part, ...]
-    rules: Callable[[Mapping[str, Mapping[str, Any]]], Iterable[tuple[str, str, str]]]
+    rules: tuple[tuple[tuple[str, ...], Rule], ...]
 
     def part(self, name: str) -> Part:
         return next(part for part in self.parts if part.name == name)

@@ -21,15 +21,21 @@ def load(kind: Any, folder: Path, part: Part, device: torch.device) -> Any:
     diffusers_logging.disable_progress_bar()  # loading takes milliseconds, or has a bar of its own in `prepare`
     transformers_logging.disable_progress_bar()
     chosen = weights_of(folder, part)
-    module, info = kind.from_pretrained(
-        folder,
-        subfolder=part.name,
-        variant=chosen.variant if chosen and chosen.variant else None,
-        use_safetensors=True,
-        dtype=torch.float32,
-        output_loading_info=True,
-        local_files_only=True,
-    )
+    try:
+        module, info = kind.from_pretrained(
+            folder,
+            subfolder=part.name,
+            variant=chosen.variant if chosen and chosen.variant else None,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        remedy = f"Use a complete {part.name} whose weights belong to its config.json"
+        problem = f"{part.name}: cannot be loaded ({first})"
+        raise ConfigError([Problem("backbone.source", str(folder), problem, remedy)]) from error
     wrong = {
         "lacks": _names(info["missing_keys"]),
         "holds in another shape": _names(info.get("mismatched_keys", ())),

@@ -4,7 +4,7 @@ Tables of what the parts' configurations may say. What is refused here would els
 from in another way than it was trained, without a word.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from latentac.backbones.layout import Layout, Part
@@ -36,7 +36,7 @@ _OTHER_LATENTS = "Use an AutoencoderKL with scaling_factor alone, as Stable Diff
 
 
 def _unet(found: Configurations) -> Iterator[Finding]:
-    unet, vae, text = found["unet"], found["vae"], _text(found["text_encoder"])
+    unet = found["unet"]
     for name, what in _UNUSED_INPUTS.items():
         if unet.get(name) is not None:
             yield "unet", f"{name} is {unet[name]!r}: it takes {what}", _TEXT_TO_IMAGE
@@ -48,34 +48,51 @@ def _unet(found: Configurations) -> Iterator[Finding]:
         yield "unet", f"time_embedding_type is {unet['time_embedding_type']!r}, and must be positional", _TEXT_TO_IMAGE
     if unet.get("mid_block_type", "UNetMidBlock2DCrossAttn") is None:
         yield "unet", "mid_block_type is null, and the critic reads the middle block", _TEXT_TO_IMAGE
-    yield from _channels("unet", unet.get("in_channels", 4), unet.get("out_channels", 4), vae)
     sizes = unet.get("sample_size")
     for size in sizes if isinstance(sizes, list) and len(sizes) == 2 else [sizes]:
         if not isinstance(size, int) or size < 1:
             problem = f"sample_size is {sizes!r}, so the pictures' size is not known"
             yield "unet", problem, "Set it to the pictures' side divided by 8 (64 for 512 pixels)"
-    width, reads = text.get("hidden_size", 512), unet.get("cross_attention_dim", 1280)
+
+
+def _unet_latents(found: Configurations) -> Iterator[Finding]:
+    unet = found["unet"]
+    return _channels("unet", unet.get("in_channels", 4), unet.get("out_channels", 4), found["vae"])
+
+
+def _unet_text(found: Configurations) -> Iterator[Finding]:
+    width = _text(found["text_encoder"]).get("hidden_size", 512)
+    reads = found["unet"].get("cross_attention_dim", 1280)
     if reads != width:
         problem = f"cross_attention_dim is {reads!r}, and text_encoder has a hidden_size of {width}"
         yield "unet", problem, "Use the text encoder that the UNet was trained with"
-    yield from _autoencoder(vae)
-    if vae.get("shift_factor"):
-        problem = f"shift_factor is {vae['shift_factor']}, which StableDiffusionPipeline does not apply"
+
+
+def _unet_autoencoder(found: Configurations) -> Iterator[Finding]:
+    yield from _autoencoder(found["vae"])
+    if found["vae"].get("shift_factor"):
+        problem = f"shift_factor is {found['vae']['shift_factor']}, which StableDiffusionPipeline does not apply"
         yield "vae", problem, _OTHER_LATENTS
-    yield from _tokens(found, ("text_encoder", "tokenizer"))
 
 
 def _transformer(found: Configurations) -> Iterator[Finding]:
-    own, vae = found["transformer"], found["vae"]
-    texts = [_text(found["text_encoder"]), _text(found["text_encoder_2"])]
-    channels, size, patch = own.get("in_channels", 16), own.get("sample_size", 128), own.get("patch_size", 2)
-    yield from _channels("transformer", channels, own.get("out_channels", 16), vae)
+    own = found["transformer"]
+    size, patch = own.get("sample_size", 128), own.get("patch_size", 2)
     if not isinstance(size, int) or size < 1 or size % patch:
         problem = f"sample_size is {size!r}, and must be a multiple of patch_size = {patch}"
         yield "transformer", problem, "Set it to the pictures' side divided by 8 (128 for 1024 pixels)"
     elif size // patch > own.get("pos_embed_max_size", 96):
         problem = f"sample_size {size} has more patches a side than pos_embed_max_size = {own['pos_embed_max_size']}"
         yield "transformer", problem, "Use a smaller sample_size"
+
+
+def _transformer_latents(found: Configurations) -> Iterator[Finding]:
+    own = found["transformer"]
+    return _channels("transformer", own.get("in_channels", 16), own.get("out_channels", 16), found["vae"])
+
+
+def _transformer_text(found: Configurations) -> Iterator[Finding]:
+    own, texts = found["transformer"], [_text(found["text_encoder"]), _text(found["text_encoder_2"])]
     width, reads = sum(text.get("hidden_size", 512) for text in texts), own.get("joint_attention_dim", 4096)
     if width > reads:
         problem = f"joint_attention_dim is {reads}, and the two text encoders together have {width}"
@@ -84,14 +101,19 @@ def _transformer(found: Configurations) -> Iterator[Finding]:
     if width != reads:
         problem = f"pooled_projection_dim is {reads}, and the two text encoders project to {width}"
         yield "transformer", problem, "Use the text encoders that it was trained with"
-    yield from _autoencoder(vae)
-    if vae.get("shift_factor") is None:
+
+
+def _transformer_autoencoder(found: Configurations) -> Iterator[Finding]:
+    yield from _autoencoder(found["vae"])
+    if found["vae"].get("shift_factor") is None:
         problem = "shift_factor is null, and StableDiffusion3Pipeline adds it"
         yield "vae", problem, "Write the number that the model was trained with, 0.0 for none"
-    yield from _tokens(found, ("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
-    lengths = {found[name].get("model_max_length") for name in ("tokenizer", "tokenizer_2")}
+
+
+def _two_tokenizers(found: Configurations) -> Iterator[Finding]:
+    lengths = {str(found[name].get("model_max_length")) for name in ("tokenizer", "tokenizer_2")}
     if len(lengths) > 1:
-        problem = f"model_max_length differs from that of tokenizer ({sorted(map(str, lengths))})"
+        problem = f"model_max_length differs from that of tokenizer ({', '.join(sorted(lengths))})"
         yield "tokenizer_2", problem, "Use the tokenizers that the model was trained with"
 
 
@@ -120,9 +142,10 @@ def _autoencoder(vae: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
-def _tokens(found: Configurations, *pairs: tuple[str, str]) -> Iterator[Finding]:
+def _tokens(encoder: str, name: str) -> Callable[[Configurations], Iterator[Finding]]:
     """A tokenizer's ids and lengths must be such that its text encoder knows them."""
-    for encoder, name in pairs:
+
+    def rule(found: Configurations) -> Iterator[Finding]:
         text, tokenizer = _text(found[encoder]), found[name]
         longest, known = text.get("max_position_embeddings", 77), text.get("vocab_size", 49408)
         length = tokenizer.get("model_max_length")
@@ -133,6 +156,8 @@ def _tokens(found: Configurations, *pairs: tuple[str, str]) -> Iterator[Finding]
         if highest >= known:
             problem = f"has the token {highest}, and {encoder} knows {known} tokens"
             yield name, problem, "Use the tokenizer that the text encoder was trained with"
+
+    return rule
 
 
 def _text(configuration: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -152,7 +177,13 @@ UNET = Layout(
         Part("tokenizer", "tokenizer", _CLIP),
         Part("scheduler", "scheduler", ()),
     ),
-    rules=_unet,
+    rules=(
+        (("unet",), _unet),
+        (("unet", "vae"), _unet_latents),
+        (("unet", "text_encoder"), _unet_text),
+        (("vae",), _unet_autoencoder),
+        (("text_encoder", "tokenizer"), _tokens("text_encoder", "tokenizer")),
+    ),
 )
 
 DIT = Layout(
@@ -168,5 +199,13 @@ DIT = Layout(
         Part("tokenizer_2", "tokenizer", _CLIP),
         Part("scheduler", "scheduler", ()),
     ),
-    rules=_transformer,
+    rules=(
+        (("transformer",), _transformer),
+        (("transformer", "vae"), _transformer_latents),
+        (("transformer", "text_encoder", "text_encoder_2"), _transformer_text),
+        (("vae",), _transformer_autoencoder),
+        (("text_encoder", "tokenizer"), _tokens("text_encoder", "tokenizer")),
+        (("text_encoder_2", "tokenizer_2"), _tokens("text_encoder_2", "tokenizer_2")),
+        (("tokenizer", "tokenizer_2"), _two_tokenizers),
+    ),
 )
