@@ -75,7 +75,7 @@ def _from_hub(source: str, layout: Layout | None, revision: str | None) -> tuple
         small = [name for name in used if not name.endswith(".safetensors")]
         for wanted in (small, used):
             snapshot_download(source, revision=commit, allow_patterns=[glob.escape(name) for name in wanted])
-            problems = inspect(source, folder, layout, weights=False) if wanted is small else []
+            problems = inspect(source, folder, layout, weights=_offline()) if wanted is small else []
             if problems:
                 raise ConfigError(problems)
         return folder, commit
