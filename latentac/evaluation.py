@@ -17,9 +17,9 @@ from latentac.distributed import map_blocks, noise_for, uniforms_for
 from latentac.measures import DEFINITIONS, difference, diversity, interval, intervals, median, ratio
 from latentac.policy import Policy
 from latentac.progress import progress
-from latentac.prompts import PromptSet, balanced
+from latentac.prompts import Prompt, PromptSet, balanced
 from latentac.returns import explained_variance
-from latentac.rewards import Reward
+from latentac.rewards.configured import ConfiguredReward
 from latentac.rollout import rollout, score, steered_rollout
 from latentac.steering import Steering
 from latentac.types import Scores, Trajectory
@@ -37,8 +37,8 @@ class Arm:
 def sample(
     policy: Policy,
     critic: Critic | None,
-    rewards: Sequence[Reward],
-    prompts: Sequence[str],
+    rewards: Sequence[ConfiguredReward],
+    prompts: Sequence[Prompt],
     seed: int,
     num_steps: int,
     *,
@@ -53,10 +53,11 @@ def sample(
     with progress(len(prompts), label, "images") as bar:
 
         def run(block: range) -> tuple[np.ndarray, Scores, Tensor]:
-            texts = [prompts[slot] for slot in block]
+            own = [prompts[slot] for slot in block]
+            texts = [prompt.text for prompt in own]
             trajectory = _roll_out(policy, critic, texts, block, seed, num_steps, steering, device)
             images = policy.backbone.decode(trajectory.clean)
-            scores = score(rewards, images, texts)
+            scores = score(rewards, images, own)
             bar.update(len(block))
             return images, scores, trajectory.values
 
@@ -90,7 +91,11 @@ def _roll_out(
 
 
 def compare(
-    config: Config, policies: Mapping[str, Policy], critic: Critic, rewards: Sequence[Reward], prompts: PromptSet
+    config: Config,
+    policies: Mapping[str, Policy],
+    critic: Critic,
+    rewards: Sequence[ConfiguredReward],
+    prompts: PromptSet,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The policies `base`, `trained` and, where there is one, `incumbent` on held-out prompts, the categories in turn,
     the same noise for each; and `trained` on a quarter as many training prompts.
@@ -106,11 +111,11 @@ def compare(
     texts, steps = [prompt.text for prompt in chosen], config.kernel.num_steps
     arms = {
         name: sample(
-            policy, critic if name == "trained" else None, rewards, texts, seed, steps, label=f"evaluate {name}"
+            policy, critic if name == "trained" else None, rewards, chosen, seed, steps, label=f"evaluate {name}"
         )
         for name, policy in policies.items()
     }
-    seen = [prompts.train[i].text for i in balanced(prompts.train, settings.num_images // 4, seed, "evaluation")]
+    seen = [prompts.train[i] for i in balanced(prompts.train, settings.num_images // 4, seed, "evaluation")]
     fitted = sample(policies["trained"], None, rewards, seen, seed, steps, label="evaluate on training prompts")
     trained, main = arms["trained"], config.reward_names.index(config.gate.reward)
     differences = {

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from latentac.backbones import Denoiser, load_backbone
 from latentac.config import Config
-from latentac.diffusion import KERNELS, num_stochastic_steps
+from latentac.diffusion import num_stochastic_steps
 from latentac.distributed import noise_for
 from latentac.errors import ConfigError, LatentacError, Problem, ResourceError
+from latentac.kernels import KERNELS
 from latentac.policy import Policy
 from latentac.pretraining import new_critic
 
@@ -85,12 +86,14 @@ def rehearse(config: Config, folder: Path, prompt: str, device: torch.device) ->
     """
     started, found = time.monotonic(), _Found()
     with found.trying("backbone.source", config.backbone.source, "loading it", _OTHER_MODEL):
-        backbone = load_backbone(config.backbone.name, folder, device)
+        backbone = load_backbone(config.backbone, folder, device)
     found.stop()
-    policy = _policy(config, backbone)
+    with found.trying("kernel.use", config.kernel.use, "building the sampler", "Use a kernel of the backbone's kind"):
+        policy = Policy(backbone, KERNELS.make(config.kernel, path="kernel"))
+    found.stop()
     text_shape, pictures = _step(config, policy, prompt, found)
     parameters = list(backbone.module.parameters())
-    with found.trying("critic.body", config.critic.body, "building the critic", "Use another critic.body"):
+    with found.trying("critic.body.use", config.critic.body.use, "building the critic", "Use another critic.body"):
         new_critic(config, policy)
     trainable = _adapted(config, backbone, found)
     found.stop()
@@ -104,15 +107,6 @@ def rehearse(config: Config, folder: Path, prompt: str, device: torch.device) ->
         time.monotonic() - started,
         pictures,
     )
-
-
-def _policy(config: Config, backbone: Denoiser) -> Policy:
-    kernel = KERNELS[config.kernel.name](config.kernel.noise)
-    if kernel.path != backbone.path:
-        fitting = ", ".join(name for name, kind in KERNELS.items() if kind.path == backbone.path)
-        problem = f"is for {kernel.path} backbones, and {config.backbone.name} is a {backbone.path} one"
-        raise ConfigError([Problem("kernel.name", config.kernel.name, problem, f"Use one of {fitting}.")])
-    return Policy(backbone, kernel)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from latentac.arms import best_steered
 from latentac.charts import draw
 from latentac.errors import ArtifactNotFound, IntegrityError
 from latentac.store import Manifest, Store, open_store
@@ -172,6 +173,7 @@ def _summarise(run: str, files: Files, timings: Mapping[str, Any]) -> Summary:
         },
         "training": [{name: row.get(name) for name in _ITERATION} for row in read("train", "history.json") or ()],
         "steering": [{name: row.get(name) for name in _STEERED} for row in read("steer", "steering.json") or ()],
+        "steered": _steered(read("steer", "steering.json") or (), settings["gate"]["reward"]),
         "gate": gate and {name: gate.get(name) for name in ("decision", "reasons", "checks")},
         "serving": deployment and {name: deployment.get(name) for name in _SERVING},
     }
@@ -182,6 +184,12 @@ def _summarise(run: str, files: Files, timings: Mapping[str, Any]) -> Summary:
         for path, times in sorted(dropped.items())
     ]
     return summary
+
+
+def _steered(rows: Sequence[Mapping[str, Any]], reward: str) -> Summary | None:
+    """The arm that the gallery shows and the endpoint uses by default."""
+    best = best_steered(rows, reward)
+    return best and {name: best[name] for name in ("method", "strength", "candidates")}
 
 
 def _evaluation(measured: Mapping[str, Any]) -> Summary:

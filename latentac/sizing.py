@@ -98,7 +98,7 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
         scored       latents that the critic learned from
         small        32 MiB
     """
-    layout = layout_of(config.backbone.name)
+    layout = layout_of(config.backbone)
     model = _read(folder, layout, config)
     where = device or _device(config)
     train, policy, steps = config.train, config.policy, config.kernel.num_steps
@@ -110,13 +110,13 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
     network = "transformer" if layout is not None and layout.network == "transformer" else "unet"
     update, decode = _SAVED_TENSORS[network] * model.units * rows, 3 * model.decoder * train.block_images
     replay = config.critic.replay_images * (model.latent + 8)
-    own = {"lora": model.network, "copy": 4 * model.network}.get(config.critic.body, 0)
+    own = {"lora": model.network, "copy": 4 * model.network}.get(config.critic.body.use, 0)
     # Without attention the critic keeps but a few numbers a state.
-    seen = steps * (model.taps if config.critic.num_queries else 0)
+    seen = steps * (model.taps if config.critic.body.own.get("num_queries", 4) else 0)
     watched = max(images, math.ceil(config.pretrain.num_images / train.num_workers))
     memory = {
         "weights": model.network + model.frozen + (trains if lora else 0),
-        "reference": model.network if config.algorithm.prediction_kl > 0 else 0,
+        "reference": model.network if config.algorithm.own.get("prediction_kl", 0) > 0 else 0,
         "critic's own backbone": own,
         "training": 3 * trains + kept - trains,
         "images": images * (2 * steps + 1) * model.latent + watched * seen + replay,

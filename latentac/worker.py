@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from latentac import failures
-from latentac.algorithms import make_algorithm
+from latentac.algorithms import ALGORITHMS
 from latentac.checkpoint import read_state, write_state
 from latentac.critic import Critic
 from latentac.distributed import Mesh, PeerLost
@@ -148,9 +148,12 @@ def _make_trainer(space: Workspace, mesh: Mesh) -> Trainer:
     torch.manual_seed(space.config.seed)  # LoRA's initial matrices; everything else draws from generator_for
     policy = space.base_policy()
     pretrained = space.artifact("pretrain-value")
-    critic = Critic.load(pretrained / "critic", policy.backbone)  # its body may begin as the backbone, before adapters
+    critic = Critic.load(
+        pretrained / "critic", policy.backbone, own=True
+    )  # its body may begin as the backbone, before adapters
     policy.backbone.adapt(space.config.policy)
-    algorithm = make_algorithm(space.config)
+    weights = torch.tensor([reward.weight for reward in space.config.rewards])
+    algorithm = ALGORITHMS.make(space.config.algorithm, weights, path="algorithm")
     trainer = Trainer(space.config, policy, critic, algorithm, space.rewards(), space.prompts.train, mesh)
     if trainer.learner is not None:
         trainer.learner.begin_with(Replay.load(pretrained, mesh.device))

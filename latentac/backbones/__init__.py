@@ -1,7 +1,6 @@
 """Denoisers: pretrained diffusion models behind one small protocol. One file a backbone, one row here."""
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path as FilePath
 from typing import Protocol, Self
 
@@ -11,12 +10,16 @@ from torch import Tensor, nn
 
 from latentac import diffusion
 from latentac.backbones.layout import Layout
+from latentac.config import Extension
 from latentac.config import Policy as PolicySettings
+from latentac.extensions import Table
 from latentac.types import Conditioning
 
 
 class Denoiser(Protocol):
     """A latent diffusion model in eval mode (no dropout), float32 in and out.
+
+    Built as `Class(settings, folder, device)`, or `Class(folder, device)` without `Settings`.
 
     module: the trainable network          path: how signal and noise mix (`latentac.diffusion`)
     device: where it computes, and what it is given must be
@@ -75,21 +78,22 @@ def to_arrays(pictures: Callable[[Tensor], Tensor], latents: Tensor) -> np.ndarr
     return array
 
 
-BACKBONES = {
-    "unet": "latentac.backbones.unet:UNetBackbone",
-    "dit": "latentac.backbones.dit:DiTBackbone",
-}
+BACKBONES = Table(
+    "backbone",
+    {
+        "unet": "latentac.backbones.unet:UNetBackbone",
+        "dit": "latentac.backbones.dit:DiTBackbone",
+    },
+)
 
 
-def layout_of(name: str) -> Layout | None:
-    """The folder layout of the backbone `name`; None for one that declares none."""
-    module, _, attribute = BACKBONES.get(name, name).partition(":")
-    layout: Layout | None = getattr(getattr(import_module(module), attribute), "layout", None)
+def layout_of(extension: Extension) -> Layout | None:
+    """The folder layout of the backbone that `extension` names; None for one that declares none."""
+    layout: Layout | None = getattr(BACKBONES.load(extension.use, "backbone.use"), "layout", None)
     return layout
 
 
-def load_backbone(name: str, folder: FilePath, device: torch.device) -> Denoiser:
-    """The backbone `name` with the weights of a diffusers `folder`, on `device`."""
-    module, _, attribute = BACKBONES.get(name, name).partition(":")
-    backbone: Denoiser = getattr(import_module(module), attribute)(folder, device)
+def load_backbone(extension: Extension, folder: FilePath, device: torch.device) -> Denoiser:
+    """The backbone that `extension` names, with the weights of a diffusers `folder`, on `device`."""
+    backbone: Denoiser = BACKBONES.make(extension, folder, device, path="backbone")
     return backbone

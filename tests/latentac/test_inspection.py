@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
-from latentac.backbones import load_backbone
+from latentac.backbones import BACKBONES
 from latentac.backbones.inspection import inspect
 from latentac.backbones.layout import copy, listing
 from latentac.backbones.source import locate
@@ -93,7 +93,7 @@ def test_each_form_of_a_model_is_copied_whole_and_loads(tmp_path, case):
     assert problems(tmp_path / "copy", layout) == []
     assert not [file for file in listing(tmp_path / "copy") if "fp16" in file or "bf16" in file or ".ema" in file]
     for folder in (source, tmp_path / "copy"):
-        backbone = load_backbone(name, folder, CPU)
+        backbone = BACKBONES.build(name, folder, CPU)
         assert all(p.dtype == torch.float32 for p in backbone.module.parameters())
         assert backbone.encode(["a red circle"]).tokens.dtype == torch.float32
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "copy", **WITHOUT_T5[name])
@@ -434,7 +434,7 @@ def test_weights_of_another_configuration_are_not_filled_up_at_random(models, tm
         change(folder)
         assert problems(folder) == []  # the headers are those of sound files
         with pytest.raises(ConfigError, match=message):
-            load_backbone("unet", folder, CPU)
+            BACKBONES.build("unet", folder, CPU)
 
 
 def test_nothing_is_changed_by_an_inspection(models):

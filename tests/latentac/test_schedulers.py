@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from latentac.backbones import load_backbone
+from latentac.backbones import BACKBONES
 from latentac.backbones.schedulers import FLOW, VARIANCE_PRESERVING, flow_shift, variance_preserving
 from latentac.diffusion import CPS, DDIM, forward_noise
 from latentac.errors import ConfigError
@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
 
 def at_timestep(folder, scheduler, timestep):
     """(our x0, that of the scheduler's own step) for one network output at one timestep."""
-    backbone = load_backbone("unet", folder, CPU)
+    backbone = BACKBONES.build("unet", folder, CPU)
     generator = torch.Generator().manual_seed(timestep)
     clean, noise, output = (torch.randn(1, *backbone.latent_shape, generator=generator) for _ in range(3))
     alpha_bar = scheduler.alphas_cumprod[timestep].double()
@@ -135,7 +135,7 @@ def test_zero_terminal_snr_with_v_prediction_starts_from_noise_alone(tmp_path, n
     """At the first level alpha is 0: x0 is -v, the noise is the latents, and nothing is divided by zero."""
     miniatures.sd15(tmp_path, prediction_type="v_prediction")
     written(tmp_path, name, prediction_type="v_prediction", rescale_betas_zero_snr=True, **BETAS["scaled_linear"])
-    backbone = load_backbone("unet", tmp_path, CPU)
+    backbone = BACKBONES.build("unet", tmp_path, CPU)
     sigmas = backbone.schedule(10)
     assert float(sigmas[0]) == 1
     conditioning = backbone.encode(["a red circle"])
@@ -199,7 +199,7 @@ def test_a_refused_scheduler_is_not_loaded_either(tmp_path):
     miniatures.sd15(tmp_path)
     written(tmp_path, "DDIMScheduler", prediction_type="sample", **BETAS["scaled_linear"])
     with pytest.raises(ConfigError, match="prediction_type is 'sample'"):
-        load_backbone("unet", tmp_path, CPU)
+        BACKBONES.build("unet", tmp_path, CPU)
 
 
 @pytest.mark.parametrize("name", sorted(FLOW))
@@ -207,7 +207,7 @@ def test_velocity_is_read_as_the_flows_own_scheduler_reads_it(tmp_path, name):
     """x0 = x - sigma v at each of the scheduler's own levels, at the timestep that it gives the network."""
     miniatures.sd3(tmp_path)
     written(tmp_path, name, shift=3.0, num_train_timesteps=1000)
-    backbone = load_backbone("dit", tmp_path, CPU)
+    backbone = BACKBONES.build("dit", tmp_path, CPU)
     scheduler = getattr(diffusers, name).from_pretrained(tmp_path, subfolder="scheduler")
     scheduler.set_timesteps(5)
     output = torch.randn(1, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -232,7 +232,7 @@ def test_dynamic_shifting_is_diffusers_own(tmp_path, kind):
     """The levels that the pipeline of the folder draws at, for the size of its pictures."""
     settings = {"use_dynamic_shifting": True, "time_shift_type": kind, "shift": 3.0, "base_image_seq_len": 4}
     miniatures.sd3(tmp_path, max_image_seq_len=64, **settings)
-    backbone = load_backbone("dit", tmp_path, CPU)
+    backbone = BACKBONES.build("dit", tmp_path, CPU)
     pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path, text_encoder_3=None, tokenizer_3=None)
     pipeline.set_progress_bar_config(disable=True)
     pipeline("a red circle", sigmas=np.linspace(1, 1 / 5, 5).tolist(), max_sequence_length=0, output_type="latent")

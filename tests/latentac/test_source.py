@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from latentac.backbones import load_backbone
+from latentac.backbones import BACKBONES
 from latentac.backbones.layout import copy, listing
 from latentac.backbones.source import locate
 from latentac.backbones.stable_diffusion import DIT, UNET
@@ -60,7 +60,7 @@ def test_a_hub_id_works_from_the_offline_cache(tmp_path, cache):
     assert (folder, commit) == (snapshot, COMMIT)
     copy(folder, tmp_path / "copy", UNET)
     assert not any(path.is_symlink() for path in (tmp_path / "copy").rglob("*"))
-    load_backbone("unet", tmp_path / "copy", pick_device("cpu"))
+    BACKBONES.build("unet", tmp_path / "copy", pick_device("cpu"))
     assert locate(str(snapshot), UNET) == (snapshot, None)  # the same folder named as a folder
 
 
