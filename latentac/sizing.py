@@ -23,10 +23,8 @@ COPIES = 2
 _FLOAT = 4
 _INTERPRETER = 500 * 2**20  # a process with torch, diffusers and transformers, its own pages
 _CUDA_CONTEXT = 500 * 2**20
-_SAVED_TENSORS = {
-    "unet": 28,
-    "transformer": 20,
-}  # kept a layer for the gradient, in units of its tokens times its width
+# Kept of a layer for the gradient, in units of its tokens times its width.
+_SAVED_TENSORS = {"unet": 28, "transformer": 20}
 _SMALL = 32 * 2**20  # reports, galleries, logs, critic: what does not grow with the model
 
 
@@ -54,7 +52,7 @@ class Requirements:
 
 
 @dataclass(frozen=True)
-class _Model:
+class Model:
     """Counts that follow from a folder. files: bytes that are used; network, frozen: weights of the denoiser and of all
     other parts; adapters: weights of LoRA of the configured rank; latent, picture: numbers in one; units: tokens times
     width, summed over the denoiser's layers; decoder: numbers of the decoder's largest map; text: numbers a prompt;
@@ -99,16 +97,19 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
         small        32 MiB
     """
     layout = layout_of(config.backbone)
-    model = _read(folder, layout, config)
-    where = device or _device(config)
+    network = layout.network if layout is not None else "unet"
+    return count(config, _read(folder, layout, config), network, num_prompts, device or _device(config))
+
+
+def count(config: Config, model: Model, network: str, num_prompts: int, device: str) -> Requirements:
+    """`requirements` of a model that was read already. network: the name of its part, `unet` or `transformer`."""
     train, policy, steps = config.train, config.policy, config.kernel.num_steps
     lora = policy.adaptation == "lora"
     trains = model.adapters if lora else model.network
     kept = trains * (1 + (policy.ema_decay > 0) + (train.early_stopping is not None))
     images = math.ceil(train.images_per_iteration / train.num_workers)
     rows = math.ceil(train.block_images * steps / train.updates_per_iteration)
-    network = "transformer" if layout is not None and layout.network == "transformer" else "unet"
-    update, decode = _SAVED_TENSORS[network] * model.units * rows, 3 * model.decoder * train.block_images
+    update, decode = _SAVED_TENSORS.get(network, 28) * model.units * rows, 3 * model.decoder * train.block_images
     replay = config.critic.replay_images * (model.latent + 8)
     own = {"lora": model.network, "copy": 4 * model.network}.get(config.critic.body.use, 0)
     # Without attention the critic keeps but a few numbers a state.
@@ -124,7 +125,7 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
         "activations": max(update, decode),
     }
     memory = {item: _FLOAT * count for item, count in memory.items() if count}
-    memory["process"] = _INTERPRETER if where == "cpu" else _CUDA_CONTEXT
+    memory["process"] = _INTERPRETER if device == "cpu" else _CUDA_CONTEXT
     exported = model.network * (1 + config.serving.include_base) + model.frozen + (trains if lora else 0)
     disk = {
         "base": COPIES * model.files,
@@ -134,7 +135,7 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
         "scored": COPIES * _FLOAT * config.pretrain.num_images * (model.latent + 8),
         "small": COPIES * _SMALL,
     }
-    return Requirements(disk, memory, train.num_workers, where)
+    return Requirements(disk, memory, train.num_workers, device)
 
 
 def check_room(needed: Requirements, output: Path, store: str) -> None:
@@ -162,11 +163,11 @@ def describe(needed: Requirements) -> list[str]:
     return [f"disk: {_sum(needed.disk)}", f"memory ({needed.device}): {_sum(needed.memory)}{workers}"]
 
 
-def _read(folder: Path, layout: Layout | None, config: Config) -> _Model:
+def _read(folder: Path, layout: Layout | None, config: Config) -> Model:
     if layout is None:
         files = [folder / name for name in listing(folder) if name.endswith(".safetensors")]
         count = sum(_count(header(file)) for file in files)
-        return _Model(sum(file.stat().st_size for file in files), count, 0, count, 0, 0, 0, 0, 0, 0)
+        return Model(sum(file.stat().st_size for file in files), count, 0, count, 0, 0, 0, 0, 0, 0)
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for part in layout.parts:
         weights = weights_of(folder, part)
@@ -176,7 +177,7 @@ def _read(folder: Path, layout: Layout | None, config: Config) -> _Model:
     suffixes = tuple(f".{name}.weight" for name in layout.adapted)
     adapted = [shape for name, shape in own.items() if name.endswith(suffixes) and len(shape) == 2]
     settings = {part.name: read_json(folder / part.name / "config.json") for part in layout.parts if part.stem}
-    return _Model(
+    return Model(
         files=sum((folder / name).stat().st_size for name in layout.files(listing(folder))),
         network=_count(own),
         frozen=sum(_count(tensors) for name, tensors in found.items() if name != layout.network),
