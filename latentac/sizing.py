@@ -12,7 +12,7 @@ from typing import Any
 
 from latentac.backbones import layout_of
 from latentac.backbones.inspection import weights_of
-from latentac.backbones.layout import Layout, listing
+from latentac.backbones.layout import Layout, listing, used
 from latentac.backbones.weights import header, read_json, shapes
 from latentac.config import Config
 from latentac.errors import ResourceError
@@ -21,11 +21,12 @@ COPIES = 2
 """Of each artifact on a file:// store: the published one, and the working copy beside it. One on a bucket's machine."""
 
 _FLOAT = 4
-_INTERPRETER = 500 * 2**20  # a process with torch, diffusers and transformers, its own pages
+_INTERPRETER = 800 * 2**20  # a worker's own pages of torch, diffusers and transformers (630 measured), share of agent
 _CUDA_CONTEXT = 500 * 2**20
 # Kept of a layer for the gradient, in units of its tokens times its width.
 _SAVED_TENSORS = {"unet": 28, "transformer": 20}
-_SMALL = 32 * 2**20  # reports, galleries, logs, critic: what does not grow with the model
+_SMALL = 8 * 2**20  # reports, logs, critic: what does not grow with the model
+_ARMS = 20  # of evaluation and steering, each with a gallery
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Requirements:
 @dataclass(frozen=True)
 class Model:
     """Counts that follow from a folder. files: bytes that are used; network, frozen: weights of the denoiser and of all
-    other parts; adapters: weights of LoRA of the configured rank; latent, picture: numbers in one; units: tokens times
+    other parts; adapters: weights of LoRA of the configured rank; latent, picture: numbers in one (bytes of a picture); units: tokens times
     width, summed over the denoiser's layers; decoder: numbers of the decoder's largest map; text: numbers a prompt;
     taps: numbers a state that a critic may keep."""
 
@@ -86,7 +87,7 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
         activations  the larger of an update's: c tensors a layer of tokens times width (28 of a UNet, 20 of the
                      transformer, measured on a GPU) for each of B K / updates_per_iteration states; and the decoder's:
                      3 of its largest maps for each of B pictures
-        process      500 MiB, and as much for CUDA
+        process      800 MiB; 500 MiB on a CUDA device
     disk, each but the temporary COPIES times
         base         the files that are used
         trained      P + F
@@ -94,7 +95,8 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
         checkpoints  keep_checkpoints and the one being written, of N weights, 2 N moments, N average, N best, and the
                      critic's replay
         scored       latents that the critic learned from
-        small        32 MiB
+        galleries    evaluation.num_gallery_prompts pictures of 20 arms, uncompressed
+        small        8 MiB
     """
     layout = layout_of(config.backbone)
     network = layout.network if layout is not None else "unet"
@@ -133,28 +135,40 @@ def count(config: Config, model: Model, network: str, num_prompts: int, device: 
         "exported": COPIES * _FLOAT * exported,
         "checkpoints": (train.keep_checkpoints + 1) * _FLOAT * (kept + 2 * trains + replay + own),
         "scored": COPIES * _FLOAT * config.pretrain.num_images * (model.latent + 8),
+        "galleries": COPIES * config.evaluation.num_gallery_prompts * _ARMS * model.picture,
         "small": COPIES * _SMALL,
     }
     return Requirements(disk, memory, train.num_workers, device)
 
 
 def check_room(needed: Requirements, output: Path, store: str) -> None:
-    """Raises ResourceError, with the sum by item, where the disk or the memory of this machine has less than needed."""
-    places = [output, *([Path(store.removeprefix("file://"))] if store.startswith("file://") else [])]
-    for place in dict.fromkeys(_existing(place) for place in places):
+    """Raises ResourceError, with the sum by item, where the disk or the memory of this machine has less than needed.
+
+    A run with a store elsewhere has steps on machines that are not known here: then only what `prepare` itself takes
+    is compared, one copy of the base and its weights in memory.
+    """
+    disk, memory, whose, workers = needed.disk, needed.memory, "this run", needed.workers
+    if store.startswith("file://"):
+        places = [output, Path(store.removeprefix("file://"))]
+    else:
+        places, whose, workers = [output], "this step", 1
+        disk = {"base": disk["base"] // COPIES}
+        memory = {item: memory[item] for item in ("weights", "process")}
+    devices = {place.stat().st_dev: place for place in map(_existing, places)}
+    for place in devices.values():  # on two disks lies half of it each
         free = shutil.disk_usage(place).free
-        if free < needed.disk_bytes:
+        if free < sum(disk.values()) / len(devices):
+            here = " in all, half of it here" if len(devices) > 1 else ""
             remedy = "Free some space, or set another --output, train.keep_checkpoints or serving.include_base=false"
-            raise ResourceError(str(place), f"has {_size(free)} free, and this run needs {_sum(needed.disk)}", remedy)
-    free = _free_memory(needed.device)
-    if free is not None and free < needed.memory_bytes:
-        workers = f" in each of {needed.workers} workers" if needed.device == "cpu" and needed.workers > 1 else ""
+            raise ResourceError(str(place), f"has {_size(free)} free, and {whose} needs {_sum(disk)}{here}", remedy)
+    shared = workers if needed.device == "cpu" else 1
+    free_memory = _free_memory(needed.device)
+    if free_memory is not None and free_memory < sum(memory.values()) * shared:
+        each = f" in each of {shared} workers" if shared > 1 else ""
         remedy = "Use a smaller train.block_images, policy.adaptation=lora, fewer train.num_workers or more memory"
-        raise ResourceError(
-            f"memory ({needed.device})",
-            f"has {_size(free)} free, and this run needs {_size(needed.memory_bytes)}: {_sum(needed.memory)}{workers}",
-            remedy,
-        )
+        total = _size(sum(memory.values()) * shared)
+        problem = f"has {_size(free_memory)} free, and {whose} needs {total}: {_sum(memory)}{each}"
+        raise ResourceError(f"memory ({needed.device})", problem, remedy)
 
 
 def describe(needed: Requirements) -> list[str]:
@@ -178,7 +192,7 @@ def _read(folder: Path, layout: Layout | None, config: Config) -> Model:
     adapted = [shape for name, shape in own.items() if name.endswith(suffixes) and len(shape) == 2]
     settings = {part.name: read_json(folder / part.name / "config.json") for part in layout.parts if part.stem}
     return Model(
-        files=sum((folder / name).stat().st_size for name in layout.files(listing(folder))),
+        files=sum((folder / name).stat().st_size for name in used(folder, layout)),
         network=_count(own),
         frozen=sum(_count(tensors) for name, tensors in found.items() if name != layout.network),
         adapters=config.policy.lora_rank * sum(sum(shape) for shape in adapted),

@@ -4,11 +4,11 @@ Everything that a later step would refuse, or would use in another way than the 
 of it together, with the remedy.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentac.backbones.layout import INDEX, Layout, Part, listing, outside
+from latentac.backbones.layout import INDEX, Layout, Part, Rule, outside, used
 from latentac.backbones.weights import LFS, Damaged, Weights, pointer, read_json, shapes
 from latentac.errors import ConfigError, Problem
 
@@ -69,7 +69,7 @@ def inspect(source: str, folder: Path, layout: Layout, *, weights: bool = True) 
         return [_problem(source, INDEX, *each) for each in found]
     index = read_json(folder / INDEX)
     problems: list[Problem] = []
-    for name in outside(folder, layout.files(listing(folder))):
+    for name in outside(folder, used(folder, layout)):
         remedy = "Put the file itself there: what is outside the folder is not followed"
         problems.append(_problem(source, name, "is a link that leads out of the folder", remedy))
     configurations: dict[str, dict[str, Any]] = {}
@@ -80,9 +80,16 @@ def inspect(source: str, folder: Path, layout: Layout, *, weights: bool = True) 
         problems += [_problem(source, part.name, *each) for each in faults]
     for parts, rule in layout.rules:
         if configurations.keys() >= set(parts):
-            problems += [_problem(source, *each) for each in rule(configurations)]
+            problems += _ruled(source, rule, configurations)
     problems += _scheduler(source, folder, layout)
     return problems
+
+
+def _ruled(source: str, rule: Rule, configurations: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
+    try:
+        return [_problem(source, *each) for each in rule(configurations)]
+    except (TypeError, ValueError, ArithmeticError) as error:
+        return [_problem(source, "config.json", f"has values of the wrong type ({error})", "Fetch the file again")]
 
 
 def weights_of(folder: Path, part: Part) -> Weights | None:
@@ -112,8 +119,8 @@ def _pipeline(source: str, folder: Path, layout: Layout) -> Iterator[tuple[str, 
         return
     try:
         name = read_json(folder / INDEX).get("_class_name")
-    except Damaged as error:
-        yield str(error), "Fetch the file again"
+    except (Damaged, OSError) as error:
+        yield str(error), _remedy(str(error))
         return
     if name == layout.pipeline:
         return
@@ -144,7 +151,7 @@ def _part(
             configurations[part.name] = _tokenizer(folder / part.name)
         elif part.kind != "scheduler":
             configurations[part.name] = _configuration(folder / part.name, part)
-    except Damaged as error:
+    except (Damaged, OSError) as error:
         yield str(error), _remedy(str(error))
 
 
@@ -177,7 +184,8 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
         model = described.get("model")
         vocabulary = model.get("vocab") if isinstance(model, dict) else None
         added = described.get("added_tokens") or []
-        more = {str(token["content"]): token["id"] for token in added if isinstance(token, dict)}  # type: ignore[union-attr]
+        listed = added if isinstance(added, list) else []
+        more = {str(token.get("content")): token.get("id") for token in listed if isinstance(token, dict)}
     elif {"vocab.json", "merges.txt"} <= names:
         vocabulary, more = read_json(folder / "vocab.json"), {}
         merges = (folder / "merges.txt").read_bytes()
@@ -207,7 +215,7 @@ def _weights(folder: Path, part: Part) -> Iterator[tuple[str, str]]:
     if chosen is not None:
         try:
             shapes(folder / part.name, chosen)
-        except Damaged as error:
+        except (Damaged, OSError) as error:
             yield str(error), _remedy(str(error))
         return
     others = sorted(path.name for path in (folder / part.name).glob("*") if path.suffix in _PICKLES)

@@ -86,6 +86,15 @@ def listing(folder: Path) -> list[str]:
     return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
 
 
+def used(folder: Path, layout: Layout) -> list[str]:
+    """Relative names of the files of the pipeline in `folder` that are used. A part's folder may be a link."""
+    names = [INDEX] if (folder / INDEX).is_file() else []
+    for part in layout.parts:
+        within = [path.name for path in (folder / part.name).glob("[!.]*") if path.is_file()]
+        names += [f"{part.name}/{name}" for name in part.files(within)]
+    return names
+
+
 def outside(folder: Path, names: Iterable[str]) -> list[str]:
     """Those of the files that are links out of `folder`; a hub cache's own links to its blobs are not."""
     roots = [folder.resolve()]
@@ -97,16 +106,16 @@ def outside(folder: Path, names: Iterable[str]) -> list[str]:
 def copy(source: Path, folder: Path, layout: Layout | None) -> None:
     """The files of `source` that are used, in `folder`, weights under their plain names; what is not copied is null in
     model_index.json, so that the folder is a whole pipeline for diffusers too."""
-    names = listing(source)
     if layout is None:
-        for name in (name for name in names if name.endswith(_ANYTHING_SAFE)):
+        for name in (name for name in listing(source) if name.endswith(_ANYTHING_SAFE)):
             _copy(source / name, folder / name)
         return
     _write(folder / INDEX, _reduced(read_json(source / INDEX), layout))
+    names = used(source, layout)
     for part in layout.parts:
-        within = [name.removeprefix(f"{part.name}/") for name in names if name.rpartition("/")[0] == part.name]
+        within = [name.removeprefix(f"{part.name}/") for name in names if name.startswith(f"{part.name}/")]
         weights = part.weights(within)
-        for name in part.files(within):
+        for name in within:
             if weights is None or name not in weights.names:
                 _copy(source / part.name / name, folder / part.name / name)
             elif name == weights.index:

@@ -61,7 +61,10 @@ def _unet_latents(found: Configurations) -> Iterator[Finding]:
 
 
 def _unet_text(found: Configurations) -> Iterator[Finding]:
-    width = _text(found["text_encoder"]).get("hidden_size", 512)
+    text = _text(found["text_encoder"])
+    if text.get("use_attention_mask"):
+        yield "text_encoder", "use_attention_mask is true, and latentac reads all tokens alike", _TEXT_TO_IMAGE
+    width = text.get("hidden_size", 512)
     reads = found["unet"].get("cross_attention_dim", 1280)
     if reads != width:
         problem = f"cross_attention_dim is {reads!r}, and text_encoder has a hidden_size of {width}"

@@ -141,6 +141,17 @@ def test_only_what_is_used_is_copied(models, tmp_path):
     DiffusionPipeline.from_pretrained(tmp_path / "copy", **WITHOUT_T5["dit"])
 
 
+def test_a_part_may_be_a_link_within_the_folder(models, tmp_path):
+    """As where two encoders are one; what is copied is files."""
+    folder = shutil.copytree(models["dit"], tmp_path / "model")
+    shutil.rmtree(folder / "tokenizer_2")
+    os.symlink("tokenizer", folder / "tokenizer_2")
+    assert problems(folder, DIT) == []
+    copy(folder, tmp_path / "copy", DIT)
+    assert listing(tmp_path / "copy") == listing(models["dit"])
+    assert not (tmp_path / "copy" / "tokenizer_2").is_symlink()
+
+
 def test_a_safety_checker_beside_it_does_not_matter(models, tmp_path):
     """Stable Diffusion 1.5's own index names one; its folder need not even be there."""
     folder = shutil.copytree(models["unet"], tmp_path / "model")
@@ -189,6 +200,11 @@ def linked(folder):
     shutil.copyfile(folder / WEIGHTS, folder.parent / "elsewhere")
     (folder / WEIGHTS).unlink()
     os.symlink(folder.parent / "elsewhere", folder / WEIGHTS)
+
+
+def linked_part(folder):
+    shutil.move(folder / "vae", folder.parent / "vae")
+    os.symlink(folder.parent / "vae", folder / "vae")
 
 
 PIPELINES = {
@@ -274,6 +290,10 @@ REFUSED = {
         setting(TEXT_FILE, architectures=None, model_type="xlm-roberta"),
         "model_type 'xlm-roberta'",
     ),
+    "a masked encoder": (setting(TEXT_FILE, use_attention_mask=True), "use_attention_mask is true"),
+    "a part that is a link out of the folder": (linked_part, "vae/config.json: is a link that leads out"),
+    "numbers as texts": (setting(TEXT_FILE, vocab_size="many"), "values of the wrong type"),
+    "tokens of no form": (text("tokenizer/tokenizer.json", '{"model": {}, "added_tokens": [{}]}'), "empty vocabulary"),
     "a VQ model": (setting(INDEX, vae=["diffusers", "VQModel"]), "vae: is a VQModel"),
     "a tiny autoencoder": (setting(INDEX, vae=["diffusers", "AutoencoderTiny"]), "vae: is a AutoencoderTiny"),
     "an asymmetric autoencoder": (

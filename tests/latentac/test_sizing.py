@@ -113,13 +113,13 @@ def usage(free):
 
 
 def test_a_disk_that_is_too_small_is_refused_with_the_sum(tmp_path, monkeypatch):
-    """By item, in the folder of the run and in a store of files; a bucket is its owner's business."""
+    """By item, in the folder of the run and in a store of files, which may not be there yet."""
     found = needed()
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(found.disk_bytes - 1))
     with pytest.raises(ResourceError, match=r"has \d+ MiB free, and this run needs \d+ MiB \(base .*checkpoints"):
         sizing.check_room(found, tmp_path / "runs", f"file://{tmp_path}/store")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(found.disk_bytes))
-    sizing.check_room(found, tmp_path / "runs" / "not" / "yet", "s3://bucket/prefix")
+    sizing.check_room(found, tmp_path / "runs" / "not" / "yet", f"file://{tmp_path}/store")
 
 
 def test_memory_that_is_too_small_is_refused_with_the_sum(tmp_path, monkeypatch):
@@ -127,10 +127,23 @@ def test_memory_that_is_too_small_is_refused_with_the_sum(tmp_path, monkeypatch)
     found = needed()
     assert found.memory_bytes == found.workers * sum(found.memory.values())
     monkeypatch.setattr(sizing, "_free_memory", lambda device: found.memory_bytes - 1)
+    store = f"file://{tmp_path}/store"
     with pytest.raises(ResourceError, match=r"memory \(cpu\): has .*weights .*in each of 2 workers.*block_images"):
-        sizing.check_room(found, tmp_path, "s3://bucket")
+        sizing.check_room(found, tmp_path, store)
     monkeypatch.setattr(sizing, "_free_memory", lambda device: found.memory_bytes)
+    sizing.check_room(found, tmp_path, store)
+
+
+def test_with_a_store_elsewhere_only_this_step_counts(tmp_path, monkeypatch):
+    """The workers of a cluster have machines of their own."""
+    found = needed()
+    step = found.memory["weights"] + found.memory["process"]
+    monkeypatch.setattr(sizing, "_free_memory", lambda device: step)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(found.disk["base"]))
     sizing.check_room(found, tmp_path, "s3://bucket")
+    monkeypatch.setattr(sizing, "_free_memory", lambda device: step - 1)
+    with pytest.raises(ResourceError, match="this step needs"):
+        sizing.check_room(found, tmp_path, "s3://bucket")
 
 
 def test_a_containers_own_limit_counts(tmp_path):
