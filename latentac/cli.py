@@ -81,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument(
                 "--set", action="append", default=[], metavar="a.b=c", help="a field over both; repeat it"
             )
+            verb.add_argument(
+                "--package", default="", metavar="DIR", help="your own code: kept with the run, importable in each step"
+            )
         verb.set_defaults(command=_run_verb, verb=name)
 
     for name, summary in _FURTHER.items():  # only for the list: they are called before anything is parsed
@@ -153,7 +156,8 @@ def _run_verb(options: argparse.Namespace) -> None:
     own_descendants()
     place = {"run": options.run, "store": options.store, "output": options.output}
     if options.verb == "prepare":
-        place |= {"recipe": options.recipe, "config": options.config, "overrides": options.set}
+        given = {"recipe": options.recipe, "config": options.config, "overrides": options.set}
+        place |= {**given, "package": options.package}
     with run_lock(working_folder(options.run, options.output) / LOCK_FILE):
         manifest: Manifest | None = VERBS[options.verb](**place)
     if manifest is None:

@@ -55,9 +55,9 @@ class Requirements:
 @dataclass(frozen=True)
 class Model:
     """Counts that follow from a folder. files: bytes that are used; network, frozen: weights of the denoiser and of all
-    other parts; adapters: weights of LoRA of the configured rank; latent, picture: numbers in one (bytes of a picture); units: tokens times
-    width, summed over the denoiser's layers; decoder: numbers of the decoder's largest map; text: numbers a prompt;
-    taps: numbers a state that a critic may keep."""
+    other parts; adapters: weights of LoRA of the configured rank; latent, picture: numbers in one (a picture's are
+    bytes); units: tokens times width, summed over the denoiser's layers; decoder: numbers of the decoder's largest map;
+    text: numbers a prompt; taps: numbers a state that a critic may keep."""
 
     files: int
     network: int
@@ -92,8 +92,8 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
         base         the files that are used
         trained      P + F
         exported     P + F, and P again with serving.include_base, and the adapters
-        checkpoints  keep_checkpoints and the one being written, of N weights, 2 N moments, N average, N best, and the
-                     critic's replay
+        checkpoints  keep_checkpoints, the one being written and its temporary copy, of N weights, 2 N moments, N
+                     average, N best, and the critic's replay
         scored       latents that the critic learned from
         galleries    evaluation.num_gallery_prompts pictures of 20 arms, uncompressed
         small        8 MiB
@@ -133,7 +133,7 @@ def count(config: Config, model: Model, network: str, num_prompts: int, device: 
         "base": COPIES * model.files,
         "trained": COPIES * _FLOAT * (model.network + model.frozen),
         "exported": COPIES * _FLOAT * exported,
-        "checkpoints": (train.keep_checkpoints + 1) * _FLOAT * (kept + 2 * trains + replay + own),
+        "checkpoints": (train.keep_checkpoints + 2) * _FLOAT * (kept + 2 * trains + replay + own),
         "scored": COPIES * _FLOAT * config.pretrain.num_images * (model.latent + 8),
         "galleries": COPIES * config.evaluation.num_gallery_prompts * _ARMS * model.picture,
         "small": COPIES * _SMALL,

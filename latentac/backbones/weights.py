@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _QUANTISED = {"I8", "U8", "I16"}
@@ -138,8 +139,9 @@ def header(file: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _shape(name: str, entry: Mapping[str, object], file: str) -> tuple[int, ...]:
-    kind, sizes, (start, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]  # type: ignore[arg-type, misc]
+def _shape(name: str, entry: Mapping[str, Any], file: str) -> tuple[int, ...]:
+    kind, sizes = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+    start, end = entry["data_offsets"]
     if kind not in _SIZES or (kind in _QUANTISED and name.endswith("weight")):
         raise Damaged(f"{file} holds quantised weights ({name} is {kind}), which cannot be trained")
     if math.prod(sizes) * _SIZES[kind] != end - start:

@@ -22,6 +22,10 @@ _REMEDY = "Correct the reward, or take it out of `rewards`. What the run has don
 _log = logging.getLogger(__name__)
 
 
+class _Left(Exception):
+    """A reward raised what is not for it to raise, such as SystemExit."""
+
+
 class ConfiguredReward:
     """name, weight: the configuration's; unit: the class's, or "". Calls may come from any thread."""
 
@@ -40,9 +44,7 @@ class ConfiguredReward:
             return self._attempts(images, prompts)
         except RewardError:
             raise
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
-                raise
+        except Exception as error:
             culprit = self._culprit(images, prompts, error)
             raise self._failed(culprit, _told(error)) from error
 
@@ -96,7 +98,7 @@ class ConfiguredReward:
             where = told.where if told.where.startswith("prompt") else f"prompt {texts[0]!r}, {told.where}"
             raise RewardError(f"reward {self.name}, {where}", told.problem, told.remedy)
         if failed:
-            raise failed[0]
+            raise failed[0] if isinstance(failed[0], Exception) else _Left(_told(failed[0]))
         return found[0]
 
     def _checked(self, answer: Any, prompts: Sequence[Prompt]) -> np.ndarray:
@@ -130,7 +132,7 @@ class ConfiguredReward:
             one = slice(index, index + 1)
             try:
                 self._within_time(images[one], prompts[one])
-            except BaseException as found:  # noqa: BLE001 - of the same kind, or another one: the first is reported
+            except Exception as found:  # noqa: BLE001 - of the same kind, or another one: the first is reported
                 if type(found) is type(error):
                     return prompts[one]
         return prompts
@@ -172,4 +174,6 @@ def _parameters(reward: Any) -> Mapping[str, Any]:
 
 def _told(error: BaseException) -> str:
     text = " ".join(str(error).split())[:500]
+    if isinstance(error, _Left):
+        return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -33,7 +33,7 @@ SECTIONS = (
 )
 KEYS = (
     *("run", "recipe", "seed", "commit", "created", "machine", "versions", "settings", "seconds", "evaluation"),
-    *("gallery", "critic", "training", "steering", "gate", "serving", "notes"),
+    *("gallery", "critic", "training", "steering", "steered", "gate", "serving", "notes"),
 )
 SETTINGS = {
     "recipe": "shapes-unet",
