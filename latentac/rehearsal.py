@@ -120,7 +120,7 @@ def _step(config: Config, policy: Policy, prompt: str, found: _Found) -> tuple[t
         num_stochastic_steps(policy.kernel, sigmas)
     with found.trying("backbone.source", source, "encoding a prompt", _OTHER_MODEL):
         conditioning = backbone.encode([prompt])
-        text_shape = tuple(conditioning.tokens.shape[1:])
+        text_shape = conditioning.tokens.shape[1], conditioning.tokens.shape[2]
         _check_finite(conditioning.tokens, "the text encoder's output", source, found)
         if text_shape[-1] != backbone.text_width:
             problem = f"its text has width {text_shape[-1]}, and the denoiser reads {backbone.text_width}"
@@ -151,13 +151,13 @@ def _adapted(config: Config, backbone: Denoiser, found: _Found) -> int:
     """How many parameters train, after the module was made trainable as the run does it."""
     settings = config.policy
     remedy = "Use policy.adaptation=full, or a backbone whose attention has the usual names"
+    trainable = 0
     with found.trying("policy.adaptation", settings.adaptation, "making the denoiser trainable", remedy):
         backbone.adapt(settings)
         trainable = sum(each.numel() for each in backbone.module.parameters() if each.requires_grad)
         if not trainable:
             found.add("policy.adaptation", settings.adaptation, "no parameter of the denoiser would train", remedy)
-        return trainable
-    return 0
+    return trainable
 
 
 def _check_schedule(sigmas: Tensor, num_steps: int, found: _Found) -> None:

@@ -2,11 +2,14 @@
 fetched."""
 
 import glob
+import logging
 from pathlib import Path
 
 from latentac.backbones.inspection import SUPPORTED, conversion, inspect
 from latentac.backbones.layout import INDEX, Layout, listing
 from latentac.errors import ConfigError, Problem
+
+_log = logging.getLogger(__name__)
 
 _FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 _REMEDY = "Use builtin:shapes-unet, a diffusers folder with safetensors weights, or a hub id"
@@ -89,15 +92,14 @@ def _from_hub(source: str, layout: Layout | None, revision: str | None) -> tuple
 
 def _names(source: str, folder: Path, commit: str) -> list[str]:
     """Names of the repository's files, or, where the hub cannot be reached, of those that the cache holds."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import DryRunError
+    from huggingface_hub import HfApi
 
-    if _offline():
-        return listing(folder)
-    try:
-        return [file.filename for file in snapshot_download(source, revision=commit, dry_run=True)]
-    except DryRunError:
-        return listing(folder)
+    if not _offline():
+        try:
+            return list(HfApi().list_repo_files(source, revision=commit))
+        except Exception as error:  # noqa: BLE001 - unreachable in any way: what the cache holds may do
+            _log.info("the hub did not answer (%s): its cache is used", type(error).__name__)
+    return listing(folder)
 
 
 def _offline() -> bool:

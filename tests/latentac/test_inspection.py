@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from latentac.backbones.inspection import inspect
 from latentac.backbones.layout import copy, listing
 from latentac.backbones.source import locate
 from latentac.backbones.stable_diffusion import DIT, UNET
-from latentac.errors import ConfigError
+from latentac.errors import ConfigError, Problem
 from latentac.shapes import builtin_pipeline
 from tests.latentac import miniatures
 
@@ -27,7 +29,7 @@ CPU = torch.device("cpu")
 POINTER = (
     "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32\nsize 12345\n"
 )
-WITHOUT_T5 = {"unet": {}, "dit": {"text_encoder_3": None, "tokenizer_3": None}}
+WITHOUT_T5: dict[str, dict[str, None]] = {"unet": {}, "dit": {"text_encoder_3": None, "tokenizer_3": None}}
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -42,7 +44,7 @@ def models(tmp_path_factory):
 
 
 def problems(folder, layout=UNET):
-    found = ()
+    found: Sequence[Problem] = ()
     try:
         locate(str(folder), layout)
     except ConfigError as error:
@@ -66,7 +68,7 @@ def test_the_embedded_models_pass(name):
     assert problems(builtin_pipeline(name), UNET if name == "shapes-unet" else DIT) == []
 
 
-ACCEPTED = {
+ACCEPTED: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "SD1.5": (miniatures.sd15, {}),
     "SD1.5 sharded": (miniatures.sd15, {"sharded": True}),
     "SD1.5 as fp16 alone": (miniatures.sd15, {"variant": "fp16"}),

@@ -3,6 +3,7 @@ what that scheduler's own arithmetic makes of it."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' own, by the thou
 
 CPU = torch.device("cpu")
 PREDICTIONS = ("epsilon", "v_prediction")
-BETAS = {
+BETAS: dict[str, dict[str, Any]] = {
     "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
     "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
     "class's own": {},
@@ -150,7 +151,7 @@ def test_zero_terminal_snr_with_v_prediction_starts_from_noise_alone(tmp_path, n
     assert bool(trajectory.log_probs.isfinite().all())
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "sample": ("DDIMScheduler", {"prediction_type": "sample"}, "prediction_type is 'sample'"),
     "unknown prediction": ("DDIMScheduler", {"prediction_type": "score"}, "prediction_type is 'score'"),
     "flow prediction": (
@@ -230,7 +231,12 @@ def test_velocity_is_read_as_the_flows_own_scheduler_reads_it(tmp_path, name):
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
 def test_dynamic_shifting_is_diffusers_own(tmp_path, kind):
     """The levels that the pipeline of the folder draws at, for the size of its pictures."""
-    settings = {"use_dynamic_shifting": True, "time_shift_type": kind, "shift": 3.0, "base_image_seq_len": 4}
+    settings: dict[str, Any] = {
+        "use_dynamic_shifting": True,
+        "time_shift_type": kind,
+        "shift": 3.0,
+        "base_image_seq_len": 4,
+    }
     miniatures.sd3(tmp_path, max_image_seq_len=64, **settings)
     backbone = BACKBONES.build("dit", tmp_path, CPU)
     pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path, text_encoder_3=None, tokenizer_3=None)
@@ -239,7 +245,7 @@ def test_dynamic_shifting_is_diffusers_own(tmp_path, kind):
     torch.testing.assert_close(backbone.schedule(5), pipeline.scheduler.sigmas, rtol=1e-5, atol=1e-6)
 
 
-FLOW_REFUSED = {
+FLOW_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "variance-preserving": ("DDPMScheduler", {}, "DDPMScheduler is not known"),
     "inverted": ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas is True"),
     "terminal": ("FlowMatchEulerDiscreteScheduler", {"shift_terminal": 0.1}, "shift_terminal is 0.1"),

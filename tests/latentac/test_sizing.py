@@ -1,6 +1,5 @@
 """What a run needs is counted from its configuration and its weights' headers, and compared with what is there."""
 
-import collections
 import math
 
 import pytest
