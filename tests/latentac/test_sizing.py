@@ -1,6 +1,7 @@
 """What a run needs is counted from its configuration and its weights' headers, and compared with what is there."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -107,8 +108,14 @@ def test_sizes_of_the_field_come_out_as_they_were_measured(tmp_path):
     assert gib(train__block_images=32, **lora) > 79
 
 
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
 def usage(free):
-    return collections.namedtuple("usage", "total used free")(2 * free, free, free)
+    return Usage(2 * free, free, free)
 
 
 def test_a_disk_that_is_too_small_is_refused_with_the_sum(tmp_path, monkeypatch):
