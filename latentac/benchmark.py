@@ -57,20 +57,22 @@ def run_benchmark(
     denoiser per image, a backward as 2; seconds are wall time for all n images, decoding and scoring included. The
     gallery shows the arm that was best by the gate's reward, on the prompts and noise of `compare`.
     """
-    evaluation, seed, steps = config.evaluation, config.seed, config.kernel.num_steps
+    evaluation, seed, steps, block = config.evaluation, config.seed, config.kernel.num_steps, config.train.block_images
     chosen = [prompts[i] for i in balanced(prompts, evaluation.num_images, seed, "evaluation")]
     rows: list[dict[str, Any]] = []
     plans = arms(config)
     for plan in plans:
         started = time.monotonic()
         wanted = chosen[: config.steering.num_images]
-        arm = sample(policy, critic, rewards, wanted, seed, steps, steering=plan.steering, label=plan.label)
+        arm = sample(
+            policy, critic, rewards, wanted, seed, steps, block_images=block, steering=plan.steering, label=plan.label
+        )
         rows += _rows(config, arm, time.monotonic() - started, plan)
     best = best_steered(rows, config.gate.reward)
     wanted_arm = (best["method"], best["strength"], best["candidates"]) if best else None
     steering = next((p.steering for p in plans if (p.method, p.strength, p.candidates) == wanted_arm), None)
     shown = chosen[: evaluation.num_gallery_prompts]
-    arm = sample(policy, critic, rewards, shown, seed, steps, steering=steering, label="gallery")
+    arm = sample(policy, critic, rewards, shown, seed, steps, block_images=block, steering=steering, label="gallery")
     return rows, gallery(config, [prompt.text for prompt in shown], {"steered": arm.images})
 
 

@@ -1,16 +1,15 @@
 """The command line: parse, call a verb, map errors to exit codes. Nothing heavy is imported before a verb runs."""
 
 import argparse
-import errno
 import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from latentac import __version__
-from latentac.errors import ConfigError, LatentacError, Problem, ResourceError
+from latentac.errors import ConfigError, LatentacError, Problem, expected
 
 if TYPE_CHECKING:
     from latentac.store import Manifest
@@ -46,14 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command: Callable[[argparse.Namespace], None] = options.command
         command(options)
-    except LatentacError as error:
-        print(f"latentac: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (LatentacError, OSError, ImportError) as error:
+        meant = expected(error)
+        if meant is None:
             raise
-        print(f"latentac: {error.filename or 'disk'}: no space is left. Free some and resume.", file=sys.stderr)
-        return ResourceError.exit_code
+        print(f"latentac: {meant}", file=sys.stderr)
+        return meant.exit_code
     except KeyboardInterrupt:
         print("latentac: interrupted; the same command goes on from what is done", file=sys.stderr)
         return 130
@@ -75,26 +72,31 @@ def _parser() -> argparse.ArgumentParser:
             example += " --recipe shapes-unet --set policy.learning_rate=3e-5 --set seed=1"
         verb = _make(verbs.add_parser, name, summary, example)
         _add_place(verb)
+        if name == "gate":
+            _add_gate(verb)
+        if name == "deploy":
+            verb.add_argument("--force", action="store_true", help="also a held run, or one that was deployed before")
         if name == "prepare":
-            verb.add_argument("--recipe", default="shapes-unet", help="named configuration (default: %(default)s)")
-            verb.add_argument("--config", default="", metavar="FILE", help="YAML file over the recipe")
-            verb.add_argument(
-                "--set", action="append", default=[], metavar="a.b=c", help="a field over both; repeat it"
-            )
-            verb.add_argument(
-                "--package", default="", metavar="DIR", help="your own code: kept with the run, importable in each step"
-            )
+            _add_settings(verb)
+            verb.add_argument("--project", default="", metavar="NAME", help="as --set project=NAME")
         verb.set_defaults(command=_run_verb, verb=name)
 
     for name, summary in _FURTHER.items():  # only for the list: they are called before anything is parsed
         verbs.add_parser(name, help=summary, add_help=False)
 
+    _add_config(verbs)
+
     report = _make(verbs.add_parser, "report", "write report.html and summary.json", "latentac report --run first")
     _add_place(report)
     report.set_defaults(command=_report)
 
-    serve = _make(verbs.add_parser, "serve", "serve a deployed model with KServe", "latentac serve --run first")
-    _add_place(serve)
+    serve = _make(
+        verbs.add_parser,
+        "serve",
+        "serve a model with KServe: what was deployed last, or what a run deployed or trained",
+        "latentac serve --run first\n  latentac serve --project shapes-unet --port 8081",
+    )
+    _add_model(serve)
     serve.add_argument("--port", type=int, default=8080, help="port on loopback (default: %(default)s)")
     serve.set_defaults(command=_serve)
 
@@ -104,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
         "copy a published model, verified, into a folder or an empty mount",
         "latentac fetch-model --version first-0a1b2c3d --store s3://models/demo --to model",
     )
-    fetch.add_argument("--version", required=True, metavar="V", help="the model's version, as in registry/*.json")
+    fetch.add_argument(
+        "--version", required=True, metavar="V", help="the model's version, as in registry/*/production.json"
+    )
     fetch.add_argument("--store", required=True, metavar="URL", help="file:// or s3://bucket/prefix")
     fetch.add_argument("--to", required=True, type=Path, metavar="FOLDER", help="what to fill: empty, or not there yet")
     fetch.set_defaults(command=_fetch)
@@ -112,10 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     generate = _make(
         verbs.add_parser,
         "generate",
-        "make pictures with a deployed model",
+        "make pictures with a model: what was deployed last, or what a run deployed or trained",
         'latentac generate --run first --prompt "a red circle" --seed 7 --steer shapes_verifier=2 --picture out.png',
     )
-    _add_place(generate)
+    _add_model(generate)
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--count", type=int, default=1, help="pictures, side by side (default: %(default)s)")
@@ -125,6 +129,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(command=_generate)
     return parser
+
+
+def _add_config(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    summary = "show the resolved settings, or explain the fields"
+    example = "latentac config show --recipe shapes-unet > mine.yaml\n  latentac config fields train"
+    commands = _make(verbs.add_parser, "config", summary, example).add_subparsers(metavar="command", required=True)
+    example = "latentac config show --recipe shapes-unet --set algorithm.use=grpo"
+    show = _make(commands.add_parser, "show", "print the resolved settings as commented YAML", example)
+    _add_settings(show)
+    show.set_defaults(command=_show_config)
+    example = "latentac config fields rewards.weight\n  latentac config fields algorithm.grpo"
+    fields = _make(
+        commands.add_parser, "fields", "explain a section, a field, a row of a table, or all of them", example
+    )
+    fields.add_argument("path", nargs="?", default="", metavar="PATH", help="such as train, or algorithm.grpo")
+    fields.set_defaults(command=_explain_fields)
+
+
+def _add_settings(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--recipe", default="shapes-unet", help="named configuration (default: %(default)s)")
+    verb.add_argument("--config", default="", metavar="FILE", help="YAML file over the recipe")
+    verb.add_argument("--set", action="append", default=[], metavar="a.b=c", help="a field over both; repeat it")
+    verb.add_argument(
+        "--package", default="", metavar="DIR", help="your own code: kept with the run, importable in each step"
+    )
 
 
 def _make(
@@ -141,6 +170,22 @@ def _make(
 
 def _add_place(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--run", required=True, metavar="ID", help="the run's id")
+    _add_folders(verb)
+
+
+def _add_model(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--run", default="", metavar="ID", help="a run that has trained, be it held or deployed")
+    verb.add_argument("--project", default="", metavar="NAME", help="or whose model in production (default: the last)")
+    _add_folders(verb)
+
+
+def _add_gate(verb: argparse.ArgumentParser) -> None:
+    text = "another bound than the run's own, for example gate.min_gain=0.02: decide again; repeat it"
+    verb.add_argument("--set", action="append", default=[], metavar="gate.b=c", help=text)
+    verb.add_argument("--dry-run", action="store_true", help="print the verdict and publish nothing")
+
+
+def _add_folders(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--store", default="", metavar="URL", help="file:// or s3://bucket/prefix (default: OUTPUT/store)"
     )
@@ -150,20 +195,51 @@ def _add_place(verb: argparse.ArgumentParser) -> None:
 def _run_verb(options: argparse.Namespace) -> None:
     from latentac.lifetime import own_descendants, run_lock
     from latentac.run import VERBS
+    from latentac.scratch import temporary_files
     from latentac.task import LOCK_FILE
     from latentac.workspace import working_folder
 
     own_descendants()
-    place = {"run": options.run, "store": options.store, "output": options.output}
+    place: dict[str, Any] = {"run": options.run, "store": options.store, "output": options.output}
+    if options.verb == "gate" and options.dry_run:
+        _judge(place, options.set)
+        return
     if options.verb == "prepare":
-        given = {"recipe": options.recipe, "config": options.config, "overrides": options.set}
+        project = [f"project={json.dumps(options.project)}"] if options.project else []
+        given = {"recipe": options.recipe, "config": options.config, "overrides": [*options.set, *project]}
         place |= {**given, "package": options.package}
-    with run_lock(working_folder(options.run, options.output) / LOCK_FILE):
+    if options.verb == "gate":
+        place["overrides"] = options.set
+    if options.verb == "deploy":
+        place["force"] = options.force
+    folder = working_folder(options.run, options.output)
+    with run_lock(folder / LOCK_FILE), temporary_files(folder):
         manifest: Manifest | None = VERBS[options.verb](**place)
+        if manifest is not None and (place.get("overrides") or options.verb == "deploy") and options.verb != "prepare":
+            _tell_again(options)
     if manifest is None:
         print(json.dumps({"key": None, "metrics": {}}))
     else:
         print(json.dumps({"key": manifest.key, "metrics": manifest.metrics}, indent=2))
+
+
+def _tell_again(options: argparse.Namespace) -> None:
+    """Where the run's report was published, let it say what a person has decided since."""
+    from latentac.run import finish
+    from latentac.store import open_store
+    from latentac.workspace import default_store
+
+    if f"{options.run}/finish" in open_store(options.store or default_store(options.output)).keys(options.run):
+        finish(options.run, options.store, options.output)
+
+
+def _judge(place: dict[str, str], overrides: list[str]) -> None:
+    """What the gate would say with these bounds."""
+    from latentac.gate import markdown
+    from latentac.run import judge
+    from latentac.workspace import open_run
+
+    print(markdown(judge(open_run(**place), overrides), place["run"]), end="")
 
 
 def _run_further(options: argparse.Namespace) -> None:
@@ -177,19 +253,40 @@ def _run_further(options: argparse.Namespace) -> None:
     raise ConfigError([Problem(name, arguments, "this installation has no such command", remedy)])
 
 
+def _show_config(options: argparse.Namespace) -> None:
+    from latentac.package import make_importable
+    from latentac.reference import commented_yaml
+    from latentac.resolution import resolve_all
+    from latentac.run import recipe_fields
+
+    if options.package:
+        folder = Path(options.package)
+        make_importable(folder.parent if (folder / "__init__.py").is_file() else folder)
+    sys.stdout.write(commented_yaml(resolve_all(recipe_fields(options.recipe, options.config, options.set)).config))
+
+
+def _explain_fields(options: argparse.Namespace) -> None:
+    from latentac.reference import fields_text
+
+    sys.stdout.write(fields_text(options.path))
+
+
 def _report(options: argparse.Namespace) -> None:
     from latentac.report import write_report
-    from latentac.workspace import default_store
+    from latentac.workspace import default_store, working_folder
 
+    working_folder(options.run, options.output)
     for path in write_report(options.run, options.store or default_store(options.output), options.output):
         print(path)
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from latentac.release import fetch_model
+    from latentac.release import model_to_use
     from latentac.serving.server import serve
 
-    serve(fetch_model(options.run, options.store, options.output), options.port)
+    with model_to_use(options.run, options.project, options.store, options.output) as (folder, told):
+        print(told, flush=True)
+        serve(folder, options.port)
 
 
 def _fetch(options: argparse.Namespace) -> None:
@@ -201,11 +298,12 @@ def _fetch(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from latentac.release import fetch_model, generate_picture
+    from latentac.release import generate_picture, model_to_use
 
-    folder = fetch_model(options.run, options.store, options.output)
     picture = Path(options.picture)
-    used = generate_picture(folder, options.prompt, options.seed, options.count, options.steer, picture)
+    with model_to_use(options.run, options.project, options.store, options.output) as (folder, told):
+        print(told, file=sys.stderr, flush=True)
+        used = generate_picture(folder, options.prompt, options.seed, options.count, options.steer, picture)
     print(json.dumps({"picture": str(picture), **used}))
 
 

@@ -42,11 +42,14 @@ def sample(
     seed: int,
     num_steps: int,
     *,
+    block_images: int,
     steering: Steering | None = None,
     label: str = "sampling",
-    block_images: int = 32,
 ) -> Arm:
-    """One picture a prompt. Image i has the same noise in every arm; its candidate 0 is the unsteered rollout."""
+    """One picture a prompt. Image i has the same noise in every arm; its candidate 0 is the unsteered rollout.
+
+    block_images: so many go through the denoiser together, each with all its candidates.
+    """
     device = policy.backbone.device
     blocks = [range(start, min(start + block_images, len(prompts))) for start in range(0, len(prompts), block_images)]
 
@@ -108,15 +111,24 @@ def compare(
     settings, seed = config.evaluation, config.seed
     held_out = prompts.held_out
     chosen = [held_out[index] for index in balanced(held_out, settings.num_images, seed, "evaluation")]
-    texts, steps = [prompt.text for prompt in chosen], config.kernel.num_steps
+    texts, steps, block = [prompt.text for prompt in chosen], config.kernel.num_steps, config.train.block_images
     arms = {
         name: sample(
-            policy, critic if name == "trained" else None, rewards, chosen, seed, steps, label=f"evaluate {name}"
+            policy,
+            critic if name == "trained" else None,
+            rewards,
+            chosen,
+            seed,
+            steps,
+            block_images=block,
+            label=f"evaluate {name}",
         )
         for name, policy in policies.items()
     }
     seen = [prompts.train[i] for i in balanced(prompts.train, settings.num_images // 4, seed, "evaluation")]
-    fitted = sample(policies["trained"], None, rewards, seen, seed, steps, label="evaluate on training prompts")
+    fitted = sample(
+        policies["trained"], None, rewards, seen, seed, steps, block_images=block, label="evaluate on training prompts"
+    )
     trained, main = arms["trained"], config.reward_names.index(config.gate.reward)
     differences = {
         key: Scores(trained.scores.rewards - arms[name].scores.rewards, trained.scores.names)
@@ -192,7 +204,8 @@ def _more_pictures(
     All policies do a block one after another, in turns the first first or last, so that a busy machine slows all. On a
     CPU a block is one thread's work: its processor time leaves out what else runs there.
     """
-    draws, size = range(1, config.evaluation.pictures_per_prompt), max(1, len(texts) // 8)
+    draws = range(1, config.evaluation.pictures_per_prompt)
+    size = min(config.train.block_images, max(1, len(texts) // 8))  # eight of each draw, to be compared in pairs
     blocks = [
         (number, draw, range(start, min(start + size, len(texts))))
         for number, (draw, start) in enumerate(itertools.product(draws, range(0, len(texts), size)))

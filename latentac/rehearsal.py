@@ -4,7 +4,7 @@ picture, the adapter, the critic. What cannot work fails here, with all that can
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Rehearsal:
     latent_shape: of one latent image; picture_size: (height, width); text_shape: (tokens, width) of a prompt;
     parameters, trainable: of the denoiser, counted; parameter_bytes: in memory; seconds: that it took
     pictures: uint8 [1, H, W, 3], what one step made of pure noise, to try rewards on
+    backbone: the one that was built, made trainable; whoever needs it once more need not load it again
     """
 
     latent_shape: tuple[int, ...]
@@ -41,10 +42,11 @@ class Rehearsal:
     parameter_bytes: int
     seconds: float
     pictures: np.ndarray
+    backbone: Denoiser
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, without the picture."""
-        return {name: value for name, value in asdict(self).items() if name != "pictures"}
+        """As JSON, without the picture and the backbone."""
+        return {name: value for name, value in vars(self).items() if name not in {"pictures", "backbone"}}
 
 
 class _Found:
@@ -106,6 +108,7 @@ def rehearse(config: Config, folder: Path, prompt: str, device: torch.device) ->
         sum(each.numel() * each.element_size() for each in parameters),
         time.monotonic() - started,
         pictures,
+        backbone,
     )
 
 

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 from latentac.arms import best_steered
 from latentac.charts import draw
+from latentac.commands import typed
 from latentac.errors import ArtifactNotFound, IntegrityError
 from latentac.store import Manifest, Store, open_store
 
@@ -28,7 +28,8 @@ _STEPS = ("prepare", "pretrain-value", "train", "evaluate", "steer", "gate", "de
 _INTERVAL = ("mean", "low", "high", "n")
 _STEERED = ("method", "strength", "candidates", "nfe", "reward", *_INTERVAL, "seconds", "diversity")
 _ITERATION = ("iteration", "images", "reward_mean", "rewards", "kl", "clip_share", "explained_variance", "seconds")
-_SERVING = ("version", "picture_sha256", "seconds", "endpoint", "request")
+_SERVING = ("version", "project", "forced", "picture_sha256", "seconds", "endpoint", "request")
+_GATE, _CHANGED = ("decision", "reasons", "checks", "by"), ("overrides", "former")
 _ARMS = {"base": "evaluate", "incumbent": "evaluate", "trained": "evaluate", "steered": "steer"}
 _POLICIES = ("base", "trained", "incumbent")
 _SECTIONS = {"evaluate": ("galleries", "rewards", "contrasts"), "steer": ("galleries", "steering")}
@@ -48,11 +49,12 @@ def write_report(run: str, store: str, output: str) -> tuple[Path, Path]:
     even `prepare` has finished, IntegrityError if an artifact is not what was published.
     """
     folder = Path(output) / run
+    open_store(store).manifest(f"{run}/prepare")  # or there is nothing to report, and no folder to make for it
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as scratch:
         files = _fetch(open_store(store), run, Path(scratch))
         summary = _summarise(run, files, _timings(folder / "timings.json"))
-        page = _render(summary, _pictures(files, summary["gallery"]), _serve_command(run, store, output))
+        page = _render(summary, _pictures(files, summary["gallery"]), typed("serve", run, store, output))
     report, numbers = folder / "report.html", folder / "summary.json"
     _write(numbers, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     _write(report, page)
@@ -72,9 +74,7 @@ def step_page(step: str, run: str, store: str) -> str:
 
 def gate_reasons(run: str, store: str) -> str:
     """The gate's decision and checks, as the Markdown that `gate` published. Raises ArtifactNotFound before that."""
-    with tempfile.TemporaryDirectory() as scratch:
-        artifact = open_store(store).fetch(f"{run}/gate", Path(scratch) / "gate"), Path(scratch) / "gate"
-        return _text(artifact, "reasons.md")
+    return open_store(store).read(f"{run}/gate", "reasons.md").decode()
 
 
 def numbers(manifest: Manifest) -> dict[str, float]:
@@ -95,16 +95,6 @@ def numbers(manifest: Manifest) -> dict[str, float]:
     return found
 
 
-def _serve_command(run: str, store: str, output: str) -> str:
-    """What a person types to serve the run: the places are named where they are not the default ones."""
-    words = [f"RUN={run}"]
-    if Path(output) != Path("runs"):
-        words.append(f"OUTPUT={output}")
-    if store not in {f"file://{output}/store", f"file://{Path(output).absolute()}/store"}:
-        words.append(f"STORE={store}")
-    return " ".join(["make serve", *map(shlex.quote, words)])
-
-
 def _write(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(text, encoding="utf-8")
@@ -120,15 +110,22 @@ def _timings(path: Path) -> Mapping[str, Any]:
 
 
 def _fetch(store: Store, run: str, scratch: Path) -> Files:
-    """Verified copies of what the run has published, by step."""
+    """Verified copies of what the report shows of the run, by step: numbers, words and pictures. Weights, which may be
+    many GB, are not read."""
     files = {}
     for step in _STEPS:
         try:
-            files[step] = (store.fetch(f"{run}/{step}", scratch / step), scratch / step)
+            files[step] = (store.fetch_files(f"{run}/{step}", scratch / step, _is_shown), scratch / step)
         except ArtifactNotFound:
             if step == "prepare":
                 raise
     return files
+
+
+def _is_shown(path: str) -> bool:
+    """Of an artifact's files. A backbone's own JSON lies in folders of its own."""
+    folder, _, name = path.rpartition("/")
+    return folder in ("", "gallery") and name.endswith((".json", ".md", ".png"))
 
 
 def _read(artifact: tuple[Manifest, Path], name: str) -> Any:
@@ -174,7 +171,8 @@ def _summarise(run: str, files: Files, timings: Mapping[str, Any]) -> Summary:
         "training": [{name: row.get(name) for name in _ITERATION} for row in read("train", "history.json") or ()],
         "steering": [{name: row.get(name) for name in _STEERED} for row in read("steer", "steering.json") or ()],
         "steered": _steered(read("steer", "steering.json") or (), settings["gate"]["reward"]),
-        "gate": gate and {name: gate.get(name) for name in ("decision", "reasons", "checks")},
+        "gate": gate
+        and {**{name: gate.get(name) for name in _GATE}, **{name: gate.get(name) or [] for name in _CHANGED}},
         "serving": deployment and {name: deployment.get(name) for name in _SERVING},
     }
     dropped: Counter[str] = Counter()

@@ -13,7 +13,7 @@ import torch
 
 from latentac.algorithms import ALGORITHMS
 from latentac.backbones import BACKBONES
-from latentac.config import Config, Extension, examine
+from latentac.config import Config, Extension
 from latentac.critic import BODIES
 from latentac.errors import ConfigError, LatentacError, Problem, RewardError
 from latentac.extensions import Table
@@ -21,6 +21,7 @@ from latentac.kernels import KERNELS
 from latentac.rewards import REWARDS
 from latentac.rewards.configured import ConfiguredReward, load_rewards
 from latentac.steering import STEERING, SteeringSettings
+from latentac.validation import examine
 
 TABLES: dict[str, Table] = {
     "backbone": BACKBONES,

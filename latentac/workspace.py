@@ -4,23 +4,26 @@ torch and diffusers are imported where they are needed: the steps that only laun
 """
 
 import functools
+import getpass
 import json
-import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from latentac.config import Config, resolve
+from latentac.config import Config
 from latentac.errors import ArtifactNotFound, ConfigError, Problem
+from latentac.names import RULE, is_name
 from latentac.package import make_importable
 from latentac.store import Manifest, Store, open_store
+from latentac.validation import resolve
 
 if TYPE_CHECKING:
     import torch
 
     from latentac.critic import Critic
     from latentac.policy import Policy
-    from latentac.prompts import PromptSet
+    from latentac.prompts import Prompt, PromptSet
     from latentac.rewards.configured import ConfiguredReward
 
 EXTENSIONS = "extensions.json"
@@ -54,6 +57,14 @@ class Workspace:
         self.store.fetch(f"{self.run}/{step}", folder)
         return folder
 
+    def verdict(self) -> dict[str, Any] | None:
+        """gate.json as it is published now, None where the run has not been judged. Not kept: it can be replaced."""
+        if self.finished("gate") is None:
+            return None
+        with tempfile.TemporaryDirectory() as scratch:
+            self.store.fetch(f"{self.run}/gate", Path(scratch) / "gate")
+            return dict(json.loads((Path(scratch) / "gate" / "gate.json").read_text()))
+
     @functools.cached_property
     def device(self) -> "torch.device":
         from latentac.distributed import pick_device
@@ -65,6 +76,15 @@ class Workspace:
         from latentac.prompts import load_prompts
 
         return load_prompts(str(self.artifact("prepare") / "prompts.json"))
+
+    @functools.cached_property
+    def presentable(self) -> "tuple[Prompt, ...]":
+        """The held-out prompts that the served model takes; `prepare` has seen to it that there are some."""
+        from latentac.prompts import within
+
+        lengths = self.artifact("prepare") / "lengths.json"
+        cut = json.loads(lengths.read_text())["truncated"]["held_out"] if lengths.exists() else []
+        return within(self.prompts.held_out, self.config.serving, cut)
 
     def rewards(self) -> "list[ConfiguredReward]":
         from latentac.rewards.configured import load_rewards
@@ -95,8 +115,8 @@ class Workspace:
 
 def working_folder(run: str, output: str) -> Path:
     """`<output>/<run>`. Raises ConfigError for an id that would lie elsewhere or hide itself."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", run) or run == "store":
-        remedy = "Use letters, digits, '.', '_' and '-', beginning with a letter or digit, and not `store`"
+    if not is_name(run) or run == "store":
+        remedy = f"Use {RULE}, and not `store`"
         raise ConfigError([Problem("run", run, "cannot be the id of a run", remedy)])
     return Path(output) / run
 
@@ -105,13 +125,22 @@ def open_run(run: str, store: str, output: str) -> Workspace:
     """The workspace of a prepared run. Raises ArtifactNotFound where `prepare` has not published."""
     opened = open_store(store or default_store(output))
     folder = working_folder(run, output)
-    manifest = opened.fetch(f"{run}/prepare", folder / "prepare")
-    config = resolve(json.loads((folder / "prepare" / "config.json").read_text()))
-    if (folder / "prepare" / PACKAGE).is_dir():
-        make_importable(folder / "prepare" / PACKAGE)
+    manifest = opened.manifest(f"{run}/prepare")
+    config = resolve(json.loads(opened.read(manifest.key, "config.json")))  # not the backbone: some steps need none
+    if any(file.path.startswith(f"{PACKAGE}/") for file in manifest.files):
+        opened.fetch_files(manifest.key, folder / "code", lambda path: path.startswith(f"{PACKAGE}/"))
+        make_importable(folder / "code" / PACKAGE)
     return Workspace(run, opened, folder, config, manifest)
 
 
 def default_store(output: str) -> str:
     """Where artifacts go when no --store is named."""
     return f"file://{Path(output).absolute()}/store"
+
+
+def person() -> str | None:
+    """Who runs this process, for what only a person decides; None where that has no name, as in a container."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return None

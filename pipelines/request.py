@@ -8,12 +8,20 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from latentac.errors import ConfigError, Problem, ResourceError
+from latentac.errors import ConfigError, Problem, ResourceError, require
 
 _FILE = "request.json"
-_CONFIG = "given-config.yaml"
+_CONFIG = "given-config"
+"""Folder of the copy of the configuration's file, which keeps its name: the project is called by it."""
 PROCESSES, CONTAINERS = "processes", "containers"
 """The ways to run the steps on this machine."""
+
+_HERE = ("kfp", "jinja2", "matplotlib", "PIL", "tqdm")
+_NEEDED = {
+    PROCESSES: (*_HERE, *"torch diffusers transformers peft safetensors torchx tensorboard kserve".split()),
+    CONTAINERS: (*_HERE, "docker", "minio"),
+}
+"""What each way imports here, its last step included: the images hold what the steps in them need."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +40,20 @@ class Request:
 
 
 def create_run(request: Request, output: Path) -> tuple[str, Request]:
-    """Make `<output>/<run>/` with the request and a copy of its config file. Returns the run's id and its request."""
+    """Make `<output>/<run>/` with the request and a copy of its config file. Returns the run's id and its request.
+
+    Raises ResourceError where no folder can be made, or where a package is not installed that the run will need.
+    """
+    require(*_NEEDED[request.way])
     try:
         folder = _new_folder(output, re.sub(r"[^A-Za-z0-9._-]+", "-", request.recipe).strip(".-") or "run")
     except OSError as error:
         remedy = "Choose another --output, or make it a folder that you may write to."
         raise ResourceError(str(output), f"no folder can be made in it ({error.strerror})", remedy) from None
     if request.config and Path(request.config).is_file():  # if it is not, prepare says so with all other problems
-        shutil.copyfile(request.config, folder / _CONFIG)
-        request = dataclasses.replace(request, config=str(folder / _CONFIG))
+        (folder / _CONFIG).mkdir()
+        copy = shutil.copyfile(request.config, folder / _CONFIG / Path(request.config).name)
+        request = dataclasses.replace(request, config=str(copy))
     # request.json makes a folder a run, so it comes last and whole
     (folder / f"{_FILE}.part").write_text(json.dumps(dataclasses.asdict(request), indent=2))
     (folder / f"{_FILE}.part").rename(folder / _FILE)
@@ -55,6 +68,7 @@ def load_run(run: str, output: Path, given: dict[str, object]) -> Request:
         raise ConfigError([Problem("--resume", run, f"no such run in {output}", remedy)])
     fields = json.loads((output / run / _FILE).read_text())
     request = Request(**{**fields, "overrides": tuple(fields["overrides"])})
+    require(*_NEEDED[request.way])
     remedy = "Leave it out, or start a new run."
     problems = [
         Problem(f"--{name}", value, f"the run was started with {getattr(request, name)!r}", remedy)

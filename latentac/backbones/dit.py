@@ -17,7 +17,7 @@ from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from latentac import diffusion
-from latentac.backbones import adapters, to_arrays
+from latentac.backbones import adapters, count_tokens, to_arrays
 from latentac.backbones.loading import load
 from latentac.backbones.schedulers import flow_shift
 from latentac.backbones.stable_diffusion import DIT
@@ -57,6 +57,7 @@ class DiTBackbone:
         self._shift, self._num_timesteps = flow_shift(folder, (config.sample_size // config.patch_size) ** 2)
         self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.text_width: int = config.joint_attention_dim
+        self.max_tokens: int = self._pipeline.tokenizer_max_length  # of both encoders
         self._taps = threading.local()
         self._tokenizing = threading.Lock()  # a tokenizer's padding is state that a call changes
         self.tap_shapes = {}
@@ -88,6 +89,12 @@ class DiTBackbone:
                 max_sequence_length=_T5_LENGTH if standard else 0,
             )
         return Conditioning(tokens.float(), pooled.float())
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """For that of the two tokenizers which makes more of them."""
+        with self._tokenizing:
+            both = [count_tokens(one, prompts) for one in (self._pipeline.tokenizer, self._pipeline.tokenizer_2)]
+        return [max(counts) for counts in zip(*both, strict=True)]
 
     def predict(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning

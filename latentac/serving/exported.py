@@ -43,13 +43,14 @@ class Head(Section):
 
 
 class Limits(Section):
-    """What one request may ask for; `max_images` is over all its instances."""
+    """What one request may ask for, as `config.Serving` has it; `max_images` is over all its instances."""
 
     max_images: Positive
     max_steps: Positive = 100
     max_particles: Positive = 32
     max_prompt_characters: Positive = 1000
     max_guidance_scale: Rate = 20.0
+    allow_truncation: bool = False
 
 
 class Batching(Section):
@@ -63,8 +64,9 @@ class Batching(Section):
 
 class Exported(Section):
     """latentac.json. version: of the model, chosen by who deploys; rewards: the critic's heads, in their order; size:
-    (height, width) of a picture in pixels; examples: prompts to begin with; methods: of steering, by name;
-    default_method: of a request that names none: the best one of the run's benchmark, or `none`."""
+    (height, width) of a picture in pixels; examples: prompts to begin with; notice: what its users must know, or "";
+    methods: of steering, by name; default_method: of a request that names none: the best one of the run's benchmark, or
+    `none`."""
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
@@ -77,6 +79,7 @@ class Exported(Section):
     policies: list[str]
     rewards: list[Head]
     examples: list[str]
+    notice: str = ""
     methods: dict[str, Method]
     default_method: str
     limits: Limits
@@ -100,6 +103,7 @@ def export(
     run: str,
     version: str,
     examples: Sequence[str] = (),
+    notice: str = "",
     extensions: Mapping[str, Any],
     best: Mapping[str, Any] | None = None,
 ) -> Exported:
@@ -126,6 +130,7 @@ def export(
         policies=["trained", *([BASE] if (folder / BASE).is_dir() else [])],
         rewards=[Head(name=one.name, weight=one.weight, unit=units[one.name]) for one in config.rewards],
         examples=list(examples),
+        notice=notice,
         methods=methods,
         default_method=best["method"] if best else next(iter(methods), "none"),
         limits=Limits(
@@ -134,6 +139,7 @@ def export(
             max_particles=serving.max_particles,
             max_prompt_characters=serving.max_prompt_characters,
             max_guidance_scale=serving.max_guidance_scale,
+            allow_truncation=serving.allow_truncation,
         ),
         batching=Batching(**{name: getattr(serving, name) for name in Batching.model_fields}),
     )

@@ -2,7 +2,7 @@
 
     <key>/manifest.json            what the artifact is: origin, files with size and sha256, parents
     <key>/files-<content>/<path>   its files; <content> is a digest of their paths, sizes and sha256s
-    <pointer>                      small JSON that names artifacts: checkpoints/<run>/LATEST, registry/*.json
+    <pointer>                      small JSON that names artifacts: checkpoints/<run>/LATEST, registry/<project>/*.json
 
 Publishing writes the files and then the manifest in one atomic put, so without a manifest there is no artifact.
 The files' folder is named by what is in it, because no S3 verb replaces several objects at once: publishing other
@@ -14,7 +14,7 @@ Environment for s3://<bucket>/<prefix> (a secret never enters a URL or a message
 
     LATENTAC_S3_ENDPOINT     http://host:port or https://host, required
     AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY   required;   AWS_SESSION_TOKEN   optional
-    AWS_REGION               default us-east-1
+    AWS_REGION               default AWS_DEFAULT_REGION, else us-east-1
     LATENTAC_S3_CA           file of certificate authorities, default SSL_CERT_FILE, else certifi's
     LATENTAC_COMMIT          commit to write into manifests where there is no git checkout, as in an image
 

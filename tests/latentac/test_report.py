@@ -389,12 +389,13 @@ def check_schema(summary: dict[str, Any]) -> None:
     more = ("method", "strength", "candidates", "nfe", "reward", "seconds", "diversity")
     assert all(is_interval(row, *more) for row in summary["steering"])
     if summary["gate"] is not None:
-        assert set(summary["gate"]) == {"decision", "reasons", "checks"}
+        assert set(summary["gate"]) == {"decision", "reasons", "checks", "overrides", "by", "former"}
         assert summary["gate"]["decision"] in ("promote", "hold")
         fields = {"name", "value", "relation", "bound", "passed"}
         assert all(set(check) == fields for check in summary["gate"]["checks"])
     if summary["serving"] is not None:
-        assert set(summary["serving"]) == {"version", "picture_sha256", "seconds", "endpoint", "request"}
+        keys = {"version", "picture_sha256", "seconds", "endpoint", "request", "project", "forced"}
+        assert set(summary["serving"]) == keys
     assert all(isinstance(note, str) for note in summary["notes"])
 
 
@@ -422,7 +423,7 @@ def test_every_number_that_the_page_shows_is_in_the_summary(complete: tuple[str,
     """Without the summary's strings, each number of the page is one of the summary's, rounded or as it is."""
     text, summary = complete
     known = {*leaves(summary), summary["created"].replace("T", " ").removesuffix("+00:00")}
-    rest = re.sub(r"(OUTPUT|STORE)=\S+", " ", Page(text).text)  # where this test's folder is
+    rest = re.sub(r"--(output|store) \S+", " ", Page(text).text)  # where this test's folder is
     for words in sorted((leaf for leaf in known if isinstance(leaf, str)), key=len, reverse=True):
         rest = rest.replace(words, " ")
     values = [abs(leaf) for leaf in known if isinstance(leaf, int | float)]
@@ -588,6 +589,31 @@ def test_the_gates_reasons_are_the_published_ones(tmp_path: Path) -> None:
     assert gate_reasons("run-1", url) == "# Promoted"
 
 
+def test_no_weights_are_read(tmp_path: Path) -> None:
+    """A backbone of many GB stays where it is: report, a step's page and the gate's reasons come from a store that has
+    lost every other file than those that they show."""
+
+    def add_weights(files: dict[str, Any]) -> None:
+        files["prepare"]["backbone/unet/config.json"] = {"sample_size": 8}
+        files["train"] |= {"policy/model_index.json": {}, "critic/config.json": {}}
+        files["pretrain-value"]["critic/config.json"] = {}
+
+    page, summary = make(tmp_path, change=add_weights)
+    lost = [
+        path
+        for path in (tmp_path / "runs" / "store" / "run-1").rglob("*.json")
+        if path.parent.name in ("unet", "policy", "critic")
+    ]
+    assert len(lost) == 4
+    for path in lost:
+        path.unlink()
+    url, output = f"file://{tmp_path}/runs/store", str(tmp_path / "runs")
+    again, numbers = write_report("run-1", url, output)
+    assert (again.read_text(), json.loads(numbers.read_text())) == (page, summary)
+    assert "<html" in step_page("evaluate", "run-1", url)
+    assert gate_reasons("run-1", url)
+
+
 def test_numbers_of_a_manifest_are_flat_and_finite(tmp_path: Path) -> None:
     """What a user interface can plot: nested names are joined, places count from 1, words and truths are left out."""
     (tmp_path / "work").mkdir()
@@ -637,16 +663,16 @@ def test_seconds_are_the_drivers_or_the_manifests(tmp_path: Path) -> None:
 
 
 def test_the_way_to_serve_names_what_is_not_default(complete: tuple[str, dict[str, Any]], folder: Path) -> None:
-    """`make serve` as printed finds the run again, wherever it was written."""
+    """The command as printed finds the run again, wherever it was written."""
     text, _ = complete
-    assert f"make serve RUN=run-1 OUTPUT={folder}/runs</pre>" in text
+    assert f" serve --run run-1 --output {folder}/runs</pre>" in text
 
 
 def test_a_run_without_artifacts_is_refused(tmp_path: Path) -> None:
     """Nothing was prepared: the error names the artifact, and no report is left behind."""
     with pytest.raises(ArtifactNotFound, match="run-9/prepare"):
         write_report("run-9", f"file://{tmp_path}/store", str(tmp_path))
-    assert list((tmp_path / "run-9").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import subprocess
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -95,6 +96,23 @@ def visit(browser: Browser, server: ServerProcess) -> Iterator[Visit]:
     for context in contexts:
         context.close()
     assert not complaints
+
+
+def test_a_model_that_is_not_in_production_says_so(
+    browser: Browser, server: ServerProcess, exported_folder: Path, tmp_path: Path
+) -> None:
+    """At the top of the page; one in production has no such line."""
+    folder, notice = tmp_path / "model", "held: for inspection only, not in production"
+    shutil.copytree(exported_folder, folder)
+    content = json.loads((folder / "latentac.json").read_text())
+    (folder / "latentac.json").write_text(json.dumps({**content, "notice": notice}))
+    with ServerProcess(folder, ready_seconds=READY_SECONDS) as inspected, browser.new_context() as context:
+        page = context.new_page()
+        page.goto(inspected.address)
+        expect(page.locator("header")).to_contain_text(notice)
+        page.goto(server.address)
+        expect(page.get_by_role("button", name="Draw", exact=True)).to_be_enabled()
+        expect(page.locator("#notice")).to_be_hidden()
 
 
 def status(page: Page) -> Locator:
