@@ -149,7 +149,7 @@ def steer(run: str, store: str, output: str) -> Manifest:
     return _step(run, store, output, "steer", ["prepare", "train"], work)
 
 
-def gate(run: str, store: str, output: str, overrides: Sequence[str] = ()) -> Manifest:
+def gate(run: str, store: str, output: str, *, overrides: Sequence[str] = ()) -> Manifest:
     """Decide `promote` or `hold`. Publishes gate.json and the reasons as reasons.md; the decision is in the manifest's
     metrics too.
 

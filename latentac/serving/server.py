@@ -82,7 +82,8 @@ def serve_on(
 
     from latentac.serving import observing, openapi
     from latentac.serving.model import SteeredDiffusion
-    from latentac.serving.routes import Routes, register_kserve
+    from latentac.serving.routes import Routes
+    from latentac.serving.state import State
 
     class LoopbackServer(ModelServer):
         """ModelServer listens on every address of the machine; this one on the socket that it is given. And it offers
@@ -99,7 +100,8 @@ def serve_on(
 
             def register(app: FastAPI) -> None:
                 Routes(model, prompts=log_prompts).register(app)
-                register_kserve(app, self.dataplane)
+                written = int((folder / exported.FILE).stat().st_mtime)
+                State(self.dataplane, generator.exported, written).register(app)
                 document = openapi.document(app, generator.exported, name)
                 app.openapi = lambda: document  # type: ignore[method-assign]
 

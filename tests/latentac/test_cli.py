@@ -72,7 +72,7 @@ def prepare(tmp_path: Path, *arguments: str) -> int:
         ),
         (["--set", "backbone.source=/no/such/folder"], 2, "backbone.source = '/no/such/folder'"),
         (["--set", "backbone.use=vit"], 2, "backbone.use = 'vit': no such backbone"),
-        (["--set", "prompts.source=none.json"], 2, "prompts.source = 'none.json': cannot be read"),
+        (["--set", "prompts.source=none.json"], 2, "prompts.source = 'none.json': does not exist"),
         (["--config", "none.yaml"], 2, "--config = 'none.yaml': cannot be read"),
         (["--store", "ftp://x"], 2, "store"),
     ],

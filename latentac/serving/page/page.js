@@ -429,6 +429,7 @@ function drawAnew() {
 async function drawAll() {
   stop();
   forgetProblems();
+  if (typed($("seed")).trim() === "") newSeed(); // one for all three; each on its own would have the server's
   const draw = newDraw(readSettings());
   const controller = new AbortController();
   running = controller;

@@ -272,6 +272,20 @@ def test_a_link_to_another_model_says_so(visit: Visit) -> None:
     expect(page.get_by_role("alert")).to_be_visible()
 
 
+def test_without_a_seed_the_page_takes_a_new_one(visit: Visit) -> None:
+    """The same for all three pictures, shown and in the link; so two draws give two pictures."""
+    page = visit()
+    seed, found = page.get_by_label("Seed", exact=True), []
+    for _ in range(2):
+        seed.fill("")
+        draw(page, "a red circle")
+        expect(seed).to_have_value(re.compile(r"^\d+$"))
+        assert f"seed={seed.input_value()}" in page.url
+        found.append((seed.input_value(), pictures(page)["trained"]))
+    assert found[0][0] != found[1][0]
+    assert found[0][1] != found[1][1]
+
+
 def test_earlier_draws_come_back(visit: Visit) -> None:
     """With their settings and pictures, undrawn, and also after the page was loaded again; until they are forgotten."""
     page = visit()

@@ -108,7 +108,7 @@ def test_what_is_not_there_is_told(server: ServerProcess) -> None:
     assert ask(server, "/v2/models/other/infer", b"{}")[0] == 404
     assert ask(server, "/v1/images/generations", b'{"model": "other", "prompt": "a"}')[0] == 404
     assert ask(server, f"/v2/repository/models/{server.name}/unload", b"{}")[0] == 404
-    assert ask(server, "/v2")[1]["extensions"] == []
+    assert ask(server, "/v2")[1]["extensions"] == ["binary_tensor_data"]
     assert ask(server, f"/v1/models/{server.name}:explain", b"{}")[0] == 405
 
 
