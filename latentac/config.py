@@ -69,6 +69,8 @@ class Backbone(Extension):
     """`unet` (StableDiffusionPipeline), `dit` (StableDiffusion3Pipeline), or `module:Class`."""
     source: str
     """`builtin:<name>`, a diffusers folder, or a hub id: `builtin:shapes-unet`, `/models/sd15`."""
+    revision: str = ""
+    """A commit, which pins it, a tag or a branch of a hub id; empty for its main branch: `v1.0`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes a GPU where there is one."""
 

@@ -11,18 +11,18 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from latentac import diffusion, folders
 from latentac.backbones import adapters, count_tokens, to_arrays
+from latentac.backbones.loading import load
+from latentac.backbones.schedulers import variance_preserving
+from latentac.backbones.stable_diffusion import UNET
 from latentac.config import Policy
 from latentac.types import Conditioning
 
-_ADAPTED = ["to_q", "to_k", "to_v", "to_out.0"]
 _PARTS: dict[str, tuple[str | None, str | None]] = {
     "scheduler": ("diffusers", "DDIMScheduler"),
     "text_encoder": ("transformers", "CLIPTextModel"),
@@ -40,25 +40,23 @@ class UNetBackbone:
     """
 
     path: diffusion.Path = "variance_preserving"
+    layout = UNET
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device = folder, device
-        diffusers_logging.disable_progress_bar()  # loading takes milliseconds, or has a bar of its own in `prepare`
-        transformers_logging.disable_progress_bar()
-        self.module: Any = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
-        self.module.eval().requires_grad_(False).to(device)
-        self._autoencoder = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True)
-        self._autoencoder.eval().requires_grad_(False).to(device)
-        self._text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", use_safetensors=True)
-        self._text_encoder.eval().requires_grad_(False).to(device)
+        self.module: Any = load(UNet2DConditionModel, folder, UNET.part("unet"), device)
+        self._autoencoder = load(AutoencoderKL, folder, UNET.part("vae"), device)
+        self._text_encoder = load(CLIPTextModel, folder, UNET.part("text_encoder"), device)
         self._tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-        scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+        scheduler = variance_preserving(folder)
         self._scheduler = scheduler
         self._prediction_type: str = scheduler.config.prediction_type
         self._sigma_table = (1 - scheduler.alphas_cumprod.double()).sqrt().float()
 
         config = self.module.config
-        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+        size = config.sample_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        self.latent_shape = (config.in_channels, height, width)
         self.text_width: int = config.cross_attention_dim
         longest = self._text_encoder.config.max_position_embeddings  # some tokenizers name no bound of their own
         self.max_tokens: int = min(self._tokenizer.model_max_length, longest)
@@ -130,7 +128,7 @@ class UNetBackbone:
         return to_arrays(self.pictures, latents)
 
     def adapt(self, settings: Policy) -> None:
-        adapters.adapt(self.module, settings, _ADAPTED)
+        adapters.adapt(self.module, settings, self.layout.adapted)
 
     def save(self, folder: Path) -> None:
         """StableDiffusionPipeline without its safety checker, which served pictures do not pass either, and with the
