@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _TOLD = 20  # prompts that are named; a longer list helps nobody
+_SCORED = 32  # pictures that are scored together
 _COUNTED = 1000  # prompts whose tokens are counted together
 _PACKAGES = ("torch", "diffusers", "transformers", "kfp", "torchx-nightly", "kserve", "minio")
 
@@ -50,28 +51,33 @@ def check_machine(config: Config, output: Path) -> None:
                 ) from error
 
 
-def check_rewards(rewards: Sequence[ConfiguredReward], prompts: PromptSet, picture: np.ndarray | None = None) -> None:
-    """Call each reward: on the pictures that it knows, where one that answers 0 to everything is found out, and on the
-    first prompt of each category.
-
-    picture: uint8 [H, W, 3], as the run will make them; without one only rewards with known pictures are called on
-    prompts. Raises RewardError by name.
-    """
-    first = list({prompt.category: prompt for prompt in reversed(prompts.train + prompts.held_out)}.values())
+def check_known(rewards: Sequence[ConfiguredReward]) -> None:
+    """Call each reward on the pictures that it knows: one that answers 0 to everything is found out now, not after
+    training. Raises RewardError by name."""
     for reward in rewards:
         known = reward.known()
-        if known is not None:
-            images, texts, answers = known
-            found = reward(images, [Prompt(text, "") for text in texts])
-            if found.shape != answers.shape or not np.allclose(found, answers, rtol=0.05, atol=1e-3):
-                raise RewardError(
-                    f"reward {reward.name}",
-                    f"gives {found.tolist()} to its known pictures instead of {answers.tolist()}",
-                    "Its installation is not sound: other versions of its packages, or damaged weights",
-                )
-        shown = picture if picture is not None else images[0] if known is not None else None
-        if shown is not None:
-            reward(np.repeat(shown[None], len(first), 0), first)
+        if known is None:
+            continue
+        images, texts, answers = known
+        found = reward(images, [Prompt(text, "") for text in texts])
+        if found.shape != answers.shape or not np.allclose(found, answers, rtol=0.05, atol=1e-3):
+            raise RewardError(
+                f"reward {reward.name}",
+                f"gives {found.tolist()} to its known pictures instead of {answers.tolist()}",
+                "Its installation is not sound: other versions of its packages, or damaged weights",
+            )
+
+
+def check_scoring(rewards: Sequence[ConfiguredReward], prompts: PromptSet, picture: np.ndarray) -> None:
+    """Call each reward on a picture as the run will make them, uint8 [H, W, 3], for the first prompt of each category.
+
+    Raises RewardError by name.
+    """
+    first = list({prompt.category: prompt for prompt in reversed(prompts.train + prompts.held_out)}.values())
+    for start in range(0, len(first), _SCORED):
+        part = first[start : start + _SCORED]
+        for reward in rewards:
+            reward(np.repeat(picture[None], len(part), 0), part)
 
 
 def fetch_backbone(config: Config, folder: Path, output: Path, store: str, num_prompts: int) -> dict[str, Any]:
