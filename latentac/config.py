@@ -69,6 +69,8 @@ class Backbone(Extension):
     """`unet` (StableDiffusionPipeline), `dit` (StableDiffusion3Pipeline), or `module:Class`."""
     source: str
     """`builtin:<name>`, a diffusers folder, or a hub id: `builtin:shapes-unet`, `/models/sd15`."""
+    revision: str = ""
+    """A commit, which pins it, a tag or a branch of a hub id; empty for its main branch: `v1.0`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes a GPU where there is one."""
 
@@ -318,6 +320,23 @@ class Serving(Section):
     """The longest that a request may take, waiting included, in seconds."""
 
 
+class Card(Section):
+    """What the model card says and no run can know. What is left empty the card calls unknown, or has a default for."""
+
+    licence: str = ""
+    """Of the trained weights, as the hub writes it, for example apache-2.0; that of the base may bind it."""
+    base_model: str = ""
+    """The base's id on the hub, where `backbone.source` is none."""
+    datasets: list[str] = []
+    """Ids on the hub of what was learned from, the base's data included."""
+    data: str = ""
+    """What the base was trained on, and where the prompts are from; Markdown."""
+    intended_use: str = ""
+    """What the model is for, and what it is not for; Markdown."""
+    limits: str = ""
+    """What is known to go wrong; Markdown."""
+
+
 class Config(Section):
     """A run, completely: two equal configurations on one machine give bitwise equal results.
 
@@ -356,6 +375,8 @@ class Config(Section):
     """Bounds of a promotion."""
     serving: Serving = Serving()
     """The endpoint."""
+    card: Card = Card()
+    """What the model card says and no run can know."""
 
     @model_validator(mode="before")
     @classmethod

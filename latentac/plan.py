@@ -4,28 +4,36 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from latentac import package as packages
+from latentac import preparation, sizing
+from latentac.backbones import layout_of
+from latentac.backbones.layout import INDEX
+from latentac.backbones.source import locate
 from latentac.config import Config
+from latentac.distributed import pick_device
 from latentac.errors import ConfigError, LatentacError, Problem, ResourceError
+from latentac.rehearsal import rehearse
 from latentac.run import recipe_fields
 from latentac.store import open_store
 from latentac.validation import resolve
-from latentac.workspace import existing, free_bytes
+from latentac.workspace import existing
+
+if TYPE_CHECKING:
+    from latentac.prompts import PromptSet
+    from latentac.sizing import Requirements
 
 T = TypeVar("T")
-_WEIGHTS = ("*.safetensors", "*.json", "*.txt")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """settings: None where they are refused themselves; disk, memory: bytes, None where the backbone is not here;
-    refused: one message each."""
+    """settings: None where they are refused themselves; needs: disk and memory by item, a line each, None where the
+    backbone is not on this machine; refused: one message each."""
 
     settings: Config | None
-    disk: int | None
-    memory: int | None
+    needs: tuple[str, ...] | None
     refused: tuple[str, ...]
 
 
@@ -44,7 +52,6 @@ def plan(recipe: str, config: str, overrides: Sequence[str], package: str, store
     attempt(lambda: _check_store(store))
     if package:
         attempt(lambda: _check_package(Path(package)))
-    from latentac import preparation
     from latentac.prompts import load_prompts
     from latentac.resolution import resolve_all
 
@@ -53,31 +60,49 @@ def plan(recipe: str, config: str, overrides: Sequence[str], package: str, store
     # An extension that is refused hides nothing else, a field that is wrong does.
     settings = resolved.config if resolved else attempt(lambda: resolve(fields)) if fields is not None else None
     if settings is None:
-        return Plan(None, None, None, tuple(refused))
+        return Plan(None, None, tuple(refused))
     attempt(lambda: preparation.check_machine(settings, output))
-    prompts = attempt(lambda: load_prompts(settings.prompts.source))
-    if prompts is not None and resolved is not None:
-        attempt(lambda: preparation.check_rewards(resolved.rewards, prompts))
-    attempt(lambda: _check_source(settings.backbone.source))
-    disk, memory = attempt(lambda: requirements(settings)) or (None, None)
-    free = free_bytes(output)
-    if disk is not None and free < disk:
-        problem = f"has {free / 2**20:.0f} MiB free, this run needs {disk / 2**20:.0f}"
-        refused.append(str(ResourceError(str(output), problem, "Free some space")))
-    return Plan(resolved.config if resolved else None, disk, memory, tuple(refused))
+    prompts = attempt(lambda: load_prompts(settings.prompts))
+    if resolved is not None:
+        attempt(lambda: preparation.check_known(resolved.rewards))
+    rehearsed = None
+    folder = attempt(lambda: on_this_machine(settings.backbone.source, settings.backbone.revision))
+    needed = attempt(lambda: requirements(settings, folder, prompts)) if folder else None
+    if needed is not None:
+        attempt(lambda: sizing.check_room(needed, output, store))
+    if needed is not None and folder is not None and prompts is not None and resolved is not None:
+        device = pick_device(settings.backbone.device)
+        rehearsed = attempt(lambda: rehearse(resolved.config, folder, prompts.train[0].text, device))
+    if rehearsed is not None and prompts is not None and resolved is not None:
+        attempt(lambda: preparation.check_lengths(settings, prompts, rehearsed.backbone))
+        attempt(lambda: preparation.check_scoring(resolved.rewards, prompts, rehearsed.pictures[0]))
+    needs = None if needed is None else tuple(sizing.describe(needed))
+    return Plan(resolved.config if resolved else None, needs, tuple(refused))
 
 
-def requirements(settings: Config) -> tuple[int | None, int | None]:
-    """Bytes of disk and of memory, by the sizes of the backbone's files: the weights once, again for each result, and
-    with two moments each for checkpoints. None where the backbone is not on this machine yet."""
-    folder = _local_source(settings.backbone.source)
-    if folder is None:
-        return None, None
-    whole = sum(path.stat().st_size for pattern in _WEIGHTS for path in folder.rglob(pattern))
-    parts = [folder / name for name in ("unet", "transformer") if (folder / name).is_dir()]
-    trained = sum(path.stat().st_size for part in parts for path in part.glob("*.safetensors"))
-    checkpoints = settings.train.keep_checkpoints + 1
-    return whole + trained * (2 + 3 * checkpoints), settings.train.num_workers * (whole + 4 * trained)
+def requirements(settings: Config, folder: Path, prompts: "PromptSet | None") -> "Requirements":
+    """What the run needs with the pipeline in `folder`. Raises ConfigError with all that is wrong with that."""
+    layout = layout_of(settings.backbone)
+    found, _ = locate(str(folder), layout)
+    return sizing.requirements(settings, found, len(prompts.train) if prompts else 0)
+
+
+def on_this_machine(source: str, revision: str) -> Path | None:
+    """The folder of the pipeline that `source` names, or None for a hub id that is not in the cache.
+
+    Nothing is fetched. Raises ConfigError where there can be none.
+    """
+    path = Path(source).expanduser()
+    if source.startswith(("builtin:", "/", "./", "../", "~")) or path.exists():
+        return locate(source, None)[0]
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        index = try_to_load_from_cache(source, INDEX, revision=revision or None)
+    except HFValidationError:
+        return locate(source, None)[0]  # says what is wrong with it
+    return Path(index).parent if isinstance(index, str) else None
 
 
 def settings_text(settings: Config) -> str:
@@ -85,27 +110,6 @@ def settings_text(settings: Config) -> str:
     from latentac.reference import commented_yaml
 
     return commented_yaml(settings)
-
-
-def _local_source(source: str) -> Path | None:
-    """The folder that `source` names on this machine; None for a hub id. Raises ConfigError for an unknown builtin."""
-    if source.startswith("builtin:"):
-        from latentac.shapes import builtin_pipeline
-
-        return builtin_pipeline(source.removeprefix("builtin:"))
-    return Path(source) if Path(source).is_dir() else None
-
-
-def _check_source(source: str) -> None:
-    """Refuse a backbone that is not there, or no pipeline; what is not on this machine yet is not fetched for it."""
-    folder = _local_source(source)
-    if folder is None:
-        problem = "is no folder here" if Path(source).is_absolute() or source.startswith(".") else ""
-    else:
-        problem = "" if (folder / "model_index.json").is_file() else "has no model_index.json"
-    if problem:
-        remedy = "Use builtin:shapes-unet, a diffusers folder with safetensors weights, or a hub id"
-        raise ConfigError([Problem("backbone.source", source, problem, remedy)])
 
 
 def _check_package(folder: Path) -> None:

@@ -3,7 +3,6 @@
 import logging
 import os
 import platform
-import shutil
 import socket
 from collections.abc import Sequence
 from contextlib import closing
@@ -13,31 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from latentac import sizing
+from latentac.backbones import layout_of
+from latentac.backbones.layout import copy
+from latentac.backbones.source import locate
 from latentac.config import Config
 from latentac.errors import ConfigError, Problem, ResourceError, RewardError
 from latentac.progress import progress
 from latentac.prompts import Prompt, PromptSet, within
 from latentac.rewards.configured import ConfiguredReward
 from latentac.store import commit
-from latentac.workspace import free_bytes
 
 if TYPE_CHECKING:
     from latentac.backbones import Denoiser
 
 _log = logging.getLogger(__name__)
 _TOLD = 20  # prompts that are named; a longer list helps nobody
+_SCORED = 32  # pictures that are scored together
 _COUNTED = 1000  # prompts whose tokens are counted together
-_FREE_BYTES = 512 * 2**20
 _PACKAGES = ("torch", "diffusers", "transformers", "kfp", "torchx-nightly", "kserve", "minio")
 
 
 def check_machine(config: Config, output: Path) -> None:
-    """Disk, device and port. Raises ResourceError."""
-    free = free_bytes(output)
-    if free < _FREE_BYTES:
-        raise ResourceError(
-            str(output), f"has {free / 2**20:.0f} MiB free, a run needs {_FREE_BYTES / 2**20:.0f}", "Free some space"
-        )
+    """Device and port; room for the run is checked when its backbone is known. Raises ResourceError."""
     if config.backbone.device == "cuda":
         import torch
 
@@ -54,55 +51,53 @@ def check_machine(config: Config, output: Path) -> None:
                 ) from error
 
 
-def check_rewards(rewards: Sequence[ConfiguredReward], prompts: PromptSet, picture: np.ndarray | None = None) -> None:
-    """Call each reward: on the pictures that it knows, where one that answers 0 to everything is found out, and on the
-    first prompt of each category.
-
-    picture: uint8 [H, W, 3], as the run will make them; without one only rewards with known pictures are called on
-    prompts. Raises RewardError by name.
-    """
-    first = list({prompt.category: prompt for prompt in reversed(prompts.train + prompts.held_out)}.values())
+def check_known(rewards: Sequence[ConfiguredReward]) -> None:
+    """Call each reward on the pictures that it knows: one that answers 0 to everything is found out now, not after
+    training. Raises RewardError by name."""
     for reward in rewards:
         known = reward.known()
-        if known is not None:
-            images, texts, answers = known
-            found = reward(images, [Prompt(text, "") for text in texts])
-            if found.shape != answers.shape or not np.allclose(found, answers, rtol=0.05, atol=1e-3):
-                raise RewardError(
-                    f"reward {reward.name}",
-                    f"gives {found.tolist()} to its known pictures instead of {answers.tolist()}",
-                    "Its installation is not sound: other versions of its packages, or damaged weights",
-                )
-        shown = picture if picture is not None else images[0] if known is not None else None
-        if shown is not None:
-            reward(np.repeat(shown[None], len(first), 0), first)
+        if known is None:
+            continue
+        images, texts, answers = known
+        found = reward(images, [Prompt(text, "") for text in texts])
+        if found.shape != answers.shape or not np.allclose(found, answers, rtol=0.05, atol=1e-3):
+            raise RewardError(
+                f"reward {reward.name}",
+                f"gives {found.tolist()} to its known pictures instead of {answers.tolist()}",
+                "Its installation is not sound: other versions of its packages, or damaged weights",
+            )
 
 
-def fetch_backbone(source: str, folder: Path) -> None:
-    """Copy the diffusers folder that `source` names to `folder`. Raises ConfigError.
+def check_scoring(rewards: Sequence[ConfiguredReward], prompts: PromptSet, picture: np.ndarray) -> None:
+    """Call each reward on a picture as the run will make them, uint8 [H, W, 3], for the first prompt of each category.
 
-    `builtin:<name>` and folders are copied; anything else is a hub id, of which safetensors and text files are fetched.
+    Raises RewardError by name.
     """
-    if source.startswith("builtin:"):
-        from latentac.shapes import builtin_pipeline
+    first = list({prompt.category: prompt for prompt in reversed(prompts.train + prompts.held_out)}.values())
+    for start in range(0, len(first), _SCORED):
+        part = first[start : start + _SCORED]
+        for reward in rewards:
+            reward(np.repeat(picture[None], len(part), 0), part)
 
-        shutil.copytree(builtin_pipeline(source.removeprefix("builtin:")), folder)
-    elif Path(source).is_dir():
-        shutil.copytree(source, folder)
-    else:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-        try:
-            snapshot_download(source, local_dir=folder, allow_patterns=["*.safetensors", "*.json", "*.txt"])
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise _bad_source(source, f"is no folder here and could not be fetched from the hub ({reason})") from error
-        shutil.rmtree(folder / ".cache", ignore_errors=True)
-    if not (folder / "model_index.json").is_file():
-        raise _bad_source(source, "has no model_index.json, so it is no diffusers pipeline")
-    if not any((folder / "unet").glob("*.safetensors")) and not any((folder / "transformer").glob("*.safetensors")):
-        raise _bad_source(source, "has no safetensors weights, and no other format is loaded")
+def fetch_backbone(config: Config, folder: Path, output: Path, store: str, num_prompts: int) -> dict[str, Any]:
+    """Copy what is used of the pipeline that `backbone.source` names to `folder`, if this machine has room for the run.
+
+    Returns {source, revision, commit, requires}: the commit that a hub id was resolved to, and what the run needs.
+    Raises ConfigError with all that is wrong with the pipeline, ResourceError with the sum of what is needed.
+    """
+    settings = config.backbone
+    layout = layout_of(settings)
+    found, commit = locate(settings.source, layout, settings.revision)
+    needed = sizing.requirements(config, found, num_prompts)
+    sizing.check_room(needed, output, store)
+    copy(found, folder, layout)
+    return {
+        "source": settings.source,
+        "revision": settings.revision,
+        "commit": commit,
+        "requires": needed.to_dict(),
+    }
 
 
 def check_lengths(config: Config, prompts: PromptSet, backbone: "Denoiser") -> dict[str, Any]:
@@ -180,8 +175,3 @@ def _gpu() -> str | None:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def _bad_source(source: str, problem: str) -> ConfigError:
-    remedy = "Use builtin:shapes-unet, a diffusers folder with safetensors weights, or a hub id"
-    return ConfigError([Problem("backbone.source", source, problem, remedy)])

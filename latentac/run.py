@@ -357,11 +357,10 @@ def _given(fields: dict[str, Any], code: bytes) -> dict[str, str]:
 
 
 def _prepare(run: str, store: Store, output: Path, fields: dict[str, Any], code: bytes, started: float) -> Manifest:
-    import torch
-
     from latentac import preparation
-    from latentac.backbones import load_backbone
+    from latentac.distributed import pick_device
     from latentac.prompts import load_prompts
+    from latentac.rehearsal import rehearse
     from latentac.resolution import resolve_all
 
     (output / run).mkdir(parents=True, exist_ok=True)
@@ -375,10 +374,14 @@ def _prepare(run: str, store: Store, output: Path, fields: dict[str, Any], code:
         preparation.check_machine(settings, output)
         store.probe()
         prompts = load_prompts(settings.prompts)
-        preparation.check_rewards(extensions.rewards, prompts)
-        preparation.fetch_backbone(settings.backbone.source, folder / "backbone")
-        backbone = load_backbone(settings.backbone, folder / "backbone", torch.device("cpu"))
-        _write(folder / "lengths.json", preparation.check_lengths(settings, prompts, backbone))
+        preparation.check_known(extensions.rewards)
+        described = preparation.fetch_backbone(settings, folder / "backbone", output, store.url, len(prompts.train))
+        rehearsed = rehearse(
+            settings, folder / "backbone", prompts.train[0].text, pick_device(settings.backbone.device)
+        )
+        preparation.check_scoring(extensions.rewards, prompts, rehearsed.pictures[0])
+        _write(folder / "backbone.json", {**described, **rehearsed.to_dict()})
+        _write(folder / "lengths.json", preparation.check_lengths(settings, prompts, rehearsed.backbone))
         _write(folder / "config.json", settings.model_dump())
         _write(folder / EXTENSIONS, extensions.described())
         (folder / "prompts.json").write_text(prompts.to_json())

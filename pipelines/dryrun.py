@@ -42,9 +42,9 @@ def print_plan(request: Request, output: Path, run: str) -> int:
 def _needs(made: Plan) -> str:
     if made.settings is None:
         return "not known: the settings are refused"
-    if made.disk is None or made.memory is None:
-        return "not known: the backbone is not on this machine yet"
-    return f"about {made.disk / 2**20:,.0f} MiB of disk, {made.memory / 2**20:,.0f} MiB of memory for the weights"
+    if made.needs is None:
+        return "not known: the backbone is refused, or not on this machine yet"
+    return "\n         ".join(made.needs)
 
 
 def _published(store: str, run: str) -> set[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from latentac import diffusion
+from latentac.backbones.layout import Layout
 from latentac.config import Extension
 from latentac.config import Policy as PolicySettings
 from latentac.extensions import Table
@@ -96,6 +97,12 @@ BACKBONES = Table(
         "dit": "latentac.backbones.dit:DiTBackbone",
     },
 )
+
+
+def layout_of(extension: Extension) -> Layout | None:
+    """The folder layout of the backbone that `extension` names; None for one that declares none."""
+    layout: Layout | None = getattr(BACKBONES.load(extension.use, "backbone.use"), "layout", None)
+    return layout
 
 
 def load_backbone(extension: Extension, folder: FilePath, device: torch.device) -> Denoiser:

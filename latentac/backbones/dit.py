@@ -9,21 +9,35 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
-from diffusers.utils import logging as diffusers_logging
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
+from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
+from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from latentac import diffusion
+from latentac import diffusion, folders
 from latentac.backbones import adapters, count_tokens, to_arrays
+from latentac.backbones.loading import load
+from latentac.backbones.schedulers import flow_shift
+from latentac.backbones.stable_diffusion import DIT
 from latentac.config import Policy
 from latentac.types import Conditioning
 
 _CLIP_LENGTH = 77  # tokens of Stable Diffusion 3's CLIP encoders,
 _T5_LENGTH = 256  # and the zero tokens that it puts after them where T5 would be
 _NUM_TAPS = 3
-_ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+_PARTS: dict[str, tuple[str | None, str | None]] = {
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "tokenizer_2": ("transformers", "CLIPTokenizer"),
+    "transformer": ("diffusers", "SD3Transformer2DModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+}
+_ABSENT = dict.fromkeys(("feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3"), (None, None))
 
 
 class DiTBackbone:
@@ -33,22 +47,25 @@ class DiTBackbone:
     """
 
     path: diffusion.Path = "flow"
+    layout = DIT
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device = folder, device
-        diffusers_logging.disable_progress_bar()  # loading takes milliseconds, or has a bar of its own in `prepare`
-        transformers_logging.disable_progress_bar()
-        self.module: Any = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", use_safetensors=True)
+        self.module: Any = load(SD3Transformer2DModel, folder, DIT.part("transformer"), device)
         # The library's own pipeline encodes the text; it also holds the autoencoder.
-        self._pipeline = StableDiffusion3Pipeline.from_pretrained(
-            folder, transformer=self.module, text_encoder_3=None, tokenizer_3=None, use_safetensors=True
+        self._pipeline = StableDiffusion3Pipeline(
+            transformer=self.module,
+            scheduler=None,
+            vae=load(AutoencoderKL, folder, DIT.part("vae"), device),
+            text_encoder=load(CLIPTextModelWithProjection, folder, DIT.part("text_encoder"), device),
+            tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
+            text_encoder_2=load(CLIPTextModelWithProjection, folder, DIT.part("text_encoder_2"), device),
+            tokenizer_2=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2"),
+            text_encoder_3=None,
+            tokenizer_3=None,
         )
-        for part in (self.module, self._pipeline.text_encoder, self._pipeline.text_encoder_2, self._pipeline.vae):
-            part.eval().requires_grad_(False).to(device)
-
-        config, scheduler = self.module.config, self._pipeline.scheduler.config
-        self._shift: float = scheduler.shift
-        self._num_timesteps: int = scheduler.num_train_timesteps
+        config = self.module.config
+        self._shift, self._num_timesteps = flow_shift(folder, (config.sample_size // config.patch_size) ** 2)
         self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.text_width: int = config.joint_attention_dim
         self.max_tokens: int = self._pipeline.tokenizer_max_length  # of both encoders
@@ -114,10 +131,17 @@ class DiTBackbone:
         return to_arrays(self.pictures, latents)
 
     def adapt(self, settings: Policy) -> None:
-        adapters.adapt(self.module, settings, _ADAPTED)
+        adapters.adapt(self.module, settings, self.layout.adapted)
 
     def save(self, folder: Path) -> None:
-        adapters.save(self.module, self.folder, folder, "transformer")
+        """StableDiffusion3Pipeline without T5, with which it would draw other pictures than those that were trained on,
+        and with the scheduler that shifts as `schedule` does. Its spacing is its caller's: `sigmas=`."""
+        folders.begin(folder)
+        adapters.save(self.module, folder, "transformer")
+        folders.copy_parts(self.folder, folder, ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=self._num_timesteps, shift=self._shift)
+        folders.write_part(scheduler, folder / "scheduler")
+        folders.write_index(folder, "StableDiffusion3Pipeline", {**_PARTS, **_ABSENT})
 
 
 def _tap(

@@ -11,18 +11,26 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
-from latentac import diffusion
+from latentac import diffusion, folders
 from latentac.backbones import adapters, count_tokens, to_arrays
+from latentac.backbones.loading import load
+from latentac.backbones.schedulers import variance_preserving
+from latentac.backbones.stable_diffusion import UNET
 from latentac.config import Policy
 from latentac.types import Conditioning
 
-_ADAPTED = ["to_q", "to_k", "to_v", "to_out.0"]
+_PARTS: dict[str, tuple[str | None, str | None]] = {
+    "scheduler": ("diffusers", "DDIMScheduler"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+}
+_ABSENT = dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker"), (None, None))
 
 
 class UNetBackbone:
@@ -32,24 +40,23 @@ class UNetBackbone:
     """
 
     path: diffusion.Path = "variance_preserving"
+    layout = UNET
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device = folder, device
-        diffusers_logging.disable_progress_bar()  # loading takes milliseconds, or has a bar of its own in `prepare`
-        transformers_logging.disable_progress_bar()
-        self.module: Any = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
-        self.module.eval().requires_grad_(False).to(device)
-        self._autoencoder = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True)
-        self._autoencoder.eval().requires_grad_(False).to(device)
-        self._text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", use_safetensors=True)
-        self._text_encoder.eval().requires_grad_(False).to(device)
+        self.module: Any = load(UNet2DConditionModel, folder, UNET.part("unet"), device)
+        self._autoencoder = load(AutoencoderKL, folder, UNET.part("vae"), device)
+        self._text_encoder = load(CLIPTextModel, folder, UNET.part("text_encoder"), device)
         self._tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-        scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+        scheduler = variance_preserving(folder)
+        self._scheduler = scheduler
         self._prediction_type: str = scheduler.config.prediction_type
         self._sigma_table = (1 - scheduler.alphas_cumprod.double()).sqrt().float()
 
         config = self.module.config
-        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+        size = config.sample_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        self.latent_shape = (config.in_channels, height, width)
         self.text_width: int = config.cross_attention_dim
         longest = self._text_encoder.config.max_position_embeddings  # some tokenizers name no bound of their own
         self.max_tokens: int = min(self._tokenizer.model_max_length, longest)
@@ -72,9 +79,13 @@ class UNetBackbone:
         return other
 
     def schedule(self, num_steps: int) -> Tensor:
-        """Trailing timesteps (Lin et al. 2024, table 2): the first level is the noisiest that the model knows."""
+        """Trailing timesteps (Lin et al. 2024, table 2): the first level is the noisiest that the model knows.
+
+        Computed as diffusers does it, whose rounding decides which of two timesteps a step in the middle takes.
+        """
         total = len(self._sigma_table)
-        timesteps = torch.linspace(total, total / num_steps, num_steps, dtype=torch.float64).round().long() - 1
+        trailing = np.round(np.arange(total, 0, -total / num_steps))[:num_steps] - 1
+        timesteps = torch.from_numpy(trailing.astype(np.int64))
         return torch.cat([self._sigma_table[timesteps], torch.zeros(1)])
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -117,10 +128,23 @@ class UNetBackbone:
         return to_arrays(self.pictures, latents)
 
     def adapt(self, settings: Policy) -> None:
-        adapters.adapt(self.module, settings, _ADAPTED)
+        adapters.adapt(self.module, settings, self.layout.adapted)
 
     def save(self, folder: Path) -> None:
-        adapters.save(self.module, self.folder, folder, "unet")
+        """StableDiffusionPipeline without its safety checker, which served pictures do not pass either, and with the
+        scheduler that takes the steps of `schedule`: the base's own may space, clip or end otherwise."""
+        folders.begin(folder)
+        adapters.save(self.module, folder, "unet")
+        folders.copy_parts(self.folder, folder, ("vae", "text_encoder", "tokenizer"))
+        scheduler = DDIMScheduler.from_config(
+            self._scheduler.config,
+            timestep_spacing="trailing",
+            clip_sample=False,
+            thresholding=False,
+            set_alpha_to_one=True,
+        )
+        folders.write_part(scheduler, folder / "scheduler")
+        folders.write_index(folder, "StableDiffusionPipeline", {**_PARTS, **_ABSENT}, requires_safety_checker=False)
 
 
 def _tap(taps: threading.local, name: str) -> Callable[[nn.Module, object, Tensor], None]:

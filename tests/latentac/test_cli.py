@@ -116,7 +116,7 @@ def test_a_full_disk_is_found_at_once(tmp_path, capsys):
         assert prepare(tmp_path) == 6
     finally:
         subprocess.run(["umount", small], check=True)
-    assert "MiB free, a run needs" in capsys.readouterr().err
+    assert "MiB free, and this run needs" in capsys.readouterr().err
 
 
 def test_a_reward_that_answers_0_to_everything_is_found_at_once(tmp_path, capsys):

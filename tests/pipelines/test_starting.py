@@ -244,8 +244,10 @@ def test_an_installed_wheel_runs_the_pipeline_anywhere(installed: str, tmp_path:
     listed = json.loads(latentac(tmp_path, "runs", "--json", program=installed).stdout)
     assert [(run["run"], run["state"]) for run in listed] == [(report.parent.name, "done")]
 
-    files = [path.lstat() for path in (tmp_path / "runs").rglob("*") if path.is_file() and "state" not in path.name]
-    occupied = sum({status.st_ino: status.st_size for status in files if status.st_nlink > 1}.values())
+    files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    checkpoints = {path.lstat().st_ino for path in files if "checkpoints" in path.parts}
+    sizes = {path.lstat().st_ino: path.lstat().st_size for path in files if path.lstat().st_nlink > 1}
+    occupied = sum(size for inode, size in sizes.items() if inode not in checkpoints)
     assert occupied < 2.2 * sum(path.stat().st_size for path in BACKBONE.rglob("*")), "unchanged files were copied"
 
     began = time.monotonic()

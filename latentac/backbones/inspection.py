@@ -1,0 +1,261 @@
+"""A pipeline's folder, judged by its JSON and by the headers of its weights, before anything large is loaded.
+
+Everything that a later step would refuse, or would use in another way than the model was trained, is found here, all
+of it together, with the remedy.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from latentac.backbones.layout import INDEX, Layout, Part, Rule, outside, used
+from latentac.backbones.weights import LFS, Damaged, Weights, pointer, read_json, shapes
+from latentac.errors import ConfigError, Problem
+
+SUPPORTED = (
+    "Supported: Stable Diffusion 1.x and 2.x (StableDiffusionPipeline, backbone.use=unet) and Stable Diffusion 3 and "
+    "3.5 (StableDiffusion3Pipeline, backbone.use=dit)"
+)
+_BACKBONES = {"StableDiffusionPipeline": "unet", "StableDiffusion3Pipeline": "dit"}
+_KNOWN_PIPELINES = {
+    "StableDiffusionXLPipeline": "Stable Diffusion XL",
+    "StableDiffusionXLImg2ImgPipeline": "the refiner of Stable Diffusion XL",
+    "StableDiffusionXLInpaintPipeline": "inpainting with Stable Diffusion XL",
+    "StableDiffusionInpaintPipeline": "an inpainting model",
+    "StableDiffusionInpaintPipelineLegacy": "an inpainting model",
+    "StableDiffusionImg2ImgPipeline": "an image-to-image pipeline",
+    "StableDiffusionInstructPix2PixPipeline": "instruct-pix2pix, which edits a picture",
+    "StableDiffusionDepth2ImgPipeline": "a depth-to-image model",
+    "StableDiffusionUpscalePipeline": "an upscaler",
+    "StableDiffusionLatentUpscalePipeline": "an upscaler",
+    "StableDiffusionControlNetPipeline": "a pipeline with a ControlNet",
+    "StableDiffusionAdapterPipeline": "a pipeline with a T2I adapter",
+    "StableDiffusionGLIGENPipeline": "GLIGEN, which takes boxes",
+    "StableDiffusionImageVariationPipeline": "a model that takes a picture and no text",
+    "StableUnCLIPPipeline": "unCLIP",
+    "StableUnCLIPImg2ImgPipeline": "unCLIP",
+    "LatentConsistencyModelPipeline": "a latent consistency model, guidance-distilled",
+    "AltDiffusionPipeline": "AltDiffusion, with an XLM-Roberta text encoder",
+    "StableDiffusion3Img2ImgPipeline": "an image-to-image pipeline",
+    "StableDiffusion3InpaintPipeline": "an inpainting pipeline",
+    "StableDiffusion3ControlNetPipeline": "a pipeline with a ControlNet",
+    "FluxPipeline": "FLUX.1",
+    "Flux2Pipeline": "FLUX.2",
+    "PixArtAlphaPipeline": "PixArt",
+    "PixArtSigmaPipeline": "PixArt",
+    "SanaPipeline": "Sana",
+    "AuraFlowPipeline": "AuraFlow",
+    "LuminaPipeline": "Lumina",
+    "HunyuanDiTPipeline": "Hunyuan-DiT",
+    "KandinskyPipeline": "Kandinsky",
+    "WuerstchenCombinedPipeline": "Würstchen",
+    "StableCascadeCombinedPipeline": "Stable Cascade",
+    "QwenImagePipeline": "Qwen-Image",
+    "ZImagePipeline": "Z-Image",
+    "DiTPipeline": "DiT, which takes classes and no text",
+    "DDPMPipeline": "a model without text",
+}
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf")
+_SINGLE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+
+
+def inspect(source: str, folder: Path, layout: Layout, *, weights: bool = True) -> list[Problem]:
+    """Every problem of the pipeline in `folder`, told as one of `backbone.source` = `source`; none if it can be used.
+
+    weights: False while only the configurations were fetched.
+    """
+    found = list(_pipeline(source, folder, layout))
+    if found:  # the parts of another pipeline would only add noise
+        return [_problem(source, INDEX, *each) for each in found]
+    index = read_json(folder / INDEX)
+    problems: list[Problem] = []
+    for name in outside(folder, used(folder, layout)):
+        remedy = "Put the file itself there: what is outside the folder is not followed"
+        problems.append(_problem(source, name, "is a link that leads out of the folder", remedy))
+    configurations: dict[str, dict[str, Any]] = {}
+    for part in layout.parts:
+        faults = list(_part(folder, part, index.get(part.name), configurations))
+        if not faults and weights and part.stem is not None:
+            faults = list(_weights(folder, part))
+        problems += [_problem(source, part.name, *each) for each in faults]
+    for parts, rule in layout.rules:
+        if configurations.keys() >= set(parts):
+            problems += _ruled(source, rule, configurations)
+    problems += _scheduler(source, folder, layout)
+    return problems
+
+
+def _ruled(source: str, rule: Rule, configurations: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
+    try:
+        return [_problem(source, *each) for each in rule(configurations)]
+    except (TypeError, ValueError, ArithmeticError) as error:
+        return [_problem(source, "config.json", f"has values of the wrong type ({error})", "Fetch the file again")]
+
+
+def weights_of(folder: Path, part: Part) -> Weights | None:
+    """The files that a part of the pipeline in `folder` is loaded from."""
+    return part.weights([path.name for path in (folder / part.name).glob("*") if path.is_file()])
+
+
+def conversion(file: str) -> str:
+    """What makes a folder of a single-file checkpoint."""
+    return (
+        'Convert it: python -c "from diffusers import StableDiffusionPipeline as P; '
+        f"P.from_single_file({file!r}, safety_checker=None).save_pretrained('converted')\" "
+        "(StableDiffusion3Pipeline for 3.x), then backbone.source=converted"
+    )
+
+
+def _pipeline(source: str, folder: Path, layout: Layout) -> Iterator[tuple[str, str]]:
+    """What is wrong with model_index.json."""
+    if not (folder / INDEX).is_file():
+        single = sorted(path.name for path in folder.glob("*") if path.suffix in _SINGLE)
+        if single:
+            yield f"is missing, and beside it lies the single file {single[0]}", conversion(str(folder / single[0]))
+        elif (folder / "config.json").is_file():
+            yield "is missing: this is one part of a pipeline", "Name the folder of the whole pipeline"
+        else:
+            yield "is missing, so this is no diffusers pipeline", SUPPORTED
+        return
+    try:
+        name = read_json(folder / INDEX).get("_class_name")
+    except (Damaged, OSError) as error:
+        yield str(error), _remedy(str(error))
+        return
+    if name == layout.pipeline:
+        return
+    if name in _BACKBONES:
+        yield f"says {name}, which is another backbone's", f"Set backbone.use={_BACKBONES[str(name)]}"
+    else:
+        known = _KNOWN_PIPELINES.get(str(name))
+        yield f"says {name}{f': {known}' if known else ''}, which is not supported", SUPPORTED
+
+
+def _part(
+    folder: Path, part: Part, entry: object, configurations: dict[str, dict[str, Any]]
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with a part before its weights; its configuration goes into `configurations`."""
+    declared = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    expected = " or ".join(part.classes)
+    if declared is None:
+        yield f"is null or missing in {INDEX}", f"Use a complete pipeline: this one needs {expected or 'a scheduler'}"
+        return
+    if part.classes and declared not in part.classes:
+        yield f"is a {declared} in {INDEX}, and only {expected} is supported", SUPPORTED
+        return
+    if not (folder / part.name).is_dir():
+        yield "is missing", "Fetch the whole pipeline"
+        return
+    try:
+        if part.kind == "tokenizer":
+            configurations[part.name] = _tokenizer(folder / part.name)
+        elif part.kind != "scheduler":
+            configurations[part.name] = _configuration(folder / part.name, part)
+    except (Damaged, OSError) as error:
+        yield str(error), _remedy(str(error))
+
+
+def _configuration(folder: Path, part: Part) -> dict[str, Any]:
+    """A network's config.json. Raises Damaged."""
+    if not (folder / "config.json").is_file():
+        raise Damaged("has no config.json")
+    found = read_json(folder / "config.json")
+    architectures = found.get("architectures")
+    named = found.get("_class_name") or (
+        architectures[0] if isinstance(architectures, list) and architectures else None
+    )
+    fitting = {*part.classes, *(("CLIPModel",) if part.kind == "text_encoder" else ())}
+    if named is not None and named not in fitting:
+        raise Damaged(f"config.json says {named}, and only {' or '.join(part.classes)} is supported")
+    if part.kind == "text_encoder" and not str(found.get("model_type", "clip")).startswith("clip"):
+        raise Damaged(
+            f"config.json says model_type {found['model_type']!r}, and only CLIP's text encoders are supported"
+        )
+    if "quantization_config" in found:
+        raise Damaged("config.json has a quantization_config: quantised weights cannot be trained")
+    return found
+
+
+def _tokenizer(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, and the highest token as `highest_id`. Raises Damaged."""
+    names = {path.name for path in folder.iterdir()}
+    if "tokenizer.json" in names:
+        described = read_json(folder / "tokenizer.json")
+        model = described.get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        added = described.get("added_tokens") or []
+        listed = added if isinstance(added, list) else []
+        more = {str(token.get("content")): token.get("id") for token in listed if isinstance(token, dict)}
+    elif {"vocab.json", "merges.txt"} <= names:
+        vocabulary, more = read_json(folder / "vocab.json"), {}
+        merges = (folder / "merges.txt").read_bytes()
+        if merges.startswith(LFS):
+            raise Damaged(pointer("merges.txt"))
+        if not merges.strip():
+            raise Damaged("merges.txt is empty")
+    else:
+        raise Damaged("has neither tokenizer.json nor vocab.json with merges.txt")
+    if not isinstance(vocabulary, dict) or not vocabulary:
+        raise Damaged("has an empty vocabulary")
+    if "tokenizer_config.json" not in names:
+        raise Damaged("has no tokenizer_config.json, which says how many tokens a prompt may have")
+    found = read_json(folder / "tokenizer_config.json")
+    tokens = vocabulary | more
+    for name in ("bos_token", "eos_token"):
+        given = found.get(name)
+        token = given.get("content") if isinstance(given, dict) else given
+        if token is not None and token not in tokens:
+            raise Damaged(f"has no token {token!r}, its {name}, in its vocabulary")
+    return found | {"highest_id": max((n for n in tokens.values() if isinstance(n, int)), default=0)}
+
+
+def _weights(folder: Path, part: Part) -> Iterator[tuple[str, str]]:
+    """What is wrong with the weight files of a part."""
+    chosen = weights_of(folder, part)
+    if chosen is not None:
+        try:
+            shapes(folder / part.name, chosen)
+        except (Damaged, OSError) as error:
+            yield str(error), _remedy(str(error))
+        return
+    others = sorted(path.name for path in (folder / part.name).glob("*") if path.suffix in _PICKLES)
+    misnamed = sorted(path.name for path in (folder / part.name).glob("*.safetensors"))
+    if misnamed:
+        yield f"has no {part.stem}.safetensors, but {misnamed[0]}", f"Rename it to {part.stem}.safetensors"
+    elif others:
+        library = "diffusers" if part.stem != "model" else "transformers"
+        remedy = (
+            f'Convert what you trust: python -c "from {library} import {part.classes[0]} as M; '
+            f"M.from_pretrained({str(folder / part.name)!r}, use_safetensors=False)"
+            f'.save_pretrained({str(folder / part.name)!r})"'
+        )
+        yield f"has no safetensors weights, but {others[0]}: pickles can run code and are never loaded", remedy
+    else:
+        yield "has no weights", "Fetch the whole pipeline"
+
+
+def _scheduler(source: str, folder: Path, layout: Layout) -> Sequence[Problem]:
+    from latentac.backbones import schedulers  # loads diffusers: after all that can be refused without
+
+    try:
+        if layout.network == "unet":
+            schedulers.variance_preserving(folder, source)
+        else:
+            schedulers.flow_shift(folder, 1, source)
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
+def _remedy(problem: str) -> str:
+    if "git-lfs" in problem:
+        return "Run `git lfs pull` in its folder"
+    if "quantised" in problem:
+        return "Use the model in float32, float16 or bfloat16"
+    if "supported" in problem:
+        return SUPPORTED
+    return "Fetch the file again"
+
+
+def _problem(source: str, where: str, problem: str, remedy: str) -> Problem:
+    return Problem("backbone.source", source, f"{where}: {problem}", remedy)

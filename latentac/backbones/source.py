@@ -1,0 +1,112 @@
+"""Where a backbone comes from: the embedded models, a folder, or the hub and its cache. Only files that are used are
+fetched."""
+
+import glob
+import logging
+from pathlib import Path
+
+from latentac.backbones.inspection import SUPPORTED, conversion, inspect
+from latentac.backbones.layout import INDEX, Layout, listing
+from latentac.errors import ConfigError, Problem
+
+_log = logging.getLogger(__name__)
+
+_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+_REMEDY = "Use builtin:shapes-unet, a diffusers folder with safetensors weights, or a hub id"
+
+
+def locate(source: str, layout: Layout | None, revision: str = "") -> tuple[Path, str | None]:
+    """The folder on this machine of the pipeline that `source` names, fetched if need be and inspected, and the commit
+    that a hub id was resolved to. Raises ConfigError with all that is wrong.
+
+    source: `builtin:<name>`, a folder, or a hub id; revision: a commit, tag or branch of a hub id, "" for its main
+    branch. layout: None for a backbone that has none, whose folder is not inspected.
+    """
+    found, commit = _found(source, layout, revision)
+    if layout is not None:
+        problems = inspect(source, found, layout)
+        if problems:
+            raise ConfigError(problems)
+    elif not any(found.rglob("*.safetensors")):
+        raise _bad(source, "has no safetensors weights, and no other format is loaded")
+    return found, commit
+
+
+def _found(source: str, layout: Layout | None, revision: str) -> tuple[Path, str | None]:
+    """The folder of `source` on this machine, and its commit."""
+    path = Path(source).expanduser()
+    local = source.startswith("builtin:") or path.exists()
+    if local and revision:
+        remedy = "Leave backbone.revision out"
+        raise ConfigError([Problem("backbone.revision", revision, f"{source} is no hub id and has none", remedy)])
+    if source.startswith("builtin:"):
+        from latentac.shapes import builtin_pipeline
+
+        return builtin_pipeline(source.removeprefix("builtin:")), None
+    if path.is_file():
+        if path.suffix in _FILES:
+            raise _bad(source, "is a single-file checkpoint, and only diffusers folders are loaded", conversion(source))
+        raise _bad(source, "is a file, and only diffusers folders are loaded")
+    if path.is_dir():
+        return path, None
+    if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
+        if source.startswith(("http:", "https:")):
+            remedy = "Use its hub id (owner/name), with backbone.revision for a commit"
+            raise _bad(source, "is an address, and only folders and hub ids are fetched", remedy)
+        raise _bad(source, "is no folder here", "Correct the path; a hub id has the form owner/name")
+    return _from_hub(source, layout, revision or None)
+
+
+def _from_hub(source: str, layout: Layout | None, revision: str | None) -> tuple[Path, str]:
+    """The snapshot in the hub's cache, with what is used of it downloaded where the hub can be reached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=[INDEX]))
+        commit = folder.name
+        if layout is None:
+            patterns = ["*.safetensors", "*.json", "*.txt", "*.model"]
+            return Path(snapshot_download(source, revision=commit, allow_patterns=patterns)), commit
+        names = _names(source, folder, commit)
+        used = layout.files(names)
+        if INDEX not in used:
+            single = [name for name in names if "/" not in name and name.endswith(_FILES)]
+            remedy = conversion(single[0]) if single else SUPPORTED
+            raise _bad(source, f"{INDEX}: is missing, so this is no diffusers pipeline", remedy)
+        # What says most is read first: what it rules out is not worth gigabytes.
+        small = [name for name in used if not name.endswith(".safetensors")]
+        for wanted in (small, used):
+            snapshot_download(source, revision=commit, allow_patterns=[glob.escape(name) for name in wanted])
+            problems = inspect(source, folder, layout, weights=_offline()) if wanted is small else []
+            if problems:
+                raise ConfigError(problems)
+        return folder, commit
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        which = f" at revision {revision}" if revision else ""
+        hint = "HF_HUB_OFFLINE is set, and the cache does not hold it: fetch it once without. " if _offline() else ""
+        problem = f"is no folder here and could not be had from the hub{which} ({reason})"
+        raise _bad(source, problem, f"{hint}{_REMEDY}; a gated one needs HF_TOKEN") from error
+
+
+def _names(source: str, folder: Path, commit: str) -> list[str]:
+    """Names of the repository's files, or, where the hub cannot be reached, of those that the cache holds."""
+    from huggingface_hub import HfApi
+
+    if not _offline():
+        try:
+            return list(HfApi().list_repo_files(source, revision=commit))
+        except Exception as error:  # noqa: BLE001 - unreachable in any way: what the cache holds may do
+            _log.info("the hub did not answer (%s): its cache is used", type(error).__name__)
+    return listing(folder)
+
+
+def _offline() -> bool:
+    from huggingface_hub import is_offline_mode
+
+    return bool(is_offline_mode())
+
+
+def _bad(source: str, problem: str, remedy: str = _REMEDY) -> ConfigError:
+    return ConfigError([Problem("backbone.source", source, problem, remedy)])

@@ -1,0 +1,171 @@
+"""What a run needs is counted from its configuration and its weights' headers, and compared with what is there."""
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from latentac import sizing
+from latentac.backbones import BACKBONES
+from latentac.config import Policy
+from latentac.errors import ResourceError
+from latentac.resolution import resolve_all
+from latentac.run import recipe_fields
+from latentac.shapes import builtin_pipeline
+from tests.latentac import miniatures
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+CPU = torch.device("cpu")
+MODELS = {"unet": ("shapes-unet-smoke", "shapes-unet"), "dit": ("shapes-dit-smoke", "shapes-dit")}
+
+
+def config(name="unet", **settings):
+    overrides = [f"{path.replace('__', '.')}={value}" for path, value in settings.items()]
+    return resolve_all(recipe_fields(MODELS[name][0], "", overrides)).config
+
+
+def needed(name="unet", folder=None, **settings):
+    return sizing.requirements(config(name, **settings), folder or builtin_pipeline(MODELS[name][1]), 100, "cpu")
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_weights_are_counted_from_headers_alone(name):
+    """All of a part's tensors (a table of positions among them), and those of the adapters as they are attached."""
+    folder = builtin_pipeline(MODELS[name][1])
+    backbone = BACKBONES.build(name, folder, CPU)
+    count = sum(each.numel() for each in backbone.module.parameters())
+    full, lora = needed(name), needed(name, policy__adaptation="lora", policy__lora_rank=4)
+    assert full.memory["training"] == pytest.approx(3 * 4 * count, rel=0.01)
+    backbone.adapt(Policy(adaptation="lora", lora_rank=4))
+    adapters = sum(each.numel() for each in backbone.module.parameters() if each.requires_grad)
+    assert lora.memory["training"] == 3 * 4 * adapters
+    assert lora.memory["weights"] == full.memory["weights"] + 4 * adapters
+
+
+def test_half_precision_on_disk_is_whole_in_memory(tmp_path):
+    """Weights are cast to float32 when they are loaded; shards count as one."""
+    full, half = tmp_path / "full", tmp_path / "half"
+    one = needed(folder=miniatures.sd15(full))
+    other = needed(folder=miniatures.sd15(half, variant="fp16", sharded=True))
+    assert other.memory["weights"] == one.memory["weights"]
+    assert other.disk["base"] < 0.7 * one.disk["base"]
+
+
+@pytest.mark.parametrize(
+    ("item", "kind", "settings"),
+    [
+        ("reference", "memory", {"algorithm__prediction_kl": 0.1}),
+        ("critic's own backbone", "memory", {"critic__body__use": "copy"}),
+        ("training", "memory", {"policy__ema_decay": 0.9}),
+        ("images", "memory", {"train__images_per_iteration": 320}),
+        ("activations", "memory", {"train__block_images": 16}),
+        ("checkpoints", "disk", {"train__keep_checkpoints": 5}),
+        ("checkpoints", "disk", {"critic__replay_images": 4096}),
+        ("scored", "disk", {"pretrain__num_images": 4096}),
+    ],
+)
+def test_each_setting_that_costs_counts(item, kind, settings):
+    """More of it, more of that item, and nothing less of any other."""
+    before, after = getattr(needed(), kind), getattr(needed(**settings), kind)
+    assert after[item] > before.get(item, 0)
+    assert all(after[name] >= before[name] for name in before)
+
+
+def test_without_the_base_the_export_is_smaller():
+    """By the denoiser, in each copy."""
+    with_base, without = needed(), needed(serving__include_base="false")
+    count = with_base.memory["training"] // 12
+    assert with_base.disk["exported"] - without.disk["exported"] == sizing.COPIES * 4 * count
+
+
+def test_sizes_of_the_field_come_out_as_they_were_measured(tmp_path):
+    """Stable Diffusion 1.5 at 512 pixels on one GPU, blocks of 8 in 10 steps: 32 GiB by LoRA and 46 GiB with all
+    weights; with blocks of 32 a device of 79 GiB was too small. The formula is right within a third."""
+    model = sizing.Model(
+        files=4 * 10**9,
+        network=859_520_964,
+        frozen=83_653_863 + 123_060_480,
+        adapters=6_000_000,
+        latent=4 * 64 * 64,
+        picture=3 * 512 * 512,
+        text=77 * 768,
+        taps=16 * 16 * (320 + 1280),
+        units=sum((4096 >> (2 * level)) * width for level, width in enumerate((320, 640, 1280, 1280))) * 5,
+        decoder=512 * 512 * 256,
+    )
+
+    def gib(**settings):
+        common = {"train__num_workers": 1, "kernel__num_steps": 10, "train__updates_per_iteration": 4}
+        run = config(**common, **settings)
+        found = sizing.count(run, model, "unet", 0, "cuda")
+        return sum(found.memory.values()) / 2**30
+
+    lora = {"policy__adaptation": "lora"}
+    assert gib(train__block_images=8, **lora) == pytest.approx(32, rel=1 / 3)
+    assert gib(train__block_images=8) == pytest.approx(46, rel=1 / 3)
+    assert gib(train__block_images=32, **lora) > 79
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def usage(free):
+    return Usage(2 * free, free, free)
+
+
+def test_a_disk_that_is_too_small_is_refused_with_the_sum(tmp_path, monkeypatch):
+    """By item, in the folder of the run and in a store of files, which may not be there yet."""
+    found = needed()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(found.disk_bytes - 1))
+    with pytest.raises(ResourceError, match=r"has \d+ MiB free, and this run needs \d+ MiB \(base .*checkpoints"):
+        sizing.check_room(found, tmp_path / "runs", f"file://{tmp_path}/store")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(found.disk_bytes))
+    sizing.check_room(found, tmp_path / "runs" / "not" / "yet", f"file://{tmp_path}/store")
+
+
+def test_memory_that_is_too_small_is_refused_with_the_sum(tmp_path, monkeypatch):
+    """All workers together, where they share it."""
+    found = needed()
+    assert found.memory_bytes == found.workers * sum(found.memory.values())
+    monkeypatch.setattr(sizing, "_free_memory", lambda device: found.memory_bytes - 1)
+    store = f"file://{tmp_path}/store"
+    with pytest.raises(ResourceError, match=r"memory \(cpu\): has .*weights .*in each of 2 workers.*block_images"):
+        sizing.check_room(found, tmp_path, store)
+    monkeypatch.setattr(sizing, "_free_memory", lambda device: found.memory_bytes)
+    sizing.check_room(found, tmp_path, store)
+
+
+def test_with_a_store_elsewhere_only_this_step_counts(tmp_path, monkeypatch):
+    """The workers of a cluster have machines of their own."""
+    found = needed()
+    step = found.memory["weights"] + found.memory["process"]
+    monkeypatch.setattr(sizing, "_free_memory", lambda device: step)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(found.disk["base"]))
+    sizing.check_room(found, tmp_path, "s3://bucket")
+    monkeypatch.setattr(sizing, "_free_memory", lambda device: step - 1)
+    with pytest.raises(ResourceError, match="this step needs"):
+        sizing.check_room(found, tmp_path, "s3://bucket")
+
+
+def test_a_containers_own_limit_counts(tmp_path):
+    """What its control group leaves, with what it only caches; without a limit the machine's memory does."""
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("600000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\nfile 200000\n")
+    assert sizing._control_group(tmp_path) == 600000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert sizing._control_group(tmp_path) is None
+    assert (sizing._free_memory("cpu") or 0) > 2**20
+
+
+def test_it_is_described_for_a_person():
+    """Two lines, by item."""
+    disk, memory = sizing.describe(needed())
+    assert disk.startswith("disk: ")
+    assert "in each of 2 workers" in memory
+    assert math.isfinite(needed().disk_bytes)
