@@ -11,6 +11,7 @@ from latentac.critic import Critic
 from latentac.evaluation import Arm, gallery, sample
 from latentac.measures import interval
 from latentac.policy import Policy
+from latentac.progress import progress
 from latentac.prompts import Prompt, balanced
 from latentac.rewards import Reward
 from latentac.steering import STEERING, Steering, evaluations, make_steering
@@ -50,21 +51,22 @@ def run_benchmark(
     """
     evaluation = config.evaluation
     chosen = [prompts[i].text for i in balanced(prompts, evaluation.num_images, config.seed, "evaluation")]
-    rows = []
-    for method, strength, candidates, steering in arms(config):
-        label = f"{method} {strength:g}" if candidates == 1 else f"{method} {candidates}"
-        texts = chosen[: config.steering.num_images]
-        started = time.monotonic()
-        arm = sample(
-            policy, critic, rewards, texts, config.seed, config.kernel.num_steps, steering=steering, label=label
-        )
-        rows += _rows(config, arm, time.monotonic() - started, method, strength, candidates, steering)
-    shown = chosen[: evaluation.num_gallery_prompts]
+    texts, shown = chosen[: config.steering.num_images], chosen[: evaluation.num_gallery_prompts]
     steered = _steering(config, "value_gradient", config.steering.strengths.value_gradient, 1)
-    arm = sample(
-        policy, critic, rewards, shown, config.seed, config.kernel.num_steps, steering=steered, label="gallery"
-    )
-    return rows, gallery(config, shown, {"steered": arm.images})
+    seed, steps, found, rows = config.seed, config.kernel.num_steps, arms(config), []
+    # What an arm costs goes by its evaluations, so these are the unit: pictures would promise a wrong end.
+    costs = [evaluations(steering, steps) for *_, steering in found]
+    shown_cost = evaluations(steered, steps)
+    with progress(sum(costs) * len(texts) + shown_cost * len(shown), "steer", "evaluations") as bar:
+        for number, ((method, strength, candidates, steering), cost) in enumerate(zip(found, costs, strict=True), 1):
+            label = f"{method} {strength:g}" if candidates == 1 else f"{method} {candidates}"
+            bar.begin(f"arm {number} of {len(found)}: {label}")
+            started = time.monotonic()
+            arm = sample(policy, critic, rewards, texts, seed, steps, steering=steering, bar=bar, units=cost)
+            rows += _rows(config, arm, time.monotonic() - started, method, strength, candidates, steering)
+        bar.begin("gallery")
+        arm = sample(policy, critic, rewards, shown, seed, steps, steering=steered, bar=bar, units=shown_cost)
+    return rows, gallery(config, shown, {"steered": arm})
 
 
 def _rows(

@@ -90,6 +90,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_place(report)
     report.set_defaults(command=_report)
 
+    compare = _make(
+        verbs.add_parser,
+        "compare",
+        "write one page about several runs, and a table here",
+        "latentac compare first second --to compare.html",
+    )
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="two or more; the others are held against the first")
+    _add_folders(compare)
+    compare.add_argument(
+        "--to", type=Path, metavar="FILE", help="the page (default: OUTPUT/compare.html); JSON beside it"
+    )
+    compare.set_defaults(command=_compare)
+
     serve = _make(verbs.add_parser, "serve", "serve a deployed model with KServe", "latentac serve --run first")
     _add_place(serve)
     serve.add_argument("--port", type=int, default=8080, help="port on loopback (default: %(default)s)")
@@ -138,6 +151,10 @@ def _make(
 
 def _add_place(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--run", required=True, metavar="ID", help="the run's id")
+    _add_folders(verb)
+
+
+def _add_folders(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--store", default="", metavar="URL", help="file:// or s3://bucket/prefix (default: OUTPUT/store)"
     )
@@ -179,6 +196,16 @@ def _report(options: argparse.Namespace) -> None:
 
     for path in write_report(options.run, options.store or default_store(options.output), options.output):
         print(path)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from latentac.compare import table, write_comparison
+    from latentac.workspace import default_store
+
+    store = options.store or default_store(options.output)
+    made = write_comparison(options.runs, store, options.output, options.to)
+    for line in [*table(made.content), str(made.page), str(made.numbers)]:
+        print(line)
 
 
 def _serve(options: argparse.Namespace) -> None:

@@ -317,10 +317,12 @@ def _write(path: Path, content: object) -> None:
 
 
 def _write_gallery(folder: Path, sheets: dict[str, Any]) -> None:
-    """`sheets`: arm -> contact sheet, and "index" -> what gallery.json says of them."""
+    """`sheets`: arm -> contact sheet, "index" -> what gallery.json says of them, and "scores" -> scores.json."""
     (folder / "gallery").mkdir()
     for name, sheet in sheets.items():
         if name == "index":
             _write(folder / "gallery" / "gallery.json", sheet)
+        elif name == "scores":
+            _write(folder / "scores.json", sheet)
         else:
             sheet.save(folder / "gallery" / f"{name}.png")

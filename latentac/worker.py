@@ -114,8 +114,8 @@ def work(space: Workspace, position: Position) -> bool:
             stack.enter_context(run_lock(space.folder / "train.lock"))
             log = stack.enter_context(TensorBoard(space.folder / "tensorboard", trainer.iteration))
         total = space.config.train.num_iterations
-        bar = stack.enter_context(progress(total, "train", "iterations", disabled=not mesh.leads))
-        bar.update(trainer.iteration)
+        done = trainer.iteration
+        bar = stack.enter_context(progress(total, "train", "iterations", done=done, disabled=not mesh.leads))
         position.watch()
         while not trainer.finished:
             position.iteration = trainer.iteration + 1
@@ -124,7 +124,7 @@ def work(space: Workspace, position: Position) -> bool:
             except Diverged as error:
                 reached = trainer.iteration
                 trainer = _go_back(space, mesh, trainer, error)
-                bar.update(trainer.iteration - reached)
+                bar.go_back(reached - trainer.iteration)
                 continue
             position.stop = mesh.any(position.stop)  # all of them after the same iteration, or none
             bar.update()
