@@ -296,6 +296,14 @@ class Serving(Section):
     request_seconds: Rate = 300.0
 
 
+class Tracking(BaseModel):
+    """Where numbers and pictures of the training go beside TensorBoard. use: a row of `TRACKERS` or `module:Class`; its
+    own settings stand beside it."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    use: str
+
+
 class Config(Section):
     """A run, completely: two equal configurations on one machine give bitwise equal results."""
 
@@ -314,6 +322,7 @@ class Config(Section):
     steering: Steering = Steering()
     gate: Gate
     serving: Serving = Serving()
+    tracking: list[Tracking] = []
 
     @property
     def reward_names(self) -> tuple[str, ...]:

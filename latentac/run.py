@@ -11,7 +11,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,7 @@ def evaluate(run: str, store: str, output: str) -> Manifest:
     def work(space: Workspace, folder: Path) -> dict[str, Any]:
         from latentac.evaluation import compare
         from latentac.incumbent import load_incumbent
+        from latentac.metrics import of_evaluation
 
         policies = {"base": space.base_policy(), "trained": space.trained_policy()}
         incumbent = load_incumbent(space, policies["base"])
@@ -110,6 +111,7 @@ def evaluate(run: str, store: str, output: str) -> Manifest:
         _write(folder / "evaluation.json", {**content, "production": incumbent.to_dict()})
         _write_gallery(folder, sheets)
         reward = space.config.gate.reward
+        _track(space, of_evaluation(content, reward))
         figures = {arm: content[arm][reward]["mean"] for arm in policies}
         figures |= {"gain": content["difference"][reward]["mean"], "gain_low": content["difference"][reward]["low"]}
         for arm in policies.keys() - {"trained"}:
@@ -275,10 +277,11 @@ def resolve_recipe(recipe: str, config: str = "", overrides: Sequence[str] = ())
 
 
 def _prepare(run: str, store: Store, output: Path, settings: Config, started: float) -> Manifest:
-    from latentac import preparation
+    from latentac import preparation, tracking
     from latentac.prompts import load_prompts
 
     preparation.check_names(settings)
+    tracking.check(settings)
     preparation.check_machine(settings, output)
     store.probe()
     prompts = load_prompts(settings.prompts.source)
@@ -310,6 +313,23 @@ def _write_finish(run: str, store: str, output: str, folder: Path) -> None:
     for path in (report, summary):
         shutil.copyfile(path, folder / path.name)
     (folder / "card.md").write_text(model_card(json.loads(summary.read_text())), encoding="utf-8")
+
+
+def _track(space: Workspace, scalars: Mapping[str, float]) -> None:
+    """The numbers of the evaluation, to where those of the training are, at the last iteration."""
+    from latentac.tracking import make_trackers, tracking
+    from latentac.tracking.tensorboard import TensorBoard, all_but_evaluation
+
+    folder, copies = space.folder / "tensorboard", f"tensorboard/{space.run}"
+    if not folder.exists():  # another machine has trained
+        space.store.read_files(copies, folder)
+    board = TensorBoard(folder, all_but_evaluation)
+    trackers = [board, *make_trackers(space.config, space.folder)]
+    iteration = int(space.store.manifest(f"{space.run}/train").metrics["iterations"])
+    with tracking(trackers, space.run, space.config):
+        for tracker in trackers:
+            tracker.log(iteration, scalars)
+    space.store.write_files(folder, copies, exact=board.rewritten)
 
 
 def _write(path: Path, content: object) -> None:
