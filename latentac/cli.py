@@ -26,7 +26,10 @@ _STEPS = {
     "finish": "write and publish the report of what the run has published, complete or not",
 }
 
-_FURTHER = {"pipeline": "the pipeline on a cluster: compile, upload, submit, follow, report, cancel, schedule"}
+_FURTHER = {
+    "sweep": "a grid of settings and seeds, run one after another or on a cluster, and compared on one page",
+    "pipeline": "the pipeline on a cluster: compile, upload, submit, follow, report, cancel, schedule",
+}
 """Commands of packages above this one, found by entry points of the group `latentac.commands`."""
 
 _EXIT_CODES = """exit codes:
@@ -44,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("latentac").setLevel(logging.INFO)
     try:
-        command: Callable[[argparse.Namespace], None] = options.command
-        command(options)
+        command: Callable[[argparse.Namespace], int | None] = options.command
+        return command(options) or 0
     except LatentacError as error:
         print(f"latentac: {error}", file=sys.stderr)
         return error.exit_code
@@ -57,7 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("latentac: interrupted; the same command goes on from what is done", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -179,13 +181,13 @@ def _run_verb(options: argparse.Namespace) -> None:
         print(json.dumps({"key": manifest.key, "metrics": manifest.metrics}, indent=2))
 
 
-def _run_further(options: argparse.Namespace) -> None:
+def _run_further(options: argparse.Namespace) -> int | None:
     from importlib.metadata import entry_points
 
     name, *arguments = options.words
     for found in entry_points(group="latentac.commands", name=name):
-        found.load()(arguments)
-        return
+        code: int | None = found.load()(arguments)
+        return code
     remedy = "Install the whole package anew: `make install`, or pip install."
     raise ConfigError([Problem(name, arguments, "this installation has no such command", remedy)])
 

@@ -162,7 +162,7 @@ class _Bar:
 
         self._file = file
         width = os.get_terminal_size(file.fileno()).columns  # 0 where nobody told the terminal its size
-        layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}] {pace}"
+        layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} " + unit + " [{elapsed}<{remaining}{postfix}] {pace}"
         if total is None:
             layout = "{desc}: {n_fmt} " + unit + " [{elapsed}{postfix}] {pace}"
         self._bar = Bar(

@@ -4,9 +4,9 @@
       - {use: mlflow, experiment: shapes}
       - {use: wandb, project: shapes, mode: offline}
 
-A row is a class with a pydantic class `Settings` nested in it, made as `Class(settings, folder)`; or without one, made as
-`Class(folder)`. `module:Class` is one of your own. It is called from one thread, of the leading worker alone. What it
-raises is told once and ends its tracking, never the training; it is waited for at the end, a minute at most.
+A row is a class with a pydantic class `Settings` nested in it, made as `Class(settings, folder)`; or without one, made
+as `Class(folder)`. `module:Class` is one of your own. It is called from one thread, of the leading worker alone. What
+it raises is told once and ends its tracking, never the training; it is waited for at the end, a minute at most.
 """
 
 import importlib
@@ -152,7 +152,7 @@ class Background:
             while (call := self._calls.get()) is not None:
                 call(tracker)
         except Exception as error:  # noqa: BLE001 - whatever a tracker raises, the training goes on
-            reason = re.sub(r"//[^/@\s]+@", "//", " ".join(str(error).split()))[:500]
+            reason = _open(" ".join(str(error).split()))[:500]
             _log.warning("%s tracks no longer, the run goes on: %s: %s", self._name, type(error).__name__, reason)
 
 
@@ -184,7 +184,12 @@ def _settings(entry: Tracking, kind: Any, path: str) -> Any:
     except ValidationError as error:
         known = suggestion("", list(kind.Settings.model_fields)) if kind.Settings.model_fields else "It has none."
         problems = [
-            Problem(".".join([path, *map(str, detail["loc"])]), detail["input"], detail["msg"].lower(), known)
+            Problem(".".join([path, *map(str, detail["loc"])]), _open(detail["input"]), detail["msg"], known)
             for detail in error.errors(include_url=False)
         ]
         raise ConfigError(problems) from None
+
+
+def _open(value: Any) -> Any:
+    """`value` without the name and password of addresses in it."""
+    return re.sub(r"//[^/@\s]+@", "//", value) if isinstance(value, str) else value

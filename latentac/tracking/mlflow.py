@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 _RUN_TAG = "latentac.run"
 _MAX_PARAMS = 100  # of one call
@@ -17,14 +18,22 @@ class MLflow:
 
     class Settings(BaseModel):
         """tracking_uri: a server's URL, `sqlite:///file.db` (needs the whole of `mlflow`), or a folder (MLflow wants
-        MLFLOW_ALLOW_FILE_STORE=true for that); MLFLOW_TRACKING_URI where none is named. Name and password of a server
-        come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. experiment: made where it is missing; else that of
-        MLFLOW_EXPERIMENT_NAME, else `latentac`. images: pictures are sent too."""
+        MLFLOW_ALLOW_FILE_STORE=true for that); MLFLOW_TRACKING_URI where none is named. A name and a password come from
+        MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
+        experiment: made where it is missing; MLFLOW_EXPERIMENT_NAME where none is named, else `latentac`.
+        images: pictures are sent too."""
 
         model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
         tracking_uri: str | None = None
         experiment: str | None = None
         images: bool = True
+
+        @field_validator("tracking_uri")
+        @classmethod
+        def _no_password(cls, uri: str | None) -> str | None:
+            if uri and urlsplit(uri).password:
+                raise ValueError("has a password, which would be told in each report: use MLFLOW_TRACKING_PASSWORD")
+            return uri
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         import os

@@ -115,10 +115,10 @@ def test_the_bar_knows_what_was_done_before_it(terminal: tuple[int, int]) -> Non
         drawn._bar.mininterval = 0
         bar.update(5)
         line = str(drawn._bar)
-        assert "35/40 [00:10<00:10] 2.0 s/iteration" in line
+        assert "35/40 iterations [00:10<00:10] 2.0 s/iteration" in line
         assert line.startswith("train, part 1 of 2:  88%")
         bar.go_back(5)
-        assert "30/40 [00:10<00:20] 2.0 s/iteration" in str(drawn._bar)
+        assert "30/40 iterations [00:10<00:20] 2.0 s/iteration" in str(drawn._bar)
 
 
 def test_bar_is_drawn_on_the_terminal_that_the_driver_names(

@@ -326,6 +326,9 @@ def test_all_that_is_wrong_with_the_trackers_is_told_at_once() -> None:
     ]
     assert 'Did you mean "mlflow"?' in str(caught.value)
     check(config({"use": OWN}))
+    with pytest.raises(ConfigError, match="use MLFLOW_TRACKING_PASSWORD") as caught:
+        check(config({"use": "mlflow", "tracking_uri": "https://user:hidden@tracker"}))
+    assert "hidden" not in str(caught.value)
 
 
 @pytest.mark.slow
