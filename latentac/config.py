@@ -1,16 +1,20 @@
-"""One strict, frozen configuration a run: every field is checked, every problem is told at once.
+"""The configuration of a run: strict and frozen. Every field is checked, and all problems are reported together.
 
-A configuration is a recipe, then a file, then `--set path=value`, merged in that order (`latentac.fields`) and
-validated together.
+A configuration is a recipe, then a file, then `--set path=value`, merged in that order (`latentac.fields`).
+
+It owns the names of extensions (`use`, `name`) and what the framework does with them (a weight, a time-out). The other
+fields of an extension are its own: they are declared in the class's `Settings` and checked by `latentac.resolution`.
 """
 
+import copy
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from latentac.errors import ConfigError, Problem
 
@@ -25,19 +29,53 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Backbone(Section):
+class Extension(Section):
+    """A row of a table, or a class of your own. use: the row's name, or `module:Class`.
+
+    All further fields are the extension's own settings (`own`). `latentac config fields` lists them for every row.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    use: str
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The extension's own settings, as they were given."""
+        return dict(self.model_extra or {})
+
+    def with_own(self, own: Mapping[str, Any]) -> Self:
+        """The same extension with `own` as its settings."""
+        framework = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self).model_validate({**framework, **own})
+
+
+class Named(Extension):
+    """An extension of which there may be several. name: what reports, metrics and requests call it; by default the
+    row's name, or the class's."""
+
+    name: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_after_use(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and not fields.get("name") and isinstance(fields.get("use"), str):
+            return {**fields, "name": fields["use"].rpartition(":")[2]}
+        return fields
+
+
+class Backbone(Extension):
     """The pretrained diffusion model. source: `builtin:<name>`, a diffusers folder, or a hub id."""
 
-    name: str = "unet"
+    use: str = "unet"
     source: str
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
-class Kernel(Section):
-    """The sampler step. noise: eta of DDIM, the noise level of the flow kernels; 0 is deterministic."""
+class Kernel(Extension):
+    """The sampler: how one denoising step is drawn. num_steps: denoising steps per picture, K."""
 
-    name: Literal["ddim", "flow_sde", "dance_sde", "cps"] = "ddim"
-    noise: Fraction = 1.0
+    use: str = "ddim"
     num_steps: Annotated[int, Field(ge=2, le=1000)] = 10
 
 
@@ -47,11 +85,17 @@ class Prompts(Section):
     source: str
 
 
-class Reward(Section):
-    """One reward: a name of the table or `module:Class`. A weight of 0 is watched, not trained on."""
+class Reward(Named):
+    """One reward.
 
-    name: str
+    weight: its share in what is trained on; a reward of weight 0 is measured and not trained on.
+    timeout_seconds: bound of one call. retries: further attempts after an error that the reward's class declares
+        transient (`transient_errors`); the waits between them start at one second and double.
+    """
+
     weight: NonNegative = 1.0
+    timeout_seconds: Rate = 300.0
+    retries: Annotated[int, Field(ge=0, le=20)] = 3
 
 
 class Policy(Section):
@@ -68,37 +112,23 @@ class Policy(Section):
 
 
 class Critic(Section):
-    """A value head a reward on a body.
+    """One value head per reward on a body that reads latents.
 
-    body: frozen_taps (the policy's own forward), lora or copy (a backbone of its own), or to compare with: pixel (the
-        decoded guess of the picture), latent_cnn (shares nothing); or `module:Class`.
-    width: of a branch; num_queries: learnable summary tokens a feature map, with 0 the head reads no places, only
-        each channel's mean and spread: cheaper, and better after a few thousand pictures; grid: cells a side that a
-        map keeps;
-    dropout: of maps and summaries while learning; text_dropout: of what is read of each word; body_learning_rate: of
-        the backbone in lora and copy.
+    body: what the heads read, an extension: `frozen_taps` (the policy's own forward), `lora` or `copy` (a backbone of
+        its own); to compare with, `pixel` (the decoded guess of the picture) and `latent_cnn` (shares nothing).
+    hidden: units of the MLP between the body's summary and the heads. shared_head: one head for all rewards.
     num_passes: over each iteration's states, each of `updates_per_pass` updates. replay_images: so many of the newest
-        scored pictures are remembered, and with each state of a rollout the critic learns from a forward-noised one of
-        them; 0 for none.
+        scored pictures are kept, and with each state of a rollout the critic learns from a forward-noised one of
+        them; 0 for none. target_clip: bound of the value targets, in standard deviations.
     """
 
-    body: str = "frozen_taps"
-    width: Positive = 64
-    num_heads: Positive = 4
-    num_queries: Annotated[int, Field(ge=0)] = 4
-    grid: Positive = 4
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    text_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.6
-    time_conditioning: bool = True
-    text_conditioning: bool = True
+    body: Extension = Extension(use="frozen_taps")
+    hidden: Positive = 128
     shared_head: bool = False
-    lora_rank: Positive = 32
-    lora_alpha: Positive = 64
     num_passes: Positive = 2
     updates_per_pass: Positive = 4
     replay_images: Annotated[int, Field(ge=0)] = 0
     learning_rate: Rate = 2e-3
-    body_learning_rate: Rate = 1e-4
     weight_decay: NonNegative = 1e-4
     gradient_clip: Rate = 1.0
     target_clip: Rate = 5.0
@@ -115,40 +145,11 @@ class Pretrain(Section):
     forward_noised: Fraction = 0.0
 
 
-class Algorithm(Section):
-    """How rewards become advantages, and advantages a loss.
+class Algorithm(Extension):
+    """How rewards become advantages, and advantages become a loss: `ppo` (the critic is the baseline), `grpo` (the
+    group of a prompt's rollouts is), `ddpo` (the mean of all images is, or of each prompt so far)."""
 
-    name: ppo (the critic is the baseline), grpo (a group of `group_size` rollouts of a prompt is), ddpo (the mean of
-        all images is, or of each prompt so far), or `module:Class`.
-    ratio: `likelihood`, or `guard`, the log-ratio of GRPO-Guard, whose mean is 0 at every noise level.
-    log_prob_scale: `mean` divides the log-prob by the latent dimensions, so that `clip` is a bound per dimension.
-    trust_region: `clip` of PPO, or `divergence`: the mask of Flow-DPPO beyond `divergence_bound`, nats per dimension.
-    gae_lambda: of the advantages; below 1 the critic's later values stand for what comes after a step, so its credit is
-        not drowned by what later steps did. value_lambda: the same for the critic's own targets, 1 is the reward.
-    whitening: of advantages over all steps together, or of each step for itself.
-    combination: of several rewards: `by_head` whitens each one's advantages before the weighted sum, `sum` only after.
-    value_guidance: how far the actor's means are drawn uphill on the critic, in std^2 times the gradient of its values,
-        which are in standard deviations of each reward; 0 leaves the critic a baseline.
-    prediction_kl: weight of mean (prediction - prediction of the base)^2; 0 keeps no reference.
-    """
-
-    name: str = "ppo"
-    group_size: Positive = 1
-    baseline: Literal["batch", "prompt"] = "batch"
-    prompt_min_count: Positive = 4
-    ratio: Literal["likelihood", "guard"] = "likelihood"
-    log_prob_scale: Literal["mean", "sum"] = "mean"
-    trust_region: Literal["clip", "divergence"] = "clip"
-    clip: Rate = 8e-4
-    divergence_bound: Rate = 1e-4
-    discount: Fraction = 1.0
-    gae_lambda: Fraction = 1.0
-    value_lambda: Fraction = 1.0
-    whitening: Literal["global", "per_step"] = "global"
-    combination: Literal["by_head", "sum"] = "by_head"
-    advantage_clip: Rate = 10.0
-    value_guidance: NonNegative = 0.0
-    prediction_kl: NonNegative = 0.0
+    use: str = "ppo"
 
 
 class EarlyStopping(Section):
@@ -200,49 +201,15 @@ class Evaluation(Section):
     pictures_per_prompt: Annotated[int, Field(ge=2)] = 4
 
 
-class Strengths(Section):
-    """How much a reward of weight 1 counts for each method, in standard deviations of that reward."""
-
-    value_gradient: Rate = 20.0
-    best_of_n: Rate = 1.0
-    resampling: Rate = 5.0
-    twisted: Rate = 10.0
-    svdd: Rate = 1.0
-
-    def of(self, method: str) -> float:
-        """The strength of a row of `STEERING`."""
-        return float(getattr(self, method))
-
-
-class Schedule(Section):
-    """When steering acts, and how: at the steps k of K with start <= k / K < stop.
-
-    normalised: the gradient gives the direction alone, and a strength is the length of the step, in standard deviations
-        of the transition.
-    potential: of resampling: `diff` weighs each step by exp of the value's rise, `max` by that of its highest so far.
-    tempering: values count ((k + 1) / n)^tempering at the k-th of n steered steps; 0 is fully from the first one on.
-    resample_below: particles are resampled where their effective sample size is below this share of their number.
-    """
-
-    start: Fraction = 0.3
-    stop: Fraction = 0.8
-    normalised: bool = False
-    potential: Literal["diff", "max"] = "diff"
-    tempering: NonNegative = 0.0
-    resample_below: Fraction = 0.7
-
-
 class Steering(Section):
-    """Strengths and schedule of each way to steer, and the benchmark's arms.
+    """The ways to steer that the benchmark compares and the endpoint offers.
 
-    gradient_strengths: of `value_gradient`, each an arm with one candidate; candidates: of the arms of every method.
+    methods: extensions of the steering table, each with its strength and the arms that the benchmark tries.
+    num_images: pictures per arm.
     """
 
-    strengths: Strengths = Strengths()
-    schedule: Schedule = Schedule()
+    methods: list[Named] = []
     num_images: Annotated[int, Field(ge=8)] = 256
-    gradient_strengths: list[NonNegative] = [0.0, 10.0, 20.0, 30.0]
-    candidates: list[Positive] = [2, 4, 8]
 
 
 class Gate(Section):
@@ -296,12 +263,8 @@ class Serving(Section):
     request_seconds: Rate = 300.0
 
 
-class Tracking(BaseModel):
-    """Where numbers and pictures of the training go beside TensorBoard. use: a row of `TRACKERS` or `module:Class`; its
-    own settings stand beside it."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
-    use: str
+class Tracker(Named):
+    """Where numbers and pictures of the training go beside TensorBoard: `mlflow`, `wandb`."""
 
 
 class Config(Section):
@@ -322,7 +285,7 @@ class Config(Section):
     steering: Steering = Steering()
     gate: Gate
     serving: Serving = Serving()
-    tracking: list[Tracking] = []
+    tracking: list[Tracker] = []
 
     @property
     def reward_names(self) -> tuple[str, ...]:
@@ -340,15 +303,56 @@ class Config(Section):
 
 
 def resolve(fields: Mapping[str, Any]) -> Config:
-    """Validate nested dictionaries into a Config. Raises ConfigError with every problem at once."""
-    try:
-        config = Config.model_validate(fields)
-    except ValidationError as error:
-        raise ConfigError([_problem(detail) for detail in error.errors(include_url=False)]) from None
-    problems = _impossible(config)
-    if problems:
+    """Validate nested dictionaries into a Config. Raises ConfigError with all problems of the framework's fields.
+
+    The settings of extensions are checked by `latentac.resolution`, which imports them.
+    """
+    config, problems = examine(fields)
+    if problems or config is None:
         raise ConfigError(problems)
     return config
+
+
+def examine(fields: Mapping[str, Any]) -> tuple[Config | None, list[Problem]]:
+    """The configuration of `fields` as far as it can be understood, and all problems of the framework's fields.
+
+    A field that is not valid has its default in the result, so that what else is wrong can be found as well; no
+    problem is reported of a combination that such a field is part of. None where nothing can be made of `fields`.
+    """
+    problems: list[Problem] = []
+    repaired, broken = copy.deepcopy(dict(fields)), set[str]()
+    for _ in range(_REPAIRS):
+        try:
+            config = Config.model_validate(repaired)
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                problem = _problem(detail)
+                broken.add(problem.path)
+                problems.append(problem)
+                if not _repair(repaired, detail):
+                    return None, problems
+            continue
+        return config, [*problems, *_impossible(config, broken)]
+    return None, problems
+
+
+_REPAIRS = 5  # a repaired field may uncover the next problem of its section
+_UNKNOWN = "?"
+
+
+def _repair(fields: Any, detail: Any) -> bool:
+    """Take the value that `detail` is about out of `fields`, or put a text where one is missing."""
+    *above, name = detail["loc"] or [None]
+    try:
+        for part in above:
+            fields = fields[part]
+        if detail["type"] == "missing":
+            fields[name] = _UNKNOWN
+        else:
+            del fields[name]
+    except (LookupError, TypeError):
+        return False
+    return True
 
 
 def suggestion(name: str, known: Sequence[str]) -> str:
@@ -372,51 +376,47 @@ def _fields_beside(location: Sequence[str]) -> list[str]:
     """The fields of the section that holds `location`'s last part."""
     section: Any = Config
     for name in location[:-1]:
-        if name.isdigit():
-            continue
-        annotation = section.model_fields[name].annotation
-        section = next((a for a in getattr(annotation, "__args__", ()) if hasattr(a, "model_fields")), annotation)
+        if not name.isdigit():
+            section = section_of(section, name)
     return list(section.model_fields)
 
 
-def _impossible(config: Config) -> list[Problem]:
-    """Combinations of valid fields that cannot run."""
+def section_of(section: Any, name: str) -> Any:
+    """The section that the field `name` of `section` holds, directly, optionally or in a list; None for a value."""
+    if section is None or name not in section.model_fields:
+        return None
+    annotation = section.model_fields[name].annotation
+    return next((a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")), None)
+
+
+def _impossible(config: Config, broken: set[str]) -> list[Problem]:
+    """Combinations of valid fields that cannot run, but for those of a field in `broken`."""
     problems = []
 
-    def refuse(condition: bool, path: str, value: object, problem: str, remedy: str) -> None:
-        if condition:
+    def refuse(condition: bool, path: str, value: object, problem: str, remedy: str, *reads: str) -> None:
+        unsure = any(found == read or found.startswith(f"{read}.") for read in (path, *reads) for found in broken)
+        if condition and not unsure:
             problems.append(Problem(path, value, problem, remedy))
 
-    algorithm, train, kernel = config.algorithm, config.train, config.kernel
-    refuse(
-        kernel.noise == 0,
-        "kernel.noise",
-        kernel.noise,
-        f"makes the {kernel.name} kernel deterministic, and {algorithm.name} needs the density of each step",
-        "Set kernel.noise above 0, for example 1.0.",
-    )
-    refuse(
-        algorithm.name == "grpo" and algorithm.group_size < 2,
-        "algorithm.group_size",
-        algorithm.group_size,
-        "grpo compares the rollouts of one prompt and needs at least 2",
-        "Set algorithm.group_size=4, or algorithm.name=ppo.",
-    )
-    refuse(
-        algorithm.value_guidance > 0 and algorithm.name in {"ddpo", "grpo"},
-        "algorithm.value_guidance",
-        algorithm.value_guidance,
-        f"{algorithm.name} has no critic whose gradient could guide the actor",
-        "Set algorithm.name=ppo, or algorithm.value_guidance=0.",
-    )
-    schedule = config.steering.schedule
-    refuse(
-        schedule.start >= schedule.stop,
-        "steering.schedule.start",
-        schedule.start,
-        f"is not before steering.schedule.stop = {schedule.stop:g}, so steering would never act",
-        "Use for example 0 and 1.",
-    )
+    train, kernel, names = config.train, config.kernel, config.reward_names
+    for index, reward in enumerate(config.rewards):
+        refuse(
+            not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", reward.name),
+            f"rewards.{index}.name",
+            reward.name,
+            "cannot name a reward in metrics, reports and requests",
+            "Use up to 64 letters, digits, '_', '-' and '.'.",
+            f"rewards.{index}.use",
+        )
+    for path, listed in (("rewards", list(names)), ("steering.methods", [one.name for one in config.steering.methods])):
+        twice = sorted({name for name in listed if listed.count(name) > 1})
+        refuse(
+            bool(twice),
+            path,
+            listed,
+            f"{', '.join(twice)} is the name of two entries",
+            "Give each a name of its own, for example name: second.",
+        )
     stopping = train.early_stopping
     watched = [reward.name for reward in config.rewards if reward.weight == 0]
     refuse(
@@ -425,13 +425,7 @@ def _impossible(config: Config) -> list[Problem]:
         stopping.reward if stopping else None,
         "is not a watched reward of this run: one that is trained on rises to the end",
         f"Choose one with weight 0 (now: {', '.join(watched) or 'none'}).",
-    )
-    refuse(
-        train.block_images % algorithm.group_size != 0,
-        "train.block_images",
-        train.block_images,
-        f"is no multiple of algorithm.group_size = {algorithm.group_size}",
-        "Make a block hold whole groups.",
+        "rewards",
     )
     refuse(
         train.images_per_iteration % (train.block_images * train.num_workers) != 0,
@@ -439,6 +433,8 @@ def _impossible(config: Config) -> list[Problem]:
         train.images_per_iteration,
         f"cannot be dealt evenly in blocks of {train.block_images} to {train.num_workers} workers",
         f"Use a multiple of {train.block_images * train.num_workers}.",
+        "train.block_images",
+        "train.num_workers",
     )
     rows = train.block_images * (kernel.num_steps - 1)
     refuse(
@@ -447,41 +443,23 @@ def _impossible(config: Config) -> list[Problem]:
         train.updates_per_iteration,
         f"is more than the {rows} transitions of a block",
         "Use fewer updates or larger blocks.",
+        "train.block_images",
+        "kernel.num_steps",
     )
     refuse(
         all(reward.weight == 0 for reward in config.rewards),
         "rewards",
-        list(config.reward_names),
+        list(names),
         "no reward has a weight above 0, so there is nothing to learn",
         "Give one a weight, for example weight: 1.0.",
     )
-    refuse(
-        len(set(config.reward_names)) != len(config.rewards),
-        "rewards",
-        list(config.reward_names),
-        "a reward is listed twice",
-        "List each once and use its weight.",
-    )
-    refuse(
-        config.gate.reward not in config.reward_names,
-        "gate.reward",
-        config.gate.reward,
-        "is none of this run's rewards",
-        f"Choose one of {', '.join(config.reward_names)}.",
-    )
-    for name in config.gate.floors:
+    for path, name in (("gate.reward", config.gate.reward), *((f"gate.floors.{n}", n) for n in config.gate.floors)):
         refuse(
-            name not in config.reward_names,
-            f"gate.floors.{name}",
-            config.gate.floors[name],
+            name not in names,
+            path,
+            config.gate.floors.get(name, name),
             f"{name} is none of this run's rewards",
-            f"Choose one of {', '.join(config.reward_names)}.",
+            f"Choose one of {', '.join(names)}.",
+            "rewards",
         )
-    refuse(
-        config.critic.width % config.critic.num_heads != 0,
-        "critic.width",
-        config.critic.width,
-        f"is no multiple of critic.num_heads = {config.critic.num_heads}",
-        "Use for example 128 and 4.",
-    )
     return problems

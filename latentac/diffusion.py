@@ -77,12 +77,13 @@ class GaussianTransition:
 
 
 class Kernel(Protocol):
-    """One stochastic sampler step: from the prediction at `sigma` to the distribution at `sigma_next` < `sigma`."""
+    """One stochastic sampler step: from the prediction at `sigma` to the distribution at `sigma_next` < `sigma`.
+
+    path: how signal and noise mix in the models that it samples.
+    """
 
     @property
-    def path(self) -> Path:
-        """How signal and noise mix in the models that this kernel samples."""
-        ...
+    def path(self) -> Path: ...
 
     def transition(
         self, latents: Tensor, prediction: Prediction, sigma: Tensor, sigma_next: Tensor
@@ -97,14 +98,15 @@ class Kernel(Protocol):
 
 @dataclass(frozen=True)
 class DDIM:
-    """DDIM-eta (Song, Meng, Ermon 2021, eq. 12 and 16): eta 1 is the DDPM posterior, eta 0 the probability-flow ODE."""
+    """DDIM-eta (Song, Meng, Ermon 2021, eq. 12 and 16): `noise` is eta: 1 is the DDPM posterior, 0
+    the probability-flow ODE."""
 
-    eta: float
+    noise: float
     path: Path = "variance_preserving"
 
     def std(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
         alpha, alpha_next = alpha_of(sigma, self.path), alpha_of(sigma_next, self.path)
-        return self.eta * (sigma_next / sigma) * (1 - (alpha / alpha_next) ** 2).clamp(min=0).sqrt()
+        return self.noise * (sigma_next / sigma) * (1 - (alpha / alpha_next) ** 2).clamp(min=0).sqrt()
 
     def transition(
         self, latents: Tensor, prediction: Prediction, sigma: Tensor, sigma_next: Tensor
@@ -185,14 +187,6 @@ class CPS:
         direction = (sigma_next**2 - std**2).clamp(min=0).sqrt()
         mean = broadcast(1 - sigma_next, latents) * prediction.clean + broadcast(direction, latents) * prediction.noise
         return GaussianTransition(mean, std)
-
-
-KERNELS: dict[str, type[DDIM] | type[FlowSDE] | type[DanceSDE] | type[CPS]] = {
-    "ddim": DDIM,
-    "flow_sde": FlowSDE,
-    "dance_sde": DanceSDE,
-    "cps": CPS,
-}
 
 
 def num_stochastic_steps(kernel: Kernel, sigmas: Tensor) -> int:

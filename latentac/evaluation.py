@@ -17,9 +17,9 @@ from latentac.distributed import map_blocks, noise_for, uniforms_for
 from latentac.measures import DEFINITIONS, difference, diversity, interval, intervals, median, ratio
 from latentac.policy import Policy
 from latentac.progress import Progress, progress
-from latentac.prompts import PromptSet, balanced
+from latentac.prompts import Prompt, PromptSet, balanced
 from latentac.returns import explained_variance
-from latentac.rewards import Reward
+from latentac.rewards.configured import ConfiguredReward
 from latentac.rollout import rollout, score, steered_rollout
 from latentac.steering import Steering
 from latentac.types import Scores, Trajectory
@@ -42,8 +42,8 @@ class Arm:
 def sample(
     policy: Policy,
     critic: Critic | None,
-    rewards: Sequence[Reward],
-    prompts: Sequence[str],
+    rewards: Sequence[ConfiguredReward],
+    prompts: Sequence[Prompt],
     seed: int,
     num_steps: int,
     *,
@@ -60,10 +60,11 @@ def sample(
     blocks = [range(start, min(start + block_images, len(prompts))) for start in range(0, len(prompts), block_images)]
 
     def run(block: range) -> tuple[np.ndarray, Scores, Tensor]:
-        texts = [prompts[slot] for slot in block]
+        own = [prompts[slot] for slot in block]
+        texts = [prompt.text for prompt in own]
         trajectory = _roll_out(policy, critic, texts, block, seed, num_steps, steering, device)
         images = policy.backbone.decode(trajectory.clean)
-        scores = score(rewards, images, texts)
+        scores = score(rewards, images, own)
         if bar is not None:
             bar.update(units * len(block))
         return images, scores, trajectory.values
@@ -98,7 +99,11 @@ def _roll_out(
 
 
 def compare(
-    config: Config, policies: Mapping[str, Policy], critic: Critic, rewards: Sequence[Reward], prompts: PromptSet
+    config: Config,
+    policies: Mapping[str, Policy],
+    critic: Critic,
+    rewards: Sequence[ConfiguredReward],
+    prompts: PromptSet,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The policies `base`, `trained` and, where there is one, `incumbent` on held-out prompts, the categories in turn,
     the same noise for each; and `trained` on a quarter as many training prompts.
@@ -112,14 +117,14 @@ def compare(
     held_out = prompts.held_out
     chosen = [held_out[index] for index in balanced(held_out, settings.num_images, seed, "evaluation")]
     texts, steps = [prompt.text for prompt in chosen], config.kernel.num_steps
-    seen = [prompts.train[i].text for i in balanced(prompts.train, settings.num_images // 4, seed, "evaluation")]
+    seen = [prompts.train[i] for i in balanced(prompts.train, settings.num_images // 4, seed, "evaluation")]
     more = (settings.pictures_per_prompt - 1) * len(texts[: settings.num_diversity_prompts])
     with progress(len(policies) * (len(texts) + more) + len(seen), "evaluate", "images") as bar:
         arms = {}
         for number, (name, policy) in enumerate(policies.items(), 1):
             bar.begin(f"policy {number} of {len(policies)}: {name}")
             watching = critic if name == "trained" else None
-            arms[name] = sample(policy, watching, rewards, texts, seed, steps, bar=bar)
+            arms[name] = sample(policy, watching, rewards, chosen, seed, steps, bar=bar)
         bar.begin("trained, on training prompts")
         fitted = sample(policies["trained"], None, rewards, seen, seed, steps, bar=bar)
         bar.begin("diversity and latency")

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from latentac.config import Config, section_of, suggestion
 from latentac.errors import ConfigError, Problem
 
 
@@ -52,14 +53,47 @@ def read_overrides(assignments: Sequence[str]) -> dict[str, Any]:
     return merged
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid upon `base`: dictionaries are merged field by field, everything else is replaced."""
+def merge(base: Mapping[str, Any], over: Mapping[str, Any], section: Any = Config) -> dict[str, Any]:
+    """`over` laid upon `base`: dictionaries are merged field by field, everything else is replaced.
+
+    An entry of a list is changed by its name or its index: `rewards.shapes_verifier.weight`. Where an extension's `use`
+    changes, the settings of the former one fall away; the framework's fields (a weight, a number of steps) stay.
+    section: the class whose fields these are, or None where it is not known. Raises ConfigError.
+    """
+    use = base.get("use")
+    if use is not None and over.get("use", use) != use and section is not None:
+        base = {name: value for name, value in base.items() if name in section.model_fields and name != "name"}
     result = dict(base)
     for name, value in over.items():
-        below = result.get(name)
-        nested = isinstance(below, Mapping) and isinstance(value, Mapping)
-        result[name] = merge(below, value) if nested else value  # type: ignore[arg-type]
+        below, nested = result.get(name), section_of(section, name)
+        if isinstance(below, list) and isinstance(value, Mapping):
+            result[name] = _merge_entries(name, below, value, nested)
+        elif isinstance(below, Mapping) and isinstance(value, Mapping):
+            result[name] = merge(below, value, nested)
+        else:
+            result[name] = value
     return result
+
+
+def _merge_entries(field: str, entries: Sequence[Any], over: Mapping[str, Any], section: Any) -> list[Any]:
+    """`over`: name or index of an entry -> what to change in it."""
+    result = list(entries)
+    names = [_name_of(entry) for entry in entries]
+    for key, value in over.items():
+        places = [place for place, name in enumerate(names) if name == key]
+        if not places and str(key).isdigit() and int(key) < len(result):
+            places = [int(key)]
+        if len(places) != 1 or not isinstance(value, Mapping) or not isinstance(result[places[0]], Mapping):
+            remedy = f"{suggestion(str(key), [name for name in names if name])} Or give the whole list."
+            raise _single(field, key, "names no entry of the list", remedy)
+        result[places[0]] = merge(result[places[0]], value, section)
+    return result
+
+
+def _name_of(entry: Any) -> str:
+    """What an entry of a list of extensions is called."""
+    found = (entry.get("name") or entry.get("use")) if isinstance(entry, Mapping) else None
+    return str(found or "").rpartition(":")[2]
 
 
 def _single(path: str, value: object, problem: str, remedy: str) -> ConfigError:

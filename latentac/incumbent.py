@@ -78,23 +78,23 @@ def trouble(space: Workspace, version: str, sha256: object) -> str:
 def _load(space: Workspace, version: str, base: "Policy") -> "Policy":
     """Raises ServingError where the model does not fit this run."""
     from latentac.backbones import load_backbone
-    from latentac.diffusion import KERNELS
+    from latentac.kernels import KERNELS
     from latentac.policy import Policy
     from latentac.serving.exported import read
 
     folder = space.folder / "incumbent" / version
     space.store.fetch(f"models/{version}", folder)
-    exported, name = read(folder), space.config.backbone.name
-    if exported.backbone != name:
-        raise _unfit(version, f"its backbone is {exported.backbone}, that of this run {name}")
-    backbone = load_backbone(name, folder, space.device)
+    exported, name = read(folder), space.config.backbone.use
+    if exported.backbone.use != name:
+        raise _unfit(version, f"its backbone is {exported.backbone.use}, that of this run {name}")
+    backbone = load_backbone(exported.backbone, folder, space.device)
     for what, size, own in (
         ("latents", backbone.latent_shape, base.backbone.latent_shape),
         ("pictures", _picture_shape(backbone, space.device), _picture_shape(base.backbone, space.device)),
     ):
         if size != own:
             raise _unfit(version, f"its {what} are {size}, those of this run {own}")
-    return Policy(backbone, KERNELS[exported.kernel.name](exported.kernel.noise))
+    return Policy(backbone, KERNELS.make(exported.kernel))
 
 
 def _picture_shape(backbone: "Denoiser", device: "torch.device") -> tuple[int, ...]:

@@ -12,34 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from latentac.algorithms import ALGORITHMS
-from latentac.backbones import BACKBONES
-from latentac.config import Config, suggestion
-from latentac.critic import BODIES
-from latentac.errors import ConfigError, LatentacError, Problem, ResourceError, RewardError
-from latentac.prompts import PromptSet
-from latentac.rewards import REWARDS, load_reward
+from latentac.config import Config
+from latentac.errors import ConfigError, Problem, ResourceError, RewardError
+from latentac.prompts import Prompt, PromptSet
+from latentac.rewards.configured import ConfiguredReward
 from latentac.store import commit
 
 _FREE_BYTES = 512 * 2**20
 _PACKAGES = ("torch", "diffusers", "transformers", "kfp", "torchx-nightly", "kserve", "minio")
-
-
-def check_names(config: Config) -> None:
-    """Every name must be a row of its table or `module:Class`. Raises ConfigError with all that are not."""
-    named: list[tuple[str, str, Sequence[str]]] = [
-        ("backbone.name", config.backbone.name, list(BACKBONES)),
-        ("algorithm.name", config.algorithm.name, list(ALGORITHMS)),
-        ("critic.body", config.critic.body, list(BODIES)),
-        *((f"rewards.{i}.name", reward.name, list(REWARDS)) for i, reward in enumerate(config.rewards)),
-    ]
-    problems = [
-        Problem(path, name, "does not exist", f"{suggestion(name, known)} Your own: module:Class.")
-        for path, name, known in named
-        if name not in known and ":" not in name
-    ]
-    if problems:
-        raise ConfigError(problems)
 
 
 def check_machine(config: Config, output: Path) -> None:
@@ -66,28 +46,28 @@ def check_machine(config: Config, output: Path) -> None:
                 ) from error
 
 
-def check_rewards(config: Config) -> None:
-    """Ask each reward about its own known pictures: one that answers 0 to everything is found now, not after training.
+def check_rewards(rewards: Sequence[ConfiguredReward], prompts: PromptSet, picture: np.ndarray | None = None) -> None:
+    """Call each reward: on the pictures that it knows, where one that answers 0 to everything is found out, and on the
+    first prompt of each category.
 
-    Raises RewardError by name.
+    picture: uint8 [H, W, 3], as the run will make them; without one only rewards with known pictures are called on
+    prompts. Raises RewardError by name.
     """
-    for settings in config.rewards:
-        try:
-            reward = load_reward(settings.name)
-            images, prompts, expected = reward.known()
-            found = reward(images, prompts)
-        except LatentacError:
-            raise
-        except Exception as error:
-            raise RewardError(
-                f"reward {settings.name}", f"failed: {error!r}", "Correct it or its installation"
-            ) from error
-        if not np.allclose(found, expected, rtol=0.05, atol=1e-3):
-            raise RewardError(
-                f"reward {settings.name}",
-                f"gives {list(map(float, found))} to its known pictures instead of {list(map(float, expected))}",
-                "Its installation is not sound: other versions of its packages, or damaged weights",
-            )
+    first = list({prompt.category: prompt for prompt in reversed(prompts.train + prompts.held_out)}.values())
+    for reward in rewards:
+        known = reward.known()
+        if known is not None:
+            images, texts, answers = known
+            found = reward(images, [Prompt(text, "") for text in texts])
+            if found.shape != answers.shape or not np.allclose(found, answers, rtol=0.05, atol=1e-3):
+                raise RewardError(
+                    f"reward {reward.name}",
+                    f"gives {found.tolist()} to its known pictures instead of {answers.tolist()}",
+                    "Its installation is not sound: other versions of its packages, or damaged weights",
+                )
+        shown = picture if picture is not None else images[0] if known is not None else None
+        if shown is not None:
+            reward(np.repeat(shown[None], len(first), 0), first)
 
 
 def fetch_backbone(source: str, folder: Path) -> None:
@@ -115,15 +95,6 @@ def fetch_backbone(source: str, folder: Path) -> None:
         raise _bad_source(source, "has no model_index.json, so it is no diffusers pipeline")
     if not any((folder / "unet").glob("*.safetensors")) and not any((folder / "transformer").glob("*.safetensors")):
         raise _bad_source(source, "has no safetensors weights, and no other format is loaded")
-
-
-def check_prompts(config: Config, prompts: PromptSet) -> None:
-    """Every reward must be able to score every kind of prompt; the first of each category is tried."""
-    first = list({prompt.category: prompt.text for prompt in reversed(prompts.train + prompts.held_out)}.values())
-    for settings in config.rewards:
-        reward = load_reward(settings.name)
-        picture, _, _ = reward.known()
-        reward(np.repeat(picture[:1], len(first), 0), first)
 
 
 def environment() -> dict[str, Any]:

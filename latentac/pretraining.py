@@ -20,7 +20,7 @@ from latentac.policy import Policy
 from latentac.progress import Progress, progress
 from latentac.prompts import Prompt, PromptSet, balanced
 from latentac.returns import explained_variance, rank_correlation
-from latentac.rewards import Reward
+from latentac.rewards.configured import ConfiguredReward
 from latentac.rollout import rollout, score
 from latentac.types import Conditioning, join
 
@@ -59,7 +59,7 @@ def collect(
     config: Config,
     policy: Policy,
     critic: Critic,
-    rewards: Sequence[Reward],
+    rewards: Sequence[ConfiguredReward],
     prompts: Sequence[Prompt],
     count: int,
     purpose: str,
@@ -89,7 +89,7 @@ def _collect_block(
     config: Config,
     policy: Policy,
     critic: Critic,
-    rewards: Sequence[Reward],
+    rewards: Sequence[ConfiguredReward],
     prompts: Sequence[Prompt],
     chosen: Sequence[int],
     block: range,
@@ -102,7 +102,7 @@ def _collect_block(
     conditioning = policy.backbone.encode(texts)
     noise = noise.to(policy.backbone.device)
     trajectory = rollout(policy, critic, texts, conditioning, noise, keep_features=True)
-    scores = score(rewards, policy.backbone.decode(trajectory.clean), texts)
+    scores = score(rewards, policy.backbone.decode(trajectory.clean), [prompts[chosen[slot]] for slot in block])
     bar.update(len(block))
     return States(
         dict(trajectory.features),
@@ -171,7 +171,7 @@ def fit(config: Config, policy: Policy, critic: Critic, states: States, held_out
 
 
 def pretrain(
-    config: Config, policy: Policy, critic: Critic, rewards: Sequence[Reward], prompts: PromptSet
+    config: Config, policy: Policy, critic: Critic, rewards: Sequence[ConfiguredReward], prompts: PromptSet
 ) -> tuple[list[dict[str, Any]], Replay | None]:
     """Collect and fit. Returns the passes' history, and the scored pictures for the critic to go on from; neither where
     no images are asked for."""

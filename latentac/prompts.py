@@ -1,8 +1,8 @@
 """Prompt sets: what is trained on, what is held out, and fair draws from either."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from latentac.errors import ConfigError, Problem
 
 @dataclass(frozen=True)
 class Prompt:
-    """One text and the category that it counts for."""
+    """One text, the category that it counts for, and what else the file says of it, for rewards."""
 
     text: str
     category: str
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _builtin(source: str) -> PromptSet:
 
 
 def _prompt(entry: Any) -> Prompt:
-    return Prompt(str(entry["text"]), str(entry.get("category", "all")))
+    return Prompt(str(entry["text"]), str(entry.get("category", "all")), entry.get("metadata", {}))
 
 
 def _refused(source: str, problem: str) -> ConfigError:

@@ -4,17 +4,21 @@ from typing import Any
 
 from latentac.fields import merge
 
+_METHODS = [{"use": name} for name in ("value_gradient", "best_of_n", "resampling", "twisted", "svdd")]
+
 _SHAPES_UNET: dict[str, Any] = {
     "recipe": "shapes-unet",
-    "backbone": {"name": "unet", "source": "builtin:shapes-unet"},
+    "backbone": {"use": "unet", "source": "builtin:shapes-unet"},
+    "kernel": {"use": "ddim"},
     "prompts": {"source": "builtin:shapes"},
     "rewards": [
-        {"name": "shapes_verifier", "weight": 1.0},
-        {"name": "jpeg_compressibility", "weight": 0.0},
+        {"use": "shapes_verifier", "weight": 1.0},
+        {"use": "jpeg_compressibility", "weight": 0.0},
     ],
     "policy": {"learning_rate": 1e-4},
-    "algorithm": {"gae_lambda": 0.9, "clip": 0.0015, "value_guidance": 5.0},
-    "critic": {"num_queries": 0},
+    "algorithm": {"use": "ppo", "gae_lambda": 0.9, "clip": 0.0015, "value_guidance": 5.0},
+    "critic": {"body": {"use": "frozen_taps", "num_queries": 0}},
+    "steering": {"methods": _METHODS},
     "pretrain": {"num_images": 2048, "num_passes": 10},
     "gate": {"reward": "shapes_verifier"},
 }
@@ -23,8 +27,8 @@ _SHAPES_DIT = merge(
     _SHAPES_UNET,
     {
         "recipe": "shapes-dit",
-        "backbone": {"name": "dit", "source": "builtin:shapes-dit"},
-        "kernel": {"name": "cps", "noise": 0.9},
+        "backbone": {"use": "dit", "source": "builtin:shapes-dit"},
+        "kernel": {"use": "cps", "noise": 0.9},
         "algorithm": {"clip": 0.003, "gae_lambda": 1.0},
         "critic": {"replay_images": 4096},
         "train": {"num_iterations": 60, "updates_per_iteration": 20},
@@ -43,7 +47,16 @@ _SMOKE: dict[str, Any] = {
         "num_diversity_prompts": 8,
         "pictures_per_prompt": 3,
     },
-    "steering": {"num_images": 8, "gradient_strengths": [0.0, 5.0], "candidates": [2]},
+    "steering": {
+        "num_images": 8,
+        "methods": {
+            "value_gradient": {"sweep": [5.0], "candidates": []},
+            "best_of_n": {"candidates": [2]},
+            "resampling": {"candidates": [2]},
+            "twisted": {"candidates": []},
+            "svdd": {"candidates": [2]},
+        },
+    },
     "gate": {
         "min_gain": -1.0,
         "min_lower_bound": -1.0,

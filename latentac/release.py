@@ -1,5 +1,6 @@
 """From a trained run to a model that serves: the export, the proof, the registry, and the way back for a person."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentac.arms import best_steered
 from latentac.errors import ConfigError, Problem
 from latentac.incumbent import POINTER as PRODUCTION
 from latentac.incumbent import in_production
@@ -14,7 +16,7 @@ from latentac.serving.deployment import Deployment, serve_and_check
 from latentac.serving.exported import add_base, export, read
 from latentac.store import Manifest, open_store
 from latentac.store.blobs import disk_errors
-from latentac.workspace import Workspace, default_store
+from latentac.workspace import EXTENSIONS, Workspace, default_store
 
 CANDIDATE = "registry/candidate.json"
 _EXAMPLES = 8  # held-out prompts that the endpoint's page offers to begin with
@@ -62,7 +64,12 @@ def release(space: Workspace, prove: Prove = on_loopback) -> tuple[dict[str, Any
         if space.config.serving.include_base:
             add_base(folder, space.artifact("prepare") / "backbone")
         examples = list(dict.fromkeys(prompt.text for prompt in space.prompts.held_out))[:_EXAMPLES]
-        export(folder, space.config, run=space.run, version=version, examples=examples)
+        extensions = json.loads((space.artifact("prepare") / EXTENSIONS).read_text())
+        rows = json.loads((space.artifact("steer") / "steering.json").read_text()) if space.finished("steer") else []
+        best = best_steered(rows, space.config.gate.reward)
+        export(
+            folder, space.config, run=space.run, version=version, examples=examples, extensions=extensions, best=best
+        )
         published = space.store.publish(
             f"models/{version}",
             folder,

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from latentac.critic import ValueFunction
 from latentac.diffusion import GaussianTransition, num_stochastic_steps
-from latentac.errors import RewardError
 from latentac.policy import Policy
-from latentac.rewards import Reward
+from latentac.prompts import Prompt
+from latentac.rewards.configured import ConfiguredReward
 from latentac.steering import Guide, Steering, SteeringState
 from latentac.types import Conditioning, Guidance, Scores, Trajectory
 
@@ -207,23 +207,7 @@ def steered_rollout(
     return trajectory.rows(rows)
 
 
-def score(rewards: Sequence[Reward], images: np.ndarray, prompts: Sequence[str]) -> Scores:
-    """Every reward of every picture. images: uint8 [B, H, W, 3]. Raises RewardError by name for NaN or infinity."""
-    columns = []
-    for reward in rewards:
-        column = np.asarray(reward(images, prompts), dtype=np.float32)
-        if column.shape != (len(prompts),):
-            raise RewardError(
-                f"reward {reward.name}",
-                f"returned shape {column.shape} for {len(prompts)} pictures",
-                "Return one number a picture.",
-            )
-        bad = np.flatnonzero(~np.isfinite(column))
-        if len(bad):
-            raise RewardError(
-                f"reward {reward.name}",
-                f"returned {column[bad[0]]} for {prompts[bad[0]]!r} ({len(bad)} of {len(column)} pictures)",
-                "Correct the reward, or take it out of `rewards`. The last checkpoint is kept",
-            )
-        columns.append(column)
+def score(rewards: Sequence[ConfiguredReward], images: np.ndarray, prompts: Sequence[Prompt]) -> Scores:
+    """Every reward of every picture. images: uint8 [B, H, W, 3]. Raises RewardError by name."""
+    columns = [reward(images, prompts) for reward in rewards]
     return Scores(torch.from_numpy(np.stack(columns, 1)), tuple(reward.name for reward in rewards))

@@ -20,7 +20,7 @@ from latentac.errors import ArtifactNotFound, ConfigError, Problem, TrainingErro
 from latentac.fields import merge, read_file, read_overrides
 from latentac.recipes import RECIPES
 from latentac.store import Manifest, Store, open_store
-from latentac.workspace import Workspace, default_store, open_run, working_folder
+from latentac.workspace import EXTENSIONS, Workspace, default_store, open_run, working_folder
 
 if TYPE_CHECKING:
     from latentac.release import Prove
@@ -37,13 +37,13 @@ def prepare(
     problem at once, StoreError, ResourceError or RewardError.
     """
     started = time.monotonic()
-    settings = resolve_recipe(recipe, config, overrides)
+    fields = recipe_fields(recipe, config, overrides)
     opened = open_store(store or default_store(output))
     try:
         published = opened.manifest(f"{run}/prepare")
     except ArtifactNotFound:
-        return _prepare(run, opened, Path(output), settings, started)
-    if published.config_hash != settings.hash:
+        return _prepare(run, opened, Path(output), fields, started)
+    if published.metrics.get("given") != resolve(fields).hash:
         remedy = "Resume it with the options and the version that it was started with, or choose another run id"
         raise ConfigError([Problem("run", run, "exists with another configuration", remedy)])
     return published
@@ -126,6 +126,7 @@ def steer(run: str, store: str, output: str) -> Manifest:
     """Reward against NFE of each way to steer the trained policy. Publishes steering.json and a gallery."""
 
     def work(space: Workspace, folder: Path) -> dict[str, Any]:
+        from latentac.arms import best_arm, plain_arm
         from latentac.benchmark import run_benchmark
 
         rows, sheets = run_benchmark(
@@ -133,8 +134,8 @@ def steer(run: str, store: str, output: str) -> Manifest:
         )
         _write(folder / "steering.json", rows)
         _write_gallery(folder, sheets)
-        own = [row for row in rows if row["reward"] == space.config.gate.reward]
-        plain, best = min(own, key=lambda row: row["nfe"]), max(own, key=lambda row: row["mean"])
+        reward = space.config.gate.reward
+        plain, best = plain_arm(rows, reward), best_arm(rows, reward)
         return {"arms": len(rows), "plain": plain["mean"], "best": best["mean"], "best_nfe": best["nfe"]}
 
     return _step(run, store, output, "steer", ["prepare", "train"], work)
@@ -264,34 +265,50 @@ def _step(
 
 
 def resolve_recipe(recipe: str, config: str = "", overrides: Sequence[str] = ()) -> Config:
-    """The configuration that a recipe, a YAML file over it ("" for none) and `path=value` overrides make together.
+    """The configuration that `recipe_fields` make, with the settings of extensions as they were given.
 
-    Raises ConfigError with every problem at once; names of tables and folders are checked by `prepare`.
+    Raises ConfigError with every problem, of extensions too: where something is wrong, everything is looked at.
+    """
+    fields = recipe_fields(recipe, config, overrides)
+    try:
+        return resolve(fields)
+    except ConfigError:
+        from latentac.resolution import resolve_all  # imports torch, which a right configuration can do without here
+
+        resolve_all(fields)
+        raise
+
+
+def recipe_fields(recipe: str, config: str = "", overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a recipe, a YAML file over it ("" for none) and `path=value` overrides make together, not validated yet.
+
+    Raises ConfigError.
     """
     if recipe not in RECIPES:
         raise ConfigError([Problem("recipe", recipe, "does not exist", suggestion(recipe, list(RECIPES)))])
     fields = RECIPES[recipe]
     if config:
         fields = merge(fields, read_file(Path(config)))
-    return resolve(merge(fields, read_overrides(overrides)))
+    return merge(fields, read_overrides(overrides))
 
 
-def _prepare(run: str, store: Store, output: Path, settings: Config, started: float) -> Manifest:
-    from latentac import preparation, tracking
+def _prepare(run: str, store: Store, output: Path, fields: dict[str, Any], started: float) -> Manifest:
+    from latentac import preparation
     from latentac.prompts import load_prompts
+    from latentac.resolution import resolve_all
 
-    preparation.check_names(settings)
-    tracking.check(settings)
+    extensions = resolve_all(fields)
+    settings = extensions.config
     preparation.check_machine(settings, output)
     store.probe()
     prompts = load_prompts(settings.prompts.source)
-    preparation.check_rewards(settings)
-    preparation.check_prompts(settings, prompts)
+    preparation.check_rewards(extensions.rewards, prompts)
     (output / run).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".prepare-", dir=output / run) as temporary:
         folder = Path(temporary)
         preparation.fetch_backbone(settings.backbone.source, folder / "backbone")
         _write(folder / "config.json", settings.model_dump())
+        _write(folder / EXTENSIONS, extensions.described())
         (folder / "prompts.json").write_text(prompts.to_json())
         _write(folder / "environment.json", preparation.environment())
         return store.publish(
@@ -300,7 +317,7 @@ def _prepare(run: str, store: Store, output: Path, settings: Config, started: fl
             run=run,
             step="prepare",
             config_hash=settings.hash,
-            metrics={"seconds": time.monotonic() - started},
+            metrics={"seconds": time.monotonic() - started, "given": resolve(fields).hash},
         )
 
 
@@ -317,6 +334,7 @@ def _write_finish(run: str, store: str, output: str, folder: Path) -> None:
 
 def _track(space: Workspace, scalars: Mapping[str, float]) -> None:
     """The numbers of the evaluation, to where those of the training are, at the last iteration."""
+    from latentac.hyperparameters import hyperparameters
     from latentac.tracking import make_trackers, tracking
     from latentac.tracking.tensorboard import TensorBoard, all_but_evaluation
 
@@ -326,7 +344,7 @@ def _track(space: Workspace, scalars: Mapping[str, float]) -> None:
     board = TensorBoard(folder, all_but_evaluation)
     trackers = [board, *make_trackers(space.config, space.folder)]
     iteration = int(space.store.manifest(f"{space.run}/train").metrics["iterations"])
-    with tracking(trackers, space.run, space.config):
+    with tracking(trackers, space.run, hyperparameters(space.config)):
         for tracker in trackers:
             tracker.log(iteration, scalars)
     space.store.write_files(folder, copies, exact=board.rewritten)

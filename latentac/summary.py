@@ -6,10 +6,11 @@ It is made from the artifacts `<run>/<step>` alone, at any time after `prepare`:
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from latentac.arms import best_steered
 from latentac.errors import ArtifactNotFound, IntegrityError
 from latentac.store import Manifest, Store
 
@@ -79,6 +80,7 @@ def summarise(run: str, files: Files, timings: Mapping[str, Any]) -> Summary:
         },
         "training": [{name: row.get(name) for name in _ITERATION} for row in read("train", "history.json") or ()],
         "steering": [{name: row.get(name) for name in _STEERED} for row in read("steer", "steering.json") or ()],
+        "steered": _steered(read("steer", "steering.json") or (), settings["gate"]["reward"]),
         "gate": gate and {name: gate.get(name) for name in ("decision", "reasons", "checks")},
         "serving": deployment and {name: deployment.get(name) for name in _SERVING},
     }
@@ -89,6 +91,12 @@ def summarise(run: str, files: Files, timings: Mapping[str, Any]) -> Summary:
         for path, times in sorted(dropped.items())
     ]
     return summary
+
+
+def _steered(rows: Sequence[Mapping[str, Any]], reward: str) -> Summary | None:
+    """The arm that the gallery shows and the endpoint uses by default."""
+    best = best_steered(rows, reward)
+    return best and {name: best[name] for name in ("method", "strength", "candidates")}
 
 
 def _gallery(files: Files, reward: str) -> Summary | None:

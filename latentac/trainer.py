@@ -27,7 +27,7 @@ from latentac.losses import prediction_kl
 from latentac.policy import Policy
 from latentac.prompts import Prompt, balanced
 from latentac.returns import explained_variance, rank_correlation
-from latentac.rewards import Reward
+from latentac.rewards.configured import ConfiguredReward
 from latentac.rollout import rollout, score
 from latentac.stability import best_iteration, diverged, stop_early
 from latentac.types import Minibatch, Trajectory, flatten_steps
@@ -62,7 +62,7 @@ class Trainer:
         policy: Policy,
         critic: Critic,
         algorithm: Algorithm,
-        rewards: Sequence[Reward],
+        rewards: Sequence[ConfiguredReward],
         prompts: Sequence[Prompt],
         mesh: Mesh,
     ) -> None:
@@ -77,8 +77,8 @@ class Trainer:
         )
         self.learner = Learner(config, policy, critic, self.conditioning, mesh) if algorithm.uses_critic else None
         weights = torch.tensor([reward.weight for reward in config.rewards], device=mesh.device)
-        self.value_weights = weights if self.learner is not None and config.algorithm.value_guidance > 0 else None
-        self.reference = _frozen(policy) if config.algorithm.prediction_kl > 0 else None
+        self.value_weights = weights if self.learner is not None and algorithm.value_guidance > 0 else None
+        self.reference = _frozen(policy) if algorithm.prediction_kl > 0 else None
         self.history: list[dict[str, Any]] = []
         self.recoveries: list[dict[str, Any]] = []
         """Each return to a checkpoint: {iteration, reason}."""
@@ -177,7 +177,7 @@ class Trainer:
 
     def _roll_out(self, index: int) -> Block:
         """Block `index` of this iteration: G consecutive rollouts of each of its prompts."""
-        config, train, group = self.config, self.config.train, self.config.algorithm.group_size
+        config, train, group = self.config, self.config.train, self.algorithm.group_size
         drawn = balanced(self.prompts, train.images_per_iteration // group, config.seed, "train", self.iteration)
         images = range(index * train.block_images, (index + 1) * train.block_images)
         chosen = [drawn[image // group] for image in images]
@@ -195,7 +195,7 @@ class Trainer:
             keep_features=self.learner is not None,
             value_weights=self.value_weights,
         )
-        scores = score(self.rewards, self.policy.backbone.decode(trajectory.clean), texts)
+        scores = score(self.rewards, self.policy.backbone.decode(trajectory.clean), [self.prompts[p] for p in chosen])
         return Block(index, trajectory, rows, scores.rewards.to(self.mesh.device))
 
     def _credit(self, blocks: Sequence[Block]) -> tuple[Tensor, dict[str, Any]]:
@@ -221,7 +221,7 @@ class Trainer:
         if self.learner is not None:
             main = self.config.main_reward
             watched["explained_variance"] = explained_variance(values[..., main], rewards[:, main]).tolist()
-            if self.config.algorithm.group_size > 1:
+            if self.algorithm.group_size > 1:
                 watched["rank_correlation"] = rank_correlation(values[..., main], rewards[:, main], prompts).tolist()
         return rewards, watched
 
@@ -257,7 +257,7 @@ class Trainer:
             with torch.no_grad():
                 reference = self.reference.forward(*arguments).prediction
             drift = prediction_kl(output.prediction, reference, self.policy.backbone.path)
-            loss = loss + self.config.algorithm.prediction_kl * drift
+            loss = loss + self.algorithm.prediction_kl * drift
             metrics["prediction_kl"] = drift.detach()
         (loss / self._num_blocks).backward()
         return metrics

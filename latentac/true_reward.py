@@ -7,7 +7,8 @@ from torch import Tensor
 from latentac.backbones import Denoiser
 from latentac.critic import ValueFunction
 from latentac.diffusion import Prediction
-from latentac.rewards import Reward
+from latentac.prompts import Prompt
+from latentac.rewards.configured import ConfiguredReward
 from latentac.rollout import score
 from latentac.types import Conditioning, Trajectory
 
@@ -21,7 +22,7 @@ class TrueReward:
     """
 
     def __init__(
-        self, backbone: Denoiser, rewards: Sequence[Reward], prompts: Sequence[str], scale: ValueFunction
+        self, backbone: Denoiser, rewards: Sequence[ConfiguredReward], prompts: Sequence[Prompt], scale: ValueFunction
     ) -> None:
         self.backbone, self.rewards, self.prompts, self.scale = backbone, rewards, prompts, scale
 

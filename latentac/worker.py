@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from latentac import failures
-from latentac.algorithms import make_algorithm
+from latentac.algorithms import ALGORITHMS
 from latentac.checkpoint import read_state, write_state
 from latentac.critic import Critic
 from latentac.distributed import Mesh, PeerLost
@@ -159,6 +159,7 @@ class Log:
     @classmethod
     @contextlib.contextmanager
     def open(cls, space: Workspace, trainer: Trainer) -> "Iterator[Log]":
+        from latentac.hyperparameters import hyperparameters
         from latentac.tracking import make_trackers, tracking
 
         trackers = make_trackers(space.config, space.folder)
@@ -167,7 +168,7 @@ class Log:
             space.store.read_files(log._copies, log._folder)
         log._open_board(trainer)
         try:
-            with tracking(trackers, space.run, space.config):
+            with tracking(trackers, space.run, hyperparameters(space.config)):
                 yield log
         finally:
             log._board.finish()
@@ -204,9 +205,12 @@ def _make_trainer(space: Workspace, mesh: Mesh) -> Trainer:
     torch.manual_seed(space.config.seed)  # LoRA's initial matrices; everything else draws from generator_for
     policy = space.base_policy()
     pretrained = space.artifact("pretrain-value")
-    critic = Critic.load(pretrained / "critic", policy.backbone)  # its body may begin as the backbone, before adapters
+    critic = Critic.load(
+        pretrained / "critic", policy.backbone, own=True
+    )  # its body may begin as the backbone, before adapters
     policy.backbone.adapt(space.config.policy)
-    algorithm = make_algorithm(space.config)
+    weights = torch.tensor([reward.weight for reward in space.config.rewards])
+    algorithm = ALGORITHMS.make(space.config.algorithm, weights, path="algorithm")
     trainer = Trainer(space.config, policy, critic, algorithm, space.rewards(), space.prompts.train, mesh)
     if trainer.learner is not None:
         trainer.learner.begin_with(Replay.load(pretrained, mesh.device))

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from latentac.critic import Critic
     from latentac.policy import Policy
     from latentac.prompts import PromptSet
-    from latentac.rewards import Reward
+    from latentac.rewards.configured import ConfiguredReward
+
+EXTENSIONS = "extensions.json"
+"""In the artifact of `prepare`: what the classes of the extensions say of themselves, for steps without torch."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,10 @@ class Workspace:
 
         return load_prompts(str(self.artifact("prepare") / "prompts.json"))
 
-    def rewards(self) -> "list[Reward]":
-        from latentac.rewards import load_reward
+    def rewards(self) -> "list[ConfiguredReward]":
+        from latentac.rewards.configured import load_rewards
 
-        return [load_reward(reward.name) for reward in self.config.rewards]
+        return load_rewards(self.config.rewards)
 
     def base_policy(self) -> "Policy":
         """The untrained policy."""
@@ -75,20 +78,15 @@ class Workspace:
         """The critic that `step` (`pretrain-value` or `train`) left."""
         from latentac.critic import Critic
 
-        return Critic.load(self.artifact(step) / "critic", self.base_policy().backbone)
+        return Critic.load(self.artifact(step) / "critic", self.base_policy().backbone, own=True)
 
     def _policy(self, folder: Path) -> "Policy":
         from latentac.backbones import load_backbone
-        from latentac.diffusion import KERNELS
+        from latentac.kernels import KERNELS
         from latentac.policy import Policy
 
-        kernel = KERNELS[self.config.kernel.name](self.config.kernel.noise)
-        backbone = load_backbone(self.config.backbone.name, folder, self.device)
-        if kernel.path != backbone.path:
-            fitting = ", ".join(name for name, kind in KERNELS.items() if kind.path == backbone.path)
-            problem = f"is for {kernel.path} backbones, and {self.config.backbone.name} is a {backbone.path} one"
-            raise ConfigError([Problem("kernel.name", self.config.kernel.name, problem, f"Use one of {fitting}.")])
-        return Policy(backbone, kernel)
+        backbone = load_backbone(self.config.backbone, folder, self.device)
+        return Policy(backbone, KERNELS.make(self.config.kernel, path="kernel"))
 
 
 def working_folder(run: str, output: str) -> Path:

@@ -96,10 +96,10 @@ def members(grid: Sequence[str], seeds: Sequence[int]) -> list[Member]:
 
 
 def read_axis(text: str) -> tuple[str, list[Any]]:
-    """`path=v1,v2` or `path=[v1, v2]`: the path and its values, which are YAML. A value that is a list is written in a
-    list of values: `steering.candidates=[[2, 4], [8]]`. Raises ConfigError."""
+    """`path=v1,v2` or `path=[v1, v2]`: the path and its values, which are YAML. Of a field that is a list itself, a
+    list of lists: `steering.methods=[[{use: svdd}], [{use: twisted}]]`. Raises ConfigError."""
     path, equals, given = text.partition("=")
-    example = "Write for example --grid policy.learning_rate=1e-4,2e-4, or --grid 'steering.candidates=[[2, 4], [8]]'."
+    example = "Write for example --grid policy.learning_rate=1e-4,2e-4; of a field that is a list, a list of lists."
     if not equals or not _PATH.fullmatch(path):
         raise ConfigError([Problem("--grid", text, "is not path=values", example)])
     for attempt in (given, f"[{given}]"):

@@ -24,7 +24,7 @@ _CLUSTER = ("host", "namespace", "ca", "cluster_settings", "release", "kube_name
 _EXAMPLES = """\
 examples:
   latentac sweep --recipe shapes-unet --grid policy.learning_rate=3e-5,6e-5,1e-4 --seeds 0,1,2
-  latentac sweep --config mine.yaml --grid 'steering.candidates=[[2, 4], [8]]' --dry-run
+  latentac sweep --config mine.yaml --grid 'steering.methods=[[{use: svdd}], [{use: twisted}]]' --dry-run
   latentac sweep --seeds 0-4 --parallel 2
   latentac sweep --resume sweep-shapes-unet-20260131-120000
   latentac sweep --seeds 0-2 --host http://localhost:8888 --release latentac --kube-namespace latentac"""

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from components.cluster.settings import Deploy
+from latentac.config import Reward as RewardSettings
 from latentac.errors import LatentacError, ServingError
-from latentac.rewards import Reward, load_reward
+from latentac.prompts import Prompt
+from latentac.rewards.configured import ConfiguredReward, load_rewards
 from latentac.serving.client import Client
 from latentac.serving.deployment import decode
 from latentac.workspace import Workspace
@@ -76,7 +78,7 @@ def compare(
             told["latency_ratio"] = green.median_seconds / blue.median_seconds
         else:
             notes.append("latency was not compared: one of the two answered nothing")
-    rewards, problem = _rewards(name, requests, [green, *([blue] if blue else [])])
+    rewards, problem = _rewards(name, space.config.rewards, requests, [green, *([blue] if blue else [])])
     if problem:
         notes.append(f"the reward was not measured: {problem}")
     for side, scores in zip(("green", "blue"), rewards, strict=False):
@@ -123,11 +125,11 @@ def _loss(losses: Sequence[float]) -> dict[str, float | None]:
 
 
 def _rewards(
-    name: str, requests: Sequence[dict[str, Any]], sides: Sequence[Answers]
+    name: str, rewards: Sequence[RewardSettings], requests: Sequence[dict[str, Any]], sides: Sequence[Answers]
 ) -> tuple[list[list[float | None]], str]:
     """Each side's score of each prompt, None where there is no picture; no sides and the reason if none can be had."""
     try:
-        reward = load_reward(name)
+        (reward,) = load_rewards(one for one in rewards if one.name == name)
         return [[_score(reward, picture, request) for picture, request in _pairs(side, requests)] for side in sides], ""
     except LatentacError as error:  # it needs what this step's image does not have, or cannot judge these pictures
         return [], str(error)
@@ -137,7 +139,7 @@ def _pairs(side: Answers, requests: Sequence[dict[str, Any]]) -> list[tuple[byte
     return list(zip(side.pictures, requests, strict=True))
 
 
-def _score(reward: Reward, picture: bytes | None, request: dict[str, Any]) -> float | None:
+def _score(reward: ConfiguredReward, picture: bytes | None, request: dict[str, Any]) -> float | None:
     if picture is None:
         return None
     import numpy as np
@@ -145,4 +147,4 @@ def _score(reward: Reward, picture: bytes | None, request: dict[str, Any]) -> fl
 
     with Image.open(io.BytesIO(picture)) as image:
         pixels = np.asarray(image.convert("RGB"), np.uint8)
-    return float(reward(pixels[None], [request["prompt"]])[0])
+    return float(reward(pixels[None], [Prompt(request["prompt"], "all")])[0])

@@ -1,13 +1,12 @@
-"""Algorithms: how rewards become advantages and advantages become a loss. One file an algorithm, one row here."""
+"""Algorithms: how rewards become advantages and advantages become a loss. One file per algorithm, one row here."""
 
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Protocol
 
 from torch import Tensor
 
-from latentac.config import Config
 from latentac.diffusion import GaussianTransition
+from latentac.extensions import Table
 from latentac.types import Minibatch
 
 
@@ -29,17 +28,26 @@ class PolicyLoss:
 
 
 class Algorithm(Protocol):
-    """Built as `Algorithm(config)`; the trainer calls `credit` once an iteration on *all* images of all workers.
+    """Built as `Class(settings, weights)`, or `Class(weights)` without `Settings`. weights: float32 [M], the rewards'.
 
-    uses_critic: without, no critic is asked or trained, and `values` has no columns.
-    memory: what is remembered from iteration to iteration; part of every checkpoint.
+    The trainer calls `credit` once per iteration on *all* images of all workers, and `loss` on minibatches. A class
+    that derives from this one inherits the defaults below.
+
+    uses_critic: without, no critic is called or trained, and `values` has no columns.
+    memory: tensors that are kept from iteration to iteration; part of every checkpoint.
+    group_size: rollouts per prompt in an iteration.
+    value_guidance: above 0, each minibatch comes with the gradient of the critic's values (`Minibatch.guidance`).
+    prediction_kl: weight of mean (prediction - prediction of the base)^2 in the loss; 0 keeps no reference.
     """
 
     uses_critic: bool
     memory: dict[str, Tensor]
+    group_size: int = 1
+    value_guidance: float = 0.0
+    prediction_kl: float = 0.0
 
     def credit(self, rewards: Tensor, values: Tensor, prompts: Tensor) -> Credit:
-        """rewards: [B, M]; values: [B, S, M] in each reward's unit; prompts: int64 [B], which prompt an image has."""
+        """rewards: [B, M]; values: [B, S, M] in each reward's unit; prompts: int64 [B], the prompts' indices."""
         ...
 
     def loss(self, transition: GaussianTransition, minibatch: Minibatch) -> PolicyLoss:
@@ -47,16 +55,11 @@ class Algorithm(Protocol):
         ...
 
 
-ALGORITHMS = {
-    "ppo": "latentac.algorithms.ppo:PPO",
-    "grpo": "latentac.algorithms.grpo:GRPO",
-    "ddpo": "latentac.algorithms.ddpo:DDPO",
-}
-
-
-def make_algorithm(config: Config) -> Algorithm:
-    """The algorithm that `config.algorithm.name` names: a row of the table, or `module:Class`."""
-    name = config.algorithm.name
-    module, _, attribute = ALGORITHMS.get(name, name).partition(":")
-    algorithm: Algorithm = getattr(import_module(module), attribute)(config)
-    return algorithm
+ALGORITHMS = Table(
+    "algorithm",
+    {
+        "ppo": "latentac.algorithms.ppo:PPO",
+        "grpo": "latentac.algorithms.grpo:GRPO",
+        "ddpo": "latentac.algorithms.ddpo:DDPO",
+    },
+)

@@ -1,17 +1,19 @@
 """Denoising diffusion policy optimisation: the mean reward, of all images or of each prompt, is the baseline."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from latentac.algorithms import Credit, PolicyLoss
-from latentac.algorithms.surrogate import policy_loss
-from latentac.config import Config
+from latentac.algorithms import Algorithm, Credit, PolicyLoss
+from latentac.algorithms.surrogate import SurrogateSettings, policy_loss
+from latentac.config import Positive
 from latentac.diffusion import GaussianTransition
 from latentac.returns import whiten
 from latentac.types import Minibatch
 
 
-class DDPO:
+class DDPO(Algorithm):
     """Black et al. 2023, DDPO-IS: no critic, one signal a trajectory.
 
     baseline `batch`: rewards are whitened over the iteration. `prompt`: each is first compared with the running mean
@@ -21,9 +23,16 @@ class DDPO:
 
     uses_critic = False
 
-    def __init__(self, config: Config) -> None:
-        self.settings = config.algorithm
-        self.weights = torch.tensor([reward.weight for reward in config.rewards])
+    class Settings(SurrogateSettings):
+        """baseline: the mean of all images of the iteration, or of each prompt so far once it has `prompt_min_count`
+        rewards."""
+
+        baseline: Literal["batch", "prompt"] = "batch"
+        prompt_min_count: Positive = 4
+
+    def __init__(self, settings: Settings, weights: Tensor) -> None:
+        self.settings, self.weights = settings, weights
+        self.group_size, self.prediction_kl = settings.group_size, settings.prediction_kl
         self.memory: dict[str, Tensor] = {}
 
     def credit(self, rewards: Tensor, values: Tensor, prompts: Tensor) -> Credit:

@@ -1,17 +1,19 @@
 """Group-relative policy optimisation: the other rollouts of the same prompt are the baseline of each."""
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from latentac.algorithms import Credit, PolicyLoss
-from latentac.algorithms.surrogate import policy_loss
-from latentac.config import Config
+from latentac.algorithms import Algorithm, Credit, PolicyLoss
+from latentac.algorithms.surrogate import SurrogateSettings, policy_loss
 from latentac.diffusion import GaussianTransition
 from latentac.returns import group_advantages
 from latentac.types import Minibatch
 
 
-class GRPO:
+class GRPO(Algorithm):
     """Shao et al. 2024, over denoising steps as in Flow-GRPO (Liu et al. 2025): no critic, one signal a trajectory.
 
     With `combination` by_head each reward is compared within its group and the results are summed by weight; with sum
@@ -21,9 +23,14 @@ class GRPO:
 
     uses_critic = False
 
-    def __init__(self, config: Config) -> None:
-        self.settings = config.algorithm
-        self.weights = torch.tensor([reward.weight for reward in config.rewards])
+    class Settings(SurrogateSettings):
+        """group_size: rollouts of one prompt that are compared."""
+
+        group_size: Annotated[int, Field(ge=2)] = 4
+
+    def __init__(self, settings: Settings, weights: Tensor) -> None:
+        self.settings, self.weights = settings, weights
+        self.group_size, self.prediction_kl = settings.group_size, settings.prediction_kl
         self.memory: dict[str, Tensor] = {}
 
     def credit(self, rewards: Tensor, values: Tensor, prompts: Tensor) -> Credit:

@@ -1,25 +1,41 @@
 """Proximal policy optimisation over denoising steps, with the latent critic as its baseline."""
 
-import torch
+from typing import Literal
+
 from torch import Tensor
 
-from latentac.algorithms import Credit, PolicyLoss
-from latentac.algorithms.surrogate import policy_loss
-from latentac.config import Config
+from latentac.algorithms import Algorithm, Credit, PolicyLoss
+from latentac.algorithms.surrogate import SurrogateSettings, policy_loss
+from latentac.config import Fraction, NonNegative
 from latentac.diffusion import GaussianTransition
 from latentac.losses import guidance_loss
 from latentac.returns import combine, gae
 from latentac.types import Minibatch
 
 
-class PPO:
+class PPO(Algorithm):
     """Schulman et al. 2017 on the denoising decision process of Black et al. 2023 (DDPO), with GAE from the critic."""
 
     uses_critic = True
 
-    def __init__(self, config: Config) -> None:
-        self.settings = config.algorithm
-        self.weights = torch.tensor([reward.weight for reward in config.rewards])
+    class Settings(SurrogateSettings):
+        """discount, gae_lambda: of the advantages; below 1 the critic's later values stand for what comes after a step,
+            so its credit is not drowned by what later steps did.
+        value_lambda: the same for the critic's own targets; with 1 the target is the reward.
+        whitening: of advantages over all steps together, or of each step separately.
+        value_guidance: how far the actor's means are drawn up the critic's gradient, in std^2 times the gradient of its
+            values in standard deviations of each reward; with 0 the critic is a baseline only."""
+
+        discount: Fraction = 1.0
+        gae_lambda: Fraction = 1.0
+        value_lambda: Fraction = 1.0
+        whitening: Literal["global", "per_step"] = "global"
+        value_guidance: NonNegative = 0.0
+
+    def __init__(self, settings: Settings, weights: Tensor) -> None:
+        self.settings, self.weights = settings, weights
+        self.group_size, self.prediction_kl = settings.group_size, settings.prediction_kl
+        self.value_guidance = settings.value_guidance
         self.memory: dict[str, Tensor] = {}
 
     def credit(self, rewards: Tensor, values: Tensor, prompts: Tensor) -> Credit:

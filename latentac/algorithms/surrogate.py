@@ -1,15 +1,41 @@
 """The policy's loss that all algorithms share: a surrogate of the expected advantage within a trust region."""
 
+from typing import Literal
+
 import torch
 
 from latentac.algorithms import PolicyLoss
-from latentac.config import Algorithm as AlgorithmSettings
+from latentac.config import NonNegative, Positive, Rate
 from latentac.diffusion import GaussianTransition
+from latentac.extensions import Settings
 from latentac.losses import Surrogate, clipped_surrogate, guarded_log_ratio, masked_surrogate, transition_kl
 from latentac.types import Minibatch
 
 
-def policy_loss(settings: AlgorithmSettings, transition: GaussianTransition, minibatch: Minibatch) -> PolicyLoss:
+class SurrogateSettings(Settings):
+    """What the algorithms here have in common.
+
+    ratio: `likelihood`, or `guard`, the log-ratio of GRPO-Guard, whose mean is 0 at every noise level.
+    log_prob_scale: `mean` divides the log-prob by the latent dimensions, so that `clip` is a bound per dimension.
+    trust_region: `clip` of PPO, or `divergence`: the mask of Flow-DPPO beyond `divergence_bound`, nats per dimension.
+    clip: bound on |ratio - 1|. advantage_clip: bound of the advantages, in standard deviations.
+    combination: of several rewards: `by_head` whitens each one's advantages before the weighted sum, `sum` only after.
+    group_size: rollouts per prompt in an iteration.
+    prediction_kl: weight of mean (prediction - prediction of the base)^2; 0 keeps no reference.
+    """
+
+    ratio: Literal["likelihood", "guard"] = "likelihood"
+    log_prob_scale: Literal["mean", "sum"] = "mean"
+    trust_region: Literal["clip", "divergence"] = "clip"
+    clip: Rate = 8e-4
+    divergence_bound: Rate = 1e-4
+    advantage_clip: Rate = 10.0
+    combination: Literal["by_head", "sum"] = "by_head"
+    group_size: Positive = 1
+    prediction_kl: NonNegative = 0.0
+
+
+def policy_loss(settings: SurrogateSettings, transition: GaussianTransition, minibatch: Minibatch) -> PolicyLoss:
     """Ratio and trust region as the settings name them, and what is watched: the exact KL of old and new transition in
     nats, the share of terms without gradient, and how far the ratio is from 1.
 

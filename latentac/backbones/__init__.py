@@ -1,7 +1,6 @@
 """Denoisers: pretrained diffusion models behind one small protocol. One file a backbone, one row here."""
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path as FilePath
 from typing import Protocol, Self
 
@@ -10,12 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from latentac import diffusion
+from latentac.config import Extension
 from latentac.config import Policy as PolicySettings
+from latentac.extensions import Table
 from latentac.types import Conditioning
 
 
 class Denoiser(Protocol):
     """A latent diffusion model in eval mode (no dropout), float32 in and out.
+
+    Built as `Class(settings, folder, device)`, or `Class(folder, device)` without `Settings`.
 
     module: the trainable network          path: how signal and noise mix (`latentac.diffusion`)
     device: where it computes, and what it is given must be
@@ -74,14 +77,16 @@ def to_arrays(pictures: Callable[[Tensor], Tensor], latents: Tensor) -> np.ndarr
     return array
 
 
-BACKBONES = {
-    "unet": "latentac.backbones.unet:UNetBackbone",
-    "dit": "latentac.backbones.dit:DiTBackbone",
-}
+BACKBONES = Table(
+    "backbone",
+    {
+        "unet": "latentac.backbones.unet:UNetBackbone",
+        "dit": "latentac.backbones.dit:DiTBackbone",
+    },
+)
 
 
-def load_backbone(name: str, folder: FilePath, device: torch.device) -> Denoiser:
-    """The backbone `name` with the weights of a diffusers `folder`, on `device`."""
-    module, _, attribute = BACKBONES.get(name, name).partition(":")
-    backbone: Denoiser = getattr(import_module(module), attribute)(folder, device)
+def load_backbone(extension: Extension, folder: FilePath, device: torch.device) -> Denoiser:
+    """The backbone that `extension` names, with the weights of a diffusers `folder`, on `device`."""
+    backbone: Denoiser = BACKBONES.make(extension, folder, device, path="backbone")
     return backbone

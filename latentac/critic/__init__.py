@@ -6,7 +6,6 @@ latent and the body is the diffusion backbone. One class a body, one row in BODI
 
 import json
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -17,15 +16,19 @@ from torch import Tensor, nn
 from latentac.backbones import Denoiser
 from latentac.config import Critic as CriticSettings
 from latentac.diffusion import Prediction
+from latentac.extensions import Table
 from latentac.types import Conditioning
 
-BODIES = {
-    "frozen_taps": "latentac.critic.bodies:FrozenTaps",
-    "lora": "latentac.critic.bodies:OwnBackbone",
-    "copy": "latentac.critic.bodies:OwnBackbone",
-    "pixel": "latentac.critic.bodies:Pixel",
-    "latent_cnn": "latentac.critic.bodies:LatentCnn",
-}
+BODIES = Table(
+    "critic body",
+    {
+        "frozen_taps": "latentac.critic.bodies:FrozenTaps",
+        "lora": "latentac.critic.bodies:LoraBackbone",
+        "copy": "latentac.critic.bodies:BackboneCopy",
+        "pixel": "latentac.critic.bodies:Pixel",
+        "latent_cnn": "latentac.critic.bodies:LatentCnn",
+    },
+)
 
 _BACKBONE = "body.backbone."
 
@@ -53,9 +56,10 @@ class ValueFunction(Protocol):
 class Critic(nn.Module):
     """V(z_t, t, y), one value a reward.
 
-    A body is built as `Body(backbone, settings)`, has the `width` of its summary, and two methods: `features` says what
-    of a denoiser's forward it wants to see, `forward` summarises that to [B, width]. Features are kept with a rollout's
-    states, so whatever needs the denoiser is done once and learning from a state again costs `forward` alone.
+    A body is built as `Body(settings, backbone)`, has the `width` of its summary, and two methods: `features` says what
+    of a denoiser's forward it reads, `forward` summarises that to [B, width]. Features are kept with a rollout's
+    states, so whatever needs the denoiser is done once and learning from a state again costs `forward` alone. A body
+    that trains a pretrained network of its own as `self.backbone` says at which rate in `backbone_learning_rate`.
 
     The heads learn standardised targets; `mean` and `std` are the running scale of each reward's targets. Calling the
     critic speaks the reward's own unit.
@@ -68,10 +72,9 @@ class Critic(nn.Module):
     def __init__(self, backbone: Denoiser, reward_names: tuple[str, ...], settings: CriticSettings) -> None:
         super().__init__()
         self.settings, self.reward_names = settings, reward_names
-        module, _, attribute = BODIES.get(settings.body, settings.body).partition(":")
-        self.body: Any = getattr(import_module(module), attribute)(backbone, settings)
+        self.body: Any = BODIES.make(settings.body, backbone, path="critic.body")
         self._frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
-        hidden = 2 * settings.width
+        hidden = settings.hidden
         self.trunk = nn.Sequential(nn.LayerNorm(self.body.width), nn.Linear(self.body.width, hidden), nn.GELU())
         self.heads = nn.Linear(hidden, 1 if settings.shared_head else len(reward_names))
         nn.init.zeros_(self.heads.weight)
@@ -107,7 +110,7 @@ class Critic(nn.Module):
         body = [parameter for name, parameter in learns.items() if name.startswith(_BACKBONE)]
         rest = [parameter for name, parameter in learns.items() if not name.startswith(_BACKBONE)]
         groups = [{"params": rest, "lr": self.settings.learning_rate}]
-        return [*groups, {"params": body, "lr": self.settings.body_learning_rate}] if body else groups
+        return [*groups, {"params": body, "lr": self.body.backbone_learning_rate}] if body else groups
 
     def train_heads(self) -> None:
         """Let everything learn but what the body keeps frozen; the modules stay in eval mode."""
@@ -146,10 +149,16 @@ class Critic(nn.Module):
         (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: Path, backbone: Denoiser) -> "Critic":
-        """The critic that `save` wrote, for a denoiser of that architecture, on its device, frozen, in eval mode."""
+    def load(cls, folder: Path, backbone: Denoiser, *, own: bool = False) -> "Critic":
+        """The critic that `save` wrote, for a denoiser of that architecture, on its device, frozen, in eval mode.
+
+        own: the folder comes from this run, whose configuration may name a body outside the table. Otherwise the folder
+        may name rows only, or what the operator allows. Raises ConfigError.
+        """
         described = json.loads((folder / "config.json").read_text())
         settings = CriticSettings.model_validate(described["settings"])
+        if not own:
+            BODIES.check_row(settings.body.use, str(folder / "config.json"))
         critic = cls(backbone, tuple(described["reward_names"]), settings)
         critic.load_state_dict(load_file(folder / "model.safetensors"))
         return critic.to(backbone.device).eval().requires_grad_(False)

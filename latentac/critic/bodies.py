@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from latentac.backbones import Denoiser
-from latentac.config import Critic as CriticSettings
 from latentac.config import Policy as PolicySettings
-from latentac.critic.reader import Reader
+from latentac.config import Positive, Rate
+from latentac.critic.reader import Reader, ReaderSettings
 from latentac.diffusion import Prediction
 from latentac.types import Conditioning
 
@@ -18,7 +18,9 @@ _MOST_CELLS = 16  # a side: larger feature maps are averaged down, for thousands
 class FrozenTaps(nn.Module):
     """Feature maps of the policy's own forward: values cost the branches alone."""
 
-    def __init__(self, backbone: Denoiser, settings: CriticSettings) -> None:
+    Settings = ReaderSettings
+
+    def __init__(self, settings: ReaderSettings, backbone: Denoiser) -> None:
         super().__init__()
         self.reader = Reader({n: _bounded(s) for n, s in backbone.tap_shapes.items()}, backbone.text_width, settings)
         self.width = self.reader.width
@@ -31,21 +33,15 @@ class FrozenTaps(nn.Module):
         return summary
 
 
-class OwnBackbone(nn.Module):
-    """A second backbone that starts as the pretrained one and learns values: all of its weights (`copy`), or low-rank
-    adapters on frozen ones (`lora`)."""
+class _OwnBackbone(nn.Module):
+    """A second backbone that starts as the pretrained one and learns values."""
 
-    def __init__(self, backbone: Denoiser, settings: CriticSettings) -> None:
+    def __init__(self, settings: "BackboneSettings", backbone: Denoiser, adaptation: PolicySettings) -> None:
         super().__init__()
+        self.backbone_learning_rate = settings.backbone_learning_rate
         self._denoiser = backbone.clone()
         self._denoiser.module.requires_grad_(False)
-        self._denoiser.adapt(
-            PolicySettings(
-                adaptation="lora" if settings.body == "lora" else "full",
-                lora_rank=settings.lora_rank,
-                lora_alpha=settings.lora_alpha,
-            )
-        )
+        self._denoiser.adapt(adaptation)
         self.backbone: nn.Module = self._denoiser.module
         self.reader = Reader({n: _bounded(s) for n, s in backbone.tap_shapes.items()}, backbone.text_width, settings)
         self.width = self.reader.width
@@ -60,10 +56,41 @@ class OwnBackbone(nn.Module):
         return summary
 
 
+class BackboneSettings(ReaderSettings):
+    """backbone_learning_rate: of the pretrained weights, or of the adapters on them."""
+
+    backbone_learning_rate: Rate = 1e-4
+
+
+class BackboneCopy(_OwnBackbone):
+    """All weights of a copy of the backbone learn values."""
+
+    Settings = BackboneSettings
+
+    def __init__(self, settings: BackboneSettings, backbone: Denoiser) -> None:
+        super().__init__(settings, backbone, PolicySettings(adaptation="full"))
+
+
+class LoraBackbone(_OwnBackbone):
+    """Low-rank adapters on a frozen copy of the backbone learn values."""
+
+    class Settings(BackboneSettings):
+        """rank, alpha: of the adapters."""
+
+        rank: Positive = 32
+        alpha: Positive = 64
+
+    def __init__(self, settings: Settings, backbone: Denoiser) -> None:
+        adaptation = PolicySettings(adaptation="lora", lora_rank=settings.rank, lora_alpha=settings.alpha)
+        super().__init__(settings, backbone, adaptation)
+
+
 class Pixel(nn.Module):
     """A small network on the decoded guess of the clean picture, as earlier actor-critics have it."""
 
-    def __init__(self, backbone: Denoiser, settings: CriticSettings) -> None:
+    Settings = ReaderSettings
+
+    def __init__(self, settings: ReaderSettings, backbone: Denoiser) -> None:
         super().__init__()
         self._pictures = backbone.pictures
         with torch.no_grad():
@@ -85,7 +112,9 @@ class Pixel(nn.Module):
 class LatentCnn(nn.Module):
     """A small network on the noisy latents: the same state as the denoiser's, none of its knowledge."""
 
-    def __init__(self, backbone: Denoiser, settings: CriticSettings) -> None:
+    Settings = ReaderSettings
+
+    def __init__(self, settings: ReaderSettings, backbone: Denoiser) -> None:
         super().__init__()
         channels, height, width = backbone.latent_shape
         self.stem = _stem(channels, settings.width, max(1, height // 8))

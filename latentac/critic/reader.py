@@ -7,13 +7,42 @@ cost a fraction of the denoiser. And ours alone: the glance, for a critic that h
 """
 
 from collections.abc import Mapping
+from typing import Annotated, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentac.config import Critic as CriticSettings
+from latentac.config import Positive
+from latentac.extensions import Settings
 from latentac.types import Conditioning
+
+
+class ReaderSettings(Settings):
+    """How a critic reads feature maps, text and noise level.
+
+    width: of a branch. num_heads: of its attention. num_queries: learnable summary tokens per feature map; with 0 the
+        head reads no places, only each channel's mean and spread: cheaper, and better from a few thousand pictures.
+    grid: cells per side that an attention branch keeps of a map.
+    dropout: of maps and summaries while learning; text_dropout: of what is read of each word.
+    time_conditioning, text_conditioning: whether noise level and text are read at all.
+    """
+
+    width: Positive = 64
+    num_heads: Positive = 4
+    num_queries: Annotated[int, Field(ge=0)] = 4
+    grid: Positive = 4
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    text_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.6
+    time_conditioning: bool = True
+    text_conditioning: bool = True
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.width % self.num_heads:
+            raise ValueError(f"width = {self.width} is no multiple of num_heads = {self.num_heads}")
+        return self
 
 
 class _TimeModulation(nn.Module):
@@ -34,7 +63,7 @@ class _TimeModulation(nn.Module):
 class _Gather(nn.Module):
     """Queries [B, Q, W] attend to tokens [B, N, C], each of which has its own learned place."""
 
-    def __init__(self, channels: int, num_tokens: int, settings: CriticSettings) -> None:
+    def __init__(self, channels: int, num_tokens: int, settings: ReaderSettings) -> None:
         super().__init__()
         width = settings.width
         self.num_heads = settings.num_heads
@@ -55,7 +84,7 @@ class _Gather(nn.Module):
 class _Branch(nn.Module):
     """One feature map: patches of it as tokens, queries that gather from them, then think."""
 
-    def __init__(self, shape: tuple[int, int, int], settings: CriticSettings) -> None:
+    def __init__(self, shape: tuple[int, int, int], settings: ReaderSettings) -> None:
         super().__init__()
         channels, height, spread = shape
         width = settings.width
@@ -90,7 +119,7 @@ class _Glance(nn.Module):
     attention branches do.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, int, int]], text_width: int, settings: CriticSettings) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, int, int]], text_width: int, settings: ReaderSettings) -> None:
         super().__init__()
         width = settings.width
         channels = 2 * sum(shape[0] for shape in shapes.values())
@@ -121,7 +150,7 @@ class Reader(nn.Module):
     shapes: name -> (channels, height, width) of each map. `width` is that of the whole summary.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, int, int]], text_width: int, settings: CriticSettings) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, int, int]], text_width: int, settings: ReaderSettings) -> None:
         super().__init__()
         self.settings, self.names = settings, tuple(shapes)
         inner = settings.width

@@ -8,7 +8,6 @@ import numpy as np
 class Colourfulness:
     """Their M of the sRGB values: spread and mean of two opponent channels. Any saturated picture pleases it."""
 
-    name = "colourfulness"
     unit = "colourfulness M of 0 to 255 values (0 is grey, 45 average, 109 extremely colourful)"
 
     def known(self) -> tuple[np.ndarray, list[str], np.ndarray]:

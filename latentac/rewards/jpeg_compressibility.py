@@ -13,7 +13,6 @@ BYTES_PER_KILOBYTE = 1000
 class JpegCompressibility:
     """Minus the size of the JPEG file at quality 95 (4:2:0, headers included), in kB of 1000 bytes."""
 
-    name = "jpeg_compressibility"
     unit = "minus kB (1000 bytes) of the JPEG file at quality 95"
 
     def known(self) -> tuple[np.ndarray, list[str], np.ndarray]:

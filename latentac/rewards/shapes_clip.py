@@ -21,7 +21,6 @@ class ShapesClip:
     hacked: it has seen rendered pictures only, and what it says of others is a guess. It scores on the CPU in float32.
     """
 
-    name = "shapes_clip"
     unit = "cosine similarity of picture and caption, -1 to 1"
 
     def __init__(self) -> None:
@@ -41,8 +40,8 @@ class ShapesClip:
         """
         if images.dtype != np.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
             raise RewardError(
-                f"reward {self.name}",
-                f"pictures of shape {images.shape[1:]} and type {images.dtype}",
+                "pictures",
+                f"are of shape {images.shape[1:]} and type {images.dtype}",
                 f"Give it uint8 pictures of {IMAGE_SIZE} x {IMAGE_SIZE} x 3",
             )
         captions = [self._caption(prompt) for prompt in prompts]
@@ -58,7 +57,7 @@ class ShapesClip:
         if unknown or not words:
             problem = f"has never seen {', '.join(map(repr, unknown)) or 'an empty caption'}"
             remedy = "Use the words of the shapes language: see latentac/shapes/README.md"
-            raise RewardError(f"reward {self.name}, prompt {prompt!r}", problem, remedy)
+            raise RewardError(f"prompt {prompt!r}", problem, remedy)
         return " ".join(words)
 
     def _cosines(self, images: np.ndarray, captions: list[str]) -> np.ndarray:
@@ -70,7 +69,7 @@ class ShapesClip:
             from latentac.shapes.tokens import tokenize
         except ImportError as error:  # an image that only launches and decides has neither
             remedy = "Score where torch and transformers are installed"
-            raise RewardError(f"reward {self.name}", f"needs a package: {error}", remedy) from error
+            raise RewardError("packages", f"one is missing: {error}", remedy) from error
 
         clip, tokenizer = self._load()
         missing = _BATCH - len(images)

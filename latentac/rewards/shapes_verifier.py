@@ -13,7 +13,6 @@ from latentac.shapes.verifier import verify
 class ShapesVerifier:
     """Strict, in GenEval's manner; how it looks at a picture is told in `latentac.shapes.verifier`."""
 
-    name = "shapes_verifier"
     unit = "share of pictures that show exactly what their caption says (0 or 1 a picture)"
 
     def known(self) -> tuple[np.ndarray, list[str], np.ndarray]:
@@ -29,8 +28,8 @@ class ShapesVerifier:
         """
         if images.dtype != np.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
             raise RewardError(
-                f"reward {self.name}",
-                f"pictures of shape {images.shape[1:]} and type {images.dtype}",
+                "pictures",
+                f"are of shape {images.shape[1:]} and type {images.dtype}",
                 f"Give it uint8 pictures of {IMAGE_SIZE} x {IMAGE_SIZE} x 3",
             )
         return verify(images, [self._parse(prompt) for prompt in prompts]).astype(np.float32)
@@ -40,4 +39,4 @@ class ShapesVerifier:
             return parse_caption(prompt)
         except ValueError as error:
             remedy = f"Use a caption of the categories {', '.join(CATEGORIES)}: see latentac/shapes/README.md"
-            raise RewardError(f"reward {self.name}, prompt {prompt!r}", str(error), remedy) from error
+            raise RewardError(f"prompt {prompt!r}", str(error), remedy) from error

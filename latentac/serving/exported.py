@@ -5,13 +5,13 @@ Diffusers ignores what it does not know, so `StableDiffusionPipeline.from_pretra
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from latentac.config import Config, Kernel, NonNegative, Positive, Rate, Reward, Schedule, Section, Strengths
+from latentac.config import Config, Extension, Kernel, Named, NonNegative, Positive, Rate, Section
 from latentac.errors import ServingError
 
 FILE = "latentac.json"
@@ -19,12 +19,27 @@ BASE = "base"
 """Folder of the untouched denoiser, where there is one."""
 
 
-class DefaultSteering(Section):
-    """What a request without `steering` gets: each reward's head at its method's strength times the reward's weight."""
+class Method(Section):
+    """A way to steer that this model offers.
 
-    method: str = "value_gradient"
-    strengths: Strengths
-    schedule: Schedule
+    extension: of the steering table, with its settings; summary: what it does, in a few words; needs_gradient: whether
+    it takes the gradient of the values. Where a request does not say: strength, of a reward of weight 1, in standard
+    deviations of that reward, and particles, rollouts per picture.
+    """
+
+    extension: Named
+    summary: str
+    needs_gradient: bool
+    strength: Rate
+    particles: Positive
+
+
+class Head(Section):
+    """A reward whose value the critic predicts. weight: its share in training; unit: what one unit means, or ""."""
+
+    name: str
+    weight: NonNegative
+    unit: str
 
 
 class Limits(Section):
@@ -48,21 +63,22 @@ class Batching(Section):
 
 class Exported(Section):
     """latentac.json. version: of the model, chosen by who deploys; rewards: the critic's heads, in their order; size:
-    (height, width) of a picture in pixels; examples: prompts to begin with."""
+    (height, width) of a picture in pixels; examples: prompts to begin with; methods: of steering, by name;
+    default_method: of a request that names none: the best one of the run's benchmark, or `none`."""
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
-    schema_version: Literal[2] = Field(default=2, alias="schema")
+    schema_version: Literal[3] = Field(default=3, alias="schema")
     version: str
     run: str
-    backbone: str
+    backbone: Extension
     kernel: Kernel
     size: tuple[int, int]
     policies: list[str]
-    rewards: list[Reward]
-    units: dict[str, str]
+    rewards: list[Head]
     examples: list[str]
-    steering: DefaultSteering
+    methods: dict[str, Method]
+    default_method: str
     limits: Limits
     batching: Batching
 
@@ -73,25 +89,45 @@ class Exported(Section):
 
     def default_weights(self, method: str) -> dict[str, float]:
         """Reward name -> steering weight of a method, in standard deviations of that reward."""
-        return {reward.name: self.steering.strengths.of(method) * reward.weight for reward in self.rewards}
+        strength = self.methods[method].strength if method in self.methods else 0.0
+        return {reward.name: strength * reward.weight for reward in self.rewards}
 
 
-def export(folder: Path, config: Config, *, run: str, version: str, examples: Sequence[str] = ()) -> Exported:
-    """Complete `folder`, which holds a diffusers pipeline and `critic/`, with its latentac.json."""
-    from latentac.rewards import load_reward  # a reward may import torch
+def export(
+    folder: Path,
+    config: Config,
+    *,
+    run: str,
+    version: str,
+    examples: Sequence[str] = (),
+    extensions: Mapping[str, Any],
+    best: Mapping[str, Any] | None = None,
+) -> Exported:
+    """Complete `folder`, which holds a diffusers pipeline and `critic/`, with its latentac.json.
 
-    serving = config.serving
+    extensions: what `prepare` wrote of them: `units` of the rewards and `methods` of steering. best: the row of the
+    steering benchmark whose method, strength and number of candidates become the default; without one it is the first
+    configured method.
+    """
+    serving, units = config.serving, extensions["units"]
+    methods = {
+        method.name: Method(extension=method, **extensions["methods"][method.name])
+        for method in config.steering.methods
+    }
+    if best is not None:
+        chosen = {"strength": float(best["strength"]), "particles": int(best["candidates"])}
+        methods[best["method"]] = methods[best["method"]].model_copy(update=chosen)
     exported = Exported(
         version=version,
         run=run,
-        backbone=config.backbone.name,
+        backbone=Extension.model_validate({"use": config.backbone.use, **config.backbone.own}),
         kernel=config.kernel,
         size=image_size(folder),
         policies=["trained", *([BASE] if (folder / BASE).is_dir() else [])],
-        rewards=config.rewards,
-        units={name: load_reward(name).unit for name in config.reward_names},
+        rewards=[Head(name=one.name, weight=one.weight, unit=units[one.name]) for one in config.rewards],
         examples=list(examples),
-        steering=DefaultSteering(strengths=config.steering.strengths, schedule=config.steering.schedule),
+        methods=methods,
+        default_method=best["method"] if best else next(iter(methods), "none"),
         limits=Limits(
             max_images=serving.max_images,
             max_steps=max(serving.max_steps, config.kernel.num_steps),

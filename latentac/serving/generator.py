@@ -12,17 +12,17 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from latentac.backbones import Denoiser, load_backbone
+from latentac.backbones import BACKBONES, Denoiser, load_backbone
 from latentac.backbones.guided import guided
 from latentac.critic import Critic
-from latentac.diffusion import KERNELS
 from latentac.distributed import map_blocks, noise_for, uniforms_for
 from latentac.errors import ConfigError, Problem, ServingError
+from latentac.kernels import KERNELS
 from latentac.policy import Policy
 from latentac.rollout import rollout, steered_rollout
 from latentac.serving import exported
-from latentac.serving.request import DEFAULT_METHOD, Request, default_particles, parse_one
-from latentac.steering import evaluations, make_steering
+from latentac.serving.request import UNSTEERED, Request, parse_one
+from latentac.steering import STEERING, Steering, evaluations
 
 Observe = Callable[[int, np.ndarray], None]
 """Is told the step and float32 [pictures, N, M], the values of each picture's N particles, in the rewards' units."""
@@ -40,7 +40,7 @@ class Kind:
 
     @property
     def steers(self) -> bool:
-        return self.method != "none"
+        return self.method != UNSTEERED
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class Generator:
         """Raises ServingError if `folder` is no exported model, or is damaged."""
         self.exported = exported.read(folder)
         self.device = device
+        _check_rows(self.exported, folder)
         try:
             backbone = load_backbone(self.exported.backbone, folder, device)
             self._backbones = {"trained": backbone}
@@ -96,7 +97,7 @@ class Generator:
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ServingError(str(folder), f"cannot be loaded: {reason}", "Fetch the model again.") from error
-        self._kernel = KERNELS[self.exported.kernel.name](self.exported.kernel.noise)
+        self._kernel = KERNELS.make(self.exported.kernel)
         names = tuple(reward.name for reward in self.exported.rewards)
         if self.critic.reward_names != names:
             problem = f"the critic's heads {self.critic.reward_names} are not the rewards {names} of {exported.FILE}"
@@ -112,7 +113,7 @@ class Generator:
         seed: int = 0,
         count: int = 1,
         num_steps: int | None = None,
-        method: str = DEFAULT_METHOD,
+        method: str | None = None,
         steering: dict[str, float] | None = None,
         particles: int | None = None,
         guidance_scale: float = 1.0,
@@ -120,8 +121,8 @@ class Generator:
     ) -> Pictures:
         """`count` pictures of `prompt`. Picture i depends on (seed, i), not on `count` or on the number of cores.
 
-        num_steps: the exported default if None. steering: reward name -> weight in standard deviations of that reward,
-        the exported defaults if None; a reward that is not named has weight 0, and all at 0 is the plain rollout.
+        num_steps, method: the exported defaults if None. steering: reward name -> weight in standard deviations of that
+        reward, the exported defaults if None; a reward that is not named has weight 0; all at 0 do not steer.
         particles: rollouts a picture, the method's default if None. guidance_scale: of classifier-free guidance, 1 is
         none. policy: `trained` weights, or `base`. Raises ConfigError with every problem.
         """
@@ -144,20 +145,26 @@ class Generator:
 
     def weights(self, request: Request) -> dict[str, float]:
         """Reward name -> the steering weight that the request has; those at 0 are left out."""
-        if request.method == "none":
+        method = self.method(request)
+        if method == UNSTEERED:
             return {}
-        given = self.exported.default_weights(request.method) if request.steering is None else request.steering
+        given = self.exported.default_weights(method) if request.steering is None else request.steering
         return {name: float(weight) for name, weight in given.items() if weight}
+
+    def method(self, request: Request) -> str:
+        """The method that the request names, or the model's default."""
+        return request.method or self.exported.default_method
 
     def kind(self, request: Request) -> Kind:
         """What the request's pictures are; with all weights at 0 they are plain ones, whatever the method."""
-        method = request.method if self.weights(request) else "none"
+        method = self.method(request) if self.weights(request) else UNSTEERED
+        particles = 1 if method == UNSTEERED else request.particles or self.exported.methods[method].particles
         return Kind(
             policy=request.policy,
             num_steps=request.num_steps or self.exported.kernel.num_steps,
             guidance_scale=float(request.guidance_scale),
             method=method,
-            particles=1 if method == "none" else request.particles or default_particles(method),
+            particles=particles,
         )
 
     def slots(self, request: Request) -> list[Slot]:
@@ -189,7 +196,7 @@ class Generator:
 
         if kind.steers:
             weights = torch.tensor([slot.weights for slot in filled], device=self.device)
-            steering = make_steering(kind.method, weights, kind.particles, self.exported.steering.schedule)
+            steering = self._steering(kind, weights)
             uniforms = torch.cat([uniforms_for([_key(slot)], slot.seed, kind.num_steps) for slot in filled])
             trajectory = steered_rollout(
                 policy, self.critic, prompts, conditioning, noise, steering, uniforms.to(self.device), observe=told
@@ -215,9 +222,13 @@ class Generator:
 
     def nfe(self, kind: Kind) -> int:
         """Function evaluations a picture."""
-        schedule = self.exported.steering.schedule
-        steering = make_steering(kind.method, torch.zeros(1), kind.particles, schedule) if kind.steers else None
+        steering = self._steering(kind, torch.zeros(1)) if kind.steers else None
         return evaluations(steering, kind.num_steps, guided=kind.guidance_scale != 1)
+
+    def _steering(self, kind: Kind, weights: Tensor) -> Steering:
+        extension = self.exported.methods[kind.method].extension
+        steering: Steering = STEERING.make(extension, weights, kind.particles)
+        return steering
 
     def _noise(self, slot: Slot) -> Tensor:
         """[N, K+1, *latent]"""
@@ -235,6 +246,15 @@ def _with_weights(backbone: Denoiser, base: Path, folder: Path) -> Denoiser:
     kind: Any = type(other.module)
     other.module.load_state_dict(kind.from_pretrained(base, subfolder=part, use_safetensors=True).state_dict())
     return other
+
+
+def _check_rows(model: exported.Exported, folder: Path) -> None:
+    """What a folder names is imported, so it may name rows of the tables only, or what the operator allows."""
+    where = str(folder / exported.FILE)
+    BACKBONES.check_row(model.backbone.use, where)
+    KERNELS.check_row(model.kernel.use, where)
+    for method in model.methods.values():
+        STEERING.check_row(method.extension.use, where)
 
 
 def png(image: np.ndarray) -> bytes:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 import latentac
 from latentac.config import Section
 from latentac.serving.exported import Exported
-from latentac.serving.request import MAX_WEIGHT, METHODS, Body, ImagesRequest, Request
+from latentac.serving.request import MAX_WEIGHT, UNSTEERED, Body, ImagesRequest, Request
 from latentac.serving.tensors import INPUTS, OUTPUTS
 
 _REF = "#/components/schemas/{model}"
@@ -231,7 +231,7 @@ def _limit(properties: Json, exported: Exported) -> None:
     _narrow(properties["guidance_scale"], maximum=limits.max_guidance_scale)
     _narrow(properties["size"], enum=[exported.size_name])
     _narrow(properties["policy"], enum=list(exported.policies))
-    _narrow(properties["method"], enum=list(METHODS))
+    _narrow(properties["method"], enum=[*exported.methods, UNSTEERED])
     weight = {"type": "number", "minimum": -MAX_WEIGHT, "maximum": MAX_WEIGHT}
     heads = {reward.name: weight for reward in exported.rewards}
     properties["steering"]["anyOf"][0] = {"type": "object", "properties": heads, "additionalProperties": False}

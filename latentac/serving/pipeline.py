@@ -11,7 +11,6 @@ from PIL import Image
 
 from latentac.distributed import pick_device
 from latentac.serving.generator import Generator
-from latentac.serving.request import DEFAULT_METHOD
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class LatentacPipeline:
         prompt: str | Sequence[str],
         *,
         steering: dict[str, float] | None = None,
-        method: str = DEFAULT_METHOD,
+        method: str | None = None,
         particles: int | None = None,
         guidance_scale: float = 1.0,
         policy: str = "trained",
@@ -57,10 +56,10 @@ class LatentacPipeline:
     ) -> SteeredImages:
         """Pictures of each prompt.
 
-        steering: reward name -> weight in standard deviations of that reward, the exported defaults if None; method: a
-        row of `STEERING`, or none; particles: rollouts a picture, the method's default if None; policy: `trained`
-        weights, or `base`. generator: decides the noise; without one each call draws another. Raises ConfigError with
-        every problem of the request.
+        steering: reward name -> weight in standard deviations of that reward, the exported defaults if None.
+        method: one of the model's, or `none`; its default if None. particles: rollouts per picture, the method's
+        default if None. policy: `trained` weights, or `base`. generator: decides the noise; without one each call draws
+        another. Raises ConfigError with every problem of the request.
         """
         found = [
             self._generator.generate(

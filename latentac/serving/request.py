@@ -20,17 +20,8 @@ def _whole(value: object) -> object:
 WHOLE = BeforeValidator(_whole)
 Root = TypeVar("Root", bound=Section)
 
-# The rows of `steering.STEERING`, told here too because that package imports torch and a client does without.
-METHODS = {
-    "value_gradient": "moves each step up the critic's gradient",
-    "best_of_n": "draws several, keeps the one that the critic prefers",
-    "resampling": "several at once: good ones go on in the place of bad ones",
-    "twisted": "gradient and resampling together, weighed exactly",
-    "svdd": "at each step all go on from the best one",
-    "none": "no steering: the policy alone",
-}
-DEFAULT_METHOD = "value_gradient"
-_PARTICLES = 4
+UNSTEERED = "none"
+"""The method of a request for plain pictures."""
 POLICIES = ("trained", "base")
 """Whose weights denoise: those that were trained, or the untouched ones, where they were exported."""
 MAX_WEIGHT = 100.0
@@ -47,7 +38,7 @@ class Request(Section):
     size: Annotated[str | None, Field(description="Use the model's own size, or leave it out.")] = None
     guidance_scale: Annotated[Number, Field(ge=1, description="Use a number from 1, which is no guidance.")] = 1.0
     policy: Annotated[str, Field(description=f"Use one of {', '.join(POLICIES)}.")] = POLICIES[0]
-    method: Annotated[str, Field(description=f"Use one of {', '.join(METHODS)}.")] = DEFAULT_METHOD
+    method: Annotated[str | None, Field(description="Use one of the model's methods, none, or leave it out.")] = None
     steering: Annotated[
         dict[str, Number] | None, Field(description="Give a finite number for each reward's name, or leave it out.")
     ] = None
@@ -74,11 +65,6 @@ class ImagesRequest(Request):
 
 
 _FIELDS = {**Body.model_fields, **ImagesRequest.model_fields}
-
-
-def default_particles(method: str) -> int:
-    """Rollouts a picture where a request does not say: the gradient needs no others to choose from."""
-    return 1 if method in ("none", "value_gradient") else _PARTICLES
 
 
 def decoded(body: bytes) -> Any:
@@ -152,7 +138,7 @@ def _beyond(fields: object, exported: Exported, instance: int | None = None) -> 
         problems.append(Problem(f"{at}prompt", shortened(prompt), told, f"Use at most {most}."))
     method = fields.get("method")
     for name, known, told in (
-        ("method", list(METHODS), "no such steering method"),
+        ("method", [*exported.methods, UNSTEERED], "this model has no such steering method"),
         ("policy", exported.policies, "this model has no such policy"),
         ("size", [exported.size_name], "this model draws no such size"),
     ):
@@ -161,7 +147,7 @@ def _beyond(fields: object, exported: Exported, instance: int | None = None) -> 
             problems.append(Problem(f"{at}{name}", shortened(value), told, suggestion(shortened(value), known)))
     weights = fields.get("steering")
     if isinstance(weights, dict):
-        problems += _weight_problems(weights, method == "none", [reward.name for reward in exported.rewards], at)
+        problems += _weight_problems(weights, method == UNSTEERED, [reward.name for reward in exported.rewards], at)
     return problems
 
 

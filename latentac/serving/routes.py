@@ -12,7 +12,6 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
-import torch
 from fastapi import FastAPI, HTTPException
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -36,17 +35,14 @@ from latentac.serving.batching import Busy, Job
 from latentac.serving.model import SteeredDiffusion, TooLong
 from latentac.serving.observing import Record
 from latentac.serving.request import (
-    DEFAULT_METHOD,
     MAX_WEIGHT,
-    METHODS,
+    UNSTEERED,
     Request,
     decoded,
-    default_particles,
     parse_images,
     parse_one,
 )
 from latentac.serving.tensors import infer_request
-from latentac.steering import STEERING, make_steering
 
 MAX_BODY_BYTES = 1_000_000
 BODY_SECONDS = 30.0
@@ -285,7 +281,8 @@ def _unversioned(endpoint: Callable[[str], Awaitable[Any]]) -> Callable[[str], A
 def described(model: SteeredDiffusion) -> dict[str, Any]:
     """What may be asked of `model`, for a page or a program to offer."""
     exported, critic = model.generator.exported, model.generator.critic
-    default = DEFAULT_METHOD
+    default = exported.default_method
+    plain = {"name": UNSTEERED, "summary": "no steering: the policy alone", "gradient": False, "several": False}
     return {
         "name": model.name,
         "version": exported.version,
@@ -295,18 +292,19 @@ def described(model: SteeredDiffusion) -> dict[str, Any]:
         "methods": [
             {
                 "name": name,
-                "summary": summary,
-                "gradient": name in STEERING and make_steering(name, torch.zeros(1)).needs_gradient,
-                "several": name in STEERING,
-                "particles": default_particles(name),
+                "summary": method.summary,
+                "gradient": method.needs_gradient,
+                "several": True,
+                "particles": method.particles,
             }
-            for name, summary in METHODS.items()
-        ],
+            for name, method in exported.methods.items()
+        ]
+        + [{**plain, "particles": 1}],
         "rewards": [
             {
                 "name": reward.name,
-                "unit": exported.units.get(reward.name, ""),
-                "default_weight": exported.default_weights(default)[reward.name],
+                "unit": reward.unit,
+                "default_weight": exported.default_weights(default).get(reward.name, 0.0),
                 "mean": float(critic.mean[head]),
                 "std": float(critic.std[head]),
             }
@@ -316,10 +314,10 @@ def described(model: SteeredDiffusion) -> dict[str, Any]:
             "num_steps": exported.kernel.num_steps,
             "guidance_scale": 1.0,
             "method": default,
-            "particles": default_particles(default),
+            "particles": exported.methods[default].particles if default in exported.methods else 1,
             "count": 1,
             "seed": 0,
-            "strengths": {name: exported.steering.strengths.of(name) for name in METHODS if name != "none"},
+            "strengths": {name: method.strength for name, method in exported.methods.items()},
         },
         "limits": {**exported.limits.model_dump(), "max_weight": MAX_WEIGHT},
         "examples": exported.examples,

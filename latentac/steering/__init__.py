@@ -1,4 +1,6 @@
-"""Steering: the critic changes how a policy samples, towards p(x) exp(sum_m w_m V_m). One file a method, one row here.
+"""Steering: the critic changes how a policy samples, towards p(x) exp(sum_m w_m V_m).
+
+One file per method, one row here.
 
 An image has N candidates, consecutive rows of a rollout. A method may move each transition (`guide`), may let some
 candidates go on in the place of others (`resample`), and chooses one at the end (`select`).
@@ -6,13 +8,42 @@ candidates go on in the place of others (`resample`), and chooses one at the end
 
 import math
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Protocol
+from typing import Protocol, Self
 
+from pydantic import model_validator
 from torch import Tensor
 
-from latentac.config import Schedule
+from latentac.config import Fraction, Positive, Rate
 from latentac.diffusion import GaussianTransition
+from latentac.extensions import Settings, Table
+
+
+class SteeringSettings(Settings):
+    """What every method of steering has; a class's `Settings` derive from this.
+
+    strength: how much a reward of weight 1 counts, in standard deviations of that reward.
+    particles: rollouts per picture where a request does not say.
+    start, stop: the method acts at the steps k of K with start <= k / K < stop.
+    candidates: the benchmark has an arm of this strength for each of these numbers of particles.
+    sweep: the benchmark has an arm of one particle for each of these strengths.
+    """
+
+    strength: Rate = 1.0
+    particles: Positive = 4
+    start: Fraction = 0.3
+    stop: Fraction = 0.8
+    candidates: list[Positive] = [2, 4, 8]
+    sweep: list[Rate] = []
+
+    @model_validator(mode="after")
+    def _acts(self) -> Self:
+        if self.start >= self.stop:
+            raise ValueError(f"start = {self.start:g} is not before stop = {self.stop:g}, so it would never act")
+        return self
+
+    def steps(self, num_steps: int) -> range:
+        """The steps k with start <= k / K < stop."""
+        return range(math.ceil(self.start * num_steps - 1e-9), math.ceil(self.stop * num_steps - 1e-9))
 
 
 @dataclass(frozen=True)
@@ -48,12 +79,14 @@ class Guide:
 
 
 class Steering(Protocol):
-    """Built as `Class(weights, candidates, schedule)`: settings alone, shared by threads.
+    """Built as `Class(settings, weights, candidates)`, settings being `SteeringSettings`. Threads share it.
 
-    weights: [M], how much each reward's head counts, in standard deviations of that reward, or [B, M], a row an image.
-    candidates: rollouts an image; needs_gradient: whether `guide` takes the values' gradient by the latents.
+    weights: [M], how much each reward's head counts, in standard deviations of that reward, or [B, M], a row per image.
+    candidates: rollouts per image; needs_gradient: whether `guide` takes the values' gradient by the latents.
+    summary: what it does, in a few words, for a person who chooses among methods.
     """
 
+    summary: str
     candidates: int
     needs_gradient: bool
 
@@ -71,25 +104,16 @@ class Steering(Protocol):
         ...
 
 
-STEERING = {
-    "value_gradient": "latentac.steering.value_gradient:ValueGradient",
-    "best_of_n": "latentac.steering.best_of_n:BestOfN",
-    "resampling": "latentac.steering.resampling:Resampling",
-    "twisted": "latentac.steering.twisted:Twisted",
-    "svdd": "latentac.steering.svdd:SVDD",
-}
-
-
-def make_steering(name: str, weights: Tensor, candidates: int = 1, schedule: Schedule | None = None) -> Steering:
-    """The method `name`, a row of the table or `module:Class`, built as `Class(weights, candidates, schedule)`.
-
-    weights: [M], how much each reward's head counts, in standard deviations of that reward, or [B, M], a row an image.
-    schedule: when and how it acts; the default one if None.
-    """
-    module, _, attribute = STEERING.get(name, name).partition(":")
-    made = getattr(import_module(module), attribute)
-    steering: Steering = made(weights, candidates, schedule or Schedule())
-    return steering
+STEERING = Table(
+    "method of steering",
+    {
+        "value_gradient": "latentac.steering.value_gradient:ValueGradient",
+        "best_of_n": "latentac.steering.best_of_n:BestOfN",
+        "resampling": "latentac.steering.resampling:Resampling",
+        "twisted": "latentac.steering.twisted:Twisted",
+        "svdd": "latentac.steering.svdd:SVDD",
+    },
+)
 
 
 def weighted(values: Tensor, weights: Tensor) -> Tensor:
@@ -100,11 +124,6 @@ def weighted(values: Tensor, weights: Tensor) -> Tensor:
 def per_row(weights: Tensor, rows: int) -> Tensor:
     """[M] as it is, or [B N, M]: the weights of each of `rows` = B N rows."""
     return weights if weights.ndim == 1 else weights.repeat_interleave(rows // len(weights), 0)
-
-
-def window(schedule: Schedule, num_steps: int) -> range:
-    """The steps k with start <= k / K < stop."""
-    return range(math.ceil(schedule.start * num_steps - 1e-9), math.ceil(schedule.stop * num_steps - 1e-9))
 
 
 def evaluations(steering: Steering | None, num_steps: int, guided: bool = False) -> int:

@@ -2,25 +2,28 @@
 
 from torch import Tensor
 
-from latentac.config import Schedule
-from latentac.steering import Guide, weighted, window
+from latentac.steering import Guide, SteeringSettings, weighted
 
 
 class BestOfN:
-    """N plain rollouts an image; the critic keeps the one with the highest sum_m w_m V_m at its last denoised state.
+    """N plain rollouts per image; the critic keeps the one with the highest sum_m w_m V_m at its last denoised state.
 
     No picture is decoded and no reward is asked for the choice.
     """
 
+    summary = "draws several, keeps the one that the critic values highest"
     needs_gradient = False
 
-    def __init__(self, weights: Tensor, candidates: int, schedule: Schedule) -> None:
+    class Settings(SteeringSettings):
+        """Those of every method; when it acts makes no difference here."""
+
+    def __init__(self, settings: SteeringSettings, weights: Tensor, candidates: int) -> None:
         if candidates < 1:
             raise ValueError(f"steering needs at least one candidate, got {candidates}")
-        self.weights, self.candidates, self.schedule = weights, candidates, schedule
+        self.settings, self.weights, self.candidates = settings, weights, candidates
 
     def steps(self, num_steps: int) -> range:
-        return window(self.schedule, num_steps)
+        return self.settings.steps(num_steps)
 
     def begin(self, uniforms: Tensor) -> Guide:
         return Guide()

@@ -1,12 +1,14 @@
 """Resampling with the critic: sequential Monte Carlo whose potentials are values. No picture is decoded on the way."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from latentac.config import Fraction, NonNegative, Rate
 from latentac.diffusion import GaussianTransition
-from latentac.steering import Guide, SteeringState, weighted
+from latentac.steering import Guide, SteeringSettings, SteeringState, weighted
 from latentac.steering.best_of_n import BestOfN
 
 
@@ -17,11 +19,24 @@ class Resampling(BestOfN):
     sample size of their weights falls below `resample_below` N they are resampled, systematically (Douc and Cappe
     2005). The values come with the forward that the denoiser needs anyway.
 
-    potential: `diff` weighs each step by exp(psi_t - psi_{t-1}), whose product is exp(psi) at the end; `max` by the
-    rise of the highest psi in the particle's own past. tempering: psi is scaled by lambda_k, which rises to 1 at the
-    last step that is steered, so the law there is the same, and earlier, where values are unsure, little is decided.
     Of the particles at the end the one of the highest value is kept.
     """
+
+    summary = "several at once: good ones go on in the place of bad ones"
+
+    class Settings(SteeringSettings):
+        """potential: `diff` weighs each step by exp(psi_t - psi_{t-1}), whose product is exp(psi) at the end; `max` by
+            the rise of the highest psi in the particle's own past.
+        tempering: psi is scaled by lambda_k = ((k + 1) / n)^tempering at the k-th of n steered steps. It rises to 1, so
+            the law at the last steered step is the same, and earlier, where values are unsure, little is decided.
+        resample_below: particles are resampled where their effective sample size is below this share of N."""
+
+        strength: Rate = 5.0
+        potential: Literal["diff", "max"] = "diff"
+        tempering: NonNegative = 0.0
+        resample_below: Fraction = 0.7
+
+    settings: Settings
 
     def begin(self, uniforms: Tensor) -> Guide:
         return Particles(self, uniforms)
@@ -31,7 +46,7 @@ class Particles(Guide):
     """log_weights: [B, N] since the last resampling; log_normaliser: [B], log of the estimate of Z up to then."""
 
     def __init__(self, steering: Resampling, uniforms: Tensor) -> None:
-        self.weights, self.candidates, self.schedule = steering.weights, steering.candidates, steering.schedule
+        self.weights, self.candidates, self.settings = steering.weights, steering.candidates, steering.settings
         self.steps, self.uniforms = steering.steps(uniforms.shape[1]), uniforms
         self.log_weights = uniforms.new_zeros(len(uniforms), self.candidates)
         self.log_normaliser = uniforms.new_zeros(len(uniforms))
@@ -40,7 +55,7 @@ class Particles(Guide):
     def resample(self, state: SteeringState) -> Tensor | None:
         psi = weighted(state.values.detach(), self.weights).unflatten(0, (-1, self.candidates))
         first = state.step == self.steps.start
-        if self.schedule.potential == "max" and not first:
+        if self.settings.potential == "max" and not first:
             psi = psi.maximum(self._psi)
         before = 0.0 if first else self._temperature(state.step - 1) * self._psi
         self.log_weights = self.log_weights + self._temperature(state.step) * psi - before
@@ -54,12 +69,12 @@ class Particles(Guide):
 
     def _temperature(self, step: int) -> float:
         """lambda_k = ((k + 1) / n)^tempering of the k-th of n steered steps."""
-        return float(((step - self.steps.start + 1) / len(self.steps)) ** self.schedule.tempering)
+        return float(((step - self.steps.start + 1) / len(self.steps)) ** self.settings.tempering)
 
     def _resampled(self, step: int) -> Tensor | None:
         images, count = self.log_weights.shape
         shares = self.log_weights.softmax(1)
-        poor = 1 / shares.square().sum(1) < self.schedule.resample_below * count
+        poor = 1 / shares.square().sum(1) < self.settings.resample_below * count
         if not bool(poor.any()):
             return None
         own = torch.arange(count, device=shares.device).expand(images, -1)

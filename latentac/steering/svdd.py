@@ -11,6 +11,8 @@ class SVDD(BestOfN):
     """At each state an image's N candidates are compared by sum_m w_m V_m, and all go on from the best one (Li et al.
     2024, in the limit of their temperature to 0)."""
 
+    summary = "at each step all go on from the best one"
+
     def begin(self, uniforms: Tensor) -> Guide:
         return Greedy(self.weights, self.candidates)
 

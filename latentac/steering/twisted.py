@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from latentac.config import Positive, Rate
 from latentac.diffusion import GaussianTransition
 from latentac.steering import Guide, SteeringState
 from latentac.steering.resampling import Particles, Resampling
@@ -15,14 +16,26 @@ class Twisted(Resampling):
     p(z') / q(z'), so the law stays p(z) exp(psi) however good the gradient is; a good one keeps the weights even.
     """
 
+    summary = "gradient and resampling together, weighed exactly"
     needs_gradient = True
+
+    class Settings(Resampling.Settings):
+        """normalised: as in `value_gradient`."""
+
+        strength: Rate = 10.0
+        candidates: list[Positive] = [2, 4]
+        normalised: bool = False
+
+    settings: Settings
 
     def begin(self, uniforms: Tensor) -> Guide:
         return TwistedParticles(self, uniforms)
 
 
 class TwistedParticles(Particles):
+    settings: Twisted.Settings
+
     def guide(self, state: SteeringState) -> GaussianTransition:
         if bool((state.transition.std <= 0).any()):
             return state.transition  # a step without noise has no other proposal than itself
-        return state.transition.shifted(ascent(state, self.weights, self.schedule.normalised))
+        return state.transition.shifted(ascent(state, self.weights, self.settings.normalised))

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from latentac.config import Schedule
+from latentac.config import Positive, Rate
 from latentac.diffusion import GaussianTransition, broadcast
-from latentac.steering import Guide, SteeringState, per_row, weighted
+from latentac.steering import Guide, SteeringSettings, SteeringState, per_row, weighted
 from latentac.steering.best_of_n import BestOfN
 
 
@@ -16,18 +16,31 @@ class ValueGradient(BestOfN):
     was. Of several candidates the one with the highest value is kept.
     """
 
+    summary = "moves each step up the critic's gradient"
     needs_gradient = True
 
+    class Settings(SteeringSettings):
+        """normalised: the gradient gives the direction alone, and a strength is the length of the step, in standard
+        deviations of the transition."""
+
+        strength: Rate = 20.0
+        particles: Positive = 1
+        candidates: list[Positive] = [2, 4]
+        sweep: list[Rate] = [10.0, 20.0, 30.0]
+        normalised: bool = False
+
+    settings: Settings
+
     def begin(self, uniforms: Tensor) -> Guide:
-        return Uphill(self.weights, self.schedule)
+        return Uphill(self.weights, self.settings.normalised)
 
 
 class Uphill(Guide):
-    def __init__(self, weights: Tensor, schedule: Schedule) -> None:
-        self.weights, self.schedule = weights, schedule
+    def __init__(self, weights: Tensor, normalised: bool) -> None:
+        self.weights, self.normalised = weights, normalised
 
     def guide(self, state: SteeringState) -> GaussianTransition:
-        return state.transition.shifted(ascent(state, self.weights, self.schedule.normalised))
+        return state.transition.shifted(ascent(state, self.weights, self.normalised))
 
 
 def ascent(state: SteeringState, weights: Tensor, normalised: bool) -> Tensor:

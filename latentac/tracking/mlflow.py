@@ -6,7 +6,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import field_validator
+
+from latentac.extensions import Settings
 
 _RUN_TAG = "latentac.run"
 _MAX_PARAMS = 100  # of one call
@@ -16,14 +18,13 @@ _MAX_VALUE = 6000  # characters
 class MLflow:
     """Metrics, parameters and pictures of a run, through MLflow's client."""
 
-    class Settings(BaseModel):
+    class Settings(Settings):
         """tracking_uri: a server's URL, `sqlite:///file.db` (needs the whole of `mlflow`), or a folder (MLflow wants
         MLFLOW_ALLOW_FILE_STORE=true for that); MLFLOW_TRACKING_URI where none is named. A name and a password come from
         MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
         experiment: made where it is missing; MLFLOW_EXPERIMENT_NAME where none is named, else `latentac`.
         images: pictures are sent too."""
 
-        model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
         tracking_uri: str | None = None
         experiment: str | None = None
         images: bool = True

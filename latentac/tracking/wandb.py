@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+
+from latentac.extensions import Settings
 
 
 class WandB:
     """Metrics, configuration and pictures of a run, through `wandb`."""
 
-    class Settings(BaseModel):
+    class Settings(Settings):
         """project, entity, group, tags: as in wandb.init; WANDB_PROJECT and its like count where none is named, and
         the project else is `latentac`. mode: `offline` writes to `<output>/<run>/wandb`, for `wandb sync`; WANDB_MODE
         where none is named. images: pictures are sent too. The API key comes from WANDB_API_KEY or `wandb login`."""
 
-        model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
         project: str | None = None
         entity: str | None = None
         group: str | None = None

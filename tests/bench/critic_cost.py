@@ -18,14 +18,14 @@ import numpy as np
 import torch
 
 from latentac import pretraining
-from latentac.algorithms import make_algorithm
+from latentac.algorithms import ALGORITHMS
 from latentac.config import Config
 from latentac.distributed import Mesh, pick_device
 from latentac.measures import median
 from latentac.preparation import environment
 from latentac.progress import progress
 from latentac.prompts import load_prompts
-from latentac.rewards import load_reward
+from latentac.rewards.configured import load_rewards
 from latentac.run import resolve_recipe
 from latentac.trainer import Block, Trainer
 from tests.bench.aggregate import dump
@@ -35,12 +35,12 @@ from tests.bench.unit import base_policy
 
 _BOOTSTRAP = 2000
 _ARMS = {
-    "DDPO": ["algorithm.name=ddpo", "algorithm.value_guidance=0"],
+    "DDPO": ["algorithm.use=ddpo"],
     "values": [
-        *("algorithm.name=ppo", "critic.body=frozen_taps"),
+        *("algorithm.use=ppo", "critic.body.use=frozen_taps"),
         *("algorithm.value_guidance=0", "critic.replay_images=0"),
     ],
-    "recipe": ["algorithm.name=ppo", "critic.body=frozen_taps"],
+    "recipe": ["algorithm.use=ppo", "critic.body.use=frozen_taps"],
 }
 
 
@@ -114,9 +114,11 @@ def _trainer(config: Config) -> Timed:
     policy = base_policy(config, device)
     critic = pretraining.new_critic(config, policy).to(device)
     policy.backbone.adapt(config.policy)
-    rewards = [load_reward(reward.name) for reward in config.rewards]
+    rewards = load_rewards(config.rewards)
+    weights = torch.tensor([reward.weight for reward in config.rewards])
     prompts = load_prompts(config.prompts.source).train
-    return Timed(config, policy, critic, make_algorithm(config), rewards, prompts, Mesh(0, 1, device))
+    algorithm = ALGORITHMS.make(config.algorithm, weights)
+    return Timed(config, policy, critic, algorithm, rewards, prompts, Mesh(0, 1, device))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,8 +14,9 @@ from typing import Any
 
 from latentac.config import Config
 from latentac.recipes import RECIPES
+from latentac.resolution import resolve_all
 from latentac.rewards import REWARDS
-from latentac.run import resolve_recipe
+from latentac.run import recipe_fields
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT, FAILURE = "result.json", "failed.json"
@@ -118,7 +119,7 @@ class Arm:
 
 
 def _rewards(**weights: float) -> Settings:
-    return {"rewards": [{"name": name, "weight": weight} for name, weight in weights.items()]}
+    return {"rewards": [{"use": name, "weight": weight} for name, weight in weights.items()]}
 
 
 _THREE = _rewards(shapes_clip=1.0, shapes_verifier=1.0, jpeg_compressibility=1.0)
@@ -126,26 +127,32 @@ _THREE = _rewards(shapes_clip=1.0, shapes_verifier=1.0, jpeg_compressibility=1.0
 _PLAIN: Settings = {"algorithm.gae_lambda": 0.9, "critic.replay_images": 0}
 """What the ablations start from: what they showed to help came into a recipe after them. Where no critic is trained on,
 as in DDPO or value pretraining alone, it decides nothing, and keeps what was recorded then."""
-_NO_CRITIC: Settings = {**_PLAIN, "algorithm.value_guidance": 0.0}
+_BASELINES: Settings = {"critic.replay_images": 0}
+"""Arms whose algorithm has no critic: its settings, and with them the recipe's, fall away with it."""
+_BODY: Settings = {"critic.body.num_queries": 0}
+"""What the recipes say of their critic's body, for another body, to which it does not apply by itself."""
 
 ARMS: dict[str, Arm] = {
-    "ours": Arm("ours", {"algorithm.name": "ppo", "critic.body": "frozen_taps"}),
-    "ddpo": Arm("DDPO", {"algorithm.name": "ddpo", **_NO_CRITIC}, pretrained=False),
+    "ours": Arm("ours", {"algorithm.use": "ppo", "critic.body.use": "frozen_taps"}),
+    "ddpo": Arm("DDPO", {"algorithm.use": "ddpo", **_BASELINES}, pretrained=False),
     "grpo": Arm(
-        "GRPO, groups of 4", {"algorithm.name": "grpo", "algorithm.group_size": 4, **_NO_CRITIC}, pretrained=False
+        "GRPO, groups of 4", {"algorithm.use": "grpo", "algorithm.group_size": 4, **_BASELINES}, pretrained=False
     ),
     # Half the width and the passes: convolutions at the picture's own size cost many times what the others do.
-    "pixel": Arm("pixel critic", {"critic.body": "pixel", "critic.width": 32, "pretrain.num_passes": 5}),
-    "latent_cnn": Arm("stand-alone latent critic", {"critic.body": "latent_cnn"}),
+    "pixel": Arm(
+        "pixel critic",
+        {"critic.body.use": "pixel", **_BODY, "critic.body.width": 32, "critic.hidden": 64, "pretrain.num_passes": 5},
+    ),
+    "latent_cnn": Arm("stand-alone latent critic", {"critic.body.use": "latent_cnn", **_BODY}),
     "plain": Arm("start: lambda 0.9, no picture remembered", _PLAIN),
     "replay": Arm("pictures remembered", {**_PLAIN, "critic.replay_images": 4096}),
     "lambda_1": Arm("lambda 1", {**_PLAIN, "algorithm.gae_lambda": 1.0}),
     "lambda_095": Arm("lambda 0.95", {**_PLAIN, "algorithm.gae_lambda": 0.95}),
     "unguided": Arm("without guidance: the critic is a baseline", {**_PLAIN, "algorithm.value_guidance": 0.0}),
-    "no_time": Arm("without time conditioning", {**_PLAIN, "critic.time_conditioning": False}),
+    "no_time": Arm("without time conditioning", {**_PLAIN, "critic.body.time_conditioning": False}),
     "no_pretraining": Arm("without value pretraining", _PLAIN, pretrained=False),
-    "lora": Arm("critic body: own LoRA", {**_PLAIN, "critic.body": "lora"}),
-    "copy": Arm("critic body: own copy", {**_PLAIN, "critic.body": "copy"}),
+    "lora": Arm("critic body: own LoRA", {**_PLAIN, "critic.body.use": "lora", **_BODY}),
+    "copy": Arm("critic body: own copy", {**_PLAIN, "critic.body.use": "copy", **_BODY}),
     "three_rewards": Arm("three rewards", {**_PLAIN, **_THREE}),
     "shared_head": Arm("three rewards, one shared head", {**_PLAIN, **_THREE, "critic.shared_head": True}),
     "clip_alone": Arm(
@@ -198,7 +205,7 @@ class Unit:
 
     @functools.cached_property
     def config(self) -> Config:
-        return resolve_recipe(self.recipe, "", [f"seed={self.seed}", *self.overrides])
+        return resolve_all(recipe_fields(self.recipe, "", [f"seed={self.seed}", *self.overrides])).config
 
     @functools.cached_property
     def hash(self) -> str:
@@ -274,6 +281,7 @@ def _spent(scale: Scale, recipe: str, arm: str) -> Settings:
         "evaluation.num_images": scale.evaluated,
         "evaluation.num_diversity_prompts": scale.grouped,
         "evaluation.pictures_per_prompt": 4,
+        "algorithm.clip": RECIPES[recipe]["algorithm"]["clip"],
     }
     if not ARMS[arm].trains:
         settings["pretrain.num_held_out_images"] = scale.evaluated

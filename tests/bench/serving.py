@@ -27,6 +27,7 @@ from latentac.config import Config
 from latentac.measures import median
 from latentac.preparation import environment
 from latentac.progress import progress
+from latentac.resolution import resolve_all
 from latentac.rollout import rollout
 from latentac.run import resolve_recipe
 from latentac.serving.client import Client
@@ -56,7 +57,8 @@ def export_base(config: Config, folder: Path, **serving: Any) -> Path:
     critic.save(folder / "critic")
     add_base(folder, source)
     settings = config.serving.model_copy(update=serving)
-    export(folder, config.model_copy(update={"serving": settings}), run="bench", version="bench")
+    resolved = resolve_all(config.model_copy(update={"serving": settings}).model_dump())
+    export(folder, resolved.config, run="bench", version="bench", extensions=resolved.described())
     return folder
 
 

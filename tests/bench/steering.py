@@ -25,19 +25,19 @@ from torch import Tensor
 from latentac import run as verbs
 from latentac.backbones import load_backbone
 from latentac.backbones.guided import guided
-from latentac.config import Config, Schedule
+from latentac.config import Config
 from latentac.critic import Critic
-from latentac.diffusion import KERNELS
 from latentac.distributed import noise_for, uniforms_for
+from latentac.kernels import KERNELS
 from latentac.measures import diversity, interval, median
 from latentac.policy import Policy
 from latentac.preparation import environment
 from latentac.progress import progress
-from latentac.prompts import balanced, load_prompts
-from latentac.rewards import load_reward
+from latentac.prompts import Prompt, balanced, load_prompts
+from latentac.resolution import resolve_all
 from latentac.rollout import rollout, score
 from latentac.shapes import builtin_pipeline
-from latentac.steering import Steering, evaluations, make_steering
+from latentac.steering import STEERING, Steering, evaluations
 from latentac.store import open_store
 from latentac.true_reward import TrueReward
 from latentac.types import Trajectory
@@ -45,8 +45,8 @@ from latentac.workspace import default_store
 from tests.bench import figures, report
 from tests.bench.aggregate import dump
 from tests.bench.claims import MULTIPLES, verdicts
-from tests.bench.plan import FULL, MEASURED, ROOT
-from tests.bench.unit import sources
+from tests.bench.plan import FULL, ROOT
+from tests.bench.unit import measured, sources
 
 GUIDANCE_SCALE = 2.0
 FOLDER = ROOT / "build" / "steering"
@@ -93,22 +93,25 @@ class World:
         self.weights, self.config, self.num_prompts = weights, config, num_prompts
         builtin = builtin_pipeline(config.backbone.source.removeprefix("builtin:"))
         source = builtin if weights == "base" else folder / "train" / "policy"
-        self.backbone = load_backbone(config.backbone.name, source, torch.device("cpu"))
-        self.kernel = KERNELS[config.kernel.name](config.kernel.noise)
+        self.backbone = load_backbone(config.backbone, source, torch.device("cpu"))
+        self.kernel = KERNELS.make(config.kernel)
         step = "pretrain-value" if weights == "base" else "train"
         self.critic = Critic.load(folder / step / "critic", self.backbone)
-        self.rewards = [load_reward(name) for name in dict.fromkeys([*config.reward_names, *MEASURED])]
+        self.rewards = measured(config, first=config.reward_names)
         self.dials = torch.tensor([reward.weight for reward in config.rewards])
         prompts = load_prompts(config.prompts.source).held_out
-        texts = [prompts[index].text for index in balanced(prompts, num_prompts, config.seed, "evaluation")]
+        shown = [prompts[index] for index in balanced(prompts, num_prompts, config.seed, "evaluation")]
         self.pictures = [(slot, 0) for slot in range(num_prompts)]
         self.pictures += [(slot, 1) for slot in range(min(_DIVERSE, num_prompts))]
-        self.texts = [texts[slot] for slot, _ in self.pictures]
+        self.prompts = [shown[slot] for slot, _ in self.pictures]
 
-    def steering(self, way: Way, candidates: int) -> Steering:
-        settings = self.config.steering
-        strength = settings.strengths.of(way.method)
-        return make_steering(way.method, strength * self.dials, candidates, settings.schedule)
+    def steering(self, way: Way, candidates: int, **own: Any) -> Steering:
+        """The configured method of that name; `own`: settings instead of its."""
+        method = next(one for one in self.config.steering.methods if one.name == way.method)
+        method = method.with_own({**method.own, **own})
+        settings: Any = STEERING.settings(method)
+        made: Steering = STEERING.make(method, settings.strength * self.dials, candidates)
+        return made
 
     def nfe(self, way: Way, candidates: int) -> int:
         return evaluations(self.steering(way, candidates), self.config.kernel.num_steps, way.scale != 1)
@@ -133,12 +136,12 @@ class Made:
 
 def make(world: World, way: Way, candidates: int) -> Made:
     size, parts = max(1, _ROWS // candidates), []
-    blocks = [range(start, min(start + size, len(world.texts))) for start in range(0, len(world.texts), size)]
-    with progress(len(world.texts), f"{world.weights}, {way.label}, {candidates}", "pictures") as bar:
+    blocks = [range(start, min(start + size, len(world.prompts))) for start in range(0, len(world.prompts), size)]
+    with progress(len(world.prompts), f"{world.weights}, {way.label}, {candidates}", "pictures") as bar:
         for block in blocks:
             parts.append(_make_block(world, way, candidates, block))
             bar.update(len(block))
-    rollouts = len(world.texts) * candidates
+    rollouts = len(world.prompts) * candidates
     return Made(
         values=torch.cat([part.values for part in parts]),
         rewards=torch.cat([part.rewards for part in parts]),
@@ -148,26 +151,27 @@ def make(world: World, way: Way, candidates: int) -> Made:
 
 
 def _make_block(world: World, way: Way, candidates: int, block: range) -> Made:
-    texts = [world.texts[index] for index in block for _ in range(candidates)]
+    prompts = [world.prompts[index] for index in block for _ in range(candidates)]
     clocks = [time.process_time()]
-    trajectory = _sample(world, way, candidates, block, texts)
+    trajectory = _sample(world, way, candidates, block, prompts)
     clocks.append(time.process_time())
     images = world.backbone.decode(trajectory.clean)
     clocks.append(time.process_time())
     main = world.config.main_reward
-    score(world.rewards[main : main + 1], images, texts)
+    score(world.rewards[main : main + 1], images, prompts)
     clocks.append(time.process_time())
     shape = len(block), candidates
     seconds = dict(zip(("sampling", "decoding", "scoring"), np.diff(clocks).tolist(), strict=True))
     return Made(
         values=world.critic.standardise(trajectory.values[:, -1]).unflatten(0, shape),
-        rewards=score(world.rewards, images, texts).rewards.unflatten(0, shape),
+        rewards=score(world.rewards, images, prompts).rewards.unflatten(0, shape),
         images=images.reshape(*shape, *images.shape[1:]),
         seconds=seconds,
     )
 
 
-def _sample(world: World, way: Way, candidates: int, block: range, texts: Sequence[str]) -> Trajectory:
+def _sample(world: World, way: Way, candidates: int, block: range, prompts: Sequence[Prompt]) -> Trajectory:
+    texts = [prompt.text for prompt in prompts]
     config, steps = world.config, world.config.kernel.num_steps
     policy = Policy(guided(world.backbone, way.scale), world.kernel)
     keys = [("bench-steering", *world.pictures[index]) for index in block]
@@ -180,7 +184,7 @@ def _sample(world: World, way: Way, candidates: int, block: range, texts: Sequen
     rewards = world.rewards[: len(config.rewards)]
     return rollout(
         policy,
-        TrueReward(world.backbone, rewards, texts, world.critic) if way.truth else world.critic,
+        TrueReward(world.backbone, rewards, prompts, world.critic) if way.truth else world.critic,
         texts,
         world.backbone.encode(texts),
         noise,
@@ -225,13 +229,13 @@ def points(world: World, name: str, candidates: int) -> list[Record]:
 def cost(world: World, pictures: int = _ROWS) -> Record:
     """Seconds of a rollout of `pictures` rows, plain, with resampling of 4 and with the value gradient, both at every
     step, in turns; and the median ratios to plain, which asks no critic."""
-    strengths, whole = world.config.steering.strengths, Schedule(start=0.0, stop=1.0)
+    whole = {"start": 0.0, "stop": 1.0}
     steering = {
         "plain": None,
-        "resampling": make_steering("resampling", strengths.resampling * world.dials, 4, whole),
-        "value_gradient": make_steering("value_gradient", strengths.value_gradient * world.dials, 1, whole),
+        "resampling": world.steering(WAYS["resampling"], 4, **whole),
+        "value_gradient": world.steering(WAYS["value_gradient"], 1, **whole),
     }
-    steps, texts = world.config.kernel.num_steps, world.texts[:pictures]
+    steps, texts = world.config.kernel.num_steps, [prompt.text for prompt in world.prompts[:pictures]]
     policy = Policy(world.backbone, world.kernel)
     noise = noise_for([(row,) for row in range(len(texts))], 0, steps, world.backbone.latent_shape)
     conditioning = world.backbone.encode(texts)
@@ -313,7 +317,7 @@ def trained(config: Config, run: str, folder: Path) -> tuple[Path, Record]:
 
 def measure(recipe: str, run: str, num_prompts: int, folder: Path) -> Record:
     """The record of a recipe: settings, cost and points on both weights."""
-    config = verbs.resolve_recipe(recipe, "", [])
+    config = resolve_all(verbs.recipe_fields(recipe)).config
     place, artifacts = trained(config, run, folder)
     stamp = {"sources": sources("steering/**/*.py", "true_reward.py"), "artifacts": artifacts, "prompts": num_prompts}
     stamp |= {"steering": config.steering.model_dump(), "scale": GUIDANCE_SCALE}

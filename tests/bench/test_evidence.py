@@ -52,7 +52,8 @@ def test_every_arm_spends_the_same(scale: Scale) -> None:
 def test_a_group_is_not_paid_for_in_prompts_alone() -> None:
     """GRPO's groups come out of the same pictures an iteration; only value pretraining changes the iterations."""
     config = next(unit.config for unit in units(FULL) if unit.arm == "grpo" and unit.recipe == "shapes-unet")
-    assert (config.train.images_per_iteration, config.algorithm.group_size, config.pretrain.num_images) == (256, 4, 0)
+    assert (config.train.images_per_iteration, config.algorithm.own["group_size"]) == (256, 4)
+    assert config.pretrain.num_images == 0
 
 
 def test_the_plan_may_stop_anywhere() -> None:
@@ -323,7 +324,7 @@ def test_ways_to_steer_are_measured_on_the_same_candidates(tmp_path: Path) -> No
     import torch
 
     from latentac.backbones import load_backbone
-    from latentac.diffusion import KERNELS
+    from latentac.kernels import KERNELS
     from latentac.policy import Policy
     from latentac.pretraining import new_critic
     from latentac.run import resolve_recipe
@@ -331,8 +332,8 @@ def test_ways_to_steer_are_measured_on_the_same_candidates(tmp_path: Path) -> No
     from tests.bench import steering
 
     config = resolve_recipe("shapes-dit-smoke", "", [])
-    backbone = load_backbone(config.backbone.name, builtin_pipeline("shapes-dit"), torch.device("cpu"))
-    critic = new_critic(config, Policy(backbone, KERNELS[config.kernel.name](config.kernel.noise)))
+    backbone = load_backbone(config.backbone, builtin_pipeline("shapes-dit"), torch.device("cpu"))
+    critic = new_critic(config, Policy(backbone, KERNELS.make(config.kernel)))
     torch.nn.init.normal_(critic.heads.weight)
     critic.save(tmp_path / "pretrain-value" / "critic")
     world = steering.World("base", config, tmp_path, 6)

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,24 @@ import numpy as np
 import torch
 
 from latentac import pretraining
-from latentac.algorithms import make_algorithm
+from latentac.algorithms import ALGORITHMS
 from latentac.backbones import load_backbone
 from latentac.checkpoint import read_state, write_state
 from latentac.config import Config
+from latentac.config import Reward as RewardSettings
 from latentac.critic import Critic
-from latentac.diffusion import KERNELS
 from latentac.distributed import Mesh, pick_device
 from latentac.errors import Diverged, LatentacError
 from latentac.evaluation import Arm, contact_sheet, sample
+from latentac.kernels import KERNELS
 from latentac.learning import Replay
 from latentac.lifetime import die_with_parent, run_lock
 from latentac.measures import diversity, interval, intervals, ratio
 from latentac.policy import Policy
 from latentac.preparation import environment
-from latentac.prompts import balanced, load_prompts
+from latentac.prompts import Prompt, balanced, load_prompts
 from latentac.returns import explained_variance, rank_correlation
-from latentac.rewards import load_reward
+from latentac.rewards.configured import ConfiguredReward, load_rewards
 from latentac.shapes import builtin_pipeline
 from latentac.trainer import Trainer
 from latentac.types import Scores
@@ -70,26 +71,26 @@ class HeldOut:
         self.config = config
         prompts = load_prompts(config.prompts.source).held_out
         chosen = balanced(prompts, config.evaluation.num_images, config.seed, "evidence")
-        self.texts = [prompts[index].text for index in chosen]
-        self.rewards = [load_reward(name) for name in dict.fromkeys([*MEASURED, *config.reward_names])]
+        self.shown = [prompts[index] for index in chosen]
+        self.rewards = measured(config, first=MEASURED)
 
     def sample(self, policy: Policy, critic: Critic | None, count: int) -> Arm:
         """A picture of each of the first `count` prompts."""
-        return self._sample(policy, critic, self.texts[:count])
+        return self._sample(policy, critic, self.shown[:count])
 
     def groups(self, policy: Policy, critic: Critic | None) -> Arm:
         """`pictures_per_prompt` pictures of each of the first `num_diversity_prompts` prompts, one after another."""
         settings = self.config.evaluation
-        texts = self.texts[: settings.num_diversity_prompts]
-        return self._sample(policy, critic, [text for text in texts for _ in range(settings.pictures_per_prompt)])
+        shown = self.shown[: settings.num_diversity_prompts]
+        return self._sample(policy, critic, [one for one in shown for _ in range(settings.pictures_per_prompt)])
 
     def spread(self, arm: Arm) -> np.ndarray:
         """Diversity of each prompt of `groups`."""
         count = self.config.evaluation.pictures_per_prompt
         return diversity(arm.images.reshape(-1, count, *arm.images.shape[1:]))
 
-    def _sample(self, policy: Policy, critic: Critic | None, texts: list[str]) -> Arm:
-        return sample(policy, critic, self.rewards, texts, self.config.seed, self.config.kernel.num_steps)
+    def _sample(self, policy: Policy, critic: Critic | None, prompts: Sequence[Prompt]) -> Arm:
+        return sample(policy, critic, self.rewards, prompts, self.config.seed, self.config.kernel.num_steps)
 
 
 class Run:
@@ -99,7 +100,7 @@ class Run:
         self.unit, self.folder, self.config = unit, folder, unit.config
         self.device = pick_device(self.config.backbone.device)
         self.prompts = load_prompts(self.config.prompts.source)
-        self.rewards = [load_reward(reward.name) for reward in self.config.rewards]
+        self.rewards = load_rewards(self.config.rewards)
         self.held_out = HeldOut(self.config)
         self.stamp = {"hash": unit.hash, "sources": sources()}
         self.progress: Record = {"curve": [], "seconds": {}, "discarded_images": 0}
@@ -194,7 +195,8 @@ class Run:
     def _trainer(self, policy: Policy, critic: Critic, scored: Replay | None) -> Trainer:
         torch.manual_seed(self.config.seed)  # LoRA's initial matrices; everything else draws from generator_for
         policy.backbone.adapt(self.config.policy)
-        mesh, algorithm = Mesh(0, 1, self.device), make_algorithm(self.config)
+        weights = torch.tensor([reward.weight for reward in self.config.rewards])
+        mesh, algorithm = Mesh(0, 1, self.device), ALGORITHMS.make(self.config.algorithm, weights)
         trainer = Trainer(self.config, policy, critic, algorithm, self.rewards, self.prompts.train, mesh)
         if trainer.learner is not None:
             trainer.learner.begin_with(scored)
@@ -327,12 +329,19 @@ def run_unit(unit: Unit, folder: Path) -> Record:
     return record
 
 
+def measured(config: Config, first: Sequence[str]) -> list[ConfiguredReward]:
+    """The run's rewards and those of MEASURED, each once, those named in `first` first."""
+    known = {reward.name: reward for reward in config.rewards}
+    names = dict.fromkeys([*first, *config.reward_names, *MEASURED])
+    return load_rewards(known.get(name) or RewardSettings(use=name, weight=0.0) for name in names)
+
+
 def base_policy(config: Config, device: torch.device) -> Policy:
     """The untrained policy."""
     name = config.backbone.source.removeprefix("builtin:")
     folder = builtin_pipeline(name) if name != config.backbone.source else Path(name)
-    kernel = KERNELS[config.kernel.name](config.kernel.noise)
-    return Policy(load_backbone(config.backbone.name, folder, device), kernel)
+    kernel = KERNELS.make(config.kernel)
+    return Policy(load_backbone(config.backbone, folder, device), kernel)
 
 
 def main(folder: str) -> int:

@@ -30,7 +30,7 @@ from latentac.run import prepare
 from latentac.serving.client import Client
 from latentac.serving.exported import export
 from latentac.shapes import builtin_pipeline
-from latentac.workspace import open_run
+from latentac.workspace import EXTENSIONS, open_run
 from tests.cluster.binaries import program
 from tests.cluster.kserve import SERVICES, Controller, administrator
 from tests.cluster.node import Node
@@ -89,8 +89,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], P
 
     folder = tmp_path_factory.mktemp("serve")
     prepare(RUN, "", str(folder / "local"), "shapes-unet-smoke", overrides=["kernel.num_steps=3"])
-    config = open_run(RUN, "", str(folder / "local")).config
-    backbone = load_backbone(config.backbone.name, builtin_pipeline("shapes-unet"), torch.device("cpu"))
+    space = open_run(RUN, "", str(folder / "local"))
+    config, extensions = space.config, json.loads((space.artifact("prepare") / EXTENSIONS).read_text())
+    backbone = load_backbone(config.backbone, builtin_pipeline("shapes-unet"), torch.device("cpu"))
     made = {}
     for version in ("v1", "v2"):
         made[version] = folder / version
@@ -99,7 +100,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], P
         critic = Critic(backbone, config.reward_names, config.critic)
         torch.nn.init.normal_(critic.heads.weight, std=0.5)
         critic.save(made[version] / "critic")
-        export(made[version], config, run=RUN, version=version)
+        export(made[version], config, run=RUN, version=version, extensions=extensions)
     return made, folder
 
 

@@ -24,10 +24,10 @@ from components.deploy import inference_service as objects
 from components.deploy.rollout import BEFORE, PROMOTES, Rollout, abandon
 from latentac.backbones import load_backbone
 from latentac.config import Config
-from latentac.config import resolve as resolve_config
 from latentac.critic import Critic
 from latentac.errors import ClusterError, ConfigError, LatentacError, ServingError
 from latentac.release import Candidate
+from latentac.resolution import Resolved, resolve_all
 from latentac.run import prepare
 from latentac.serving.exported import export
 from latentac.serving.process import ServerProcess
@@ -63,24 +63,30 @@ SECURITY = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}
 
 
 @pytest.fixture(scope="session")
-def config() -> Config:
-    return resolve_config(
+def resolved() -> Resolved:
+    return resolve_all(
         {
             "recipe": "test",
             "backbone": {"source": "builtin:shapes-unet"},
             "kernel": {"num_steps": 3},
             "prompts": {"source": "builtin:shapes"},
-            "rewards": [{"name": "shapes_verifier"}, {"name": "jpeg_compressibility", "weight": 0.0}],
+            "rewards": [{"use": "shapes_verifier"}, {"use": "jpeg_compressibility", "weight": 0.0}],
+            "steering": {"methods": [{"use": "value_gradient"}]},
             "gate": {"reward": "shapes_verifier"},
         }
     )
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory, config: Config) -> dict[str, Path]:
+def config(resolved: Resolved) -> Config:
+    return resolved.config
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory, resolved: Resolved) -> dict[str, Path]:
     """version -> exported folder. v1 and v2 steer; flat has a critic without an opinion, which no smoke test passes."""
-    made = {}
-    backbone = load_backbone(config.backbone.name, builtin_pipeline("shapes-unet"), torch.device("cpu"))
+    made, config = {}, resolved.config
+    backbone = load_backbone(config.backbone, builtin_pipeline("shapes-unet"), torch.device("cpu"))
     for version, std in (("v1", 0.5), ("v2", 0.5), ("flat", 0.0)):
         folder = tmp_path_factory.mktemp("models") / version
         shutil.copytree(builtin_pipeline("shapes-unet"), folder)
@@ -88,7 +94,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, config: Config) -> dict[str
         critic = Critic(backbone, config.reward_names, config.critic)
         torch.nn.init.normal_(critic.heads.weight, std=std)
         critic.save(folder / "critic")
-        export(folder, config, run=RUN, version=version)
+        export(folder, config, run=RUN, version=version, extensions=resolved.described())
         made[version] = folder
     return made
 

@@ -104,9 +104,8 @@ def test_what_was_not_measured_is_said(space: Workspace) -> None:
     silent = compare(space, requests, answers([*good]), answers([None, None]))
     assert silent["latency_ratio"] is silent["reward_loss"] is None
     assert "latency was not compared" in silent["notes"][0]
-    rewards = [space.config.rewards[0].model_copy(update={"name": "nowhere:Reward"})]
-    gate = space.config.gate.model_copy(update={"reward": "nowhere:Reward"})
-    config = space.config.model_copy(update={"rewards": rewards, "gate": gate})
+    rewards = [space.config.rewards[0].model_copy(update={"use": "nowhere:Reward"})]
+    config = space.config.model_copy(update={"rewards": rewards})
     other = Workspace(space.run, space.store, space.folder, config, space.prepared)
     unknown = compare(other, requests, answers([*good]), answers([*good]))
     assert unknown["reward_loss"] is None
@@ -131,10 +130,10 @@ def test_a_release_needs_no_torch() -> None:
         "absent = ('torch', 'kserve', 'diffusers', 'transformers', 'fastapi')\n"
         "sys.modules.update(dict.fromkeys(absent))\n"
         "import components.deploy.rollout, latentac.run, latentac.release\n"
-        "from latentac.rewards import REWARDS, load_reward\n"
+        "from latentac.rewards import REWARDS\n"
         "from latentac.errors import RewardError\n"
         "for name in REWARDS:\n"
-        "    reward = load_reward(name)\n"
+        "    reward = REWARDS.build(name)\n"
         "    images, prompts, _ = reward.known()\n"
         "    try:\n"
         "        reward(images, prompts)\n"
@@ -143,5 +142,5 @@ def test_a_release_needs_no_torch() -> None:
     )
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("reward shapes_clip: needs a package: ")
+    assert done.stdout.startswith("packages: one is missing: ")
     assert len(done.stdout.splitlines()) == 1

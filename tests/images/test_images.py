@@ -131,7 +131,7 @@ def test_the_pipeline_image_has_no_torch(images: Images) -> None:
     code, output = images.run("pipeline", "python3", "-c", probe)
     assert code == 0, output
     modules = "latentac.run, latentac.gate, latentac.release, latentac.report, latentac.charts, torchx.runner"
-    rewards = "from latentac.rewards import REWARDS, load_reward; [load_reward(name) for name in REWARDS]"
+    rewards = "from latentac.rewards import REWARDS; [REWARDS.build(name) for name in REWARDS]"
     code, output = images.run("pipeline", "python3", "-c", f"import {modules}; {rewards}")
     assert code == 0, output
 

@@ -6,12 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latentac.algorithms import Credit, PolicyLoss
+from latentac.algorithms import Algorithm, Credit, PolicyLoss
 from latentac.algorithms.ppo import PPO
 from latentac.backbones import Denoiser
 from latentac.backbones.unet import UNetBackbone
-from latentac.config import Config
-from latentac.config import Critic as CriticSettings
+from latentac.critic.reader import ReaderSettings
 from latentac.diffusion import GaussianTransition, Prediction
 from latentac.types import Conditioning, Minibatch
 
@@ -19,7 +18,7 @@ from latentac.types import Conditioning, Minibatch
 class Warmth:
     """A reward."""
 
-    name, unit = "warmth", "grey levels of red above blue"
+    unit = "grey levels of red above blue"
 
     def known(self) -> tuple[np.ndarray, list[str], np.ndarray]:
         images = np.zeros((2, 4, 4, 3), np.uint8)
@@ -31,12 +30,12 @@ class Warmth:
         return means
 
 
-class Reinforce:
+class Reinforce(Algorithm):
     """An algorithm: the score function times the centred reward."""
 
     uses_critic = False
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, weights: Tensor) -> None:
         self.memory: dict[str, Tensor] = {"seen": torch.zeros(())}
 
     def credit(self, rewards: Tensor, values: Tensor, prompts: Tensor) -> Credit:
@@ -68,7 +67,9 @@ class Backwards(UNetBackbone):
 class Mean(nn.Module):
     """A critic's body: the mean of each latent channel, and the noise level."""
 
-    def __init__(self, backbone: Denoiser, settings: CriticSettings) -> None:
+    Settings = ReaderSettings
+
+    def __init__(self, settings: ReaderSettings, backbone: Denoiser) -> None:
         super().__init__()
         self.width = backbone.latent_shape[0] + 1
 

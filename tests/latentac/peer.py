@@ -9,21 +9,24 @@ import torch.distributed
 from latentac.checkpoint import write_state
 from latentac.distributed import Mesh
 from latentac.trainer import Trainer
-from tests.latentac.trainers import make_trainer
+from tests.latentac.trainers import BRIGHTNESS, REDNESS, make_trainer
 
 _BOLD = {"learning_rate": 3e-4, "warmup_updates": 0}
 _ANYTHING_GOES = {"guard": {"max_kl": 1e3, "max_clip_share": 1.0}}
 RUNS: dict[str, dict[str, Any]] = {
     "ppo": {
-        "rewards": [{"name": "brightness"}, {"name": "redness"}],
+        "rewards": [
+            BRIGHTNESS,
+            REDNESS,
+        ],
         "critic": {"replay_images": 12},
         "policy": {**_BOLD, "ema_decay": 0.9},
         "algorithm": {"prediction_kl": 0.1, "value_guidance": 2.0},
         "train": _ANYTHING_GOES,
     },
-    "grpo": {"algorithm": {"name": "grpo", "group_size": 2}, "policy": _BOLD, "train": _ANYTHING_GOES},
+    "grpo": {"algorithm": {"use": "grpo", "group_size": 2}, "policy": _BOLD, "train": _ANYTHING_GOES},
     "ddpo": {
-        "algorithm": {"name": "ddpo", "baseline": "prompt", "prompt_min_count": 1},
+        "algorithm": {"use": "ddpo", "baseline": "prompt", "prompt_min_count": 1},
         "policy": _BOLD,
         "train": _ANYTHING_GOES,
     },

@@ -21,9 +21,9 @@ STEPS = tuple(SECONDS)
 SETTINGS = {
     "recipe": "shapes-unet",
     "seed": 7,
-    "backbone": {"name": "unet", "source": "builtin:shapes-unet", "device": "auto"},
-    "kernel": {"name": "ddim", "noise": 1.0, "num_steps": 10},
-    "rewards": [{"name": "shapes_verifier", "weight": 1.0}, {"name": "jpeg_compressibility", "weight": 0.0}],
+    "backbone": {"use": "unet", "source": "builtin:shapes-unet", "device": "auto"},
+    "kernel": {"use": "ddim", "num_steps": 10, "noise": 1.0},
+    "rewards": [{"use": "shapes_verifier", "weight": 1.0}, {"use": "jpeg_compressibility", "weight": 0.0}],
     "policy": {"adaptation": "full", "learning_rate": 6e-05, "warmup_updates": 20},
     "steering": {
         "num_images": 256,

@@ -3,22 +3,22 @@
 import pytest
 import torch
 
-from latentac.algorithms import ALGORITHMS, make_algorithm
+from latentac.algorithms import ALGORITHMS
 from latentac.checkpoint import read_state, write_state
 from latentac.diffusion import GaussianTransition
 from latentac.losses import guarded_log_ratio, masked_surrogate, transition_kl
 from latentac.returns import gae, whiten
 from latentac.types import Conditioning, Minibatch
-from tests.latentac.trainers import SHIPPED, make_config, make_trainer
+from tests.latentac.trainers import BRIGHTNESS, REDNESS, SHIPPED, algorithm_of, make_config, make_trainer
 
-TWO = [{"name": "brightness"}, {"name": "redness"}]
+TWO = [BRIGHTNESS, REDNESS]
 LATENT = (2, 3, 3)
 VARIANTS = [(ratio, region) for ratio in ("likelihood", "guard") for region in ("clip", "divergence")]
 
 
 def algorithm(name, rewards=1, **settings):
     group = {"group_size": 2} if name == "grpo" else {}
-    return make_algorithm(make_config(rewards=TWO[:rewards], algorithm={"name": name, **group, **settings}))
+    return algorithm_of(make_config(rewards=TWO[:rewards], algorithm={"use": name, **group, **settings}))
 
 
 def draw(*shape, seed=0):
@@ -67,7 +67,7 @@ def test_a_positive_advantage_raises_the_log_prob_of_a_network(name, backbone):
     """One small step of the actor's optimizer on transitions of advantage 1 makes them all more likely."""
     group = {"group_size": 2} if name == "grpo" else {}
     trainer = make_trainer(
-        backbone, algorithm={"name": name, **group}, policy={"learning_rate": 1e-5, "warmup_updates": 0}
+        backbone, algorithm={"use": name, **group}, policy={"learning_rate": 1e-5, "warmup_updates": 0}
     )
     block = trainer._roll_out(0)
     block.advantages = torch.ones_like(block.trajectory.log_probs)
@@ -83,10 +83,10 @@ def test_a_positive_advantage_raises_the_log_prob_of_a_network(name, backbone):
 @pytest.mark.parametrize("combination", ["by_head", "sum"])
 def test_credit_is_one_finite_advantage_a_step_and_ignores_what_is_only_watched(name, combination):
     """[B, S], bounded; a reward of weight 0 changes not a bit of it, and neither does a constant added to a reward."""
-    made = make_algorithm(
+    made = algorithm_of(
         make_config(
             rewards=[TWO[0], {**TWO[1], "weight": 0.0}],
-            algorithm={"name": name, "combination": combination, "group_size": 2, "advantage_clip": 1.5},
+            algorithm={"use": name, "combination": combination, "group_size": 2, "advantage_clip": 1.5},
         )
     )
     prompts = torch.arange(8) // 2
@@ -124,8 +124,8 @@ def test_a_rewards_unit_matters_only_to_a_plain_sum(name):
     torch.testing.assert_close(before, after, rtol=1e-3, atol=1e-3)
     before, after = found["sum"]
     assert float((before - after).abs().max()) > 0.5
-    alone = make_algorithm(
-        make_config(rewards=[TWO[0], TWO[1]], algorithm={"name": name, "combination": "sum", "group_size": 2})
+    alone = algorithm_of(
+        make_config(rewards=[TWO[0], TWO[1]], algorithm={"use": name, "combination": "sum", "group_size": 2})
     )
     only = torch.stack([torch.zeros(32), rewards[:, 1]], 1)
     values = draw(32, 3, 2, seed=1) * torch.tensor([0.0, 1.0]) if alone.uses_critic else torch.zeros(32, 3, 0)
@@ -173,8 +173,8 @@ def test_a_group_tells_something_if_one_trained_reward_does():
     rewards = torch.tensor([[1.0, 4.0], [1.0, 8.0], [2.0, 5.0], [6.0, 5.0]])
     prompts, values = torch.arange(4) // 2, torch.zeros(4, 1, 0)
     assert algorithm("grpo", 2).credit(rewards, values, prompts).metrics == {"zero_std_share": 0.0}
-    watched = make_config(rewards=[TWO[0], {**TWO[1], "weight": 0.0}], algorithm={"name": "grpo", "group_size": 2})
-    credit = make_algorithm(watched).credit(rewards, values, prompts)
+    watched = make_config(rewards=[TWO[0], {**TWO[1], "weight": 0.0}], algorithm={"use": "grpo", "group_size": 2})
+    credit = algorithm_of(watched).credit(rewards, values, prompts)
     assert credit.metrics == {"zero_std_share": 0.5}
     assert torch.equal(credit.advantages[:2], torch.zeros(2, 1))
 
@@ -204,7 +204,7 @@ def test_ddpo_remembers_what_a_prompt_is_worth():
 
 def test_what_ddpo_remembers_is_in_the_checkpoint(tmp_path):
     """And a run that goes on from it ends bitwise as one that was not stopped."""
-    settings = {"name": "ddpo", "baseline": "prompt", "prompt_min_count": 1}
+    settings = {"use": "ddpo", "baseline": "prompt", "prompt_min_count": 1}
     whole = make_trainer(algorithm=settings)
     whole.iterate()
     write_state(tmp_path / "state", *whole.state())

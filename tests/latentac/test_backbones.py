@@ -9,9 +9,11 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from latentac.backbones import BACKBONES, load_backbone
 from latentac.backbones.guided import Guided, guided
+from latentac.config import Extension
 from latentac.config import Policy as PolicySettings
-from latentac.diffusion import CPS, DDIM, forward_noise
+from latentac.diffusion import forward_noise
 from latentac.distributed import noise_for
+from latentac.kernels import KERNELS
 from latentac.policy import Policy
 from latentac.rollout import rollout
 from latentac.shapes import builtin_pipeline
@@ -23,7 +25,7 @@ PIPELINES = {"unet": "shapes-unet", "dit": "shapes-dit"}
 
 def load(name):
     torch.set_num_threads(1)
-    return load_backbone(name, builtin_pipeline(PIPELINES[name]), CPU)
+    return load_backbone(Extension(use=name), builtin_pipeline(PIPELINES[name]), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,8 @@ def test_a_rollout_without_noise_is_what_plain_diffusers_samples():
     """The unet's eta 0 is StableDiffusionPipeline with its DDIM scheduler. Latents, to float error."""
     backbone = load("unet")
     noise = noise_of(backbone)
-    ours = rollout(Policy(backbone, DDIM(0.0)), None, PROMPTS, backbone.encode(PROMPTS), noise).clean
+    policy = Policy(backbone, KERNELS.build("ddim", noise=0.0))
+    ours = rollout(policy, None, PROMPTS, backbone.encode(PROMPTS), noise).clean
     pipeline = StableDiffusionPipeline.from_pretrained(builtin_pipeline("shapes-unet"))
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
@@ -79,9 +82,10 @@ def test_a_flow_rollout_without_noise_is_what_plain_diffusers_samples(shift, tmp
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, shift=shift)
     pipeline.save_pretrained(tmp_path)
-    backbone = load_backbone("dit", tmp_path, CPU)
+    backbone = load_backbone(Extension(use="dit"), tmp_path, CPU)
     noise = noise_of(backbone)
-    ours = rollout(Policy(backbone, CPS(0.0)), None, PROMPTS, backbone.encode(PROMPTS), noise).clean
+    policy = Policy(backbone, KERNELS.build("cps", noise=0.0))
+    ours = rollout(policy, None, PROMPTS, backbone.encode(PROMPTS), noise).clean
     settings = {
         "latents": noise[:, 0],
         "sigmas": np.linspace(1, 1 / 5, 5).tolist(),
@@ -222,7 +226,7 @@ def test_what_is_saved_samples_as_what_was_trained(name, adaptation, tmp_path):
                 parameter.add_(0.02)
     backbone.save(tmp_path / "saved")
     assert not list((tmp_path / "saved").rglob("*.bin"))
-    saved = load_backbone(name, tmp_path / "saved", CPU)
+    saved = load_backbone(Extension(use=name), tmp_path / "saved", CPU)
     state = some_state(backbone)
     with torch.no_grad():
         (expected, taps), (found, found_taps) = backbone.predict(*state), saved.predict(*state)

@@ -18,8 +18,6 @@ VERBS = ["prepare", "pretrain-value", "train", "evaluate", "steer", "gate", "dep
 class Hollow:
     """Says 0 to everything, its known picture included."""
 
-    name, unit = "hollow", "none"
-
     def known(self):
         return np.zeros((1, 32, 32, 3), np.uint8), ["x"], np.array([1.0])
 
@@ -29,8 +27,6 @@ class Hollow:
 
 class NanInWorkers(Hollow):
     """Sound everywhere but in a training worker, where it gives NaN."""
-
-    name = "nan_in_workers"
 
     def known(self):
         images, prompts, _ = super().known()
@@ -69,9 +65,13 @@ def prepare(tmp_path: Path, *arguments: str) -> int:
         (["--set", "polcy.learning_rate=1"], 2, r"polcy = .*unknown field\. Did you mean \"policy\"\?"),
         (["--set", "seed=x"], 2, "seed = 'x'"),
         (["--set", "kernel.noise=0"], 2, "kernel.noise = 0.*deterministic"),
-        (["--set", "rewards=[{name: beauty}]", "--set", "gate.reward=beauty"], 2, "rewards.0.name = 'beauty'"),
+        (
+            ["--set", "rewards=[{use: beauty}]", "--set", "gate.reward=beauty"],
+            2,
+            "rewards.0.use = 'beauty': no such reward",
+        ),
         (["--set", "backbone.source=/no/such/folder"], 2, "backbone.source = '/no/such/folder'"),
-        (["--set", "backbone.name=vit"], 2, "backbone.name = 'vit': does not exist"),
+        (["--set", "backbone.use=vit"], 2, "backbone.use = 'vit': no such backbone"),
         (["--set", "prompts.source=none.json"], 2, "prompts.source = 'none.json': cannot be read"),
         (["--config", "none.yaml"], 2, "--config = 'none.yaml': cannot be read"),
         (["--store", "ftp://x"], 2, "store"),
@@ -120,10 +120,9 @@ def test_a_full_disk_is_found_at_once(tmp_path, capsys):
 
 def test_a_reward_that_answers_0_to_everything_is_found_at_once(tmp_path, capsys):
     """Each reward is asked about pictures that it must know."""
-    name = "tests.latentac.test_cli:Hollow"
-    arguments = ["--set", f"rewards=[{{name: '{name}'}}]", "--set", f"gate.reward={name}"]
+    arguments = ["--set", "rewards=[{use: 'tests.latentac.test_cli:Hollow'}]", "--set", "gate.reward=Hollow"]
     assert prepare(tmp_path, *arguments) == 5
-    assert f"reward {name}: gives [0.0] to its known pictures instead of [1.0]" in capsys.readouterr().err
+    assert "reward Hollow: gives [0.0] to its known pictures instead of [1.0]" in capsys.readouterr().err
 
 
 def test_a_step_before_its_parent_says_what_to_run(tmp_path, capsys):
@@ -143,15 +142,18 @@ def test_a_run_keeps_its_configuration(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_nan_reward_in_a_worker_ends_the_step_with_its_name(tmp_path):
     """Through agent and launcher: one message with the reward, exit code 5, no restart that would repeat it."""
-    name = "tests.latentac.test_cli:NanInWorkers"
     place = ["--run", "first", "--output", str(tmp_path)]
-    settings = [f"rewards=[{{name: '{name}'}}]", f"gate.reward={name}", "pretrain.num_images=16"]
+    settings = [
+        "rewards=[{use: 'tests.latentac.test_cli:NanInWorkers'}]",
+        "gate.reward=NanInWorkers",
+        "pretrain.num_images=16",
+    ]
     flags = [word for setting in settings for word in ("--set", setting)]
     assert run("prepare", *place, "--recipe", "shapes-unet-smoke", *flags).returncode == 0
     assert run("pretrain-value", *place).returncode == 0
     failed = run("train", *place)
     assert failed.returncode == 5, failed.stderr
-    assert "latentac: reward nan_in_workers: returned nan" in failed.stderr
+    assert re.search("latentac: reward NanInWorkers, prompt '.+': returned nan", failed.stderr)
     assert "Traceback" not in failed.stderr
 
 

@@ -6,6 +6,7 @@ from latentac.config import Config, resolve
 from latentac.errors import ConfigError
 from latentac.fields import merge, read_file, read_overrides
 from latentac.recipes import RECIPES
+from latentac.resolution import resolve_all
 
 
 def resolved(*overrides: str) -> Config:
@@ -14,7 +15,7 @@ def resolved(*overrides: str) -> Config:
 
 def problems(*overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        resolved(*overrides)
+        resolve_all(merge(RECIPES["shapes-unet"], read_overrides(overrides)))
     return [str(problem) for problem in caught.value.problems]
 
 
@@ -26,10 +27,11 @@ def test_every_recipe_is_complete(name):
 
 def test_overrides_are_typed_and_nested():
     """Values are YAML; 1e-4 is a number, as everyone who types it means."""
-    config = resolved("policy.learning_rate=1e-4", "seed=7", "steering.gradient_strengths=[0, 1.5]")
-    assert (config.policy.learning_rate, config.seed, config.steering.gradient_strengths) == (1e-4, 7, [0, 1.5])
+    sweep = "steering.methods.value_gradient.sweep=[1, 1.5]"
+    config = resolved("policy.learning_rate=1e-4", "seed=7", sweep)
+    assert (config.policy.learning_rate, config.seed, config.steering.methods[0].own) == (1e-4, 7, {"sweep": [1, 1.5]})
     assert config.hash != resolved().hash
-    assert config.hash == resolved("seed=7", "steering.gradient_strengths=[0, 1.5]", "policy.learning_rate=0.0001").hash
+    assert config.hash == resolved("seed=7", sweep, "policy.learning_rate=0.0001").hash
 
 
 def test_all_problems_come_at_once_with_path_value_and_remedy():
@@ -40,29 +42,31 @@ def test_all_problems_come_at_once_with_path_value_and_remedy():
     assert 'policy.learning_rat = 1: unknown field. Did you mean "learning_rate"?' in text
     assert "kernel.num_steps = 'ten': input should be a valid integer" in text
     assert "zzz = 1: unknown field. Known: recipe, seed, backbone" in text
-    assert "rewards.0.name = None: is required" in text
+    assert "rewards.0.use = None: is required" in text
 
 
 @pytest.mark.parametrize(
     ("overrides", "path", "words"),
     [
         (["kernel.noise=0"], "kernel.noise", "deterministic"),
-        (["algorithm={name: grpo, group_size: 1, value_guidance: 0}"], "algorithm.group_size", "at least 2"),
-        (["algorithm={name: ddpo, value_guidance: 2}"], "algorithm.value_guidance", "has no critic"),
+        (["algorithm={use: grpo, group_size: 1}"], "algorithm.group_size", "greater than or equal to 2"),
+        (["algorithm={use: ddpo, value_guidance: 2}"], "algorithm.value_guidance", "ddpo has no such setting"),
+        (["kernel.use=cps"], "kernel.use", "samples flow models, and unet is a variance_preserving one"),
+        (["steering.methods.svdd.start=0.9"], "steering.methods.4", "start = 0.9 is not before stop = 0.8"),
         (["train.early_stopping={reward: shapes_verifier}"], "train.early_stopping.reward", "rises to the end"),
         (["train.early_stopping={reward: nothing}"], "train.early_stopping.reward", "not a watched reward"),
-        (["algorithm.baseline=group"], "algorithm.baseline", "'batch' or 'prompt'"),
+        (["algorithm={use: ddpo, baseline: group}"], "algorithm.baseline", "'batch' or 'prompt'"),
         (["policy.ema_decay=1"], "policy.ema_decay", "less than 1"),
-        (["critic.dropout=1"], "critic.dropout", "less than 1"),
+        (["critic.body.dropout=1"], "critic.body.dropout", "less than 1"),
         (["algorithm.clip=0"], "algorithm.clip", "greater than 0"),
         (["train.guard.rate_factor=2"], "train.guard.rate_factor", "less than or equal to 1"),
         (["algorithm.group_size=3"], "train.block_images", "multiple"),
         (["train.num_workers=3"], "train.images_per_iteration", "dealt evenly"),
         (["train.updates_per_iteration=1000"], "train.updates_per_iteration", "transitions of a block"),
         (["gate.reward=beauty"], "gate.reward", "none of this run's rewards"),
-        (["rewards=[{name: shapes_verifier, weight: 0}]"], "rewards", "nothing to learn"),
-        (["rewards=[{name: shapes_verifier}, {name: shapes_verifier}]"], "rewards", "twice"),
-        (["critic.num_heads=7"], "critic.width", "multiple"),
+        (["rewards=[{use: shapes_verifier, weight: 0}]"], "rewards", "nothing to learn"),
+        (["rewards=[{use: shapes_verifier}, {use: shapes_verifier}]"], "rewards", "is the name of two entries"),
+        (["critic.body.num_heads=7"], "critic.body", "width = 64 is no multiple of num_heads = 7"),
         (["policy.learning_rate=-1"], "policy.learning_rate", "greater than 0"),
         (["policy.learning_rate=.nan"], "policy.learning_rate", "finite"),
         (["seed=-1"], "seed", "greater than or equal to 0"),
@@ -109,3 +113,49 @@ def test_a_configuration_is_frozen():
     """Nothing changes under a run."""
     with pytest.raises(ValueError, match="frozen"):
         resolved().seed = 3
+
+
+def test_no_problem_hides_another():
+    """Misspelt fields, wrong values, impossible combinations, settings of extensions and names that do not exist are
+    reported together, each once."""
+    found = problems(
+        *("policy.learning_rat=1", "kernel.noise=0", "algorithm.clipp=3", "algorithm.group_size=3"),
+        *("rewards.shapes_verifier.weight=0", "backbone.use=nothing", "critic.body.num_heads=7", "gate.reward=x"),
+    )
+    assert sorted(problem.partition(" = ")[0] for problem in found) == [
+        *("algorithm.clipp", "backbone.use", "critic.body", "gate.reward", "kernel.noise", "policy.learning_rat"),
+        *("rewards", "train.block_images"),
+    ]
+
+
+def test_what_depends_on_a_broken_field_is_not_guessed():
+    """A block of a size that is no number says nothing about the images per iteration."""
+    assert len(problems("train.block_images=many", "train.num_workers=0")) == 2
+
+
+def test_an_entry_of_a_list_is_changed_by_name_or_index():
+    """Others stay as they are; an entry that is not there is refused with the known ones."""
+    config = resolved("rewards.jpeg_compressibility.weight=0.5", "rewards.0.timeout_seconds=9")
+    assert [(one.name, one.weight, one.timeout_seconds) for one in config.rewards] == [
+        ("shapes_verifier", 1.0, 9.0),
+        ("jpeg_compressibility", 0.5, 300.0),
+    ]
+    with pytest.raises(ConfigError, match=r"rewards = 'jpeg': names no entry .*jpeg_compressibility"):
+        resolved("rewards.jpeg.weight=1")
+
+
+def test_another_extension_does_not_inherit_settings():
+    """They are of the one that was replaced; what the framework does with either stays."""
+    config = resolved("kernel.num_steps=7", "kernel.noise=0.3", "algorithm.use=grpo")
+    assert (config.algorithm.own, config.kernel.own) == ({}, {"noise": 0.3})
+    changed = merge(config.model_dump(), {"kernel": {"use": "cps"}})
+    assert changed["kernel"] == {"use": "cps", "num_steps": 7}
+
+
+def test_two_instances_of_one_reward_have_names_of_their_own():
+    """The configuration gives the name; without one it is the row's, or the class's."""
+    config = resolved(
+        "rewards=[{use: colourfulness}, {use: colourfulness, name: again}, {use: 'some.module:Sharpness', weight: 0}]",
+        "gate.reward=again",
+    )
+    assert config.reward_names == ("colourfulness", "again", "Sharpness")

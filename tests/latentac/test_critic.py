@@ -4,27 +4,31 @@ import pytest
 import torch
 
 from latentac.critic import BODIES, Critic
-from latentac.diffusion import KERNELS
 from latentac.distributed import Mesh, noise_for
+from latentac.kernels import KERNELS
 from latentac.learning import Learner, Replay
 from latentac.policy import Policy
 from latentac.pretraining import new_critic
 from latentac.rollout import rollout
 from latentac.types import Conditioning
-from tests.latentac.trainers import CPU, PROMPTS, SHIPPED, make_config, shipped
+from tests.latentac.trainers import BODY, BRIGHTNESS, CPU, PROMPTS, REDNESS, SHIPPED, make_config, shipped
 
 EACH = [(name, body) for name in SHIPPED for body in BODIES]
 OWN_BACKBONE = ("lora", "copy")
-TWO = [{"name": "brightness"}, {"name": "redness"}]
+TWO = [BRIGHTNESS, REDNESS]
 
 
 def make(name, body, opinion=0.0, **settings):
     """(config, policy, critic) with two heads; opinion: standard deviation of noise on all weights, heads included."""
-    critic_settings = {"body": body, "dropout": 0.0, "learning_rate": 5e-3, "num_passes": 8, "updates_per_pass": 1}
-    critic_settings |= settings
+    framework = {"shared_head", "replay_images", "num_passes", "learning_rate"}
+    adapters = {"rank": 4, "alpha": 8} if body == "lora" else {}
+    own = {"use": body, **BODY, "dropout": 0.0, **adapters}
+    own |= {key: value for key, value in settings.items() if key not in framework}
+    critic_settings = {"body": own, "learning_rate": 5e-3, "num_passes": 8, "updates_per_pass": 1}
+    critic_settings |= {key: value for key, value in settings.items() if key in framework}
     train = {"images_per_iteration": 4, "block_images": 4, "updates_per_iteration": 1}
     config = make_config(name, critic=critic_settings, rewards=TWO, train=train)
-    policy = Policy(shipped(name).clone(), KERNELS[config.kernel.name](config.kernel.noise))
+    policy = Policy(shipped(name).clone(), KERNELS.make(config.kernel))
     critic = new_critic(config, policy)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -144,7 +148,7 @@ def test_a_loaded_critic_goes_on_learning_with_all_that_it_has(name, body, tmp_p
     policy.backbone.adapt(config.policy)
     learner = make_learner(config, policy, critic)
     rates = [group["lr"] for group in learner.optimizer.param_groups]
-    assert rates == [5e-3, config.critic.body_learning_rate][: 1 + (body in OWN_BACKBONE)]
+    assert rates == [5e-3, 1e-4][: 1 + (body in OWN_BACKBONE)]
     before = {key: parameter.detach().clone() for key, parameter in critic.named_parameters()}
     trajectory, prompts, rewards = lesson(policy, critic)
     learner.observe(trajectory.clean, rewards, prompts)

@@ -7,21 +7,17 @@ import torch
 from torch.distributions import Normal
 
 from latentac.diffusion import (
-    CPS,
-    DDIM,
-    KERNELS,
-    DanceSDE,
     DeterministicTransition,
-    FlowSDE,
     GaussianTransition,
     Prediction,
     alpha_of,
     forward_noise,
     num_stochastic_steps,
 )
-from tests.latentac.worlds import MEAN, STD, GaussianBackbone, affine_steps
+from latentac.kernels import KERNELS
+from tests.latentac.worlds import FLOW, MEAN, STD, GaussianBackbone, affine_steps
 
-NOISY = [DDIM(1.0), *(kernel(0.7) for kernel in KERNELS.values())]
+NOISY = [KERNELS.build("ddim", noise=1.0), *(KERNELS.build(name, noise=0.7) for name in KERNELS)]
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -50,7 +46,7 @@ def test_ddim_eta_1_is_the_ddpm_posterior():
     mean = math.sqrt(abar_next) * (1 - step) / (1 - abar) * clean
     mean = mean + math.sqrt(step) * (1 - abar_next) / (1 - abar) * latents
     variance = (1 - abar_next) / (1 - abar) * (1 - step)
-    found = DDIM(1.0).transition(latents, Prediction(clean, noise), sigma, sigma_next)
+    found = KERNELS.build("ddim", noise=1.0).transition(latents, Prediction(clean, noise), sigma, sigma_next)
     torch.testing.assert_close(found.mean, mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.std, torch.full((4,), math.sqrt(variance)))
 
@@ -60,12 +56,12 @@ def test_ddim_eta_0_is_the_probability_flow_ode():
     clean, noise = draw(4, 2, 3, 3), draw(4, 2, 3, 3, seed=1)
     sigma, sigma_next = torch.full((4,), 0.9), torch.full((4,), 0.7)
     latents = forward_noise(clean, noise, sigma, "variance_preserving")
-    found = DDIM(0.0).transition(latents, Prediction(clean, noise), sigma, sigma_next)
+    found = KERNELS.build("ddim", noise=0.0).transition(latents, Prediction(clean, noise), sigma, sigma_next)
     assert torch.equal(found.std, torch.zeros(4))
     torch.testing.assert_close(found.mean, forward_noise(clean, noise, sigma_next, "variance_preserving"))
 
 
-@pytest.mark.parametrize("kernel", [row(0.0) for row in KERNELS.values() if row.path == "flow"], ids=repr)
+@pytest.mark.parametrize("kernel", [KERNELS.build(name, noise=0.0) for name in FLOW], ids=repr)
 def test_flow_kernels_without_noise_are_the_euler_step(kernel):
     """With no noise every flow kernel is x + (s' - s) v."""
     clean, noise = draw(4, 2, 3, 3), draw(4, 2, 3, 3, seed=1)
@@ -88,9 +84,12 @@ def end_error(kernel, num_steps: int) -> float:
     return abs(mean - MEAN) + abs(math.sqrt(variance) - STD)
 
 
-@pytest.mark.parametrize("kernel", [DDIM(1.0), DDIM(0.5), DDIM(0.0), DanceSDE(0.7), CPS(0.0)], ids=repr)
-def test_the_marginal_error_falls_like_1_over_k(kernel):
+@pytest.mark.parametrize(
+    ("use", "noise"), [("ddim", 1.0), ("ddim", 0.5), ("ddim", 0.0), ("dance_sde", 0.7), ("cps", 0.0)]
+)
+def test_the_marginal_error_falls_like_1_over_k(use, noise):
     """On Gaussian data with the exact denoiser, four times the steps leave a quarter of the error."""
+    kernel = KERNELS.build(use, noise=noise)
     coarse, fine = end_error(kernel, 128), end_error(kernel, 512)
     assert fine < 0.01
     assert 3 < coarse / fine < 5, f"error {coarse:.5f} at 128 steps, {fine:.5f} at 512"
@@ -98,7 +97,8 @@ def test_the_marginal_error_falls_like_1_over_k(kernel):
 
 def test_the_flow_sde_keeps_the_marginals():
     """Its diffusion is singular at pure noise, which costs the clean rate but not the limit."""
-    assert end_error(FlowSDE(0.7), 1024) < min(0.002, end_error(FlowSDE(0.7), 16) / 5)
+    kernel = KERNELS.build("flow_sde", noise=0.7)
+    assert end_error(kernel, 1024) < min(0.002, end_error(kernel, 16) / 5)
 
 
 def test_the_dance_sde_drifts_along_the_score():
@@ -107,8 +107,8 @@ def test_the_dance_sde_drifts_along_the_score():
     sigma, sigma_next = torch.full((4,), 0.8), torch.full((4,), 0.5)
     latents = forward_noise(clean, noise, sigma, "flow")
     prediction = Prediction(clean, noise)
-    euler = DanceSDE(0.0).transition(latents, prediction, sigma, sigma_next).mean
-    found = DanceSDE(0.6).transition(latents, prediction, sigma, sigma_next)
+    euler = KERNELS.build("dance_sde", noise=0.0).transition(latents, prediction, sigma, sigma_next).mean
+    found = KERNELS.build("dance_sde", noise=0.6).transition(latents, prediction, sigma, sigma_next)
     torch.testing.assert_close(found.mean, euler + 0.6**2 / 2 * (-noise / 0.8) * 0.3)
     torch.testing.assert_close(found.std, torch.full((4,), 0.6 * math.sqrt(0.3)))
 
@@ -117,7 +117,7 @@ def test_cps_keeps_the_noise_coefficient_exactly():
     """std^2 + direction^2 = sigma_next^2 at every step, whatever the noise."""
     zero = torch.zeros(1, 1, 1, 1)
     sigma, sigma_next = torch.tensor([0.8]), torch.tensor([0.6])
-    found = CPS(0.7).transition(zero, Prediction(zero, zero + 1), sigma, sigma_next)
+    found = KERNELS.build("cps", noise=0.7).transition(zero, Prediction(zero, zero + 1), sigma, sigma_next)
     assert float(found.std**2 + found.mean.flatten() ** 2) == pytest.approx(0.36, abs=1e-6)
 
 
@@ -139,7 +139,7 @@ def test_a_deterministic_transition_has_no_density():
 def test_the_last_ddim_step_is_left_out():
     """DDIM to noise level 0 has std 0: K - 1 steps are stochastic, and a gap among them is refused."""
     sigmas = torch.tensor([0.9, 0.6, 0.3, 0.0])
-    assert num_stochastic_steps(DDIM(1.0), sigmas) == 2
-    assert num_stochastic_steps(DDIM(0.0), sigmas) == 0
+    assert num_stochastic_steps(KERNELS.build("ddim", noise=1.0), sigmas) == 2
+    assert num_stochastic_steps(KERNELS.build("ddim", noise=0.0), sigmas) == 0
     with pytest.raises(ValueError, match="contiguous"):
-        num_stochastic_steps(DDIM(1.0), torch.tensor([0.9, 0.9, 0.3, 0.0]))
+        num_stochastic_steps(KERNELS.build("ddim", noise=1.0), torch.tensor([0.9, 0.9, 0.3, 0.0]))

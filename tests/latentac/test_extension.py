@@ -10,10 +10,10 @@ from tests.latentac.workers import prepared, train_here
 
 HERE = "tests.latentac.extensions"
 ADDED = {
-    "reward": [f"rewards=[{{name: {HERE}:Warmth}}]", f"gate.reward={HERE}:Warmth"],
-    "algorithm": [f"algorithm.name={HERE}:Reinforce", "train.guard.max_kl=100.0"],
-    "backbone": [f"backbone.name={HERE}:Backwards"],
-    "critic": [f"critic.body={HERE}:Mean"],
+    "reward": [f"rewards=[{{use: {HERE}:Warmth}}]", "gate.reward=Warmth"],
+    "algorithm": [f"algorithm.use={HERE}:Reinforce", "train.guard.max_kl=100.0"],
+    "backbone": [f"backbone.use={HERE}:Backwards"],
+    "critic": [f"critic.body.use={HERE}:Mean"],
 }
 
 
@@ -32,12 +32,12 @@ def test_what_is_added_from_outside_is_checked_pretrained_and_trained(
     assert last["gradient_norm"] > 0
     assert ("value_loss" in last) == (kind != "algorithm")
     if kind == "reward":
-        assert list(last["rewards"]) == [f"{HERE}:Warmth"]
+        assert list(last["rewards"]) == ["Warmth"]
     assert space.trained_policy().backbone.latent_shape == (4, 8, 8)
 
 
-@pytest.mark.parametrize("path", ["backbone.name", "algorithm.name", "critic.body"])
+@pytest.mark.parametrize("path", ["backbone.use", "algorithm.use", "critic.body.use"])
 def test_a_name_of_no_table_and_no_module_is_refused(path: str, tmp_path: Path) -> None:
     """Before anything runs, with the field, and how to name one's own."""
-    with pytest.raises(ConfigError, match=rf"{path} = 'nothing': does not exist.*Your own: module:Class"):
+    with pytest.raises(ConfigError, match=rf"{path} = 'nothing': no such .*Your own: module:Class"):
         prepare("r", "", str(tmp_path), "shapes-unet-smoke", overrides=[f"{path}=nothing"])

@@ -13,17 +13,17 @@ from latentac.store import Store, open_store
 FILES = {
     "latentac.json": json.dumps(
         {
-            "schema": 2,
+            "schema": 3,
             "version": "v1",
             "run": "some-run",
-            "backbone": "unet",
-            "kernel": {"name": "ddim"},
+            "backbone": {"use": "unet"},
+            "kernel": {"use": "ddim"},
             "size": [32, 32],
             "policies": ["trained"],
-            "rewards": [{"name": "shapes_verifier"}],
-            "units": {},
+            "rewards": [{"name": "shapes_verifier", "weight": 1.0, "unit": ""}],
             "examples": [],
-            "steering": {"strengths": {}, "schedule": {}},
+            "methods": {},
+            "default_method": "none",
             "limits": {"max_images": 8},
             "batching": {},
         }

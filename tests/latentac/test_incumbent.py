@@ -14,13 +14,13 @@ from latentac.fields import merge
 from latentac.incumbent import POINTER, in_production, load_incumbent, trouble
 from latentac.pretraining import new_critic
 from latentac.serving.exported import FILE, export
-from latentac.workspace import Workspace, open_run
+from latentac.workspace import EXTENSIONS, Workspace, open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SMALL = [
     *("kernel.num_steps=2", "evaluation.num_images=8", "evaluation.num_gallery_prompts=2"),
-    *("evaluation.num_diversity_prompts=3", "evaluation.pictures_per_prompt=2", "steering.candidates=[2]"),
+    *("evaluation.num_diversity_prompts=3", "evaluation.pictures_per_prompt=2", "steering.methods=[]"),
 ]
 
 
@@ -42,7 +42,8 @@ def promote(space: Workspace, version: str) -> None:
     folder = space.folder.parent / f"model-{version}"
     shutil.copytree(space.artifact("train") / "policy", folder)
     shutil.copytree(space.artifact("train") / "critic", folder / "critic")
-    export(folder, space.config, run=space.run, version=version)
+    told = json.loads((space.artifact("prepare") / EXTENSIONS).read_text())
+    export(folder, space.config, run=space.run, version=version, extensions=told)
     put(space, version, folder)
 
 
@@ -75,7 +76,7 @@ def copy(first: Workspace, tmp_path: Path) -> Workspace:
 def test_a_kernel_that_does_not_fit_the_backbone_is_told_by_field(tmp_path: Path) -> None:
     """The message names the kernel, both noise paths, and the kernels that would fit."""
     with pytest.raises(ConfigError, match=r"kernel.name = 'cps': is for flow backbones, .* Use one of ddim"):
-        start(tmp_path, "misfit", "kernel.name=cps")
+        start(tmp_path, "misfit", "kernel.use=cps")
 
 
 def again(space: Workspace, run: str, *overrides: str) -> Workspace:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from latentac.config import resolve
+from latentac.config import Extension, Reward, resolve
 from latentac.measures import DEFINITIONS, difference, diversity, interval, median, ratio
 from latentac.recipes import RECIPES
 
@@ -118,19 +118,20 @@ def test_contrasts_are_measured_on_real_policies() -> None:
     import torch
 
     from latentac.backbones import load_backbone
-    from latentac.diffusion import KERNELS
     from latentac.evaluation import contrasts, sample
+    from latentac.kernels import KERNELS
     from latentac.policy import Policy
     from latentac.prompts import load_prompts
-    from latentac.rewards import load_reward
+    from latentac.rewards.configured import load_rewards
     from latentac.shapes import builtin_pipeline
 
     overrides = {"kernel": {"num_steps": 2}, "evaluation": {"num_diversity_prompts": 3, "pictures_per_prompt": 3}}
     config = resolve(RECIPES["shapes-unet-smoke"] | overrides)
-    backbone = load_backbone("unet", builtin_pipeline("shapes-unet"), torch.device("cpu"))
-    policy = Policy(backbone, KERNELS["ddim"](1.0))
-    texts = [prompt.text for prompt in load_prompts("builtin:shapes").held_out[:5]]
-    images = sample(policy, None, [load_reward("jpeg_compressibility")], texts, config.seed, 2).images
+    backbone = load_backbone(Extension(use="unet"), builtin_pipeline("shapes-unet"), torch.device("cpu"))
+    policy = Policy(backbone, KERNELS.build("ddim", noise=1.0))
+    shown = load_prompts("builtin:shapes").held_out[:5]
+    texts = [prompt.text for prompt in shown]
+    images = sample(policy, None, load_rewards([Reward(use="jpeg_compressibility")]), shown, config.seed, 2).images
     policies = dict.fromkeys(("base", "trained", "incumbent"), policy)
     found = contrasts(config, policies, texts, dict.fromkeys(policies, images))
 

@@ -5,11 +5,11 @@ import torch
 from torch.distributions import Normal
 
 from latentac.critic import Critic
-from latentac.diffusion import KERNELS
 from latentac.distributed import noise_for
+from latentac.kernels import KERNELS
 from latentac.policy import Policy
 from latentac.rollout import rollout
-from latentac.steering import make_steering
+from latentac.steering import STEERING
 from latentac.types import flatten_steps
 from tests.latentac.trainers import PAIRS, PROMPTS, SHIPPED, make_config, shipped
 
@@ -27,7 +27,7 @@ def critics():
 
 def roll(name, kernel, critic, noise_level=0.7, num_steps=4, steering=None):
     backbone = shipped(name)
-    policy = Policy(backbone, KERNELS[kernel](noise_level))
+    policy = Policy(backbone, KERNELS.build(kernel, noise=noise_level))
     noise = noise_for([(i,) for i in range(len(PROMPTS))], 0, num_steps, backbone.latent_shape)
     return policy, rollout(policy, critic, PROMPTS, backbone.encode(PROMPTS), noise, steering=steering)
 
@@ -85,7 +85,7 @@ def test_strength_0_is_bitwise_the_plain_rollout(name, kernel, method, weight, c
     """Steering that asks for nothing changes nothing, though it takes gradients: latents and log-probs. Values are
     asked for all states at once in one and step by step in the other: equal to float error."""
     _, plain = roll(name, kernel, critics[name])
-    steering = make_steering(method, torch.full((2,), weight))
+    steering = STEERING.build(method, torch.full((2,), weight))
     _, steered = roll(name, kernel, critics[name], steering=steering)
     assert torch.equal(plain.latents, steered.latents)
     assert torch.equal(plain.log_probs, steered.log_probs)
@@ -98,7 +98,7 @@ def test_steering_raises_the_head_that_it_is_told_to(name, kernel, critics):
     rollout, a negative one to lower values."""
 
     def value(weight: float) -> float:
-        steering = make_steering("value_gradient", torch.tensor([weight, 0.0]))
+        steering = STEERING.build("value_gradient", torch.tensor([weight, 0.0]))
         _, trajectory = roll(name, kernel, critics[name], steering=steering)
         return float(trajectory.values[:, -1, 0].mean())
 
@@ -111,7 +111,7 @@ def test_noise_depends_on_the_image_alone(name, critics):
     the values, to float error."""
     backbone, prompts = shipped(name), PROMPTS * 8
     noise = noise_for([(i,) for i in range(32)], 0, 3, backbone.latent_shape)
-    policy = Policy(backbone, KERNELS[dict(PAIRS)[name]](0.7))
+    policy = Policy(backbone, KERNELS.build(dict(PAIRS)[name], noise=0.7))
     whole = rollout(policy, critics[name], prompts, backbone.encode(prompts), noise)
     part = rollout(policy, critics[name], prompts[16:], backbone.encode(prompts[16:]), noise[16:])
     assert torch.equal(part.latents, whole.latents[16:])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from latentac.backbones import load_backbone
+from latentac.config import Extension
 from latentac.critic import Critic
 from latentac.errors import ArtifactNotFound, ServingError
 from latentac.release import CANDIDATE, Candidate
@@ -29,7 +30,7 @@ def trained_run(run: str, output: Path) -> Store:
     space = open_run(run, "", str(output))
     made = output / run / "made"
     shutil.copytree(builtin_pipeline("shapes-unet"), made / "policy")
-    backbone = load_backbone("unet", made / "policy", torch.device("cpu"))
+    backbone = load_backbone(Extension(use="unet"), made / "policy", torch.device("cpu"))
     Critic(backbone, space.config.reward_names, space.config.critic).save(made / "critic")
     config_hash = space.config.hash
     space.store.publish(f"{run}/train", made, run=run, step="train", config_hash=config_hash, metrics={"run": run})

@@ -43,7 +43,7 @@ SECTIONS = (
 )
 KEYS = (
     *("run", "recipe", "seed", "commit", "created", "machine", "versions", "settings", "seconds", "evaluation"),
-    *("gallery", "critic", "training", "steering", "gate", "serving", "notes"),
+    *("gallery", "critic", "training", "steering", "steered", "gate", "serving", "notes"),
 )
 
 

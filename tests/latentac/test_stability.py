@@ -10,11 +10,14 @@ from latentac.config import EarlyStopping, Guard
 from latentac.errors import Diverged
 from latentac.stability import best_iteration, diverged, stop_early, window_means
 from tests.latentac.extensions import Stumbling
-from tests.latentac.trainers import make_trainer, same, snapshot
+from tests.latentac.trainers import BRIGHTNESS, REDNESS, make_trainer, same, snapshot
 from tests.latentac.workers import prepared, train_here
 
-STUMBLING = "algorithm.name=tests.latentac.extensions:Stumbling"
-WATCHED = [{"name": "brightness"}, {"name": "redness", "weight": 0.0}]
+STUMBLING = "algorithm.use=tests.latentac.extensions:Stumbling"
+WATCHED = [
+    BRIGHTNESS,
+    {**REDNESS, "weight": 0.0},
+]
 
 
 def history(*rewards):
@@ -183,7 +186,7 @@ def test_a_run_comes_back_from_a_divergence(tmp_path: Path, monkeypatch: pytest.
     for name, calls in (("whole", ()), ("hurt", (3,))):
         stumble(monkeypatch, *calls)
         (tmp_path / name).mkdir()
-        adapted = ["policy.adaptation=lora", "critic.body=lora", "critic.lora_rank=4"]
+        adapted = ["policy.adaptation=lora", "critic.body.use=lora", "critic.lora_rank=4"]
         space = prepared(tmp_path / name, STUMBLING, *adapted, "train.guard.rate_factor=1.0")
         assert train_here(tmp_path / name, monkeypatch) == (0, "")
         ends.append(weights(space))

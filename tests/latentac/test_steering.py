@@ -1,28 +1,31 @@
 """Steering against the closed forms of a linear-Gaussian chain: laws, normalisers, signs, and nothing at strength 0."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from latentac.arms import best_arm, best_steered, plain_arm
 from latentac.backbones.guided import guided
 from latentac.benchmark import arms
-from latentac.config import Schedule, Strengths
-from latentac.diffusion import CPS, DDIM, KERNELS, GaussianTransition, broadcast
+from latentac.diffusion import GaussianTransition, broadcast
 from latentac.distributed import noise_for, uniforms_for
+from latentac.kernels import KERNELS
 from latentac.policy import Policy
 from latentac.pretraining import new_critic
+from latentac.prompts import Prompt
 from latentac.rollout import rollout, steered_rollout
-from latentac.serving.request import METHODS
-from latentac.steering import STEERING, Guide, SteeringState, evaluations, make_steering
+from latentac.steering import STEERING, Guide, Steering, SteeringState, evaluations
 from latentac.steering.resampling import Particles, Resampling, systematic
-from latentac.steering.twisted import TwistedParticles
+from latentac.steering.twisted import Twisted, TwistedParticles
 from latentac.steering.value_gradient import ascent
 from latentac.true_reward import TrueReward
 from latentac.types import Trajectory
-from tests.latentac.trainers import PROMPTS, SHIPPED, Redness, make_config, shipped
+from tests.latentac.trainers import PROMPTS, SHIPPED, TRAINERS, Redness, configured, make_config, shipped
 from tests.latentac.worlds import (
     NOISY,
     REWARD,
@@ -37,9 +40,21 @@ from tests.latentac.worlds import (
 CANDIDATES = 8
 
 
-def whole(**settings) -> Schedule:
-    """All steps are steered."""
-    return Schedule.model_validate({"start": 0.0, "stop": 1.0, **settings})
+DDIM = KERNELS.build("ddim", noise=1.0)
+CPS = KERNELS.build("cps", noise=0.5)
+
+
+def whole(**settings) -> dict[str, Any]:
+    """Settings with which all steps are steered."""
+    return {"start": 0.0, "stop": 1.0, **settings}
+
+
+def build(name: str, weights: Tensor, candidates: int = 1, settings: Mapping[str, Any] | None = None) -> Steering:
+    """The method with those of the settings that it has."""
+    known = STEERING.load(name).Settings.model_fields
+    own = {field: value for field, value in (settings or {}).items() if field in known}
+    made: Steering = STEERING.build(name, weights, candidates, **own)
+    return made
 
 
 def world(kernel):
@@ -64,10 +79,10 @@ def test_each_method_raises_the_reward_and_the_other_sign_lowers_it(name, kernel
     policy, critic = world(kernel)
 
     def mean_reward(weight: float) -> float:
-        steering = make_steering(name, torch.tensor([weight]), 4, whole())
+        steering = build(name, torch.tensor([weight]), 4, whole())
         return float(REWARD(sample(policy, critic, steering, 2000).clean.flatten()).mean())
 
-    plain = sample(policy, critic, make_steering("best_of_n", torch.zeros(1), 1), 8000)
+    plain = sample(policy, critic, build("best_of_n", torch.zeros(1), 1), 8000)
     unsteered = float(REWARD(plain.clean.flatten()).mean())
     assert mean_reward(1.0) > unsteered + 0.03
     assert mean_reward(-1.0) < unsteered - 0.03
@@ -79,7 +94,7 @@ def test_each_method_raises_the_reward_and_the_other_sign_lowers_it(name, kernel
 def test_strength_0_is_bitwise_the_plain_rollout(name, kernel, candidates):
     """Weights of 0 ask for nothing: the first candidate goes its own way, bit for bit, and is the one that is kept."""
     policy, critic = world(kernel)
-    steering = make_steering(name, torch.zeros(1), candidates, whole())
+    steering = build(name, torch.zeros(1), candidates, whole())
     noise = torch.randn(16, candidates, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(3))
     prompts = [""] * 16
     conditioning = policy.backbone.encode(prompts)
@@ -94,13 +109,13 @@ def test_strength_0_is_bitwise_the_plain_rollout(name, kernel, candidates):
 def test_strength_0_is_bitwise_the_plain_rollout_with_guidance(name, backbone):
     """The same under classifier-free guidance, on the shipped networks with a critic of random opinions."""
     config = make_config(backbone)
-    kernel = KERNELS[config.kernel.name](config.kernel.noise)
+    kernel = KERNELS.make(config.kernel)
     policy = Policy(guided(shipped(backbone), 3.0), kernel)
     critic = new_critic(config, policy)
     torch.nn.init.normal_(critic.heads.weight)
     conditioning = policy.backbone.encode(PROMPTS[:2])
     noise = noise_for([(index,) for index in range(4)], 0, 3, policy.backbone.latent_shape)
-    steering = make_steering(name, torch.zeros(len(config.rewards)), 2, whole())
+    steering = build(name, torch.zeros(len(config.rewards)), 2, whole())
     uniforms = torch.full((2, 3), 0.5)
     parted = noise.unflatten(0, (2, 2))
     steered = steered_rollout(policy, critic, PROMPTS[:2], conditioning, parted, steering, uniforms)
@@ -109,19 +124,19 @@ def test_strength_0_is_bitwise_the_plain_rollout_with_guidance(name, backbone):
     assert torch.equal(steered.latents, plain.latents[::2])
 
 
-@pytest.mark.parametrize("kernel", [DDIM(1.0), CPS(0.5)], ids=repr)
+@pytest.mark.parametrize("kernel", [DDIM, CPS], ids=repr)
 @pytest.mark.parametrize("name", STEERING)
 def test_each_image_may_have_weights_of_its_own(name, kernel):
     """A row of weights is one image's, shared by its candidates: image by image, bitwise the batch in which all have
     that image's weights; and a row for each is as one for all where they are equal."""
     policy, critic = world(kernel)
     rows = torch.tensor([[3.0], [0.0], [-2.0], [30.0]])
-    together = sample(policy, critic, make_steering(name, rows, 4, whole()), 4)
+    together = sample(policy, critic, build(name, rows, 4, whole()), 4)
     for image, row in enumerate(rows):
-        alone = sample(policy, critic, make_steering(name, row, 4, whole()), 4)
+        alone = sample(policy, critic, build(name, row, 4, whole()), 4)
         assert torch.equal(together.latents[image], alone.latents[image])
         assert torch.equal(together.values[image], alone.values[image])
-        same = sample(policy, critic, make_steering(name, row.expand(4, -1), 4, whole()), 4)
+        same = sample(policy, critic, build(name, row.expand(4, -1), 4, whole()), 4)
         assert torch.equal(same.latents, alone.latents)
     assert len({tuple(row.flatten().tolist()) for row in together.latents}) == 4
 
@@ -130,11 +145,9 @@ def test_each_image_may_have_weights_of_its_own(name, kernel):
 def test_an_observer_is_told_each_steps_values(name):
     """All candidates' values, in the reward's own unit and cut off from any graph, before some go on from others; the
     one that is kept has them in its trajectory."""
-    policy, critic = world(DDIM(1.0))
+    policy, critic = world(DDIM)
     told = []
-    trajectory = sample(
-        policy, critic, make_steering(name, torch.tensor([4.0]), 4), 3, observe=lambda *args: told.append(args)
-    )
+    trajectory = sample(policy, critic, build(name, torch.tensor([4.0]), 4), 3, observe=lambda *args: told.append(args))
     assert [step for step, _ in told] == list(range(STEPS))
     assert all(values.shape == (3, 4, 1) and not values.requires_grad for _, values in told)
     last = told[-1][1][..., 0]
@@ -144,7 +157,7 @@ def test_an_observer_is_told_each_steps_values(name):
 def test_a_plain_rollout_may_be_observed():
     """The values are those that it would be told at the end, to float error, and the pictures are the same, bitwise;
     without a critic there are none."""
-    policy, critic = world(DDIM(1.0))
+    policy, critic = world(DDIM)
     noise = torch.randn(5, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(3))
     prompts, told = [""] * 5, []
     conditioning = policy.backbone.encode(prompts)
@@ -160,7 +173,7 @@ def test_a_plain_rollout_may_be_observed():
 
 def test_an_observer_may_end_the_rollout():
     """What it raises comes through, and no further step is done."""
-    policy, critic = world(DDIM(1.0))
+    policy, critic = world(DDIM)
     told = []
 
     def observe(step: int, values: Tensor) -> None:
@@ -169,7 +182,7 @@ def test_an_observer_may_end_the_rollout():
             raise TimeoutError("nobody waits any more")
 
     with pytest.raises(TimeoutError, match="nobody waits"):
-        sample(policy, critic, make_steering("svdd", torch.ones(1), 2), 2, observe=observe)
+        sample(policy, critic, build("svdd", torch.ones(1), 2), 2, observe=observe)
     assert told == [0, 1, 2]
 
 
@@ -189,6 +202,9 @@ class Watched(Resampling):
 
 
 class WatchedTwisted(Watched):
+    class Settings(Twisted.Settings):
+        """Those of the method."""
+
     needs_gradient = True
     particles = TwistedParticles
 
@@ -212,12 +228,17 @@ def tilted(mean: float, variance: float, psi: Quadratic) -> tuple[float, float, 
 SCHEDULES = {
     "whole": whole(resample_below=OFTEN),
     "tempered": whole(resample_below=OFTEN, tempering=1.5),
-    "late": Schedule(resample_below=OFTEN, start=0.4, stop=1.0),
-    "early": Schedule(resample_below=OFTEN, start=0.0, stop=0.6),
-    "window": Schedule(resample_below=OFTEN, start=0.25, stop=0.8, tempering=1.0),
+    "late": {"resample_below": OFTEN, "start": 0.4, "stop": 1.0},
+    "early": {"resample_below": OFTEN, "start": 0.0, "stop": 0.6},
+    "window": {"resample_below": OFTEN, "start": 0.25, "stop": 0.8, "tempering": 1.0},
     "normalised": whole(resample_below=OFTEN, normalised=True, tempering=0.5),
     "lazy": whole(resample_below=0.5, tempering=1.0),
 }
+
+
+def made_settings(make, settings):
+    """The method's settings, those of `settings` that it has."""
+    return make.Settings(**{name: value for name, value in settings.items() if name in make.Settings.model_fields})
 
 
 def law_of(steering: Watched, trajectory: Trajectory) -> tuple[Tensor, Tensor, int]:
@@ -234,13 +255,13 @@ def test_particles_have_the_tilted_law_and_its_normaliser(schedule, make, kernel
     """Weighted, the particles at the last state that is steered have the mean and variance of p(z) exp(V*), and the
     estimate of the normaliser is unbiased; with a good many resamplings on the way, whatever the schedule."""
     policy, critic = world(kernel)
-    steering, images = make(torch.ones(1), CANDIDATES, schedule), 4000
+    steering, images = make(made_settings(make, schedule), torch.ones(1), CANDIDATES), 4000
     noise = torch.randn(images * CANDIDATES, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(5))
     uniforms = torch.rand(images, STEPS, generator=torch.Generator().manual_seed(6))
     prompts = [""] * len(noise)
     conditioning = policy.backbone.encode(prompts)
     trajectory = rollout(policy, critic, prompts, conditioning, noise, steering=steering, uniforms=uniforms)
-    if schedule.resample_below == OFTEN:
+    if schedule["resample_below"] == OFTEN:
         assert float((steering.made.log_normaliser != 0).float().mean()) > 0.05
     # The transitions after that state add their own p / q to the weights, 1 in expectation.
     mass, state, last = law_of(steering, trajectory)
@@ -258,19 +279,19 @@ def test_particles_have_the_tilted_law_and_its_normaliser(schedule, make, kernel
 def test_each_method_raises_the_reward_at_some_of_the_steps_too(name, kernel):
     """Steered in a window of the trajectory, or up a gradient of length 1, a positive weight gives more reward."""
     policy, critic = world(kernel)
-    plain = sample(policy, critic, make_steering("best_of_n", torch.zeros(1), 1), 8000)
+    plain = sample(policy, critic, build("best_of_n", torch.zeros(1), 1), 8000)
     unsteered = float(REWARD(plain.clean.flatten()).mean())
-    for schedule in (Schedule(start=0.25, stop=0.9), whole(normalised=True)):
-        steered = sample(policy, critic, make_steering(name, torch.ones(1), 4, schedule), 2000)
+    for schedule in ({"start": 0.25, "stop": 0.9}, whole(normalised=True)):
+        steered = sample(policy, critic, build(name, torch.ones(1), 4, schedule), 2000)
         assert float(REWARD(steered.clean.flatten()).mean()) > unsteered + 0.02
 
 
 @pytest.mark.parametrize("name", ["value_gradient", "resampling", "twisted", "svdd"])
 def test_outside_its_window_a_method_does_nothing(name):
     """Before `start` candidates go their own way, bit for bit, and so they do from `stop` on, from where they are."""
-    kernel = CPS(0.5)
+    kernel = CPS
     policy, critic = world(kernel)
-    steering = make_steering(name, torch.tensor([9.0]), 4, Schedule(start=0.5, stop=0.75, resample_below=1.0))
+    steering = build(name, torch.tensor([9.0]), 4, {"start": 0.5, "stop": 0.75, "resample_below": 1.0})
     assert list(steering.steps(STEPS)) == [4, 5]
     noise = torch.randn(8 * 4, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(3))
     prompts, uniforms = [""] * 32, torch.full((8, STEPS), 0.5)
@@ -344,7 +365,7 @@ def test_the_exact_twist_gives_constant_weights(kernel):
             self.made.twists = critic.values
             return self.made
 
-    steering = Exact(torch.ones(1), CANDIDATES, whole(resample_below=0.0))
+    steering = Exact(made_settings(Exact, whole(resample_below=0.0)), torch.ones(1), CANDIDATES)
     noise = torch.randn(200 * CANDIDATES, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(5))
     prompts, uniforms = [""] * len(noise), torch.full((200, STEPS), 0.5)
     conditioning = policy.backbone.encode(prompts)
@@ -369,13 +390,13 @@ def test_systematic_resampling_is_unbiased_and_even():
 def test_a_resampled_row_has_the_past_of_the_row_that_it_goes_on_from():
     """Latents, log-probs, values and features of a row form one trajectory: its own transitions explain it from the
     first state to the last."""
-    kernel = DDIM(1.0)
+    kernel = DDIM
     policy, critic = world(kernel)
     noise = noise_for([(index,) for index in range(32)], 0, STEPS, (1, 1, 1))
     uniforms = uniforms_for([(index,) for index in range(4)], 0, STEPS)
     prompts = [""] * 32
     conditioning = policy.backbone.encode(prompts)
-    steering = Watched(torch.tensor([8.0]), 8, whole(resample_below=OFTEN))
+    steering = Watched(made_settings(Watched, whole(resample_below=OFTEN)), torch.tensor([8.0]), 8)
     trajectory = rollout(
         policy, critic, prompts, conditioning, noise, steering=steering, uniforms=uniforms, keep_features=True
     )
@@ -390,7 +411,9 @@ def test_a_resampled_row_has_the_past_of_the_row_that_it_goes_on_from():
 
 def test_the_highest_past_value_never_falls():
     """The potential `max` weighs by the rise of the highest value so far: a fall costs nothing."""
-    particles = Particles(Resampling(torch.ones(1), 2, whole(potential="max")), torch.full((1, 3), 0.5))
+    particles = Particles(
+        Resampling(made_settings(Resampling, whole(potential="max")), torch.ones(1), 2), torch.full((1, 3), 0.5)
+    )
     latents, still = torch.zeros(2, 1, 1, 1), GaussianTransition(torch.zeros(2, 1, 1, 1), torch.ones(2))
     for step, values in enumerate(([0.1, -0.2], [-0.3, 0.0], [0.2, -0.1])):
         state = SteeringState(step, latents, still, torch.tensor(values)[:, None])
@@ -401,52 +424,70 @@ def test_the_highest_past_value_never_falls():
 def test_function_evaluations_count_a_backward_twice():
     """K N forwards, three times as many where there is a gradient, and twice as many with classifier-free guidance."""
     weights = torch.ones(1)
-    found = {name: evaluations(make_steering(name, weights, 4, whole()), 10) for name in STEERING}
+    found = {name: evaluations(build(name, weights, 4, whole()), 10) for name in STEERING}
     assert found == {"value_gradient": 120, "best_of_n": 40, "resampling": 40, "twisted": 120, "svdd": 40}
     assert evaluations(None, 10) == 10
     assert evaluations(None, 10, guided=True) == 20
-    assert evaluations(make_steering("twisted", weights, 4, whole()), 10, guided=True) == 240
-    assert evaluations(make_steering("twisted", weights, 4, Schedule(start=0.2, stop=0.7)), 10) == 80
-    assert evaluations(make_steering("svdd", weights, 4, Schedule(stop=0.7)), 10) == 40
+    assert evaluations(build("twisted", weights, 4, whole()), 10, guided=True) == 240
+    assert evaluations(build("twisted", weights, 4, {"start": 0.2, "stop": 0.7}), 10) == 80
+    assert evaluations(build("svdd", weights, 4, {"stop": 0.7}), 10) == 40
 
 
 def test_many_candidates_without_uniforms_are_refused():
     """They would be resampled by chance that nobody drew."""
-    policy, critic = world(DDIM(1.0))
+    policy, critic = world(DDIM)
     prompts = [""] * 2
     with pytest.raises(ValueError, match="need uniforms"):
         rollout(
             *(policy, critic, prompts, policy.backbone.encode(prompts), torch.zeros(2, STEPS + 1, 1, 1, 1)),
-            steering=make_steering("twisted", torch.ones(1), 2),
+            steering=build("twisted", torch.ones(1), 2),
         )
 
 
 def test_the_benchmark_steers_each_arm_as_it_says():
-    """Its weights are the strength times each reward's weight, so the arm of strength 0 is the plain rollout; method,
-    candidates and schedule are those it is told by."""
+    """Plain sampling first; then each method at its strengths, whose weights are the strength times each reward's
+    weight, with the settings that the configuration gives it."""
+    own = {"start": 0.0, "stop": 0.5}
     config = make_config(
-        rewards=[{"name": "brightness", "weight": 2.0}, {"name": "redness", "weight": 0.0}],
+        rewards=[{"use": f"{TRAINERS}:Brightness", "weight": 2.0}, {"use": f"{TRAINERS}:Redness", "weight": 0.0}],
+        gate={"reward": "Brightness"},
         steering={
-            "gradient_strengths": [0.0, 4.0],
-            "candidates": [2, 4],
-            "strengths": {"resampling": 7.0},
-            "schedule": {"start": 0.0, "stop": 0.5},
+            "methods": [
+                {"use": "value_gradient", "sweep": [4.0, 9.0], "candidates": [2], **own},
+                {"use": "best_of_n", "candidates": [2, 4], **own},
+                {"use": "resampling", "name": "strong", "strength": 7.0, "candidates": [2], **own},
+                {"use": "resampling", "name": "weak", "strength": 3.0, "candidates": [2], **own},
+            ]
         },
     )
-    found = arms(config)
-    for method, strength, candidates, steering in found:
-        assert type(steering) is type(make_steering(method, torch.ones(2), candidates))
-        assert (steering.candidates, list(steering.steps(4))) == (candidates, [0, 1])
-        assert vars(steering)["weights"].tolist() == [2 * strength, 0]
-        assert candidates == 1 or strength == config.steering.strengths.of(method)
-    gradients = [(method, n) for method, _, n, steering in found if steering.needs_gradient]
-    assert gradients == [("value_gradient", 1), ("value_gradient", 1), ("value_gradient", 2), ("twisted", 2)]
-    assert {method for method, *_ in found} == set(STEERING)
+    plain, *found = arms(config)
+    assert (plain.method, plain.strength, plain.candidates, plain.steering) == ("none", 0.0, 1, None)
+    assert [(plan.method, plan.strength, plan.candidates) for plan in found] == [
+        *(("value_gradient", 4.0, 1), ("value_gradient", 9.0, 1), ("value_gradient", 20.0, 2)),
+        *(("best_of_n", 1.0, 2), ("best_of_n", 1.0, 4), ("strong", 7.0, 2), ("weak", 3.0, 2)),
+    ]
+    for plan in found:
+        steering = plan.steering
+        assert steering is not None
+        assert (steering.candidates, list(steering.steps(4))) == (plan.candidates, [0, 1])
+        assert vars(steering)["weights"].tolist() == [2 * plan.strength, 0]
 
 
-def test_every_method_has_a_strength():
-    """Of its own: what counts for a gradient leaves particles' weights even."""
-    assert set(Strengths.model_fields) == set(STEERING)
+def test_the_best_arm_is_by_the_mean_then_by_the_evaluations():
+    """The one that the endpoint uses by default is the best of those that steer."""
+    rows = [
+        {"method": method, "reward": reward, "mean": mean, "nfe": nfe}
+        for method, reward, mean, nfe in (
+            *(("none", "a", 0.9, 10), ("gradient", "a", 0.7, 30), ("particles", "a", 0.7, 20)),
+            *(("none", "b", 0.1, 10), ("gradient", "b", 0.8, 30), ("particles", "b", 0.2, 20)),
+        )
+    ]
+    assert plain_arm(rows, "b")["mean"] == 0.1
+    assert (best_arm(rows, "a")["method"], best_arm(rows, "b")["method"]) == ("none", "gradient")
+    best = best_steered(rows, "a")
+    assert best is not None
+    assert best["method"] == "particles"
+    assert best_steered(rows[:1], "a") is None
 
 
 def painted(policy, prompts, images: int = 3, candidates: int = 4):
@@ -461,19 +502,19 @@ def test_the_true_reward_may_steer_and_choose(backbone):
     """In a critic's place it values each state by the picture that the denoiser guesses, so at the last state by the
     picture itself; as the judge it chooses among the finished pictures, whatever steered them."""
     config = make_config(backbone)
-    policy = Policy(shipped(backbone), KERNELS[config.kernel.name](config.kernel.noise))
+    policy = Policy(shipped(backbone), KERNELS.make(config.kernel))
     noise, uniforms, prompts = painted(policy, PROMPTS)
-    scale, rewards = new_critic(config, policy), [Redness()]
+    scale, rewards = new_critic(config, policy), [configured(Redness())]
     scale.update_scale(torch.tensor([[0.1], [0.14]]))
     conditioning, rows = policy.backbone.encode(prompts), [prompt for prompt in prompts for _ in range(4)]
-    truth = TrueReward(policy.backbone, rewards, rows, scale)
+    truth = TrueReward(policy.backbone, rewards, [Prompt(row, "all") for row in rows], scale)
     weights = torch.tensor([50.0])
     schedule = whole(resample_below=0.9)
-    steering = make_steering("resampling", weights, 4, schedule)
+    steering = build("resampling", weights, 4, schedule)
     found = steered_rollout(policy, truth, prompts, conditioning, noise, steering, uniforms)
     pictures = policy.backbone.decode(found.clean)
     torch.testing.assert_close(found.values[:, -1, 0], torch.from_numpy(Redness()(pictures, prompts)))
-    plain = make_steering("best_of_n", torch.ones(1), 4)
+    plain = build("best_of_n", torch.ones(1), 4)
     best = steered_rollout(policy, scale, prompts, conditioning, noise, plain, uniforms, judge=truth.judge)
     each = [
         Redness()(policy.backbone.decode(rollout(policy, None, prompts, conditioning, part).clean), prompts)
@@ -482,8 +523,3 @@ def test_the_true_reward_may_steer_and_choose(backbone):
     highest = torch.from_numpy(np.stack(each, 1)).max(1).values
     torch.testing.assert_close(torch.from_numpy(Redness()(policy.backbone.decode(best.clean), prompts)), highest)
     assert float(found.values[:, -1].mean()) > float(np.stack(each).mean())
-
-
-def test_a_request_may_name_each_method():
-    """The server's list is the table's rows, and none."""
-    assert set(METHODS) == {*STEERING, "none"}

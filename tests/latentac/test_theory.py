@@ -6,15 +6,16 @@ from torch import Tensor
 
 from latentac.config import resolve
 from latentac.critic import Critic
-from latentac.diffusion import DDIM, alpha_of, broadcast, forward_noise
+from latentac.diffusion import alpha_of, broadcast, forward_noise
 from latentac.fields import merge
+from latentac.kernels import KERNELS
 from latentac.losses import clipped_surrogate, guidance_loss
 from latentac.policy import Policy
 from latentac.pretraining import States, fit, predict
 from latentac.recipes import RECIPES
 from latentac.returns import explained_variance, gae
 from latentac.rollout import rollout
-from latentac.steering import make_steering
+from latentac.steering import STEERING
 from latentac.types import flatten_steps
 from tests.latentac.worlds import NOISY, REWARD, STEPS, AnalyticCritic, GaussianBackbone, affine_steps
 
@@ -86,7 +87,7 @@ def test_a_trained_critic_reaches_the_analytic_explained_variance(kernel):
 def test_a_critic_of_forward_noised_pictures_is_the_posterior_mean_of_the_reward():
     """With fresh noise on scored pictures alone it learns E[R(x0) | x_t], which is a quadratic of x_t here, to 0.04 of
     explained variance at each noise level."""
-    kernel = DDIM(1.0)
+    kernel = KERNELS.build("ddim", noise=1.0)
     policy = Policy(GaussianBackbone(kernel.path), kernel)
     critic = fitted(policy, forward_noised=1.0)
     clean = roll(policy, None, 4096, seed=3).clean
@@ -184,7 +185,7 @@ def test_steering_up_the_value_raises_the_reward_and_down_lowers_it(kernel):
     critic = AnalyticCritic(policy.backbone, kernel)
 
     def mean_reward(strength: float) -> float:
-        steering = make_steering("value_gradient", torch.tensor([strength]))
+        steering = STEERING.build("value_gradient", torch.tensor([strength]))
         return float(REWARD(roll(policy, critic, 4000, 3, steering).clean.flatten()).mean())
 
     assert mean_reward(1.0) > mean_reward(0.0) + 0.03
@@ -198,7 +199,7 @@ def test_strength_0_is_bitwise_the_plain_rollout(kernel, method, weight):
     one and step by step in the other: equal to float error."""
     policy = Policy(GaussianBackbone(kernel.path), kernel)
     critic = AnalyticCritic(policy.backbone, kernel)
-    steering = make_steering(method, torch.tensor([weight]))
+    steering = STEERING.build(method, torch.tensor([weight]))
     plain, steered = roll(policy, critic, 64, 4), roll(policy, critic, 64, 4, steering)
     assert torch.equal(plain.latents, steered.latents)
     assert torch.equal(plain.log_probs, steered.log_probs)
@@ -208,5 +209,5 @@ def test_strength_0_is_bitwise_the_plain_rollout(kernel, method, weight):
 def test_best_of_n_keeps_the_candidate_with_the_highest_value():
     """By the weighted sum of the heads at the last state."""
     values = torch.tensor([[[1.0, 0.0], [0.0, 3.0]], [[2.0, 0.0], [0.0, 1.0]]])
-    assert make_steering("best_of_n", torch.tensor([1.0, 1.0]), 2).select(values).tolist() == [1, 0]
-    assert make_steering("best_of_n", torch.tensor([1.0, 0.0]), 2).select(values).tolist() == [0, 0]
+    assert STEERING.build("best_of_n", torch.tensor([1.0, 1.0]), 2).select(values).tolist() == [1, 0]
+    assert STEERING.build("best_of_n", torch.tensor([1.0, 0.0]), 2).select(values).tolist() == [0, 0]

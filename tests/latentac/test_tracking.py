@@ -19,11 +19,14 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from latentac.config import Config, resolve
 from latentac.errors import ConfigError
+from latentac.extensions import Settings
+from latentac.hyperparameters import hyperparameters
 from latentac.metrics import of_evaluation, of_iteration
 from latentac.recipes import RECIPES
+from latentac.resolution import resolve_all
 from latentac.run import _track
 from latentac.store import open_store
-from latentac.tracking import TRACKERS, Background, check, hyperparameters, make_trackers, tracking
+from latentac.tracking import TRACKERS, Background, make_trackers, tracking
 from latentac.tracking.tensorboard import TensorBoard, all_but_evaluation, until
 from tests.latentac.published import EVALUATION
 from tests.latentac.workers import RUN, prepared, train_here
@@ -52,8 +55,16 @@ class Notebook:
         HERE.append(("finish",))
 
 
+def fields(*tracking: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    return RECIPES["shapes-unet-smoke"] | sections | {"tracking": list(tracking)}
+
+
 def config(*tracking: dict[str, Any], **sections: Any) -> Config:
-    return resolve(RECIPES["shapes-unet-smoke"] | sections | {"tracking": list(tracking)})
+    return resolve(fields(*tracking, **sections))
+
+
+def check(*tracking: dict[str, Any]) -> None:
+    resolve_all(fields(*tracking))
 
 
 def entry(iteration: int) -> dict[str, Any]:
@@ -156,26 +167,33 @@ def test_evaluation_and_hyperparameters_are_included(tmp_path: Path) -> None:
     assert metrics == ["2_evaluation/gain", "2_evaluation/gain_low", "2_evaluation/gain_high"]
 
 
+class Weighed:
+    """A reward with settings, some of which nobody else may know."""
+
+    class Settings(Settings):
+        size: int = 3
+        api_key: str = ""
+        tokenizer: str = "bpe"
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def __call__(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
+        return images.mean((1, 2, 3))
+
+
 def test_hyperparameters_are_what_differs_from_the_defaults_without_secrets() -> None:
-    """Flat names and plain values; a field that may hold a secret is left out, a tokenizer's is not one."""
-    found = hyperparameters(config(policy={"learning_rate": 1e-3}, seed=4, critic={"num_queries": 2}))
+    """Flat names and plain values, those of extensions too; a field that may hold a secret by its name is left out."""
+    use = "tests.latentac.test_tracking:Weighed"
+    reward = {"use": use, "name": "weighed", "size": 5, "api_key": "hidden"}
+    given = fields(rewards=[reward], policy={"learning_rate": 1e-3}, seed=4, gate={"reward": "weighed"})
+    found = hyperparameters(resolve_all(given).config)
     assert found["policy.learning_rate"] == 1e-3
-    assert found["critic.num_queries"] == 2
+    assert found["rewards.0.size"] == 5
     assert found["seed"] == 4
-    assert "policy.weight_decay" not in found
+    assert not {"policy.weight_decay", "rewards.0.tokenizer", "rewards.0.api_key", "rewards.0.retries"} & found.keys()
+    assert "hidden" not in str(found)
     assert all(isinstance(value, bool | int | float | str) for value in found.values())
-
-    class Secretive:
-        seed = 0
-
-        def model_dump(self, **_: Any) -> dict[str, Any]:
-            return {"rewards": [{"use": "x", "api_key": "hidden", "tokens": "hidden", "tokenizer": "bpe"}]}
-
-    assert hyperparameters(Secretive()) == {  # type: ignore[arg-type]
-        "rewards.0.use": "x",
-        "rewards.0.tokenizer": "bpe",
-        "seed": 0,
-    }
 
 
 def test_mlflow_gets_a_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,12 +206,12 @@ def test_mlflow_gets_a_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     settings = config({"use": "mlflow", "tracking_uri": place, "experiment": "shapes"}, seed=5)
     for iterations in (range(1, 4), range(3, 5)):  # the second start repeats iteration 3
         trackers = make_trackers(settings, tmp_path / "run")
-        with tracking(trackers, "run", settings):
+        with tracking(trackers, "run", hyperparameters(settings)):
             for iteration in iterations:
                 trackers[0].log(iteration, of_iteration(entry(iteration)))
                 trackers[0].image("rollouts", iteration, PICTURE)
     trackers = make_trackers(settings, tmp_path / "run")
-    with tracking(trackers, "run", settings):
+    with tracking(trackers, "run", hyperparameters(settings)):
         trackers[0].log(4, of_evaluation(EVALUATION, "shapes_verifier"))
 
     client = MlflowClient(place)
@@ -220,7 +238,7 @@ def test_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     settings = config({"use": "wandb", "project": "shapes", "mode": "offline"}, seed=5)
     (tmp_path / "run").mkdir()
     trackers = make_trackers(settings, tmp_path / "run")
-    with tracking(trackers, "run", settings):
+    with tracking(trackers, "run", hyperparameters(settings)):
         for iteration in (1, 2):
             trackers[0].log(iteration, of_iteration(entry(iteration)))
             trackers[0].image("rollouts", iteration, PICTURE)
@@ -259,7 +277,7 @@ def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(caplog: pytest.Lo
             raise ConnectionError("http://user:secret@tracker:5000 refused")
 
     tracker = Background("mlflow", Down)
-    with caplog.at_level(logging.WARNING, "latentac"), tracking([tracker], "run", config()):
+    with caplog.at_level(logging.WARNING, "latentac"), tracking([tracker], "run", {"seed": 0}):
         for step in range(3):
             tracker.log(step, {"reward/x": 1.0})
     assert [record.message for record in caplog.records] == [
@@ -273,7 +291,7 @@ def test_a_real_server_that_is_down_does_not_hold_the_run(tmp_path: Path, caplog
     settings = config({"use": "mlflow", "tracking_uri": "http://127.0.0.1:9"})
     started = time.monotonic()
     trackers = make_trackers(settings, tmp_path)
-    with caplog.at_level(logging.WARNING, "latentac"), tracking(trackers, "run", settings):
+    with caplog.at_level(logging.WARNING, "latentac"), tracking(trackers, "run", hyperparameters(settings)):
         trackers[0].log(1, {"reward/x": 1.0})
     assert time.monotonic() - started < 45
     assert "mlflow tracks no longer, the run goes on" in caplog.text
@@ -291,7 +309,7 @@ def test_a_tracker_that_hangs_is_left_behind(caplog: pytest.LogCaptureFixture) -
             release.wait(30)
 
     tracker = Background("wandb", Hangs, patience=0.2)
-    with caplog.at_level(logging.WARNING, "latentac"), tracking([tracker], "run", config()):
+    with caplog.at_level(logging.WARNING, "latentac"), tracking([tracker], "run", {"seed": 0}):
         tracker.log(1, {})
     release.set()
     assert "wandb does not answer: what it was not told within 0.2 s is lost" in caplog.text
@@ -300,9 +318,10 @@ def test_a_tracker_that_hangs_is_left_behind(caplog: pytest.LogCaptureFixture) -
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_package_that_is_not_installed_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is trained, with what to type."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module, *a: None if module == name else found(module, *a))
     with pytest.raises(ConfigError, match=r"is not installed.*pip install (mlflow-skinny|wandb)==\d"):
-        check(config({"use": name}))
+        check({"use": name})
 
 
 def test_all_that_is_wrong_with_the_trackers_is_told_at_once() -> None:
@@ -316,7 +335,7 @@ def test_all_that_is_wrong_with_the_trackers_is_told_at_once() -> None:
         {"use": OWN, "colour": "red"},
     ]
     with pytest.raises(ConfigError) as caught:
-        check(config(*wrong))
+        check(*wrong)
     assert [problem.path for problem in caught.value.problems] == [
         "tracking.0.use",
         "tracking.1.experment",
@@ -325,9 +344,9 @@ def test_all_that_is_wrong_with_the_trackers_is_told_at_once() -> None:
         "tracking.4.colour",
     ]
     assert 'Did you mean "mlflow"?' in str(caught.value)
-    check(config({"use": OWN}))
+    check({"use": OWN})
     with pytest.raises(ConfigError, match="use MLFLOW_TRACKING_PASSWORD") as caught:
-        check(config({"use": "mlflow", "tracking_uri": "https://user:hidden@tracker"}))
+        check({"use": "mlflow", "tracking_uri": "https://user:hidden@tracker"})
     assert "hidden" not in str(caught.value)
 
 

@@ -18,10 +18,23 @@ from latentac.errors import RewardError
 from latentac.prompts import Prompt, balanced
 from latentac.types import flatten_steps
 from tests.latentac.peer import RUNS, do_run
-from tests.latentac.trainers import CPU, SHIPPED, Brightness, make_trainer, same, snapshot
+from tests.latentac.trainers import (
+    BRIGHTNESS,
+    CPU,
+    REDNESS,
+    SHIPPED,
+    Brightness,
+    configured,
+    make_trainer,
+    same,
+    snapshot,
+)
 
 EVERYTHING: dict[str, Any] = {
-    "rewards": [{"name": "brightness"}, {"name": "redness", "weight": 0.0}],
+    "rewards": [
+        BRIGHTNESS,
+        {**REDNESS, "weight": 0.0},
+    ],
     "critic": {"replay_images": 12},
     "policy": {"ema_decay": 0.9},
     "algorithm": {"prediction_kl": 0.1, "value_guidance": 2.0},
@@ -265,9 +278,9 @@ def test_the_actor_learns_a_smooth_reward(name):
 
 def test_a_nan_reward_is_refused_by_name():
     """The message names the reward, what it gave and for which prompt, and nothing was updated."""
-    trainer = make_trainer(scorers=[Broken()])
+    trainer = make_trainer(scorers=[configured(Broken())])
     before = snapshot(trainer)
-    with pytest.raises(RewardError, match=r"reward broken: returned nan for '.+' \(1 of 2 pictures\)"):
+    with pytest.raises(RewardError, match=r"reward broken, prompt '.+': returned nan \(1 of 2 pictures\)"):
         trainer.iterate()
     assert same(before, snapshot(trainer))
 

@@ -8,23 +8,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentac.algorithms import make_algorithm
+from latentac.algorithms import ALGORITHMS, Algorithm
 from latentac.backbones import BACKBONES, Denoiser, load_backbone
-from latentac.config import Config, resolve
-from latentac.diffusion import KERNELS
+from latentac.config import Config, Extension, resolve
+from latentac.config import Reward as RewardSettings
 from latentac.distributed import Mesh
 from latentac.fields import merge
+from latentac.kernels import KERNELS
 from latentac.policy import Policy
 from latentac.pretraining import new_critic
 from latentac.prompts import Prompt, load_prompts
-from latentac.rewards import Reward
+from latentac.rewards.configured import ConfiguredReward, load_rewards
 from latentac.shapes import PIPELINES, builtin_pipeline
 from latentac.trainer import Trainer
 
 CPU = torch.device("cpu")
+TRAINERS = "tests.latentac.trainers"
+BRIGHTNESS = {"use": f"{TRAINERS}:Brightness", "name": "brightness"}
+REDNESS = {"use": f"{TRAINERS}:Redness", "name": "redness"}
+"""As a configuration lists the two rewards below."""
 SHIPPED = [name for name in BACKBONES if f"shapes-{name}" in PIPELINES]
 PATHS = {"unet": "variance_preserving", "dit": "flow"}
-PAIRS = [(name, kernel) for name in SHIPPED for kernel in KERNELS if KERNELS[kernel].path == PATHS[name]]
+PAIRS = [(name, kernel) for name in SHIPPED for kernel in KERNELS if KERNELS.load(kernel).path == PATHS[name]]
 """Every shipped backbone with every kernel that samples it."""
 PROMPTS = ["a red circle", "two blue squares", "a green triangle above a red square", "a cyan circle and a red square"]
 
@@ -33,13 +38,13 @@ PROMPTS = ["a red circle", "two blue squares", "a green triangle above a red squ
 def shipped(name: str) -> Denoiser:
     """The backbone with the weights of its built-in pipeline, loaded once, frozen: train a `clone`."""
     torch.set_num_threads(1)
-    return load_backbone(name, builtin_pipeline(f"shapes-{name}"), CPU)
+    return load_backbone(Extension(use=name), builtin_pipeline(f"shapes-{name}"), CPU)
 
 
 class Brightness:
     """A smooth reward that any policy can raise."""
 
-    name, unit = "brightness", "grey levels"
+    unit = "grey levels"
 
     def known(self) -> tuple[np.ndarray, list[str], np.ndarray]:
         return np.zeros((1, 2, 2, 3), np.uint8), [""], np.zeros(1, np.float32)
@@ -52,11 +57,28 @@ class Brightness:
 class Redness(Brightness):
     """Another one, on a scale a thousand times smaller."""
 
-    name, unit = "redness", "thousandth of a grey level"
+    unit = "thousandth of a grey level"
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         means: np.ndarray = (images[..., 0].mean((1, 2)) / 1000).astype(np.float32)
         return means
+
+
+BODY = {"width": 32, "num_heads": 2, "num_queries": 1}
+"""Settings of a small critic body."""
+
+
+def configured(reward: object, **fields: Any) -> ConfiguredReward:
+    """A reward that is there already, under its class's name in small letters."""
+    name = type(reward).__name__.lower()
+    return ConfiguredReward(RewardSettings.model_validate({"use": "x:X", "name": name, **fields}), reward)
+
+
+def algorithm_of(config: Config) -> Algorithm:
+    """As a worker makes it."""
+    weights = torch.tensor([reward.weight for reward in config.rewards])
+    made: Algorithm = ALGORITHMS.make(config.algorithm, weights)
+    return made
 
 
 @functools.cache
@@ -69,17 +91,15 @@ def make_config(backbone: str = SHIPPED[0], **sections: Any) -> Config:
     """Two blocks of two images, three steps, two updates, one worker; `sections` are laid upon that."""
     fields = {
         "recipe": "test",
-        "backbone": {"name": backbone, "source": f"builtin:shapes-{backbone}", "device": "cpu"},
-        "kernel": {"name": dict(PAIRS)[backbone], "noise": 0.7, "num_steps": 3},
+        "backbone": {"use": backbone, "source": f"builtin:shapes-{backbone}", "device": "cpu"},
+        "kernel": {"use": dict(PAIRS)[backbone], "noise": 0.7, "num_steps": 3},
         "prompts": {"source": "builtin:shapes"},
-        "rewards": [{"name": "brightness"}],
+        "rewards": [BRIGHTNESS],
         "gate": {"reward": "brightness"},
+        "algorithm": {"use": "ppo"},
         "critic": {
-            "width": 32,
-            "num_heads": 2,
-            "num_queries": 1,
-            "lora_rank": 4,
-            "lora_alpha": 8,
+            "body": {"use": "frozen_taps", **BODY},
+            "hidden": 64,
             "num_passes": 1,
             "updates_per_pass": 2,
         },
@@ -90,17 +110,16 @@ def make_config(backbone: str = SHIPPED[0], **sections: Any) -> Config:
 
 
 def make_trainer(
-    backbone: str = SHIPPED[0], scorers: Sequence[Reward] = (), mesh: Mesh | None = None, **sections: Any
+    backbone: str = SHIPPED[0], scorers: Sequence[ConfiguredReward] = (), mesh: Mesh | None = None, **sections: Any
 ) -> Trainer:
     """A trainer as a worker makes one, on a copy of the shipped weights. scorers: instead of the rewards by name."""
     config = make_config(backbone, **sections)
     torch.manual_seed(config.seed)
-    policy = Policy(shipped(backbone).clone(), KERNELS[config.kernel.name](config.kernel.noise))
+    policy = Policy(shipped(backbone).clone(), KERNELS.make(config.kernel))
     critic = new_critic(config, policy)
     policy.backbone.adapt(config.policy)
-    known = {reward.name: reward for reward in (Brightness(), Redness())}
-    used = scorers or [known[name] for name in config.reward_names]
-    return Trainer(config, policy, critic, make_algorithm(config), used, prompts(), mesh or Mesh(0, 1, CPU))
+    used = scorers or load_rewards(config.rewards)
+    return Trainer(config, policy, critic, algorithm_of(config), used, prompts(), mesh or Mesh(0, 1, CPU))
 
 
 def snapshot(trainer: Trainer) -> dict[str, Tensor]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from latentac import diffusion
 from latentac.backbones import to_arrays
 from latentac.config import Policy as PolicySettings
-from latentac.diffusion import DDIM, KERNELS, Kernel
+from latentac.diffusion import Kernel
+from latentac.kernels import KERNELS
 from latentac.types import Conditioning
 
 MEAN, STD = 0.7, 0.6
@@ -125,7 +126,8 @@ def analytic_values(steps: Sequence[AffineStep], reward: Quadratic) -> list[Quad
 
 REWARD = Quadratic(-2.0, 1.0, 0.5)
 STEPS = 8
-NOISY = [DDIM(1.0), *(kernel(0.5) for kernel in KERNELS.values() if kernel.path == "flow")]
+FLOW = [name for name in KERNELS if KERNELS.load(name).path == "flow"]
+NOISY: list[Kernel] = [KERNELS.build("ddim", noise=1.0), *(KERNELS.build(name, noise=0.5) for name in FLOW)]
 
 
 class AnalyticCritic(nn.Module):

@@ -23,7 +23,7 @@ SMALL = [
     "train={num_iterations: 2, images_per_iteration: 4, block_images: 2, updates_per_iteration: 2, num_workers: 1}",
     "evaluation={num_images: 8, num_gallery_prompts: 2, num_diversity_prompts: 2, pictures_per_prompt: 2}",
     "steering.num_images=8",
-    "rewards=[{name: jpeg_compressibility}]",
+    "rewards=[{use: jpeg_compressibility}]",
     "gate={reward: jpeg_compressibility, min_gain: 100.0}",
 ]
 
@@ -42,8 +42,8 @@ def command(folder: Path, *arguments: str) -> list[str]:
         ("policy.learning_rate=1e-4,2e-4", [1e-4, 2e-4]),
         ("policy.learning_rate=[1e-4, 2e-4]", [1e-4, 2e-4]),
         ("policy.adaptation=full,lora", ["full", "lora"]),
-        ("steering.candidates=[[2, 4], [8]]", [[2, 4], [8]]),
-        ("steering.candidates=[2, 4],[8]", [[2, 4], [8]]),
+        ("steering.methods=[[{use: svdd}], [{use: twisted}]]", [[{"use": "svdd"}], [{"use": "twisted"}]]),
+        ("steering.methods=[{use: svdd}],[{use: twisted}]", [[{"use": "svdd"}], [{"use": "twisted"}]]),
         ("train.early_stopping=null,{reward: x}", [None, {"reward": "x"}]),
         ("train.num_iterations=3", [3]),
     ],

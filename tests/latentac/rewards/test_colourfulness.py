@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from latentac.rewards import load_reward
+from latentac.rewards import REWARDS
 
 
 def colourfulness(*pixels):
     """Of a picture with these pixels in equal parts."""
     picture = np.resize(np.array(pixels, np.uint8), (8, 8 * len(pixels), 3))
-    return float(load_reward("colourfulness")(picture[None], ["any"])[0])
+    return float(REWARDS.build("colourfulness")(picture[None], ["any"])[0])
 
 
 def test_grey_has_none():

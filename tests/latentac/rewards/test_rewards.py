@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from latentac.errors import ConfigError, RewardError
-from latentac.rewards import REWARDS, load_reward
+from latentac.rewards import REWARDS
 from latentac.shapes.captions import parse_caption
 from latentac.shapes.scenes import sample_pictures
 
@@ -22,23 +22,26 @@ TOLERANCE = {"shapes_clip": 1e-4, "colourfulness": 1e-4}
 
 
 @pytest.fixture(params=sorted(REWARDS))
-def reward(request):
-    return load_reward(request.param)
+def name(request):
+    return request.param
 
 
-def test_name_is_the_key_and_unit_is_stated(reward):
+@pytest.fixture
+def reward(name):
+    return REWARDS.build(name)
+
+
+def test_its_unit_is_stated(reward):
     """A number without a unit is no result."""
-    assert reward.name in REWARDS
-    assert type(reward) is type(load_reward(reward.name))
     assert len(reward.unit) > 5
 
 
-def test_values_on_fixed_pictures(reward):
+def test_values_on_fixed_pictures(name, reward):
     """Finite float32 [B], the same at every call, and the values stored here."""
     values = reward(IMAGES, PROMPTS)
     assert values.dtype == np.float32
     assert values.shape == (len(IMAGES),)
-    assert values == pytest.approx(STORED[reward.name], abs=TOLERANCE.get(reward.name, 1e-6))
+    assert values == pytest.approx(STORED[name], abs=TOLERANCE.get(name, 1e-6))
     assert (values == reward(IMAGES, PROMPTS)).all()
 
 
@@ -66,31 +69,31 @@ def test_an_empty_batch_has_an_empty_score(reward):
 def test_a_prompt_that_cannot_be_parsed_is_named():
     """RewardError with the prompt, what is wrong with it and what to do."""
     with pytest.raises(RewardError, match="a red dog") as raised:
-        load_reward("shapes_verifier")(IMAGES[:1], ["a red dog"])
+        REWARDS.build("shapes_verifier")(IMAGES[:1], ["a red dog"])
     assert raised.value.remedy
 
 
 def test_pictures_of_another_size_are_refused():
     """The verifier's thresholds are pixels of 32 x 32 pictures."""
     with pytest.raises(RewardError, match="64"):
-        load_reward("shapes_verifier")(np.zeros((1, 64, 64, 3), np.uint8), PROMPTS[:1])
+        REWARDS.build("shapes_verifier")(np.zeros((1, 64, 64, 3), np.uint8), PROMPTS[:1])
 
 
 def test_compressibility_prefers_the_plainer_picture():
     """Higher is better: noise costs more bytes than one colour."""
     noise = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
-    plain, noisy = load_reward("jpeg_compressibility")(np.concatenate([np.zeros_like(noise), noise]), PROMPTS[:2])
+    plain, noisy = REWARDS.build("jpeg_compressibility")(np.concatenate([np.zeros_like(noise), noise]), PROMPTS[:2])
     assert noisy < plain < 0
 
 
 def test_an_out_of_tree_reward_is_loaded_by_its_address():
     """Its "module:Class" needs no registration."""
-    found = load_reward("latentac.rewards.jpeg_compressibility:JpegCompressibility")
-    assert found.name == "jpeg_compressibility"
+    found = REWARDS.build("latentac.rewards.jpeg_compressibility:JpegCompressibility")
+    assert type(found) is type(REWARDS.build("jpeg_compressibility"))
 
 
 @pytest.mark.parametrize("name", ["beauty", "latentac.rewards:Beauty", "no_such_module:Beauty"])
 def test_a_reward_that_does_not_exist_is_refused(name):
     """One ConfigError that quotes the name."""
     with pytest.raises(ConfigError, match=name):
-        load_reward(name)
+        REWARDS.build(name)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from latentac.errors import RewardError
-from latentac.rewards import load_reward
+from latentac.rewards import REWARDS
 from latentac.shapes.captions import CATEGORIES, balanced_prompts, parse_caption
 from latentac.shapes.contrastive import hard_negatives
 from latentac.shapes.scenes import sample_pictures
@@ -20,7 +20,7 @@ PICTURES = sample_pictures(SPECS, np.random.default_rng(11))
 
 @pytest.fixture(scope="module")
 def clip():
-    return load_reward("shapes_clip")
+    return REWARDS.build("shapes_clip")
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
@@ -57,7 +57,7 @@ def test_a_number_does_not_hang_on_the_batch(clip):
 
 def test_threads_share_one_instance():
     """The first calls of many threads load the weights once and all get the same numbers."""
-    clip = load_reward("shapes_clip")
+    clip = REWARDS.build("shapes_clip")
     captions = [spec.caption for spec in SPECS]
     with ThreadPoolExecutor(4) as threads:
         values = list(threads.map(lambda _: clip(PICTURES, captions), range(8)))
@@ -82,7 +82,7 @@ def test_pictures_of_another_size_are_refused(clip):
 def test_it_is_made_without_torch():
     """Steps that only name rewards run in an image without torch."""
     script = (
-        "import sys; from latentac.rewards import load_reward; reward = load_reward('shapes_clip'); reward.known(); "
+        "import sys; from latentac.rewards import REWARDS; reward = REWARDS.build('shapes_clip'); reward.known(); "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

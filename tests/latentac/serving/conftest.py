@@ -7,39 +7,48 @@ import pytest
 import torch
 
 from latentac.backbones import load_backbone
-from latentac.config import Config, resolve
+from latentac.config import Config
 from latentac.critic import Critic
+from latentac.resolution import Resolved, resolve_all
 from latentac.serving.exported import add_base, export
 from latentac.serving.generator import Generator
 from latentac.shapes import builtin_pipeline
+from latentac.steering import STEERING
 
 
 @pytest.fixture(scope="session")
-def config() -> Config:
-    return resolve(
+def resolved() -> Resolved:
+    always = {"start": 0.0, "stop": 1.0}  # costs are told as if every step were steered
+    return resolve_all(
         {
             "recipe": "test",
             "backbone": {"source": "builtin:shapes-unet"},
             "prompts": {"source": "builtin:shapes"},
-            "rewards": [{"name": "shapes_verifier"}, {"name": "jpeg_compressibility", "weight": 0.0}],
-            "steering": {"schedule": {"start": 0.0, "stop": 1.0}},  # costs are told as if every step were steered
+            "rewards": [{"use": "shapes_verifier"}, {"use": "jpeg_compressibility", "weight": 0.0}],
+            "steering": {"methods": [{"use": name, **always} for name in STEERING]},
             "gate": {"reward": "shapes_verifier"},
         }
     )
 
 
 @pytest.fixture(scope="session")
-def exported_folder(tmp_path_factory: pytest.TempPathFactory, config: Config) -> Path:
+def config(resolved: Resolved) -> Config:
+    return resolved.config
+
+
+@pytest.fixture(scope="session")
+def exported_folder(tmp_path_factory: pytest.TempPathFactory, resolved: Resolved) -> Path:
     """Not trained; the heads get random weights, because those of a new critic are zero and steer nothing."""
-    folder = tmp_path_factory.mktemp("exported")
+    folder, config = tmp_path_factory.mktemp("exported"), resolved.config
     shutil.copytree(builtin_pipeline("shapes-unet"), folder, dirs_exist_ok=True)
-    backbone = load_backbone(config.backbone.name, folder, torch.device("cpu"))
+    backbone = load_backbone(config.backbone, folder, torch.device("cpu"))
     torch.manual_seed(0)
     critic = Critic(backbone, config.reward_names, config.critic)
     torch.nn.init.normal_(critic.heads.weight, std=0.5)
     critic.save(folder / "critic")
     add_base(folder, builtin_pipeline("shapes-unet"))
-    export(folder, config, run="some-run", version="some-version", examples=["two red squares"])
+    told = resolved.described()
+    export(folder, config, run="some-run", version="some-version", examples=["two red squares"], extensions=told)
     return folder
 
 

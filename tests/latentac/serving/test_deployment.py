@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from latentac.backbones import load_backbone
+from latentac.config import Extension
 from latentac.critic import Critic
 from latentac.errors import ResourceError, ServingError
 from latentac.serving.deployment import serve_and_check
@@ -43,7 +44,7 @@ def test_a_critic_that_steers_nothing_is_found_out(exported_folder: Path, tmp_pa
     """Untrained heads are zero, so the steered picture is the plain one."""
     folder = tmp_path / "exported"
     shutil.copytree(exported_folder, folder)
-    critic = Critic.load(folder / "critic", load_backbone("unet", folder, torch.device("cpu")))
+    critic = Critic.load(folder / "critic", load_backbone(Extension(use="unet"), folder, torch.device("cpu")))
     torch.nn.init.zeros_(critic.heads.weight)
     critic.save(folder / "critic")
     with pytest.raises(ServingError, match="the steered picture is the unsteered one"):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from latentac.errors import ConfigError, ServingError
 from latentac.serving.exported import FILE, image_size
 from latentac.serving.generator import Generator
-from latentac.serving.request import METHODS, parse_one
+from latentac.serving.request import parse_one
+from latentac.steering import STEERING
 
 PROMPT = "two red squares"
 
@@ -41,7 +42,7 @@ def test_shapes_units_and_cost(generator: Generator) -> None:
     assert pictures.images.dtype == np.uint8
     assert pictures.values.shape == (2, 10, 2)
     assert pictures.reward_names == ("shapes_verifier", "jpeg_compressibility")
-    assert pictures.weights == {"shapes_verifier": generator.exported.steering.strengths.value_gradient}
+    assert pictures.weights == {"shapes_verifier": 20.0}
     assert pictures.nfe == 30
     assert generator.generate(PROMPT, method="none").nfe == 10
     assert generator.generate(PROMPT, method="best_of_n", particles=3, num_steps=4).nfe == 12
@@ -85,7 +86,7 @@ def test_best_of_n_keeps_the_candidate_that_the_critic_prefers(generator: Genera
     assert best.mean() > plain.mean()
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "none"])
+@pytest.mark.parametrize("method", list(STEERING))
 def test_each_method_gives_the_same_bytes_again_and_a_higher_value(generator: Generator, method: str) -> None:
     """With four candidates, those that are resampled included, on any number of cores; the critic's last value is above
     that of plain pictures in the mean."""
@@ -123,7 +124,7 @@ def test_guidance_changes_the_picture_and_doubles_its_cost(generator: Generator)
     assert plain.images.tobytes() != guided.images.tobytes()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*STEERING, "none"])
 def test_a_picture_is_the_same_in_any_batch(generator: Generator, method: str) -> None:
     """Bit for bit: alone, or beside pictures of other prompts, seeds and weights, at any place."""
     weights = {} if method == "none" else {"shapes_verifier": 3.0}
@@ -172,9 +173,9 @@ def test_a_folder_that_is_not_whole_is_told(exported_folder: Path, tmp_path: Pat
         (damaged / FILE).write_text(json.dumps(content | change))
 
     write({"schema": 1})
-    with pytest.raises(ServingError, match=r"latentac\.json: is not valid \(schema: Input should be 2\)"):
+    with pytest.raises(ServingError, match=r"latentac\.json: is not valid \(schema: Input should be 3\)"):
         Generator(damaged, cpu)
-    write({"rewards": [{"name": "shapes_verifier"}]})
+    write({"rewards": [{"name": "shapes_verifier", "weight": 1.0, "unit": ""}]})
     with pytest.raises(ServingError, match="the critic's heads"):
         Generator(damaged, cpu)
     write({})

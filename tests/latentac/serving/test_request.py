@@ -5,22 +5,28 @@ from typing import Any
 
 import pytest
 
-from latentac.config import Config, Kernel, Reward, Schedule, Strengths
+from latentac.config import Config, Extension, Kernel, Named
 from latentac.errors import ConfigError
-from latentac.serving.exported import Batching, DefaultSteering, Exported, Limits
+from latentac.serving.exported import Batching, Exported, Head, Limits, Method
 from latentac.serving.request import Request, decoded, parse, parse_images, parse_one
+
+
+def method(name: str, strength: float) -> Method:
+    """A row of the steering table, as a model offers it."""
+    return Method(extension=Named(use=name), summary="", needs_gradient=False, strength=strength, particles=4)
+
 
 EXPORTED = Exported(
     version="v",
     run="r",
-    backbone="unet",
+    backbone=Extension(use="unet"),
     kernel=Kernel(),
     size=(32, 32),
     policies=["trained"],
-    rewards=[Reward(name="shapes_verifier"), Reward(name="jpeg_compressibility")],
-    units={},
+    rewards=[Head(name=name, weight=1.0, unit="") for name in ("shapes_verifier", "jpeg_compressibility")],
     examples=[],
-    steering=DefaultSteering(strengths=Strengths(best_of_n=2.0, resampling=20.0), schedule=Schedule()),
+    methods={"best_of_n": method("best_of_n", 2.0), "resampling": method("resampling", 20.0)},
+    default_method="resampling",
     limits=Limits(max_images=8, max_prompt_characters=100),
     batching=Batching(),
 )
@@ -144,6 +150,6 @@ def test_an_error_is_never_much_larger_than_a_line() -> None:
 
 def test_the_default_weights_follow_the_rewards(config: Config) -> None:
     """The trained reward's head at its method's strength, a watched one's at 0."""
-    rewards = [Reward(name="a", weight=0.5), Reward(name="b", weight=0.0)]
+    rewards = [Head(name="a", weight=0.5, unit=""), Head(name="b", weight=0.0, unit="")]
     assert EXPORTED.model_copy(update={"rewards": rewards}).default_weights("best_of_n") == {"a": 1.0, "b": 0.0}
     assert EXPORTED.default_weights("resampling")["shapes_verifier"] == 20.0

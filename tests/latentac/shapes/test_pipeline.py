@@ -10,8 +10,10 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from latentac.backbones import load_backbone
-from latentac.diffusion import DDIM, Kernel
+from latentac.config import Extension
+from latentac.diffusion import Kernel
 from latentac.errors import ConfigError
+from latentac.kernels import KERNELS
 from latentac.policy import Policy
 from latentac.rollout import rollout
 from latentac.shapes import PIPELINES, builtin_pipeline
@@ -25,7 +27,7 @@ from latentac.shapes.verifier import verify
 # What the library wants to be told: which parts are missing on purpose, and how the pipeline samples.
 LOADING = {"shapes-unet": {}, "shapes-dit": {"text_encoder_3": None, "tokenizer_3": None}}
 SAMPLING: dict[str, dict[str, float]] = {"shapes-unet": {"eta": 1.0}, "shapes-dit": {"max_sequence_length": 0}}
-KERNELS: dict[str, Kernel] = {"shapes-unet": DDIM(1.0), "shapes-dit": KERNEL}
+SAMPLED: dict[str, Kernel] = {"shapes-unet": KERNELS.build("ddim", noise=1.0), "shapes-dit": KERNEL}
 
 
 @pytest.fixture(scope="module", params=sorted(PIPELINES))
@@ -76,10 +78,10 @@ def test_diffusers_loads_it_and_makes_pictures(name, pipeline, caplog):
 def test_it_does_what_it_is_asked_sometimes(name, folder):
     """Good enough to learn from, bad enough to learn: the exact share is in the provenance, this is a small sample of
     the library's own rollouts."""
-    backbone = load_backbone(name.removeprefix("shapes-"), folder, torch.device("cpu"))
+    backbone = load_backbone(Extension(use=name.removeprefix("shapes-")), folder, torch.device("cpu"))
     texts = [prompt.text for prompt in balanced_prompts("held_out", 128, seed=1)]
     noise = torch.randn(128, 11, *backbone.latent_shape, generator=torch.Generator().manual_seed(1))
-    clean = rollout(Policy(backbone, KERNELS[name]), None, texts, backbone.encode(texts), noise).clean
+    clean = rollout(Policy(backbone, SAMPLED[name]), None, texts, backbone.encode(texts), noise).clean
     accepted = verify(backbone.decode(clean), [parse_caption(text) for text in texts])
     assert 0.25 <= accepted.mean() <= 0.65
 

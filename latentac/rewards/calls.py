@@ -1,0 +1,49 @@
+"""Calls of rewards in flight, written to files: whose call it was, if it ends the whole process.
+
+A crash in native code and `os._exit` leave no exception. So each call leaves a file for as long as it lasts, and
+whoever watches the process reads the files of one that is gone.
+"""
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from latentac.errors import RewardError
+
+FOLDER = "LATENTAC_REWARD_CALLS"
+"""Environment variable: the folder of the files. Without it no file is written."""
+
+
+@contextlib.contextmanager
+def in_flight(reward: str, prompts: Sequence[str]) -> Iterator[None]:
+    """While the body runs, a file says that `reward` is scoring pictures of `prompts`."""
+    folder = os.environ.get(FOLDER)
+    if not folder:
+        yield
+        return
+    file = Path(folder) / f"{os.getpid()}-{threading.get_native_id()}.json"
+    with contextlib.suppress(OSError):  # a full disk is reported by whoever writes something that matters
+        file.write_text(json.dumps({"reward": reward, "prompt": prompts[0] if prompts else "", "count": len(prompts)}))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+
+
+def crash_in_call(folder: Path, ending: str, pid: int | None = None) -> RewardError | None:
+    """The error to report for a process that is gone, if it ended while it called a reward.
+
+    ending: how it ended, for the message; pid: of that process, or None for whichever has left a file in `folder`.
+    """
+    for file in sorted(folder.glob(f"{'*' if pid is None else pid}-*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            call = json.loads(file.read_text())
+            more = f" and {call['count'] - 1} more" if call["count"] > 1 else ""
+            remedy = "Correct the reward, or run it behind a service that may fail by itself"
+            where = f"reward {call['reward']}, prompt {call['prompt']!r}{more}"
+            return RewardError(where, f"the process that called it {ending}", remedy)
+    return None

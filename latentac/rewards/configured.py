@@ -1,0 +1,179 @@
+"""A reward as the configuration has it: with its name and weight, and with every failure reported as its own."""
+
+import inspect
+import logging
+import random
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from latentac.config import Reward as RewardSettings
+from latentac.errors import LatentacError, RewardError
+from latentac.prompts import Prompt
+from latentac.rewards import REWARDS
+from latentac.rewards.calls import in_flight
+
+_FIRST_WAIT = 1.0
+_LONGEST_WAIT = 30.0
+_REMEDY = "Correct the reward, or take it out of `rewards`. What the run has done so far is kept"
+_log = logging.getLogger(__name__)
+
+
+class _Left(Exception):
+    """A reward raised what is not for it to raise, such as SystemExit."""
+
+
+class ConfiguredReward:
+    """name, weight: the configuration's; unit: the class's, or "". Calls may come from any thread."""
+
+    def __init__(self, settings: RewardSettings, reward: Any) -> None:
+        self.name, self.weight, self.reward = settings.name, settings.weight, reward
+        self.unit = str(getattr(reward, "unit", ""))
+        self._timeout, self._retries = settings.timeout_seconds, settings.retries
+        self._transient = tuple(getattr(reward, "transient_errors", ()))
+        self._takes_metadata = "metadata" in _parameters(reward)
+
+    def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
+        """float32 [B] for `images`, uint8 [B, H, W, 3], of `prompts`. Raises RewardError for whatever goes wrong."""
+        if not prompts:
+            return np.zeros(0, np.float32)
+        try:
+            return self._attempts(images, prompts)
+        except RewardError:
+            raise
+        except Exception as error:
+            culprit = self._culprit(images, prompts, error)
+            raise self._failed(culprit, _told(error)) from error
+
+    def known(self) -> tuple[np.ndarray, list[str], np.ndarray] | None:
+        """The class's known pictures, or None if it has none. Raises RewardError."""
+        if not hasattr(self.reward, "known"):
+            return None
+        try:
+            images, prompts, answers = self.reward.known()
+            return np.asarray(images), [str(prompt) for prompt in prompts], np.asarray(answers, np.float32).reshape(-1)
+        except Exception as error:
+            raise RewardError(f"reward {self.name}", f"known() failed: {_told(error)}", _REMEDY) from error
+
+    def _attempts(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
+        """The rewards, after as many attempts as transient errors need. Raises what the last attempt raised."""
+        for attempt in range(self._retries + 1):
+            try:
+                return self._checked(self._within_time(images, prompts), prompts)
+            except Exception as error:
+                if attempt == self._retries or not _is_transient(error, self._transient):
+                    raise
+                wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0)
+                _log.warning("reward %s: %s; next attempt in %.1f s", self.name, _told(error), wait)
+                time.sleep(wait)
+        raise AssertionError("the loop returns or raises")
+
+    def _within_time(self, images: np.ndarray, prompts: Sequence[Prompt]) -> Any:
+        """What the reward returns. It is called in a thread of its own, which is abandoned when its time is over."""
+        found: list[Any] = []
+        failed: list[BaseException] = []
+        pictures = images.view()
+        pictures.flags.writeable = False
+        texts = [prompt.text for prompt in prompts]
+        more = {"metadata": [prompt.metadata for prompt in prompts]} if self._takes_metadata else {}
+
+        def call() -> None:
+            try:
+                with in_flight(self.name, texts):
+                    found.append(self.reward(pictures, texts, **more))
+            except BaseException as error:  # noqa: BLE001 - SystemExit of a reward is its failure too
+                failed.append(error)
+
+        thread = threading.Thread(target=call, name=f"reward {self.name}", daemon=True)
+        thread.start()
+        thread.join(self._timeout)
+        if thread.is_alive():
+            problem = f"did not answer within {self._timeout:g} s (rewards.{self.name}.timeout_seconds)"
+            raise self._failed(prompts, problem)
+        if failed and isinstance(failed[0], RewardError):  # the class knows what was wrong, and not its own name
+            told = failed[0]
+            where = told.where if told.where.startswith("prompt") else f"prompt {texts[0]!r}, {told.where}"
+            raise RewardError(f"reward {self.name}, {where}", told.problem, told.remedy)
+        if failed:
+            raise failed[0] if isinstance(failed[0], Exception) else _Left(_told(failed[0]))
+        return found[0]
+
+    def _checked(self, answer: Any, prompts: Sequence[Prompt]) -> np.ndarray:
+        """`answer` as float32 [B]. Raises RewardError for another shape or type, and for NaN and infinity."""
+        if hasattr(answer, "detach"):  # a tensor of torch, on any device, in any dtype
+            answer = answer.detach().cpu()
+            answer = answer.float() if answer.is_floating_point() else answer
+        try:
+            column = np.asarray(answer)
+        except ValueError as error:
+            raise self._failed(prompts, f"returned no array: {error}") from None
+        if column.shape not in ((len(prompts),), (len(prompts), 1)):
+            problem = f"returned shape {list(column.shape)} for {len(prompts)} pictures, not [{len(prompts)}]"
+            raise self._failed(prompts, problem)
+        if column.dtype.kind not in "fiub":
+            raise self._failed(prompts, f"returned values of type {column.dtype}, not numbers")
+        with np.errstate(over="ignore"):
+            column = column.reshape(-1).astype(np.float32)
+        bad = np.flatnonzero(~np.isfinite(column))
+        if len(bad):
+            problem = f"returned {column[bad[0]]} ({len(bad)} of {len(column)} pictures)"
+            raise self._failed([prompts[int(index)] for index in bad], problem)
+        return column
+
+    def _culprit(self, images: np.ndarray, prompts: Sequence[Prompt], error: BaseException) -> Sequence[Prompt]:
+        """The first prompt on which the same kind of error comes back alone; all of them if it does on none."""
+        until = time.monotonic() + self._timeout
+        for index in range(len(prompts)) if len(prompts) > 1 else ():
+            if time.monotonic() > until:
+                break
+            one = slice(index, index + 1)
+            try:
+                self._within_time(images[one], prompts[one])
+            except Exception as found:  # noqa: BLE001 - of the same kind, or another one: the first is reported
+                if type(found) is type(error):
+                    return prompts[one]
+        return prompts
+
+    def _failed(self, prompts: Sequence[Prompt], problem: str) -> RewardError:
+        more = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
+        return RewardError(f"reward {self.name}, prompt {prompts[0].text!r}{more}", problem, _REMEDY)
+
+
+def load_rewards(settings: Iterable[RewardSettings]) -> list[ConfiguredReward]:
+    """The configured rewards, in order. Raises ConfigError for a name or a setting, RewardError for a constructor."""
+    found = []
+    for index, one in enumerate(settings):
+        try:
+            found.append(ConfiguredReward(one, REWARDS.make(one, path=f"rewards.{index}")))
+        except LatentacError:
+            raise
+        except Exception as error:
+            raise RewardError(f"reward {one.name}", f"cannot be built: {_told(error)}", _REMEDY) from error
+    return found
+
+
+def _is_transient(error: BaseException, transient: Sequence[Any]) -> bool:
+    kinds = tuple(kind for kind in transient if isinstance(kind, type))
+    statuses = {status for status in transient if isinstance(status, int)}
+    if isinstance(error, kinds):
+        return True
+    holders = (error, getattr(error, "response", None))
+    found = {getattr(holder, name, None) for holder in holders for name in ("status", "status_code", "code")}
+    return bool(statuses & {status for status in found if isinstance(status, int)})
+
+
+def _parameters(reward: Any) -> Mapping[str, Any]:
+    try:
+        return inspect.signature(reward).parameters
+    except (TypeError, ValueError):  # a callable of C has none
+        return {}
+
+
+def _told(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:500]
+    if isinstance(error, _Left):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
