@@ -149,12 +149,12 @@ class _Bar:
     def __init__(self, total: int | None, description: str, unit: str, file: TextIO, done: int = 0) -> None:
         from tqdm import tqdm  # only here: the plain form must not cost the import
 
-        class Bar(tqdm):  # type: ignore[type-arg] - it is iterated over nowhere
+        class Bar(tqdm):  # type: ignore[type-arg]
             """tqdm with our rate: its own says `s/ iterations`."""
 
             @property
             def format_dict(self) -> dict[str, Any]:
-                found: dict[str, Any] = super().format_dict
+                found = dict(super().format_dict)
                 # The average over all that this process did; tqdm's moving one jumps where parts differ in cost.
                 worked, seconds = found["n"] - found["initial"], found["elapsed"]
                 found["rate"] = worked / seconds if worked > 0 and seconds > 0 else None

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from latentac.errors import ArtifactNotFound, IntegrityError
-from latentac.report import gate_reasons, numbers, step_page, write_report
+from latentac.report import gate_reasons, next_commands, numbers, step_page, write_report
 from latentac.store import open_store
 from tests.latentac.published import (
     EVALUATION,
@@ -400,6 +400,19 @@ def test_the_way_to_serve_names_what_is_not_default(complete: tuple[str, dict[st
     """`make serve` as printed finds the run again, wherever it was written."""
     text, _ = complete
     assert f"make serve RUN=run-1 OUTPUT={folder}/runs</pre>" in text
+
+
+def test_tensorboard_and_the_comparison_are_named_as_they_are_typed(tmp_path: Path) -> None:
+    """In the report and in what the terminal tells: with the folder, and with a store that is not the folder's own."""
+    page, _ = make(tmp_path, "train")
+    assert f"tensorboard --logdir {tmp_path}/runs/run-1/tensorboard" in page
+    assert f"latentac compare run-1 ANOTHER-RUN --output {tmp_path}/runs</pre>" in page
+    commands = next_commands("run-1", "s3://bucket/prefix", "runs")
+    assert commands == {
+        "serve": "make serve RUN=run-1 STORE=s3://bucket/prefix",
+        "tensorboard": "tensorboard --logdir runs/run-1/tensorboard",
+        "compare": "latentac compare run-1 ANOTHER-RUN --store s3://bucket/prefix",
+    }
 
 
 def test_a_run_without_artifacts_is_refused(tmp_path: Path) -> None:

@@ -125,6 +125,7 @@ def test_run_ends_by_telling_where_to_look(reference: tuple[str, Path, str]) -> 
     for line in (f"report   {output / run / 'report.html'}", f"summary  {output / run / 'summary.json'}"):
         assert line in text
     assert f"serve    make serve RUN={run}" in text
+    assert f"curves   tensorboard --logdir {output / run / 'tensorboard'}" in text
     assert "KFP" not in text
     assert "Traceback" not in text
 
