@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 # matplotlib draws in stand-in colours, which then become the page's CSS variables of these names.
@@ -90,7 +91,7 @@ def draw_comparison(comparison: Row) -> dict[str, str]:
         ("explained_variance", "Explained variance, mean over steps", "share"),
     ):
         if any(row[name] is not None for _, rows in runs for row in rows):
-            charts[name] = _lines(name, title, images, unit, series, runs, lambda row, name=name: row[name])
+            charts[name] = _lines(name, title, images, unit, series, runs, itemgetter(name))
     critics = [
         (place, [{"images": step, "value": share} for step, share in enumerate(each["critic"], 1)])
         for place, each in enumerate(series)
@@ -98,7 +99,7 @@ def draw_comparison(comparison: Row) -> dict[str, str]:
     ]
     if critics:
         title, x = "Explained variance after training", "denoising step, from noise to picture"
-        charts["critic"] = _lines("critic", title, x, "share", series, critics, lambda row: row["value"])
+        charts["critic"] = _lines("critic", title, x, "share", series, critics, itemgetter("value"))
     return charts
 
 
@@ -114,7 +115,8 @@ def _lines(
 ) -> str:
     """A line a run of (place of its series, rows) with its letter; held_out: marks where the lines of a series end."""
     with _axes(f"compare-{name}", title, x, y) as (axes, svg):
-        words, alone = [], Counter(place for place, _ in runs)
+        alone = Counter(place for place, _ in runs)
+        words: list[tuple[float, float, str, str]] = []
         for place, rows in runs:
             colour, dash = f"series-{place % 6 + 1}", _DASHES[place % len(_DASHES)]
             points = [(row["images"], value(row)) for row in rows]
@@ -122,9 +124,9 @@ def _lines(
             if ends and all(label[2] != series[place]["letter"] for label in words):
                 words.append((*ends[0][:2], series[place]["letter"], colour))
         for place, figures in enumerate(held_out):
-            ends = [rows[-1]["images"] for at, rows in runs if at == place]
-            if figures["trained"] is not None and ends:
-                _mark(axes, max(ends), figures["trained"], f"series-{place % 6 + 1}")
+            last = [rows[-1]["images"] for at, rows in runs if at == place]
+            if figures["trained"] is not None and last:
+                _mark(axes, max(last), figures["trained"], f"series-{place % 6 + 1}")
         axes.margins(y=0.12)
         _beside(axes, words)
     return svg.getvalue()

@@ -208,26 +208,26 @@ def _difference(group: Sequence[Read], reference: Sequence[Read], reward: str) -
     return {**over_seeds(pairs), "how": "seed by seed"} if pairs else None
 
 
-def _of_pictures(run: Read, reference: Read, reward: str) -> Summary:
-    own, other = read_scores(run.files), read_scores(reference.files)
-    if own is None or other is None:  # an earlier version published means alone
-        first, second = run.figure(reward, "trained"), reference.figure(reward, "trained")
-        assert first is not None  # noqa: S101 - the caller looked
-        assert second is not None  # noqa: S101 - the caller looked
-        mean = first["mean"] - second["mean"]
-        errors = [(row["high"] - row["low"]) / (2 * _UNPAIRED) for row in (first, second) if row["low"] is not None]
-        half = _UNPAIRED * sum(error**2 for error in errors) ** 0.5
-        return {
-            "mean": mean,
-            "low": mean - half,
-            "high": mean + half,
-            "n": min(first["n"], second["n"]),
-            "how": "unpaired",
-        }
-    first, second = (np.array(scores["rewards"]["trained"][reward]) for scores in (own, other))
+def _of_pictures(run: Read, reference: Read, reward: str) -> Summary | None:
+    scores = [read_scores(each.files) for each in (run, reference)]
+    if None in scores:  # an earlier version published means alone
+        return _of_intervals(run.figure(reward, "trained"), reference.figure(reward, "trained"))
+    own, other = (each for each in scores if each is not None)
+    first, second = (np.array(each["rewards"]["trained"][reward]) for each in (own, other))
     if own["prompts"] == other["prompts"] and own["noise"] == other["noise"]:
         return {**interval(first - second, *_RESAMPLING), "how": "paired"}
     return {**difference(first, second, *_RESAMPLING), "how": "unpaired"}
+
+
+def _of_intervals(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> Summary | None:
+    """The difference of two independent means of which only the intervals are known."""
+    if first is None or second is None:
+        return None
+    mean = first["mean"] - second["mean"]
+    errors = [(row["high"] - row["low"]) / (2 * _UNPAIRED) for row in (first, second) if row["low"] is not None]
+    half = _UNPAIRED * sum(error**2 for error in errors) ** 0.5
+    number = min(first["n"], second["n"])
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": number, "how": "unpaired"}
 
 
 def _obstacle(run: Read, reference: Read, reward: str) -> str:

@@ -149,7 +149,7 @@ class _Bar:
     def __init__(self, total: int | None, description: str, unit: str, file: TextIO, done: int = 0) -> None:
         from tqdm import tqdm  # only here: the plain form must not cost the import
 
-        class Bar(tqdm):  # type: ignore[type-arg]
+        class Bar(tqdm):
             """tqdm with our rate: its own says `s/ iterations`."""
 
             @property

@@ -335,14 +335,14 @@ def _write_finish(run: str, store: str, output: str, folder: Path) -> None:
 def _track(space: Workspace, scalars: Mapping[str, float]) -> None:
     """The numbers of the evaluation, to where those of the training are, at the last iteration."""
     from latentac.hyperparameters import hyperparameters
-    from latentac.tracking import make_trackers, tracking
+    from latentac.tracking import Tracker, make_trackers, tracking
     from latentac.tracking.tensorboard import TensorBoard, all_but_evaluation
 
     folder, copies = space.folder / "tensorboard", f"tensorboard/{space.run}"
     if not folder.exists():  # another machine has trained
         space.store.read_files(copies, folder)
     board = TensorBoard(folder, all_but_evaluation)
-    trackers = [board, *make_trackers(space.config, space.folder)]
+    trackers: list[Tracker] = [board, *make_trackers(space.config, space.folder)]
     iteration = int(space.store.manifest(f"{space.run}/train").metrics["iterations"])
     with tracking(trackers, space.run, hyperparameters(space.config)):
         for tracker in trackers:

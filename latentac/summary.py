@@ -96,7 +96,7 @@ def summarise(run: str, files: Files, timings: Mapping[str, Any]) -> Summary:
 def _steered(rows: Sequence[Mapping[str, Any]], reward: str) -> Summary | None:
     """The arm that the gallery shows and the endpoint uses by default."""
     best = best_steered(rows, reward)
-    return best and {name: best[name] for name in ("method", "strength", "candidates")}
+    return None if best is None else {name: best[name] for name in ("method", "strength", "candidates")}
 
 
 def _gallery(files: Files, reward: str) -> Summary | None:

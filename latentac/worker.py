@@ -38,7 +38,7 @@ from latentac.trainer import Trainer
 from latentac.workspace import Workspace, open_run
 
 if TYPE_CHECKING:
-    from latentac.tracking import Background
+    from latentac.tracking import Background, Tracker
 
 STOPPED = 143
 """Exit code of a worker that was asked to end and wrote its checkpoint first; the agent starts it anew or ends too."""
@@ -175,11 +175,11 @@ class Log:
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """One iteration's entry of the history."""
-        for tracker in (self._board, *self._trackers):
+        for tracker in self._everywhere():
             tracker.log(entry["iteration"], of_iteration(entry))
 
     def write_picture(self, picture: np.ndarray, iteration: int) -> None:
-        for tracker in (self._board, *self._trackers):
+        for tracker in self._everywhere():
             tracker.image("rollouts", iteration, picture)
 
     def publish(self) -> None:
@@ -191,6 +191,9 @@ class Log:
         """Training went back to a checkpoint: what it will do again is taken out."""
         self._board.finish()
         self._open_board(trainer)
+
+    def _everywhere(self) -> "list[Tracker]":
+        return [self._board, *self._trackers]
 
     def _open_board(self, trainer: Trainer) -> None:
         from latentac.tracking.tensorboard import TensorBoard, until

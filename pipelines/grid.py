@@ -49,13 +49,14 @@ class Sweep:
         part.replace(folder / _FILE)
 
     def check(self) -> None:
-        """Raises ConfigError with what is wrong with any member, before one is started."""
-        from latentac.run import resolve_recipe
+        """Raises ConfigError with what is wrong with any point, before a member is started."""
+        from latentac.resolution import resolve_all
+        from latentac.run import recipe_fields
 
         problems: dict[tuple[str, str], Problem] = {}
-        for member in self.members:
+        for member in {member.point: member for member in self.members}.values():
             try:
-                resolve_recipe(self.recipe, self.config, [*self.overrides, *member.overrides])
+                resolve_all(recipe_fields(self.recipe, self.config, [*self.overrides, *member.overrides]))
             except ConfigError as error:
                 problems |= {(problem.path, str(problem.value)): problem for problem in error.problems}
         if problems:

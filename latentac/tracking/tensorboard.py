@@ -53,7 +53,7 @@ class TensorBoard:
         if self.rewritten:
             for event, _ in kept:
                 if event.summary.value:
-                    self._writer.file_writer.add_event(event, event.step, event.wall_time)
+                    self._file_writer().add_event(event, event.step, event.wall_time)
             self.flush()
             for path in old:
                 path.unlink()
@@ -73,13 +73,16 @@ class TensorBoard:
         """Everything written so far is in the files."""
         self._writer.flush()
 
+    def _file_writer(self) -> Any:
+        return self._writer.file_writer  # torch says None for the time before it is opened
+
     def finish(self) -> None:
         """With the results of an evaluation go the settings that they were got with, for the tab HPARAMS."""
         if self._results:
             from torch.utils.tensorboard.summary import hparams
 
             for summary in hparams(self._settings, self._results):
-                self._writer.file_writer.add_summary(summary)
+                self._file_writer().add_summary(summary)
         self._writer.close()
 
 

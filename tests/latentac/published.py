@@ -60,7 +60,7 @@ def interval(mean: float, half: float, n: int = 1024, name: str = "mean") -> dic
     return {name: mean, "low": mean - half, "high": mean + half, "n": n}
 
 
-EVALUATION = {
+EVALUATION: dict[str, Any] = {
     "base": {"shapes_verifier": interval(0.3906, 0.0299), "jpeg_compressibility": interval(-1.0932, 0.0081)},
     "trained": {"shapes_verifier": interval(0.6123, 0.0301), "jpeg_compressibility": interval(-1.1217, 0.0078)},
     "difference": {"shapes_verifier": interval(0.2217, 0.0369), "jpeg_compressibility": interval(-0.0285, 0.0064)},

@@ -230,7 +230,7 @@ def test_mlflow_gets_a_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real wandb: id, configuration, history and results are in its file, for `wandb sync`; nothing is asked."""
     pytest.importorskip("wandb")
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2
     from wandb.sdk.internal.datastore import DataStore
 
     monkeypatch.setenv("WANDB_API_KEY", "")
@@ -249,7 +249,7 @@ def test_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     store.open_for_scan(str(file))
     records = []
     while (data := store.scan_data()) is not None:
-        record = Record()
+        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
         record.ParseFromString(data)
         records.append(record)
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
