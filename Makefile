@@ -29,11 +29,14 @@ CHECKED := $(wildcard latentac components pipelines tests helm)
 LOCK := compile -q --universal --fork-strategy fewest --generate-hashes --python-version 3.11 \
 	--no-emit-index-url --no-emit-find-links --no-header
 
-RUN_OPTIONS = $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(SEED),--seed '$(SEED)') $(if $(CONFIG),--config '$(CONFIG)') \
-	$(foreach assignment,$(SET),--set '$(assignment)') \
-	$(if $(OUTPUT),--output '$(OUTPUT)') $(if $(STORE),--store '$(STORE)') $(if $(RESUME),--resume '$(RESUME)')
-EVIDENCE_OPTIONS = $(if $(ONLY),--only '$(ONLY)') $(if $(RECIPE),--recipe '$(RECIPE)') \
-	$(if $(MINUTES),--budget-minutes '$(MINUTES)') $(if $(WORKERS),--workers '$(WORKERS)') $(if $(ANEW),--anew)
+# `--name value` where VARIABLE says something. Make hands what it was called with to the shell as environment, so the
+# value comes whole, with its spaces and quotes; SET is taken apart by latentac.fields.split.
+option = $(if $($(1)),--$(2) "$$$(1)")
+PLACE_OPTIONS = $(call option,OUTPUT,output) $(call option,STORE,store)
+RUN_OPTIONS = $(call option,RECIPE,recipe) $(call option,SEED,seed) $(call option,CONFIG,config) $(call option,SET,set) \
+	$(PLACE_OPTIONS) $(call option,RESUME,resume)
+EVIDENCE_OPTIONS = $(call option,ONLY,only) $(call option,RECIPE,recipe) $(call option,MINUTES,budget-minutes) \
+	$(call option,WORKERS,workers) $(if $(ANEW),--anew)
 
 .PHONY: help install run run-containers serve test test-fast lint format compile minio images sbom chart
 .PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering bench-serving fuzz lock clean
@@ -48,7 +51,7 @@ $(STAMP): requirements/dev.lock requirements/runtime.in requirements/installer.l
 	touch $@
 
 run: install ## the whole pipeline: train, evaluate, steer, gate, serve
-#: RECIPE=shapes-unet SEED=0 SET="train.num_iterations=8 ..." CONFIG=file.yaml OUTPUT=runs STORE=file://... RESUME=<run>
+#: RECIPE=shapes-unet SEED=0 SET="train.num_iterations=8 rewards=[{name: ...}]" CONFIG=file.yaml OUTPUT=runs STORE=file://... RESUME=<run>
 	@LATENTAC_OWNERS=$$PPID $(PY) -m pipelines run $(RUN_OPTIONS)
 
 run-containers: install ## the same with each step in its image, artifacts in a MinIO (make images builds them)
@@ -57,11 +60,10 @@ run-containers: install ## the same with each step in its image, artifacts in a 
 
 serve: install ## serve what a run deployed, until Ctrl-C; without RUN the newest
 #: RUN=<run> PORT=8080 OUTPUT=runs STORE=file://...
-	@run='$(RUN)'
-	[[ -n $$run ]] || run=$$(ls -t $(or $(OUTPUT),runs)/*/summary.json 2>/dev/null | head -n 1 | xargs -r dirname | xargs -r basename || true)
-	[[ -n $$run ]] || { echo "make serve: no finished run in $(or $(OUTPUT),runs)/. Do 'make run' first, or name one: make serve RUN=<run>" >&2; exit 2; }
-	$(VENV)/bin/latentac serve --run "$$run" $(if $(PORT),--port '$(PORT)') \
-		$(if $(OUTPUT),--output '$(OUTPUT)') $(if $(STORE),--store '$(STORE)')
+	@run=$${RUN:-} output=$${OUTPUT:-runs}
+	[[ -n $$run ]] || run=$$(ls -t "$$output"/*/summary.json 2>/dev/null | head -n 1 | sed 's,/summary.json$$,,; s,.*/,,' || true)
+	[[ -n $$run ]] || { echo "make serve: no finished run in $$output/. Do 'make run' first, or name one: make serve RUN=<run>" >&2; exit 2; }
+	$(VENV)/bin/latentac serve --run "$$run" $(call option,PORT,port) $(PLACE_OPTIONS)
 
 test: install minio ## every test (15 minutes on two cores)
 #: TEST_WORKERS=2 ARGS="-k ratio"
@@ -94,11 +96,11 @@ minio: install ## a MinIO server for the tests: MINIO_BIN, or the one on PATH, o
 
 images: install ## build the images with docker; without a registry the base is made here (root, debootstrap)
 #: IMAGES="train serve" BASE=<image with Python> PREFIX=latentac TAG=dev TORCH_BACKEND=cpu TORCH_IMAGE=<image>
-	@$(PY) -m images.build $(IMAGES) $(if $(BASE),--base '$(BASE)') $(if $(PREFIX),--prefix '$(PREFIX)') $(if $(TAG),--tag '$(TAG)')
+	@$(PY) -m images.build $(IMAGES) $(call option,BASE,base) $(call option,PREFIX,prefix) $(call option,TAG,tag)
 
 sbom: install ## a CycloneDX bill of materials of each image, in build/sbom/
 #: IMAGES="train serve" PREFIX=latentac TAG=dev
-	@$(PY) -m images.sbom $(IMAGES) $(if $(PREFIX),--prefix '$(PREFIX)') $(if $(TAG),--tag '$(TAG)')
+	@$(PY) -m images.sbom $(IMAGES) $(call option,PREFIX,prefix) $(call option,TAG,tag)
 
 chart: install ## write the chart's README from its template and values, and say what changed
 	@$(PY) helm/readme.py
@@ -135,16 +137,15 @@ evidence-quick: install ## a small version in 20 minutes on two cores, into buil
 
 bench-critic: install ## what the critic costs: iterations of DDPO and of ours in turns, in one process
 #: RECIPE=shapes-unet PAIRS=12
-	@$(PARALLEL) $(PY) -m tests.bench.critic_cost $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(PAIRS),--pairs '$(PAIRS)')
+	@$(PARALLEL) $(PY) -m tests.bench.critic_cost $(call option,RECIPE,recipe) $(call option,PAIRS,pairs)
 
 bench-steering: install ## reward against evaluations of every way to steer, and what a particle and a gradient cost
 #: RECIPE=shapes-unet RUN=runs/<run that has trained; else it trains> PROMPTS=384; goes on where it was stopped
-	@$(PARALLEL) $(PY) -m tests.bench.steering $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(RUN),--run '$(RUN)') \
-		$(if $(PROMPTS),--prompts '$(PROMPTS)')
+	@$(PARALLEL) $(PY) -m tests.bench.steering $(call option,RECIPE,recipe) $(call option,RUN,run) $(call option,PROMPTS,prompts)
 
 bench-serving: install ## the endpoint: batching against one by one, the way through HTTP, probes under load
 #: RECIPE=shapes-unet ROUNDS=6
-	@$(PARALLEL) $(PY) -m tests.bench.serving $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(ROUNDS),--rounds '$(ROUNDS)')
+	@$(PARALLEL) $(PY) -m tests.bench.serving $(call option,RECIPE,recipe) $(call option,ROUNDS,rounds)
 
 fuzz: install ## 10,000 requests that are made from the endpoint's own OpenAPI document (minutes)
 #: EXAMPLES=1200 for each operation

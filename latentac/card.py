@@ -16,7 +16,7 @@ def _paragraphs(summary: Mapping[str, Any]) -> Iterator[str]:
         ("", ""),
         [
             ("recipe", f"{summary['recipe']}, seed {summary['seed']}"),
-            ("backbone", f"{backbone['name']} from {backbone['source']}"),
+            ("backbone", f"{backbone['use']} from {backbone['source']}"),
             ("prompts", prompts.get("source", "")),
             ("code", summary["commit"] or "unknown"),
             ("images scored in training", sum(row["images"] or 0 for row in summary["training"]) or "none"),

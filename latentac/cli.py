@@ -1,7 +1,6 @@
 """The command line: parse, call a verb, map errors to exit codes. Nothing heavy is imported before a verb runs."""
 
 import argparse
-import errno
 import json
 import logging
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentac import __version__
-from latentac.errors import ConfigError, LatentacError, Problem, ResourceError
+from latentac.errors import ConfigError, LatentacError, Problem, expected
 
 if TYPE_CHECKING:
     from latentac.store import Manifest
@@ -49,14 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command: Callable[[argparse.Namespace], int | None] = options.command
         return command(options) or 0
-    except LatentacError as error:
-        print(f"latentac: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (LatentacError, OSError, ImportError) as error:
+        meant = expected(error)
+        if meant is None:
             raise
-        print(f"latentac: {error.filename or 'disk'}: no space is left. Free some and resume.", file=sys.stderr)
-        return ResourceError.exit_code
+        print(f"latentac: {meant}", file=sys.stderr)
+        return meant.exit_code
     except KeyboardInterrupt:
         print("latentac: interrupted; the same command goes on from what is done", file=sys.stderr)
         return 130
@@ -78,15 +75,13 @@ def _parser() -> argparse.ArgumentParser:
         verb = _make(verbs.add_parser, name, summary, example)
         _add_place(verb)
         if name == "prepare":
-            verb.add_argument("--recipe", default="shapes-unet", help="named configuration (default: %(default)s)")
-            verb.add_argument("--config", default="", metavar="FILE", help="YAML file over the recipe")
-            verb.add_argument(
-                "--set", action="append", default=[], metavar="a.b=c", help="a field over both; repeat it"
-            )
+            _add_settings(verb)
         verb.set_defaults(command=_run_verb, verb=name)
 
     for name, summary in _FURTHER.items():  # only for the list: they are called before anything is parsed
         verbs.add_parser(name, help=summary, add_help=False)
+
+    _add_config(verbs)
 
     report = _make(verbs.add_parser, "report", "write report.html and summary.json", "latentac report --run first")
     _add_place(report)
@@ -139,6 +134,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_config(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    summary = "show the resolved settings, or explain the fields"
+    example = "latentac config show --recipe shapes-unet > mine.yaml\n  latentac config fields train"
+    commands = _make(verbs.add_parser, "config", summary, example).add_subparsers(metavar="command", required=True)
+    example = "latentac config show --recipe shapes-unet --set algorithm.use=grpo"
+    show = _make(commands.add_parser, "show", "print the resolved settings as commented YAML", example)
+    _add_settings(show)
+    show.set_defaults(command=_show_config)
+    example = "latentac config fields rewards.weight\n  latentac config fields algorithm.grpo"
+    fields = _make(
+        commands.add_parser, "fields", "explain a section, a field, a row of a table, or all of them", example
+    )
+    fields.add_argument("path", nargs="?", default="", metavar="PATH", help="such as train, or algorithm.grpo")
+    fields.set_defaults(command=_explain_fields)
+
+
+def _add_settings(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--recipe", default="shapes-unet", help="named configuration (default: %(default)s)")
+    verb.add_argument("--config", default="", metavar="FILE", help="YAML file over the recipe")
+    verb.add_argument("--set", action="append", default=[], metavar="a.b=c", help="a field over both; repeat it")
+    verb.add_argument(
+        "--package", default="", metavar="DIR", help="your own code: kept with the run, importable in each step"
+    )
+
+
 def _make(
     factory: Callable[..., argparse.ArgumentParser], name: str, summary: str, example: str
 ) -> argparse.ArgumentParser:
@@ -166,14 +186,17 @@ def _add_folders(verb: argparse.ArgumentParser) -> None:
 def _run_verb(options: argparse.Namespace) -> None:
     from latentac.lifetime import own_descendants, run_lock
     from latentac.run import VERBS
+    from latentac.scratch import temporary_files
     from latentac.task import LOCK_FILE
     from latentac.workspace import working_folder
 
     own_descendants()
     place = {"run": options.run, "store": options.store, "output": options.output}
     if options.verb == "prepare":
-        place |= {"recipe": options.recipe, "config": options.config, "overrides": options.set}
-    with run_lock(working_folder(options.run, options.output) / LOCK_FILE):
+        given = {"recipe": options.recipe, "config": options.config, "overrides": options.set}
+        place |= {**given, "package": options.package}
+    folder = working_folder(options.run, options.output)
+    with run_lock(folder / LOCK_FILE), temporary_files(folder):
         manifest: Manifest | None = VERBS[options.verb](**place)
     if manifest is None:
         print(json.dumps({"key": None, "metrics": {}}))
@@ -190,6 +213,24 @@ def _run_further(options: argparse.Namespace) -> int | None:
         return code
     remedy = "Install the whole package anew: `make install`, or pip install."
     raise ConfigError([Problem(name, arguments, "this installation has no such command", remedy)])
+
+
+def _show_config(options: argparse.Namespace) -> None:
+    from latentac.package import make_importable
+    from latentac.reference import commented_yaml
+    from latentac.resolution import resolve_all
+    from latentac.run import recipe_fields
+
+    if options.package:
+        folder = Path(options.package)
+        make_importable(folder.parent if (folder / "__init__.py").is_file() else folder)
+    sys.stdout.write(commented_yaml(resolve_all(recipe_fields(options.recipe, options.config, options.set)).config))
+
+
+def _explain_fields(options: argparse.Namespace) -> None:
+    from latentac.reference import fields_text
+
+    sys.stdout.write(fields_text(options.path))
 
 
 def _report(options: argparse.Namespace) -> None:

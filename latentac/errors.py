@@ -8,7 +8,7 @@
     |  +- IntegrityError         4   size, sha256 or manifest of an artifact does not match
     |  +- StoreUnavailable       75  the store did not answer, retries included: try again later
     +- RewardError               5   a reward failed, or returned NaN or infinity
-    +- ResourceError             6   disk full, port taken, device missing
+    +- ResourceError             6   disk full, port taken, device or package missing
     +- TrainingError             7   the training app failed
     |  +- Diverged               7   an update was not finite, or beyond a bound of train.guard
     +- ServingError              8   the model server did not start or answered wrongly
@@ -18,9 +18,13 @@
 A message says where (a field's path, a file, a URL), what was found there, and what to do about it.
 """
 
+import errno
 import re
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata, util
 from typing import Any
 
 
@@ -140,3 +144,68 @@ class ClusterError(LatentacError):
 
 class ClusterUnavailable(ClusterError):
     exit_code = 75
+
+
+_OURS = ("latentac", "components", "pipelines")
+_PACKAGES = {"yaml": "pyyaml", "PIL": "pillow", "torchx": "torchx-nightly", "kfp_server_api": "kfp-server-api"}
+"""Whose modules are not named as they are."""
+
+_LACKS = {
+    errno.ENOSPC: ("no space is left on the device", "Free some, or choose another place, and run again"),
+    errno.EDQUOT: ("the disk quota is used up", "Free some, or choose another place, and run again"),
+    errno.EROFS: ("the file system is read-only", "Choose a place that can be written to"),
+    errno.EACCES: ("permission is denied", "Give this user the right, or choose another place"),
+    errno.EMFILE: ("too many files are open", "Raise the limit: ulimit -n 4096"),
+    errno.ENFILE: ("too many files are open on this machine", "End what holds them, or raise fs.file-max"),
+}
+
+
+def expected(error: BaseException) -> LatentacError | None:
+    """`error` as one of ours, if it is one or says that the machine lacks something: room, a right, a package.
+
+    None is a bug, whose traceback is wanted.
+    """
+    if isinstance(error, LatentacError):
+        return error
+    if isinstance(error, ImportError):
+        return _missing(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOENT and "temporary directory" in str(error.strerror):
+        remedy = "Name a folder with room in it, which you may write to, and run again"
+        return ResourceError("TMPDIR", f"there is no folder for temporary files ({error.strerror})", remedy)
+    if isinstance(error, OSError) and error.errno in _LACKS:
+        problem, remedy = _LACKS[error.errno]
+        return ResourceError(str(error.filename or "disk"), problem, remedy)
+    return None
+
+
+def require(*modules: str) -> None:
+    """Raises ResourceError for the first of the modules that is not installed; imports none of them."""
+    for module in modules:
+        if util.find_spec(module) is None:
+            raise _not_installed(module)
+
+
+def _missing(error: ImportError) -> ResourceError | None:
+    """A package that is not installed, or whose libraries are not; None where the module is one of ours."""
+    module = (error.name or "").partition(".")[0]
+    library = re.match(r"(lib\S+\.so\S*): cannot open shared object", str(error))
+    if library:
+        return ResourceError(library[1], "this library is not installed", "Install your system's package that has it")
+    if not isinstance(error, ModuleNotFoundError) or not module or module in _OURS:
+        return None
+    return _not_installed(module)
+
+
+def _not_installed(module: str) -> ResourceError:
+    package = _PACKAGES.get(module, module)
+    command = f"{shlex.quote(sys.executable)} -m pip install {shlex.quote(_requirement(package))}"
+    return ResourceError(f"package {package}", "is not installed, and this needs it", f"Install it: {command}")
+
+
+def _requirement(package: str) -> str:
+    """`package` in the version that latentac was tested with, where its installation says so."""
+    try:
+        asked = metadata.requires("latentac") or []
+    except metadata.PackageNotFoundError:
+        asked = []
+    return next((row for row in asked if re.match(rf"{re.escape(package)}(?![\w-])", row, re.IGNORECASE)), package)

@@ -1,17 +1,40 @@
 """The fields of a configuration before it is one: nested dictionaries from files and `--set`, laid upon each other."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from latentac.config import Config, section_of, suggestion
+from latentac.config import Config, suggestion
 from latentac.errors import ConfigError, Problem
+from latentac.validation import section_of
 
 
-class _Loader(yaml.SafeLoader):
+class DuplicateKey(yaml.YAMLError):
+    """A key that a mapping has twice: YAML forbids it, and PyYAML would take the last one without a word."""
+
+    def __init__(self, key: object, first: int, second: int) -> None:
+        lines = f"line {first}" if first == second else f"lines {first} and {second}"
+        super().__init__(f"has the key {key!r} twice, in {lines}")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found: dict[Any, int] = {}
+        for name, _ in node.value:
+            if name.tag == "tag:yaml.org,2002:merge":
+                continue
+            key, line = self.construct_object(name, deep=True), name.start_mark.line + 1
+            if isinstance(key, Hashable):  # else the loader itself complains
+                if key in found:
+                    raise DuplicateKey(key, found[key], line)
+                found[key] = line
+        return super().construct_mapping(node, deep)
+
+
+class _Loader(_UniqueKeys):
     """YAML 1.1 reads 1e-4 as text; everyone who types a learning rate means a number."""
 
 
@@ -19,11 +42,21 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
+_PATH = r"[A-Za-z_]\w*(?:\.\w+)*"
+_NEXT = re.compile(rf"\s+(?=['\"]?{_PATH}=)")
+
+
+def read_yaml(text: str) -> Any:
+    """YAML 1.1 with unique keys. Raises yaml.YAMLError, of which DuplicateKey names the key and its lines."""
+    return yaml.load(text, _UniqueKeys)  # noqa: S506 - a SafeLoader that refuses more
+
 
 def read_file(path: Path) -> dict[str, Any]:
     """A YAML or JSON file as nested dictionaries. Raises ConfigError."""
     try:
-        content = yaml.load(path.read_text(), _Loader)  # noqa: S506 - a SafeLoader with one more number format
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader with one more number format
+    except DuplicateKey as error:
+        raise _single("--config", str(path), str(error), "Keep one of them.") from None
     except OSError as error:
         raise _single("--config", str(path), f"cannot be read: {error.strerror}", "Name a YAML file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -34,17 +67,52 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
+def split(text: str) -> list[str]:
+    """The assignments in `text`: parted where white space, outside of brackets and quotes, stands before a `path=`.
+
+    `rewards=[{name: a, weight: 1}] prompts.source=my file.json seed=3` are three. An assignment as a whole may stand in
+    quotes, too; those go.
+    """
+    parts, start, depth, quote, place = [], 0, 0, "", 0
+    while place < len(text):
+        character = text[place]
+        if quote:
+            if text.startswith("\\" if quote == '"' else "''", place):
+                place += 1  # what is escaped does not close
+            elif character == quote:
+                quote = ""
+        elif character in "'\"" and (place == start or text[place - 1] in " \t\n=,:[{"):
+            quote = character  # elsewhere it is an apostrophe
+        elif character in "[{":
+            depth += 1
+        elif character in "]}":
+            depth -= 1
+        elif depth <= 0 and (found := _NEXT.match(text, place)):
+            parts.append(text[start:place])
+            start = place = found.end()
+            continue
+        place += 1
+    parts.append(text[start:])
+    parts = [part.strip() for part in parts]
+    return [part[1:-1] if re.fullmatch(r"'.*'|\".*\"", part, re.DOTALL) else part for part in parts if part]
+
+
 def read_overrides(assignments: Sequence[str]) -> dict[str, Any]:
-    """`a.b=value` strings as nested dictionaries; the values are YAML. Raises ConfigError."""
+    """`a.b=value` strings as nested dictionaries; the values are YAML, and one string may hold several (`split`).
+
+    Raises ConfigError.
+    """
     merged: dict[str, Any] = {}
-    for assignment in assignments:
+    for assignment in (part for given in assignments for part in split(given) or [given]):
         path, equals, text = assignment.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", path):
+        if not equals or not re.fullmatch(_PATH, path):
             raise _single(
                 "--set", assignment, "is not path=value", "Write for example --set policy.learning_rate=1e-4."
             )
         try:
             nested: Any = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader with one more number format
+        except DuplicateKey as error:
+            raise _single("--set", assignment, str(error), "Keep one of them.") from None
         except yaml.YAMLError as error:
             raise _single("--set", assignment, "has a value that is not YAML", "Quote it.") from error
         for name in reversed(path.split(".")):

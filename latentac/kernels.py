@@ -19,9 +19,10 @@ KERNELS = Table(
 
 
 class NoiseLevel(Settings):
-    """noise: how stochastic a step is: eta of DDIM, the noise level of the flow kernels. 0 is deterministic."""
+    """How stochastic a step is."""
 
     noise: Fraction = 1.0
+    """eta of DDIM, the noise level of the flow kernels. 0 is deterministic."""
 
 
 class _FromSettings:

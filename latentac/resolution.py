@@ -13,7 +13,7 @@ import torch
 
 from latentac.algorithms import ALGORITHMS
 from latentac.backbones import BACKBONES
-from latentac.config import Config, Extension, examine
+from latentac.config import Config, Extension
 from latentac.critic import BODIES
 from latentac.errors import ConfigError, LatentacError, Problem, RewardError
 from latentac.extensions import Table
@@ -22,6 +22,7 @@ from latentac.rewards import REWARDS
 from latentac.rewards.configured import ConfiguredReward, load_rewards
 from latentac.steering import STEERING, SteeringSettings
 from latentac.tracking import TRACKERS, missing_packages
+from latentac.validation import examine
 
 TABLES: dict[str, Table] = {
     "backbone": BACKBONES,

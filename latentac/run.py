@@ -15,12 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentac.config import Config, resolve, suggestion
+from latentac import package as packages
+from latentac.config import Config, suggestion
 from latentac.errors import ArtifactNotFound, ConfigError, Problem, TrainingError
 from latentac.fields import merge, read_file, read_overrides
 from latentac.recipes import RECIPES
 from latentac.store import Manifest, Store, open_store
-from latentac.workspace import EXTENSIONS, Workspace, default_store, open_run, working_folder
+from latentac.validation import resolve
+from latentac.workspace import EXTENSIONS, PACKAGE, Workspace, default_store, open_run, working_folder
 
 if TYPE_CHECKING:
     from latentac.release import Prove
@@ -29,21 +31,29 @@ _log = logging.getLogger(__name__)
 
 
 def prepare(
-    run: str, store: str, output: str, recipe: str, config: str = "", overrides: Sequence[str] = ()
+    run: str,
+    store: str,
+    output: str,
+    recipe: str,
+    config: str = "",
+    overrides: Sequence[str] = (),
+    package: str = "",
 ) -> Manifest:
     """Resolve the recipe to one configuration, check all that can be checked, fetch backbone and prompts.
 
-    config: a YAML file over the recipe, or ""; overrides: `path=value` over both. Raises ConfigError with every
-    problem at once, StoreError, ResourceError or RewardError.
+    config: a YAML file over the recipe, or ""; overrides: `path=value` over both; package: a folder of code that the
+    configuration names classes of, or "" (see `latentac.package`). Raises ConfigError with every problem at once,
+    StoreError, ResourceError or RewardError.
     """
     started = time.monotonic()
     fields = recipe_fields(recipe, config, overrides)
+    code = packages.read(package) if package else b""
     opened = open_store(store or default_store(output))
     try:
         published = opened.manifest(f"{run}/prepare")
     except ArtifactNotFound:
-        return _prepare(run, opened, Path(output), fields, started)
-    if published.metrics.get("given") != resolve(fields).hash:
+        return _prepare(run, opened, Path(output), fields, code, started)
+    if published.metrics.get("given") != _given(fields, code):
         remedy = "Resume it with the options and the version that it was started with, or choose another run id"
         raise ConfigError([Problem("run", run, "exists with another configuration", remedy)])
     return published
@@ -292,20 +302,28 @@ def recipe_fields(recipe: str, config: str = "", overrides: Sequence[str] = ()) 
     return merge(fields, read_overrides(overrides))
 
 
-def _prepare(run: str, store: Store, output: Path, fields: dict[str, Any], started: float) -> Manifest:
+def _given(fields: dict[str, Any], code: bytes) -> dict[str, str]:
+    """What decides whether a run is the same: the configuration as it was given, and the user's own code."""
+    return {"config": resolve(fields).hash, "package": packages.digest(code) if code else ""}
+
+
+def _prepare(run: str, store: Store, output: Path, fields: dict[str, Any], code: bytes, started: float) -> Manifest:
     from latentac import preparation
     from latentac.prompts import load_prompts
     from latentac.resolution import resolve_all
 
-    extensions = resolve_all(fields)
-    settings = extensions.config
-    preparation.check_machine(settings, output)
-    store.probe()
-    prompts = load_prompts(settings.prompts.source)
-    preparation.check_rewards(extensions.rewards, prompts)
     (output / run).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".prepare-", dir=output / run) as temporary:
         folder = Path(temporary)
+        if code:
+            packages.unpack(code, folder / PACKAGE)
+            packages.make_importable(folder / PACKAGE)
+        extensions = resolve_all(fields)
+        settings = extensions.config
+        preparation.check_machine(settings, output)
+        store.probe()
+        prompts = load_prompts(settings.prompts.source)
+        preparation.check_rewards(extensions.rewards, prompts)
         preparation.fetch_backbone(settings.backbone.source, folder / "backbone")
         _write(folder / "config.json", settings.model_dump())
         _write(folder / EXTENSIONS, extensions.described())
@@ -317,7 +335,7 @@ def _prepare(run: str, store: Store, output: Path, fields: dict[str, Any], start
             run=run,
             step="prepare",
             config_hash=settings.hash,
-            metrics={"seconds": time.monotonic() - started, "given": resolve(fields).hash},
+            metrics={"seconds": time.monotonic() - started, "given": _given(fields, code)},
         )
 
 

@@ -9,7 +9,7 @@ Everything here is the same embedded, in a container and on a cluster. A driver 
 and reads marked lines from the task's output: `begin`, and `end` or `fail`. What lies between is the verb's own log.
 """
 
-import errno
+import faulthandler
 import json
 import logging
 import os
@@ -23,8 +23,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from latentac.errors import LatentacError, ResourceError
+from latentac.errors import expected
 from latentac.lifetime import die_with_parent, run_lock
+from latentac.scratch import temporary_files
 from latentac.store import Manifest
 
 EVENTS = "LATENTAC_EVENTS"
@@ -58,12 +59,14 @@ def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Itera
         return manifest
 
     die_with_parent()
+    faulthandler.enable()  # a crash in native code, a reward's for example, leaves its Python stack in the log
     _log_plainly()
     _tell(event="begin", task=name)
     try:
         with run_lock(folder / LOCK_FILE):
             _sweep(folder)
-            yield publish
+            with temporary_files(folder):
+                yield publish
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:  # noqa: BLE001 - here is where every error becomes an exit code
@@ -79,12 +82,12 @@ def _sweep(folder: Path) -> None:
 
 def _fail(name: str, folder: Path, error: Exception) -> int:
     """Leave the message where a person or the driver finds it; the exit code."""
-    expected = _expected(error)
-    if expected is None:
+    meant = expected(error)
+    if meant is None:
         traceback.print_exception(error)
         code, message = 1, f"{type(error).__name__}: {error} (a bug: its traceback is in the log above)"
     else:
-        code, message = expected.exit_code, str(expected)
+        code, message = meant.exit_code, str(meant)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / ERROR_FILE).exists():  # the first failure is the cause; a start of the run removes the file
@@ -98,16 +101,6 @@ def _fail(name: str, folder: Path, error: Exception) -> int:
         print(f"{name}: {message}", file=sys.stderr, flush=True)
     _tell(event="fail", task=name, exit_code=code)
     return code
-
-
-def _expected(error: Exception) -> LatentacError | None:
-    """`error` as a LatentacError, if it is one or means one."""
-    if isinstance(error, LatentacError):
-        return error
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "Free some space, or choose another --output, and resume."
-        return ResourceError(str(error.filename or "disk"), "no space is left on the device", remedy)
-    return None
 
 
 def _log_plainly() -> None:

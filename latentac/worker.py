@@ -8,6 +8,7 @@ expected error in the file FAILURE. On a cluster there is no such file: the erro
 """
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ from latentac.algorithms import ALGORITHMS
 from latentac.checkpoint import read_state, write_state
 from latentac.critic import Critic
 from latentac.distributed import Mesh, PeerLost
-from latentac.errors import ArtifactNotFound, Diverged, IntegrityError, LatentacError, StoreError
+from latentac.errors import ArtifactNotFound, Diverged, IntegrityError, LatentacError, StoreError, expected
 from latentac.learning import Replay
 from latentac.lifetime import run_lock
 from latentac.metrics import of_iteration
@@ -52,16 +53,20 @@ _log = logging.getLogger(__name__)
 def main(run: str, store: str, output: str, failure: str = "") -> int:
     """Work, and leave an expected error for the launcher: restarting the workers would only repeat it."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    faulthandler.enable()  # a crash in native code, a reward's for example, leaves its Python stack in the log
     position = Position(graceful=not failure)
     try:
         if failure:
             work(open_run(run, store, output), position)
         else:
             return _work_in_pod(run, store, output, position)
-    except LatentacError as error:
+    except (LatentacError, OSError, ImportError) as error:
+        meant = expected(error)
+        if meant is None:
+            raise
         if failure:
-            Path(failure).write_text(json.dumps(error.to_dict()))
-        return error.exit_code
+            Path(failure).write_text(json.dumps(meant.to_dict()))
+        return meant.exit_code
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentac.config import Config, resolve
+from latentac.config import Config
 from latentac.errors import ArtifactNotFound, ConfigError, Problem
+from latentac.package import make_importable
 from latentac.store import Manifest, Store, open_store
+from latentac.validation import resolve
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 EXTENSIONS = "extensions.json"
 """In the artifact of `prepare`: what the classes of the extensions say of themselves, for steps without torch."""
+
+PACKAGE = "package"
+"""There too: the folder of the user's own code, if the run has any."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,8 @@ def open_run(run: str, store: str, output: str) -> Workspace:
     folder = working_folder(run, output)
     manifest = opened.fetch(f"{run}/prepare", folder / "prepare")
     config = resolve(json.loads((folder / "prepare" / "config.json").read_text()))
+    if (folder / "prepare" / PACKAGE).is_dir():
+        make_importable(folder / "prepare" / PACKAGE)
     return Workspace(run, opened, folder, config, manifest)
 
 

@@ -64,7 +64,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from latentac.errors import LatentacError
+    from latentac.errors import LatentacError, expected
     from latentac.run import resolve_recipe
     from pipelines.request import CONTAINERS, PROCESSES, Request, create_run, load_run
 
@@ -84,9 +84,12 @@ def _run(options: argparse.Namespace) -> int:
         from pipelines.driver import run_pipeline
 
         return run_pipeline(run, request, output, fresh=not options.resume)
-    except LatentacError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    except (LatentacError, OSError, ImportError) as error:
+        meant = expected(error)
+        if meant is None:
+            raise
+        print(meant, file=sys.stderr)
+        return meant.exit_code
 
 
 def _compile(target: Path, manifests: Path) -> int:

@@ -226,7 +226,7 @@ def _finish(state: str, run_id: str) -> None:
 def _service(options: argparse.Namespace) -> "Service":
     from pipelines.service import ENDPOINT, Service
 
-    return Service(options.host or os.environ.get(ENDPOINT, ""), options.namespace, options.ca)
+    return Service(options.host or os.environ.get(ENDPOINT, "").strip(), options.namespace, options.ca)
 
 
 def _named(options: argparse.Namespace) -> bool:
@@ -237,13 +237,11 @@ def _named(options: argparse.Namespace) -> bool:
 
 def _settings(options: argparse.Namespace) -> "Cluster":
     """The settings of the release that is named: a file, a release of the chart, or the environment's file."""
-    from components.cluster.settings import KEY, here, read, resolve
+    from components.cluster.settings import KEY, here, parse, read
 
     if options.cluster_settings:
         return read(options.cluster_settings)
     if options.release:
-        import yaml
-
         from components.cluster.api import CONFIG_MAPS, connect
 
         name, namespace = f"{options.release}-cluster", options.kube_namespace or "default"
@@ -252,7 +250,7 @@ def _settings(options: argparse.Namespace) -> "Cluster":
             remedy = "Name the chart's release and its namespace: `helm list -A` shows them."
             where = f"ConfigMap {namespace}/{name}"
             raise ConfigError([Problem("--release", options.release, f"there is no {where} with {KEY}", remedy)])
-        return resolve(yaml.safe_load(found["data"][KEY]), f"{name}/{KEY}")
+        return parse(found["data"][KEY], f"{name}/{KEY}")
     settings = here()
     if settings is None:
         remedy = "Name its file, or --release and --kube-namespace."

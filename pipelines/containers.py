@@ -6,6 +6,7 @@ steps. All containers of a driver carry its label, and a keeper process removes 
 """
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import shutil
@@ -24,6 +25,7 @@ from docker.types import Mount
 
 from latentac.errors import ConfigError, Problem, ResourceError
 from latentac.lifetime import run_lock
+from latentac.store import access
 from latentac.task import EVENTS
 from pipelines.driver import Way
 from pipelines.request import Request
@@ -36,13 +38,12 @@ _LOCAL = {name: f"latentac/{name}:dev" for name in ("pipeline", "train", "serve"
 _SERVED = "serve"
 _DECIDING = ("gate", "finish")
 _START_SECONDS = 60.0
-_PASSED_ON = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "LATENTAC_S3_ENDPOINT")
-_AS_THEY_ARE = ("HF_HUB_OFFLINE", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
+_AS_THEY_ARE = ("HF_HUB_OFFLINE", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "https_proxy", "http_proxy", "no_proxy")
 
 
 def image(name: str) -> str:
     """The reference of the image `name`: LATENTAC_IMAGE_<NAME>, else what `make images` builds."""
-    return os.environ.get(f"LATENTAC_IMAGE_{name.upper()}") or _LOCAL[name]
+    return os.environ.get(f"LATENTAC_IMAGE_{name.upper()}", "").strip() or _LOCAL[name]
 
 
 def image_of(step: str) -> str:
@@ -75,7 +76,7 @@ def containers(run: str, request: Request, output: Path) -> Iterator[Way]:
             environment, store = _environment_of_the_store(), request.store
         else:
             environment, store = stack.enter_context(_minio(client, output / ".minio", driver)), f"s3://{BUCKET}/store"
-        os.environ |= environment  # the driver reads the store too
+        _read_from(environment)
         _hand_over(folder)
         yield Way(
             runner=local.DockerRunner(**_arguments(folder, environment, {RUN_LABEL: run, DRIVER_LABEL: driver})),
@@ -89,14 +90,23 @@ def containers(run: str, request: Request, output: Path) -> Iterator[Way]:
 
 
 def _client() -> docker.DockerClient:
+    _leave_out_proxies()
     try:
         client = docker.from_env(timeout=600)
         client.ping()
-    except DockerException as error:
+    except (DockerException, ValueError) as error:
         where = os.environ.get("DOCKER_HOST") or "docker"
         remedy = "Start one, or export DOCKER_HOST"
         raise ResourceError(where, f"no docker daemon answers ({_short(error)})", remedy) from None
     return client
+
+
+def _leave_out_proxies() -> None:
+    """No proxy for this machine, where the daemon and the MinIO are; the docker SDK would ask one for 127.0.0.1."""
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    joined = ",".join(dict.fromkeys([*names, "localhost", "127.0.0.1", "::1"]))
+    os.environ |= {"NO_PROXY": joined, "no_proxy": joined}
 
 
 def _check_images(client: docker.DockerClient, own_store: bool) -> None:
@@ -155,10 +165,17 @@ def _hand_over(folder: Path) -> None:
 
 
 def _environment_of_the_store() -> dict[str, str]:
-    found = {name: os.environ[name] for name in _PASSED_ON if os.environ.get(name)}
-    if authorities := os.environ.get("LATENTAC_S3_CA") or os.environ.get("SSL_CERT_FILE"):
-        found["LATENTAC_S3_CA"] = str(Path(authorities).resolve())
-    return found
+    """Raises ConfigError."""
+    found = access.read()
+    authorities = str(Path(found.authorities).resolve()) if found.authorities else ""
+    return dataclasses.replace(found, authorities=authorities).environment()
+
+
+def _read_from(environment: Mapping[str, str]) -> None:
+    """Make the store of `environment` this process's own: of another one nothing stays, such as a session token."""
+    for name in access.VARIABLES:
+        os.environ.pop(name, None)
+    os.environ |= environment
 
 
 @contextlib.contextmanager

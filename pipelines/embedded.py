@@ -5,11 +5,11 @@ import os
 import shlex
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from latentac.progress import TERMINAL
+from latentac.scratch import temporary_files
 from pipelines.driver import Way
 from pipelines.request import Request
 
@@ -31,9 +31,8 @@ def processes(run: str, request: Request, output: Path) -> Iterator[Way]:
     (root / "bin" / "python3").write_text(f'#!/bin/sh\nexec {shlex.quote(python)} "$@"\n')
     (root / "bin" / "python3").chmod(0o755)
     os.environ["PATH"] = f"{(root / 'bin').resolve()}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    with tempfile.TemporaryDirectory(prefix="latentac-", ignore_cleanup_errors=True) as scratch:
-        os.environ["TMPDIR"] = scratch  # each step's shell leaves a folder with its source behind
-        (root / "tmp").symlink_to(scratch)  # not below root: names of sockets must be short
+    with temporary_files(root) as scratch:  # each step's shell leaves a folder with its source behind
+        (root / "tmp").symlink_to(scratch)
         sys.executable = "python3"
         try:
             yield Way(

@@ -34,13 +34,14 @@ def compose(place: Callable[[dsl.PipelineTask], object] | None = None, *, own_id
         recipe: str = "shapes-unet",
         config: str = "",
         overrides: list = [],  # noqa: B006 - KFP reads the default from the signature
+        package: str = "",
         output: str = "runs",
     ) -> None:
         """Caching is off everywhere: a verb itself returns at once when its artifact is published already."""
         common = {"run": dsl.PIPELINE_JOB_ID_PLACEHOLDER if own_id else run, "store": store, "output": output}
         finished = finish(**common)
         with dsl.ExitHandler(finished, name="steps"):
-            prepared = prepare(recipe=recipe, config=config, overrides=overrides, **common)
+            prepared = prepare(recipe=recipe, config=config, overrides=overrides, package=package, **common)
             pretrained = pretrain_value(prepared=prepared.outputs["manifest"], **common)
             trained = train(pretrained=pretrained.outputs["manifest"], **common)
             evaluated = evaluate(trained=trained.outputs["manifest"], **common)

@@ -8,12 +8,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from latentac.errors import ConfigError, Problem, ResourceError
+from latentac.errors import ConfigError, Problem, ResourceError, require
 
 _FILE = "request.json"
 _CONFIG = "given-config.yaml"
 PROCESSES, CONTAINERS = "processes", "containers"
 """The ways to run the steps on this machine."""
+
+_HERE = ("kfp", "jinja2", "matplotlib", "PIL", "tqdm")
+_NEEDED = {
+    PROCESSES: (*_HERE, *"torch diffusers transformers peft safetensors torchx tensorboard kserve".split()),
+    CONTAINERS: (*_HERE, "docker", "minio"),
+}
+"""What each way imports here, its last step included: the images hold what the steps in them need."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,11 @@ class Request:
 
 
 def create_run(request: Request, output: Path) -> tuple[str, Request]:
-    """Make `<output>/<run>/` with the request and a copy of its config file. Returns the run's id and its request."""
+    """Make `<output>/<run>/` with the request and a copy of its config file. Returns the run's id and its request.
+
+    Raises ResourceError where no folder can be made, or where a package is not installed that the run will need.
+    """
+    require(*_NEEDED[request.way])
     try:
         folder = _new_folder(output, re.sub(r"[^A-Za-z0-9._-]+", "-", request.recipe).strip(".-") or "run")
     except OSError as error:
@@ -55,6 +66,7 @@ def load_run(run: str, output: Path, given: dict[str, object]) -> Request:
         raise ConfigError([Problem("--resume", run, f"no such run in {output}", remedy)])
     fields = json.loads((output / run / _FILE).read_text())
     request = Request(**{**fields, "overrides": tuple(fields["overrides"])})
+    require(*_NEEDED[request.way])
     remedy = "Leave it out, or start a new run."
     problems = [
         Problem(f"--{name}", value, f"the run was started with {getattr(request, name)!r}", remedy)

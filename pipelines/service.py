@@ -8,6 +8,7 @@ LATENTAC_KFP_COOKIE       a session's cookie, for an installation behind a login
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Service:
         if token := _token():
             configuration.api_key["authorization"] = token
             configuration.api_key_prefix["authorization"] = "Bearer"
-        self._client = api.ApiClient(configuration, cookie=os.environ.get(COOKIE))
+        self._client = api.ApiClient(configuration, cookie=_secret(COOKIE) or None)
         self._pipelines, self._uploads = (
             api.PipelineServiceApi(self._client),
             api.PipelineUploadServiceApi(self._client),
@@ -237,10 +238,19 @@ def _configured(parameters: Mapping[str, Any], root: str) -> api.V2beta1RuntimeC
 
 
 def _token() -> str:
-    if token := os.environ.get(TOKEN):
+    if token := _secret(TOKEN):
         return token
     file = os.environ.get(TOKEN_FILE)
     try:
         return Path(file).read_text().strip() if file else ""
     except OSError as error:
         raise ConfigError([Problem(TOKEN_FILE, file, f"cannot be read: {error.strerror}", "Unset it.")]) from None
+
+
+def _secret(name: str) -> str:
+    """What the variable says, without the line break of a file. Raises ConfigError where no header can hold it."""
+    value = os.environ.get(name, "").strip()
+    if not re.fullmatch(r"[ -~]*", value):
+        problem, remedy = "has a character that no request can carry", "Export it anew, the value alone, on one line."
+        raise ConfigError([Problem(name, "***", problem, remedy)])
+    return value

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 
 from latentac.config import Fraction, NonNegative, Positive, Rate, Section
 from latentac.errors import ConfigError, Problem
+from latentac.fields import DuplicateKey, read_yaml
 
 SETTINGS = "LATENTAC_CLUSTER"
 """Environment variable: path of cluster.yaml. Where it is set, train and deploy work on the cluster."""
@@ -165,14 +166,25 @@ def resolve(fields: Mapping[str, Any], where: str) -> Cluster:
         ) from None
 
 
+def parse(text: str, where: str) -> Cluster:
+    """Settings from YAML; `where` names its source. Raises ConfigError."""
+    try:
+        return resolve(read_yaml(text) or {}, where)
+    except DuplicateKey as error:
+        raise ConfigError([Problem(SETTINGS, where, str(error), "Keep one of them.")]) from None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError([Problem(SETTINGS, where, f"is not YAML: {reason}", "Name the chart's file.")]) from None
+
+
 def read(path: Path) -> Cluster:
     """Settings from a file. Raises ConfigError."""
     try:
-        return resolve(yaml.safe_load(path.read_text()) or {}, path.name)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            [Problem(SETTINGS, str(path), f"cannot be read: {error}", "Name the chart's file.")]
-        ) from None
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        remedy = "Name the chart's file."
+        raise ConfigError([Problem(SETTINGS, str(path), f"cannot be read: {error}", remedy)]) from None
+    return parse(text, path.name)
 
 
 def here() -> Cluster | None:

@@ -7,7 +7,14 @@ from components import TRAIN
 
 @component(base_image=TRAIN, install_kfp_package=False)
 def prepare(
-    run: str, recipe: str, config: str, overrides: list, store: str, output: str, manifest: Output[Artifact]
+    run: str,
+    recipe: str,
+    config: str,
+    overrides: list,
+    package: str,
+    store: str,
+    output: str,
+    manifest: Output[Artifact],
 ) -> None:
     """Resolve and check the run's configuration; publish it with the backbone and the prompts.
 
@@ -16,6 +23,7 @@ def prepare(
         recipe: name of a complete configuration.
         config: path of a YAML file laid over the recipe, or empty.
         overrides: `path=value` strings laid over both.
+        package: folder of the user's own code, or that folder packed as text, or empty.
         store: URL of the artifact store, `file://` or `s3://`.
         output: folder for the run's working files.
         manifest: manifest of the published artifact.
@@ -25,4 +33,5 @@ def prepare(
     with pipeline_task("prepare", run, output, manifest.path) as publish:
         from latentac.run import prepare
 
-        publish(prepare(run=run, recipe=recipe, config=config, overrides=overrides, store=store, output=output))
+        place = {"run": run, "store": store, "output": output}
+        publish(prepare(recipe=recipe, config=config, overrides=overrides, package=package, **place))

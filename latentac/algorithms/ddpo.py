@@ -24,11 +24,12 @@ class DDPO(Algorithm):
     uses_critic = False
 
     class Settings(SurrogateSettings):
-        """baseline: the mean of all images of the iteration, or of each prompt so far once it has `prompt_min_count`
-        rewards."""
+        """Those of the surrogate, and the baseline."""
 
         baseline: Literal["batch", "prompt"] = "batch"
+        """The mean of all images of the iteration, or of each prompt so far."""
         prompt_min_count: Positive = 4
+        """Rewards of a prompt from which on its own mean is its baseline."""
 
     def __init__(self, settings: Settings, weights: Tensor) -> None:
         self.settings, self.weights = settings, weights

@@ -24,9 +24,10 @@ class GRPO(Algorithm):
     uses_critic = False
 
     class Settings(SurrogateSettings):
-        """group_size: rollouts of one prompt that are compared."""
+        """Those of the surrogate, with groups."""
 
         group_size: Annotated[int, Field(ge=2)] = 4
+        """Rollouts of one prompt that are compared."""
 
     def __init__(self, settings: Settings, weights: Tensor) -> None:
         self.settings, self.weights = settings, weights

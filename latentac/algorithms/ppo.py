@@ -19,18 +19,20 @@ class PPO(Algorithm):
     uses_critic = True
 
     class Settings(SurrogateSettings):
-        """discount, gae_lambda: of the advantages; below 1 the critic's later values stand for what comes after a step,
-            so its credit is not drowned by what later steps did.
-        value_lambda: the same for the critic's own targets; with 1 the target is the reward.
-        whitening: of advantages over all steps together, or of each step separately.
-        value_guidance: how far the actor's means are drawn up the critic's gradient, in std^2 times the gradient of its
-            values in standard deviations of each reward; with 0 the critic is a baseline only."""
+        """Those of the surrogate, and how credit is assigned over the steps."""
 
         discount: Fraction = 1.0
+        """Factor of the next state's value, per denoising step."""
         gae_lambda: Fraction = 1.0
+        """Of the advantages. Below 1 the critic's later values stand for what comes after a step, so that a step's
+        credit is not drowned by what later steps did."""
         value_lambda: Fraction = 1.0
+        """The same for the critic's own targets; with 1 the target is the reward."""
         whitening: Literal["global", "per_step"] = "global"
+        """Whiten the advantages over all steps together, or each step separately."""
         value_guidance: NonNegative = 0.0
+        """How far the actor's means are drawn up the critic's gradient: std^2 times the gradient of the values, in
+        standard deviations of each reward. With 0 the critic is a baseline only."""
 
     def __init__(self, settings: Settings, weights: Tensor) -> None:
         self.settings, self.weights = settings, weights

@@ -13,26 +13,26 @@ from latentac.types import Minibatch
 
 
 class SurrogateSettings(Settings):
-    """What the algorithms here have in common.
-
-    ratio: `likelihood`, or `guard`, the log-ratio of GRPO-Guard, whose mean is 0 at every noise level.
-    log_prob_scale: `mean` divides the log-prob by the latent dimensions, so that `clip` is a bound per dimension.
-    trust_region: `clip` of PPO, or `divergence`: the mask of Flow-DPPO beyond `divergence_bound`, nats per dimension.
-    clip: bound on |ratio - 1|. advantage_clip: bound of the advantages, in standard deviations.
-    combination: of several rewards: `by_head` whitens each one's advantages before the weighted sum, `sum` only after.
-    group_size: rollouts per prompt in an iteration.
-    prediction_kl: weight of mean (prediction - prediction of the base)^2; 0 keeps no reference.
-    """
+    """What the algorithms here have in common."""
 
     ratio: Literal["likelihood", "guard"] = "likelihood"
+    """`likelihood`, or `guard`: the log-ratio of GRPO-Guard, whose mean is 0 at every noise level."""
     log_prob_scale: Literal["mean", "sum"] = "mean"
+    """`mean` divides the log-prob by the latent dimensions, so that `clip` is a bound per dimension."""
     trust_region: Literal["clip", "divergence"] = "clip"
+    """`clip` of PPO, or `divergence`: the mask of Flow-DPPO beyond `divergence_bound`."""
     clip: Rate = 8e-4
+    """Bound on |ratio - 1|, in the unit of `log_prob_scale`."""
     divergence_bound: Rate = 1e-4
+    """Of the trust region `divergence`, in nats per latent dimension."""
     advantage_clip: Rate = 10.0
+    """Bound of the advantages, in standard deviations."""
     combination: Literal["by_head", "sum"] = "by_head"
+    """Of several rewards: `by_head` whitens each one's advantages before the weighted sum, `sum` only after it."""
     group_size: Positive = 1
+    """Rollouts per prompt in an iteration."""
     prediction_kl: NonNegative = 0.0
+    """Weight of mean (prediction - prediction of the base)^2; 0 keeps no reference."""
 
 
 def policy_loss(settings: SurrogateSettings, transition: GaussianTransition, minibatch: Minibatch) -> PolicyLoss:

@@ -57,9 +57,10 @@ class _OwnBackbone(nn.Module):
 
 
 class BackboneSettings(ReaderSettings):
-    """backbone_learning_rate: of the pretrained weights, or of the adapters on them."""
+    """Those of the reader, and of the second backbone."""
 
     backbone_learning_rate: Rate = 1e-4
+    """Of the pretrained weights, or of the adapters on them."""
 
 
 class BackboneCopy(_OwnBackbone):
@@ -75,10 +76,12 @@ class LoraBackbone(_OwnBackbone):
     """Low-rank adapters on a frozen copy of the backbone learn values."""
 
     class Settings(BackboneSettings):
-        """rank, alpha: of the adapters."""
+        """Those of a second backbone, and of its adapters."""
 
         rank: Positive = 32
+        """Of the adapters."""
         alpha: Positive = 64
+        """Scale of the adapters, times their rank."""
 
     def __init__(self, settings: Settings, backbone: Denoiser) -> None:
         adaptation = PolicySettings(adaptation="lora", lora_rank=settings.rank, lora_alpha=settings.alpha)

@@ -20,23 +20,25 @@ from latentac.types import Conditioning
 
 
 class ReaderSettings(Settings):
-    """How a critic reads feature maps, text and noise level.
-
-    width: of a branch. num_heads: of its attention. num_queries: learnable summary tokens per feature map; with 0 the
-        head reads no places, only each channel's mean and spread: cheaper, and better from a few thousand pictures.
-    grid: cells per side that an attention branch keeps of a map.
-    dropout: of maps and summaries while learning; text_dropout: of what is read of each word.
-    time_conditioning, text_conditioning: whether noise level and text are read at all.
-    """
+    """How a critic reads feature maps, text and noise level."""
 
     width: Positive = 64
+    """Of a branch."""
     num_heads: Positive = 4
+    """Of a branch's attention; divides `width`."""
     num_queries: Annotated[int, Field(ge=0)] = 4
+    """Learnable summary tokens per feature map. With 0 the head reads no places, only each channel's mean and spread:
+    cheaper, and better from a few thousand pictures."""
     grid: Positive = 4
+    """Cells per side that an attention branch keeps of a map."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Of maps and summaries while learning."""
     text_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.6
+    """Of what is read of each word while learning."""
     time_conditioning: bool = True
+    """Read the noise level."""
     text_conditioning: bool = True
+    """Read the text."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

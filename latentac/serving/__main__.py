@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from latentac.errors import LatentacError
+from latentac.errors import LatentacError, expected
 from latentac.serving.server import HOST, NAME, PORT, serve, serve_on
 
 EXAMPLE = """example:
@@ -30,9 +30,12 @@ def main(arguments: Sequence[str]) -> int:
         else:
             with socket.socket(fileno=options.socket) as listener:
                 serve_on(listener, options.model, options.name, options.device, log_prompts=options.log_prompts)
-    except LatentacError as error:
-        print(f"serving: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+    except (LatentacError, OSError, ImportError) as error:
+        meant = expected(error)
+        if meant is None:
+            raise
+        print(f"serving: {meant}", file=sys.stderr, flush=True)
+        return meant.exit_code
     except KeyboardInterrupt:
         return 130
     return 0

@@ -19,21 +19,20 @@ from latentac.extensions import Settings, Table
 
 
 class SteeringSettings(Settings):
-    """What every method of steering has; a class's `Settings` derive from this.
-
-    strength: how much a reward of weight 1 counts, in standard deviations of that reward.
-    particles: rollouts per picture where a request does not say.
-    start, stop: the method acts at the steps k of K with start <= k / K < stop.
-    candidates: the benchmark has an arm of this strength for each of these numbers of particles.
-    sweep: the benchmark has an arm of one particle for each of these strengths.
-    """
+    """What every method of steering has; a class's `Settings` derive from this."""
 
     strength: Rate = 1.0
+    """How much a reward of weight 1 counts, in standard deviations of that reward."""
     particles: Positive = 4
+    """Rollouts per picture where a request does not say."""
     start: Fraction = 0.3
+    """The method acts at the steps k of K from start <= k / K on,"""
     stop: Fraction = 0.8
+    """and only while k / K < stop."""
     candidates: list[Positive] = [2, 4, 8]
+    """The benchmark has an arm of this strength for each of these numbers of particles."""
     sweep: list[Rate] = []
+    """The benchmark has an arm of one particle for each of these strengths."""
 
     @model_validator(mode="after")
     def _acts(self) -> Self:

@@ -25,16 +25,17 @@ class Resampling(BestOfN):
     summary = "several at once: good ones go on in the place of bad ones"
 
     class Settings(SteeringSettings):
-        """potential: `diff` weighs each step by exp(psi_t - psi_{t-1}), whose product is exp(psi) at the end; `max` by
-            the rise of the highest psi in the particle's own past.
-        tempering: psi is scaled by lambda_k = ((k + 1) / n)^tempering at the k-th of n steered steps. It rises to 1, so
-            the law at the last steered step is the same, and earlier, where values are unsure, little is decided.
-        resample_below: particles are resampled where their effective sample size is below this share of N."""
+        """Those of every method, and how particles are weighed."""
 
         strength: Rate = 5.0
         potential: Literal["diff", "max"] = "diff"
+        """`diff` weighs each step by exp(psi_t - psi_{t-1}), whose product is exp(psi) at the end; `max` by the rise of
+        the highest psi in the particle's own past."""
         tempering: NonNegative = 0.0
+        """psi is scaled by ((k + 1) / n)^tempering at the k-th of n steered steps. That rises to 1, so the law at the
+        last steered step is the same, and earlier, where values are unsure, little is decided."""
         resample_below: Fraction = 0.7
+        """Particles are resampled where their effective sample size is below this share of their number."""
 
     settings: Settings
 

@@ -20,11 +20,12 @@ class Twisted(Resampling):
     needs_gradient = True
 
     class Settings(Resampling.Settings):
-        """normalised: as in `value_gradient`."""
+        """Those of `resampling`, and the length of a step."""
 
         strength: Rate = 10.0
         candidates: list[Positive] = [2, 4]
         normalised: bool = False
+        """As in `value_gradient`."""
 
     settings: Settings
 

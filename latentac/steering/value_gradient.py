@@ -20,14 +20,15 @@ class ValueGradient(BestOfN):
     needs_gradient = True
 
     class Settings(SteeringSettings):
-        """normalised: the gradient gives the direction alone, and a strength is the length of the step, in standard
-        deviations of the transition."""
+        """Those of every method, and the length of a step."""
 
         strength: Rate = 20.0
         particles: Positive = 1
         candidates: list[Positive] = [2, 4]
         sweep: list[Rate] = [10.0, 20.0, 30.0]
         normalised: bool = False
+        """The gradient gives the direction alone, and a strength is the length of the step, in standard deviations of
+        the transition."""
 
     settings: Settings
 

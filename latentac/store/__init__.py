@@ -14,7 +14,7 @@ Environment for s3://<bucket>/<prefix> (a secret never enters a URL or a message
 
     LATENTAC_S3_ENDPOINT     http://host:port or https://host, required
     AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY   required;   AWS_SESSION_TOKEN   optional
-    AWS_REGION               default us-east-1
+    AWS_REGION               default AWS_DEFAULT_REGION, else us-east-1
     LATENTAC_S3_CA           file of certificate authorities, default SSL_CERT_FILE, else certifi's
     LATENTAC_COMMIT          commit to write into manifests where there is no git checkout, as in an image
 

@@ -5,9 +5,7 @@ file again; where the connection breaks within an answer, or an upload was forgo
 operation is repeated. The parts of an upload that was given up are the server's to clean away (MinIO: after a day).
 """
 
-import os
 import random
-import re
 import time
 from collections.abc import Callable
 from typing import BinaryIO, TypeVar, cast
@@ -20,25 +18,27 @@ from minio.error import MinioException, S3Error, ServerError
 from urllib3 import PoolManager, Retry, Timeout
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 
-from latentac.errors import ConfigError, Problem, ResourceError, StoreAccessError, StoreError, StoreUnavailable
+from latentac.errors import ConfigError, Problem, StoreAccessError, StoreUnavailable
+from latentac.store.access import ENDPOINT, Kind, kind_of, read
 from latentac.store.blobs import CHUNK_BYTES, Entry, Patience, Stream
 
 T = TypeVar("T")
-ENDPOINT_REMEDY = "Check LATENTAC_S3_ENDPOINT, http or https, and that an S3 server runs there, then run again"
+ENDPOINT_REMEDY = f"Check {ENDPOINT}, http or https, and that an S3 server runs there, then run again"
+_REPEATED = (429, 500, 502, 503, 504)
 
 
 class Bucket:
     """Blobs as objects of `bucket` whose names begin with `prefix`; endpoint and credentials from the environment."""
 
     def __init__(self, bucket: str, prefix: str, patience: Patience) -> None:
-        endpoint, authorities = _environment()
+        access = read()
         self._bucket, self._prefix, self._patience = bucket, prefix, patience
-        self._where = f"{endpoint}, bucket {bucket}"
+        self._where = f"{access.endpoint}, bucket {bucket}"
         retry = Retry(
             total=patience.retries,
             other=0,  # a certificate that is not trusted will not be trusted in a second either
             allowed_methods=None,  # the POSTs here start or complete an upload, and may be repeated too
-            status_forcelist=(429, 500, 502, 503, 504),
+            status_forcelist=_REPEATED,
             raise_on_status=False,  # so that the server's own error code is what gets reported
             backoff_factor=patience.back_off_seconds,
             backoff_jitter=patience.back_off_seconds,
@@ -46,19 +46,19 @@ class Bucket:
             retry_after_max=int(patience.back_off_max_seconds),
         )
         timeout = Timeout(connect=min(5.0, patience.timeout_seconds), read=patience.timeout_seconds)
-        pool = PoolManager(maxsize=10, timeout=timeout, retries=retry, ca_certs=authorities or certifi.where())
+        pool = PoolManager(maxsize=10, timeout=timeout, retries=retry, ca_certs=access.authorities or certifi.where())
         try:
             self._client = Minio(
-                urlsplit(endpoint).netloc,
-                os.environ["AWS_ACCESS_KEY_ID"],
-                os.environ["AWS_SECRET_ACCESS_KEY"],
-                os.environ.get("AWS_SESSION_TOKEN") or None,
-                secure=endpoint.startswith("https://"),
-                region=os.environ.get("AWS_REGION") or "us-east-1",
+                urlsplit(access.endpoint).netloc,
+                access.key_id,
+                access.secret,
+                access.token or None,
+                secure=access.endpoint.startswith("https://"),
+                region=access.region,
                 http_client=pool,
             )
         except ValueError as error:
-            raise ConfigError([Problem("LATENTAC_S3_ENDPOINT", endpoint, str(error), "Correct it")]) from None
+            raise ConfigError([Problem(ENDPOINT, access.endpoint, str(error), "Correct it")]) from None
 
     def put(self, name: str, source: Stream, size: int) -> None:
         def send() -> None:
@@ -133,61 +133,39 @@ class Bucket:
                 raise self._refused(f"it gives no S3 answers ({error})", ENDPOINT_REMEDY) from error
             except MinioException as error:
                 cause = error
-                if not isinstance(error, S3Error) or error.code != "NoSuchUpload":
+                # What urllib3 has repeated already, or what a repetition cannot mend.
+                if not isinstance(error, S3Error) or error.response.status in _REPEATED or _kind(error) != Kind.LATER:
                     raise self._translated(error, name) from error
             wait = min(patience.back_off_seconds * 2**attempt, patience.back_off_max_seconds)
             time.sleep(wait * random.uniform(0.5, 1.5))
+        if isinstance(cause, S3Error):
+            raise self._translated(cause, name) from cause
         if isinstance(cause, SSLError):
             remedy = "Name the file of its certificate authority in LATENTAC_S3_CA, and check https against http"
             raise self._refused(f"there is no trusted TLS connection to it ({cause})", remedy) from cause
         problem = f"no answer within {time.monotonic() - started:.1f} s and {patience.retries} retries"
         raise StoreUnavailable(self._where, f"{problem} ({type(cause).__name__})", ENDPOINT_REMEDY) from cause
 
-    def _translated(self, error: Exception, name: str) -> Exception:
-        """The error to raise for an answer of the server; `error` is one of the minio client's."""
+    def _translated(self, error: MinioException, name: str) -> Exception:
+        """The error to raise for an answer of the server."""
         if not isinstance(error, S3Error):
             # What is not XML comes from a proxy, or from a server of another kind; the client keeps its status private.
             status = error.status_code if isinstance(error, ServerError) else getattr(error, "_code", 0)
             problem = f"it answers with HTTP status {status} and no S3 error"
-            if status >= 500 or status == 429:
-                return StoreUnavailable(self._where, problem, ENDPOINT_REMEDY)
-            return self._refused(problem, ENDPOINT_REMEDY)
-        problem = f"the server says {error.code} ({(error.message or 'no reason given').rstrip('.')})"
-        status = error.response.status
+            kind = kind_of("", status)
+            if kind in (Kind.LACKS, Kind.FULL):
+                return kind.error(self._where, f"{kind.problem}: {problem}", kind.remedy)
+            return (StoreUnavailable if kind == Kind.LATER else StoreAccessError)(self._where, problem, ENDPOINT_REMEDY)
+        kind = _kind(error)
         if error.code == "NoSuchKey":
             return FileNotFoundError(name)
-        if error.code == "NoSuchBucket":
-            return self._refused("there is no such bucket", "Make it, or correct the name in the store's URL")
-        if status == 507 or error.code == "XMinioStorageFull":
-            return ResourceError(self._where, f"its disk is full: {problem}", "Free space there, or use another store")
-        if status in (401, 403) or error.code in ("AuthorizationHeaderMalformed", "PermanentRedirect"):
-            remedy = "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and this user's rights on the bucket"
-            return self._refused(problem, remedy)
-        if status >= 500 or status == 429:
-            return StoreUnavailable(self._where, problem, "Wait and run again, or check the server's health")
-        where = f"{self._where}, object {self._prefix}{name}"
-        return StoreError(where, problem, "Check the store's URL and the run's name")
+        where = f"{self._where}, object {self._prefix}{name}" if kind == Kind.OTHER else self._where
+        told = f"the server says {error.code} ({(error.message or 'no reason given').rstrip('.')})"
+        return kind.error(where, f"{kind.problem}: {told}", kind.remedy)
 
     def _refused(self, problem: str, remedy: str) -> StoreAccessError:
         return StoreAccessError(self._where, problem, remedy)
 
 
-def _environment() -> tuple[str, str | None]:
-    """Endpoint and file of certificate authorities; every variable that is missing or unusable is named at once."""
-    problems = [
-        Problem(name, "", "is not set, and an s3:// store needs it", "Export it")
-        for name in ("LATENTAC_S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-        if not os.environ.get(name)
-    ]
-    endpoint = os.environ.get("LATENTAC_S3_ENDPOINT", "").rstrip("/")
-    authorities = os.environ.get("LATENTAC_S3_CA") or os.environ.get("SSL_CERT_FILE")
-    if endpoint and not re.fullmatch(r"https?://[^/@?#]+", endpoint):
-        shown = re.sub(r"//.*@", "//***@", endpoint)
-        remedy = "Give http://<host>:<port> or https://<host>, without credentials and path"
-        problems.append(Problem("LATENTAC_S3_ENDPOINT", shown, "is not the address of a server", remedy))
-    if authorities and not os.path.isfile(authorities):
-        name = "LATENTAC_S3_CA" if os.environ.get("LATENTAC_S3_CA") else "SSL_CERT_FILE"
-        problems.append(Problem(name, authorities, "is not a file", "Name a file of PEM certificates, or unset it"))
-    if problems:
-        raise ConfigError(problems)
-    return endpoint, authorities
+def _kind(error: S3Error) -> Kind:
+    return kind_of(error.code or "", error.response.status)

@@ -140,7 +140,7 @@ def commit() -> str:
         describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("LATENTAC_COMMIT") or "unknown"
+        return os.environ.get("LATENTAC_COMMIT", "").strip() or "unknown"
 
 
 def dump_json(value: object, where: str) -> bytes:

@@ -19,15 +19,14 @@ class MLflow:
     """Metrics, parameters and pictures of a run, through MLflow's client."""
 
     class Settings(Settings):
-        """tracking_uri: a server's URL, `sqlite:///file.db` (needs the whole of `mlflow`), or a folder (MLflow wants
-        MLFLOW_ALLOW_FILE_STORE=true for that); MLFLOW_TRACKING_URI where none is named. A name and a password come from
-        MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
-        experiment: made where it is missing; MLFLOW_EXPERIMENT_NAME where none is named, else `latentac`.
-        images: pictures are sent too."""
-
         tracking_uri: str | None = None
+        """A server's URL, `sqlite:///file.db` (needs the whole of `mlflow`), or a folder (MLflow wants
+        MLFLOW_ALLOW_FILE_STORE=true for that). By default MLFLOW_TRACKING_URI. A name and a password come from
+        MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
         experiment: str | None = None
+        """Name of the experiment, made where it is missing. By default MLFLOW_EXPERIMENT_NAME, else `latentac`."""
         images: bool = True
+        """Whether pictures are sent too."""
 
         @field_validator("tracking_uri")
         @classmethod

@@ -13,16 +13,19 @@ class WandB:
     """Metrics, configuration and pictures of a run, through `wandb`."""
 
     class Settings(Settings):
-        """project, entity, group, tags: as in wandb.init; WANDB_PROJECT and its like count where none is named, and
-        the project else is `latentac`. mode: `offline` writes to `<output>/<run>/wandb`, for `wandb sync`; WANDB_MODE
-        where none is named. images: pictures are sent too. The API key comes from WANDB_API_KEY or `wandb login`."""
-
         project: str | None = None
+        """By default WANDB_PROJECT, else `latentac`."""
         entity: str | None = None
+        """User or team that the project belongs to. By default WANDB_ENTITY."""
         group: str | None = None
+        """Of the runs that belong together, such as those of a sweep."""
         tags: list[str] = []
+        """Words to find the run by."""
         mode: Literal["online", "offline", "disabled"] | None = None
+        """`offline` writes to `<output>/<run>/wandb`, for `wandb sync`. By default WANDB_MODE. The key comes from
+        WANDB_API_KEY or `wandb login`."""
         images: bool = True
+        """Whether pictures are sent too."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self._settings, self._folder = settings, folder

@@ -131,6 +131,7 @@ def test_environment_of_the_workers() -> None:
     assert values["PET_MAX_RESTARTS"] == "10"
     assert values["PET_SHUTDOWN_TIMEOUT"] == "50"
     assert values["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert "PET_LOCAL_ADDR" not in values  # the pods find each other by their names
     assert values["OMP_NUM_THREADS"] == "1"
     assert values["LATENTAC_ATTEMPT"] == "attempt-1"
     assert values["LATENTAC_S3_ENDPOINT"] == "https://minio:9000"

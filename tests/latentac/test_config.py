@@ -2,11 +2,12 @@
 
 import pytest
 
-from latentac.config import Config, resolve
+from latentac.config import Config
 from latentac.errors import ConfigError
 from latentac.fields import merge, read_file, read_overrides
 from latentac.recipes import RECIPES
 from latentac.resolution import resolve_all
+from latentac.validation import resolve
 
 
 def resolved(*overrides: str) -> Config:

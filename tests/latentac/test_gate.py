@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from latentac.config import Gate, resolve
+from latentac.config import Gate
 from latentac.errors import ConfigError
 from latentac.gate import decide, markdown
 from latentac.recipes import RECIPES
+from latentac.validation import resolve
 
 REWARDS = ("verifier", "jpeg")
 VERSION = "other-0a1b2c3d"

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from latentac.config import Extension, Reward, resolve
+from latentac.config import Extension, Reward
 from latentac.measures import DEFINITIONS, difference, diversity, interval, median, ratio
 from latentac.recipes import RECIPES
+from latentac.validation import resolve
 
 NORMAL = 1.959964
 

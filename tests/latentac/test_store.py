@@ -13,6 +13,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -37,7 +38,7 @@ from latentac.errors import (
     StoreError,
     StoreUnavailable,
 )
-from latentac.store import Manifest, Patience, Store, commit, open_store
+from latentac.store import Manifest, Patience, Store, access, commit, open_store
 from latentac.store.blobs import Stream, connect
 from tests.minio import Server
 
@@ -732,26 +733,20 @@ def _certificate(folder: Path) -> Path:
     return write(folder, {"public.crt": certificate.public_bytes(serialization.Encoding.PEM), "private.key": private})
 
 
-@pytest.mark.parametrize(
-    ("status", "kind", "body", "expected"),
-    [
-        (404, "text/html", b"<html>not here</html>", StoreAccessError),
-        (200, "text/html", b"<html>welcome<br></html>", StoreAccessError),
-        (502, "text/html", b"<html>bad gateway</html>", StoreUnavailable),
-        (503, "application/xml", b"<Error><Code>SlowDown</Code><Message>easy</Message></Error>", StoreUnavailable),
-        (507, "application/xml", b"<Error><Code>XMinioStorageFull</Code></Error>", ResourceError),
-        (400, "application/xml", b"<Error><Code>AuthorizationHeaderMalformed</Code></Error>", StoreAccessError),
-        (400, "application/xml", b"<Error><Code>InvalidArgument</Code></Error>", StoreError),
-        (400, "application/xml", b"<Error><Code>cut", StoreAccessError),
-    ],
-)
-def test_answers_that_are_not_what_s3_says(
-    monkeypatch: pytest.MonkeyPatch, status: int, kind: str, body: bytes, expected: type[LatentacError]
-) -> None:
-    """A web server, a gateway in trouble, a full server, a wrong region: each is one clear error."""
+def _told(code: str) -> bytes:
+    return f"<Error><Code>{code}</Code><Message>so it is.</Message></Error>".encode()
+
+
+@contextmanager
+def _answering(
+    monkeypatch: pytest.MonkeyPatch, status: int, kind: str, body: bytes
+) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """A server that answers everything in one way: its address, and the headers of what it was asked so far."""
+    asked: list[dict[str, str]] = []
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            asked.append(dict(self.headers))
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
@@ -768,13 +763,158 @@ def test_answers_that_are_not_what_s3_says(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     try:
+        yield endpoint, asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "body", "expected"),
+    [
+        (404, "text/html", b"<html>not here</html>", StoreAccessError),
+        (200, "text/html", b"<html>welcome<br></html>", StoreAccessError),
+        (502, "text/html", b"<html>bad gateway</html>", StoreUnavailable),
+        (501, "text/html", b"<html>what is that</html>", StoreError),
+        (511, "text/html", b"<html>log in to this network</html>", StoreAccessError),
+        (507, "application/xml", _told("XMinioStorageFull"), ResourceError),
+        (400, "application/xml", _told("AuthorizationHeaderMalformed"), StoreAccessError),
+        (400, "application/xml", _told("InvalidArgument"), StoreError),
+        (400, "application/xml", b"<Error><Code>cut", StoreAccessError),
+    ],
+)
+def test_answers_that_are_not_what_s3_says(
+    monkeypatch: pytest.MonkeyPatch, status: int, kind: str, body: bytes, expected: type[LatentacError]
+) -> None:
+    """A web server, a gateway in trouble, a full server, a wrong region: each is one clear error."""
+    with _answering(monkeypatch, status, kind, body) as (endpoint, _):
         with pytest.raises(expected) as caught:
             open_store("s3://bucket/x", HASTY).keys()
         assert type(caught.value) is expected
         says(caught.value, endpoint, "bucket")
-    finally:
-        server.shutdown()
-        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected", "word"),
+    [
+        (403, "InvalidAccessKeyId", StoreAccessError, "AWS_ACCESS_KEY_ID"),
+        (403, "SignatureDoesNotMatch", StoreAccessError, "AWS_SECRET_ACCESS_KEY"),
+        (400, "InvalidToken", StoreAccessError, "AWS_SESSION_TOKEN"),
+        (403, "InvalidClientTokenId", StoreAccessError, "AWS_SESSION_TOKEN"),
+        (400, "ExpiredToken", StoreAccessError, "Get new ones"),
+        (403, "ExpiredTokenException", StoreAccessError, "Get new ones"),
+        (400, "TokenRefreshRequired", StoreAccessError, "AWS_SESSION_TOKEN"),
+        (403, "RequestTimeTooSkewed", StoreAccessError, "clock"),
+        (403, "AccessDenied", StoreAccessError, "rights"),
+        (403, "AllAccessDisabled", StoreAccessError, "rights"),
+        (400, "IllegalLocationConstraintException", StoreAccessError, "AWS_REGION"),
+        (301, "PermanentRedirect", StoreAccessError, "AWS_REGION"),
+        (501, "NotImplemented", StoreError, "lacks"),
+        (405, "MethodNotAllowed", StoreError, "lacks"),
+        (501, "XSomethingOfTheirOwn", StoreError, "lacks"),
+        (505, "HTTPVersionNotSupported", StoreError, "lacks"),
+        (400, "KeyTooLongError", StoreError, "URL"),
+        (412, "PreconditionFailed", StoreError, "URL"),
+        (403, "QuotaExceeded", ResourceError, "quota"),
+        (400, "XMinioAdminBucketQuotaExceeded", ResourceError, "quota"),
+    ],
+)
+def test_an_error_that_waiting_does_not_mend_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, status: int, code: str, expected: type[LatentacError], word: str
+) -> None:
+    """Its kind decides about exit code and remedy: credentials, clock, rights, region, what the store cannot do."""
+    with _answering(monkeypatch, status, "application/xml", _told(code)) as (_, asked):
+        with pytest.raises(expected) as caught:
+            open_store("s3://bucket/x", HASTY).keys()
+        assert len(asked) == 1
+        assert type(caught.value) is expected
+        assert caught.value.exit_code == (6 if expected is ResourceError else 3)
+        says(caught.value, code, word)
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(503, "SlowDown"), (500, "InternalError"), (400, "RequestTimeout"), (409, "OperationAborted"), (429, "Any"),
+     (503, "XMinioServerNotInitialized"), (404, "NoSuchUpload"), (400, "BadDigest")],
+)  # fmt: skip
+def test_an_error_that_may_pass_is_waited_for(monkeypatch: pytest.MonkeyPatch, status: int, code: str) -> None:
+    """The request is repeated as often as patience says, then it is exit code 75: try again later."""
+    with _answering(monkeypatch, status, "application/xml", _told(code)) as (_, asked):
+        with pytest.raises(StoreUnavailable) as caught:
+            open_store("s3://bucket/x", HASTY).keys()
+        assert len(asked) == HASTY.retries + 1
+        says(caught.value, code)
+
+
+def test_white_space_around_what_the_environment_says_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`kubectl create secret --from-file` and editors leave a line break, a carriage return, spaces, a BOM."""
+    with _answering(monkeypatch, 403, "application/xml", _told("AccessDenied")) as (_, asked):
+        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_SESSION_TOKEN", "token")
+        clean = access.read()
+        for name, value in clean.environment().items():
+            monkeypatch.setenv(name, f"\ufeff {value} \r\n")
+        assert access.read() == clean
+        assert clean.secret not in repr(clean)
+        with pytest.raises(StoreAccessError, match="rights"):
+            open_store("s3://bucket/x", HASTY).keys()
+    assert "Credential=key/" in asked[0]["Authorization"]
+    assert asked[0]["X-Amz-Security-Token"] == "token"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", "hunter2\nhunter3", "U+000A as character 8 of 15"),
+        ("AWS_SECRET_ACCESS_KEY", "hunter2\u200bhunter3", "U+200B"),
+        ("AWS_ACCESS_KEY_ID", "key id", "U+0020 as character 4"),
+        ("AWS_ACCESS_KEY_ID", "kéy", "U+00E9"),
+        ("AWS_SESSION_TOKEN", "hunter2\thunter3", "U+0009"),
+        ("AWS_REGION", "us east", "'us east'"),
+        ("AWS_DEFAULT_REGION", "us/east", "'us/east'"),
+        ("LATENTAC_S3_ENDPOINT", "http://host :9000", "is not the address"),
+        ("AWS_ACCESS_KEY_ID", " \n", "is not set"),
+    ],
+)
+def test_what_cannot_be_sent_is_one_message_without_the_secret(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str
+) -> None:
+    """The variable, the character and its place; never the value of a credential."""
+    for variable in ("LATENTAC_S3_CA", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("LATENTAC_S3_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter1")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        open_store("s3://bucket/x")
+    assert [problem.path for problem in caught.value.problems] == [name]
+    says(caught.value, words)
+    assert "hunter" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("regions", "signed"),
+    [
+        ({}, "us-east-1"),
+        ({"AWS_DEFAULT_REGION": "eu-west-3"}, "eu-west-3"),
+        ({"AWS_REGION": " ", "AWS_DEFAULT_REGION": "eu-west-3"}, "eu-west-3"),
+        ({"AWS_REGION": "eu-west-2", "AWS_DEFAULT_REGION": "eu-west-3"}, "eu-west-2"),
+    ],
+)
+def test_the_region_is_what_amazons_tools_take(
+    monkeypatch: pytest.MonkeyPatch, regions: dict[str, str], signed: str
+) -> None:
+    """AWS_REGION, else AWS_DEFAULT_REGION: requests are signed for it."""
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in regions.items():
+        monkeypatch.setenv(name, value)
+    with _answering(monkeypatch, 403, "application/xml", _told("AccessDenied")) as (_, asked):
+        store = open_store("s3://bucket/x", HASTY)
+        with pytest.raises(StoreAccessError):
+            store.keys()
+    assert f"/{signed}/s3/" in asked[0]["Authorization"]
 
 
 def test_a_manifest_does_not_change_after_it_was_made(tmp_path: Path, artifact: Path) -> None:

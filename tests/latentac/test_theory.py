@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentac.config import resolve
 from latentac.critic import Critic
 from latentac.diffusion import alpha_of, broadcast, forward_noise
 from latentac.fields import merge
@@ -17,6 +16,7 @@ from latentac.returns import explained_variance, gae
 from latentac.rollout import rollout
 from latentac.steering import STEERING
 from latentac.types import flatten_steps
+from latentac.validation import resolve
 from tests.latentac.worlds import NOISY, REWARD, STEPS, AnalyticCritic, GaussianBackbone, affine_steps
 
 

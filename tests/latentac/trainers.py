@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latentac.algorithms import ALGORITHMS, Algorithm
 from latentac.backbones import BACKBONES, Denoiser, load_backbone
-from latentac.config import Config, Extension, resolve
+from latentac.config import Config, Extension
 from latentac.config import Reward as RewardSettings
 from latentac.distributed import Mesh
 from latentac.fields import merge
@@ -21,6 +21,7 @@ from latentac.prompts import Prompt, load_prompts
 from latentac.rewards.configured import ConfiguredReward, load_rewards
 from latentac.shapes import PIPELINES, builtin_pipeline
 from latentac.trainer import Trainer
+from latentac.validation import resolve
 
 CPU = torch.device("cpu")
 TRAINERS = "tests.latentac.trainers"

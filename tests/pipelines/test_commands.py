@@ -286,6 +286,22 @@ def test_a_token_comes_from_the_environment_and_is_never_shown(
     assert "secret" not in told.out + told.err
 
 
+def test_a_token_with_a_line_break_is_a_token(
+    kfp: Kfp, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At its end it is dropped; within, it is one message without the token."""
+    kfp.token = "right-and-secret"
+    monkeypatch.setenv("LATENTAC_KFP_TOKEN", "right-and-secret\r\n")
+    assert pipeline("runs") == 0
+    for name in ("LATENTAC_KFP_TOKEN", "LATENTAC_KFP_COOKIE"):
+        monkeypatch.delenv("LATENTAC_KFP_TOKEN", raising=False)
+        monkeypatch.setenv(name, "two-and\nsecret")
+        assert pipeline("runs") == 2
+        told = capsys.readouterr().err
+        assert f"{name} = '***': has a character that no request can carry" in told
+        assert "secret" not in told
+
+
 def test_a_token_of_a_pod_is_read_from_its_file(kfp: Kfp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """KFP's own variable names the projected file."""
     kfp.token = "projected"

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,9 @@ from typing import Any
 import pytest
 from docker.errors import DockerException
 
+from latentac.errors import ConfigError, ResourceError
+from latentac.store import access
+from pipelines import containers
 from pipelines.pipeline import STEPS
 from tests.docker import Docker
 from tests.golang import Unavailable
@@ -261,3 +265,50 @@ def test_what_cannot_work_is_one_message(tmp_path: Path, options: list[str], cod
     assert words in failed.stderr
     assert len(failed.stderr.splitlines()) == 1
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize("host", ["tcp://host:port", "foo", "unix:///none.sock", "ssh://nobody@127.0.0.1:1"])
+def test_a_docker_host_that_is_none_is_one_message(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    """Whatever the SDK raises for it."""
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+    monkeypatch.setenv("DOCKER_HOST", host)
+    with pytest.raises(ResourceError, match="no docker daemon answers") as caught:
+        containers._client()
+    assert caught.value.where == host
+
+
+def test_a_daemon_on_this_machine_is_not_asked_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HTTP_PROXY is for elsewhere, and NO_PROXY keeps what was in it."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        monkeypatch.setenv("no_proxy", "")
+        monkeypatch.setenv("NO_PROXY", "example.org")
+        monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:1")
+        with pytest.raises(ResourceError):
+            containers._client()
+        proxy.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            proxy.accept()
+        assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "example.org,localhost,127.0.0.1,::1"
+
+
+def test_the_steps_get_the_store_as_it_is_understood_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stripped, with the region that Amazon's tools would take; of another store nothing stays behind."""
+    for name in access.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="AWS_ACCESS_KEY_ID"):
+        containers._environment_of_the_store()
+    given = {"LATENTAC_S3_ENDPOINT": "http://here:9000/", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+             "AWS_SESSION_TOKEN": "token", "AWS_DEFAULT_REGION": "eu-west-3"}  # fmt: skip
+    for name, value in given.items():
+        monkeypatch.setenv(name, f"{value}\n")
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    understood = containers._environment_of_the_store()
+    assert understood == {
+        "LATENTAC_S3_ENDPOINT": "http://here:9000", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_SESSION_TOKEN": "token", "AWS_REGION": "eu-west-3",
+    }  # fmt: skip
+    containers._read_from({"LATENTAC_S3_ENDPOINT": "http://127.0.0.1:1"})
+    assert [name for name in access.VARIABLES if name in os.environ] == ["LATENTAC_S3_ENDPOINT"]

@@ -218,6 +218,11 @@ def test_the_names_of_threads_and_the_module_search_path_are_left_alone() -> Non
     """A call runs in a thread of its own, and changes nothing of the caller's."""
     seen: list[str] = []
     before = list(sys.path)
-    configured(lambda images, prompts: seen.append(threading.current_thread().name) or [0.0] * 3)(IMAGES, PROMPTS)
+
+    def reward(images: np.ndarray, prompts: list[str]) -> list[float]:
+        seen.append(threading.current_thread().name)
+        return [0.0] * len(prompts)
+
+    configured(reward)(IMAGES, PROMPTS)
     assert seen == ["reward mine"]
     assert sys.path == before

@@ -1,0 +1,88 @@
+"""What the machine lacks is one message with a remedy, at every door of the project; a bug keeps its traceback."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from latentac.errors import LatentacError, ResourceError, expected, require
+
+
+def without(module: str, command: str, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """`python -m command arguments` in an environment that has no such module."""
+    hidden = "import runpy, sys; sys.modules[sys.argv[1]] = None; del sys.argv[:2]; "
+    code = hidden + "runpy.run_module(sys.argv[0], {}, '__main__')"
+    s3 = {"LATENTAC_S3_ENDPOINT": "http://127.0.0.1:1", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    return subprocess.run(
+        [sys.executable, "-c", code, module, command, *arguments],
+        env={**os.environ, **s3}, cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "command", "arguments"),
+    [
+        ("docker", "docker==", "pipelines", ["run-containers"]),
+        ("kfp", "kfp==", "pipelines", ["run"]),
+        ("torchx", "torchx-nightly==", "pipelines", ["run"]),
+        ("kserve", "kserve==", "pipelines", ["run"]),
+        ("tensorboard", "tensorboard==", "pipelines", ["run"]),
+        ("minio", "minio==", "latentac.cli", ["prepare", "--run", "a", "--store", "s3://bucket/x"]),
+        ("kfp_server_api", "kfp-server-api", "latentac.cli", ["pipeline", "runs", "--host", "http://127.0.0.1:1"]),
+        ("kubernetes", "kubernetes==", "latentac.cli", ["pipeline", "compile", "--release", "a", "--to", "a.yaml"]),
+        ("jinja2", "jinja2==", "pipelines", ["run-containers"]),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named(
+    tmp_path: Path, module: str, package: str, command: str, arguments: list[str]
+) -> None:
+    """Before a run has a folder; with the version that belongs to this one; exit code 6, no traceback."""
+    failed = without(module, command, tmp_path, *arguments)
+
+    assert failed.returncode == 6, failed.stderr
+    assert f"package {package.rstrip('=')}: is not installed" in failed.stderr
+    assert f" -m pip install {package}" in failed.stderr
+    assert len(failed.stderr.splitlines()) == 1
+    assert not list((tmp_path / "runs").glob("shapes*"))
+
+
+def test_what_is_there_is_not_missed() -> None:
+    """Nothing is imported to find that out."""
+    require("json", "kfp", "docker")
+    with pytest.raises(ResourceError, match="package no-such-thing"):
+        require("json", "no-such-thing")
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "no space is left"),
+        (errno.EDQUOT, "quota"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "permission"),
+        (errno.EMFILE, "ulimit -n"),
+    ],
+)
+def test_what_the_system_refuses_is_told_with_the_place(number: int, words: str) -> None:
+    """No room, no right, no descriptor left: the machine's, so no bug."""
+    told = expected(OSError(number, os.strerror(number), "/some/place"))
+
+    assert isinstance(told, ResourceError)
+    assert words in str(told)
+    assert told.where == "/some/place"
+
+
+def test_a_bug_is_none_of_them() -> None:
+    """Its traceback is wanted."""
+    for error in (
+        KeyError("x"),
+        OSError(errno.ENOENT, "No such file or directory", "x"),
+        ImportError("cannot import name 'x' from 'latentac'", name="latentac"),
+        ModuleNotFoundError("No module named 'latentac.nothing'", name="latentac.nothing"),
+    ):
+        assert expected(error) is None
+    ours = LatentacError("here", "was found", "Do that")
+    assert expected(ours) is ours

@@ -1,0 +1,55 @@
+"""Training by a real torchrun agent on machines that are not as they should be."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.latentac.workers import RUN, prepared
+
+_TRAIN = "import sys; from latentac.run import train; print(train(*sys.argv[1:]).metrics['max_world_size'])"
+
+
+def _renamed(name: str) -> list[str]:
+    """A prefix for commands that shall find `name` to be the hostname; skips where the system allows none."""
+    mapped = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
+    prefix = ["unshare", *mapped, "--uts", "sh", "-c", f'hostname {name} && exec "$@"', "sh"]
+    tried = subprocess.run([*prefix, "true"], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"no UTS namespace can be made here: {tried.stderr.strip()}")
+    return prefix
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_machine_whose_hostname_does_not_resolve_trains(tmp_path: Path) -> None:
+    """The workers of one machine find each other by the loopback address, whatever the machine is called."""
+    prefix = _renamed("no-such-host")
+    prepared(tmp_path, "train.num_workers=2")
+    done = _trained(tmp_path, prefix)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_what_the_environment_says_of_another_group_of_workers_does_not_count(tmp_path: Path) -> None:
+    """A pod of a training operator, or a batch system: their agent's options and addresses are not this agent's."""
+    prepared(tmp_path)
+    foreign = {"PET_NNODES": "3", "PET_STANDALONE": "1", "PET_NO_PYTHON": "1", "PET_LOCAL_ADDR": "elsewhere",
+               "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1", "WORLD_SIZE": "7", "RANK": "3", "LOCAL_RANK": "3",
+               "GLOO_SOCKET_IFNAME": "ib0", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+    done = _trained(tmp_path, [], **foreign)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1"]
+
+
+def _trained(folder: Path, prefix: list[str], **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = [*prefix, sys.executable, "-c", _TRAIN, RUN, "", str(folder)]
+    return subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=150
+    )

@@ -1,0 +1,115 @@
+"""Code of one's own: packed the same each time, bounded, never from outside the folder, importable elsewhere."""
+
+import io
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from latentac.errors import ConfigError
+from latentac.package import MAX_INLINE_BYTES, digest, inline, make_importable, pack, read, unpack
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A package with a module, data, and what is not to be shipped."""
+    package = tmp_path / "mine"
+    for name, text in (
+        ("__init__.py", ""),
+        ("rewards.py", "ANSWER = 42\n"),
+        ("data/words.txt", "red"),
+        (".git/config", "secret"),
+        ("__pycache__/rewards.pyc", "x"),
+        ("venv/pyvenv.cfg", "home"),
+        ("venv/lib/large.py", "x"),
+    ):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text)
+    return package
+
+
+def names(data: bytes) -> list[str]:
+    return zipfile.ZipFile(io.BytesIO(data)).namelist()
+
+
+def test_a_package_is_packed_under_its_name_and_the_same_each_time(folder: Path) -> None:
+    """Whatever the files' times; without hidden files, bytecode and environments."""
+    data = pack(folder)
+    assert names(data) == ["mine/__init__.py", "mine/data/words.txt", "mine/rewards.py"]
+    os.utime(folder / "rewards.py", (1, 1))
+    assert digest(pack(folder)) == digest(data)
+    (folder / "rewards.py").write_text("ANSWER = 43\n")
+    assert digest(pack(folder)) != digest(data)
+
+
+def test_a_folder_of_modules_is_packed_as_what_lies_in_it(folder: Path) -> None:
+    """As if it were the working directory."""
+    assert "mine/rewards.py" in names(pack(folder.parent))
+
+
+def test_what_was_packed_can_be_imported_where_it_is_unpacked(folder: Path, tmp_path: Path) -> None:
+    """Also by processes that are started then, whatever their working directory; it comes as text, too."""
+    unpack(read(inline(pack(folder))), tmp_path / "there")
+    script = (
+        f"from pathlib import Path; from latentac.package import make_importable\n"
+        f"make_importable(Path({str(tmp_path / 'there')!r}))\n"
+        "import subprocess, sys, mine.rewards\n"
+        "there = 'import mine.rewards; print(mine.rewards.ANSWER)'\n"
+        "subprocess.run([sys.executable, '-c', there], cwd='/', check=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "42\n"
+
+
+def test_making_a_folder_importable_twice_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step may open its run again."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    make_importable(tmp_path)
+    before = list(sys.path), os.environ["PYTHONPATH"]
+    make_importable(tmp_path)
+    assert (list(sys.path), os.environ["PYTHONPATH"]) == before
+    assert before[1].split(os.pathsep) == [str(tmp_path), "/elsewhere"]
+
+
+def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Its target is not the package's."""
+    (tmp_path / "secret.txt").write_text("secret")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(ConfigError, match="leads out of the folder"):
+        pack(folder)
+
+
+@pytest.mark.parametrize("given", ["no/such/folder", "zip:%%%"])
+def test_what_cannot_be_read_is_refused(given: str) -> None:
+    """With the option's name."""
+    with pytest.raises(ConfigError, match="--package"):
+        read(given)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    """Nothing in it can be meant."""
+    with pytest.raises(ConfigError, match="holds no files"):
+        pack(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/etc/x", "../x", "a/../../x", "a\\..\\x"])
+def test_an_archive_that_leads_out_is_refused(name: str, tmp_path: Path) -> None:
+    """Nothing is written beside the folder."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as packed:
+        packed.writestr(name, "x")
+    with pytest.raises(ConfigError, match="leads out"):
+        unpack(archive.getvalue(), tmp_path / "there")
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["there"])
+
+
+def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
+    """And what is too large to be a parameter of a step."""
+    with pytest.raises(ConfigError, match="is no zip archive"):
+        unpack(b"PK", tmp_path)
+    with pytest.raises(ConfigError, match="image of your own"):
+        inline(os.urandom(MAX_INLINE_BYTES))

@@ -1,0 +1,92 @@
+"""Where temporary files go when TMPDIR will not do: elsewhere, with a line that says so, or a message that names it."""
+
+import logging
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from latentac import scratch
+from latentac.errors import ResourceError
+from latentac.scratch import MAX_PATH_BYTES, temporary_files
+
+USUAL = "/tmp"  # noqa: S108 - where they go instead
+
+
+@pytest.fixture
+def tiny() -> Iterator[Path]:
+    """A real file system of 256 KiB at a short path."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    with tempfile.TemporaryDirectory(dir=USUAL) as folder:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], check=True)
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", folder], check=True)
+
+
+def lies_in(folder: Path, place: str) -> bool:
+    return str(folder).startswith(f"{place}/latentac-")
+
+
+def test_a_folder_that_will_do_is_used_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For this process and its children; afterwards all is as it was, and nothing is left there."""
+    with tempfile.TemporaryDirectory(dir=USUAL) as mine:
+        monkeypatch.setenv("TMPDIR", mine)
+        before = tempfile.tempdir
+        with temporary_files(Path("/none")) as folder:
+            assert lies_in(folder, mine)
+            assert tempfile.gettempdir() == os.environ["TMPDIR"] == str(folder)
+        assert (os.environ["TMPDIR"], tempfile.tempdir) == (mine, before)
+        assert os.listdir(mine) == []
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("kind", ["missing", "a file", "read-only", "tiny", "full", "long"])
+def test_a_folder_that_will_not_do_is_done_without(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    """One line says why, and where the files go instead."""
+    wanted, words = tmp_path / "x", "is no folder"
+    if kind == "a file":
+        wanted.touch()
+    elif kind == "long":
+        wanted, words = tmp_path / ("x" * 200), f"more than {MAX_PATH_BYTES} bytes"
+        wanted.mkdir()
+    elif kind == "read-only":
+        wanted, words = Path("/proc/self"), "cannot be written to"
+    elif kind in ("tiny", "full"):
+        wanted, words = request.getfixturevalue("tiny"), "MiB free" if kind == "tiny" else "cannot be written to"
+        if kind == "full":
+            (wanted / "all").write_bytes(b"x" * 256 * 1024)
+    monkeypatch.setenv("TMPDIR", str(wanted))
+    if kind in ("missing", "a file"):
+        monkeypatch.setattr(scratch, "MAX_PATH_BYTES", 4096)  # pytest's own folders are long
+    with caplog.at_level(logging.WARNING), temporary_files(tmp_path) as folder:
+        assert lies_in(folder, USUAL)
+    assert f"TMPDIR = {wanted} " in caplog.text
+    assert words in caplog.text
+    assert caplog.text.rstrip().endswith(f"temporary files go to {USUAL}")
+
+
+def test_the_runs_own_folder_is_the_last_resort(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However long its path; where there is no room in it either, the message names TMPDIR and every place."""
+    monkeypatch.setenv("TMPDIR", str(tiny))
+    monkeypatch.setattr(scratch, "_USUAL", (str(tiny),))
+    with caplog.at_level(logging.WARNING), temporary_files(tmp_path) as folder:
+        assert lies_in(folder, str(tmp_path))
+    assert str(tmp_path) in caplog.text
+    with pytest.raises(ResourceError) as caught, temporary_files(tiny / "runs"):
+        pass
+    assert str(caught.value).startswith("TMPDIR: ")
+    assert f"{tiny} has only 0.2 MiB free" in str(caught.value)
+    assert f"{tiny}/runs is no folder" in str(caught.value)

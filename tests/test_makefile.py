@@ -1,0 +1,73 @@
+"""What `make` is called with reaches the programs as it was written: spaces, brackets, quotes and all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from latentac.fields import read_overrides, split
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def called(folder: Path, *arguments: str) -> list[str]:
+    """The words that `make` hands to Python; what is not written down yet is not installed for it."""
+    show = folder / "show"
+    show.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    show.chmod(0o755)
+    command = ["make", "-o", ".venv/.installed", *arguments, f"PY={show}"]
+    clean = {name: value for name, value in os.environ.items() if name not in ("SET", "OUTPUT", "RUN", "STORE", "SEED")}
+    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
+    words: list[str] = json.loads(done.stdout)
+    return words
+
+
+@pytest.mark.parametrize("target", ["run", "run-containers"])
+def test_set_comes_whole(tmp_path: Path, target: str) -> None:
+    """However it is written, it is one word; `latentac.fields.split` takes it apart."""
+    value = 'rewards=[{name: a, weight: 1}, {name: "it\'s b"}] seed=3'
+    assert called(tmp_path, target, f"SET={value}") == ["-m", "pipelines", target, "--set", value]
+
+
+def test_every_other_value_comes_whole_too(tmp_path: Path) -> None:
+    """Paths with spaces and quotes, as a run's own last lines print them."""
+    odd = 'my run\'s "folder"'
+    words = called(tmp_path, "run", f"OUTPUT={odd}", f"CONFIG={odd}", f"STORE=file://{odd}", "SEED=1", f"RESUME={odd}")
+    assert words == ["-m", "pipelines", "run", "--seed", "1", "--config", odd,
+                     "--output", odd, "--store", f"file://{odd}", "--resume", odd]  # fmt: skip
+    assert called(tmp_path, "bench-steering", f"RUN={odd}")[-2:] == ["--run", odd]
+    assert called(tmp_path, "evidence", "ONLY=main critic")[-2:] == ["--only", "main critic"]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("seed=3", ["seed=3"]),
+        ("  seed=3\n train.num_iterations=8\t", ["seed=3", "train.num_iterations=8"]),
+        ("rewards=[{name: a, weight: 1}, {name: b}] seed=3", ["rewards=[{name: a, weight: 1}, {name: b}]", "seed=3"]),
+        ("a={x: [1, 2], y: {z: 3}} b=1", ["a={x: [1, 2], y: {z: 3}}", "b=1"]),
+        ('a="x y=1" b=2', ['a="x y=1"', "b=2"]),
+        ("a='it''s x=1' b=2", ["a='it''s x=1'", "b=2"]),
+        (r'a="say \" x=1" b=2', [r'a="say \" x=1"', "b=2"]),
+        ("a=[\"] x=1\", '} y=2'] b=2", ["a=[\"] x=1\", '} y=2']", "b=2"]),
+        ("a=don't b=isn't", ["a=don't", "b=isn't"]),
+        ("prompts.source=/my prompts/a b.json seed=3", ["prompts.source=/my prompts/a b.json", "seed=3"]),
+        ("'rewards=[{name: a, weight: 1}]' \"seed=3\"", ["rewards=[{name: a, weight: 1}]", "seed=3"]),
+        ("a=[1, b=2", ["a=[1, b=2"]),
+        ("", []),
+    ],
+)
+def test_assignments_are_parted_at_white_space_that_belongs_to_no_value(text: str, parts: list[str]) -> None:
+    """Brackets and quotes hold together; so does a value with spaces that no `path=` follows."""
+    assert split(text) == parts
+
+
+def test_several_assignments_in_one_are_read() -> None:
+    """The same for `--set` and for SET."""
+    read = read_overrides(["rewards=[{name: a, weight: 1.5}, {name: b}] seed=3", "train.num_workers=2"])
+    assert read == {
+        "rewards": [{"name": "a", "weight": 1.5}, {"name": "b"}], "seed": 3, "train": {"num_workers": 2}
+    }  # fmt: skip
