@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from pydantic import field_validator
 
-from latentac.extensions import Settings
+from latentac import extensions
 
 _RUN_TAG = "latentac.run"
 _MAX_PARAMS = 100  # of one call
@@ -18,7 +18,7 @@ _MAX_VALUE = 6000  # characters
 class MLflow:
     """Metrics, parameters and pictures of a run, through MLflow's client."""
 
-    class Settings(Settings):
+    class Settings(extensions.Settings):
         tracking_uri: str | None = None
         """A server's URL, `sqlite:///file.db` (needs the whole of `mlflow`), or a folder (MLflow wants
         MLFLOW_ALLOW_FILE_STORE=true for that). By default MLFLOW_TRACKING_URI. A name and a password come from

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from latentac.extensions import Settings
+from latentac import extensions
 
 
 class WandB:
     """Metrics, configuration and pictures of a run, through `wandb`."""
 
-    class Settings(Settings):
+    class Settings(extensions.Settings):
         project: str | None = None
         """By default WANDB_PROJECT, else `latentac`."""
         entity: str | None = None

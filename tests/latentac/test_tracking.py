@@ -17,9 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from latentac.config import Config, resolve
+from latentac import extensions
+from latentac.config import Config
 from latentac.errors import ConfigError
-from latentac.extensions import Settings
 from latentac.hyperparameters import hyperparameters
 from latentac.metrics import of_evaluation, of_iteration
 from latentac.recipes import RECIPES
@@ -28,6 +28,7 @@ from latentac.run import _track
 from latentac.store import open_store
 from latentac.tracking import TRACKERS, Background, make_trackers, tracking
 from latentac.tracking.tensorboard import TensorBoard, all_but_evaluation, until
+from latentac.validation import resolve
 from tests.latentac.published import EVALUATION
 from tests.latentac.workers import RUN, prepared, train_here
 
@@ -170,7 +171,7 @@ def test_evaluation_and_hyperparameters_are_included(tmp_path: Path) -> None:
 class Weighed:
     """A reward with settings, some of which nobody else may know."""
 
-    class Settings(Settings):
+    class Settings(extensions.Settings):
         size: int = 3
         api_key: str = ""
         tokenizer: str = "bpe"
