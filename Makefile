@@ -38,7 +38,7 @@ RUN_OPTIONS = $(call option,RECIPE,recipe) $(call option,SEED,seed) $(call optio
 EVIDENCE_OPTIONS = $(call option,ONLY,only) $(call option,RECIPE,recipe) $(call option,MINUTES,budget-minutes) \
 	$(call option,WORKERS,workers) $(if $(ANEW),--anew)
 
-.PHONY: help install run run-containers serve test test-fast lint format compile minio images sbom chart
+.PHONY: help install run run-containers serve test test-fast lint format compile minio images sbom chart reference
 .PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering bench-serving fuzz lock clean
 
 help: ## this list
@@ -105,6 +105,10 @@ sbom: install ## a CycloneDX bill of materials of each image, in build/sbom/
 chart: install ## write the chart's README from its template and values, and say what changed
 	@$(PY) helm/readme.py
 	git --no-pager diff --stat -- helm
+
+reference: install ## write docs/configuration.md from the classes, and say what changed
+	@$(PY) -c 'from pathlib import Path; from latentac.reference import fields_markdown as f; Path("docs/configuration.md").write_text(f())'
+	git --no-pager diff --stat -- docs
 
 node-build: install ## the programs of the test node, built once into the cache (a quarter of an hour on two cores)
 	@$(PY) -m tests.cluster.binaries

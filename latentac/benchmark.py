@@ -58,7 +58,7 @@ def run_benchmark(
     denoiser per image, a backward as 2; seconds are wall time for all n images, decoding and scoring included. The
     gallery shows the arm that was best by the gate's reward, on the prompts and noise of `compare`.
     """
-    evaluation, seed, steps = config.evaluation, config.seed, config.kernel.num_steps
+    evaluation, seed, steps, block = config.evaluation, config.seed, config.kernel.num_steps, config.train.block_images
     chosen = [prompts[i] for i in balanced(prompts, evaluation.num_images, seed, "evaluation")]
     wanted, shown = chosen[: config.steering.num_images], chosen[: evaluation.num_gallery_prompts]
     rows: list[dict[str, Any]] = []
@@ -70,13 +70,35 @@ def run_benchmark(
         for number, (plan, cost) in enumerate(zip(plans, costs, strict=True), 1):
             bar.begin(f"arm {number} of {len(plans)}: {plan.label}")
             started = time.monotonic()
-            arm = sample(policy, critic, rewards, wanted, seed, steps, steering=plan.steering, bar=bar, units=cost)
+            arm = sample(
+                policy,
+                critic,
+                rewards,
+                wanted,
+                seed,
+                steps,
+                block_images=block,
+                steering=plan.steering,
+                bar=bar,
+                units=cost,
+            )
             rows += _rows(config, arm, time.monotonic() - started, plan)
         best = best_steered(rows, config.gate.reward)
         wanted_arm = (best["method"], best["strength"], best["candidates"]) if best else None
         steering = next((p.steering for p in plans if (p.method, p.strength, p.candidates) == wanted_arm), None)
         bar.begin("gallery")
-        arm = sample(policy, critic, rewards, shown, seed, steps, steering=steering, bar=bar, units=max(costs))
+        arm = sample(
+            policy,
+            critic,
+            rewards,
+            shown,
+            seed,
+            steps,
+            block_images=block,
+            steering=steering,
+            bar=bar,
+            units=max(costs),
+        )
     return rows, gallery(config, [prompt.text for prompt in shown], {"steered": arm})
 
 

@@ -84,7 +84,18 @@ class Prompts(Section):
     """What pictures are asked for."""
 
     source: str
-    """`builtin:shapes`, or a JSON file {"train": [{"text", "category"}], "held_out": [...]}."""
+    """`builtin:shapes`, a file (JSON, JSONL, CSV, plain text), or a folder with train.* and held_out.*."""
+    train: str = ""
+    """A file of training prompts. With `held_out` it takes the place of `source`."""
+    held_out: str = ""
+    """A file of held-out prompts."""
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Where there is one list only, this share of its texts is held out: those whose hash with `split_seed` is smallest.
+    It is the same on every machine and for every seed of a run."""
+    split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Decides which texts are held out."""
+    on_truncation: Literal["refuse", "warn"] = "refuse"
+    """What `prepare` does where a prompt has more tokens than the text encoder reads."""
 
 
 class Reward(Named):
@@ -289,6 +300,9 @@ class Serving(Section):
     """Characters per prompt."""
     max_guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 20.0
     """Scale of classifier-free guidance."""
+    allow_truncation: bool = False
+    """Draw a prompt of more tokens than the text encoder reads by its first ones, and say so in the answer; by default it
+    is refused."""
     include_base: bool = True
     """Export the untouched denoiser too, to compare with. With a large one it doubles the folder."""
     batch_rows: Positive = 4

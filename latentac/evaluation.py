@@ -47,14 +47,15 @@ def sample(
     seed: int,
     num_steps: int,
     *,
+    block_images: int,
     steering: Steering | None = None,
     bar: Progress[Any] | None = None,
     units: int = 1,
-    block_images: int = 32,
 ) -> Arm:
     """One picture a prompt. Image i has the same noise in every arm; its candidate 0 is the unsteered rollout.
 
-    bar: of the step that this is a part of; a picture counts `units` of it.
+    block_images: so many go through the denoiser together, each with all its candidates. bar: of the step that this is
+    a part of; a picture counts `units` of it.
     """
     device = policy.backbone.device
     blocks = [range(start, min(start + block_images, len(prompts))) for start in range(0, len(prompts), block_images)]
@@ -116,7 +117,7 @@ def compare(
     settings, seed = config.evaluation, config.seed
     held_out = prompts.held_out
     chosen = [held_out[index] for index in balanced(held_out, settings.num_images, seed, "evaluation")]
-    texts, steps = [prompt.text for prompt in chosen], config.kernel.num_steps
+    texts, steps, block = [prompt.text for prompt in chosen], config.kernel.num_steps, config.train.block_images
     seen = [prompts.train[i] for i in balanced(prompts.train, settings.num_images // 4, seed, "evaluation")]
     more = (settings.pictures_per_prompt - 1) * len(texts[: settings.num_diversity_prompts])
     with progress(len(policies) * (len(texts) + more) + len(seen), "evaluate", "images") as bar:
@@ -124,9 +125,9 @@ def compare(
         for number, (name, policy) in enumerate(policies.items(), 1):
             bar.begin(f"policy {number} of {len(policies)}: {name}")
             watching = critic if name == "trained" else None
-            arms[name] = sample(policy, watching, rewards, chosen, seed, steps, bar=bar)
+            arms[name] = sample(policy, watching, rewards, chosen, seed, steps, block_images=block, bar=bar)
         bar.begin("trained, on training prompts")
-        fitted = sample(policies["trained"], None, rewards, seen, seed, steps, bar=bar)
+        fitted = sample(policies["trained"], None, rewards, seen, seed, steps, block_images=block, bar=bar)
         bar.begin("diversity and latency")
         measured = contrasts(config, policies, texts, {name: arm.images for name, arm in arms.items()}, bar)
     trained, main = arms["trained"], config.reward_names.index(config.gate.reward)
@@ -226,7 +227,8 @@ def _more_pictures(
     All policies do a block one after another, in turns the first first or last, so that a busy machine slows all. On a
     CPU a block is one thread's work: its processor time leaves out what else runs there.
     """
-    draws, size = range(1, config.evaluation.pictures_per_prompt), max(1, len(texts) // 8)
+    draws = range(1, config.evaluation.pictures_per_prompt)
+    size = min(config.train.block_images, max(1, len(texts) // 8))  # eight of each draw, to be compared in pairs
     blocks = [
         (number, draw, range(start, min(start + size, len(texts))))
         for number, (draw, start) in enumerate(itertools.product(draws, range(0, len(texts), size)))

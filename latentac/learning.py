@@ -14,6 +14,7 @@ from latentac.config import Config
 from latentac.critic import Critic
 from latentac.diffusion import forward_noise
 from latentac.distributed import Mesh, generator_for, seed_for
+from latentac.encoding import Encoded
 from latentac.losses import value_loss
 from latentac.policy import Policy
 from latentac.types import Conditioning, Trajectory
@@ -58,7 +59,7 @@ class Learner:
     The policy's forward is asked for features only: the critic reads the actor and never shapes it.
     """
 
-    def __init__(self, config: Config, policy: Policy, critic: Critic, conditioning: Conditioning, mesh: Mesh) -> None:
+    def __init__(self, config: Config, policy: Policy, critic: Critic, conditioning: Encoded, mesh: Mesh) -> None:
         """conditioning: of every training prompt, in their order."""
         self.config, self.policy, self.critic, self.conditioning, self.mesh = config, policy, critic, conditioning, mesh
         critic.train_heads()

@@ -92,7 +92,10 @@ def unpack(data: bytes, folder: Path) -> None:
 
 
 def make_importable(folder: Path) -> None:
-    """Modules in `folder` come before all others, in this process and in those that it starts."""
+    """Modules in `folder` come before all others, in this process and in those that it starts. None of them writes
+    bytecode: the folder stays the artifact that it is checked against when the run is opened again."""
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     place = str(folder.absolute())
     if place not in sys.path:
         sys.path.insert(0, place)

@@ -1,5 +1,6 @@
 """What `prepare` checks and fetches, so that a run that cannot end well never begins."""
 
+import logging
 import os
 import platform
 import shutil
@@ -8,16 +9,23 @@ from collections.abc import Sequence
 from contextlib import closing
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from latentac.config import Config
 from latentac.errors import ConfigError, Problem, ResourceError, RewardError
-from latentac.prompts import Prompt, PromptSet
+from latentac.progress import progress
+from latentac.prompts import Prompt, PromptSet, within
 from latentac.rewards.configured import ConfiguredReward
 from latentac.store import commit
 
+if TYPE_CHECKING:
+    from latentac.backbones import Denoiser
+
+_log = logging.getLogger(__name__)
+_TOLD = 20  # prompts that are named; a longer list helps nobody
+_COUNTED = 1000  # prompts whose tokens are counted together
 _FREE_BYTES = 512 * 2**20
 _PACKAGES = ("torch", "diffusers", "transformers", "kfp", "torchx-nightly", "kserve", "minio")
 
@@ -95,6 +103,44 @@ def fetch_backbone(source: str, folder: Path) -> None:
         raise _bad_source(source, "has no model_index.json, so it is no diffusers pipeline")
     if not any((folder / "unet").glob("*.safetensors")) and not any((folder / "transformer").glob("*.safetensors")):
         raise _bad_source(source, "has no safetensors weights, and no other format is loaded")
+
+
+def check_lengths(config: Config, prompts: PromptSet, backbone: "Denoiser") -> dict[str, Any]:
+    """Count every prompt's tokens. Returns lengths.json: {max_tokens, longest, truncated: {split: [index]}}.
+
+    Raises ConfigError with the first of those that the text encoder would cut, or warns, as `on_truncation` says; and
+    where the endpoint would refuse every held-out prompt, one of which is to prove that it serves.
+    """
+    most, splits = backbone.max_tokens, {"train": prompts.train, "held_out": prompts.held_out}
+    counts: dict[str, list[int]] = {split: [] for split in splits}
+    with progress(sum(map(len, splits.values())), "tokens", "prompts") as bar:
+        for split, members in splits.items():
+            for start in range(0, len(members), _COUNTED):
+                part = [prompt.text for prompt in members[start : start + _COUNTED]]
+                counts[split] += backbone.count_tokens(part)
+                bar.update(len(part))
+    cut = {split: [index for index, count in enumerate(found) if count > most] for split, found in counts.items()}
+    problems = []
+    for split, index in [(split, index) for split, found in cut.items() for index in found][:_TOLD]:
+        text = splits[split][index].text
+        told = f"{prompts.places.get(text, f'{split}[{index}]')}: {text[:80]}{'...' if len(text) > 80 else ''}"
+        problem = f"has {counts[split][index]} tokens, and the text encoder reads {most}"
+        remedy = "Shorten it, or set prompts.on_truncation=warn to use what is read of it."
+        problems.append(Problem("prompts", told, problem, remedy))
+    total = sum(map(len, cut.values()))
+    if total > len(problems):
+        remedy = "Shorten them too."
+        problems.append(Problem("prompts", config.prompts.source, f"{total - _TOLD} more are too long", remedy))
+    if problems and config.prompts.on_truncation == "refuse":
+        raise ConfigError(problems)
+    if not within(prompts.held_out, config.serving, cut["held_out"]):
+        longest = f"is allowed, and every held-out prompt is longer, or has more than {most} tokens"
+        remedy = "The endpoint is to draw one: set serving.max_prompt_characters, or serving.allow_truncation=true."
+        characters = config.serving.max_prompt_characters
+        raise ConfigError([Problem("serving.max_prompt_characters", characters, longest, remedy)])
+    for each in problems:
+        _log.warning("%s = %r: %s; the rest is cut off", each.path, each.value, each.problem)
+    return {"max_tokens": most, "longest": max(map(max, counts.values())), "truncated": cut}
 
 
 def environment() -> dict[str, Any]:

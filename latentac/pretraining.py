@@ -29,7 +29,8 @@ from latentac.types import Conditioning, join
 class States:
     """Rollouts of a frozen actor as the critic sees them.
 
-    features: name -> [B, K, ...]     clean: [B, *latent]     sigmas: [K]     conditioning: B rows     rewards: [B, M]
+    features: name -> [B, K, ...]     clean: [B, *latent]     sigmas: [K]     rewards: [B, M]
+    conditioning: B rows, in the host's memory: of a large text encoder they are what takes most room
     prompts: int64 [B], which prompt of the split
     """
 
@@ -44,7 +45,11 @@ class States:
         """The critic's arguments at flattened (image, step) rows."""
         image, step = rows // len(self.sigmas), rows % len(self.sigmas)
         features = {name: feature[image, step] for name, feature in self.features.items()}
-        return features, self.sigmas[step], self.conditioning.rows(image)
+        return features, self.sigmas[step], self.conditioned(image)
+
+    def conditioned(self, image: Tensor) -> Conditioning:
+        """The conditioning of these images, where the rest is."""
+        return self.conditioning.rows(image.to(self.conditioning.tokens.device)).to(self.clean.device)
 
 
 def new_critic(config: Config, policy: Policy) -> Critic:
@@ -108,19 +113,19 @@ def _collect_block(
         dict(trajectory.features),
         trajectory.clean,
         trajectory.sigmas[:-1],
-        conditioning,
+        conditioning.to(torch.device("cpu")),
         scores.rewards.to(noise.device),
         torch.tensor([chosen[slot] for slot in block]),
     )
 
 
-def predict(critic: Critic, states: States, block: int = 256) -> Tensor:
-    """[B, K, M] values in each reward's own unit."""
+def predict(critic: Critic, states: States, minibatch_states: int) -> Tensor:
+    """[B, K, M] values in each reward's own unit, of so many states at once."""
     images, steps = states.rewards.shape[0], len(states.sigmas)
     rows = torch.arange(images * steps, device=states.rewards.device)
     critic.eval()
     with torch.no_grad():
-        values = [critic(*states.inputs(part)) for part in rows.split(block)]
+        values = [critic(*states.inputs(part)) for part in rows.split(minibatch_states)]
     return torch.cat(values).unflatten(0, (images, steps))
 
 
@@ -155,7 +160,8 @@ def fit(config: Config, policy: Policy, critic: Critic, states: States, held_out
                 inputs = _noised(policy, critic, states, rows, generator) if noised else states.inputs(rows)
                 losses.append(_step(config, critic, optimizer, inputs, states.rewards[rows // len(states.sigmas)]))
                 bar.update()
-            values, rewards = predict(critic, held_out)[..., main], held_out.rewards[:, main]
+            values = predict(critic, held_out, settings.minibatch_states)[..., main]
+            rewards = held_out.rewards[:, main]
             explained = explained_variance(values, rewards)
             bar.note(f"held-out explained variance {float(explained.mean()):.3f}")
             history.append(
@@ -189,7 +195,7 @@ def _noised(
 ) -> tuple[dict[str, Tensor], Tensor, Conditioning]:
     """As `States.inputs`, of fresh noise on the pictures instead of the states that the rollouts passed."""
     image, step = rows // len(states.sigmas), rows % len(states.sigmas)
-    clean, sigma, conditioning = states.clean[image], states.sigmas[step], states.conditioning.rows(image)
+    clean, sigma, conditioning = states.clean[image], states.sigmas[step], states.conditioned(image)
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
     latents = forward_noise(clean, noise, sigma, policy.backbone.path)
     return observe(policy, critic, latents, sigma, conditioning), sigma, conditioning

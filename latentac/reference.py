@@ -95,9 +95,15 @@ def _entries(path: str) -> list[tuple[str, str, list[Row]]]:
 
 def _rows(section: type[BaseModel]) -> list[Row]:
     return [
-        (name, _kind(field.annotation, field.metadata), _default(field), " ".join((field.description or "").split()))
+        (name, _kind(field.annotation, field.metadata), _default(field), description(section, name))
         for name, field in section.model_fields.items()
     ]
+
+
+def description(section: type[BaseModel], name: str) -> str:
+    """The text below a field, or below the one that it overrides, on one line."""
+    declared = [kind.model_fields.get(name) for kind in section.__mro__ if hasattr(kind, "model_fields")]
+    return " ".join(next((field.description for field in declared if field and field.description), "").split())
 
 
 def _kind(annotation: Any, metadata: Sequence[Any]) -> str:
@@ -155,14 +161,14 @@ def _cell(text: str) -> str:
 
 def _yaml(section: BaseModel, kind: type[BaseModel], path: str, depth: int) -> Iterator[str]:
     """The fields of a section, those of an extension's own settings last."""
-    described: dict[str, Any] = dict(kind.model_fields)
+    described = dict.fromkeys(kind.model_fields, kind)
     if isinstance(section, Extension) and (table := TABLES.get(path)) is not None:
         settings = declared_settings(table.load(section.use))
-        described |= settings.model_fields if settings else {}
+        described |= dict.fromkeys(settings.model_fields, settings) if settings else {}
     values = {name: getattr(section, name) for name in kind.model_fields} | dict(section.model_extra or {})
     for name, value in values.items():
-        field, place = described.get(name), f"{path}.{name}".lstrip(".")
-        yield from _comment(field.description if field else None, depth)
+        place = f"{path}.{name}".lstrip(".")
+        yield from _comment(description(described[name], name) if name in described else "", depth)
         yield from _value(name, value, place, depth)
 
 
@@ -189,6 +195,6 @@ def _scalar(value: Any) -> str:
     return json.dumps(value if not isinstance(value, Mapping) else dict(value), ensure_ascii=False)
 
 
-def _comment(text: str | None, depth: int) -> list[str]:
+def _comment(text: str, depth: int) -> list[str]:
     indent = "  " * depth + "# "
-    return textwrap.wrap(" ".join((text or "").split()), _WIDTH, initial_indent=indent, subsequent_indent=indent)
+    return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=indent)

@@ -63,7 +63,7 @@ def release(space: Workspace, prove: Prove = on_loopback) -> tuple[dict[str, Any
         shutil.copytree(space.artifact("train") / "critic", folder / "critic")
         if space.config.serving.include_base:
             add_base(folder, space.artifact("prepare") / "backbone")
-        examples = list(dict.fromkeys(prompt.text for prompt in space.prompts.held_out))[:_EXAMPLES]
+        examples = list(dict.fromkeys(prompt.text for prompt in space.presentable))[:_EXAMPLES]
         extensions = json.loads((space.artifact("prepare") / EXTENSIONS).read_text())
         rows = json.loads((space.artifact("steer") / "steering.json").read_text()) if space.finished("steer") else []
         best = best_steered(rows, space.config.gate.reward)
@@ -79,7 +79,7 @@ def release(space: Workspace, prove: Prove = on_loopback) -> tuple[dict[str, Any
             parents=[trained],
         )
         space.store.write_json(CANDIDATE, {"version": version, "run": space.run})
-        request = {"prompt": space.prompts.held_out[0].text, "seed": space.config.seed, "count": 1}
+        request = {"prompt": space.presentable[0].text, "seed": space.config.seed, "count": 1}
         proof = prove(Candidate(space, folder, published, version, request))
     before = in_production(space)
     space.store.write_json(PRODUCTION, {"version": version, "run": space.run, "previous": before})
@@ -150,7 +150,8 @@ def generate_picture(
     steering = dict(_dial(dial) for dial in dials) or None
     pictures = Generator(folder, pick_device("auto")).generate(prompt, seed, count, steering=steering)
     contact_sheet(pictures.images, count).save(picture, "PNG")
-    return {"nfe": pictures.nfe, "weights": pictures.weights, "seed": pictures.seed}
+    used = {"nfe": pictures.nfe, "weights": pictures.weights, "seed": pictures.seed}
+    return {**used, "tokens": pictures.tokens, "truncated": pictures.truncated}
 
 
 def _dial(text: str) -> tuple[str, float]:

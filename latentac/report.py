@@ -18,7 +18,7 @@ from typing import Any
 from latentac.charts import draw
 from latentac.rendering import pictures_of, render
 from latentac.store import Manifest, open_store
-from latentac.summary import Summary, fetch_run, read_text, read_timings, summarise
+from latentac.summary import Summary, fetch_run, read_timings, summarise
 
 _SECTIONS = {"evaluate": ("galleries", "rewards", "contrasts"), "steer": ("galleries", "steering")}
 _CHARTS = {"galleries": (), "rewards": ("reward",), "contrasts": (), "steering": ("steering",)}
@@ -56,9 +56,7 @@ def step_page(step: str, run: str, store: str) -> str:
 
 def gate_reasons(run: str, store: str) -> str:
     """The gate's decision and checks, as the Markdown that `gate` published. Raises ArtifactNotFound before that."""
-    with tempfile.TemporaryDirectory() as scratch:
-        artifact = open_store(store).fetch(f"{run}/gate", Path(scratch) / "gate"), Path(scratch) / "gate"
-        return read_text(artifact, "reasons.md")
+    return open_store(store).read(f"{run}/gate", "reasons.md").decode()
 
 
 def numbers(manifest: Manifest) -> dict[str, float]:

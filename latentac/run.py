@@ -161,7 +161,7 @@ def gate(run: str, store: str, output: str) -> Manifest:
 
         # What is promoted must be what was evaluated, byte for byte.
         space.store.verify(space.store.manifest(f"{run}/evaluate"))
-        evaluation = json.loads((space.artifact("evaluate") / "evaluation.json").read_text())
+        evaluation = json.loads(space.store.read(f"{run}/evaluate", "evaluation.json"))
         version, evaluated = in_production(space), evaluation.get("production") or {}
         compared = version is not None and not evaluated.get("problem")
         found = trouble(space, version, evaluated.get("sha256")) if version is not None and compared else ""
@@ -308,7 +308,10 @@ def _given(fields: dict[str, Any], code: bytes) -> dict[str, str]:
 
 
 def _prepare(run: str, store: Store, output: Path, fields: dict[str, Any], code: bytes, started: float) -> Manifest:
+    import torch
+
     from latentac import preparation
+    from latentac.backbones import load_backbone
     from latentac.prompts import load_prompts
     from latentac.resolution import resolve_all
 
@@ -322,9 +325,11 @@ def _prepare(run: str, store: Store, output: Path, fields: dict[str, Any], code:
         settings = extensions.config
         preparation.check_machine(settings, output)
         store.probe()
-        prompts = load_prompts(settings.prompts.source)
+        prompts = load_prompts(settings.prompts)
         preparation.check_rewards(extensions.rewards, prompts)
         preparation.fetch_backbone(settings.backbone.source, folder / "backbone")
+        backbone = load_backbone(settings.backbone, folder / "backbone", torch.device("cpu"))
+        _write(folder / "lengths.json", preparation.check_lengths(settings, prompts, backbone))
         _write(folder / "config.json", settings.model_dump())
         _write(folder / EXTENSIONS, extensions.described())
         (folder / "prompts.json").write_text(prompts.to_json())

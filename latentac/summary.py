@@ -27,15 +27,22 @@ Files = dict[str, tuple[Manifest, Path]]
 
 
 def fetch_run(store: Store, run: str, scratch: Path) -> Files:
-    """Verified copies of what the run has published, by step."""
+    """Verified copies of what pages show of the run, by step: numbers, words and pictures. Weights, which may be many
+    GB, are not read."""
     files = {}
     for step in STEPS:
         try:
-            files[step] = (store.fetch(f"{run}/{step}", scratch / step), scratch / step)
+            files[step] = (store.fetch_files(f"{run}/{step}", scratch / step, _is_shown), scratch / step)
         except ArtifactNotFound:
             if step == "prepare":
                 raise
     return files
+
+
+def _is_shown(path: str) -> bool:
+    """Of an artifact's files. A backbone's own JSON lies in folders of its own."""
+    folder, _, name = path.rpartition("/")
+    return folder in ("", "gallery") and name.endswith((".json", ".md", ".png"))
 
 
 def read_json(artifact: tuple[Manifest, Path], name: str) -> Any:

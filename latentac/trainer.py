@@ -20,6 +20,7 @@ from latentac.checkpoint import optimizer_tensors, restore_optimizer
 from latentac.config import Config
 from latentac.critic import Critic
 from latentac.distributed import Mesh, generator_for, noise_for
+from latentac.encoding import Encoded
 from latentac.errors import Diverged
 from latentac.evaluation import contact_sheet
 from latentac.learning import Learner
@@ -68,7 +69,7 @@ class Trainer:
     ) -> None:
         self.config, self.policy, self.critic, self.algorithm = config, policy, critic, algorithm
         self.rewards, self.prompts, self.mesh = rewards, prompts, mesh
-        self.conditioning = policy.backbone.encode([prompt.text for prompt in prompts])
+        self.conditioning = Encoded(policy.backbone, [prompt.text for prompt in prompts])
         module = policy.backbone.module
         self.actor_parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         actor = config.policy

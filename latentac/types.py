@@ -28,6 +28,12 @@ class Conditioning:
         """The conditioning of the images that `index`, int64 [N], names; repeated rows are allowed."""
         return replace(self, tokens=self.tokens[index], pooled=None if self.pooled is None else self.pooled[index])
 
+    def to(self, device: torch.device) -> Self:
+        """On `device`."""
+        return replace(
+            self, tokens=self.tokens.to(device), pooled=None if self.pooled is None else self.pooled.to(device)
+        )
+
 
 def join(parts: Sequence[Conditioning]) -> Conditioning:
     """The rows of all parts, in order."""

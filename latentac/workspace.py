@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from latentac.critic import Critic
     from latentac.policy import Policy
-    from latentac.prompts import PromptSet
+    from latentac.prompts import Prompt, PromptSet
     from latentac.rewards.configured import ConfiguredReward
 
 EXTENSIONS = "extensions.json"
@@ -67,6 +67,15 @@ class Workspace:
 
         return load_prompts(str(self.artifact("prepare") / "prompts.json"))
 
+    @functools.cached_property
+    def presentable(self) -> "tuple[Prompt, ...]":
+        """The held-out prompts that the served model takes; `prepare` has seen to it that there are some."""
+        from latentac.prompts import within
+
+        lengths = self.artifact("prepare") / "lengths.json"
+        cut = json.loads(lengths.read_text())["truncated"]["held_out"] if lengths.exists() else []
+        return within(self.prompts.held_out, self.config.serving, cut)
+
     def rewards(self) -> "list[ConfiguredReward]":
         from latentac.rewards.configured import load_rewards
 
@@ -106,10 +115,11 @@ def open_run(run: str, store: str, output: str) -> Workspace:
     """The workspace of a prepared run. Raises ArtifactNotFound where `prepare` has not published."""
     opened = open_store(store or default_store(output))
     folder = working_folder(run, output)
-    manifest = opened.fetch(f"{run}/prepare", folder / "prepare")
-    config = resolve(json.loads((folder / "prepare" / "config.json").read_text()))
-    if (folder / "prepare" / PACKAGE).is_dir():
-        make_importable(folder / "prepare" / PACKAGE)
+    manifest = opened.manifest(f"{run}/prepare")
+    config = resolve(json.loads(opened.read(manifest.key, "config.json")))  # not the backbone: some steps need none
+    if any(file.path.startswith(f"{PACKAGE}/") for file in manifest.files):
+        opened.fetch_files(manifest.key, folder / "code", lambda path: path.startswith(f"{PACKAGE}/"))
+        make_importable(folder / "code" / PACKAGE)
     return Workspace(run, opened, folder, config, manifest)
 
 

@@ -39,7 +39,7 @@ class Answers:
 
 def shadow_requests(space: Workspace, count: int) -> list[dict[str, Any]]:
     """`count` held-out prompts, spread evenly over the set, each with a seed that depends on the run's alone."""
-    prompts = space.prompts.held_out
+    prompts = space.presentable
     chosen = [prompts[slot * len(prompts) // count % len(prompts)] for slot in range(count)]
     return [{"prompt": prompt.text, "seed": space.config.seed + slot, "count": 1} for slot, prompt in enumerate(chosen)]
 

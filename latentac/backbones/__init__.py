@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ class Denoiser(Protocol):
     latent_shape: (channels, height, width) of one latent image
     tap_shapes: name -> (channels, height, width) of each feature map that `predict` hands to the critic
     text_width: C of the conditioning's tokens
+    max_tokens: what the text encoder reads of a prompt; what `count_tokens` counts beyond it is cut off
     """
 
     module: nn.Module
@@ -33,6 +34,7 @@ class Denoiser(Protocol):
     latent_shape: tuple[int, int, int]
     tap_shapes: dict[str, tuple[int, int, int]]
     text_width: int
+    max_tokens: int
 
     def schedule(self, num_steps: int) -> Tensor:
         """[K+1] float32 noise levels from the most noisy to 0."""
@@ -40,6 +42,10 @@ class Denoiser(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Text to conditioning, one row a prompt, without gradient. Thread-safe."""
+        ...
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt, uncut, with the marks of its start and end. Thread-safe."""
         ...
 
     def predict(
@@ -67,6 +73,12 @@ class Denoiser(Protocol):
     def save(self, folder: FilePath) -> None:
         """A plain diffusers folder, adapters merged, safetensors only."""
         ...
+
+
+def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+    """Tokens of each prompt for a tokenizer of transformers, uncut, its marks included. The caller holds its lock."""
+    found = tokenizer(list(prompts), padding=False, truncation=False, return_attention_mask=False, verbose=False)
+    return [len(ids) for ids in found.input_ids]
 
 
 @torch.no_grad()

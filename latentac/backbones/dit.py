@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from latentac import diffusion
-from latentac.backbones import adapters, to_arrays
+from latentac.backbones import adapters, count_tokens, to_arrays
 from latentac.config import Policy
 from latentac.types import Conditioning
 
@@ -51,6 +51,7 @@ class DiTBackbone:
         self._num_timesteps: int = scheduler.num_train_timesteps
         self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.text_width: int = config.joint_attention_dim
+        self.max_tokens: int = self._pipeline.tokenizer_max_length  # of both encoders
         self._taps = threading.local()
         self._tokenizing = threading.Lock()  # a tokenizer's padding is state that a call changes
         self.tap_shapes = {}
@@ -82,6 +83,12 @@ class DiTBackbone:
                 max_sequence_length=_T5_LENGTH if standard else 0,
             )
         return Conditioning(tokens.float(), pooled.float())
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """For that of the two tokenizers which makes more of them."""
+        with self._tokenizing:
+            both = [count_tokens(one, prompts) for one in (self._pipeline.tokenizer, self._pipeline.tokenizer_2)]
+        return [max(counts) for counts in zip(*both, strict=True)]
 
     def predict(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning

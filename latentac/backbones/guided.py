@@ -26,7 +26,7 @@ class Guided:
         self.backbone, self.scale = backbone, scale
         self.module, self.path, self.device = backbone.module, backbone.path, backbone.device
         self.latent_shape, self.tap_shapes = backbone.latent_shape, backbone.tap_shapes
-        self.text_width = backbone.text_width
+        self.text_width, self.max_tokens = backbone.text_width, backbone.max_tokens
         self._empty = backbone.encode([""])
 
     def predict(
@@ -48,6 +48,9 @@ class Guided:
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         return self.backbone.encode(prompts)
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        return self.backbone.count_tokens(prompts)
 
     def pictures(self, latents: Tensor) -> Tensor:
         return self.backbone.pictures(latents)

@@ -18,7 +18,7 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from latentac import diffusion
-from latentac.backbones import adapters, to_arrays
+from latentac.backbones import adapters, count_tokens, to_arrays
 from latentac.config import Policy
 from latentac.types import Conditioning
 
@@ -51,6 +51,8 @@ class UNetBackbone:
         config = self.module.config
         self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.text_width: int = config.cross_attention_dim
+        longest = self._text_encoder.config.max_position_embeddings  # some tokenizers name no bound of their own
+        self.max_tokens: int = min(self._tokenizer.model_max_length, longest)
         self._tokenizing = threading.Lock()  # a tokenizer's padding is state that a call may change
         self._taps = threading.local()
         for name, block in (("middle", self.module.mid_block), ("last", self.module.up_blocks[-1])):
@@ -81,11 +83,15 @@ class UNetBackbone:
                 list(prompts),
                 padding="max_length",
                 truncation=True,
-                max_length=self._tokenizer.model_max_length,
+                max_length=self.max_tokens,
                 return_tensors="pt",
             )
         with torch.no_grad():
             return Conditioning(self._text_encoder(tokens.input_ids.to(self.device)).last_hidden_state.float())
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        with self._tokenizing:
+            return count_tokens(self._tokenizer, prompts)
 
     def predict(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning

@@ -43,13 +43,14 @@ class Head(Section):
 
 
 class Limits(Section):
-    """What one request may ask for; `max_images` is over all its instances."""
+    """What one request may ask for, as `config.Serving` has it; `max_images` is over all its instances."""
 
     max_images: Positive
     max_steps: Positive = 100
     max_particles: Positive = 32
     max_prompt_characters: Positive = 1000
     max_guidance_scale: Rate = 20.0
+    allow_truncation: bool = False
 
 
 class Batching(Section):
@@ -134,6 +135,7 @@ def export(
             max_particles=serving.max_particles,
             max_prompt_characters=serving.max_prompt_characters,
             max_guidance_scale=serving.max_guidance_scale,
+            allow_truncation=serving.allow_truncation,
         ),
         batching=Batching(**{name: getattr(serving, name) for name in Batching.model_fields}),
     )

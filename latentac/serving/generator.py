@@ -21,7 +21,7 @@ from latentac.kernels import KERNELS
 from latentac.policy import Policy
 from latentac.rollout import rollout, steered_rollout
 from latentac.serving import exported
-from latentac.serving.request import UNSTEERED, Request, parse_one
+from latentac.serving.request import UNSTEERED, Request, parse_one, shortened
 from latentac.steering import STEERING, Steering, evaluations
 
 Observe = Callable[[int, np.ndarray], None]
@@ -70,6 +70,7 @@ class Pictures:
     values: float32 [N, K, M], the critic's estimate at each denoised state, in each reward's own unit
     reward_names: the M heads          weights: reward name -> steering weight used, empty where none was
     nfe: function evaluations of the denoiser an image, a backward counted as 2
+    tokens: of the prompt; truncated: whether these are more than the text encoder reads, so that the rest was cut off
     """
 
     images: np.ndarray
@@ -78,6 +79,8 @@ class Pictures:
     weights: dict[str, float]
     nfe: int
     seed: int
+    tokens: int
+    truncated: bool
 
 
 class Generator:
@@ -138,10 +141,29 @@ class Generator:
             "policy": policy,
         }
         request = parse_one(fields, self.exported)
+        self.check([("prompt", request)])
         slots = self.slots(request)
         room = self.room(slots[0].kind)
         blocks = [slots[start : start + room] for start in range(0, len(slots), room)]
         return self.pictures(request, [one for block in map_blocks(self.draw, blocks, self.device) for one in block])
+
+    @property
+    def max_tokens(self) -> int:
+        """What is read of a prompt."""
+        return self._backbones["trained"].max_tokens
+
+    def check(self, requests: Sequence[tuple[str, Request]]) -> None:
+        """requests: each with its prompt's path. Raises ConfigError for all that would be cut, unless it is allowed."""
+        if self.exported.limits.allow_truncation:
+            return
+        most, counts = self.max_tokens, self._backbones["trained"].count_tokens([one.prompt for _, one in requests])
+        problems = [
+            Problem(path, shortened(request.prompt), f"has {count} tokens, and the model reads {most}", "Shorten it.")
+            for (path, request), count in zip(requests, counts, strict=True)
+            if count > most
+        ]
+        if problems:
+            raise ConfigError(problems)
 
     def weights(self, request: Request) -> dict[str, float]:
         """Reward name -> the steering weight that the request has; those at 0 are left out."""
@@ -211,6 +233,7 @@ class Generator:
         values, weights = np.stack([one.values for one in drawn]), self.weights(request)
         if not np.isfinite(values).all():
             raise ConfigError([Problem("steering", weights, "drove the latents to infinity", "Use smaller weights.")])
+        (tokens,) = self._backbones["trained"].count_tokens([request.prompt])
         return Pictures(
             images=np.stack([one.image for one in drawn]),
             values=values,
@@ -218,6 +241,8 @@ class Generator:
             weights=weights,
             nfe=self.nfe(self.kind(request)),
             seed=request.seed,
+            tokens=tokens,
+            truncated=tokens > self.max_tokens,
         )
 
     def nfe(self, kind: Kind) -> int:

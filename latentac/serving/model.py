@@ -94,7 +94,9 @@ class SteeredDiffusion(Model):
     async def preprocess(self, payload: Any, headers: dict[str, str] | None = None) -> Asked:
         """The body's requests. Raises ConfigError with every problem, before any of them is drawn."""
         infer = payload if isinstance(payload, InferRequest) else None
-        return Asked(parse(instances(infer) if infer else payload, self.generator.exported), infer)
+        requests = parse(instances(infer) if infer else payload, self.generator.exported)
+        self.generator.check([(f"instances.{index}.prompt", request) for index, request in enumerate(requests)])
+        return Asked(requests, infer)
 
     async def predict(self, payload: Asked, headers: dict[str, str] | None = None) -> Answer:
         """One prediction a request, in order. Raises Busy."""
@@ -132,6 +134,8 @@ class SteeredDiffusion(Model):
             "particles": kind.particles,
             "steering": pictures.weights,
             "nfe": pictures.nfe,
+            "tokens": pictures.tokens,
+            "truncated": pictures.truncated,
             "values": {name: pictures.values[:, :, head].tolist() for head, name in enumerate(pictures.reward_names)},
             "version": self.generator.exported.version,
         }

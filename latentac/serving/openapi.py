@@ -57,7 +57,8 @@ class KServeError(Section):
 
 class Metadata(Section):
     """How pictures were made. values: reward name -> a list a picture -> the critic's value at each step, in the
-    reward's own unit; nfe: function evaluations a picture, a backward counted as 2; steering: the weights used."""
+    reward's own unit; nfe: function evaluations a picture, a backward counted as 2; steering: the weights used; tokens:
+    of the prompt; truncated: whether they are more than the model reads."""
 
     seed: int
     num_steps: int
@@ -67,6 +68,8 @@ class Metadata(Section):
     particles: int
     steering: dict[str, float]
     nfe: int
+    tokens: int
+    truncated: bool
     values: dict[str, list[list[float]]]
     version: str
 

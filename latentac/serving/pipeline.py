@@ -17,13 +17,16 @@ from latentac.serving.generator import Generator
 class SteeredImages:
     """images: N pictures, those of a prompt beside each other; values: float32 [N, K, M], the critic's estimate at each
     denoised state, in each reward's own unit; reward_names: the M heads; nfe: function evaluations a picture; seeds: of
-    each prompt, as `Generator.generate` takes them."""
+    each prompt, as `Generator.generate` takes them; tokens: of each prompt; truncated: whether they are more than the
+    text encoder reads, which a model refuses unless its latentac.json allows it."""
 
     images: list[Image.Image]
     values: np.ndarray
     reward_names: tuple[str, ...]
     nfe: int
     seeds: list[int]
+    tokens: list[int]
+    truncated: list[bool]
 
 
 class LatentacPipeline:
@@ -81,4 +84,6 @@ class LatentacPipeline:
             reward_names=found[0].reward_names,
             nfe=found[0].nfe,
             seeds=[pictures.seed for pictures in found],
+            tokens=[pictures.tokens for pictures in found],
+            truncated=[pictures.truncated for pictures in found],
         )

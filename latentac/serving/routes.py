@@ -171,6 +171,7 @@ class Routes:
             asked = parse_images(body, self._model.generator.exported)
             if asked.model not in (None, self._model.name):
                 raise _unknown(asked.model or "", self._model.name)
+            self._model.generator.check([("prompt", asked)])
             [prediction] = await self._model.finish([asked], self._model.submit([asked]))
             told = {name: value for name, value in prediction.items() if name != "images"}
             data = [{"b64_json": image} for image in prediction["images"]]
@@ -183,6 +184,7 @@ class Routes:
 
         async def handle(body: Any, record: Record) -> Response:
             asked = parse_one(body, self._model.generator.exported)
+            self._model.generator.check([("prompt", asked)])
             loop, steps = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any]]()
 
             def tell(index: int, step: int, values: np.ndarray) -> None:
@@ -319,7 +321,11 @@ def described(model: SteeredDiffusion) -> dict[str, Any]:
             "seed": 0,
             "strengths": {name: method.strength for name, method in exported.methods.items()},
         },
-        "limits": {**exported.limits.model_dump(), "max_weight": MAX_WEIGHT},
+        "limits": {
+            **exported.limits.model_dump(),
+            "max_weight": MAX_WEIGHT,
+            "max_tokens": model.generator.max_tokens,
+        },
         "examples": exported.examples,
     }
 

@@ -87,20 +87,35 @@ class Store:
         A folder that already holds exactly this artifact is left as it is; one that holds anything else is a
         ResourceError, for nothing is overwritten.
         """
+        return self.fetch_files(key, folder, lambda path: True)
+
+    def fetch_files(self, key: str, folder: Path | str, wanted: Callable[[str], bool]) -> Manifest:
+        """As `fetch`, but only the files whose path within the artifact is `wanted`; the others are not read."""
         manifest, folder = self.manifest(key), Path(folder).absolute()
-        if _holds(folder, manifest):
+        files = [file for file in manifest.files if wanted(file.path)]
+        if _holds(folder, files, key):
             return manifest
-        with disk_errors(folder, sum(file.size for file in manifest.files)):
+        with disk_errors(folder, sum(file.size for file in files)):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{folder.name}.fetch-", dir=folder.parent) as temporary:
                 whole = Path(temporary) / folder.name
-                self._read_files(manifest, whole)
+                whole.mkdir()
+                self._read_files(manifest, whole, files)
                 try:
                     os.rename(whole, folder)
                 except OSError as error:  # another process fetched to the same place meanwhile
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _holds(folder, manifest):
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _holds(folder, files, key):
                         raise
         return manifest
+
+    def read(self, key: str, path: str) -> bytes:
+        """One file of the artifact, verified; no other is read. Raises IntegrityError if it has no such file."""
+        manifest, buffer = self.manifest(key), BytesIO()
+        for file in manifest.files:
+            if file.path == path:
+                self._read_file(manifest, file, Stream(buffer))
+                return buffer.getvalue()
+        raise IntegrityError(f"{self.url}/{key}", f"the artifact has no {path}", remedy_for(key))
 
     def verify(self, manifest: Manifest, *, files: bool = True, parents: bool = True) -> None:
         """Checks that the store holds `manifest`, its files and, recursively, the parents that it names.
@@ -210,20 +225,23 @@ class Store:
             remedy = "Let nothing write to the folder while it is published, and publish it again"
             raise IntegrityError(str(path), f"it changed while it was published ({problem})", remedy)
 
-    def _read_files(self, manifest: Manifest, folder: Path | None) -> None:
-        """Reads every file of the artifact, into `folder` where one is given, and refuses the first that differs."""
-        with _shown(f"{'verify' if folder is None else 'fetch'} {manifest.key}", manifest.files) as moved:
-            for file in manifest.files:
+    def _read_files(self, manifest: Manifest, folder: Path | None, files: Sequence[File] | None = None) -> None:
+        """Reads these files, or all, into `folder` where one is given, and refuses the first that differs."""
+        files = manifest.files if files is None else files
+        with _shown(f"{'verify' if folder is None else 'fetch'} {manifest.key}", files) as moved:
+            for file in files:
                 with nullcontext() if folder is None else _created(folder / file.path) as stream:
-                    sink = Stream(stream, moved)
-                    try:
-                        self._backend.get(f"{manifest.folder}/{file.path}", sink)
-                        found = f"size {sink.size}, sha256 {sink.sha256}"
-                    except FileNotFoundError:
-                        found = "no such file"
-                if found != f"size {file.size}, sha256 {file.sha256}":
-                    problem = f"{file.path}: expected size {file.size}, sha256 {file.sha256}; found {found}"
-                    raise IntegrityError(f"{self.url}/{manifest.key}", problem, remedy_for(manifest.key))
+                    self._read_file(manifest, file, Stream(stream, moved))
+
+    def _read_file(self, manifest: Manifest, file: File, sink: Stream) -> None:
+        try:
+            self._backend.get(f"{manifest.folder}/{file.path}", sink)
+            found = f"size {sink.size}, sha256 {sink.sha256}"
+        except FileNotFoundError:
+            found = "no such file"
+        if found != f"size {file.size}, sha256 {file.sha256}":
+            problem = f"{file.path}: expected size {file.size}, sha256 {file.sha256}; found {found}"
+            raise IntegrityError(f"{self.url}/{manifest.key}", problem, remedy_for(manifest.key))
 
     def _put(self, name: str, data: bytes) -> None:
         self._backend.put(name, Stream(BytesIO(data)), len(data))
@@ -246,13 +264,14 @@ def open_store(url: str, patience: Patience = _PATIENCE) -> Store:
     return Store(url, patience)
 
 
-def _holds(folder: Path, manifest: Manifest) -> bool:
-    """Whether `folder` is exactly the artifact. False where it does not exist or is empty, an error otherwise."""
+def _holds(folder: Path, files: Sequence[File], key: str) -> bool:
+    """Whether `folder` is exactly these files of an artifact. False where it does not exist or is empty, an error
+    otherwise."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    if folder.is_dir() and set(scan(folder)) == set(manifest.files):
+    if folder.is_dir() and set(scan(folder)) == set(files):
         return True
-    problem = f"it exists and is not the artifact {manifest.key}, which was to be put there"
+    problem = f"it exists and is not the artifact {key}, which was to be put there"
     raise ResourceError(str(folder), problem, "Move it away or choose another folder")
 
 

@@ -90,7 +90,8 @@ class HeldOut:
         return diversity(arm.images.reshape(-1, count, *arm.images.shape[1:]))
 
     def _sample(self, policy: Policy, critic: Critic | None, prompts: Sequence[Prompt]) -> Arm:
-        return sample(policy, critic, self.rewards, prompts, self.config.seed, self.config.kernel.num_steps)
+        steps, size = self.config.kernel.num_steps, self.config.train.block_images
+        return sample(policy, critic, self.rewards, prompts, self.config.seed, steps, block_images=size)
 
 
 class Run:

@@ -58,6 +58,37 @@ def test_threads_may_encode_at_once(backbone):
                 assert torch.equal(one, other)
 
 
+def test_tokens_are_counted_as_the_encoder_reads_them(backbone):
+    """Its marks included: a prompt of `max_tokens` is read whole, one more word changes nothing. Also in threads, while
+    others are encoded; with guidance it is the same."""
+    words, most = (
+        "red circle above blue square left of green triangle two cyan squares yellow".split(),
+        backbone.max_tokens,
+    )
+    text = next(t for n in range(1, 40) if backbone.count_tokens([t := " ".join((words * 3)[:n])]) == [most])
+    assert backbone.count_tokens(["", text, f"{text} red"]) == [2, most, most + 1]
+    exact, cut, other = (backbone.encode([each]).tokens for each in (text, f"{text} red", text.rpartition(" ")[0]))
+    assert torch.equal(exact, cut)
+    assert not torch.equal(exact, other)
+    with ThreadPoolExecutor(4) as pool:
+        encoded = [pool.submit(backbone.encode, PROMPTS) for _ in range(20)]
+        assert set(pool.map(lambda _: tuple(backbone.count_tokens([text, "a"])), range(20))) == {(most, 3)}
+        assert all(torch.equal(one.result().tokens, backbone.encode(PROMPTS).tokens) for one in encoded)
+    twice = Guided(backbone, 3.0)
+    assert (twice.max_tokens, twice.count_tokens([text])) == (most, [most])
+
+
+def test_both_tokenizers_of_a_dit_count():
+    """What either of them would cut is cut."""
+    backbone = load("dit")
+    backbone._pipeline.tokenizer_2.add_tokens(["circle"])
+    backbone._pipeline.tokenizer.add_tokens(["red circle"])
+    text = "a red circle"
+    counts = [len(one(text).input_ids) for one in (backbone._pipeline.tokenizer, backbone._pipeline.tokenizer_2)]
+    assert counts[0] != counts[1]
+    assert backbone.count_tokens([text]) == [max(counts)]
+
+
 def test_a_rollout_without_noise_is_what_plain_diffusers_samples():
     """The unet's eta 0 is StableDiffusionPipeline with its DDIM scheduler. Latents, to float error."""
     backbone = load("unet")

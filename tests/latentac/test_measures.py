@@ -132,7 +132,8 @@ def test_contrasts_are_measured_on_real_policies() -> None:
     policy = Policy(backbone, KERNELS.build("ddim", noise=1.0))
     shown = load_prompts("builtin:shapes").held_out[:5]
     texts = [prompt.text for prompt in shown]
-    images = sample(policy, None, load_rewards([Reward(use="jpeg_compressibility")]), shown, config.seed, 2).images
+    rewards = load_rewards([Reward(use="jpeg_compressibility")])
+    images = sample(policy, None, rewards, shown, config.seed, 2, block_images=2).images
     policies = dict.fromkeys(("base", "trained", "incumbent"), policy)
     found = contrasts(config, policies, texts, dict.fromkeys(policies, images))
 

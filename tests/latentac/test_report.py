@@ -348,6 +348,31 @@ def test_the_gates_reasons_are_the_published_ones(tmp_path: Path) -> None:
     assert gate_reasons("run-1", url) == "# Promoted"
 
 
+def test_no_weights_are_read(tmp_path: Path) -> None:
+    """A backbone of many GB stays where it is: report, a step's page and the gate's reasons come from a store that has
+    lost every other file than those that they show."""
+
+    def add_weights(files: dict[str, Any]) -> None:
+        files["prepare"]["backbone/unet/config.json"] = {"sample_size": 8}
+        files["train"] |= {"policy/model_index.json": {}, "critic/config.json": {}}
+        files["pretrain-value"]["critic/config.json"] = {}
+
+    page, summary = make(tmp_path, change=add_weights)
+    lost = [
+        path
+        for path in (tmp_path / "runs" / "store" / "run-1").rglob("*.json")
+        if path.parent.name in ("unet", "policy", "critic")
+    ]
+    assert len(lost) == 4
+    for path in lost:
+        path.unlink()
+    url, output = f"file://{tmp_path}/runs/store", str(tmp_path / "runs")
+    again, numbers = write_report("run-1", url, output)
+    assert (again.read_text(), json.loads(numbers.read_text())) == (page, summary)
+    assert "<html" in step_page("evaluate", "run-1", url)
+    assert gate_reasons("run-1", url)
+
+
 def test_numbers_of_a_manifest_are_flat_and_finite(tmp_path: Path) -> None:
     """What a user interface can plot: nested names are joined, places count from 1, words and truths are left out."""
     (tmp_path / "work").mkdir()

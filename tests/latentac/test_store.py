@@ -164,6 +164,25 @@ def test_the_same_again_is_published_once(store: Store, artifact: Path) -> None:
     assert publish(store, artifact, metrics={"reward": 0.6}) != first
 
 
+def test_only_what_is_wanted_is_read(store: Store, artifact: Path, tmp_path: Path) -> None:
+    """Each file of it verified as ever; the others may be missing. So with a single file, which comes as bytes."""
+    manifest = publish(store, artifact)
+    store._backend.remove(f"{manifest.folder}/policy/weights.safetensors")
+    for _ in range(2):  # what is there already is left as it is
+        assert store.fetch_files(KEY, tmp_path / "some", lambda path: not path.endswith(".safetensors")) == manifest
+    assert read(tmp_path / "some") == {name: CONTENT[name] for name in ("history.json", "leer zeichen/ü.txt")}
+    assert store.read(KEY, "history.json") == b"[]"
+    with pytest.raises(IntegrityError, match=r"policy/weights\.safetensors: .*found no such file"):
+        store.fetch(KEY, tmp_path / "whole")
+    with pytest.raises(IntegrityError, match="has no other"):
+        store.read(KEY, "other")
+    store._backend.put(f"{manifest.folder}/history.json", Stream(BytesIO(b"{}")), 2)
+    for attempt in (lambda: store.read(KEY, "history.json"), lambda: store.fetch_files(KEY, tmp_path / "x", bool)):
+        with pytest.raises(IntegrityError, match=r"history\.json: expected size 2, sha256"):
+            attempt()
+    assert not (tmp_path / "x").exists()
+
+
 def test_other_content_replaces_at_one_stroke(store: Store, artifact: Path, tmp_path: Path) -> None:
     """A reader that began with the old manifest can still read every file that it names."""
     old = publish(store, artifact)

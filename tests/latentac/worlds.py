@@ -31,6 +31,7 @@ class GaussianBackbone:
     device = torch.device("cpu")
     latent_shape = (1, 1, 1)
     text_width = 1
+    max_tokens = 1
 
     def __init__(self, path: diffusion.Path) -> None:
         self.path = path
@@ -46,6 +47,9 @@ class GaussianBackbone:
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         return Conditioning(torch.zeros(len(prompts), 1, 1))
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        return [1] * len(prompts)
 
     def predict(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning

@@ -1,7 +1,9 @@
 """One exported folder for all tests of serving: the shipped pipeline and a critic that has an opinion."""
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from latentac.backbones import load_backbone
 from latentac.config import Config
 from latentac.critic import Critic
 from latentac.resolution import Resolved, resolve_all
-from latentac.serving.exported import add_base, export
+from latentac.serving.exported import FILE, add_base, export
 from latentac.serving.generator import Generator
 from latentac.shapes import builtin_pipeline
 from latentac.steering import STEERING
@@ -55,3 +57,15 @@ def exported_folder(tmp_path_factory: pytest.TempPathFactory, resolved: Resolved
 @pytest.fixture(scope="session")
 def generator(exported_folder: Path) -> Generator:
     return Generator(exported_folder, torch.device("cpu"))
+
+
+def changed(exported_folder: Path, folder: Path, **sections: dict[str, Any]) -> Path:
+    """The exported folder with other settings: linked, but for its description."""
+    for path in exported_folder.iterdir():
+        if path.name != FILE:
+            (folder / path.name).symlink_to(path)
+    described = json.loads((exported_folder / FILE).read_text())
+    for name, fields in sections.items():
+        described[name] |= fields
+    (folder / FILE).write_text(json.dumps(described))
+    return folder

@@ -12,10 +12,13 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from safetensors.torch import load_file, save_file
 
 from latentac.errors import ConfigError, ServingError
+from latentac.release import generate_picture
 from latentac.serving.exported import FILE, image_size
 from latentac.serving.generator import Generator
+from latentac.serving.pipeline import LatentacPipeline
 from latentac.serving.request import parse_one
 from latentac.steering import STEERING
+from tests.latentac.serving.conftest import changed
 
 PROMPT = "two red squares"
 
@@ -149,6 +152,34 @@ def test_a_bad_request_is_told_before_anything_is_drawn(generator: Generator) ->
     with pytest.raises(ConfigError) as caught:
         generator.generate(PROMPT, count=99, steering={"shapes": 1.0})
     assert [problem.path for problem in caught.value.problems] == ["count", "steering.shapes"]
+
+
+LONG = "a red circle left of a blue square above a green triangle and four yellow squares"
+"""Two tokens more than the tokenizer's 16."""
+
+
+def test_a_prompt_that_would_be_cut_is_refused(generator: Generator) -> None:
+    """With its number of tokens and the model's; the tokens of one that fits are told."""
+    with pytest.raises(ConfigError, match=r"prompt = 'a red .*: has 18 tokens, and the model reads 16\. Shorten it"):
+        generator.generate(LONG, num_steps=2)
+    fits = generator.generate(" ".join(LONG.split()[:14]), num_steps=2, method="none")
+    assert (fits.tokens, fits.truncated) == (16, False)
+
+
+def test_where_truncation_is_allowed_the_answer_says_so(
+    exported_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The generator's, the pipeline's and that of `latentac generate`; the picture is that of what is read."""
+    folder = changed(exported_folder, tmp_path, limits={"allow_truncation": True})
+    found = Generator(folder, torch.device("cpu")).generate(LONG, num_steps=2, method="none")
+    read = Generator(folder, torch.device("cpu")).generate(" ".join(LONG.split()[:14]), num_steps=2, method="none")
+    assert (found.tokens, found.truncated) == (18, True)
+    assert (found.images == read.images).all()
+    pipe = LatentacPipeline.from_pretrained(folder, "cpu")
+    several = pipe([LONG, PROMPT], num_inference_steps=2, method="none")
+    assert (several.tokens[0], several.truncated) == (18, [True, False])
+    used = generate_picture(folder, LONG, 0, 1, [], tmp_path / "picture.png")
+    assert (used["tokens"], used["truncated"]) == (18, True)
 
 
 def test_diffusers_loads_the_exported_folder(exported_folder: Path) -> None:

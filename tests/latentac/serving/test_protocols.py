@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 import pytest
 from fastapi import FastAPI
 
-from latentac.serving.exported import FILE
 from latentac.serving.model import SteeredDiffusion
 from latentac.serving.process import ServerProcess
 from latentac.serving.routes import Routes
+from tests.latentac.serving.conftest import changed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -87,6 +87,50 @@ def test_all_protocols_draw_the_same_picture(server: ServerProcess) -> None:
     assert json.loads(outputs["metadata"]["data"][0]) == third["latentac"] == told
     assert last == first
     assert base64.b64decode(pictures[0][0]).startswith(b"\x89PNG")
+
+
+def long_prompt_on_every_route(server: ServerProcess) -> list[tuple[int, Any]]:
+    """Status and answer of V1, V2, OpenAI's and the stream, for a prompt of 18 tokens where 16 are read."""
+    text = "a red circle left of a blue square above a green triangle and four yellow squares"
+    fields = {"prompt": text, "num_steps": 2, "method": "none"}
+    inputs = [tensor("prompt", "BYTES", "a red circle", text), tensor("num_steps", "INT64", 2)]
+    return [
+        ask(server, "POST", path, body)[::2]
+        for path, body in (
+            (f"/v1/models/{server.name}:predict", {"instances": [{"prompt": "a red circle"}, fields]}),
+            (f"/v2/models/{server.name}/infer", {"inputs": inputs}),
+            ("/v1/images/generations", fields),
+            ("/v1/images/stream", fields),
+        )
+    ]
+
+
+def test_a_prompt_that_would_be_cut_is_refused_on_every_route(server: ServerProcess) -> None:
+    """422 with the field, its tokens and the model's number, which the options name."""
+    paths = []
+    for status, answer in long_prompt_on_every_route(server):
+        assert status == 422
+        (problem,) = answer["problems"]
+        assert problem["problem"] == "has 18 tokens, and the model reads 16"
+        paths.append(problem["field"])
+    assert paths == ["instances.1.prompt", "instances.1.prompt", "prompt", "prompt"]
+    assert ask(server, "GET", "/v1/images/options")[2]["limits"]["max_tokens"] == 16
+
+
+def test_every_route_says_that_a_prompt_was_cut(exported_folder: Path, tmp_path: Path) -> None:
+    """Where the model's latentac.json allows it."""
+    folder = changed(exported_folder, tmp_path, limits={"allow_truncation": True})
+    with ServerProcess(folder, ready_seconds=READY_SECONDS) as server:
+        (_, first), (_, second), (_, third), (_, stream) = long_prompt_on_every_route(server)
+    outputs = {one["name"]: one for one in second["outputs"]}
+    told = [
+        *first["predictions"],
+        *map(json.loads, outputs["metadata"]["data"]),
+        third["latentac"],
+        events(stream)[-1][1],
+    ]
+    found = [(one["tokens"], one["truncated"]) for one in told]
+    assert found == [(5, False), (18, True), (5, False), (18, True), (18, True), (18, True)]
 
 
 def test_v2_takes_several_prompts_and_names_its_outputs(server: ServerProcess) -> None:
@@ -259,15 +303,3 @@ def test_whoever_leaves_a_stream_before_its_first_event_has_its_work_ended(
     model.close()
     assert time.monotonic() - began < 30  # 8 pictures of 32 particles, 100 steps, take longer
     assert [json.loads(line.getMessage())["status"] for line in caplog.records] == [499]
-
-
-def changed(exported_folder: Path, folder: Path, **sections: dict[str, Any]) -> Path:
-    """The exported folder with other settings: linked, but for its description."""
-    for path in exported_folder.iterdir():
-        if path.name != FILE:
-            (folder / path.name).symlink_to(path)
-    described = json.loads((exported_folder / FILE).read_text())
-    for name, fields in sections.items():
-        described[name] |= fields
-    (folder / FILE).write_text(json.dumps(described))
-    return folder

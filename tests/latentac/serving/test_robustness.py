@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from latentac.serving.process import ServerProcess
-from tests.latentac.serving.test_protocols import READY_SECONDS, ask, changed
+from tests.latentac.serving.conftest import changed
+from tests.latentac.serving.test_protocols import READY_SECONDS, ask
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -38,8 +39,9 @@ positive_data_acceptance.enabled = false
 
 @pytest.fixture
 def small(exported_folder: Path, tmp_path: Path) -> Iterator[ServerProcess]:
-    """A server whose limits are so low that the largest request takes a moment."""
-    limits = {"max_images": 2, "max_steps": 3, "max_particles": 3}
+    """A server whose limits are so low that the largest request takes a moment. It cuts long prompts: how many tokens a
+    text has no JSON schema can tell."""
+    limits = {"max_images": 2, "max_steps": 3, "max_particles": 3, "allow_truncation": True}
     folder = changed(exported_folder, tmp_path, limits=limits, kernel={"num_steps": 2})
     with ServerProcess(folder, ready_seconds=READY_SECONDS) as server:
         yield server

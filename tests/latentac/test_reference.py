@@ -1,0 +1,80 @@
+"""The configuration explains itself: every field has a text, the page is current, what is shown can be given back."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from latentac.cli import main
+from latentac.config import Config
+from latentac.recipes import RECIPES
+from latentac.reference import _sections, commented_yaml, fields_markdown, fields_text
+from latentac.resolution import resolve_all
+from latentac.run import recipe_fields
+from latentac.validation import section_of
+
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+
+
+def test_every_field_is_explained() -> None:
+    """Of every section and of every row of every table."""
+    silent = [f"{title}: {name}" for title, _, rows in _sections() for name, *_, text in rows if not text]
+    assert silent == []
+
+
+def test_every_section_is_in_the_reference() -> None:
+    """As deep as they go."""
+    titles = {title for title, *_ in _sections()}
+    pending = [(Config, "")]
+    while pending:
+        section, path = pending.pop()
+        for name in section.model_fields:
+            below, place = section_of(section, name), f"{path}.{name}".lstrip(".")
+            if below is not None:
+                assert place in titles
+                pending.append((below, place))
+
+
+def test_the_page_is_current() -> None:
+    """`make reference` changes nothing."""
+    assert PAGE.read_text() == fields_markdown()
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_what_is_shown_can_be_given_back(recipe: str, tmp_path: Path) -> None:
+    """As a file over any recipe it is the same configuration, comments and all."""
+    config = resolve_all(recipe_fields(recipe)).config
+    file = tmp_path / "shown.yaml"
+    file.write_text(commented_yaml(config))
+    assert yaml.safe_load(file.read_text()) == config.model_dump()
+    assert resolve_all(recipe_fields("shapes-unet", str(file))).config.hash == config.hash
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("train", ["num_iterations: integer > 0; default 30", "Pictures per iteration", "train.guard"]),
+        ("rewards.weight", ["number >= 0; default 1.0"]),
+        ("algorithm.grpo", ["group_size: integer >= 2; default 4", "Shao et al. 2024"]),
+        ("algorithm.grpo.group_size", ["Rollouts of one prompt"]),
+        ("gate.reward", ["required"]),
+    ],
+)
+def test_a_section_a_field_and_a_row_can_be_looked_up(path: str, words: list[str]) -> None:
+    """With type, bounds, default and meaning."""
+    text = fields_text(path)
+    assert all(word in text for word in words), text
+
+
+def test_a_wrong_path_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """With what there is."""
+    assert main(["config", "fields", "trian"]) == 2
+    assert 'Did you mean "train"?' in capsys.readouterr().err
+
+
+def test_show_reports_every_problem(capsys: pytest.CaptureFixture[str]) -> None:
+    """It resolves as `prepare` does."""
+    assert main(["config", "show", "--set", "algorithm.clipp=1", "--set", "kernel.noise=0"]) == 2
+    told = capsys.readouterr().err
+    assert "algorithm.clipp" in told
+    assert "kernel.noise" in told
