@@ -37,17 +37,25 @@ def lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     return lambda: capsys.readouterr().err.splitlines()
 
 
+def last(told: list[str]) -> dict[str, str]:
+    """What was done when each part ended, in their order."""
+    return {line.split("  ")[0]: line.split("  ")[1] for line in told}
+
+
 def test_evaluation_is_one_work_of_all_policies(space: Workspace, lines: Any) -> None:
     """Each policy in turn, then training prompts, then diversity and latency: one count to 100 %."""
     policy = space.base_policy()
     policies = {"base": policy, "trained": policy}
     content, sheets = compare(space.config, policies, space.critic("pretrain-value"), space.rewards(), space.prompts)
     told = lines()
-    assert told[0].startswith("evaluate, policy 1 of 2: base  8/22 [36%]")
-    assert told[1].startswith("evaluate, policy 2 of 2: trained  16/22 [73%]")
-    assert told[2].startswith("evaluate, trained, on training prompts  18/22 [82%]")
-    assert told[-1].startswith("evaluate, diversity and latency  22/22 [100%]  0s left")
+    assert list(last(told).items()) == [
+        ("evaluate, policy 1 of 2: base", "8/22 [36%]"),
+        ("evaluate, policy 2 of 2: trained", "16/22 [73%]"),
+        ("evaluate, trained, on training prompts", "18/22 [82%]"),
+        ("evaluate, diversity and latency", "22/22 [100%]"),
+    ]
     assert all("left" in line for line in told)
+    assert "0s left" in told[-1]
     (name,) = space.config.reward_names
     scores = sheets["scores"]
     assert len(scores["prompts"]) == len(scores["rewards"]["trained"][name]) == 8
@@ -67,9 +75,12 @@ def test_steering_tells_which_arm_of_how_many(space: Workspace, lines: Any) -> N
     critic, rewards = space.critic("pretrain-value"), space.rewards()
     _, sheets = run_benchmark(space.config, space.base_policy(), critic, rewards, space.prompts.held_out)
     told, count = lines(), len(arms(space.config))
-    assert told[0].startswith(f"steer, arm 1 of {count}: plain")
-    assert told[count - 1].startswith(f"steer, arm {count} of {count}: ")
-    assert told[-1].startswith("steer, gallery")
+    parts = list(last(told))
+    assert parts[0] == f"steer, arm 1 of {count}: plain"
+    assert [part.partition(":")[0] for part in parts[:-1]] == [
+        f"steer, arm {n} of {count}" for n in range(1, count + 1)
+    ]
+    assert parts[-1] == "steer, gallery"
     assert "[100%]  0s left" in told[-1]
     assert all("evaluations" in line for line in told)
     done = [int(line.partition("/")[0].rpartition("  ")[2]) for line in told]
