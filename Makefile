@@ -34,7 +34,7 @@ LOCK := compile -q --universal --fork-strategy fewest --generate-hashes --python
 option = $(if $($(1)),--$(2) "$$$(1)")
 PLACE_OPTIONS = $(call option,OUTPUT,output) $(call option,STORE,store)
 RUN_OPTIONS = $(call option,RECIPE,recipe) $(call option,SEED,seed) $(call option,CONFIG,config) $(call option,SET,set) \
-	$(PLACE_OPTIONS) $(call option,RESUME,resume)
+	$(call option,PROJECT,project) $(call option,PACKAGE,package) $(PLACE_OPTIONS) $(call option,RESUME,resume)
 EVIDENCE_OPTIONS = $(call option,ONLY,only) $(call option,RECIPE,recipe) $(call option,MINUTES,budget-minutes) \
 	$(call option,WORKERS,workers) $(if $(ANEW),--anew)
 
@@ -51,19 +51,17 @@ $(STAMP): requirements/dev.lock requirements/runtime.in requirements/installer.l
 	touch $@
 
 run: install ## the whole pipeline: train, evaluate, steer, gate, serve
-#: RECIPE=shapes-unet SEED=0 SET="train.num_iterations=8 rewards=[{name: ...}]" CONFIG=file.yaml OUTPUT=runs STORE=file://... RESUME=<run>
+#: RECIPE=shapes-unet SEED=0 SET="train.num_iterations=8 rewards=[{use: ...}]" CONFIG=file.yaml PACKAGE=folder PROJECT=name
+#: OUTPUT=runs STORE=file://... RESUME=<run>
 	@LATENTAC_OWNERS=$$PPID $(PY) -m pipelines run $(RUN_OPTIONS)
 
 run-containers: install ## the same with each step in its image, artifacts in a MinIO (make images builds them)
 #: as make run, and STORE=s3://bucket/prefix with its endpoint and credentials in the environment; DOCKER_HOST
 	@LATENTAC_OWNERS=$$PPID $(PY) -m pipelines run-containers $(RUN_OPTIONS)
 
-serve: install ## serve what a run deployed, until Ctrl-C; without RUN the newest
-#: RUN=<run> PORT=8080 OUTPUT=runs STORE=file://...
-	@run=$${RUN:-} output=$${OUTPUT:-runs}
-	[[ -n $$run ]] || run=$$(ls -t "$$output"/*/summary.json 2>/dev/null | head -n 1 | sed 's,/summary.json$$,,; s,.*/,,' || true)
-	[[ -n $$run ]] || { echo "make serve: no finished run in $$output/. Do 'make run' first, or name one: make serve RUN=<run>" >&2; exit 2; }
-	$(VENV)/bin/latentac serve --run "$$run" $(call option,PORT,port) $(PLACE_OPTIONS)
+serve: install ## serve what was deployed last, or what a run deployed or trained, until Ctrl-C
+#: RUN=<run>, or PROJECT=<whose model in production>; PORT=8080 OUTPUT=runs STORE=file://...
+	@$(VENV)/bin/latentac serve $(call option,RUN,run) $(call option,PROJECT,project) $(call option,PORT,port) $(PLACE_OPTIONS)
 
 test: install minio ## every test (15 minutes on two cores)
 #: TEST_WORKERS=2 ARGS="-k ratio"

@@ -29,8 +29,13 @@ def _paragraphs(summary: Mapping[str, Any]) -> Iterator[str]:
         yield "Not judged: the run has not come to the gate."
     else:
         yield "\n".join([f"## Gate: {gate['decision']}", "", *(f"- {reason}" for reason in gate["reasons"] or ())])
+        for bound in gate["overrides"]:
+            yield f"Judged with another bound than the run's: `{bound['field']}` is {bound['new']}, not {bound['old']}."
     if serving is not None:
         yield f"Served as version `{serving['version']}`, {serving['endpoint']}."
+        if serving["forced"]:
+            reasons = [f"- {reason}" for reason in serving["forced"]["reasons"]]
+            yield "\n".join(["Forced into production over the gate, which says:", "", *reasons])
     elif gate is not None and gate["decision"] == "promote":
         yield "Promoted, and not deployed."
 

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from latentac import __version__
 from latentac.errors import ConfigError, LatentacError, Problem, expected
@@ -74,8 +74,13 @@ def _parser() -> argparse.ArgumentParser:
             example += " --recipe shapes-unet --set policy.learning_rate=3e-5 --set seed=1"
         verb = _make(verbs.add_parser, name, summary, example)
         _add_place(verb)
+        if name == "gate":
+            _add_gate(verb)
+        if name == "deploy":
+            verb.add_argument("--force", action="store_true", help="also a held run, or one that was deployed before")
         if name == "prepare":
             _add_settings(verb)
+            verb.add_argument("--project", default="", metavar="NAME", help="as --set project=NAME")
         verb.set_defaults(command=_run_verb, verb=name)
 
     for name, summary in _FURTHER.items():  # only for the list: they are called before anything is parsed
@@ -87,21 +92,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_place(report)
     report.set_defaults(command=_report)
 
-    compare = _make(
-        verbs.add_parser,
-        "compare",
-        "write one page about several runs, and a table here",
-        "latentac compare first second --to compare.html",
-    )
-    compare.add_argument("runs", nargs="+", metavar="RUN", help="two or more; the others are held against the first")
-    _add_folders(compare)
-    compare.add_argument(
-        "--to", type=Path, metavar="FILE", help="the page (default: OUTPUT/compare.html); JSON beside it"
-    )
-    compare.set_defaults(command=_compare)
+    _add_compare(verbs)
 
-    serve = _make(verbs.add_parser, "serve", "serve a deployed model with KServe", "latentac serve --run first")
-    _add_place(serve)
+    serve = _make(
+        verbs.add_parser,
+        "serve",
+        "serve a model with KServe: what was deployed last, or what a run deployed or trained",
+        "latentac serve --run first\n  latentac serve --project shapes-unet --port 8081",
+    )
+    _add_model(serve)
     serve.add_argument("--port", type=int, default=8080, help="port on loopback (default: %(default)s)")
     serve.set_defaults(command=_serve)
 
@@ -111,7 +110,9 @@ def _parser() -> argparse.ArgumentParser:
         "copy a published model, verified, into a folder or an empty mount",
         "latentac fetch-model --version first-0a1b2c3d --store s3://models/demo --to model",
     )
-    fetch.add_argument("--version", required=True, metavar="V", help="the model's version, as in registry/*.json")
+    fetch.add_argument(
+        "--version", required=True, metavar="V", help="the model's version, as in registry/*/production.json"
+    )
     fetch.add_argument("--store", required=True, metavar="URL", help="file:// or s3://bucket/prefix")
     fetch.add_argument("--to", required=True, type=Path, metavar="FOLDER", help="what to fill: empty, or not there yet")
     fetch.set_defaults(command=_fetch)
@@ -119,10 +120,10 @@ def _parser() -> argparse.ArgumentParser:
     generate = _make(
         verbs.add_parser,
         "generate",
-        "make pictures with a deployed model",
+        "make pictures with a model: what was deployed last, or what a run deployed or trained",
         'latentac generate --run first --prompt "a red circle" --seed 7 --steer shapes_verifier=2 --picture out.png',
     )
-    _add_place(generate)
+    _add_model(generate)
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--count", type=int, default=1, help="pictures, side by side (default: %(default)s)")
@@ -171,9 +172,36 @@ def _make(
     )
 
 
+def _add_compare(verbs: Any) -> None:
+    compare = _make(
+        verbs.add_parser,
+        "compare",
+        "write one page about several runs, and a table here",
+        "latentac compare first second --to compare.html",
+    )
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="two or more; the others are held against the first")
+    _add_folders(compare)
+    compare.add_argument(
+        "--to", type=Path, metavar="FILE", help="the page (default: OUTPUT/compare.html); JSON beside it"
+    )
+    compare.set_defaults(command=_compare)
+
+
 def _add_place(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--run", required=True, metavar="ID", help="the run's id")
     _add_folders(verb)
+
+
+def _add_model(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--run", default="", metavar="ID", help="a run that has trained, be it held or deployed")
+    verb.add_argument("--project", default="", metavar="NAME", help="or whose model in production (default: the last)")
+    _add_folders(verb)
+
+
+def _add_gate(verb: argparse.ArgumentParser) -> None:
+    text = "another bound than the run's own, for example gate.min_gain=0.02: decide again; repeat it"
+    verb.add_argument("--set", action="append", default=[], metavar="gate.b=c", help=text)
+    verb.add_argument("--dry-run", action="store_true", help="print the verdict and publish nothing")
 
 
 def _add_folders(verb: argparse.ArgumentParser) -> None:
@@ -191,17 +219,46 @@ def _run_verb(options: argparse.Namespace) -> None:
     from latentac.workspace import working_folder
 
     own_descendants()
-    place = {"run": options.run, "store": options.store, "output": options.output}
+    place: dict[str, Any] = {"run": options.run, "store": options.store, "output": options.output}
+    if options.verb == "gate" and options.dry_run:
+        _judge(place, options.set)
+        return
     if options.verb == "prepare":
-        given = {"recipe": options.recipe, "config": options.config, "overrides": options.set}
+        project = [f"project={json.dumps(options.project)}"] if options.project else []
+        given = {"recipe": options.recipe, "config": options.config, "overrides": [*options.set, *project]}
         place |= {**given, "package": options.package}
+    if options.verb == "gate":
+        place["overrides"] = options.set
+    if options.verb == "deploy":
+        place["force"] = options.force
     folder = working_folder(options.run, options.output)
     with run_lock(folder / LOCK_FILE), temporary_files(folder):
         manifest: Manifest | None = VERBS[options.verb](**place)
+        if manifest is not None and (place.get("overrides") or options.verb == "deploy") and options.verb != "prepare":
+            _tell_again(options)
     if manifest is None:
         print(json.dumps({"key": None, "metrics": {}}))
     else:
         print(json.dumps({"key": manifest.key, "metrics": manifest.metrics}, indent=2))
+
+
+def _tell_again(options: argparse.Namespace) -> None:
+    """Where the run's report was published, let it say what a person has decided since."""
+    from latentac.run import finish
+    from latentac.store import open_store
+    from latentac.workspace import default_store
+
+    if f"{options.run}/finish" in open_store(options.store or default_store(options.output)).keys(options.run):
+        finish(options.run, options.store, options.output)
+
+
+def _judge(place: dict[str, str], overrides: list[str]) -> None:
+    """What the gate would say with these bounds."""
+    from latentac.gate import markdown
+    from latentac.run import judge
+    from latentac.workspace import open_run
+
+    print(markdown(judge(open_run(**place), overrides), place["run"]), end="")
 
 
 def _run_further(options: argparse.Namespace) -> int | None:
@@ -235,8 +292,9 @@ def _explain_fields(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from latentac.report import write_report
-    from latentac.workspace import default_store
+    from latentac.workspace import default_store, working_folder
 
+    working_folder(options.run, options.output)
     for path in write_report(options.run, options.store or default_store(options.output), options.output):
         print(path)
 
@@ -252,10 +310,12 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from latentac.release import fetch_model
+    from latentac.release import model_to_use
     from latentac.serving.server import serve
 
-    serve(fetch_model(options.run, options.store, options.output), options.port)
+    with model_to_use(options.run, options.project, options.store, options.output) as (folder, told):
+        print(told, flush=True)
+        serve(folder, options.port)
 
 
 def _fetch(options: argparse.Namespace) -> None:
@@ -267,11 +327,12 @@ def _fetch(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from latentac.release import fetch_model, generate_picture
+    from latentac.release import generate_picture, model_to_use
 
-    folder = fetch_model(options.run, options.store, options.output)
     picture = Path(options.picture)
-    used = generate_picture(folder, options.prompt, options.seed, options.count, options.steer, picture)
+    with model_to_use(options.run, options.project, options.store, options.output) as (folder, told):
+        print(told, file=sys.stderr, flush=True)
+        used = generate_picture(folder, options.prompt, options.seed, options.count, options.steer, picture)
     print(json.dumps({"picture": str(picture), **used}))
 
 

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from latentac.names import Name, as_name
+
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -90,8 +92,8 @@ class Prompts(Section):
     held_out: str = ""
     """A file of held-out prompts."""
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Where there is one list only, this share of its texts is held out: those whose hash with `split_seed` is smallest.
-    It is the same on every machine and for every seed of a run."""
+    """Where there is one list only, this share of its texts is held out: those whose hash with `split_seed` is
+    smallest. It is the same on every machine and for every seed of a run."""
     split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides which texts are held out."""
     on_truncation: Literal["refuse", "warn"] = "refuse"
@@ -301,8 +303,8 @@ class Serving(Section):
     max_guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 20.0
     """Scale of classifier-free guidance."""
     allow_truncation: bool = False
-    """Draw a prompt of more tokens than the text encoder reads by its first ones, and say so in the answer; by default it
-    is refused."""
+    """Draw a prompt of more tokens than the text encoder reads by its first ones, and say so in the answer; by default
+    it is refused."""
     include_base: bool = True
     """Export the untouched denoiser too, to compare with. With a large one it doubles the folder."""
     batch_rows: Positive = 4
@@ -321,10 +323,15 @@ class Tracker(Named):
 
 
 class Config(Section):
-    """A run, completely: two equal configurations on one machine give bitwise equal results."""
+    """A run, completely: two equal configurations on one machine give bitwise equal results.
+
+    project: whose production model a new one is held against and replaces (default: the configuration's name).
+    """
 
     recipe: str
     """Name of the recipe that the configuration began with."""
+    project: Name
+    """Whose production model a new one is held against and replaces; by default the configuration's name."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Every random draw of the run follows from it."""
     backbone: Backbone
@@ -355,6 +362,13 @@ class Config(Section):
     """The endpoint."""
     tracking: list[Tracker] = []
     """Where numbers and pictures of the training go beside TensorBoard."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, fields: Any) -> Any:
+        if isinstance(fields, Mapping) and "project" not in fields:
+            return {**fields, "project": as_name(str(fields.get("recipe", "")))}
+        return fields
 
     @property
     def reward_names(self) -> tuple[str, ...]:

@@ -1,13 +1,18 @@
 """The promotion rule: `promote` or `hold`, closed on every number that is missing or not finite.
 
 It reads numbers and decides; what they mean is in `latentac.measures`, the bounds are those of `latentac.config.Gate`.
+A run can be judged again with other bounds, from the same numbers. The verdict then says which bounds were changed, by
+whom, and what the verdicts before it were.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from latentac.config import Gate
+from latentac.config import Config, Gate
+from latentac.errors import ConfigError, Problem
+from latentac.fields import merge, read_overrides
+from latentac.validation import resolve
 
 Check = dict[str, Any]
 _RELATIONS = {
@@ -37,6 +42,57 @@ def decide(
     return {"decision": "hold" if failed else "promote", "reasons": reasons, "checks": checks}
 
 
+def override(config: Config, assignments: Sequence[str]) -> tuple[Gate, list[dict[str, Any]]]:
+    """The run's bounds with `gate.field=value` strings over them, and what they change: [{field, old, new}].
+
+    Raises ConfigError with every problem at once; nothing but the gate's own fields can be changed after a run began.
+    """
+    problems, changed = list[Problem](), dict[str, Any]()
+    for assignment in assignments:
+        try:
+            fields = read_overrides([assignment])
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        if list(fields) != ["gate"]:
+            remedy = "Override fields of gate alone. For another configuration start a new run."
+            problems.append(Problem("--set", assignment, "was settled when the run began", remedy))
+        elif not isinstance(fields["gate"], Mapping):
+            problems.append(Problem("--set", assignment, "names no field", "Write for example gate.min_gain=0.02."))
+        else:
+            changed = merge(changed, fields["gate"])
+    before = config.model_dump()
+    try:
+        settings = resolve(merge(before, {"gate": changed})).gate
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    after = settings.model_dump()
+    named = ((f"gate.{name}", before["gate"][name], after[name]) for name in after)
+    return settings, [{"field": field, "old": old, "new": new} for field, old, new in named if old != new]
+
+
+def former(verdict: Mapping[str, Any], decided: str) -> list[dict[str, Any]]:
+    """The verdicts up to this one, in short, the oldest first, for the one that takes its place.
+
+    decided: when it was published.
+    """
+    kept = {name: verdict[name] for name in ("decision", "reasons")} | {"decided": decided}
+    bounds = {"overrides": verdict.get("overrides") or [], "by": verdict.get("by")}
+    return [*(verdict.get("former") or []), {**kept, **bounds}]
+
+
+def against(verdict: Mapping[str, Any]) -> list[str]:
+    """The reasons of a verdict that holds; none for one that promotes."""
+    return [] if verdict["decision"] == "promote" else list(verdict["reasons"])
+
+
+def overridden(verdict: Mapping[str, Any]) -> list[str]:
+    """Which bounds a verdict has changed, in words."""
+    return [f"{each['field']} is {each['new']}, not {each['old']}" for each in verdict.get("overrides") or ()]
+
+
 def markdown(verdict: Mapping[str, Any], run: str) -> str:
     """The decision and its checks as a Markdown document, the failed checks first."""
     checks = sorted(verdict["checks"], key=lambda check: bool(check["passed"]))
@@ -49,7 +105,18 @@ def markdown(verdict: Mapping[str, Any], run: str) -> str:
     failed = sum(not check["passed"] for check in checks)
     summary = f"{failed} of {len(checks)} checks failed." if failed else f"All {len(checks)} checks passed."
     table = ["| result | check | value | must be |", "|---|---|---|---|", *rows]
-    return "\n".join([f"# {heading}: run {_cell(run)}", "", summary, "", *table]) + "\n"
+    lines = [f"# {heading}: run {_cell(run)}", "", summary, "", *table]
+    if verdict.get("former") or verdict.get("overrides"):
+        lines += ["", "## Decisions, the oldest first", "", *_story(verdict)]
+    return "\n".join(lines) + "\n"
+
+
+def _story(verdict: Mapping[str, Any]) -> Iterator[str]:
+    """Each decision about the run up to this one, and the bounds that it was made with."""
+    for each in [*(verdict.get("former") or ()), verdict]:
+        bounds = "; ".join(overridden(each)) or "the bounds of the run's configuration"
+        person = f" by {each['by']}" if each.get("by") else ""
+        yield "- " + _cell(f"{each['decision']}, {each.get('decided', 'now')}{person}: {bounds}")
 
 
 def _gain(settings: Gate, rewards: Sequence[str], evaluation: Mapping[str, Any]) -> Iterator[Check]:

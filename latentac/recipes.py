@@ -1,8 +1,11 @@
 """Named, complete configurations. Everything a recipe does not say has the default of `latentac.config`."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from latentac.fields import merge
+from latentac.names import as_name
 
 _METHODS = [{"use": name} for name in ("value_gradient", "best_of_n", "resampling", "twisted", "svdd")]
 
@@ -73,3 +76,24 @@ RECIPES: dict[str, dict[str, Any]] = {
     "shapes-dit": _SHAPES_DIT,
     "shapes-dit-smoke": merge(_SHAPES_DIT, {**_SMOKE, "recipe": "shapes-dit-smoke"}),
 }
+
+
+def default_project(recipe: str, config: str, named: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+    """The project of a run that names none: the configuration's name, so that no other model judges it.
+
+    That is the name of the file `config`, or of the recipe, or what the file calls itself in `recipe`. named: the
+    recipe and the file; fields: with the overrides too. An override that makes it another model, by its backbone or by
+    the reward that it is for, is part of the name.
+    """
+    own = str(fields.get("recipe"))
+    parts = [own if own != RECIPES[recipe]["recipe"] or not config else Path(config).stem]
+    for section, name in (("backbone", "source"), ("gate", "reward")):
+        value = _at(fields, section, name)
+        if value != _at(named, section, name):
+            parts.append(str(value).rstrip("/").rpartition("/")[2])
+    return as_name("-".join(parts))
+
+
+def _at(fields: Mapping[str, Any], section: str, name: str) -> Any:
+    found = fields.get(section)
+    return found.get(name) if isinstance(found, Mapping) else None

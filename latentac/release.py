@@ -3,22 +3,21 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latentac.arms import best_steered
-from latentac.errors import ConfigError, Problem
-from latentac.incumbent import POINTER as PRODUCTION
-from latentac.incumbent import in_production
+from latentac.errors import ArtifactNotFound, ConfigError, Problem
+from latentac.incumbent import Production, chosen_production, productions, put_in_production
 from latentac.serving.deployment import Deployment, serve_and_check
 from latentac.serving.exported import add_base, export, read
-from latentac.store import Manifest, open_store
+from latentac.store import Manifest, Store, open_store
 from latentac.store.blobs import disk_errors
-from latentac.workspace import EXTENSIONS, Workspace, default_store
+from latentac.workspace import EXTENSIONS, Workspace, default_store, open_run, person, working_folder
 
-CANDIDATE = "registry/candidate.json"
 _EXAMPLES = 8  # held-out prompts that the endpoint's page offers to begin with
 UNFINISHED = ".latentac-fetch"
 """Folder within the one that `fetch_version` fills, for as long as it does."""
@@ -49,27 +48,17 @@ def on_loopback(candidate: Candidate) -> Deployment:
     return serve_and_check(candidate.folder, candidate.request, serving.ready_seconds, serving.port)
 
 
-def release(space: Workspace, prove: Prove = on_loopback) -> tuple[dict[str, Any], bytes]:
-    """Publish models/<version>, prove that it serves, and make it the production model.
+def release(space: Workspace, prove: Prove = on_loopback, forced: Sequence[str] = ()) -> tuple[dict[str, Any], bytes]:
+    """Publish models/<version>, prove that it serves, and make it the production model of the run's project.
 
     Returns deployment.json and the served picture as PNG. The version is the run and the trained artifact's digest,
-    so the same weights have the same version. A model that does not serve stays a candidate.
+    so the same weights have the same version. A model that does not serve stays a candidate. forced: the gate's reasons
+    against it, if a person puts it there all the same.
     """
     trained = space.store.manifest(f"{space.run}/train")
-    version = f"{space.run}-{trained.digest[:8]}"
     with tempfile.TemporaryDirectory(prefix=".model-", dir=space.folder) as temporary:
         folder = Path(temporary) / "model"
-        shutil.copytree(space.artifact("train") / "policy", folder)
-        shutil.copytree(space.artifact("train") / "critic", folder / "critic")
-        if space.config.serving.include_base:
-            add_base(folder, space.artifact("prepare") / "backbone")
-        examples = list(dict.fromkeys(prompt.text for prompt in space.presentable))[:_EXAMPLES]
-        extensions = json.loads((space.artifact("prepare") / EXTENSIONS).read_text())
-        rows = json.loads((space.artifact("steer") / "steering.json").read_text()) if space.finished("steer") else []
-        best = best_steered(rows, space.config.gate.reward)
-        export(
-            folder, space.config, run=space.run, version=version, examples=examples, extensions=extensions, best=best
-        )
+        version = _export(space, trained, folder)
         published = space.store.publish(
             f"models/{version}",
             folder,
@@ -78,14 +67,14 @@ def release(space: Workspace, prove: Prove = on_loopback) -> tuple[dict[str, Any
             config_hash=space.config.hash,
             parents=[trained],
         )
-        space.store.write_json(CANDIDATE, {"version": version, "run": space.run})
+        space.store.write_json(candidate_key(space.config.project), {"version": version, "run": space.run})
         request = {"prompt": space.presentable[0].text, "seed": space.config.seed, "count": 1}
         proof = prove(Candidate(space, folder, published, version, request))
-    before = in_production(space)
-    space.store.write_json(PRODUCTION, {"version": version, "run": space.run, "previous": before})
     content = {
         "version": version,
-        "previous": before,
+        "project": space.config.project,
+        "previous": put_in_production(space, version, forced),
+        "forced": {"by": person(), "reasons": list(forced)} if forced else None,
         "endpoint": proof.endpoint,
         "request": proof.request,
         "picture_sha256": proof.picture_sha256,
@@ -96,6 +85,27 @@ def release(space: Workspace, prove: Prove = on_loopback) -> tuple[dict[str, Any
         "shadow": proof.shadow,
     }
     return content, proof.picture
+
+
+def candidate_key(project: str) -> str:
+    """Key of what names the project's model that was published and is not proved."""
+    return f"registry/{project}/candidate.json"
+
+
+def _export(space: Workspace, trained: Manifest, folder: Path, notice: str = "") -> str:
+    """Fill `folder` with what the run has trained, as it is served; its version. notice: told to whoever uses it."""
+    version = f"{space.run}-{trained.digest[:8]}"
+    shutil.copytree(space.artifact("train") / "policy", folder)
+    shutil.copytree(space.artifact("train") / "critic", folder / "critic")
+    if space.config.serving.include_base:
+        add_base(folder, space.artifact("prepare") / "backbone")
+    examples = list(dict.fromkeys(prompt.text for prompt in space.presentable))[:_EXAMPLES]
+    extensions = json.loads((space.artifact("prepare") / EXTENSIONS).read_text())
+    rows = json.loads((space.artifact("steer") / "steering.json").read_text()) if space.finished("steer") else []
+    best = best_steered(rows, space.config.gate.reward)
+    told = {"examples": examples, "notice": notice, "extensions": extensions, "best": best}
+    export(folder, space.config, run=space.run, version=version, **told)
+    return version
 
 
 def fetch_version(version: str, store: str, folder: Path) -> Manifest:
@@ -126,14 +136,62 @@ def fetch_version(version: str, store: str, folder: Path) -> Manifest:
     return manifest
 
 
-def fetch_model(run: str, store: str, output: str) -> Path:
-    """The verified local copy of the model that `run` deployed. Raises ArtifactNotFound if it deployed none."""
+@contextmanager
+def model_to_use(run: str, project: str, store: str, output: str) -> Iterator[tuple[Path, str]]:
+    """A verified local folder of a model while the context lasts, and a line about what it is.
+
+    run: the model that it deployed, or, where it has deployed none, what it has trained, for inspection: exported into
+    a folder that goes again, without a word to the store. "": the model in production in `project`, and where that is
+    "" too, the one that was deployed last. Raises ConfigError, ArtifactNotFound for a run that has not trained.
+    """
+    if run and project:
+        remedy = "Name the run, or the project whose model in production is meant."
+        raise ConfigError([Problem("--project", project, f"--run names {run} already", remedy)])
     opened = open_store(store or default_store(output))
-    deployed: Manifest = opened.manifest(f"{run}/deploy")
+    if not run:
+        chosen, others = chosen_production(opened, project)
+        told = f"{chosen.version}, {_standing([chosen], chosen.version)}"
+        if others and not project:
+            names = ", ".join(other.project for other in others)
+            told += f". It was deployed last; for another project's: --project with one of {names}"
+        yield _fetched(opened, chosen.version, working_folder(chosen.run, output) / "model"), told
+        return
+    folder = working_folder(run, output)
+    try:
+        deployed = opened.manifest(f"{run}/deploy")
+    except ArtifactNotFound:
+        with _inspected(open_run(run, store, output)) as found:
+            yield found
+        return
     version = deployed.metrics["version"]
-    folder = Path(output) / run / "model"
-    opened.fetch(f"models/{version}", folder)
+    yield _fetched(opened, version, folder / "model"), f"{version}, {_standing(productions(opened), version)}"
+
+
+def _fetched(store: Store, version: str, folder: Path) -> Path:
+    store.fetch(f"models/{version}", folder)
     return folder
+
+
+def _standing(found: Sequence[Production], version: str) -> str:
+    """Where a deployed version is in production now, and whether it was forced there."""
+    for each in found:
+        if each.version == version:
+            forced = f", forced over its gate ({'; '.join(each.forced)})" if each.forced else ""
+            return f"in production in project {each.project}{forced}"
+    return "deployed once, and not in production any more"
+
+
+@contextmanager
+def _inspected(space: Workspace) -> Iterator[tuple[Path, str]]:
+    """What the run has trained, in a folder for as long as somebody looks at it."""
+    trained, verdict = space.store.manifest(f"{space.run}/train"), space.verdict()
+    states = {"hold": "held", "promote": "promoted, but not deployed"}
+    state = states[verdict["decision"]] if verdict else "not judged yet"
+    notice = f"{state}: for inspection only, not in production"
+    with tempfile.TemporaryDirectory(prefix=".inspection-", dir=space.folder) as temporary:
+        folder = Path(temporary) / "model"
+        version = _export(space, trained, folder, notice)
+        yield folder, f"{version}, {notice}"
 
 
 def generate_picture(

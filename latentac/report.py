@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from latentac.charts import draw
+from latentac.commands import program, typed
 from latentac.rendering import pictures_of, render
 from latentac.store import Manifest, open_store
 from latentac.summary import Summary, fetch_run, read_timings, summarise
@@ -32,6 +33,7 @@ def write_report(run: str, store: str, output: str) -> tuple[Path, Path]:
     even `prepare` has finished, IntegrityError if an artifact is not what was published.
     """
     folder = Path(output) / run
+    open_store(store).manifest(f"{run}/prepare")  # or there is nothing to report, and no folder to make for it
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as scratch:
         files = fetch_run(open_store(store), run, Path(scratch))
@@ -77,25 +79,14 @@ def numbers(manifest: Manifest) -> dict[str, float]:
     return found
 
 
-def places(output: str, store: str) -> list[str]:
-    """The options that name where a run lies; none for what is the default anyway."""
-    words = [] if Path(output) == Path("runs") else ["--output", output]
-    if store and store not in {f"file://{output}/store", f"file://{Path(output).absolute()}/store"}:
-        words += ["--store", store]
-    return words
-
-
 def next_commands(run: str, store: str, output: str) -> dict[str, str]:
     """What a person types next: `serve`, `tensorboard`, `compare` (with a run of their choice)."""
-    options = places(output, store)
-    made = [
-        f"{name.removeprefix('--').upper()}={value}" for name, value in zip(options[::2], options[1::2], strict=True)
-    ]
-    compare = shlex.join(["latentac", "compare", run, *options])
+    board = program().removesuffix("latentac") + "tensorboard" if program().endswith("latentac") else "tensorboard"
+    compare = typed("compare", "", store, output).replace(" compare", f" compare {shlex.quote(run)} ANOTHER-RUN", 1)
     return {
-        "serve": shlex.join(["make", "serve", f"RUN={run}", *made]),
-        "tensorboard": shlex.join(["tensorboard", "--logdir", str(Path(output) / run / "tensorboard")]),
-        "compare": compare.replace(shlex.quote(run), f"{shlex.quote(run)} ANOTHER-RUN", 1),
+        "serve": typed("serve", run, store, output),
+        "tensorboard": f"{board} --logdir {shlex.quote(str(Path(output) / run / 'tensorboard'))}",
+        "compare": compare,
     }
 
 

@@ -19,10 +19,10 @@ from latentac import package as packages
 from latentac.config import Config, suggestion
 from latentac.errors import ArtifactNotFound, ConfigError, Problem, TrainingError
 from latentac.fields import merge, read_file, read_overrides
-from latentac.recipes import RECIPES
+from latentac.recipes import RECIPES, default_project
 from latentac.store import Manifest, Store, open_store
 from latentac.validation import resolve
-from latentac.workspace import EXTENSIONS, PACKAGE, Workspace, default_store, open_run, working_folder
+from latentac.workspace import EXTENSIONS, PACKAGE, Workspace, default_store, open_run, person, working_folder
 
 if TYPE_CHECKING:
     from latentac.release import Prove
@@ -151,22 +151,18 @@ def steer(run: str, store: str, output: str) -> Manifest:
     return _step(run, store, output, "steer", ["prepare", "train"], work)
 
 
-def gate(run: str, store: str, output: str) -> Manifest:
+def gate(run: str, store: str, output: str, *, overrides: Sequence[str] = ()) -> Manifest:
     """Decide `promote` or `hold`. Publishes gate.json and the reasons as reasons.md; the decision is in the manifest's
-    metrics too."""
+    metrics too.
+
+    overrides: `gate.field=value` over the run's own bounds: decide again from the published evaluation, and publish
+    that verdict in place of the one before, which it names. Without any, a verdict that is there stays.
+    """
 
     def work(space: Workspace, folder: Path) -> dict[str, Any]:
-        from latentac.gate import decide, markdown
-        from latentac.incumbent import in_production, trouble
+        from latentac.gate import markdown
 
-        # What is promoted must be what was evaluated, byte for byte.
-        space.store.verify(space.store.manifest(f"{run}/evaluate"))
-        evaluation = json.loads(space.store.read(f"{run}/evaluate", "evaluation.json"))
-        version, evaluated = in_production(space), evaluation.get("production") or {}
-        compared = version is not None and not evaluated.get("problem")
-        found = trouble(space, version, evaluated.get("sha256")) if version is not None and compared else ""
-        production = {"version": version, "trouble": found}
-        verdict = decide(space.config.gate, space.config.reward_names, evaluation, production)
+        verdict = judge(space, overrides)
         _write(folder / "gate.json", verdict)
         (folder / "reasons.md").write_text(markdown(verdict, run), encoding="utf-8")
         for reason in verdict["reasons"]:
@@ -174,25 +170,72 @@ def gate(run: str, store: str, output: str) -> Manifest:
         passed = sum(check["passed"] for check in verdict["checks"])
         return {"decision": verdict["decision"], "passed": passed, "failed": len(verdict["checks"]) - passed}
 
-    return _step(run, store, output, "gate", ["evaluate", "steer"], work)
+    return _step(run, store, output, "gate", ["evaluate", "steer"], work, again=bool(overrides))
 
 
-def deploy(run: str, store: str, output: str, *, prove: "Prove | None" = None) -> Manifest:
-    """Export the model, serve it with KServe on loopback, ask it for a steered picture, and make it the production one.
+def judge(space: Workspace, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What `gate` would write to gate.json now; see there. Publishes nothing. Raises ConfigError for the overrides."""
+    from latentac import gate as rule
+    from latentac.incumbent import in_production, trouble
 
-    prove: serves and questions it elsewhere (a cluster's rollout) instead. Publishes models/<version>,
-    registry/production.json, and deployment.json with the picture.
+    bounds, changed = rule.override(space.config, overrides)
+    # What is promoted must be what was evaluated, byte for byte.
+    space.store.verify(space.store.manifest(f"{space.run}/evaluate"))
+    evaluation = json.loads(space.store.read(f"{space.run}/evaluate", "evaluation.json"))
+    version, evaluated = in_production(space), evaluation.get("production") or {}
+    compared = version is not None and not evaluated.get("problem")
+    found = trouble(space, version, evaluated.get("sha256")) if version is not None and compared else ""
+    production = {"version": version, "trouble": found}
+    verdict = rule.decide(bounds, space.config.reward_names, evaluation, production)
+    before, published = space.verdict(), space.finished("gate")
+    earlier = rule.former(before, published.created) if before and published else []
+    told = {"overrides": changed, "by": person() if overrides else None, "former": earlier}
+    return {**verdict, "production": version, **told}
+
+
+def deploy(run: str, store: str, output: str, *, prove: "Prove | None" = None, force: bool = False) -> Manifest:
+    """Export the model, serve it with KServe on loopback, ask it for a steered picture, and make it the production one
+    of its project.
+
+    prove: serves and questions it elsewhere (a cluster's rollout) instead. force: also where the gate holds it, and
+    also where it was deployed before. Publishes models/<version>, registry/<project>/production.json, and
+    deployment.json with the picture. Raises ConfigError where the gate holds it and nothing forces it.
     """
+    space = open_run(run, store, output)
+    done, judged = space.finished("deploy"), space.store.manifest(f"{run}/gate")
+    reasons = _reasons_against(space, force)
+    current = done is not None and judged.digest in [parent.sha256 for parent in done.parents]
 
     def work(space: Workspace, folder: Path) -> dict[str, Any]:
         from latentac.release import on_loopback, release
 
-        content, picture = release(space, prove or on_loopback)
+        content, picture = release(space, prove or on_loopback, reasons)
         _write(folder / "deployment.json", content)
         (folder / "picture.png").write_bytes(picture)
         return {"version": content["version"], "picture_sha256": content["picture_sha256"]}
 
-    return _step(run, store, output, "deploy", ["gate", "train"], work)
+    return _step(run, store, output, "deploy", ["gate", "train"], work, again=force or not current)
+
+
+def _reasons_against(space: Workspace, force: bool) -> list[str]:
+    """What the gate says against deploying the run: nothing, or what is overridden. Raises ConfigError."""
+    from latentac.commands import typed
+    from latentac.gate import against
+    from latentac.incumbent import in_production
+
+    verdict = space.verdict() or {"decision": "hold", "reasons": ["its verdict is of another configuration"]}
+    reasons, now = against(verdict), in_production(space)
+    if now != verdict.get("production", now):
+        reasons.append(f"it was judged against {verdict['production'] or 'nothing'}, and {now or 'nothing'} serves now")
+    if reasons and not force:
+        place = (space.store.url, str(space.folder.parent))
+        again = typed("gate", space.run, *place, "--set", "gate.FIELD=VALUE")
+        remedy = f"Judge it again with other bounds ({again}), or put it in production all the same "
+        remedy += f"({typed('deploy', space.run, *place, '--force')})."
+        raise ConfigError([Problem("run", space.run, f"is not to be deployed: {'; '.join(reasons)}", remedy)])
+    for reason in reasons:
+        _log.warning("forced over the gate: %s", reason)
+    return reasons
 
 
 def finish(run: str, store: str, output: str) -> Manifest | None:
@@ -252,11 +295,16 @@ def _step(
     step: str,
     parents: Sequence[str],
     work: Callable[[Workspace, Path], dict[str, Any]],
+    *,
+    again: bool = False,
 ) -> Manifest:
-    """Open the run, return what is done already, or do the work in a temporary folder and publish it."""
+    """Open the run, return what is done already, or do the work in a temporary folder and publish it.
+
+    again: do it also where it is done, and publish it in place of that.
+    """
     started = time.monotonic()
     space = open_run(run, store, output)
-    done = space.finished(step)
+    done = None if again else space.finished(step)
     if done is not None:
         return done
     origins = [space.store.manifest(f"{run}/{parent}") for parent in parents]
@@ -296,10 +344,11 @@ def recipe_fields(recipe: str, config: str = "", overrides: Sequence[str] = ()) 
     """
     if recipe not in RECIPES:
         raise ConfigError([Problem("recipe", recipe, "does not exist", suggestion(recipe, list(RECIPES)))])
-    fields = RECIPES[recipe]
+    named = RECIPES[recipe]
     if config:
-        fields = merge(fields, read_file(Path(config)))
-    return merge(fields, read_overrides(overrides))
+        named = merge(named, read_file(Path(config)))
+    fields = merge(named, read_overrides(overrides))
+    return {"project": default_project(recipe, config, named, fields), **fields}
 
 
 def _given(fields: dict[str, Any], code: bytes) -> dict[str, str]:

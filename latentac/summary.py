@@ -19,7 +19,8 @@ AGAIN = "Run this step again with this version of latentac"
 _INTERVAL = ("mean", "low", "high", "n")
 _STEERED = ("method", "strength", "candidates", "nfe", "reward", *_INTERVAL, "seconds", "diversity")
 _ITERATION = ("iteration", "images", "reward_mean", "rewards", "kl", "clip_share", "explained_variance", "seconds")
-_SERVING = ("version", "picture_sha256", "seconds", "endpoint", "request")
+_SERVING = ("version", "project", "forced", "picture_sha256", "seconds", "endpoint", "request")
+_GATE, _CHANGED = ("decision", "reasons", "checks", "by"), ("overrides", "former")
 _POLICIES = ("base", "trained", "incumbent")
 
 Summary = dict[str, Any]
@@ -88,7 +89,8 @@ def summarise(run: str, files: Files, timings: Mapping[str, Any]) -> Summary:
         "training": [{name: row.get(name) for name in _ITERATION} for row in read("train", "history.json") or ()],
         "steering": [{name: row.get(name) for name in _STEERED} for row in read("steer", "steering.json") or ()],
         "steered": _steered(read("steer", "steering.json") or (), settings["gate"]["reward"]),
-        "gate": gate and {name: gate.get(name) for name in ("decision", "reasons", "checks")},
+        "gate": gate
+        and {**{name: gate.get(name) for name in _GATE}, **{name: gate.get(name) or [] for name in _CHANGED}},
         "serving": deployment and {name: deployment.get(name) for name in _SERVING},
     }
     dropped: Counter[str] = Counter()

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from latentac.config import Config, suggestion
 from latentac.errors import ConfigError, Problem
+from latentac.names import RULE
 
 
 def resolve(fields: Mapping[str, Any]) -> Config:
@@ -71,7 +72,8 @@ def _problem(detail: Any) -> Problem:
         return Problem(path, detail["input"], "unknown field", suggestion(location[-1], _fields_beside(location)))
     if kind == "missing":
         return Problem(path, None, "is required", f"Add it to the file, or --set {path}=...")
-    return Problem(path, detail["input"], detail["msg"][0].lower() + detail["msg"][1:], "Correct the value.")
+    remedy = f"Use {RULE}." if kind == "name" else "Correct the value."
+    return Problem(path, detail["input"], detail["msg"][0].lower() + detail["msg"][1:], remedy)
 
 
 def _fields_beside(location: Sequence[str]) -> list[str]:

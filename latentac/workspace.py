@@ -4,14 +4,16 @@ torch and diffusers are imported where they are needed: the steps that only laun
 """
 
 import functools
+import getpass
 import json
-import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from latentac.config import Config
 from latentac.errors import ArtifactNotFound, ConfigError, Problem
+from latentac.names import RULE, is_name
 from latentac.package import make_importable
 from latentac.store import Manifest, Store, open_store
 from latentac.validation import resolve
@@ -54,6 +56,14 @@ class Workspace:
         folder = self.folder / step
         self.store.fetch(f"{self.run}/{step}", folder)
         return folder
+
+    def verdict(self) -> dict[str, Any] | None:
+        """gate.json as it is published now, None where the run has not been judged. Not kept: it can be replaced."""
+        if self.finished("gate") is None:
+            return None
+        with tempfile.TemporaryDirectory() as scratch:
+            self.store.fetch(f"{self.run}/gate", Path(scratch) / "gate")
+            return dict(json.loads((Path(scratch) / "gate" / "gate.json").read_text()))
 
     @functools.cached_property
     def device(self) -> "torch.device":
@@ -105,8 +115,8 @@ class Workspace:
 
 def working_folder(run: str, output: str) -> Path:
     """`<output>/<run>`. Raises ConfigError for an id that would lie elsewhere or hide itself."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", run) or run == "store":
-        remedy = "Use letters, digits, '.', '_' and '-', beginning with a letter or digit, and not `store`"
+    if not is_name(run) or run == "store":
+        remedy = f"Use {RULE}, and not `store`"
         raise ConfigError([Problem("run", run, "cannot be the id of a run", remedy)])
     return Path(output) / run
 
@@ -126,3 +136,11 @@ def open_run(run: str, store: str, output: str) -> Workspace:
 def default_store(output: str) -> str:
     """Where artifacts go when no --store is named."""
     return f"file://{Path(output).absolute()}/store"
+
+
+def person() -> str | None:
+    """Who runs this process, for what only a person decides; None where that has no name, as in a container."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return None

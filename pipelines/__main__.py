@@ -58,6 +58,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("--config", metavar="FILE", help="YAML file laid over the recipe")
     run.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one field; may be repeated")
     run.add_argument("--seed", type=int, metavar="N", help="the same as --set seed=N")
+    run.add_argument("--project", metavar="NAME", help="the same as --set project=NAME")
     run.add_argument("--output", default="runs", metavar="FOLDER", help="working files (default: runs)")
     run.add_argument("--store", metavar="URL", help="file:// or s3:// (default: file://<output>/store)")
     run.add_argument("--resume", metavar="ID", help="go on with a run: finished steps are not run again")
@@ -71,6 +72,7 @@ def _run(options: argparse.Namespace) -> int:
     output = Path(options.output)
     way = CONTAINERS if options.command == "run-containers" else PROCESSES
     overrides = (*options.set, *(() if options.seed is None else (f"seed={options.seed}",)))
+    overrides += (f'project="{options.project}"',) if options.project else ()
     try:
         if options.resume:
             given = {"recipe": options.recipe, "config": options.config, "overrides": overrides, "store": options.store}

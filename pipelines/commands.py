@@ -117,6 +117,7 @@ def _add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--recipe", default="shapes-unet", help="named configuration (default: %(default)s)")
     verb.add_argument("--config", default="", metavar="FILE", help="YAML file laid over the recipe")
     verb.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one field; may be repeated")
+    verb.add_argument("--project", default="", metavar="NAME", help="the same as --set project=NAME")
     verb.add_argument("--experiment", default="latentac", help="of the UI (default: %(default)s)")
     verb.add_argument("--pipeline-root", default="", metavar="URL", help="of KFP's own artifacts (default: KFP's)")
 
@@ -147,7 +148,7 @@ def _upload(options: argparse.Namespace) -> None:
 def _submit(options: argparse.Namespace) -> None:
     settings, service = _settings(options), _service(options)
     name = options.run or _new_id(options.recipe)
-    parameters = {"run": name, **_parameters(options), **_places(settings)}
+    parameters = {"run": name, **_parameters(options, settings), **_places(settings)}
     version = _uploaded(service, settings)
     started = service.submit(_order(options, settings, name, version, parameters))
     _say(f"run {started}, {name}: {service.host}/#/runs/details/{started}")
@@ -163,7 +164,7 @@ def _schedule(options: argparse.Namespace) -> None:
         remedy = "Write second minute hour day month weekday, as in '0 0 3 * * 1' for Mondays at 3."
         raise ConfigError([Problem("--cron", options.cron, "has not six fields", remedy)])
     version = _uploaded(service, settings, own_id=True)
-    parameters = {"run": "-", **_parameters(options), **_places(settings)}
+    parameters = {"run": "-", **_parameters(options, settings), **_places(settings)}
     made = service.schedule(_order(options, settings, options.name, version, parameters), options.cron)
     _say(f"schedule {made}, {options.name}: {service.host}/#/recurringrun/details/{made}")
 
@@ -275,14 +276,19 @@ def _uploaded(service: "Service", settings: "Cluster", *, own_id: bool = False) 
     return pipeline, version
 
 
-def _parameters(options: argparse.Namespace) -> dict[str, Any]:
+def _parameters(options: argparse.Namespace, settings: "Cluster") -> dict[str, Any]:
     """What the run is asked to do, checked here, where a mistake costs nothing. A file stays here, its fields go."""
+    from components.deploy.inference_service import check_project
     from latentac.fields import read_file
     from latentac.run import resolve_recipe
 
     fields = read_file(Path(options.config)) if options.config else {}
+    given = [*options.set, *([f"project={json.dumps(options.project)}"] if options.project else [])]
+    project = resolve_recipe(options.recipe, options.config, given).project  # may be the file's name, which stays here
+    check_project(settings, None, project)
     overrides = [*(f"{path}={json.dumps(value)}" for path, value in _leaves(fields)), *options.set]
-    resolve_recipe(options.recipe, "", overrides)
+    if options.config or options.project:
+        overrides.append(f"project={json.dumps(project)}")
     return {"recipe": options.recipe, "overrides": overrides}
 
 

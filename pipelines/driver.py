@@ -139,6 +139,7 @@ def _failure(folder: Path, console: Console) -> StepFailed:
 
 def _conclude(run: str, request: Request, output: Path, way: Way, console: Console) -> None:
     """Check that the graph did what the gate decided, write the report anew with all timings, print where to look."""
+    from latentac.commands import typed
     from latentac.report import next_commands, write_report
     from latentac.store import open_store
     from pipelines.request import known_runs
@@ -155,9 +156,13 @@ def _conclude(run: str, request: Request, output: Path, way: Way, console: Conso
     except LatentacError as error:
         raise StepFailed("report", error.exit_code, str(error)) from error
     lines = [*console.table(), f"gate     {decision}", f"report   {report}", f"summary  {summary}"]
-    if decision == "promote" and way.keep:
-        store = f" STORE={shlex.quote(request.store)}" if request.way == CONTAINERS else ""
-        lines.append(f"serve    make serve RUN={run}{_output_argument(output)}{store}")
+    if way.keep:
+        place = (run, way.store, str(output))
+        if decision == "promote":
+            lines.append(f"serve    {typed('serve', *place)}")
+        else:
+            lines.append(f"look at  {typed('serve', *place)}")
+            lines.append(f"judge    {typed('gate', *place, '--dry-run', '--set', 'gate.FIELD=VALUE')}")
     commands = next_commands(run, way.store, str(output))
     if (output / run / "tensorboard").exists():
         lines.append(f"curves   {commands['tensorboard']}")

@@ -11,7 +11,8 @@ from pathlib import Path
 from latentac.errors import ConfigError, Problem, ResourceError, require
 
 _FILE = "request.json"
-_CONFIG = "given-config.yaml"
+_CONFIG = "given-config"
+"""Folder of the copy of the configuration's file, which keeps its name: the project is called by it."""
 PROCESSES, CONTAINERS = "processes", "containers"
 """The ways to run the steps on this machine."""
 
@@ -50,8 +51,9 @@ def create_run(request: Request, output: Path) -> tuple[str, Request]:
         remedy = "Choose another --output, or make it a folder that you may write to."
         raise ResourceError(str(output), f"no folder can be made in it ({error.strerror})", remedy) from None
     if request.config and Path(request.config).is_file():  # if it is not, prepare says so with all other problems
-        shutil.copyfile(request.config, folder / _CONFIG)
-        request = dataclasses.replace(request, config=str(folder / _CONFIG))
+        (folder / _CONFIG).mkdir()
+        copy = shutil.copyfile(request.config, folder / _CONFIG / Path(request.config).name)
+        request = dataclasses.replace(request, config=str(copy))
     # request.json makes a folder a run, so it comes last and whole
     (folder / f"{_FILE}.part").write_text(json.dumps(dataclasses.asdict(request), indent=2))
     (folder / f"{_FILE}.part").rename(folder / _FILE)

@@ -118,12 +118,14 @@ class Gateway(Section):
 
 
 class Deploy(Placement):
-    """The InferenceService and how a release is judged. runtime: the ServingRuntime that the chart made, the template
+    """The InferenceService and how a release is judged. project: whose models it serves, "" for the first one's that is
+    promoted; runtime: the ServingRuntime that the chart made, the template
     of those that releases use; ready_seconds: bound for one rollout; failing_seconds: how long a pod may stay in a
     state that could pass by itself (image pull, unschedulable) before the release is taken back; grace_seconds: what a
     pod gets to finish its requests, above the longest generation."""
 
     name: Name = "latentac"
+    project: str = ""
     runtime: Name
     service_account: Name
     replicas: Positive = 1

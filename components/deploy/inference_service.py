@@ -19,6 +19,7 @@ REVISION = "latentac.io/revision"
 """Annotation: what the whole object says, as a digest. A pod that has it was made from just this object."""
 
 VERSION = "latentac.io/version"
+PROJECT = "latentac.io/project"
 MODEL_FOLDER = "/mnt/models"
 FETCHER = "storage-initializer"
 """Name of our init container. KServe injects its own, which PodSecurity `restricted` refuses, unless one has it."""
@@ -29,8 +30,10 @@ _FETCHER_RESOURCES = {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": 
 
 @dataclass(frozen=True)
 class Model:
-    """A published version. store: URL of the store; folder: of its files in there, a plain exported folder."""
+    """A published version. project: whose; store: URL of the store; folder: of its files in there, a plain exported
+    folder."""
 
+    project: str
     run: str
     version: str
     store: str
@@ -56,6 +59,17 @@ def check_names(settings: Cluster) -> None:
         remedy = f"At most {_MOST_CHARACTERS} are allowed: "
         remedy += f"use a name of at most {most}." if most > 0 else "use a namespace with a shorter name."
         raise ConfigError([Problem("deploy.name", settings.deploy.name, problem, remedy)])
+
+
+def check_project(settings: Cluster, live: Mapping[str, Any] | None, project: str) -> None:
+    """Raises ConfigError where the endpoint is another project's: by the settings, and where they name none, by what it
+    serves. One release of the chart has one endpoint."""
+    served = ((live or {}).get("metadata", {}).get("annotations") or {}).get(PROJECT, "")
+    owner = settings.deploy.project or served
+    if owner and owner != project:
+        problem = f"the endpoint {settings.deploy.name} of release {settings.release} is that of project {owner}"
+        remedy = "Install another release of the chart for it, or give it this endpoint with its value serving.project."
+        raise ConfigError([Problem("project", project, problem, remedy)])
 
 
 def content_runtime(template: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,6 +115,7 @@ def inference_service(
                 "serving.kserve.io/deploymentMode": "Standard",
                 "serving.kserve.io/autoscalerClass": "none",
                 VERSION: model.version,
+                PROJECT: model.project,
                 **(notes or {}),
             },
         },

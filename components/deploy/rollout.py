@@ -104,11 +104,13 @@ class Rollout:
         return replace(proved, shadow=numbers)
 
     def _plan(self, candidate: Candidate) -> _Plan:
+        live, tried = (self._api.get(INFERENCE_SERVICES, each) for each in (self._stable, self._green))
+        project, run = candidate.space.config.project, candidate.space.run
+        objects.check_project(self._settings, live, project)
         runtime, manifest = self._runtime(), candidate.manifest
         name, store = runtime["metadata"]["name"], candidate.space.store.url
-        model = objects.Model(candidate.space.run, candidate.version, store, manifest.folder)
+        model = objects.Model(project, run, candidate.version, store, manifest.folder)
         stable = objects.inference_service(self._settings, self._stable, model, name, replicas=self._deploy.replicas)
-        live, tried = (self._api.get(INFERENCE_SERVICES, each) for each in (self._stable, self._green))
         unaccepted = _unaccepted(live, tried)
         before = json.loads(_note(tried, BEFORE)) if unaccepted else objects.restorable(live) if live else None
         notes = {PROMOTES: objects.revision(stable), BEFORE: json.dumps(before, sort_keys=True)}

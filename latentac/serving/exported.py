@@ -64,8 +64,9 @@ class Batching(Section):
 
 class Exported(Section):
     """latentac.json. version: of the model, chosen by who deploys; rewards: the critic's heads, in their order; size:
-    (height, width) of a picture in pixels; examples: prompts to begin with; methods: of steering, by name;
-    default_method: of a request that names none: the best one of the run's benchmark, or `none`."""
+    (height, width) of a picture in pixels; examples: prompts to begin with; notice: what its users must know, or "";
+    methods: of steering, by name; default_method: of a request that names none: the best one of the run's benchmark, or
+    `none`."""
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
@@ -78,6 +79,7 @@ class Exported(Section):
     policies: list[str]
     rewards: list[Head]
     examples: list[str]
+    notice: str = ""
     methods: dict[str, Method]
     default_method: str
     limits: Limits
@@ -101,6 +103,7 @@ def export(
     run: str,
     version: str,
     examples: Sequence[str] = (),
+    notice: str = "",
     extensions: Mapping[str, Any],
     best: Mapping[str, Any] | None = None,
 ) -> Exported:
@@ -127,6 +130,7 @@ def export(
         policies=["trained", *([BASE] if (folder / BASE).is_dir() else [])],
         rewards=[Head(name=one.name, weight=one.weight, unit=units[one.name]) for one in config.rewards],
         examples=list(examples),
+        notice=notice,
         methods=methods,
         default_method=best["method"] if best else next(iter(methods), "none"),
         limits=Limits(

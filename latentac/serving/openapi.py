@@ -5,14 +5,15 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from kserve.protocol.rest.v2_datamodels import InferenceRequest, InferenceResponse
+from kserve.protocol.rest.v2_datamodels import InferenceResponse
 from pydantic import BaseModel
 
 import latentac
 from latentac.config import Section
 from latentac.serving.exported import Exported
-from latentac.serving.request import MAX_WEIGHT, UNSTEERED, Body, ImagesRequest, Request
-from latentac.serving.tensors import INPUTS, OUTPUTS
+from latentac.serving.openai import ImagesRequest
+from latentac.serving.request import MAX_WEIGHT, UNSTEERED, Body, Request
+from latentac.serving.tensors import BINARY_HEADER, DATATYPES, INPUTS, OUTPUTS, InferenceRequest
 
 _REF = "#/components/schemas/{model}"
 
@@ -91,9 +92,12 @@ class ImageData(Section):
 
 
 class Images(Section):
-    """OpenAI's form of an answer."""
+    """OpenAI's form of an answer; latentac: the rest, with the seed that gives these pictures again."""
 
     created: int
+    background: str
+    output_format: str
+    size: str
     data: list[ImageData]
     latentac: Metadata
 
@@ -101,16 +105,18 @@ class Images(Section):
 _OWN: dict[str, tuple[type[BaseModel], type[BaseModel] | str, type[BaseModel]]] = {
     "/v1/models/{model_name}:predict": (Body, Predictions, Refusal),
     "/v2/models/{model_name}/infer": (InferenceRequest, InferenceResponse, Refusal),
+    "/v2/models/{model_name}/versions/{model_version}/infer": (InferenceRequest, InferenceResponse, Refusal),
     "/v1/images/generations": (ImagesRequest, Images, OpenAIRefusal),
     "/v1/images/stream": (Request, "text/event-stream", Refusal),
 }
 """Path of a POST -> its body, its answer (a schema or a media type), its refusal."""
 
 _REFUSALS = {
-    "400": "The body is no JSON",
-    "404": "No such model",
+    "400": "The body is no JSON, or is damaged",
+    "404": "No such model, or no such version",
     "408": "The body did not arrive",
     "413": "The body is too long",
+    "415": "The body has a form or a compression that is not read here",
     "422": "A field is wrong, or above this model's limits",
     "429": "The queue is full; Retry-After says for how long",
     "500": "The server failed",
@@ -124,6 +130,8 @@ _KSERVE = {
     "/v2/health/ready": ("503",),
     "/v2/models": (),
     "/v2/models/{model_name}": ("404",),
+    "/v2/models/{model_name}/versions/{model_version}": ("404",),
+    "/v2/models/{model_name}/versions/{model_version}/ready": ("404", "503"),
     "/v2/models/{model_name}/ready": ("404", "503"),
     "/metrics": (),
 }
@@ -141,6 +149,17 @@ _EVENT: Json = {
 }
 
 
+_LENGTH: Json = {
+    "name": BINARY_HEADER,
+    "in": "header",
+    "required": False,
+    "description": "Bytes of the JSON, where tensors follow it as bytes, as in KServe's extension binary_tensor_data",
+    "schema": {"type": "integer", "minimum": 0},
+}
+_BYTES: Json = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+"""JSON, and behind it the outputs for which binary data were asked for."""
+_COMPRESSED = "The body may be compressed: Content-Encoding gzip or deflate"
+
 _UNSTEERED: Json = {
     "if": {"properties": {"method": {"const": "none"}}, "required": ["method"]},
     "then": {"properties": {"steering": {"type": ["object", "null"], "additionalProperties": {"const": 0}}}},
@@ -157,6 +176,7 @@ def document(app: FastAPI, exported: Exported, name: str) -> Json:
     for path, (asked, answered, refused) in _OWN.items():
         operation = found["paths"][path]["post"]
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(asked)}}}
+        operation["description"] = _COMPRESSED
         given = {"text/event-stream": {"schema": _EVENT}}
         operation["responses"] = {
             "200": _response("The pictures", _ref(answered))
@@ -175,17 +195,23 @@ def document(app: FastAPI, exported: Exported, name: str) -> Json:
     }
     options = _response("Methods, rewards, defaults and limits", {"type": "object"})
     found["paths"]["/v1/images/options"]["get"]["responses"] = {"200": options}
-    for operations in found["paths"].values():
+    values = {"model_name": name, "model_version": exported.version}
+    for path, operations in found["paths"].items():
         for operation in operations.values():
             for parameter in operation.get("parameters", []):
-                parameter["schema"] = {"type": "string", "examples": [name]}
+                parameter["schema"] = {"type": "string", "examples": [values[parameter["name"]]]}
+        if path.endswith("/infer"):
+            operations["post"]["parameters"].append(_LENGTH)
+            operations["post"]["responses"]["200"]["content"] |= _BYTES
     found.setdefault("components", {}).setdefault("schemas", {}).update(schemas | _schemas(KServeError))
     found["components"]["schemas"].pop("HTTPValidationError", None)
     found["components"]["schemas"].pop("ValidationError", None)
     _name_tensors(found["components"]["schemas"])
     for form in ("Request", "ImagesRequest"):
-        _limit(found["components"]["schemas"][form]["properties"], exported)
-        found["components"]["schemas"][form] |= _UNSTEERED
+        schema = found["components"]["schemas"][form]
+        _limit(schema["properties"], exported)
+        _allow_null(schema)
+        schema |= _UNSTEERED
     found["components"]["schemas"]["Body"]["properties"]["instances"]["maxItems"] = exported.limits.max_images
     return found
 
@@ -217,8 +243,8 @@ def _name_tensors(schemas: Json) -> None:
     """What KServe's general form of a V2 request is filled with here."""
     inputs, outputs = schemas["RequestInput"]["properties"], schemas["RequestOutput"]["properties"]
     inputs["name"]["enum"], outputs["name"]["enum"] = list(INPUTS), list(OUTPUTS)
-    inputs["datatype"]["enum"] = sorted(set(INPUTS.values()))
-    inputs["shape"] |= {"minItems": 1, "maxItems": 2, "items": {"type": "integer", "minimum": 1}}
+    inputs["datatype"]["enum"] = DATATYPES
+    inputs["shape"] |= {"maxItems": 2, "items": {"type": "integer", "minimum": 1}}
     inputs["shape"]["description"] = "[number of elements]: that of the prompts, or 1 for all of them"
     prompt = {"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["two red squares"]}
     schemas["InferenceRequest"]["example"] = {"inputs": [prompt], "outputs": [{"name": "image"}]}
@@ -232,12 +258,23 @@ def _limit(properties: Json, exported: Exported) -> None:
     _narrow(properties["num_steps"], maximum=limits.max_steps)
     _narrow(properties["particles"], maximum=limits.max_particles)
     _narrow(properties["guidance_scale"], maximum=limits.max_guidance_scale)
-    _narrow(properties["size"], enum=[exported.size_name])
+    _narrow(properties["size"], enum=[exported.size_name, *(["auto"] if "n" in properties else [])])
     _narrow(properties["policy"], enum=list(exported.policies))
     _narrow(properties["method"], enum=[*exported.methods, UNSTEERED])
     weight = {"type": "number", "minimum": -MAX_WEIGHT, "maximum": MAX_WEIGHT}
     heads = {reward.name: weight for reward in exported.rewards}
     properties["steering"]["anyOf"][0] = {"type": "object", "properties": heads, "additionalProperties": False}
+
+
+def _allow_null(schema: Json) -> None:
+    """What may be left out may be null."""
+    properties = schema["properties"]
+    for name in properties.keys() - set(schema["required"]):
+        if "anyOf" in properties[name] or properties[name].get("type") == "null":
+            continue
+        about = {key: value for key, value in properties[name].items() if key in ("default", "description", "title")}
+        form = {key: value for key, value in properties[name].items() if key not in about}
+        properties[name] = {"anyOf": [form, {"type": "null"}], **about}
 
 
 def _narrow(schema: Json, **bounds: Any) -> None:

@@ -1,10 +1,10 @@
 """What a caller may ask for. Everything wrong with a request is told at once, each with its path and remedy."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import from_json
 
 from latentac.config import Number, Section, suggestion
@@ -22,13 +22,41 @@ Root = TypeVar("Root", bound=Section)
 
 UNSTEERED = "none"
 """The method of a request for plain pictures."""
+_OBJECT = "Send an object of the documented fields."
+_ELSEWHERE = {
+    "n": ("count",),
+    "count": ("n",),
+    "num_images": ("count", "n"),
+    "num_images_per_prompt": ("count", "n"),
+    "num_inference_steps": ("num_steps",),
+    "steps": ("num_steps",),
+    "cfg_scale": ("guidance_scale",),
+    "width": ("size",),
+    "height": ("size",),
+    "text": ("prompt",),
+    "inputs": ("instances",),
+    "data": ("instances",),
+}
+"""What other programs call a field -> ours, of which the first that the form has is the remedy."""
 POLICIES = ("trained", "base")
 """Whose weights denoise: those that were trained, or the untouched ones, where they were exported."""
 MAX_WEIGHT = 100.0
 """A weight is a number of standard deviations; far above this the latents leave everything the decoder has seen."""
 
 
-class Request(Section):
+class Optionals(Section):
+    """A section in which null is the same as a field that is left out: what many clients send for what is not set."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        known = {field.alias or name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in fields.items() if value is not None or name not in known}
+
+
+class Request(Optionals):
     """One prompt's pictures. The descriptions are the remedies that a caller reads."""
 
     prompt: Annotated[str, Field(min_length=1, description="Write what the picture shall show.")]
@@ -53,26 +81,13 @@ class Body(Section):
     instances: Annotated[list[Request], Field(min_length=1, description='Send {"instances": [{"prompt": "..."}]}.')]
 
 
-class ImagesRequest(Request):
-    """The body of OpenAI's `images/generations`, and our own fields beside it."""
-
-    model: Annotated[str | None, Field(description="Use the served model's name, or leave it out.")] = None
-    count: Annotated[int, Field(ge=1, alias="n", description="Use a whole number of pictures, at least 1."), WHOLE] = 1
-    response_format: Annotated[
-        Literal["b64_json"], Field(description="Use b64_json: the server keeps no pictures to link to.")
-    ] = "b64_json"
-    user: Annotated[str | None, Field(max_length=256, description="Use at most 256 characters.")] = None
-
-
-_FIELDS = {**Body.model_fields, **ImagesRequest.model_fields}
-
-
 def decoded(body: bytes) -> Any:
-    """The JSON of a body. Raises ConfigError where it is none, or holds a number that JSON has not."""
+    """The JSON of a body, after a byte order mark if there is one. Raises ConfigError where it is none, or holds a
+    number that JSON has not."""
     try:
-        return from_json(body, allow_inf_nan=False)
+        return from_json(body.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)
     except ValueError as error:
-        raise ConfigError([Problem("body", shortened(body), f"is not JSON: {error}", _remedy([]))]) from None
+        raise ConfigError([Problem("body", shortened(body), f"is not JSON: {error}", _OBJECT)]) from None
 
 
 def parse(body: object, exported: Exported) -> list[Request]:
@@ -80,8 +95,8 @@ def parse(body: object, exported: Exported) -> list[Request]:
     given, most = body.get("instances") if isinstance(body, dict) else None, exported.limits.max_images
     listed = given if isinstance(given, list) else []
     _at_most(most, len(listed))  # first: a long list of wrong ones would be told at length
-    limits = [problem for index, fields in enumerate(listed) for problem in _beyond(fields, exported, index)]
-    requests = _validated(Body, body, limits).instances
+    limits = [problem for index, fields in enumerate(listed) for problem in beyond(fields, exported, index)]
+    requests = validated(Body, body, limits).instances
     _at_most(most, sum(request.count for request in requests))
     return requests
 
@@ -94,17 +109,10 @@ def _at_most(most: int, images: int) -> None:
 
 def parse_one(body: object, exported: Exported) -> Request:
     """One request from decoded JSON. Raises ConfigError with every problem."""
-    return _validated(Request, body, _beyond(body, exported))
+    return validated(Request, body, beyond(body, exported))
 
 
-def parse_images(body: object, exported: Exported) -> ImagesRequest:
-    """OpenAI's form of a request. Raises ConfigError with every problem."""
-    ours = {"count" if name == "n" else name: value for name, value in body.items()} if isinstance(body, dict) else body
-    limits = [replace(p, path="n") if p.path == "count" else p for p in _beyond(ours, exported)]
-    return _validated(ImagesRequest, body, limits)
-
-
-def _validated(root: type[Root], fields: object, limits: Sequence[Problem]) -> Root:
+def validated(root: type[Root], fields: object, limits: Sequence[Problem] = ()) -> Root:
     """`fields` as a `root`. Raises ConfigError with the problems of its form and those in `limits` together."""
     try:
         valid = root.model_validate(fields)
@@ -116,7 +124,7 @@ def _validated(root: type[Root], fields: object, limits: Sequence[Problem]) -> R
     return valid
 
 
-def _beyond(fields: object, exported: Exported, instance: int | None = None) -> list[Problem]:
+def beyond(fields: object, exported: Exported, instance: int | None = None) -> list[Problem]:
     """What is well-formed in a request, but not for this model; the rest is left to the form."""
     if not isinstance(fields, dict):
         return []
@@ -169,22 +177,43 @@ def _weight_problems(weights: Mapping[str, Any], unsteered: bool, known: Sequenc
 
 def _problem(detail: Mapping[str, Any], root: type[Section]) -> Problem:
     """One of pydantic's findings about a `root`, in our words."""
-    location = [shortened(str(part)) for part in detail["loc"]]
-    path = ".".join(location) or "body"
+    path = ".".join(shortened(str(part)) for part in detail["loc"]) or "body"
+    section, field = _place(root, detail["loc"])
+    remedy = str(field.description) if field is not None and field.description else _OBJECT
     if detail["type"] == "extra_forbidden":
-        fields = (root if len(location) == 1 else Request).model_fields
-        known = [field.alias or name for name, field in fields.items()]
-        return Problem(path, shortened(detail["input"]), "unknown field", suggestion(location[-1], known))
+        known, name = [each.alias or name for name, each in section.model_fields.items()], shortened(detail["loc"][-1])
+        ours = next((other for other in _ELSEWHERE.get(name, ()) if other in known), None)
+        remedy = f'Use "{ours}". Known: {", ".join(known)}.' if ours else suggestion(name, known)
+        if "parameters" in detail["loc"] and name in Request.model_fields:
+            remedy = "Send it as an input of its own."
+        return Problem(path, shortened(detail["input"]), "unknown field", remedy)
     if detail["type"] == "missing":
-        return Problem(path, None, "is required", _remedy(location))
+        return Problem(path, None, "is required", remedy)
     message = "is no JSON object" if detail["type"] == "model_type" else detail["msg"][0].lower() + detail["msg"][1:]
-    return Problem(path, shortened(detail["input"]), message, _remedy(location))
+    return Problem(path, shortened(detail["input"]), message, remedy)
 
 
-def _remedy(location: Sequence[str]) -> str:
-    """The description of the innermost field in `location`."""
-    named = [_FIELDS[part] for part in ("count" if part == "n" else part for part in location) if part in _FIELDS]
-    return str(named[-1].description) if named else "Send an object of the documented fields."
+def _place(root: type[Section], location: Sequence[str | int]) -> tuple[type[BaseModel], FieldInfo | None]:
+    """The innermost section that holds `location`, and the innermost field that has a description on the way."""
+    section: type[BaseModel] = root
+    found: FieldInfo | None = None
+    inner: list[type[BaseModel]] = []
+    for part in location:
+        if isinstance(part, int):
+            continue
+        section = inner[0] if inner else section
+        field = next((each for name, each in section.model_fields.items() if part == (each.alias or name)), None)
+        found = field if field is not None and field.description else found
+        inner = list(_sections(field.annotation)) if field is not None else []
+    return section, found
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections in a field's type."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections(part)
 
 
 def shortened(value: Any) -> Any:

@@ -15,38 +15,23 @@ import numpy as np
 from fastapi import FastAPI, HTTPException
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from kserve.protocol.dataplane import DataPlane
-from kserve.protocol.rest.server import metrics_handler
-from kserve.protocol.rest.v1_endpoints import V1Endpoints
-from kserve.protocol.rest.v2_datamodels import (
-    ListModelsResponse,
-    ModelMetadataResponse,
-    ModelReadyResponse,
-    ServerLiveResponse,
-    ServerMetadataResponse,
-    ServerReadyResponse,
-)
-from kserve.protocol.rest.v2_endpoints import V2Endpoints
 from starlette.types import Receive, Scope, Send
 
 from latentac.errors import ConfigError, Problem
 from latentac.serving import observing
 from latentac.serving.batching import Busy, Job
+from latentac.serving.bodies import Refused, binary_of, body_of, json_of, unknown
 from latentac.serving.model import SteeredDiffusion, TooLong
 from latentac.serving.observing import Record
+from latentac.serving.openai import parse_images
 from latentac.serving.request import (
     MAX_WEIGHT,
     UNSTEERED,
     Request,
-    decoded,
-    parse_images,
     parse_one,
 )
-from latentac.serving.tensors import infer_request
+from latentac.serving.tensors import BINARY_HEADER, infer_request
 
-MAX_BODY_BYTES = 1_000_000
-BODY_SECONDS = 30.0
-"""A body that is longer, or takes longer to arrive, is refused."""
 _ALIVE_SECONDS = 15.0
 _PROBLEMS = 20  # told of one request; a longer list helps nobody
 _PAGE = {"page.css": "text/css", "page.js": "text/javascript"}
@@ -67,14 +52,6 @@ _Last = tuple[int, str, dict[str, Any]]
 
 class _Gone(Exception):
     """The caller closed the connection."""
-
-
-class _Refused(Exception):
-    """A request that is wrong before its fields are read."""
-
-    def __init__(self, status: int, problem: Problem) -> None:
-        super().__init__(problem.problem)
-        self.status, self.problem = status, problem
 
 
 class _Stream(StreamingResponse):
@@ -130,10 +107,16 @@ class Routes:
         app.add_api_route("/v1/images/stream", self.stream, methods=["POST"])
         app.add_api_route("/v1/models/{model_name}:predict", self.predict, methods=["POST"])
         app.add_api_route("/v2/models/{model_name}/infer", self.infer, methods=["POST"])
+        app.add_api_route(
+            "/v2/models/{model_name}/versions/{model_version}/infer", self.infer_version, methods=["POST"]
+        )
 
-    async def page(self) -> Response:
-        """What a person sees."""
-        return _file("index.html", "text/html")
+    async def page(self, request: HTTPRequest) -> Response:
+        """What a person sees; a program that does not ask for HTML is KServe's V1 client, which asks whether this
+        server lives."""
+        if "text/html" in request.headers.get("accept", ""):
+            return _file("index.html", "text/html")
+        return JSONResponse({"status": "alive"}, headers={"Vary": "Accept"})
 
     async def part(self, name: str) -> Response:
         """What the page loads."""
@@ -155,14 +138,26 @@ class Routes:
         return await self._answered(request, "v1", handle, model_name)
 
     async def infer(self, model_name: str, request: HTTPRequest) -> Response:
-        """KServe's V2 protocol, with the tensors' data in the JSON."""
+        """KServe's V2 protocol, with the tensors' data in the JSON or as bytes behind it."""
+        return await self._inferred(request, model_name)
 
-        async def handle(body: Any, record: Record) -> Response:
-            answer, _ = await self._model(infer_request(body, self._model.name))
-            content, _ = answer.to_rest()
-            return JSONResponse(content)
+    async def infer_version(self, model_name: str, model_version: str, request: HTTPRequest) -> Response:
+        """The same, of one version: there is no other than that which is served."""
+        return await self._inferred(request, model_name, model_version)
 
-        return await self._answered(request, "v2", handle, model_name)
+    async def _inferred(self, request: HTTPRequest, name: str, version: str | None = None) -> Response:
+        async def handle(body: tuple[Any, bytes], record: Record) -> Response:
+            served = self._model.generator.exported.version
+            if version not in (None, served):
+                raise unknown("version", version or "", served)
+            answer, _ = await self._model(infer_request(body[0], self._model.name, body[1]))
+            content, length = answer.to_rest()
+            if length is None:
+                return JSONResponse(content)
+            return Response(content, headers={BINARY_HEADER: str(length)}, media_type="application/octet-stream")
+
+        length = request.headers.get(BINARY_HEADER)
+        return await self._answered(request, "v2", handle, name, read=lambda body: binary_of(body, length))
 
     async def images(self, request: HTTPRequest) -> Response:
         """OpenAI's `images/generations`."""
@@ -170,12 +165,13 @@ class Routes:
         async def handle(body: Any, record: Record) -> Response:
             asked = parse_images(body, self._model.generator.exported)
             if asked.model not in (None, self._model.name):
-                raise _unknown(asked.model or "", self._model.name)
+                raise unknown("model", asked.model or "", self._model.name)
             self._model.generator.check([("prompt", asked)])
             [prediction] = await self._model.finish([asked], self._model.submit([asked]))
             told = {name: value for name, value in prediction.items() if name != "images"}
             data = [{"b64_json": image} for image in prediction["images"]]
-            return JSONResponse({"created": int(time.time()), "data": data, "latentac": told})
+            form = {"background": "opaque", "output_format": "png", "size": self._model.generator.exported.size_name}
+            return JSONResponse({"created": int(time.time()), **form, "data": data, "latentac": told})
 
         return await self._answered(request, "openai", handle)
 
@@ -215,15 +211,22 @@ class Routes:
         told = {name: [float(value)] for name, value in zip(critic.reward_names, values[best], strict=True)}
         return {"step": step, "num_steps": slot.kind.num_steps, "pictures": [index], "values": told}
 
-    async def _answered(self, http: HTTPRequest, protocol: str, handle: Handle, name: str = "") -> Response:
-        """The response of `handle` to the request's body, or a refusal; told to the operator."""
+    async def _answered(
+        self,
+        http: HTTPRequest,
+        protocol: str,
+        handle: Handle,
+        name: str = "",
+        read: Callable[[bytes], Any] = json_of,
+    ) -> Response:
+        """The response of `handle` to what is read in the request's body, or a refusal; told to the operator."""
         record = Record(protocol, _request_id(http), self._prompts)
         observing.CURRENT.set(record)
         status = 499
         try:
             if name and name != self._model.name:
-                raise _unknown(name, self._model.name)
-            body = _decoded(await _body(http))
+                raise unknown("model", name, self._model.name)
+            body = read(await body_of(http))
             response = await _unless_gone(http, handle(body, record))
             status = response.status_code
         except _Gone:
@@ -238,48 +241,6 @@ class Routes:
         return response
 
 
-def register_kserve(app: FastAPI, dataplane: DataPlane) -> None:
-    """KServe's own routes about the model's state. Of its others, those that ask for pictures are ours, above; and this
-    server explains nothing, has no versions beside each other, and lets nobody load or unload."""
-    first, second = V1Endpoints(dataplane), V2Endpoints(dataplane)
-    app.add_api_route("/v1/models", first.models, methods=["GET"])
-    app.add_api_route("/v1/models/{model_name}", first.model_ready, methods=["GET"])
-    app.add_api_route(
-        "/v2", _without_extensions(second.metadata), methods=["GET"], response_model=ServerMetadataResponse
-    )
-    app.add_api_route("/v2/health/live", second.live, methods=["GET"], response_model=ServerLiveResponse)
-    app.add_api_route("/v2/health/ready", second.ready, methods=["GET"], response_model=ServerReadyResponse)
-    app.add_api_route("/v2/models", second.models, methods=["GET"], response_model=ListModelsResponse)
-    app.add_api_route(
-        "/v2/models/{model_name}", _unversioned(second.model_metadata), response_model=ModelMetadataResponse
-    )
-    app.add_api_route(
-        "/v2/models/{model_name}/ready", _unversioned(second.model_ready), response_model=ModelReadyResponse
-    )
-    app.add_api_route("/metrics", metrics_handler, methods=["GET"])
-
-
-def _without_extensions(endpoint: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
-    """KServe's handler, which names an extension for loading and unloading models that this server lacks."""
-
-    async def metadata() -> Any:
-        told: ServerMetadataResponse = await endpoint()
-        return told.model_copy(update={"extensions": []})
-
-    metadata.__doc__ = (endpoint.__doc__ or "").partition("\n")[0]
-    return metadata
-
-
-def _unversioned(endpoint: Callable[[str], Awaitable[Any]]) -> Callable[[str], Awaitable[Any]]:
-    """KServe's handler without its parameter `model_version`, which nothing fills."""
-
-    async def handler(model_name: str) -> Any:
-        return await endpoint(model_name)
-
-    handler.__name__, handler.__doc__ = endpoint.__name__, (endpoint.__doc__ or "").partition("\n")[0]
-    return handler
-
-
 def described(model: SteeredDiffusion) -> dict[str, Any]:
     """What may be asked of `model`, for a page or a program to offer."""
     exported, critic = model.generator.exported, model.generator.critic
@@ -289,6 +250,7 @@ def described(model: SteeredDiffusion) -> dict[str, Any]:
         "name": model.name,
         "version": exported.version,
         "run": exported.run,
+        "notice": exported.notice,
         "size": list(exported.size),
         "policies": exported.policies,
         "methods": [
@@ -330,30 +292,6 @@ def described(model: SteeredDiffusion) -> dict[str, Any]:
     }
 
 
-async def _body(http: HTTPRequest) -> bytes:
-    """Raises _Refused where it is too long or does not arrive."""
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for part in http.stream():
-                parts.append(part)
-                size += len(part)
-                if size > MAX_BODY_BYTES:
-                    told = Problem("body", size, "bytes and more are too many", f"Send at most {MAX_BODY_BYTES}.")
-                    raise _Refused(413, told)
-    except TimeoutError:
-        told = Problem("body", size, f"bytes have arrived after {BODY_SECONDS:g} s", "Send the body at once.")
-        raise _Refused(408, told) from None
-    return b"".join(parts)
-
-
-def _decoded(body: bytes) -> Any:
-    try:
-        return decoded(body)
-    except ConfigError as error:
-        raise _Refused(400, error.problems[0]) from None
-
-
 async def _unless_gone(http: HTTPRequest, work: Awaitable[Response]) -> Response:
     """The result of `work`, which is cancelled if the caller goes away. Raises _Gone then."""
     working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(http))
@@ -378,7 +316,7 @@ def _refusal(error: Exception, *, openai: bool = False) -> JSONResponse:
     match error:
         case ConfigError():
             status, problems = 422, list(error.problems)
-        case _Refused():
+        case Refused():
             status, problems = error.status, [error.problem]
         case Busy():
             status, headers = 429, {"Retry-After": str(error.seconds)}
@@ -395,10 +333,6 @@ def _refusal(error: Exception, *, openai: bool = False) -> JSONResponse:
     kind = "invalid_request_error" if status < 429 else "server_error"
     envelope = {"message": words, "type": kind, "param": problems[0].path, "code": None} if openai else words
     return JSONResponse({"error": envelope, "problems": told}, status, headers)
-
-
-def _unknown(name: str, known: str) -> _Refused:
-    return _Refused(404, Problem("model", name[:80], "is not served here", f"Use {known}."))
 
 
 def _request_id(http: HTTPRequest) -> str:

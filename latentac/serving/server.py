@@ -1,16 +1,22 @@
 """One process that serves one exported model through KServe's ModelServer, on loopback unless told otherwise."""
 
 import errno
+import json
 import logging
 import os
+import shlex
 import signal
 import socket
 import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from latentac.errors import ResourceError
+
+if TYPE_CHECKING:
+    from latentac.serving.exported import Exported
 
 NAME = "latentac"
 HOST = "127.0.0.1"
@@ -68,7 +74,7 @@ def serve_on(
     accepted by then are answered. log_prompts: they stand in the request log, which otherwise leaves them out."""
     from latentac.serving import exported  # imports pydantic: after the port is known to be free
 
-    exported.read(folder)
+    described = exported.read(folder)
     # Imported late: torch and kserve take seconds, and kserve parses the command line anew, by its own rules.
     sys.argv = sys.argv[:1]
     from fastapi import FastAPI
@@ -76,7 +82,8 @@ def serve_on(
 
     from latentac.serving import observing, openapi
     from latentac.serving.model import SteeredDiffusion
-    from latentac.serving.routes import Routes, register_kserve
+    from latentac.serving.routes import Routes
+    from latentac.serving.state import State
 
     class LoopbackServer(ModelServer):
         """ModelServer listens on every address of the machine; this one on the socket that it is given. And it offers
@@ -93,7 +100,8 @@ def serve_on(
 
             def register(app: FastAPI) -> None:
                 Routes(model, prompts=log_prompts).register(app)
-                register_kserve(app, self.dataplane)
+                written = int((folder / exported.FILE).stat().st_mtime)
+                State(self.dataplane, generator.exported, written).register(app)
                 document = openapi.document(app, generator.exported, name)
                 app.openapi = lambda: document  # type: ignore[method-assign]
 
@@ -107,7 +115,7 @@ def serve_on(
     server = LoopbackServer(workers=1, enable_grpc=False, enable_latency_logging=False, grace_period=GRACE_SECONDS)
     _listen(listener)
     if told:
-        print(_example(address_of(listener), name), file=sys.stdout, flush=True)
+        print(_example(address_of(listener), name, described), file=sys.stdout, flush=True)
     server.start([model])
     model.close()
 
@@ -126,13 +134,15 @@ def _refused(address: str, error: OSError) -> ResourceError:
     return ResourceError(address, f"cannot be listened on: {reason}", "Choose another host or port.")
 
 
-def _example(address: str, name: str) -> str:
-    body = '{"instances": [{"prompt": "two red squares", "seed": 1}]}'
+def _example(address: str, name: str, described: "Exported") -> str:
+    prompt = described.examples[0] if described.examples else "a picture"
+    body = shlex.quote(json.dumps({"instances": [{"prompt": prompt, "seed": 1}]}, ensure_ascii=False))
+    notice = f"{described.notice}\n" if described.notice else ""
     decode = "import base64, json, sys; p = json.load(sys.stdin)['predictions'][0]; "
     decode += "open('picture.png', 'wb').write(base64.b64decode(p['images'][0]))"
     return (
-        f"Serving {name} at {address} (a page in a browser; Ctrl-C stops it). A picture:\n"
-        f"  curl -s {address}/v1/models/{name}:predict -d '{body}' \\\n    | python3 -c \"{decode}\""
+        f"{notice}Serving {name} at {address} (a page in a browser; Ctrl-C stops it). A picture:\n"
+        f'  curl -s {address}/v1/models/{name}:predict -d {body} \\\n    | python3 -c "{decode}"'
     )
 
 

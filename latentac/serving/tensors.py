@@ -1,17 +1,22 @@
-"""KServe's V2 protocol: a request's fields as named tensors, its pictures as BYTES."""
+"""KServe's V2 protocol: a request's fields as named tensors, its pictures as BYTES. A tensor's elements stand in the
+JSON, or as bytes behind it: the extension `binary_tensor_data`, which clients use unless they are told otherwise."""
 
+import itertools
 import json
 import math
+import struct
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from kserve import InferInput, InferOutput, InferRequest, InferResponse
-from kserve.protocol.rest.v2_datamodels import InferenceRequest
-from pydantic import ValidationError
+import numpy as np
+from kserve import InferInput, InferRequest, InferResponse
+from kserve.protocol.infer_type import InferOutput, RequestedOutput
+from kserve.utils.numpy_codec import to_np_dtype
+from pydantic import Field
 
-from latentac.config import suggestion
+from latentac.config import Section, suggestion
 from latentac.errors import ConfigError, Problem
-from latentac.serving.request import decoded, shortened
+from latentac.serving.request import decoded, shortened, validated
 
 INPUTS = {
     "prompt": "BYTES",
@@ -30,7 +35,74 @@ INPUTS = {
 OUTPUTS = {"image": "BYTES", "metadata": "BYTES"}
 """image: a PNG in base64 a picture, those of a prompt one after another; metadata: JSON a prompt."""
 
-_ALIKE = {"FP32": ("FP32", "FP64"), "INT64": ("INT64", "INT32", "UINT64", "UINT32")}
+EXTENSIONS = ["binary_tensor_data"]
+"""Of the protocol, those that are here."""
+
+BINARY_HEADER = "Inference-Header-Content-Length"
+"""Says how long the JSON is that bytes follow."""
+
+_INTEGERS = tuple(f"{sign}INT{bits}" for sign in ("", "U") for bits in (64, 32, 16, 8))
+_ALIKE = {"FP32": ("FP32", "FP64", "FP16", *_INTEGERS), "INT64": _INTEGERS}
+"""Datatype of an input -> those that hold the same numbers."""
+
+DATATYPES = sorted({"BYTES", *_ALIKE["FP32"]})
+
+_LENGTH = struct.Struct("<I")
+
+
+class InputParameters(Section):
+    """binary_data_size: bytes behind the JSON that are this tensor's; those of all inputs stand there in their order.
+    content_type: a hint of some clients, which changes nothing here."""
+
+    binary_data_size: Annotated[int | None, Field(ge=0, description="Use the number of the tensor's bytes.")] = None
+    content_type: Annotated[str | None, Field(description="Use a text, or leave it out.")] = None
+
+
+class OutputParameters(Section):
+    """binary_data: whether the output comes as bytes behind the JSON; unless it is said, as the request's own
+    parameter `binary_data_output` says."""
+
+    binary_data: Annotated[bool | None, Field(description="Use true or false, or leave it out.")] = None
+    content_type: Annotated[str | None, Field(description="Use a text, or leave it out.")] = None
+
+
+class RequestParameters(Section):
+    """binary_data_output: whether outputs come as bytes behind the JSON. The others are hints of clients; requests are
+    drawn in the order of their arrival, whatever they say."""
+
+    binary_data_output: Annotated[bool | None, Field(description="Use true or false, or leave it out.")] = None
+    content_type: Annotated[str | None, Field(description="Use a text, or leave it out.")] = None
+    priority: Annotated[int | None, Field(description="Use a whole number, or leave it out.")] = None
+    timeout: Annotated[int | None, Field(description="Use a whole number, or leave it out.")] = None
+
+
+class RequestInput(Section):
+    """data: the elements, flat or nested as `shape` says; left out where they are bytes behind the JSON."""
+
+    name: Annotated[str, Field(description="Use the name of an input.")]
+    shape: Annotated[list[int], Field(description="Use [number of elements].")]
+    datatype: Annotated[str, Field(description="Use the input's datatype.")]
+    parameters: Annotated[
+        InputParameters | None, Field(description="Send binary_data_size, or leave them out; fields are inputs.")
+    ] = None
+    data: Annotated[list[Any] | None, Field(description="Send the list of elements.")] = None
+
+
+class RequestOutput(Section):
+    name: Annotated[str, Field(description="Use the name of an output.")]
+    parameters: Annotated[OutputParameters | None, Field(description="Send binary_data, or leave them out.")] = None
+
+
+class InferenceRequest(Section):
+    """The V2 form of a request. model_name: sent by KServe's client, and not read: the address has it."""
+
+    id: Annotated[str | None, Field(description="Use a text, or leave it out.")] = None
+    model_name: Annotated[str | None, Field(description="Use a text, or leave it out.")] = None
+    parameters: Annotated[
+        RequestParameters | None, Field(description="Send binary_data_output, or leave them out; fields are inputs.")
+    ] = None
+    inputs: Annotated[list[RequestInput], Field(description="Send a list of KServe's V2 inputs.")]
+    outputs: Annotated[list[RequestOutput] | None, Field(description="Name outputs, or leave it out for all.")] = None
 
 
 def described(tensors: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -38,39 +110,127 @@ def described(tensors: Mapping[str, str]) -> list[dict[str, Any]]:
     return [{"name": name, "datatype": datatype, "shape": [-1]} for name, datatype in tensors.items()]
 
 
-def infer_request(body: object, name: str) -> InferRequest:
-    """KServe's own record of decoded JSON. Raises ConfigError with every problem."""
-    try:
-        request = InferenceRequest.model_validate(body)
-    except ValidationError as error:
-        found = []
-        for detail in error.errors(include_url=False)[:20]:
-            path = ".".join(shortened(str(part)) for part in detail["loc"]) or "body"
-            told = detail["msg"][0].lower() + detail["msg"][1:]
-            found.append(Problem(path, shortened(detail["input"]), told, "Send KServe's V2 form of a request."))
-        raise ConfigError(found) from None
+def infer_request(body: object, name: str, binary: bytes = b"") -> InferRequest:
+    """KServe's own record of decoded JSON and the bytes behind it. Raises ConfigError with every problem."""
+    request = validated(InferenceRequest, body)
     problems = [
         Problem(f"outputs.{i}.name", shortened(one.name), "no such output", suggestion(shortened(one.name), [*OUTPUTS]))
         for i, one in enumerate(request.outputs or [])
         if one.name not in OUTPUTS
     ]
+    problems += [problem for place, one in enumerate(request.inputs) if (problem := _misfit(place, one))]
     if problems:
         raise ConfigError(problems[:20])
-    inputs = [InferInput(one.name, one.shape, one.datatype, one.data) for one in request.inputs]
-    wanted = [InferOutput(one.name, [], OUTPUTS[one.name]) for one in request.outputs or []]
-    return InferRequest(name, inputs, request.id or "", request_outputs=wanted or None)
+    inputs = [
+        InferInput(one.name, [len(data)], one.datatype.upper(), data)
+        for one, data in zip(request.inputs, _elements(request.inputs, binary), strict=True)
+    ]
+    by_default = bool(request.parameters and request.parameters.binary_data_output)
+    wanted = {one.name: one.parameters and one.parameters.binary_data for one in request.outputs or []}
+    outputs = [
+        RequestedOutput(name, {"binary_data": by_default if chosen is None else chosen})
+        for name, chosen in (wanted or dict.fromkeys(OUTPUTS)).items()
+    ]
+    return InferRequest(name, inputs, request.id or "", request_outputs=outputs)
+
+
+def _misfit(place: int, one: RequestInput) -> Problem | None:
+    at, datatype = f"inputs.{place}", INPUTS.get(one.name)
+    if datatype is None:
+        return Problem(f"{at}.name", shortened(one.name), "no such input", suggestion(shortened(one.name), [*INPUTS]))
+    if one.datatype.upper() not in _ALIKE.get(datatype, (datatype,)):
+        return Problem(f"{at}.datatype", shortened(one.datatype), f"is not that of {one.name}", f"Use {datatype}.")
+    return None
+
+
+def _elements(inputs: Sequence[RequestInput], binary: bytes) -> list[list[Any]]:
+    """The elements of each input, flat. Raises ConfigError with every problem."""
+    found: list[list[Any]] = []
+    problems: list[Problem] = []
+    start = 0
+    for place, one in enumerate(inputs):
+        size = one.parameters.binary_data_size if one.parameters else None
+        try:
+            if size is None:
+                data = _flat(f"inputs.{place}", one)
+            else:
+                data = _unpacked(f"inputs.{place}", one, binary[start : start + size], size)
+            if min(one.shape, default=1) < 1 or math.prod(one.shape[:8]) != len(data) or len(one.shape) > 2:
+                told = f"does not fit {len(data)} elements"
+                problems.append(
+                    Problem(f"inputs.{place}.shape", shortened(one.shape), told, "Use [number of elements].")
+                )
+            found.append(data)
+        except ConfigError as error:
+            problems += error.problems
+        start += size or 0
+    if start < len(binary):
+        remedy = f"Give each input's binary_data_size, and the length of the JSON in the header {BINARY_HEADER}."
+        problems.append(Problem("body", len(binary) - start, "bytes are no input's", remedy))
+    if problems:
+        raise ConfigError(problems[:20])
+    return found
+
+
+def _flat(at: str, one: RequestInput) -> list[Any]:
+    """Data that stand in the JSON."""
+    if one.data is None:
+        remedy = "Send the list of elements, or bytes and their binary_data_size."
+        raise ConfigError([Problem(f"{at}.data", None, "is required", remedy)])
+    nested = len(one.shape) > 1 and bool(one.data) and all(isinstance(row, list) for row in one.data)
+    return list(itertools.chain.from_iterable(one.data)) if nested else one.data
+
+
+def _unpacked(at: str, one: RequestInput, content: bytes, size: int) -> list[Any]:
+    """Data that stand behind the JSON: little-endian numbers, or each text after its length in four bytes."""
+    if one.data is not None:
+        told = "is given twice: in the JSON, and as bytes behind it"
+        raise ConfigError([Problem(f"{at}.data", shortened(one.data), told, "Leave out one of them.")])
+    place = f"{at}.parameters.binary_data_size"
+    if len(content) < size:
+        remedy = f"Send all bytes, and the length of the JSON in the header {BINARY_HEADER}."
+        raise ConfigError([Problem(place, size, f"bytes are not there, but {len(content)}", remedy)])
+    if one.datatype.upper() == "BYTES":
+        return _texts(at, content)
+    dtype = np.dtype(to_np_dtype(one.datatype.upper())).newbyteorder("<")
+    if size % dtype.itemsize:
+        told, remedy = f"is no multiple of {dtype.itemsize}", f"Use {dtype.itemsize} bytes an element."
+        raise ConfigError([Problem(place, size, told, remedy)])
+    data = np.frombuffer(content, dtype)
+    if not np.isfinite(data).all():
+        raise ConfigError([Problem(f"{at}.data", None, "has an element that is no finite number", "Use numbers.")])
+    elements: list[Any] = data.tolist()
+    return elements
+
+
+def _texts(at: str, content: bytes) -> list[str]:
+    found: list[str] = []
+    start = 0
+    while start < len(content):
+        begin = start + _LENGTH.size
+        end = begin + _LENGTH.unpack_from(content, start)[0] if begin <= len(content) else begin
+        if end > len(content):
+            remedy = "Send each text after its length in four bytes, the lowest first."
+            raise ConfigError([Problem(f"{at}.data", len(found), "is the element that the bytes end in", remedy)])
+        try:
+            found.append(content[begin:end].decode())
+        except UnicodeDecodeError as error:
+            told = f"is not UTF-8: {error.reason}"
+            raise ConfigError([Problem(f"{at}.data", shortened(content[begin:end]), told, "Use UTF-8.")]) from None
+        start = end
+    return found
 
 
 def instances(request: InferRequest) -> dict[str, Any]:
     """The V1 form of a V2 request. An input of one element holds for every prompt. Raises ConfigError."""
-    problems = [problem for place, one in enumerate(request.inputs) if (problem := _misfit(place, one))]
     names = [one.name for one in request.inputs]
+    problems = []
     if len(set(names)) < len(names):
         problems.append(Problem("inputs", shortened(names), "an input is given twice", "Give each once."))
     if "prompt" not in names:
         problems.append(Problem("inputs", shortened(names), "has no input `prompt`", "Send one, of BYTES."))
     if problems:
-        raise ConfigError(problems[:20])
+        raise ConfigError(problems)
     columns = {one.name: one.data for one in request.inputs}
     rows = len(columns["prompt"])
     for name, data in columns.items():
@@ -85,18 +245,6 @@ def instances(request: InferRequest) -> dict[str, Any]:
             for row in range(rows)
         ]
     }
-
-
-def _misfit(place: int, one: InferInput) -> Problem | None:
-    at, datatype = f"inputs.{place}", INPUTS.get(one.name)
-    if datatype is None:
-        return Problem(f"{at}.name", shortened(one.name), "no such input", suggestion(shortened(one.name), [*INPUTS]))
-    if one.datatype not in _ALIKE.get(datatype, (datatype,)):
-        return Problem(f"{at}.datatype", shortened(one.datatype), f"is not that of {one.name}", f"Use {datatype}.")
-    if min(one.shape, default=0) < 1 or math.prod(one.shape[:8]) != len(one.data) or len(one.shape) > 2:
-        told = f"does not fit {len(one.data)} elements"
-        return Problem(f"{at}.shape", shortened(one.shape), told, "Use [number of elements].")
-    return None
 
 
 def _value(name: str, value: object) -> object:
@@ -119,6 +267,6 @@ def infer_response(request: InferRequest, name: str, predictions: Sequence[dict[
         InferOutput("image", [len(images)], OUTPUTS["image"], images),
         InferOutput("metadata", [len(metadata)], OUTPUTS["metadata"], metadata),
     ]
-    wanted = {one.name for one in request.request_outputs or outputs}
+    wanted = request.request_outputs
     version = predictions[0]["version"]
-    return InferResponse(request.id, name, [one for one in outputs if one.name in wanted], model_version=version)
+    return InferResponse(request.id, name, outputs, model_version=version, requested_outputs=wanted)

@@ -2,7 +2,7 @@
 
     <key>/manifest.json            what the artifact is: origin, files with size and sha256, parents
     <key>/files-<content>/<path>   its files; <content> is a digest of their paths, sizes and sha256s
-    <pointer>                      small JSON that names artifacts: checkpoints/<run>/LATEST, registry/*.json
+    <pointer>                      small JSON that names artifacts: checkpoints/<run>/LATEST, registry/<project>/*.json
 
 Publishing writes the files and then the manifest in one atomic put, so without a manifest there is no artifact.
 The files' folder is named by what is in it, because no S3 verb replaces several objects at once: publishing other

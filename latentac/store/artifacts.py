@@ -163,6 +163,10 @@ class Store:
             remedy = "Remove it and run the step that writes it"
             raise IntegrityError(f"{self.url}/{key}", f"it is not JSON ({error})", remedy) from None
 
+    def pointers(self, prefix: str) -> list[str]:
+        """Keys of all plain objects below `prefix`, sorted."""
+        return sorted(name for name in self._backend.names(f"{self._key(prefix)}/") if is_key(name))
+
     def write_files(self, folder: Path | str, prefix: str, *, exact: bool = False) -> None:
         """Copies what lies below `folder` to plain objects `<prefix>/<path>`, for readers that know no manifests.
 

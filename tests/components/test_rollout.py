@@ -5,6 +5,7 @@ The model servers are real ones on loopback. KServe's controller and the kubelet
 the controller manager's own.
 """
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -269,6 +270,37 @@ def gone(world: World, name: str) -> bool:
     return False
 
 
+def test_an_endpoint_belongs_to_one_project() -> None:
+    """The one that the chart names; else that of what it serves; else the first that comes. Nothing else is known of
+    an InferenceService from before projects."""
+    fields = settings_fields("here")
+    free = resolve(fields, "test")
+    owned = resolve(fields | {"deploy": fields["deploy"] | {"project": "mine"}}, "test")
+    model = objects.Model("theirs", RUN, "v1", "s3://models/demo", "models/v1/files-0")
+    live = objects.inference_service(free, "latentac", model, "latentac", replicas=1)
+    assert live["metadata"]["annotations"][objects.PROJECT] == "theirs"
+    assert objects.restorable(live)["metadata"]["annotations"][objects.PROJECT] == "theirs"
+    for settings, before, project in ((free, None, "mine"), (free, live, "theirs"), (owned, live, "mine")):
+        objects.check_project(settings, before, project)
+    objects.check_project(free, {"metadata": {"name": "old"}}, "mine")
+    for settings, before, project in ((free, live, "mine"), (owned, None, "theirs"), (owned, live, "theirs")):
+        with pytest.raises(ConfigError, match=f"project = '{project}': the endpoint latentac .* is that of project"):
+            objects.check_project(settings, before, project)
+
+
+def test_a_run_of_another_project_is_refused_before_anything_is_applied(world: World) -> None:
+    """By what the endpoint serves."""
+    world.rollout()(world.candidate("v1"))
+    before = world.get("latentac")
+    candidate = world.candidate("v2")
+    config = candidate.space.config.model_copy(update={"project": "another"})
+    space = dataclasses.replace(candidate.space, config=config)
+    with pytest.raises(ConfigError, match="project = 'another': the endpoint latentac of release latentac is that of"):
+        world.rollout()(dataclasses.replace(candidate, space=space))
+    assert world.get("latentac") == before
+    assert world.get("latentac-green") is None
+
+
 def test_first_release_serves(world: World) -> None:
     """The stable InferenceService serves it, from a runtime named by its content that goes when it goes; green is
     gone; the picture is the server's; nothing was there to compare with, and that is said."""
@@ -486,7 +518,7 @@ def test_run_that_ends_early_leaves_nothing_half_way(world: World) -> None:
 
 def test_green_that_is_still_going_is_waited_for(world: World) -> None:
     """KServe's finalizer keeps a deleted one for a moment; what is applied to it would go with it."""
-    model = objects.Model(RUN, "v1", world.store, "models/v1/files-0")
+    model = objects.Model("mine", RUN, "v1", world.store, "models/v1/files-0")
     body = objects.inference_service(world.settings, "latentac-green", model, "latentac", replicas=1)
     world.admin.apply(INFERENCE_SERVICES, body)
     finalizers = ["-n", world.namespace, "inferenceservice/latentac-green", "--type=merge", "-p"]
@@ -569,7 +601,7 @@ def test_every_object_is_valid_strictly(world: World) -> None:
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
     }
     settings = resolve(fields, "test")
-    model = objects.Model("Run_1.", "v1", "s3://models/demo", "models/v1/files-0")
+    model = objects.Model("mine", "Run_1.", "v1", "s3://models/demo", "models/v1/files-0")
     body = objects.inference_service(settings, "other", model, "latentac", replicas=3)
     live = world.admin.apply(INFERENCE_SERVICES, body)
     assert live["spec"]["predictor"]["deploymentStrategy"] == {"type": "Recreate"}

@@ -5,7 +5,6 @@ import torch
 
 from latentac.backbones.guided import Guided
 from latentac.benchmark import run_benchmark
-from latentac.config import resolve
 from latentac.evaluation import compare
 from latentac.fields import merge
 from latentac.kernels import KERNELS
@@ -14,6 +13,7 @@ from latentac.pretraining import new_critic, pretrain
 from latentac.prompts import load_prompts
 from latentac.recipes import RECIPES
 from latentac.rewards.configured import load_rewards
+from latentac.validation import resolve
 from tests.latentac.trainers import shipped
 
 

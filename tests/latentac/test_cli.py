@@ -72,7 +72,7 @@ def prepare(tmp_path: Path, *arguments: str) -> int:
         ),
         (["--set", "backbone.source=/no/such/folder"], 2, "backbone.source = '/no/such/folder'"),
         (["--set", "backbone.use=vit"], 2, "backbone.use = 'vit': no such backbone"),
-        (["--set", "prompts.source=none.json"], 2, "prompts.source = 'none.json': cannot be read"),
+        (["--set", "prompts.source=none.json"], 2, "prompts.source = 'none.json': does not exist"),
         (["--config", "none.yaml"], 2, "--config = 'none.yaml': cannot be read"),
         (["--store", "ftp://x"], 2, "store"),
     ],
@@ -87,12 +87,13 @@ def test_bad_input_gives_one_message_and_its_exit_code(tmp_path, capsys, argumen
     assert not list((tmp_path / "runs").rglob("manifest.json"))
 
 
+@pytest.mark.parametrize("verb", ["prepare", "report", "serve", "gate"])
 @pytest.mark.parametrize("run_id", ["../x", ".hidden", "a b", "store"])
-def test_a_run_id_stays_inside_the_output(tmp_path, capsys, run_id):
-    """An id that would lie elsewhere is refused before anything is written."""
-    assert main(["prepare", "--run", run_id, "--output", str(tmp_path / "runs")]) == 2
+def test_a_run_id_stays_inside_the_output(tmp_path, capsys, verb, run_id):
+    """An id that would lie elsewhere is refused before anything is written, by every verb."""
+    assert main([verb, "--run", run_id, "--output", str(tmp_path / "runs")]) == 2
     assert "cannot be the id of a run" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_occupied_port_is_found_at_once(tmp_path, capsys):
@@ -135,6 +136,7 @@ def test_a_run_keeps_its_configuration(tmp_path, capsys):
     """Preparing again is a no-op; with other options it is refused."""
     assert prepare(tmp_path) == 0
     assert prepare(tmp_path) == 0
+    assert prepare(tmp_path, "--project", "mine") == 2
     assert prepare(tmp_path, "--set", "seed=5") == 2
     assert "exists with another configuration" in capsys.readouterr().err
 

@@ -5,8 +5,10 @@ import pytest
 from latentac.config import Config
 from latentac.errors import ConfigError
 from latentac.fields import merge, read_file, read_overrides
+from latentac.names import as_name, is_name
 from latentac.recipes import RECIPES
 from latentac.resolution import resolve_all
+from latentac.run import resolve_recipe
 from latentac.validation import resolve
 
 
@@ -42,7 +44,7 @@ def test_all_problems_come_at_once_with_path_value_and_remedy():
     text = "\n".join(found)
     assert 'policy.learning_rat = 1: unknown field. Did you mean "learning_rate"?' in text
     assert "kernel.num_steps = 'ten': input should be a valid integer" in text
-    assert "zzz = 1: unknown field. Known: recipe, seed, backbone" in text
+    assert "zzz = 1: unknown field. Known: recipe, project, seed, backbone" in text
     assert "rewards.0.use = None: is required" in text
 
 
@@ -114,6 +116,37 @@ def test_a_configuration_is_frozen():
     """Nothing changes under a run."""
     with pytest.raises(ValueError, match="frozen"):
         resolved().seed = 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "file", "project"),
+    [
+        ([], None, "shapes-unet"),
+        (["seed=3", "train.num_iterations=2"], None, "shapes-unet"),
+        (["recipe=trial of mine"], None, "trial-of-mine"),
+        (["backbone.source=/models/my model/"], None, "shapes-unet-my-model"),
+        (["gate.reward=jpeg_compressibility"], None, "shapes-unet-jpeg_compressibility"),
+        ([], "seed: 3", "mine"),
+        ([], "gate: {reward: jpeg_compressibility}", "mine"),
+        (["gate.reward=jpeg_compressibility"], "seed: 3", "mine-jpeg_compressibility"),
+        ([], "recipe: named in the file", "named-in-the-file"),
+        ([], "project: theirs", "theirs"),
+        (["project=ours", "backbone.source=elsewhere"], "project: theirs", "ours"),
+    ],
+)
+def test_a_project_is_the_configurations_name(tmp_path, overrides, file, project):
+    """Unless it is named: of the recipe or the file, and of what makes it another model than that."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(file or "")
+    assert resolve_recipe("shapes-unet", str(path) if file else "", overrides).project == project
+
+
+@pytest.mark.parametrize("name", ["../x", ".hidden", "a b", "a/b", "", "files-1", "manifest.json", "x" * 101, "a\n"])
+def test_a_project_that_is_no_name_is_refused(name):
+    """It is a part of keys in the store, as a run's id is."""
+    with pytest.raises(ConfigError, match=r"project = .*is no name\. Use letters"):
+        resolve(RECIPES["shapes-unet"] | {"project": name})
+    assert is_name(as_name(name))
 
 
 def test_no_problem_hides_another():

@@ -1,6 +1,7 @@
 """The model in production as a second run meets it: compared where it fits, named with the reason where it does not."""
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -11,13 +12,14 @@ import pytest
 from latentac import run as verbs
 from latentac.errors import ConfigError, IntegrityError
 from latentac.fields import merge
-from latentac.incumbent import POINTER, in_production, load_incumbent, trouble
+from latentac.incumbent import BEFORE_PROJECTS, in_production, load_incumbent, pointer, put_in_production, trouble
 from latentac.pretraining import new_critic
 from latentac.serving.exported import FILE, export
 from latentac.workspace import EXTENSIONS, Workspace, open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
+POINTER = pointer("shapes-unet-smoke")
 SMALL = [
     *("kernel.num_steps=2", "evaluation.num_images=8", "evaluation.num_gallery_prompts=2"),
     *("evaluation.num_diversity_prompts=3", "evaluation.pictures_per_prompt=2", "steering.methods=[]"),
@@ -31,6 +33,7 @@ def start(output: Path, run: str, *overrides: str) -> Workspace:
     policy, folder = space.base_policy(), output / f"made-{run}"
     policy.backbone.save(folder / "policy")
     new_critic(space.config, policy).save(folder / "critic")
+    (folder / "history.json").write_text("[]")
     parents = [space.prepared]
     hashed = space.config.hash
     space.store.publish(f"{run}/train", folder, run=run, step="train", config_hash=hashed, parents=parents)
@@ -49,7 +52,7 @@ def promote(space: Workspace, version: str) -> None:
 
 def put(space: Workspace, version: str, folder: Path) -> None:
     space.store.publish(f"models/{version}", folder, run=space.run, step="deploy", config_hash=space.config.hash)
-    space.store.write_json(POINTER, {"version": version, "run": space.run, "previous": None})
+    put_in_production(space, version)
 
 
 def read(space: Workspace, step: str, name: str) -> Any:
@@ -75,7 +78,7 @@ def copy(first: Workspace, tmp_path: Path) -> Workspace:
 
 def test_a_kernel_that_does_not_fit_the_backbone_is_told_by_field(tmp_path: Path) -> None:
     """The message names the kernel, both noise paths, and the kernels that would fit."""
-    with pytest.raises(ConfigError, match=r"kernel.name = 'cps': is for flow backbones, .* Use one of ddim"):
+    with pytest.raises(ConfigError, match=r"kernel.use = 'cps': samples flow models, and unet is .* Use one of ddim"):
         start(tmp_path, "misfit", "kernel.use=cps")
 
 
@@ -155,7 +158,7 @@ def test_a_pointer_that_names_nothing_is_refused(copy: Workspace, content: objec
 @pytest.mark.parametrize(
     ("part", "change", "words"),
     [
-        (FILE, {"backbone": "dit"}, "models/bad-1: its backbone is dit, that of this run unet"),
+        (FILE, {"backbone": {"use": "dit"}}, "models/bad-1: its backbone is dit, that of this run unet"),
         (FILE, {"schema": 1}, "is not valid"),
         ("unet/config.json", {"sample_size": 16}, r"its latents are \(4, 16, 16\), those of this run \(4, 8, 8\)"),
         (None, {}, "nothing was published there"),
@@ -179,6 +182,53 @@ def test_an_incumbent_that_does_not_fit_is_named_with_the_reason(
     assert found.version == "bad-1"
     assert found.policy is None
     assert re.search(words, found.problem), found.problem
+
+
+def test_a_model_of_another_project_judges_nobody(copy: Workspace, caplog: pytest.LogCaptureFixture) -> None:
+    """A demo in the same store is no incumbent of another model: by its name, by its file's, by what it is for."""
+    mine = copy.folder.parent / "mine.yaml"
+    mine.write_text("evaluation: {num_images: 8}\n")
+    named = again(copy, "named", "project=mine")
+    verbs.prepare("filed", "", str(copy.folder.parent), "shapes-unet-smoke", str(mine), SMALL)
+    filed = open_run("filed", "", str(copy.folder.parent))
+    aimed = again(copy, "aimed", "gate.reward=jpeg_compressibility")
+    names = [space.config.project for space in (copy, named, filed, aimed)]
+    assert names == ["shapes-unet-smoke", "mine", "mine", "shapes-unet-smoke-jpeg_compressibility"]
+    assert [in_production(space) for space in (named, filed, aimed)] == [None] * 3
+    assert load_incumbent(named, named.base_policy()).version is None
+    place = {"run": "named", "store": "", "output": str(copy.folder.parent)}
+    verbs.evaluate(**place)
+    verbs.steer(**place)
+    assert verbs.gate(**place).metrics["decision"] == "promote"
+    assert read(named, "evaluate", "evaluation.json")["production"]["version"] is None
+    put_in_production(named, "named-1")
+    assert in_production(filed) == "named-1"
+    assert in_production(again(copy, "second")) == "first-1"
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_pointer_from_before_projects_judges_nobody_and_is_told(
+    copy: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing says whose model it was."""
+    (copy.folder.parent / "store" / POINTER).unlink()
+    copy.store.write_json(BEFORE_PROJECTS, {"version": "old-1", "run": "old", "previous": None})
+    space = again(copy, "second")
+    assert load_incumbent(space, space.base_policy()).version is None
+    assert f"{BEFORE_PROJECTS} is of a version of latentac without projects" in caplog.text
+
+
+def test_an_incumbent_that_was_published_again_is_fetched_again(copy: Workspace) -> None:
+    """What lies in the run's folder from an earlier try is of the content that it had then."""
+    space = again(copy, "second")
+    assert load_incumbent(space, space.base_policy()).problem == ""
+    folder = copy.folder.parent / "anew"
+    shutil.copytree(copy.folder.parent / "model-first-1", folder)
+    content = json.loads((folder / FILE).read_text())
+    (folder / FILE).write_text(json.dumps({**content, "examples": ["a red circle"]}))
+    put(copy, "first-1", folder)
+    found = load_incumbent(space, space.base_policy())
+    assert (found.problem, found.sha256) == ("", copy.store.manifest("models/first-1").digest)
 
 
 def test_trouble_is_told_and_what_it_was_made_from_may_be_gone(copy: Workspace) -> None:

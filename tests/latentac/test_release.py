@@ -11,7 +11,8 @@ from latentac.backbones import load_backbone
 from latentac.config import Extension
 from latentac.critic import Critic
 from latentac.errors import ArtifactNotFound, ServingError
-from latentac.release import CANDIDATE, Candidate
+from latentac.incumbent import pointer, production
+from latentac.release import Candidate, candidate_key
 from latentac.run import deploy, prepare
 from latentac.serving.deployment import Deployment
 from latentac.serving.exported import read
@@ -21,7 +22,8 @@ from latentac.workspace import open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-PRODUCTION = "registry/production.json"
+PRODUCTION, CANDIDATE = pointer("shapes-unet-smoke"), candidate_key("shapes-unet-smoke")
+PROMOTED = {"decision": "promote", "reasons": ["gain: 0.100 is at least 0.050"], "checks": []}
 
 
 def trained_run(run: str, output: Path) -> Store:
@@ -34,7 +36,9 @@ def trained_run(run: str, output: Path) -> Store:
     Critic(backbone, space.config.reward_names, space.config.critic).save(made / "critic")
     config_hash = space.config.hash
     space.store.publish(f"{run}/train", made, run=run, step="train", config_hash=config_hash, metrics={"run": run})
-    space.store.publish(f"{run}/gate", made / "critic", run=run, step="gate", config_hash=config_hash)
+    (made / "verdict").mkdir()
+    (made / "verdict" / "gate.json").write_text(json.dumps(PROMOTED))
+    space.store.publish(f"{run}/gate", made / "verdict", run=run, step="gate", config_hash=config_hash)
     return space.store
 
 
@@ -62,7 +66,9 @@ def test_what_is_proved_is_in_production(tmp_path: Path) -> None:
     version = manifest.metrics["version"]
     assert version == candidate.version
     assert version.startswith("first-")
-    assert store.read_json(PRODUCTION) == {"version": version, "run": "first", "previous": None}
+    now = production(store, "shapes-unet-smoke")
+    assert now is not None
+    assert (now.version, now.run, now.previous, now.forced) == (version, "first", None, ())
     store.fetch("first/deploy", tmp_path / "deployed")
     content = json.loads((tmp_path / "deployed" / "deployment.json").read_text())
     assert (content["endpoint"], content["shadow"], content["previous"]) == ("http://here", {"n": 1}, None)
@@ -71,6 +77,11 @@ def test_what_is_proved_is_in_production(tmp_path: Path) -> None:
     trained_run("second", tmp_path)
     deploy("second", "", str(tmp_path), prove=proved)
     assert store.read_json(PRODUCTION)["previous"] == version
+    deploy("first", "", str(tmp_path), prove=proved)
+    assert store.read_json(PRODUCTION)["run"] == "second"  # a step that is done is not done again by a resume
+    deploy("first", "", str(tmp_path), prove=proved, force=True)
+    assert store.read_json(PRODUCTION)["run"] == "first"  # the way back is asked for
+    assert store.read_json(PRODUCTION)["forced"] == []
 
 
 def test_what_is_not_proved_stays_a_candidate(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ _PROMPTS = {
     "train": [{"text": text} for text in ("a red circle", "two blue squares", "a green triangle", "a cyan circle")],
     "held_out": [{"text": "a red square"}, {"text": "two blue circles"}],
 }
-_SMALL = [
+SMALL = [
     "kernel.num_steps=2",
     "critic.body.width=32",
     "critic.body.num_queries=1",
@@ -31,7 +31,7 @@ _SMALL = [
 def prepared(folder: Path, *overrides: str) -> Workspace:
     """A run of the smallest size with its critic pretrained; `overrides` are laid upon that."""
     (folder / "prompts.json").write_text(json.dumps(_PROMPTS))
-    settings = [*_SMALL, f"prompts.source={folder / 'prompts.json'}", *overrides]
+    settings = [*SMALL, f"prompts.source={folder / 'prompts.json'}", *overrides]
     prepare(RUN, "", str(folder), "shapes-unet-smoke", overrides=settings)
     pretrain_value(RUN, "", str(folder))
     return open_run(RUN, "", str(folder))

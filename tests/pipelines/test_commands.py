@@ -84,7 +84,7 @@ def test_submit_starts_a_run_under_the_releases_account(
     assert run["runtime_config"]["parameters"] == {
         "run": "first",
         "recipe": "shapes-unet-smoke",
-        "overrides": ["train.num_iterations=2", "seed=3", "seed=4"],
+        "overrides": ["train.num_iterations=2", "seed=3", "seed=4", 'project="mine"'],
         "store": "s3://latentac/latentac",
         "output": "/work",
     }
@@ -342,6 +342,23 @@ def test_a_start_without_an_answer_is_not_asked_for_twice(kfp: Kfp, capsys: pyte
     kfp.fail_next = Last(original)
     assert submit() == 75
     assert kfp.requests[before:].count("POST /apis/v2beta1/runs") == 1
+
+
+def test_an_endpoint_of_another_project_is_refused_at_once(
+    kfp: Kfp, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the chart says whose it is: before hours of training, and nothing is started. `--project` names it."""
+    settings = yaml.safe_load(SETTINGS.read_text())
+    settings["deploy"]["project"] = "mine"
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(settings))
+    command = ["submit", "--cluster-settings", str(tmp_path / "cluster.yaml"), "--recipe", "shapes-unet-smoke"]
+    assert pipeline(*command) == 2
+    told = "project = 'shapes-unet-smoke': the endpoint latentac of release latentac is that of project mine"
+    assert told in capsys.readouterr().err
+    assert not kfp.runs
+    assert pipeline(*command, "--project", "mine") == 0
+    (run,) = kfp.runs.values()
+    assert run["runtime_config"]["parameters"]["overrides"] == ['project="mine"']
 
 
 def test_no_cluster_is_named(kfp: Kfp, capsys: pytest.CaptureFixture[str]) -> None:

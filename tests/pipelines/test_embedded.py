@@ -1,15 +1,22 @@
 """The driver `python -m pipelines run` as a person calls it: wrong input, a busy run, the help."""
 
 import fcntl
+import io
 import json
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from latentac.run import resolve_recipe
+from pipelines.console import Console
+from pipelines.driver import Way, _conclude
+from pipelines.pipeline import STEPS
 from pipelines.request import Request, create_run
+from tests.latentac.test_finish import published
 
 
 def pipelines(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -118,14 +125,17 @@ def test_run_that_is_in_use_is_refused_with_the_pid(tmp_path: Path) -> None:
 
 
 def test_config_file_is_kept_with_the_run(tmp_path: Path) -> None:
-    """A resume reads what the run was started with, whatever became of the file since."""
+    """A resume reads what the run was started with, whatever became of the file since; under the file's own name, for
+    the project is called by it."""
     file = tmp_path / "mine.yaml"
     file.write_text("seed: 3\n")
     run, request = create_run(Request("shapes-unet", config=str(file)), tmp_path / "runs")
     file.unlink()
 
     assert Path(request.config).read_text() == "seed: 3\n"
-    assert Path(request.config).parent == tmp_path / "runs" / run
+    assert Path(request.config).name == "mine.yaml"
+    assert Path(request.config).is_relative_to(tmp_path / "runs" / run)
+    assert resolve_recipe(request.recipe, request.config).project == "mine"
 
 
 def test_runs_started_in_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
@@ -134,3 +144,24 @@ def test_runs_started_in_one_second_get_folders_of_their_own(tmp_path: Path) -> 
 
     assert len(runs) == 5
     assert all(run.startswith("a-b-c-") for run in runs)
+
+
+@pytest.mark.parametrize(("decision", "verbs"), [("promote", ["serve"]), ("hold", ["serve", "gate"])])
+def test_a_run_ends_with_commands_that_can_be_typed(tmp_path: Path, decision: str, verbs: list[str]) -> None:
+    """What was promoted is served; what is held can be looked at, and judged with other bounds."""
+    store, url = published(tmp_path, "deploy" if decision == "promote" else "gate")
+    folder, gate = tmp_path / "verdict", store.manifest("run-1/gate")
+    store.fetch("run-1/gate", folder)
+    metrics = {"decision": decision}
+    store.publish("run-1/gate", folder, run="run-1", step="gate", config_hash=gate.config_hash, metrics=metrics)
+    out, output = io.StringIO(), tmp_path / "runs"
+    (output / "run-1").mkdir(parents=True)
+    console = Console(STEPS, out, output / "run-1" / "timings.json", optional=("deploy",))
+    console.finished = {"deploy": False} if decision == "promote" else {}
+    _conclude("run-1", Request("shapes-unet"), output, Way(None, url, output, ""), console)
+    commands = [line[9:] for line in out.getvalue().splitlines() if "latentac " in line[9:]]
+    assert [shlex.split(command)[1] for command in commands] == verbs
+    for command in commands:
+        help_of = [*shlex.split(command)[:2], "--help"]
+        told = subprocess.run(help_of, capture_output=True, text=True, check=True).stdout
+        assert all(word in told for word in shlex.split(command) if word.startswith("--"))

@@ -7,6 +7,8 @@ time, and resumed; it must end with the same weights.
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,8 +126,12 @@ def test_run_ends_by_telling_where_to_look(reference: tuple[str, Path, str]) -> 
     assert (output / run / "report.html").stat().st_size > 10_000
     for line in (f"report   {output / run / 'report.html'}", f"summary  {output / run / 'summary.json'}"):
         assert line in text
-    assert f"serve    make serve RUN={run}" in text
-    assert f"curves   tensorboard --logdir {output / run / 'tensorboard'}" in text
+    (served,) = re.findall(r"^serve    (.*latentac serve .*)$", text, re.MULTILINE)
+    assert shlex.split(served)[1:] == ["serve", "--run", run, "--output", str(output)]
+    assert shutil.which(shlex.split(served)[0])
+    assert re.search(
+        rf"^curves   .*tensorboard --logdir {re.escape(str(output / run))}/tensorboard$", text, re.MULTILINE
+    )
     assert "KFP" not in text
     assert "Traceback" not in text
 

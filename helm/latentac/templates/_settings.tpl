@@ -65,6 +65,7 @@ train:
 deploy:
   {{- include "latentac.placement" $serving | fromJson | toYaml | nindent 2 }}
   name: {{ $serving.name }}
+  project: {{ $serving.project | quote }}
   runtime: {{ .Release.Name }}
   service_account: {{ .Release.Name }}-serve
   replicas: {{ int64 $serving.replicas }}

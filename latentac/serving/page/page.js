@@ -429,6 +429,7 @@ function drawAnew() {
 async function drawAll() {
   stop();
   forgetProblems();
+  if (typed($("seed")).trim() === "") newSeed(); // one for all three; each on its own would have the server's
   const draw = newDraw(readSettings());
   const controller = new AbortController();
   running = controller;
@@ -730,10 +731,12 @@ function makeExample(prompt) {
 }
 
 function furnish() {
-  const { name, version, run, size, limits, methods, rewards, examples } = options;
+  const { name, version, run, notice, size, limits, methods, rewards, examples } = options;
   const option = (text) => element("option", { value: text, textContent: text });
   document.title = name;
   $("model").textContent = [version, run && `from ${run}`].filter(Boolean).join(", ");
+  $("notice").textContent = notice ?? "";
+  $("notice").hidden = !notice;
   document.body.classList.toggle("small", Math.max(...size) <= 128);
   for (const frame of document.querySelectorAll(".frame")) frame.style.aspectRatio = `${size[1]} / ${size[0]}`;
   $("how-many").textContent = offered().length === 3 ? "three" : "two";

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import subprocess
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -95,6 +96,23 @@ def visit(browser: Browser, server: ServerProcess) -> Iterator[Visit]:
     for context in contexts:
         context.close()
     assert not complaints
+
+
+def test_a_model_that_is_not_in_production_says_so(
+    browser: Browser, server: ServerProcess, exported_folder: Path, tmp_path: Path
+) -> None:
+    """At the top of the page; one in production has no such line."""
+    folder, notice = tmp_path / "model", "held: for inspection only, not in production"
+    shutil.copytree(exported_folder, folder)
+    content = json.loads((folder / "latentac.json").read_text())
+    (folder / "latentac.json").write_text(json.dumps({**content, "notice": notice}))
+    with ServerProcess(folder, ready_seconds=READY_SECONDS) as inspected, browser.new_context() as context:
+        page = context.new_page()
+        page.goto(inspected.address)
+        expect(page.locator("header")).to_contain_text(notice)
+        page.goto(server.address)
+        expect(page.get_by_role("button", name="Draw", exact=True)).to_be_enabled()
+        expect(page.locator("#notice")).to_be_hidden()
 
 
 def status(page: Page) -> Locator:
@@ -252,6 +270,20 @@ def test_a_link_to_another_model_says_so(visit: Visit) -> None:
     expect(page.get_by_role("alert")).to_contain_text("The link was made with version other; this is some-version.")
     expect(status(page)).to_contain_text("pictures drawn in", timeout=DRAW_MS)
     expect(page.get_by_role("alert")).to_be_visible()
+
+
+def test_without_a_seed_the_page_takes_a_new_one(visit: Visit) -> None:
+    """The same for all three pictures, shown and in the link; so two draws give two pictures."""
+    page = visit()
+    seed, found = page.get_by_label("Seed", exact=True), []
+    for _ in range(2):
+        seed.fill("")
+        draw(page, "a red circle")
+        expect(seed).to_have_value(re.compile(r"^\d+$"))
+        assert f"seed={seed.input_value()}" in page.url
+        found.append((seed.input_value(), pictures(page)["trained"]))
+    assert found[0][0] != found[1][0]
+    assert found[0][1] != found[1][1]
 
 
 def test_earlier_draws_come_back(visit: Visit) -> None:

@@ -41,7 +41,7 @@ def ask(server: ServerProcess, method: str, path: str, body: Any = None, **heade
     answer = connection.getresponse()
     text = answer.read().decode()
     connection.close()
-    is_json = answer.headers.get_content_type() == "application/json"
+    is_json = answer.headers.get_content_type() == "application/json" and method != "HEAD"
     return answer.status, answer.headers, json.loads(text) if is_json else text
 
 
@@ -145,6 +145,34 @@ def test_v2_takes_several_prompts_and_names_its_outputs(server: ServerProcess) -
 
 
 @pytest.mark.parametrize(
+    ("shape", "data"),
+    [
+        ([2], ["a red circle", "two blue squares"]),
+        ([2, 1], [["a red circle"], ["two blue squares"]]),
+        ([1, 2], [["a red circle", "two blue squares"]]),
+        ([2, 1], ["a red circle", "two blue squares"]),
+    ],
+)
+def test_v2_takes_data_nested_as_their_shape_says_or_flat(server: ServerProcess, shape: list[int], data: Any) -> None:
+    """Both are V2; one element of no dimension holds for all."""
+    prompts = {"name": "prompt", "datatype": "bytes", "shape": shape, "data": data}
+    steps = {"name": "num_steps", "datatype": "INT8", "shape": [], "data": [2]}
+    body: dict[str, Any] = {
+        "inputs": [prompts, steps],
+        "outputs": [],
+        "id": None,
+        "model_name": "any",
+        "parameters": {},
+    }
+    status, _, answer = ask(server, "POST", f"/v2/models/{server.name}/infer", body)
+    expected = [
+        server.predict({"prompt": prompt, "num_steps": 2})["images"][0]
+        for prompt in ("a red circle", "two blue squares")
+    ]
+    assert (status, answer["outputs"][0]["data"]) == (200, expected)
+
+
+@pytest.mark.parametrize(
     ("inputs", "message"),
     [
         ([], "has no input `prompt`"),
@@ -155,6 +183,10 @@ def test_v2_takes_several_prompts_and_names_its_outputs(server: ServerProcess) -
         ([tensor("prompt", "BYTES", "a")] * 2, "an input is given twice"),
         ([tensor("prompt", "BYTES", "a"), tensor("steering", "BYTES", "x")], "instances.0.steering"),
         ([tensor("prompt", "BYTES", "")], "instances.0.prompt = ''"),
+        ([tensor("prompt", "BYTES", ["a"])], "instances.0.prompt = ['a']"),
+        ([tensor("prompt", "BYTES", "a"), tensor("seed", "BOOL", True)], "is not that of seed. Use INT64."),
+        ([tensor("prompt", "BYTES", "a"), tensor("seed", "FP32", 1.0)], "is not that of seed. Use INT64."),
+        ([tensor("prompt", "BYTES", "a"), tensor("n", "INT64", 1)], "inputs.1.name = 'n': no such input."),
         (3, "inputs = 3"),
     ],
 )
@@ -186,7 +218,7 @@ def test_the_stream_tells_the_values_as_they_come(server: ServerProcess) -> None
 
 def test_the_page_loads_nothing_from_elsewhere(server: ServerProcess) -> None:
     """Served by this process, under a policy that allows no other origin and no inline script."""
-    status, headers, text = ask(server, "GET", "/")
+    status, headers, text = ask(server, "GET", "/", Accept="text/html,*/*;q=0.8")
     assert (status, headers.get_content_type()) == (200, "text/html")
     assert "default-src 'none'" in headers["Content-Security-Policy"]
     assert not re.findall(r"(?:src|href|action)\s*=\s*[\"']?(?:\w+:)?//", text)

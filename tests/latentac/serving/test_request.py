@@ -1,14 +1,18 @@
 """What a caller may ask for, and what they read when it is wrong."""
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from latentac.config import Config, Extension, Kernel, Named
 from latentac.errors import ConfigError
+from latentac.serving import request
 from latentac.serving.exported import Batching, Exported, Head, Limits, Method
-from latentac.serving.request import Request, decoded, parse, parse_images, parse_one
+from latentac.serving.openai import ImagesRequest, parse_images
+from latentac.serving.request import Request, decoded, parse, parse_one
 
 
 def method(name: str, strength: float) -> Method:
@@ -104,6 +108,7 @@ def test_every_problem_is_told_at_once() -> None:
         ({"instances": []}, "instances = []: list should have at least 1 item"),
         ({"instances": {"prompt": "a"}}, "instances = {'prompt': 'a'}: input should be a valid list."),
         ({"prompt": "a"}, "prompt = 'a': unknown field."),
+        ({"inputs": [{"prompt": "a"}]}, "inputs = [{'prompt': 'a'}]: unknown field. Use \"instances\"."),
         ({"instances": [{"prompt": "a", "count": 5}] * 2}, "instances = 10: is the number of pictures asked for"),
         ({"instances": [3] * 9}, "instances = 9: is the number of pictures asked for"),
     ],
@@ -111,6 +116,11 @@ def test_every_problem_is_told_at_once() -> None:
 def test_a_bad_body_is_told(body: object, message: str) -> None:
     """The frame around the requests is held to the same."""
     assert any(message in line for line in told(body)), told(body)
+
+
+def test_a_byte_order_mark_is_no_mistake() -> None:
+    """Some editors put it before a file's text."""
+    assert decoded(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
 
 
 @pytest.mark.parametrize(
@@ -123,15 +133,116 @@ def test_what_is_not_json_is_told(body: bytes) -> None:
 
 
 def test_openais_form_is_the_same_request() -> None:
-    """`n` is our `count`, and problems are told by its name; what belongs to nobody is refused."""
+    """`n` is our `count`, and problems are told by its name; what would change the answer is refused."""
     asked = parse_images({"prompt": "a", "n": 2, "size": "32x32", "response_format": "b64_json", "seed": 3}, EXPORTED)
     assert (
         asked.model_dump(include=set(Request.model_fields))
         == Request(prompt="a", count=2, size="32x32", seed=3).model_dump()
     )
     with pytest.raises(ConfigError) as caught:
-        parse_images({"prompt": "a", "n": 9, "quality": "hd", "response_format": "url"}, EXPORTED)
-    assert {problem.path for problem in caught.value.problems} == {"n", "quality", "response_format"}
+        parse_images({"prompt": "a", "n": 9, "output_format": "webp", "response_format": "url"}, EXPORTED)
+    assert {problem.path for problem in caught.value.problems} == {"n", "output_format", "response_format"}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("quality", [None, "auto", "standard", "hd", "low", "medium", "high", "xhigh", "max"]),
+        ("style", [None, "vivid", "natural"]),
+        ("background", [None, "auto", "opaque"]),
+        ("moderation", [None, "auto", "low"]),
+        ("output_format", [None, "png"]),
+        ("output_compression", [None, 100, 100.0]),
+        ("partial_images", [None, 0]),
+        ("stream", [None, False]),
+        ("response_format", [None, "b64_json"]),
+        ("size", [None, "auto", "32x32"]),
+        ("n", [None, 1]),
+        ("model", [None]),
+        ("user", [None, "", "somebody"]),
+        ("safety_identifier", [None, "somebody"]),
+        *((name, [None]) for name in ("complexity", "svg", "frame_count", "frame_duration_ms")),
+        *((name, [None]) for name in ("seed", "num_steps", "guidance_scale", "policy", "method", "steering")),
+    ],
+)
+def test_openais_defaults_are_the_default_picture(name: str, values: list[Any]) -> None:
+    """What its clients send where a caller has chosen nothing is taken, and changes nothing about the picture."""
+    ours, default = set(Request.model_fields) - {"seed", "size"}, ImagesRequest(prompt="a")
+    for value in values:
+        asked = parse_images({"prompt": "a", name: value}, EXPORTED)
+        assert asked.model_dump(include=ours) == default.model_dump(include=ours)
+        assert asked.size in (None, "32x32")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("stream", 0, "POST /v1/images/stream answers by events."),
+        ("partial_images", False, "POST /v1/images/stream tells each step."),
+        ("output_compression", True, "Use 100"),
+        ("stream", True, "POST /v1/images/stream answers by events."),
+        ("partial_images", 2, "POST /v1/images/stream tells each step."),
+        ("response_format", "url", "Use b64_json"),
+        ("background", "transparent", "the pictures have no transparency."),
+        ("output_format", "webp", "Use png"),
+        ("output_compression", 50, "Use 100"),
+        ("quality", "ultra", "num_steps"),
+        ("style", "photo", "say it in the prompt."),
+        ("moderation", "high", "judges no prompts."),
+        ("size", "1024x1024", "Known: 32x32."),
+        ("svg", {"model": "x"}, "PNG files."),
+        ("frame_count", 9, "one frame."),
+        ("complexity", "high", "num_steps"),
+        ("count", 2, 'Use "n".'),
+        ("num_images", 2, 'Use "n".'),
+    ],
+)
+def test_what_openais_form_cannot_have_here_is_refused_by_name(name: str, value: Any, remedy: str) -> None:
+    """One problem, that field's, with what to do."""
+    with pytest.raises(ConfigError) as caught:
+        parse_images({"prompt": "a", name: value}, EXPORTED)
+    [problem] = caught.value.problems
+    assert (problem.path, remedy in problem.remedy) == (name, True), problem
+
+
+def test_without_a_seed_openais_form_draws_a_fresh_one_and_the_others_use_0() -> None:
+    """Exact in JavaScript, too."""
+    seeds = {parse_images({"prompt": "a"}, EXPORTED).seed for _ in range(20)}
+    assert len(seeds) == 20
+    assert max(seeds) < 2**53
+    assert {one.seed for one in parse({"instances": [{"prompt": "a"}, {"prompt": "a", "seed": None}]}, EXPORTED)} == {0}
+    assert parse_one({"prompt": "a", "seed": None}, EXPORTED).seed == 0
+
+
+def test_null_is_the_same_as_a_field_that_is_left_out() -> None:
+    """Many clients send null for what is not set; but a prompt must be there."""
+    nulls = dict.fromkeys(set(Request.model_fields) - {"prompt"})
+    assert parse_one({"prompt": "a", **nulls}, EXPORTED) == Request(prompt="a")
+    assert told({"instances": [{"prompt": None}]})[0].startswith("instances.0.prompt = None: input should be")
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("n", 'Use "count".'),
+        ("num_images", 'Use "count".'),
+        ("num_images_per_prompt", 'Use "count".'),
+        ("num_inference_steps", 'Use "num_steps".'),
+        ("cfg_scale", 'Use "guidance_scale".'),
+        ("width", 'Use "size".'),
+    ],
+)
+def test_another_programs_name_of_a_field_is_refused_with_ours(name: str, remedy: str) -> None:
+    """A field has one name; whoever comes from diffusers or OpenAI is told it."""
+    [line] = told({"instances": [{"prompt": "a", name: 2}]})
+    assert line.startswith(f"instances.0.{name} = 2: unknown field. {remedy}")
+
+
+def test_the_readme_and_the_form_have_the_same_fields() -> None:
+    """Its table of an instance names each field once, and no other."""
+    text = (Path(request.__file__).parent / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|", text.partition("| Field |")[2].partition("\n\n")[0], re.MULTILINE)
+    assert rows == list(Request.model_fields)
 
 
 def test_one_request_is_read_alone() -> None:

@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -106,7 +108,7 @@ def test_what_is_not_there_is_told(server: ServerProcess) -> None:
     assert ask(server, "/v2/models/other/infer", b"{}")[0] == 404
     assert ask(server, "/v1/images/generations", b'{"model": "other", "prompt": "a"}')[0] == 404
     assert ask(server, f"/v2/repository/models/{server.name}/unload", b"{}")[0] == 404
-    assert ask(server, "/v2")[1]["extensions"] == []
+    assert ask(server, "/v2")[1]["extensions"] == ["binary_tensor_data"]
     assert ask(server, f"/v1/models/{server.name}:explain", b"{}")[0] == 405
 
 
@@ -203,3 +205,29 @@ def test_ctrl_c_stops_it_cleanly(exported_folder: Path) -> None:
     assert told[0].startswith("Serving latentac at http://127.0.0.1:")
     assert told[1].startswith("  curl")
     assert (process.returncode, complaints) == (0, "")
+
+
+def test_the_command_that_is_told_draws_a_picture(exported_folder: Path, tmp_path: Path) -> None:
+    """As it is printed, in a shell: of the model's own first prompt, whatever characters are in it. And the terminal,
+    the options and the folder say what the model is not for."""
+    folder = tmp_path / "model"
+    shutil.copytree(exported_folder, folder)
+    notice = "held: for inspection only, not in production"
+    content = json.loads((folder / "latentac.json").read_text())
+    prompt = 'a dog\'s "red" $HOME `x` größer'
+    (folder / "latentac.json").write_text(json.dumps({**content, "examples": [prompt], "notice": notice}))
+    command = [sys.executable, "-m", "latentac.serving", "--model", str(folder), "--port", "0", "--log-prompts"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        told = [process.stdout.readline() for _ in range(4)]
+        assert told[0] == f"{notice}\n"
+        script = "".join(told[2:])
+        subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, check=True, timeout=300)
+        address = re.findall(r"http://[\d.:]+", told[1])[0]
+        with urllib.request.urlopen(f"{address}/v1/images/options", timeout=30) as answer:
+            options = json.load(answer)
+        process.send_signal(signal.SIGINT)
+        log = [json.loads(line) for line in process.communicate(timeout=300)[0].splitlines()]
+    assert [one["prompt"] for line in log for one in line.get("asked", ())] == [prompt]
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert options["notice"] == notice

@@ -1,0 +1,29 @@
+"""What can name a run or a project: such a name is a part of paths, and of keys in the store."""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
+
+RULE = "letters, digits, '.', '_' and '-', at most 100, beginning with a letter, a digit or '_'"
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` is a name."""
+    return re.fullmatch(r"(?!manifest\.json|files-)[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", text) is not None
+
+
+def as_name(text: str) -> str:
+    """`text` as a name: itself where it is one, else what is left of it."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-")[:100]
+    return name if is_name(name) else f"named-{name}"[:100].rstrip(".-")
+
+
+def _checked(text: str) -> str:
+    if not is_name(text):
+        raise PydanticCustomError("name", "Is no name")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_checked)]

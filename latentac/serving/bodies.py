@@ -1,0 +1,105 @@
+"""The body of an HTTP request: within bounds of size and time, uncompressed, and read as JSON."""
+
+import asyncio
+import zlib
+from typing import Any
+
+from fastapi import Request as HTTPRequest
+
+from latentac.errors import ConfigError, Problem
+from latentac.serving.request import decoded, shortened
+
+MAX_BODY_BYTES = 1_000_000
+BODY_SECONDS = 30.0
+"""A body that is longer, be it only when it is uncompressed, or takes longer to arrive, is refused."""
+_CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+"""Content-Encoding -> the window bits by which zlib knows the form."""
+
+
+class Refused(Exception):
+    """A request that is wrong before its fields are read."""
+
+    def __init__(self, status: int, problem: Problem) -> None:
+        super().__init__(problem.problem)
+        self.status, self.problem = status, problem
+
+
+async def body_of(http: HTTPRequest) -> bytes:
+    """Uncompressed. Raises Refused where it is too long, does not arrive, or has a form that is not read here."""
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind.startswith("multipart/"):
+        raise Refused(415, Problem("Content-Type", shortened(kind), "is not read here", "Send JSON."))
+    coding = _coding(http.headers.get("content-encoding", ""))
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in http.stream():
+                parts.append(part)
+                size += len(part)
+                if size > MAX_BODY_BYTES:
+                    raise _too_long(size)
+    except TimeoutError:
+        told = Problem("body", size, f"bytes have arrived after {BODY_SECONDS:g} s", "Send the body at once.")
+        raise Refused(408, told) from None
+    content = b"".join(parts)
+    return _uncompressed(content, coding) if coding else content
+
+
+def json_of(body: bytes) -> Any:
+    """Raises Refused where it is no JSON."""
+    try:
+        return decoded(body)
+    except ConfigError as error:
+        raise Refused(400, error.problems[0]) from None
+
+
+def binary_of(body: bytes, length: str | None) -> tuple[Any, bytes]:
+    """The JSON of a V2 body, and the binary data behind it. length: its header Inference-Header-Content-Length, the
+    bytes of the JSON; without it all is JSON. Raises Refused."""
+    if length is None:
+        return json_of(body), b""
+    if not (length.isascii() and length.isdigit() and len(length) < 10 and int(length) <= len(body)):
+        told = f"is no number of bytes up to {len(body)}, the body's length"
+        raise Refused(
+            400, Problem("Inference-Header-Content-Length", shortened(length), told, "Give the length of the JSON.")
+        )
+    return json_of(body[: int(length)]), body[int(length) :]
+
+
+def unknown(what: str, name: str, known: str) -> Refused:
+    """For a model or a version that is not the one that is served."""
+    return Refused(404, Problem(what, shortened(name), "is not served here", f"Use {known}."))
+
+
+def _coding(header: str) -> str:
+    """One that is known, or nothing. Raises Refused."""
+    codings = [name for part in header.split(",") if (name := part.strip().lower()) not in ("", "identity")]
+    if len(codings) > 1 or (codings and codings[0] not in _CODINGS):
+        known = ", ".join(_CODINGS)
+        remedy = f"Send it as it is, or use one of {known}."
+        raise Refused(415, Problem("Content-Encoding", shortened(header), "is not read here", remedy))
+    return codings[0] if codings else ""
+
+
+def _uncompressed(content: bytes, coding: str) -> bytes:
+    """Never more than a body may have, whatever is behind it. Raises Refused."""
+    reader = zlib.decompressobj(_CODINGS[coding])
+    try:
+        found = reader.decompress(content, MAX_BODY_BYTES + 1)
+    except zlib.error as error:
+        raise _damaged(coding, f"is no {coding}: {error}") from None
+    if len(found) > MAX_BODY_BYTES:
+        raise _too_long(len(found))
+    if not reader.eof:
+        raise _damaged(coding, "ends before its compressed data do")
+    if reader.unused_data:
+        raise _damaged(coding, "goes on after its compressed data")
+    return found
+
+
+def _too_long(size: int) -> Refused:
+    return Refused(413, Problem("body", size, "bytes and more are too many", f"Send at most {MAX_BODY_BYTES}."))
+
+
+def _damaged(coding: str, told: str) -> Refused:
+    return Refused(400, Problem("body", coding, told, "Compress it once, and send all of it."))

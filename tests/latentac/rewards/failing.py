@@ -1,0 +1,51 @@
+"""A reward that fails in a way, and at a place, that its settings name."""
+
+import os
+import signal
+import time
+import urllib.error
+from collections.abc import Sequence
+from email.message import Message
+from typing import Literal
+
+import numpy as np
+
+from latentac.extensions import Settings
+
+
+class Failing:
+    """Brightness, until it fails: in a training worker, or at every call."""
+
+    unit = "grey levels"
+
+    class Settings(Settings):
+        """How and where."""
+
+        how: Literal["raises", "http", "exits", "crashes", "hangs", "nan"] = "raises"
+        """What happens."""
+        where: Literal["worker", "always", "after"] = "worker"
+        """In which process; `after` prepare means wherever LATENTAC_TEST_FAIL is set."""
+
+    def __init__(self, settings: "Failing.Settings") -> None:
+        self.settings = settings
+
+    def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        means: np.ndarray = images.mean((1, 2, 3))
+        where = self.settings.where
+        if where == "always" or "RANK" in os.environ or (where == "after" and "LATENTAC_TEST_FAIL" in os.environ):
+            return self._fail(means)
+        return means
+
+    def _fail(self, means: np.ndarray) -> np.ndarray:
+        match self.settings.how:
+            case "raises":
+                raise ValueError("this picture has no colours")
+            case "http":
+                raise urllib.error.HTTPError("http://127.0.0.1:9/score", 503, "Service Unavailable", Message(), None)
+            case "exits":
+                os._exit(3)
+            case "crashes":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            case "hangs":
+                time.sleep(3600)
+        return means * np.nan

@@ -1,0 +1,283 @@
+"""A run that its gate holds, as a person meets it: judged again, looked at, forced. And what is served of whom."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from latentac import run as verbs
+from latentac.cli import main
+from latentac.incumbent import pointer, production, put_in_production
+from latentac.release import Candidate, model_to_use
+from latentac.report import write_report
+from latentac.serving.deployment import Deployment
+from latentac.workspace import Workspace, open_run
+from tests.latentac import test_release
+from tests.latentac.test_incumbent import start
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+MIN_GAIN = "gate.min_gain=0.02"
+CHECK = "shapes_verifier: gain: 0.000 is not at least 0.020"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def held_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run that is evaluated and held, for it is not a bit better than its base."""
+    output = tmp_path_factory.mktemp("runs")
+    start(output, "held", MIN_GAIN)
+    for verb in (verbs.evaluate, verbs.steer, verbs.gate):
+        verb("held", "", str(output))
+    return output
+
+
+@pytest.fixture
+def held(held_once: Path, tmp_path: Path) -> Path:
+    shutil.copytree(held_once, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def proved(candidate: Candidate) -> Deployment:
+    """As if a server had answered with a picture."""
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(picture, "PNG")
+    return dataclasses.replace(test_release.proved(candidate), picture=picture.getvalue())
+
+
+def command(output: Path, verb: str, *words: str, run: str = "held") -> int:
+    return main([verb, *(["--run", run] if run else []), "--output", str(output), *words])
+
+
+def published(output: Path, step: str, name: str) -> Any:
+    space = open_run("held", "", str(output))
+    folder = output / f"looked-at-{step}"
+    shutil.rmtree(folder, ignore_errors=True)
+    space.store.fetch(f"held/{step}", folder)
+    text = (folder / name).read_text()
+    return json.loads(text) if name.endswith(".json") else text
+
+
+def workspace(output: Path) -> Workspace:
+    return open_run("held", "", str(output))
+
+
+def test_a_run_is_judged_again_with_other_bounds(held: Path) -> None:
+    """Without training: the verdict is new, says which bound was changed and by whom, and names the one before it;
+    deploy follows it, and so does the report. The gate without other bounds changes nothing any more."""
+    verbs.finish("held", "", str(held))
+    before = published(held, "gate", "gate.json")
+    assert (before["decision"], before["overrides"], before["former"]) == ("hold", [], [])
+    assert command(held, "gate", "--set", "gate.min_gain=-0.5") == 0
+    verdict = published(held, "gate", "gate.json")
+    assert verdict["decision"] == "promote"
+    assert verdict["overrides"] == [{"field": "gate.min_gain", "old": 0.02, "new": -0.5}]
+    assert verdict["by"]
+    (former,) = verdict["former"]
+    assert (former["decision"], former["reasons"]) == ("hold", [CHECK])
+    reasons = published(held, "gate", "reasons.md")
+    assert reasons.startswith("# Promoted: run held")
+    assert f"- promote, now by {verdict['by']}: gate.min\\_gain is -0.5, not 0.02" in reasons
+    assert f"- hold, {former['decided']}: the bounds of the run's configuration" in reasons
+
+    assert verbs.gate("held", "", str(held)).metrics["decision"] == "promote"
+    assert published(held, "gate", "gate.json") == verdict
+    version = verbs.deploy("held", "", str(held), prove=proved).metrics["version"]
+    assert workspace(held).store.read_json(pointer("shapes-unet-smoke"))["version"] == version
+    assert command(held, "deploy") == 0  # which is done; the report that was there says so now
+    summary = json.loads((held / "held" / "summary.json").read_text())
+    assert summary["gate"]["overrides"] == verdict["overrides"]
+    assert summary["gate"]["former"][0]["decision"] == "hold"
+    page = re.sub(r"\s+", " ", (held / "held" / "report.html").read_text())
+    assert "<code>gate.min_gain</code> is −0.5, not 0.02" in page
+    assert "Decided before:" in page
+    assert "`gate.min_gain` is -0.5, not 0.02" in (held / "held" / "card.md").read_text()
+
+    assert command(held, "gate", "--set", "gate.min_gain=0.9") == 0  # and back
+    verdict = published(held, "gate", "gate.json")
+    assert verdict["decision"] == "hold"
+    assert [each["decision"] for each in verdict["former"]] == ["hold", "promote"]
+    assert command(held, "deploy") == 2  # what was deployed by a verdict that stands no more is no excuse
+
+
+def test_a_dry_run_of_the_gate_only_prints(held: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checks with the bounds that were asked about; the published verdict stays."""
+    manifest = workspace(held).store.manifest("held/gate")
+    assert command(held, "gate", "--dry-run", "--set", "gate.min_gain=-0.5") == 0
+    assert capsys.readouterr().out.startswith("# Promoted: run held")
+    assert workspace(held).store.manifest("held/gate") == manifest
+
+
+def test_only_bounds_can_be_changed_and_all_problems_are_told(held: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another section, no field, a field that is not there, a wrong value, no assignment: one message, nothing new."""
+    manifest = workspace(held).store.manifest("held/gate")
+    words = ("seed=1", "gate=3", "gate.min_gian=1", "gate.max_latency_ratio=-1", "gate.floors={beauty: 1}", "gate")
+    assert command(held, "gate", *(part for word in words for part in ("--set", word))) == 2
+    told = capsys.readouterr().err
+    for expected in (
+        "--set = 'seed=1': was settled when the run began. Override fields of gate alone.",
+        "--set = 'gate=3': names no field",
+        'gate.min_gian = 1: unknown field. Did you mean "min_gain"?',
+        "gate.max_latency_ratio = -1",
+        "--set = 'gate': is not path=value",
+    ):
+        assert expected in told
+    assert workspace(held).store.manifest("held/gate") == manifest
+    assert command(held, "gate", "--set", "gate.floors={beauty: 1}") == 2
+    assert "gate.floors.beauty = 1" in capsys.readouterr().err
+
+
+def test_a_held_run_is_not_deployed_unless_it_is_forced(held: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The refusal lists the failed checks and both ways on; by force it is in production, and everything says so."""
+    assert command(held, "deploy") == 2
+    told = capsys.readouterr().err
+    assert f"run = 'held': is not to be deployed: {CHECK}. Judge it again" in told
+    again, forced = re.findall(r"\((\S*latentac [^)]+)\)", told)
+    assert shlex.split(again)[1:] == ["gate", "--run", "held", "--output", str(held), "--set", "gate.FIELD=VALUE"]
+    assert shlex.split(forced)[1:] == ["deploy", "--run", "held", "--output", str(held), "--force"]
+    store = workspace(held).store
+    assert production(store, "shapes-unet-smoke") is None
+    assert store.keys("models") == []
+
+    verbs.deploy("held", "", str(held), prove=proved, force=True)
+    now = production(store, "shapes-unet-smoke")
+    assert now is not None
+    assert now.forced == (CHECK,)
+    deployment = published(held, "deploy", "deployment.json")
+    assert deployment["project"] == "shapes-unet-smoke"
+    assert deployment["forced"]["reasons"] == [CHECK]
+    assert deployment["forced"]["by"]
+    verbs.finish("held", "", str(held))
+    assert f"Forced into production over the gate, which says:\n\n- {CHECK}" in (held / "held" / "card.md").read_text()
+    page = re.sub(r"\s+", " ", (held / "held" / "report.html").read_text())
+    assert "Held back by the gate, and in production by force" in page
+    assert "Forced over the gate by" in page
+    with model_to_use("", "", "", str(held)) as (_, told):
+        assert told == f"{now.version}, in production in project shapes-unet-smoke, forced over its gate ({CHECK})"
+
+
+def test_a_model_that_was_promoted_since_the_verdict_is_not_replaced_silently(
+    held: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A verdict is about the model in production of its time."""
+    assert command(held, "gate", "--set", "gate.min_gain=-0.5") == 0
+    put_in_production(start(held, "other", "seed=5"), "other-1")
+    assert command(held, "deploy") == 2
+    told = capsys.readouterr().err
+    assert "is not to be deployed: it was judged against nothing, and other-1 serves now. Judge it again" in told
+    verbs.deploy("held", "", str(held), prove=proved, force=True)
+    now = production(workspace(held).store, "shapes-unet-smoke")
+    assert now is not None
+    assert (now.previous, now.forced) == ("other-1", ("it was judged against nothing, and other-1 serves now",))
+
+
+def test_what_was_deployed_last_is_served_or_a_projects_own(held: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two projects the one that was deployed to last, said with how to choose; a held run that is newer does not
+    count, and a pointer that is damaged hides nobody else's."""
+    assert command(held, "serve", run="") == 2
+    assert "--project = None: nothing is in production" in capsys.readouterr().err
+    verbs.deploy("held", "", str(held), prove=proved, force=True)
+    start(held, "other", "project=mine", "seed=5")
+    store = workspace(held).store
+    for verb in (verbs.evaluate, verbs.steer, verbs.gate):
+        verb("other", "", str(held))
+    verbs.deploy("other", "", str(held), prove=proved)
+    write_report("held", store.url, str(held))  # the newest summary is that of another run
+    with model_to_use("", "", "", str(held)) as (folder, told):
+        assert folder == held / "other" / "model"
+        assert "in production in project mine. It was deployed last" in told
+        assert "--project with one of shapes-unet-smoke" in told
+    with model_to_use("", "shapes-unet-smoke", "", str(held)) as (folder, told):
+        assert folder == held / "held" / "model"
+    store.write_json(pointer("broken"), {"version": 3})
+    with model_to_use("", "", "", str(held)) as (folder, _):
+        assert folder == held / "other" / "model"
+    for words, problem in (
+        (["--project", "nobody"], "Projects with a model in production: mine, shapes-unet-smoke."),
+        (["--project", "../x"], "is no name of a project"),
+        (["--project", "mine", "--run", "held"], "--run names held already"),
+        (["--project", "broken"], "it names no version and run"),
+    ):
+        assert command(held, "serve", *words, run="") in (2, 4)
+        assert problem in capsys.readouterr().err
+
+
+@contextlib.contextmanager
+def serving(output: Path, *words: str) -> Iterator[tuple["subprocess.Popen[str]", str, str]]:
+    """`latentac serve`: the process, what it said, and its address."""
+    call = [sys.executable, "-m", "latentac.cli", "serve", "--output", str(output), "--port", "0", *words]
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    said = ""
+    try:
+        while "| python3" not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        yield process, said, re.findall(r"http://[\d.:]+", said)[0]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def snapshot(output: Path) -> set[str]:
+    return {str(path) for path in (output / "store").rglob("*")}
+
+
+def test_a_held_run_is_looked_at_without_touching_production(held: Path) -> None:
+    """Served by its name: nothing new in the store; terminal, options and model folder say what it is, the command that
+    is printed draws a picture, and the folder goes when the server goes."""
+    before = snapshot(held)
+    with serving(held, "--run", "held") as (process, said, address):
+        assert said.count("held: for inspection only, not in production") == 2
+        with urllib.request.urlopen(f"{address}/v1/images/options", timeout=30) as answer:
+            options = json.load(answer)
+        assert options["notice"] == "held: for inspection only, not in production"
+        assert options["version"].startswith("held-")
+        script = said[said.index("  curl") :]
+        subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=held, check=True, timeout=120)
+        assert (held / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert process.returncode == 0
+    assert snapshot(held) == before
+    assert not list((held / "held").glob(".inspection-*"))
+    assert not (held / "held" / "model").exists()
+
+
+def test_pictures_of_a_run_that_is_not_judged_yet(held: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`generate` takes the same models; one that has not trained is told."""
+    start(held, "young", "seed=9")
+    words = ["--prompt", "a red circle", "--picture", str(held / "young.png")]
+    before = snapshot(held)
+    assert command(held, "generate", *words, run="young") == 0
+    assert "not judged yet: for inspection only, not in production" in capsys.readouterr().err
+    assert (held / "young.png").exists()
+    assert snapshot(held) == before
+    verbs.prepare("new", "", str(held), "shapes-unet-smoke")
+    assert command(held, "generate", *words, run="new") == 3
+    assert "new/train" in capsys.readouterr().err
+    assert command(held, "generate", *words, run="../x") == 2
+
+
+def test_make_serves_what_was_deployed_last(held: Path) -> None:
+    """`make serve` is `latentac serve`: a held run with the newest summary is no model to serve."""
+    write_report("held", workspace(held).store.url, str(held))
+    call = ["make", "-C", str(ROOT), "serve", f"OUTPUT={held}"]
+    told = subprocess.run(call, capture_output=True, text=True, check=False, env=os.environ | {"MAKEFLAGS": ""})
+    assert told.returncode != 0
+    assert f"nothing is in production in file://{held}/store" in told.stderr
+    told = subprocess.run([*call, "PROJECT=mine"], capture_output=True, text=True, check=False)
+    assert "--project = 'mine'" in told.stderr
