@@ -322,6 +322,23 @@ class Tracker(Named):
     """Where numbers and pictures of the training go beside TensorBoard: `mlflow`, `wandb`."""
 
 
+class Card(Section):
+    """What the model card says and no run can know. What is left empty the card calls unknown, or has a default for."""
+
+    licence: str = ""
+    """Of the trained weights, as the hub writes it, for example apache-2.0; that of the base may bind it."""
+    base_model: str = ""
+    """The base's id on the hub, where `backbone.source` is none."""
+    datasets: list[str] = []
+    """Ids on the hub of what was learned from, the base's data included."""
+    data: str = ""
+    """What the base was trained on, and where the prompts are from; Markdown."""
+    intended_use: str = ""
+    """What the model is for, and what it is not for; Markdown."""
+    limits: str = ""
+    """What is known to go wrong; Markdown."""
+
+
 class Config(Section):
     """A run, completely: two equal configurations on one machine give bitwise equal results.
 
@@ -362,6 +379,8 @@ class Config(Section):
     """The endpoint."""
     tracking: list[Tracker] = []
     """Where numbers and pictures of the training go beside TensorBoard."""
+    card: Card = Card()
+    """What the model card says and no run can know."""
 
     @model_validator(mode="before")
     @classmethod

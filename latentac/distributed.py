@@ -33,8 +33,13 @@ def generator_for(seed: int, *purpose: object) -> torch.Generator:
 
 
 def noise_for(keys: Sequence[tuple[object, ...]], seed: int, num_steps: int, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal [len(keys), K+1, *shape]: the first latents and each step's draw of one rollout a key."""
-    return torch.stack([torch.randn(num_steps + 1, *shape, generator=generator_for(seed, *key)) for key in keys])
+    """Standard normal [len(keys), K+1, *shape]: the first latents and each step's draw of one rollout a key.
+
+    Drawn one after the other, as a pipeline of diffusers does that is given the key's generator.
+    """
+    generators = [generator_for(seed, *key) for key in keys]
+    draws = [[torch.randn(*shape, generator=each) for _ in range(num_steps + 1)] for each in generators]
+    return torch.stack([torch.stack(steps) for steps in draws])
 
 
 def uniforms_for(keys: Sequence[tuple[object, ...]], seed: int, num_steps: int) -> Tensor:

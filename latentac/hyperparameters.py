@@ -9,7 +9,7 @@ from latentac.extensions import declared_settings
 from latentac.resolution import TABLES
 
 _SECRET = re.compile(r"(^|_)(key|token|secret|password|credential)s?($|_)", re.IGNORECASE)
-_NO_EFFECT = {"tracking", "serving"}
+_NO_EFFECT = {"tracking", "serving", "card"}
 
 
 def hyperparameters(config: Config) -> dict[str, Any]:

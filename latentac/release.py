@@ -11,7 +11,9 @@ from typing import Any
 
 from latentac.arms import best_steered
 from latentac.errors import ArtifactNotFound, ConfigError, Problem
+from latentac.folders import copy_pipeline
 from latentac.incumbent import Production, chosen_production, productions, put_in_production
+from latentac.readme import write_released
 from latentac.serving.deployment import Deployment, serve_and_check
 from latentac.serving.exported import add_base, export, read
 from latentac.store import Manifest, Store, open_store
@@ -95,7 +97,8 @@ def candidate_key(project: str) -> str:
 def _export(space: Workspace, trained: Manifest, folder: Path, notice: str = "") -> str:
     """Fill `folder` with what the run has trained, as it is served; its version. notice: told to whoever uses it."""
     version = f"{space.run}-{trained.digest[:8]}"
-    shutil.copytree(space.artifact("train") / "policy", folder)
+    source = space.artifact("train") / "policy"
+    copy_pipeline(source, folder)
     shutil.copytree(space.artifact("train") / "critic", folder / "critic")
     if space.config.serving.include_base:
         add_base(folder, space.artifact("prepare") / "backbone")
@@ -105,6 +108,7 @@ def _export(space: Workspace, trained: Manifest, folder: Path, notice: str = "")
     best = best_steered(rows, space.config.gate.reward)
     told = {"examples": examples, "notice": notice, "extensions": extensions, "best": best}
     export(folder, space.config, run=space.run, version=version, **told)
+    write_released(space, source, folder, "" if notice else version)
     return version
 
 

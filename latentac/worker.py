@@ -34,6 +34,7 @@ from latentac.learning import Replay
 from latentac.lifetime import run_lock
 from latentac.metrics import of_iteration
 from latentac.progress import progress
+from latentac.readme import write_trained
 from latentac.store import open_store
 from latentac.trainer import Trainer
 from latentac.workspace import Workspace, open_run
@@ -279,11 +280,12 @@ def _checkpoint(space: Workspace, trainer: Trainer) -> None:
 
 
 def _publish(space: Workspace, trainer: Trainer, seconds: float) -> None:
-    """The result: policy/ (a plain diffusers folder), critic/, history.json."""
+    """The result: policy/ (a plain diffusers folder with its model card), critic/, history.json."""
     trainer.publish_weights()
     with tempfile.TemporaryDirectory(prefix=".train-", dir=space.folder) as temporary:
         folder = Path(temporary) / "train"
         trainer.policy.backbone.save(folder / "policy")
+        write_trained(space, trainer.policy, folder / "policy", trainer.history)
         trainer.critic.save(folder / "critic")
         (folder / "history.json").write_text(json.dumps(trainer.history) + "\n")
         metrics = {

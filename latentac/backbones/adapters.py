@@ -1,13 +1,14 @@
 """Training a diffusers module whole or by low-rank adapters, and writing it as if it had always been so."""
 
 import copy
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
 
+from latentac import folders
 from latentac.config import Policy
 
 
@@ -21,11 +22,25 @@ def adapt(module: Any, settings: Policy, attention: Sequence[str]) -> None:
         )
 
 
-def save(module: Any, source: Path, folder: Path, subfolder: str) -> None:
-    """The pipeline of `source` in `folder`, with `module`, adapters merged, as its `subfolder`; safetensors only."""
-    shutil.copytree(source, folder, dirs_exist_ok=True)
+def save(module: Any, folder: Path, part: str) -> None:
+    """`module` as the part `part` of the pipeline in `folder`: adapters merged, and once more alone."""
     if getattr(module, "peft_config", None):
+        _save_adapter(module, folder / folders.ADAPTER, part)
         module = copy.deepcopy(module)
         module.fuse_lora()
         module.unload_lora()
-    module.save_pretrained(folder / subfolder, safe_serialization=True)
+    folders.write_part(module, folder / part)
+
+
+def _save_adapter(module: Any, file: Path, part: str) -> None:
+    """The adapters as `load_lora_weights` of diffusers reads them.
+
+    alpha / rank is multiplied into the weights: whoever reads the file takes it as 1.
+    """
+    (settings,) = module.peft_config.values()
+    weights = {}
+    for name, tensor in get_peft_model_state_dict(module).items():
+        scale = settings.lora_alpha / settings.r if ".lora_B." in name else 1.0
+        weights[f"{part}.{name}"] = (tensor.detach() * scale).cpu().contiguous()
+    file.parent.mkdir()
+    save_file(weights, file, metadata={"format": "pt"})

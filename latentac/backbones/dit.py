@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from latentac import diffusion
+from latentac import diffusion, folders
 from latentac.backbones import adapters, count_tokens, to_arrays
 from latentac.config import Policy
 from latentac.types import Conditioning
@@ -24,6 +25,16 @@ _CLIP_LENGTH = 77  # tokens of Stable Diffusion 3's CLIP encoders,
 _T5_LENGTH = 256  # and the zero tokens that it puts after them where T5 would be
 _NUM_TAPS = 3
 _ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+_PARTS: dict[str, tuple[str | None, str | None]] = {
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "tokenizer_2": ("transformers", "CLIPTokenizer"),
+    "transformer": ("diffusers", "SD3Transformer2DModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+}
+_ABSENT = dict.fromkeys(("feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3"), (None, None))
 
 
 class DiTBackbone:
@@ -117,7 +128,14 @@ class DiTBackbone:
         adapters.adapt(self.module, settings, _ADAPTED)
 
     def save(self, folder: Path) -> None:
-        adapters.save(self.module, self.folder, folder, "transformer")
+        """StableDiffusion3Pipeline without T5, with which it would draw other pictures than those that were trained on,
+        and with the scheduler that shifts as `schedule` does. Its spacing is its caller's: `sigmas=`."""
+        folders.begin(folder)
+        adapters.save(self.module, folder, "transformer")
+        folders.copy_parts(self.folder, folder, ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=self._num_timesteps, shift=self._shift)
+        folders.write_part(scheduler, folder / "scheduler")
+        folders.write_index(folder, "StableDiffusion3Pipeline", {**_PARTS, **_ABSENT})
 
 
 def _tap(

@@ -17,12 +17,20 @@ from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from latentac import diffusion
+from latentac import diffusion, folders
 from latentac.backbones import adapters, count_tokens, to_arrays
 from latentac.config import Policy
 from latentac.types import Conditioning
 
 _ADAPTED = ["to_q", "to_k", "to_v", "to_out.0"]
+_PARTS: dict[str, tuple[str | None, str | None]] = {
+    "scheduler": ("diffusers", "DDIMScheduler"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+}
+_ABSENT = dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker"), (None, None))
 
 
 class UNetBackbone:
@@ -45,6 +53,7 @@ class UNetBackbone:
         self._text_encoder.eval().requires_grad_(False).to(device)
         self._tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
         scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+        self._scheduler = scheduler
         self._prediction_type: str = scheduler.config.prediction_type
         self._sigma_table = (1 - scheduler.alphas_cumprod.double()).sqrt().float()
 
@@ -72,9 +81,13 @@ class UNetBackbone:
         return other
 
     def schedule(self, num_steps: int) -> Tensor:
-        """Trailing timesteps (Lin et al. 2024, table 2): the first level is the noisiest that the model knows."""
+        """Trailing timesteps (Lin et al. 2024, table 2): the first level is the noisiest that the model knows.
+
+        Computed as diffusers does it, whose rounding decides which of two timesteps a step in the middle takes.
+        """
         total = len(self._sigma_table)
-        timesteps = torch.linspace(total, total / num_steps, num_steps, dtype=torch.float64).round().long() - 1
+        trailing = np.round(np.arange(total, 0, -total / num_steps))[:num_steps] - 1
+        timesteps = torch.from_numpy(trailing.astype(np.int64))
         return torch.cat([self._sigma_table[timesteps], torch.zeros(1)])
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -120,7 +133,20 @@ class UNetBackbone:
         adapters.adapt(self.module, settings, _ADAPTED)
 
     def save(self, folder: Path) -> None:
-        adapters.save(self.module, self.folder, folder, "unet")
+        """StableDiffusionPipeline without its safety checker, which served pictures do not pass either, and with the
+        scheduler that takes the steps of `schedule`: the base's own may space, clip or end otherwise."""
+        folders.begin(folder)
+        adapters.save(self.module, folder, "unet")
+        folders.copy_parts(self.folder, folder, ("vae", "text_encoder", "tokenizer"))
+        scheduler = DDIMScheduler.from_config(
+            self._scheduler.config,
+            timestep_spacing="trailing",
+            clip_sample=False,
+            thresholding=False,
+            set_alpha_to_one=True,
+        )
+        folders.write_part(scheduler, folder / "scheduler")
+        folders.write_index(folder, "StableDiffusionPipeline", {**_PARTS, **_ABSENT}, requires_safety_checker=False)
 
 
 def _tap(taps: threading.local, name: str) -> Callable[[nn.Module, object, Tensor], None]:

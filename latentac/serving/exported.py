@@ -4,13 +4,13 @@ Diffusers ignores what it does not know, so `StableDiffusionPipeline.from_pretra
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from latentac import folders
 from latentac.config import Config, Extension, Kernel, Named, NonNegative, Positive, Rate, Section
 from latentac.errors import ServingError
 
@@ -150,7 +150,7 @@ def export(
 def add_base(folder: Path, base: Path) -> None:
     """Put the untouched denoiser of the pipeline `base` into the exported `folder`, under `base/`."""
     part = denoiser_folder(base)
-    shutil.copytree(base / part, folder / BASE / part)
+    folders.copy_part(base / part, folder / BASE / part)
 
 
 def read(folder: Path) -> Exported:
@@ -176,8 +176,9 @@ def image_size(folder: Path) -> tuple[int, int]:
     """(height, width) of the pictures, in pixels, from the diffusers configs alone."""
     denoiser = json.loads((folder / denoiser_folder(folder) / "config.json").read_text())
     autoencoder = json.loads((folder / "vae" / "config.json").read_text())
-    side = denoiser["sample_size"] * 2 ** (len(autoencoder["block_out_channels"]) - 1)
-    return side, side
+    size, factor = denoiser["sample_size"], 2 ** (len(autoencoder["block_out_channels"]) - 1)
+    height, width = size if isinstance(size, list) else (size, size)
+    return height * factor, width * factor
 
 
 def denoiser_folder(folder: Path) -> str:

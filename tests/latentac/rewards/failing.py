@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from latentac.extensions import Settings
+from latentac import extensions
 
 
 class Failing:
@@ -18,7 +18,7 @@ class Failing:
 
     unit = "grey levels"
 
-    class Settings(Settings):
+    class Settings(extensions.Settings):
         """How and where."""
 
         how: Literal["raises", "http", "exits", "crashes", "hangs", "nan"] = "raises"

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from latentac import extensions
 from latentac.config import Reward
 from latentac.errors import ConfigError, RewardError
-from latentac.extensions import Settings
 from latentac.prompts import Prompt
 from latentac.rewards.calls import FOLDER, crash_in_call, in_flight
 from latentac.rewards.configured import ConfiguredReward, load_rewards
@@ -33,7 +33,7 @@ def configured(function: Callable[..., Any], **fields: Any) -> ConfiguredReward:
 class Level:
     """The mean of a channel."""
 
-    class Settings(Settings):
+    class Settings(extensions.Settings):
         """channel: 0 to 2."""
 
         channel: int = 0

@@ -1,0 +1,201 @@
+"""Tiny models with random weights in the true folder layouts of diffusers, written at test time.
+
+    sd15(folder, sharded=True)                            Stable Diffusion 1.5: five parts, a safety checker's nulls
+    sd15(folder, variant="fp16")                          the same weights, as *.fp16.safetensors beside what is there
+    sd15(folder, prediction_type="v_prediction")          Stable Diffusion 2
+    sd3(folder), sd3(folder, medium=True)                 Stable Diffusion 3, and 3.5 Medium (dual attention, qk norm)
+
+Each returns its folder. The weights depend on `seed` alone, so two calls into one folder give two forms of one model.
+The tokenizer is CLIP's true format (vocab.json, merges.txt) with the small vocabulary of the embedded world. `size` is
+the picture's side, `max_length` that of a prompt in tokens.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKL,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from latentac.shapes import builtin_pipeline
+
+SHARD = "60KB"
+"""Of sharded weights: small enough that each part but the tiniest has several files."""
+
+_VOCABULARY = builtin_pipeline("shapes-unet") / "tokenizer"
+_VP = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+
+
+def sd15(
+    folder: Path,
+    *,
+    size: int = 64,
+    sharded: bool = False,
+    variant: str = "",
+    prediction_type: str = "epsilon",
+    scheduler: str = "PNDMScheduler",
+    seed: int = 0,
+    max_length: int = 16,
+    unet: dict[str, Any] | None = None,
+    vae: dict[str, Any] | None = None,
+    **schedule: Any,
+) -> Path:
+    """A UNet in StableDiffusionPipeline's layout. unet, vae: settings over those parts' own; schedule: over the
+    scheduler's."""
+    torch.manual_seed(seed)
+    settings = {
+        "sample_size": size // 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "cross_attention_dim": 32,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    pipeline = StableDiffusionPipeline(
+        vae=_autoencoder(size, 4, vae or {}),
+        text_encoder=CLIPTextModel(_text_config(32, max_length)),
+        tokenizer=_tokenizer(max_length),
+        unet=UNet2DConditionModel(**(settings | (unet or {}))),
+        scheduler=_scheduler(scheduler, prediction_type, schedule),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return _saved(pipeline, folder, variant, sharded)
+
+
+def sd3(
+    folder: Path,
+    *,
+    size: int = 64,
+    sharded: bool = False,
+    variant: str = "",
+    medium: bool = False,
+    scheduler: str = "FlowMatchEulerDiscreteScheduler",
+    seed: int = 0,
+    max_length: int = 16,
+    transformer: dict[str, Any] | None = None,
+    vae: dict[str, Any] | None = None,
+    **schedule: Any,
+) -> Path:
+    """A transformer in StableDiffusion3Pipeline's layout, without T5. medium: as in 3.5 Medium."""
+    torch.manual_seed(seed)
+    settings = {
+        "sample_size": size // 8,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "caption_projection_dim": 32,
+        "joint_attention_dim": 96,
+        "pooled_projection_dim": 64,
+        "pos_embed_max_size": size // 8,
+        "dual_attention_layers": (0, 1) if medium else (),
+        "qk_norm": "rms_norm" if medium else None,
+    }
+    pipeline = StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(**(settings | (transformer or {}))),
+        scheduler=getattr(diffusers, scheduler)(**({"shift": 3.0} | schedule)),
+        vae=_autoencoder(size, 16, {"scaling_factor": 1.5305, "shift_factor": 0.0609} | (vae or {})),
+        text_encoder=CLIPTextModelWithProjection(_text_config(32, max_length)),
+        tokenizer=_tokenizer(max_length),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(32, max_length)),
+        tokenizer_2=_tokenizer(max_length),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    return _saved(pipeline, folder, variant, sharded)
+
+
+def _saved(pipeline: Any, folder: Path, variant: str, sharded: bool) -> Path:
+    """The pipeline in `folder`, over what is there; a variant of half precision holds half-precision weights."""
+    precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(variant)
+    if precision is not None:
+        pipeline.to(dtype=precision)
+    with tempfile.TemporaryDirectory() as fresh:  # saving into a folder removes the shards that it holds
+        pipeline.save_pretrained(fresh, variant=variant or None, max_shard_size=SHARD if sharded else None)
+        for tokenizer in Path(fresh).glob("tokenizer*"):
+            _older_form(tokenizer)
+        shutil.copytree(fresh, folder, dirs_exist_ok=True)
+    return folder
+
+
+def _older_form(tokenizer: Path) -> None:
+    """As the published folders have it: vocabulary and merges in files of their own, no tokenizer.json."""
+    (tokenizer / "tokenizer.json").unlink()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(_VOCABULARY / name, tokenizer / name)
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    special = {name: settings[name] for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    (tokenizer / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
+
+
+def _autoencoder(size: int, channels: int, settings: dict[str, Any]) -> Any:
+    own = {
+        "sample_size": size,
+        "latent_channels": channels,
+        "block_out_channels": (8, 8, 16, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "scaling_factor": 0.18215,
+    }
+    return AutoencoderKL(**(own | settings))
+
+
+def _scheduler(name: str, prediction_type: str, settings: dict[str, Any]) -> Any:
+    own = {**_VP, "prediction_type": prediction_type}
+    if name in {"PNDMScheduler", "DDIMScheduler"}:  # as in Stable Diffusion's own folders
+        own |= {"steps_offset": 1, "set_alpha_to_one": False}
+    own |= {"PNDMScheduler": {"skip_prk_steps": True}, "DDIMScheduler": {"clip_sample": False}}.get(name, {})
+    return getattr(diffusers, name)(**(own | settings))
+
+
+def _text_config(width: int, max_length: int) -> Any:
+    tokenizer = _tokenizer(max_length)
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _tokenizer(max_length: int) -> Any:
+    return CLIPTokenizer.from_pretrained(_VOCABULARY, model_max_length=max_length)
+
+
+def variant_only(folder: Path, source: Path, part: str) -> Path:
+    """A copy of `source` in which `part` has no weights but its variants'."""
+    shutil.copytree(source, folder)
+    for name in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
+        (folder / part / name).unlink(missing_ok=True)
+    return folder
