@@ -156,7 +156,7 @@ fuzz: install ## 10,000 requests that are made from the endpoint's own OpenAPI d
 lock: install ## resolve requirements/*.in anew; versions move only where a pin in them moved
 #: UPGRADE=1 lets everything that is not pinned there move
 	@uv=$$(bash requirements/install.sh --uv '$(PYTHON)')
-	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) requirements/dev.in -o requirements/dev.lock
+	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) --override requirements/overrides.in requirements/dev.in -o requirements/dev.lock
 	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) requirements/installer.in -o requirements/installer.lock
 	for name in tools sbom torch train serve pipeline kfp; do
 		options=(-c ../dev.lock $(if $(UPGRADE),--upgrade))

@@ -13,6 +13,7 @@ from latentac.critic import Critic
 from latentac.evaluation import Arm, gallery, sample
 from latentac.measures import interval
 from latentac.policy import Policy
+from latentac.progress import progress
 from latentac.prompts import Prompt, balanced
 from latentac.rewards.configured import ConfiguredReward
 from latentac.steering import STEERING, Steering, evaluations
@@ -59,21 +60,46 @@ def run_benchmark(
     """
     evaluation, seed, steps, block = config.evaluation, config.seed, config.kernel.num_steps, config.train.block_images
     chosen = [prompts[i] for i in balanced(prompts, evaluation.num_images, seed, "evaluation")]
+    wanted, shown = chosen[: config.steering.num_images], chosen[: evaluation.num_gallery_prompts]
     rows: list[dict[str, Any]] = []
     plans = arms(config)
-    for plan in plans:
-        started = time.monotonic()
-        wanted = chosen[: config.steering.num_images]
+    # What an arm costs goes by its evaluations, so these are the unit: pictures would promise a wrong end. Which arm
+    # the gallery shows is not known yet: it counts as the dearest.
+    costs = [evaluations(plan.steering, steps) for plan in plans]
+    with progress(sum(costs) * len(wanted) + max(costs) * len(shown), "steer", "evaluations") as bar:
+        for number, (plan, cost) in enumerate(zip(plans, costs, strict=True), 1):
+            bar.begin(f"arm {number} of {len(plans)}: {plan.label}")
+            started = time.monotonic()
+            arm = sample(
+                policy,
+                critic,
+                rewards,
+                wanted,
+                seed,
+                steps,
+                block_images=block,
+                steering=plan.steering,
+                bar=bar,
+                units=cost,
+            )
+            rows += _rows(config, arm, time.monotonic() - started, plan)
+        best = best_steered(rows, config.gate.reward)
+        wanted_arm = (best["method"], best["strength"], best["candidates"]) if best else None
+        steering = next((p.steering for p in plans if (p.method, p.strength, p.candidates) == wanted_arm), None)
+        bar.begin("gallery")
         arm = sample(
-            policy, critic, rewards, wanted, seed, steps, block_images=block, steering=plan.steering, label=plan.label
+            policy,
+            critic,
+            rewards,
+            shown,
+            seed,
+            steps,
+            block_images=block,
+            steering=steering,
+            bar=bar,
+            units=max(costs),
         )
-        rows += _rows(config, arm, time.monotonic() - started, plan)
-    best = best_steered(rows, config.gate.reward)
-    wanted_arm = (best["method"], best["strength"], best["candidates"]) if best else None
-    steering = next((p.steering for p in plans if (p.method, p.strength, p.candidates) == wanted_arm), None)
-    shown = chosen[: evaluation.num_gallery_prompts]
-    arm = sample(policy, critic, rewards, shown, seed, steps, block_images=block, steering=steering, label="gallery")
-    return rows, gallery(config, [prompt.text for prompt in shown], {"steered": arm.images})
+    return rows, gallery(config, [prompt.text for prompt in shown], {"steered": arm})
 
 
 def _rows(config: Config, arm: Arm, seconds: float, plan: Plan) -> list[dict[str, Any]]:

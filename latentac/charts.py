@@ -7,10 +7,12 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 # matplotlib draws in stand-in colours, which then become the page's CSS variables of these names.
@@ -21,7 +23,9 @@ _COLOURS = {
     "trained": "#040404",
     "steered": "#050505",
     "other": "#060606",
+    **{f"series-{place}": f"#{place:02x}0707" for place in range(1, 7)},
 }
+_DASHES = ("-", "--", ":", "-.")  # with six colours: twelve series can be told apart, and four without colour
 # Colour and mark of the steering methods, in their order.
 _METHODS = (("steered", "o"), ("other", "s"), ("trained", "^"), ("base", "D"), ("ink", "v"))
 _INCHES = (4.2, 2.75)  # at this width 9 point text is still 10 pixels on a telephone
@@ -66,6 +70,66 @@ def draw(summary: Row, kinds: Sequence[str] = ("reward", "critic", "steering", "
         if rows := [row for row in steering if row["reward"] == name]:
             charts[f"steering:{name}"] = _steering(name, _unit(name, evaluation), rows)
     return charts
+
+
+def draw_comparison(comparison: Row) -> dict[str, str]:
+    """SVG by name, a line a run and a colour a series: `reward:<name>`, `kl`, `explained_variance` and `critic`."""
+    series, charts = comparison["series"], {}
+    runs = [(place, rows) for place, each in enumerate(series) for rows in each["training"] if rows]
+    images, held_out = "images trained on", {row["reward"]: row["series"] for row in comparison["rewards"]}
+    for reward in comparison["rewards"] if runs else ():
+        name, unit = reward["reward"], str(reward["unit"] or "mean").partition(" (")[0]
+
+        def value(row: Row, name: str = name) -> float | None:
+            found: float | None = row["rewards"].get(name)
+            return found
+
+        if any(value(row) is not None for _, rows in runs for row in rows):
+            charts[f"reward:{name}"] = _lines(f"reward:{name}", name, images, unit, series, runs, value, held_out[name])
+    for name, title, unit in (
+        ("kl", "KL divergence a step", "nats"),
+        ("explained_variance", "Explained variance, mean over steps", "share"),
+    ):
+        if any(row[name] is not None for _, rows in runs for row in rows):
+            charts[name] = _lines(name, title, images, unit, series, runs, itemgetter(name))
+    critics = [
+        (place, [{"images": step, "value": share} for step, share in enumerate(each["critic"], 1)])
+        for place, each in enumerate(series)
+        if each["critic"]
+    ]
+    if critics:
+        title, x = "Explained variance after training", "denoising step, from noise to picture"
+        charts["critic"] = _lines("critic", title, x, "share", series, critics, itemgetter("value"))
+    return charts
+
+
+def _lines(
+    name: str,
+    title: str,
+    x: str,
+    y: str,
+    series: Sequence[Row],
+    runs: Sequence[tuple[int, Sequence[Row]]],
+    value: Callable[[Row], float | None],
+    held_out: Sequence[Row] = (),
+) -> str:
+    """A line a run of (place of its series, rows) with its letter; held_out: marks where the lines of a series end."""
+    with _axes(f"compare-{name}", title, x, y) as (axes, svg):
+        alone = Counter(place for place, _ in runs)
+        words: list[tuple[float, float, str, str]] = []
+        for place, rows in runs:
+            colour, dash = f"series-{place % 6 + 1}", _DASHES[place % len(_DASHES)]
+            points = [(row["images"], value(row)) for row in rows]
+            ends = _line(axes, points, colour, dash, alpha=0.9 if alone[place] == 1 else 0.45)
+            if ends and all(label[2] != series[place]["letter"] for label in words):
+                words.append((*ends[0][:2], series[place]["letter"], colour))
+        for place, figures in enumerate(held_out):
+            last = [rows[-1]["images"] for at, rows in runs if at == place]
+            if figures["trained"] is not None and last:
+                _mark(axes, max(last), figures["trained"], f"series-{place % 6 + 1}")
+        axes.margins(y=0.12)
+        _beside(axes, words)
+    return svg.getvalue()
 
 
 def _first(target: str, names: Iterable[str]) -> list[str]:

@@ -28,6 +28,7 @@ _STEPS = {
 
 _FURTHER = {
     "run": "the whole pipeline on this machine, or what it would do (--dry-run)",
+    "sweep": "a grid of settings and seeds, run one after another or on a cluster, and compared on one page",
     "pipeline": "the pipeline on a cluster: compile, upload, submit, follow, report, cancel, schedule",
 }
 """Commands of packages above this one, found by entry points of the group `latentac.commands`."""
@@ -93,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     report = _make(verbs.add_parser, "report", "write report.html and summary.json", "latentac report --run first")
     _add_place(report)
     report.set_defaults(command=_report)
+
+    _add_compare(verbs)
 
     serve = _make(
         verbs.add_parser,
@@ -170,6 +173,21 @@ def _make(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         **({} if factory is argparse.ArgumentParser else {"help": summary}),
     )
+
+
+def _add_compare(verbs: Any) -> None:
+    compare = _make(
+        verbs.add_parser,
+        "compare",
+        "write one page about several runs, and a table here",
+        "latentac compare first second --to compare.html",
+    )
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="two or more; the others are held against the first")
+    _add_folders(compare)
+    compare.add_argument(
+        "--to", type=Path, metavar="FILE", help="the page (default: OUTPUT/compare.html); JSON beside it"
+    )
+    compare.set_defaults(command=_compare)
 
 
 def _add_place(verb: argparse.ArgumentParser) -> None:
@@ -285,6 +303,16 @@ def _report(options: argparse.Namespace) -> None:
     working_folder(options.run, options.output)
     for path in write_report(options.run, options.store or default_store(options.output), options.output):
         print(path)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from latentac.compare import table, write_comparison
+    from latentac.workspace import default_store
+
+    store = options.store or default_store(options.output)
+    made = write_comparison(options.runs, store, options.output, options.to)
+    for line in [*table(made.content), str(made.page), str(made.numbers)]:
+        print(line)
 
 
 def _serve(options: argparse.Namespace) -> None:

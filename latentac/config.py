@@ -320,6 +320,10 @@ class Serving(Section):
     """The longest that a request may take, waiting included, in seconds."""
 
 
+class Tracker(Named):
+    """Where numbers and pictures of the training go beside TensorBoard: `mlflow`, `wandb`."""
+
+
 class Card(Section):
     """What the model card says and no run can know. What is left empty the card calls unknown, or has a default for."""
 
@@ -375,6 +379,8 @@ class Config(Section):
     """Bounds of a promotion."""
     serving: Serving = Serving()
     """The endpoint."""
+    tracking: list[Tracker] = []
+    """Where numbers and pictures of the training go beside TensorBoard."""
     card: Card = Card()
     """What the model card says and no run can know."""
 

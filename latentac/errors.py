@@ -57,12 +57,19 @@ def restore(fields: Mapping[str, Any]) -> LatentacError:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a configuration: the field's path, its value as given, what is wrong, the remedy."""
+    """One thing wrong with a configuration: the field's path, its value as given, what is wrong, the remedy.
+
+    Name and password of an address are left out of the value: problems are logged.
+    """
 
     path: str
     value: object
     problem: str
     remedy: str
+
+    def __post_init__(self) -> None:
+        if isinstance(self.value, str):
+            object.__setattr__(self, "value", re.sub(r"//[^/@\s]*:[^/@\s]*@", "//", self.value))
 
     def __str__(self) -> str:
         return f"{self.path} = {self.value!r}: {self.problem}. {self.remedy}"

@@ -16,7 +16,7 @@ from latentac.critic import Critic
 from latentac.distributed import map_blocks, noise_for, uniforms_for
 from latentac.measures import DEFINITIONS, difference, diversity, interval, intervals, median, ratio
 from latentac.policy import Policy
-from latentac.progress import progress
+from latentac.progress import Progress, progress
 from latentac.prompts import Prompt, PromptSet, balanced
 from latentac.returns import explained_variance
 from latentac.rewards.configured import ConfiguredReward
@@ -33,6 +33,11 @@ class Arm:
     scores: Scores
     values: Tensor
 
+    def first(self, count: int) -> "Arm":
+        """The first `count` pictures."""
+        scores = Scores(self.scores.rewards[:count], self.scores.names)
+        return Arm(self.images[:count], scores, self.values[:count])
+
 
 def sample(
     policy: Policy,
@@ -44,27 +49,28 @@ def sample(
     *,
     block_images: int,
     steering: Steering | None = None,
-    label: str = "sampling",
+    bar: Progress[Any] | None = None,
+    units: int = 1,
 ) -> Arm:
     """One picture a prompt. Image i has the same noise in every arm; its candidate 0 is the unsteered rollout.
 
-    block_images: so many go through the denoiser together, each with all its candidates.
+    block_images: so many go through the denoiser together, each with all its candidates. bar: of the step that this is
+    a part of; a picture counts `units` of it.
     """
     device = policy.backbone.device
     blocks = [range(start, min(start + block_images, len(prompts))) for start in range(0, len(prompts), block_images)]
 
-    with progress(len(prompts), label, "images") as bar:
+    def run(block: range) -> tuple[np.ndarray, Scores, Tensor]:
+        own = [prompts[slot] for slot in block]
+        texts = [prompt.text for prompt in own]
+        trajectory = _roll_out(policy, critic, texts, block, seed, num_steps, steering, device)
+        images = policy.backbone.decode(trajectory.clean)
+        scores = score(rewards, images, own)
+        if bar is not None:
+            bar.update(units * len(block))
+        return images, scores, trajectory.values
 
-        def run(block: range) -> tuple[np.ndarray, Scores, Tensor]:
-            own = [prompts[slot] for slot in block]
-            texts = [prompt.text for prompt in own]
-            trajectory = _roll_out(policy, critic, texts, block, seed, num_steps, steering, device)
-            images = policy.backbone.decode(trajectory.clean)
-            scores = score(rewards, images, own)
-            bar.update(len(block))
-            return images, scores, trajectory.values
-
-        parts = map_blocks(run, blocks, device)
+    parts = map_blocks(run, blocks, device)
     return Arm(
         images=np.concatenate([images for images, _, _ in parts]),
         scores=Scores(torch.cat([scores.rewards for _, scores, _ in parts]), parts[0][1].names),
@@ -103,32 +109,27 @@ def compare(
     """The policies `base`, `trained` and, where there is one, `incumbent` on held-out prompts, the categories in turn,
     the same noise for each; and `trained` on a quarter as many training prompts.
 
-    Returns the gallery and evaluation.json: {<arm>: reward -> interval, difference (trained - base),
-    incumbent_difference (trained - incumbent) and held_out_gap: reward -> interval, units, categories, critic, and
-    `contrasts`}. Intervals resample images; those of a difference of two policies resample pairs of images with the
-    same prompt and noise.
+    Returns evaluation.json and the gallery with scores.json (see `picture_scores`). evaluation.json: {<arm>: reward ->
+    interval, difference (trained - base), incumbent_difference (trained - incumbent) and held_out_gap: reward ->
+    interval, units, categories, critic, and `contrasts`}. Intervals resample images; those of a difference of two
+    policies resample pairs of images with the same prompt and noise.
     """
     settings, seed = config.evaluation, config.seed
     held_out = prompts.held_out
     chosen = [held_out[index] for index in balanced(held_out, settings.num_images, seed, "evaluation")]
     texts, steps, block = [prompt.text for prompt in chosen], config.kernel.num_steps, config.train.block_images
-    arms = {
-        name: sample(
-            policy,
-            critic if name == "trained" else None,
-            rewards,
-            chosen,
-            seed,
-            steps,
-            block_images=block,
-            label=f"evaluate {name}",
-        )
-        for name, policy in policies.items()
-    }
     seen = [prompts.train[i] for i in balanced(prompts.train, settings.num_images // 4, seed, "evaluation")]
-    fitted = sample(
-        policies["trained"], None, rewards, seen, seed, steps, block_images=block, label="evaluate on training prompts"
-    )
+    more = (settings.pictures_per_prompt - 1) * len(texts[: settings.num_diversity_prompts])
+    with progress(len(policies) * (len(texts) + more) + len(seen), "evaluate", "images") as bar:
+        arms = {}
+        for number, (name, policy) in enumerate(policies.items(), 1):
+            bar.begin(f"policy {number} of {len(policies)}: {name}")
+            watching = critic if name == "trained" else None
+            arms[name] = sample(policy, watching, rewards, chosen, seed, steps, block_images=block, bar=bar)
+        bar.begin("trained, on training prompts")
+        fitted = sample(policies["trained"], None, rewards, seen, seed, steps, block_images=block, bar=bar)
+        bar.begin("diversity and latency")
+        measured = contrasts(config, policies, texts, {name: arm.images for name, arm in arms.items()}, bar)
     trained, main = arms["trained"], config.reward_names.index(config.gate.reward)
     differences = {
         key: Scores(trained.scores.rewards - arms[name].scores.rewards, trained.scores.names)
@@ -158,14 +159,36 @@ def compare(
                 trained.values[..., main], trained.scores.rewards[:, main]
             ).tolist()
         },
-        **contrasts(config, policies, texts, {name: arm.images for name, arm in arms.items()}),
+        **measured,
     }
     count = min(settings.num_gallery_prompts, len(texts))
-    return content, gallery(config, texts[:count], {name: arm.images[:count] for name, arm in arms.items()})
+    shown = gallery(config, texts[:count], {name: arm.first(count) for name, arm in arms.items()})
+    shape = policies["trained"].backbone.latent_shape
+    return content, {**shown, "scores": picture_scores(config, texts, arms, shape)}
+
+
+def picture_scores(
+    config: Config, texts: Sequence[str], arms: Mapping[str, Arm], latent_shape: Sequence[int]
+) -> dict[str, Any]:
+    """scores.json: what each picture scored, so that two runs can be compared picture by picture.
+
+    {"prompts": texts, "noise": what it was drawn from: two runs with equal ones have the same noise for picture i,
+    "rewards": {<arm>: {<reward>: a number a picture}}}.
+    """
+    noise = {"seed": config.seed, "num_steps": config.kernel.num_steps, "latent_shape": list(latent_shape)}
+    return {"prompts": list(texts), "noise": noise, "rewards": {name: _columns(arm) for name, arm in arms.items()}}
+
+
+def _columns(arm: Arm) -> dict[str, list[float]]:
+    return {name: arm.scores.column(name).tolist() for name in arm.scores.names}
 
 
 def contrasts(
-    config: Config, policies: Mapping[str, Policy], texts: Sequence[str], images: Mapping[str, np.ndarray]
+    config: Config,
+    policies: Mapping[str, Policy],
+    texts: Sequence[str],
+    images: Mapping[str, np.ndarray],
+    bar: Progress[Any] | None = None,
 ) -> dict[str, Any]:
     """{diversity, latency, definitions} of the policies, from a few more pictures of the first prompts.
 
@@ -175,7 +198,7 @@ def contrasts(
     """
     settings, seed = config.evaluation, config.seed
     texts = texts[: settings.num_diversity_prompts]
-    more, seconds, block = _more_pictures(config, policies, texts)
+    more, seconds, block = _more_pictures(config, policies, texts, bar)
     resampling = (settings.num_bootstrap, seed)
     spread = {name: diversity(np.concatenate([images[name][: len(texts), None], more[name]], 1)) for name in policies}
     others = [name for name in policies if name != "trained"]
@@ -196,7 +219,7 @@ def contrasts(
 
 
 def _more_pictures(
-    config: Config, policies: Mapping[str, Policy], texts: Sequence[str]
+    config: Config, policies: Mapping[str, Policy], texts: Sequence[str], bar: Progress[Any] | None
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], int]:
     """The further pictures of each prompt, uint8 [P, D - 1, H, W, 3] a policy, the seconds a picture of each block of
     them [blocks], and a block's number of pictures.
@@ -212,23 +235,23 @@ def _more_pictures(
     ]
     device = next(iter(policies.values())).backbone.device
     clock = time.thread_time if device.type == "cpu" else time.perf_counter
-    with progress(len(policies) * len(draws) * len(texts), "diversity and latency", "images") as bar:
 
-        def run(block: tuple[int, int, range]) -> dict[str, tuple[np.ndarray, float]]:
-            number, draw, slots = block
-            prompts = [texts[slot] for slot in slots]
-            found = {}
-            for name in list(policies)[:: 1 if number % 2 else -1]:
-                policy, started = policies[name], clock()
-                keys = [("evaluation", slot, draw) for slot in slots]
-                noise = noise_for(keys, config.seed, config.kernel.num_steps, policy.backbone.latent_shape).to(device)
-                trajectory = rollout(policy, None, prompts, policy.backbone.encode(prompts), noise)
-                pictures = policy.backbone.decode(trajectory.clean)  # in the CPU's memory, so the device has finished
-                found[name] = pictures, (clock() - started) / len(slots)
+    def run(block: tuple[int, int, range]) -> dict[str, tuple[np.ndarray, float]]:
+        number, draw, slots = block
+        prompts = [texts[slot] for slot in slots]
+        found = {}
+        for name in list(policies)[:: 1 if number % 2 else -1]:
+            policy, started = policies[name], clock()
+            keys = [("evaluation", slot, draw) for slot in slots]
+            noise = noise_for(keys, config.seed, config.kernel.num_steps, policy.backbone.latent_shape).to(device)
+            trajectory = rollout(policy, None, prompts, policy.backbone.encode(prompts), noise)
+            pictures = policy.backbone.decode(trajectory.clean)  # in the CPU's memory, so the device has finished
+            found[name] = pictures, (clock() - started) / len(slots)
+            if bar is not None:
                 bar.update(len(slots))
-            return found
+        return found
 
-        parts = map_blocks(run, blocks, device)
+    parts = map_blocks(run, blocks, device)
     images, seconds = {}, {}
     for name in policies:
         pictures = np.concatenate([part[name][0] for part in parts])
@@ -237,13 +260,17 @@ def _more_pictures(
     return images, seconds, size
 
 
-def gallery(config: Config, texts: Sequence[str], arms: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Contact sheets by arm and their index: picture i of each sheet has prompt i and noise i of the run's seed."""
+def gallery(config: Config, texts: Sequence[str], arms: Mapping[str, Arm]) -> dict[str, Any]:
+    """Contact sheets by arm and their index: picture i of each sheet has prompt i and noise i of the run's seed.
+
+    The index has what each picture scored, {<arm>: {<reward>: a number a picture}}.
+    """
     columns = 4
-    sheets: dict[str, Any] = {name: contact_sheet(images, columns) for name, images in arms.items()}
-    size = next(iter(arms.values())).shape[1]
+    sheets: dict[str, Any] = {name: contact_sheet(arm.images, columns) for name, arm in arms.items()}
+    size = next(iter(arms.values())).images.shape[1]
     index = {"prompts": list(texts), "seeds": [f"{config.seed}/{i}" for i in range(len(texts))]}
-    return {**sheets, "index": {**index, "image_size": size, "columns": columns}}
+    scores = {name: _columns(arm) for name, arm in arms.items()}
+    return {**sheets, "index": {**index, "image_size": size, "columns": columns, "rewards": scores}}
 
 
 def contact_sheet(images: np.ndarray, columns: int) -> Image.Image:

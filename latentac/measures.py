@@ -1,12 +1,13 @@
 """What `evaluate` measures beside the rewards themselves, what each number means, and how sure it is."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import stats
 
-from latentac.types import Scores
+if TYPE_CHECKING:  # a comparison of finished runs does without torch
+    from latentac.types import Scores
 
 DEFINITIONS = {
     "diversity": "mean distance of two pictures of one prompt under different noise, 0 (equal) to 1 (black and white): "
@@ -66,7 +67,16 @@ def difference(first: np.ndarray, second: np.ndarray, num_bootstrap: int, seed: 
     return {"mean": float(_difference(first, second)), **bounds, "n": min(len(first), len(second))}
 
 
-def intervals(scores: Scores, num_bootstrap: int, seed: int) -> dict[str, dict[str, Any]]:
+def over_seeds(numbers: Sequence[float]) -> dict[str, Any]:
+    """{mean, low, high, n}: the mean of one number a seed and its 95 % interval, Student's t; no ends for one seed."""
+    count, mean = len(numbers), float(np.mean(numbers))
+    if count < 2:
+        return {"mean": mean, "low": None, "high": None, "n": count}
+    half = float(stats.t.ppf(0.975, count - 1) * np.std(numbers, ddof=1) / count**0.5)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": count}
+
+
+def intervals(scores: "Scores", num_bootstrap: int, seed: int) -> dict[str, dict[str, Any]]:
     """`interval` of every reward."""
     return {name: interval(scores.column(name).numpy(), num_bootstrap, seed) for name in scores.names}
 

@@ -1,12 +1,10 @@
-"""What each logged number means, and the TensorBoard log of a run."""
+"""What each logged number means, and the name that it has in TensorBoard, MLflow and Weights & Biases."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-import numpy as np
-from torch.utils.tensorboard import SummaryWriter
+GROUPS = ("reward", "evaluation", "policy", "critic", "time")
+"""What a name begins with, in the order in which a person wants to see them."""
 
 DEFINITIONS = {
     "reward_mean": "mean of the first trained reward over the iteration's images, in its own unit",
@@ -32,37 +30,34 @@ STEPWISE = {
 }
 """One number a denoising step, noise first."""
 
+GAIN = "evaluation/gain"
+"""What a run is judged by: trained minus base on held-out prompts, by the reward of the gate."""
 
-class TensorBoard:
-    """Scalars and pictures of a training run below `folder`. Only the leading worker keeps one."""
+_GROUP_OF = {"reward_mean": "reward", "value_loss": "critic"} | dict.fromkeys(
+    ("seconds", "rollout_seconds", "world_size"), "time"
+)
 
-    def __init__(self, folder: Path, iteration: int) -> None:
-        # What a killed run wrote beyond its last checkpoint is dropped: it will be written again.
-        self._writer = SummaryWriter(str(folder), purge_step=iteration + 1)
 
-    def write(self, entry: Mapping[str, Any]) -> None:
-        """One iteration's entry of the history."""
-        step = entry["iteration"]
-        for name in DEFINITIONS.keys() & entry.keys():
-            self._writer.add_scalar(f"train/{name}", entry[name], step)
-        for name, mean in entry["rewards"].items():
-            self._writer.add_scalar(f"rewards/{name}", mean, step)
-        for name in STEPWISE.keys() & entry.keys():
-            for index, value in enumerate(entry[name]):
-                self._writer.add_scalar(f"{name}/step_{index:02d}", value, step)
+def of_iteration(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The scalars of one iteration's entry of the history, the reward first."""
+    found = {f"reward/{name}": mean for name, mean in entry["rewards"].items()}
+    for name in DEFINITIONS:
+        if name in entry:
+            found[f"{_GROUP_OF.get(name, 'policy')}/{name}"] = entry[name]
+    for name in STEPWISE:
+        found |= {f"critic/{name}/step_{step:02d}": value for step, value in enumerate(entry.get(name, ()))}
+    return found
 
-    def write_picture(self, name: str, picture: np.ndarray, iteration: int) -> None:
-        """picture: uint8 [H, W, 3]."""
-        self._writer.add_image(name, picture, iteration, dataformats="HWC")
 
-    def flush(self) -> None:
-        """Everything written so far is in the files."""
-        self._writer.flush()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._writer.close()
+def of_evaluation(content: Mapping[str, Any], reward: str) -> dict[str, float]:
+    """The scalars of evaluation.json: the gain by the gate's `reward`, then of each reward base, trained and gain."""
+    gain = content["difference"][reward]
+    found = {GAIN: gain["mean"], f"{GAIN}_low": gain["low"], f"{GAIN}_high": gain["high"]}
+    for name in content["trained"]:
+        for figure, rows in (("base", "base"), ("trained", "trained"), ("gain", "difference")):
+            found[f"evaluation/{name}/{figure}"] = content[rows][name]["mean"]
+    for measure, value in (("kept", "ratio"), ("ratio", "median")):
+        for kind in ("diversity", "latency"):
+            for arm, row in content[kind].get(measure, {}).items():
+                found[f"evaluation/{kind}_to_{arm}"] = row[value]
+    return found

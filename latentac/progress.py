@@ -7,6 +7,7 @@ a thousand lines. So the driver names its terminal in `LATENTAC_PROGRESS`, and t
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from types import TracebackType
@@ -21,35 +22,53 @@ Item = TypeVar("Item")
 
 
 @overload
-def progress(work: int, description: str, unit: str = "it", *, disabled: bool = False) -> "Progress[int]": ...
+def progress(
+    work: int, description: str, unit: str = "units", *, done: int = 0, disabled: bool = False
+) -> "Progress[int]": ...
 @overload
 def progress(
-    work: Iterable[Item], description: str, unit: str = "it", *, disabled: bool = False
+    work: Iterable[Item], description: str, unit: str = "units", *, done: int = 0, disabled: bool = False
 ) -> "Progress[Item]": ...
 def progress(
-    work: Iterable[Any] | int, description: str, unit: str = "it", *, disabled: bool = False
+    work: Iterable[Any] | int, description: str, unit: str = "units", *, done: int = 0, disabled: bool = False
 ) -> "Progress[Any]":
     """Follow `work`: something to iterate over, or a number of units, which the caller reports with `update`.
 
     Draws on the terminal that `LATENTAC_PROGRESS` names, else on stderr if that is a terminal; else prints at most one
-    line every 10 seconds to stderr. `disabled` is for all workers but rank 0: nothing is shown.
+    line every 10 seconds to stderr. unit: in the plural. done: units of `work` that an earlier process did; they count
+    for the share, not for the rate and the time left. `disabled` is for all workers but rank 0: nothing is shown.
     """
     items = range(work) if isinstance(work, int) else work
-    return Progress(items, description, unit, disabled=disabled)
+    return Progress(items, description, unit, done=done, disabled=disabled)
 
 
 class Progress(Generic[Item]):
     """A progress display. Iterate over it, or use it as a context manager and call `update`."""
 
-    def __init__(self, items: Iterable[Item], description: str, unit: str, *, disabled: bool = False) -> None:
-        self._items = items
+    def __init__(
+        self, items: Iterable[Item], description: str, unit: str, *, done: int = 0, disabled: bool = False
+    ) -> None:
+        self._items, self._description = items, description
+        self._lock = threading.Lock()  # blocks are worked at by several threads
         total = len(items) if isinstance(items, Sized) else None
-        self._display = None if disabled else _display(total, description, unit)
+        self._display = None if disabled else _display(total, description, unit, done)
 
     def update(self, count: int = 1) -> None:
         """`count` more units are done."""
         if self._display is not None:
-            self._display.update(count)
+            with self._lock:
+                self._display.update(count)
+
+    def go_back(self, count: int) -> None:
+        """`count` units that were done have to be done again. The time that they took still counts for the rate."""
+        if self._display is not None:
+            with self._lock:
+                self._display.go_back(count)
+
+    def begin(self, part: str) -> None:
+        """Show that `part` of the work (`arm 7 of 17: resampling 4`) begins; what is left is told of the whole."""
+        if self._display is not None:
+            self._display.set_description_str(f"{self._description}, {part}" if part else self._description)
 
     def note(self, text: str) -> None:
         """Show `text` (a few figures) behind the bar."""
@@ -85,20 +104,28 @@ class _Lines:
         description: str,
         unit: str,
         file: TextIO,
+        done: int = 0,
         every: float = _LINE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total, self._description, self._unit, self._file = total, description, unit, file
         self._every, self._clock = every, clock
-        self._done, self._note = 0, ""
+        self._done, self._worked, self._note = done, 0, ""
         self._begin = self._printed = clock()
 
     def update(self, count: int) -> None:
         self._done += count
+        self._worked += count
         now = self._clock()
         if now - self._printed >= self._every:
             self._printed = now
             print(self._line(now - self._begin), file=self._file, flush=True)
+
+    def go_back(self, count: int) -> None:
+        self._done -= count
+
+    def set_description_str(self, text: str) -> None:
+        self._description = text
 
     def set_postfix_str(self, text: str) -> None:
         self._note = text
@@ -108,28 +135,44 @@ class _Lines:
 
     def _line(self, seconds: float) -> str:
         if self._total:
-            left = duration(seconds / self._done * (self._total - self._done)) if self._done else "?"
+            left = duration(seconds / self._worked * (self._total - self._done)) if self._worked else "?"
             share = f"{self._done}/{self._total} [{self._done / self._total:.0%}]  {left} left"
         else:
             share = f"{self._done} {self._unit}  {duration(seconds)}"
-        return "  ".join(part for part in (self._description, share, self._note) if part)
+        pace = rate(self._worked / seconds if seconds else None, self._unit)
+        return "  ".join(part for part in (self._description, share, pace, self._note) if part)
 
 
 class _Bar:
     """The drawn form. Owns the file it draws on if it opened it."""
 
-    def __init__(self, total: int | None, description: str, unit: str, file: TextIO) -> None:
+    def __init__(self, total: int | None, description: str, unit: str, file: TextIO, done: int = 0) -> None:
         from tqdm import tqdm  # only here: the plain form must not cost the import
+
+        class Bar(tqdm):
+            """tqdm with our rate: its own says `s/ iterations`."""
+
+            @property
+            def format_dict(self) -> dict[str, Any]:
+                found = dict(super().format_dict)
+                # The average over all that this process did; tqdm's moving one jumps where parts differ in cost.
+                worked, seconds = found["n"] - found["initial"], found["elapsed"]
+                found["rate"] = worked / seconds if worked > 0 and seconds > 0 else None
+                return {**found, "pace": rate(found["rate"], unit)}
 
         self._file = file
         width = os.get_terminal_size(file.fileno()).columns  # 0 where nobody told the terminal its size
-        self._bar = tqdm(
+        layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} " + unit + " [{elapsed}<{remaining}{postfix}] {pace}"
+        if total is None:
+            layout = "{desc}: {n_fmt} " + unit + " [{elapsed}{postfix}] {pace}"
+        self._bar = Bar(
             total=total,
             desc=description,
-            unit=f" {unit}",
+            initial=done,
             file=file,
             leave=False,
             mininterval=0.2,
+            bar_format=layout,
             dynamic_ncols=width > 0,
             ncols=None if width > 0 else 80,
         )
@@ -139,6 +182,14 @@ class _Bar:
             self._bar.update(count)
         except OSError:  # the terminal was closed, and the work goes on
             self._bar.disable = True
+
+    def go_back(self, count: int) -> None:
+        self._bar.initial -= count
+        self._bar.last_print_n -= count
+        self._bar.n -= count
+
+    def set_description_str(self, text: str) -> None:
+        self._bar.set_description_str(text, refresh=False)
 
     def set_postfix_str(self, text: str) -> None:
         self._bar.set_postfix_str(text, refresh=False)
@@ -151,11 +202,11 @@ class _Bar:
                 self._file.close()
 
 
-def _display(total: int | None, description: str, unit: str) -> _Lines | _Bar:
+def _display(total: int | None, description: str, unit: str, done: int) -> _Lines | _Bar:
     terminal = _terminal()
     if terminal is None:
-        return _Lines(total, description, unit, sys.stderr)
-    return _Bar(total, description, unit, terminal)
+        return _Lines(total, description, unit, sys.stderr, done)
+    return _Bar(total, description, unit, terminal, done)
 
 
 def _terminal() -> TextIO | None:
@@ -173,6 +224,23 @@ def _terminal() -> TextIO | None:
 
 def _open_device(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOCTTY)  # to draw on it is not to be ruled by its Ctrl-C
+
+
+def rate(per_second: float | None, unit: str) -> str:
+    """`3.2 s/iteration` where one takes longer than a second, else `41 images/s`; nothing where it is not known yet.
+
+    unit: in the plural.
+    """
+    if per_second is None or per_second <= 0:
+        return ""
+    if per_second < 1:
+        seconds = 1 / per_second
+        return (
+            f"{seconds:.0f} s/{unit.removesuffix('s')}"
+            if seconds >= 100
+            else f"{seconds:.1f} s/{unit.removesuffix('s')}"
+        )
+    return f"{per_second:.0f} {unit}/s" if per_second >= 10 else f"{per_second:.1f} {unit}/s"
 
 
 def duration(seconds: float) -> str:

@@ -21,6 +21,7 @@ from latentac.kernels import KERNELS
 from latentac.rewards import REWARDS
 from latentac.rewards.configured import ConfiguredReward, load_rewards
 from latentac.steering import STEERING, SteeringSettings
+from latentac.tracking import TRACKERS, missing_packages
 from latentac.validation import examine
 
 TABLES: dict[str, Table] = {
@@ -30,6 +31,7 @@ TABLES: dict[str, Table] = {
     "algorithm": ALGORITHMS,
     "critic.body": BODIES,
     "steering.methods": STEERING,
+    "tracking": TRACKERS,
 }
 """Path in the configuration -> the table whose rows can stand there."""
 
@@ -40,6 +42,7 @@ _MEMBERS = {
     "algorithm": ("credit", "loss"),
     "critic.body": ("features", "forward"),
     "steering.methods": ("needs_gradient", "steps", "begin", "select"),
+    "tracking": ("start", "log", "image", "finish"),
 }
 """What a class of each table must have. What is set when it is built is checked there."""
 
@@ -99,6 +102,7 @@ class _Resolver:
                 "kernel": self._filled("kernel", config.kernel),
                 "rewards": [self._filled("rewards", one, index) for index, one in enumerate(config.rewards)],
                 "algorithm": self._filled("algorithm", config.algorithm),
+                "tracking": [self._filled("tracking", one, index) for index, one in enumerate(config.tracking)],
                 "critic": config.critic.model_copy(update={"body": self._filled("critic.body", config.critic.body)}),
                 "steering": config.steering.model_copy(
                     update={
@@ -110,6 +114,7 @@ class _Resolver:
                 ),
             }
         )
+        self.problems += missing_packages(filled)
         self._check_sampling(filled)
         self._check_algorithm(filled)
         methods = self._methods(filled)

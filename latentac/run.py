@@ -11,7 +11,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +109,7 @@ def evaluate(run: str, store: str, output: str) -> Manifest:
     def work(space: Workspace, folder: Path) -> dict[str, Any]:
         from latentac.evaluation import compare
         from latentac.incumbent import load_incumbent
+        from latentac.metrics import of_evaluation
 
         policies = {"base": space.base_policy(), "trained": space.trained_policy()}
         incumbent = load_incumbent(space, policies["base"])
@@ -120,6 +121,7 @@ def evaluate(run: str, store: str, output: str) -> Manifest:
         _write(folder / "evaluation.json", {**content, "production": incumbent.to_dict()})
         _write_gallery(folder, sheets)
         reward = space.config.gate.reward
+        _track(space, of_evaluation(content, reward))
         figures = {arm: content[arm][reward]["mean"] for arm in policies}
         figures |= {"gain": content["difference"][reward]["mean"], "gain_low": content["difference"][reward]["low"]}
         for arm in policies.keys() - {"trained"}:
@@ -408,15 +410,35 @@ def _write_finish(run: str, store: str, output: str, folder: Path) -> None:
     (folder / "card.md").write_text(model_card(json.loads(summary.read_text())), encoding="utf-8")
 
 
+def _track(space: Workspace, scalars: Mapping[str, float]) -> None:
+    """The numbers of the evaluation, to where those of the training are, at the last iteration."""
+    from latentac.hyperparameters import hyperparameters
+    from latentac.tracking import Tracker, make_trackers, tracking
+    from latentac.tracking.tensorboard import TensorBoard, all_but_evaluation
+
+    folder, copies = space.folder / "tensorboard", f"tensorboard/{space.run}"
+    if not folder.exists():  # another machine has trained
+        space.store.read_files(copies, folder)
+    board = TensorBoard(folder, all_but_evaluation)
+    trackers: list[Tracker] = [board, *make_trackers(space.config, space.folder)]
+    iteration = int(space.store.manifest(f"{space.run}/train").metrics["iterations"])
+    with tracking(trackers, space.run, hyperparameters(space.config)):
+        for tracker in trackers:
+            tracker.log(iteration, scalars)
+    space.store.write_files(folder, copies, exact=board.rewritten)
+
+
 def _write(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _write_gallery(folder: Path, sheets: dict[str, Any]) -> None:
-    """`sheets`: arm -> contact sheet, and "index" -> what gallery.json says of them."""
+    """`sheets`: arm -> contact sheet, "index" -> what gallery.json says of them, and "scores" -> scores.json."""
     (folder / "gallery").mkdir()
     for name, sheet in sheets.items():
         if name == "index":
             _write(folder / "gallery" / "gallery.json", sheet)
+        elif name == "scores":
+            _write(folder / "scores.json", sheet)
         else:
             sheet.save(folder / "gallery" / f"{name}.png")

@@ -16,10 +16,12 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from latentac import failures
@@ -30,11 +32,15 @@ from latentac.distributed import Mesh, PeerLost
 from latentac.errors import ArtifactNotFound, Diverged, IntegrityError, LatentacError, StoreError, expected
 from latentac.learning import Replay
 from latentac.lifetime import run_lock
+from latentac.metrics import of_iteration
 from latentac.progress import progress
 from latentac.readme import write_trained
 from latentac.store import open_store
 from latentac.trainer import Trainer
 from latentac.workspace import Workspace, open_run
+
+if TYPE_CHECKING:
+    from latentac.tracking import Background, Tracker
 
 STOPPED = 143
 """Exit code of a worker that was asked to end and wrote its checkpoint first; the agent starts it anew or ends too."""
@@ -115,13 +121,11 @@ def work(space: Workspace, position: Position) -> bool:
     with contextlib.ExitStack() as stack:
         log = None
         if mesh.leads:
-            from latentac.metrics import TensorBoard  # slow to import, and one worker's affair
-
             stack.enter_context(run_lock(space.folder / "train.lock"))
-            log = stack.enter_context(TensorBoard(space.folder / "tensorboard", trainer.iteration))
+            log = stack.enter_context(Log.open(space, trainer))
         total = space.config.train.num_iterations
-        bar = stack.enter_context(progress(total, "train", "iterations", disabled=not mesh.leads))
-        bar.update(trainer.iteration)
+        done = trainer.iteration
+        bar = stack.enter_context(progress(total, "train", "iterations", done=done, disabled=not mesh.leads))
         position.watch()
         while not trainer.finished:
             position.iteration = trainer.iteration + 1
@@ -130,7 +134,9 @@ def work(space: Workspace, position: Position) -> bool:
             except Diverged as error:
                 reached = trainer.iteration
                 trainer = _go_back(space, mesh, trainer, error)
-                bar.update(trainer.iteration - reached)
+                if log is not None:
+                    log.go_back(trainer)
+                bar.go_back(reached - trainer.iteration)
                 continue
             position.stop = mesh.any(position.stop)  # all of them after the same iteration, or none
             bar.update()
@@ -139,15 +145,69 @@ def work(space: Workspace, position: Position) -> bool:
                 log.write(entry)
                 last = trainer.finished or position.stop
                 if last or trainer.iteration % space.config.train.checkpoint_every == 0:
-                    log.write_picture("rollouts", trainer.last_pictures(), trainer.iteration)
-                    log.flush()
+                    log.write_picture(trainer.last_pictures(), trainer.iteration)
                     _checkpoint(space, trainer)
-                    space.store.write_files(space.folder / "tensorboard", f"tensorboard/{space.run}")
+                    log.publish()
             if position.stop and not trainer.finished:
                 return False
         if mesh.leads:
             _publish(space, trainer, time.monotonic() - started)
     return True
+
+
+class Log:
+    """What the leading worker tells of the training: TensorBoard's files, here and in the store, and other trackers."""
+
+    def __init__(self, space: Workspace, trackers: "Sequence[Background]") -> None:
+        self._space, self._trackers = space, trackers
+        self._folder, self._copies = space.folder / "tensorboard", f"tensorboard/{space.run}"
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, space: Workspace, trainer: Trainer) -> "Iterator[Log]":
+        from latentac.hyperparameters import hyperparameters
+        from latentac.tracking import make_trackers, tracking
+
+        trackers = make_trackers(space.config, space.folder)
+        log = cls(space, trackers)
+        if trainer.history and not log._folder.exists():  # another pod has trained so far
+            space.store.read_files(log._copies, log._folder)
+        log._open_board(trainer)
+        try:
+            with tracking(trackers, space.run, hyperparameters(space.config)):
+                yield log
+        finally:
+            log._board.finish()
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """One iteration's entry of the history."""
+        for tracker in self._everywhere():
+            tracker.log(entry["iteration"], of_iteration(entry))
+
+    def write_picture(self, picture: np.ndarray, iteration: int) -> None:
+        for tracker in self._everywhere():
+            tracker.image("rollouts", iteration, picture)
+
+    def publish(self) -> None:
+        """Put TensorBoard's files into the store."""
+        self._board.flush()
+        self._space.store.write_files(self._folder, self._copies, exact=self._board.rewritten)
+
+    def go_back(self, trainer: Trainer) -> None:
+        """Training went back to a checkpoint: what it will do again is taken out."""
+        self._board.finish()
+        self._open_board(trainer)
+
+    def _everywhere(self) -> "list[Tracker]":
+        return [self._board, *self._trackers]
+
+    def _open_board(self, trainer: Trainer) -> None:
+        from latentac.tracking.tensorboard import TensorBoard, until
+
+        self._board = TensorBoard(self._folder, until(trainer.iteration))
+        for entry in trainer.history:  # a kill may have lost what the checkpoint has
+            if entry["iteration"] not in self._board.steps:
+                self._board.log(entry["iteration"], of_iteration(entry))
 
 
 def _make_trainer(space: Workspace, mesh: Mesh) -> Trainer:

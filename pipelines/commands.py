@@ -259,6 +259,11 @@ def _settings(options: argparse.Namespace) -> "Cluster":
     return settings
 
 
+def cluster_settings(words: list[str]) -> "Cluster":
+    """The settings of the release that the options of `submit` name."""
+    return _settings(_parser().parse_args(["submit", *words]))
+
+
 def _uploaded(service: "Service", settings: "Cluster", *, own_id: bool = False) -> tuple[str, str]:
     from pipelines.cluster import compile_pipeline
     from pipelines.pipeline import NAME

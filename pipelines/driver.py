@@ -174,8 +174,9 @@ def _failure(folder: Path, console: Console) -> StepFailed:
 def _conclude(run: str, request: Request, output: Path, way: Way, console: Console) -> None:
     """Check that the graph did what the gate decided, write the report anew with all timings, print where to look."""
     from latentac.commands import typed
-    from latentac.report import write_report
+    from latentac.report import next_commands, write_report
     from latentac.store import open_store
+    from pipelines.request import known_runs
 
     decision = open_store(way.store).manifest(f"{run}/gate").metrics["decision"]
     # kfp.local calls a pipeline successful that skipped a branch for a reason of its own
@@ -196,6 +197,12 @@ def _conclude(run: str, request: Request, output: Path, way: Way, console: Conso
         else:
             lines.append(f"look at  {typed('serve', *place)}")
             lines.append(f"judge    {typed('gate', *place, '--dry-run', '--set', 'gate.FIELD=VALUE')}")
+    commands = next_commands(run, way.store, str(output))
+    if (output / run / "tensorboard").exists():
+        lines.append(f"curves   {commands['tensorboard']}")
+    others = [other for other in known_runs(output) if other != run and (output / other / "summary.json").exists()]
+    if others and way.keep:
+        lines.append(f"compare  {commands['compare'].replace('ANOTHER-RUN', others[0])}")
     for line in lines:
         console.say(line)
 

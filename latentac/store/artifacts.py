@@ -194,11 +194,11 @@ class Store:
         """Keys of all plain objects below `prefix`, sorted."""
         return sorted(name for name in self._backend.names(f"{self._key(prefix)}/") if is_key(name))
 
-    def write_files(self, folder: Path | str, prefix: str) -> None:
+    def write_files(self, folder: Path | str, prefix: str, *, exact: bool = False) -> None:
         """Copies what lies below `folder` to plain objects `<prefix>/<path>`, for readers that know no manifests.
 
         For files that only grow (event files): one whose size this Store has sent already is not sent again. Objects
-        that the folder does not have stay.
+        that the folder does not have stay, unless it is to be `exact`.
         """
         self._key(prefix)
         for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
@@ -206,6 +206,17 @@ class Store:
             if self._sent.get(name) != len(data):
                 self._put(name, data)
                 self._sent[name] = len(data)
+        for name in self._backend.names(f"{prefix}/") if exact else ():
+            if not (Path(folder) / name.removeprefix(f"{prefix}/")).is_file():
+                self._backend.remove(name)
+
+    def read_files(self, prefix: str, folder: Path | str) -> None:
+        """Copies the plain objects `<prefix>/<path>` to `folder`: what `write_files` has written."""
+        self._key(prefix)
+        for name in self._backend.names(f"{prefix}/"):
+            target = Path(folder) / name.removeprefix(f"{prefix}/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(self._get(name, "Try again"))
 
     def probe(self) -> None:
         """Writes, reads back and removes an object, with few retries, to fail within seconds if the store would."""

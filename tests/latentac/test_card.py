@@ -11,7 +11,7 @@ from latentac.card import base_model, folder_card, model_card, sections, use_sec
 from latentac.config import Card, Config
 from latentac.recipes import RECIPES
 from latentac.resolution import resolve_all
-from tests.latentac.test_report import PROMPTS, STEPS, contents, publish
+from tests.latentac.published import PROMPTS, STEPS, contents, publish
 
 TEXTS = {"data": "the embedded world's captions", "intended_use": "to try *things*", "limits": "32 pixels"}
 

@@ -9,7 +9,7 @@ from latentac.card import model_card
 from latentac.cli import main
 from latentac.run import finish
 from latentac.store import Store
-from tests.latentac.test_report import PROMPTS, STEPS, contents, publish
+from tests.latentac.published import PROMPTS, STEPS, contents, publish
 
 FILES = ["card.md", "report.html", "summary.json"]
 

@@ -2,23 +2,33 @@
 
 import json
 import math
-import random
 import re
-from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from latentac.errors import ArtifactNotFound, IntegrityError
-from latentac.report import gate_reasons, numbers, step_page, write_report
-from latentac.store import Manifest, Store, open_store
+from latentac.report import gate_reasons, next_commands, numbers, step_page, write_report
+from latentac.store import open_store
+from tests.latentac.published import (
+    EVALUATION,
+    PROMPTS,
+    STEPS,
+    VERSION,
+    Page,
+    contents,
+    gallery,
+    history,
+    interval,
+    leaves,
+    make,
+    publish,
+    steering,
+    with_incumbent,
+)
 
-SECONDS = {"prepare": 4.2, "pretrain-value": 38.5, "train": 331.0, "evaluate": 41.7, "steer": 48.9, "gate": 0.9}
-SECONDS["deploy"] = 23.8
-STEPS = tuple(SECONDS)
 SECTIONS = (
     "galleries",
     "rewards",
@@ -35,245 +45,6 @@ KEYS = (
     *("run", "recipe", "seed", "commit", "created", "machine", "versions", "settings", "seconds", "evaluation"),
     *("gallery", "critic", "training", "steering", "steered", "gate", "serving", "notes"),
 )
-SETTINGS = {
-    "recipe": "shapes-unet",
-    "seed": 7,
-    "backbone": {"use": "unet", "source": "builtin:shapes-unet", "device": "auto"},
-    "kernel": {"use": "ddim", "num_steps": 10, "noise": 1.0},
-    "rewards": [{"use": "shapes_verifier", "weight": 1.0}, {"use": "jpeg_compressibility", "weight": 0.0}],
-    "policy": {"adaptation": "full", "learning_rate": 6e-05, "warmup_updates": 20},
-    "steering": {
-        "num_images": 256,
-        "gradient_strengths": [0.0, 1.0, 2.0, 4.0],
-        "candidates": [2, 4, 8],
-        "strengths": {"value_gradient": 2.0, "resampling": 20.0},
-    },
-    "gate": {"reward": "shapes_verifier", "min_gain": 0.05, "min_lower_bound": 0.0},
-}
-ENVIRONMENT = {
-    "commit": "3f1c2a9d5e7b8c6a4f0e1d2c3b4a5968778695a4",
-    "machine": {
-        "cpu": "Example CPU @ 2.60GHz",
-        "cores": 2,
-        "memory_gib": 23.4,
-        "gpu": None,
-        "platform": "Linux x86_64",
-    },
-    "versions": {"python": "3.11.7", "torch": "2.13.0", "diffusers": "0.42.1"},
-}
-PROMPTS = [
-    "a red circle",
-    "three blue squares",
-    "a green triangle left of a yellow circle",
-    "a magenta square and a cyan circle",
-    "two yellow triangles",
-    "a blue circle above a red square",
-    "a cyan triangle",
-    "four green circles",
-]
-
-
-def interval(mean: float, half: float, n: int = 1024, name: str = "mean") -> dict[str, Any]:
-    return {name: mean, "low": mean - half, "high": mean + half, "n": n}
-
-
-EVALUATION = {
-    "base": {"shapes_verifier": interval(0.3906, 0.0299), "jpeg_compressibility": interval(-1.0932, 0.0081)},
-    "trained": {"shapes_verifier": interval(0.6123, 0.0301), "jpeg_compressibility": interval(-1.1217, 0.0078)},
-    "difference": {"shapes_verifier": interval(0.2217, 0.0369), "jpeg_compressibility": interval(-0.0285, 0.0064)},
-    "units": {
-        "shapes_verifier": "share of pictures that show exactly what their caption says (0 or 1 a picture)",
-        "jpeg_compressibility": "minus kB (1000 bytes) of the JPEG file at quality 95",
-    },
-    "categories": {
-        "one_object": {"base": 0.588, "trained": 0.871},
-        "counting": {"base": 0.502, "trained": 0.747},
-        "relation": {"base": 0.081, "trained": 0.218},
-    },
-    "critic": {"explained_variance": [0.04, 0.08, 0.13, 0.19, 0.25, 0.3, 0.345, 0.38, 0.4, 0.41]},
-    "production": {"version": None, "sha256": None, "problem": ""},
-    "held_out_gap": {
-        "shapes_verifier": interval(0.0187, 0.0544, 256),
-        "jpeg_compressibility": interval(0.002, 0.011, 256),
-    },
-    "diversity": {
-        "base": interval(0.2217, 0.011, 32),
-        "trained": interval(0.2209, 0.012, 32),
-        "difference": {"base": interval(-0.0008, 0.005, 32)},
-        "kept": {"base": interval(0.9964, 0.023, 32, "ratio")},
-    },
-    "latency": {
-        "base": interval(0.0213, 0.0019, 24, "median"),
-        "trained": interval(0.0216, 0.0018, 24, "median"),
-        "ratio": {"base": interval(1.0142, 0.031, 24, "median")},
-        "block_images": 4,
-    },
-    "definitions": {"diversity": "mean distance, 0 to 1", "latency": "seconds a picture"},
-}
-VERSION = "run-0-9c1f22ab"
-
-
-def with_incumbent(files: dict[str, Any]) -> None:
-    """`files` of a run that found another run's model in production."""
-    measured: dict[str, Any] = json.loads(json.dumps(EVALUATION))
-    names = ("shapes_verifier", "jpeg_compressibility")
-    measured["incumbent"] = dict(zip(names, (interval(0.5711, 0.0305), interval(-1.1104, 0.0079)), strict=True))
-    measured["incumbent_difference"] = dict(
-        zip(names, (interval(0.0412, 0.0333), interval(-0.0113, 0.0051)), strict=True)
-    )
-    for arms in measured["categories"].values():
-        arms["incumbent"] = 0.345
-    measured["production"] = {"version": VERSION, "sha256": "0" * 64, "problem": ""}
-    measured["diversity"]["incumbent"] = interval(0.2244, 0.013, 32)
-    measured["diversity"]["difference"]["incumbent"] = interval(-0.0035, 0.006, 32)
-    measured["diversity"]["kept"]["incumbent"] = interval(0.9844, 0.025, 32, "ratio")
-    measured["latency"]["incumbent"] = interval(0.0219, 0.0021, 24, "median")
-    measured["latency"]["ratio"]["incumbent"] = interval(0.9863, 0.029, 24, "median")
-    files["evaluate"] |= {"evaluation.json": measured, "gallery/incumbent.png": 5}
-
-
-def history(num_iterations: int) -> list[dict[str, Any]]:
-    noise = random.Random(1)
-    rows = []
-    for iteration in range(1, num_iterations + 1):
-        reward = 0.39 + 0.25 * (1 - math.exp(-iteration / 18)) + noise.gauss(0, 0.022)
-        rows.append(
-            {
-                "iteration": iteration,
-                "images": 256 * iteration,
-                "reward_mean": reward,
-                "rewards": {"shapes_verifier": reward, "jpeg_compressibility": -1.09 - 0.0009 * iteration},
-                "kl": 0.0021 * min(1, iteration / 6) * noise.uniform(0.7, 1.4),
-                "clip_share": 0.19 * min(1, iteration / 5) * noise.uniform(0.8, 1.2),
-                "explained_variance": [0.03 * step for step in range(10)],
-                "seconds": noise.uniform(7, 9),
-                "gradient_norm": 0.4,
-            }
-        )
-    return rows
-
-
-def steering() -> list[dict[str, Any]]:
-    arms = [("value_gradient", 0.0, 1, 10, 0.61), ("value_gradient", 1.0, 1, 30, 0.637)]
-    arms += [("value_gradient", 2.0, 1, 30, 0.668), ("value_gradient", 4.0, 1, 30, 0.641)]
-    arms += [("best_of_n", 0.0, 2, 20, 0.652), ("best_of_n", 0.0, 4, 40, 0.691), ("best_of_n", 0.0, 8, 80, 0.712)]
-    return [
-        {"method": method, "strength": strength, "candidates": candidates, "nfe": nfe, "reward": reward}
-        | interval(mean if reward == "shapes_verifier" else -1.1 - mean / 100, 0.057 if mean else 0.01, 256)
-        | {"seconds": 0.31 * nfe, "diversity": 0.42}
-        for method, strength, candidates, nfe, mean in arms
-        for reward in ("shapes_verifier", "jpeg_compressibility")
-    ]
-
-
-def gallery(prompts: list[str]) -> dict[str, Any]:
-    return {"prompts": prompts, "seeds": [f"7/{i}" for i in range(len(prompts))], "image_size": 32, "columns": 4}
-
-
-def draw_sheet(path: Path, count: int, seed: int) -> None:
-    """A contact sheet of `count` pictures of 32 x 32, 4 a row: a shape each."""
-    colours, numbers = ["#f33", "#3c5", "#46f", "#fd3", "#d4d", "#3cd"], random.Random(seed)
-    sheet = Image.new("RGB", (4 * 32, math.ceil(count / 4) * 32), "#13141b")
-    draw = ImageDraw.Draw(sheet)
-    for index in range(count):
-        x, y, size = index % 4 * 32 + numbers.randint(2, 12), index // 4 * 32 + numbers.randint(2, 12), 14
-        shape = draw.ellipse if index % 2 else draw.rectangle
-        shape((x, y, x + size, y + size), fill=numbers.choice(colours))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-
-
-def contents(prompts: list[str]) -> dict[str, dict[str, Any]]:
-    """What a complete run publishes: step -> file -> JSON, or the seed of a contact sheet."""
-    return {
-        "prepare": {"config.json": SETTINGS, "environment.json": ENVIRONMENT},
-        "pretrain-value": {
-            "metrics.json": {
-                "explained_variance": [0.03, 0.06, 0.1, 0.15, 0.2, 0.24, 0.28, 0.3, 0.32, 0.33],
-                "history": [],
-            }
-        },
-        "train": {"history.json": history(40)},
-        "evaluate": {
-            "evaluation.json": EVALUATION,
-            "gallery/gallery.json": gallery(prompts),
-            "gallery/base.png": 1,
-            "gallery/trained.png": 2,
-        },
-        "steer": {
-            "steering.json": steering(),
-            "gallery/gallery.json": gallery(prompts),
-            "gallery/steered.png": 3,
-        },
-        "gate": {
-            "gate.json": {
-                "decision": "promote",
-                "reasons": ["shapes_verifier gained 0.222, its interval's lower end 0.185 is above 0"],
-                "checks": [
-                    {"name": "gain", "value": 0.2217, "relation": "at least", "bound": 0.05, "passed": True},
-                    {"name": "low end", "value": 0.1848, "relation": "at least", "bound": 0.0, "passed": True},
-                    {"name": "production", "value": "none", "relation": "is", "bound": "none", "passed": True},
-                ],
-            },
-            "reasons.md": "# Promoted",
-        },
-        "deploy": {
-            "deployment.json": {
-                "version": "run-1-3f1c2a9d",
-                "endpoint": "http://127.0.0.1:8085/v1/models/latentac:predict",
-                "picture_sha256": "9b74c9897bac770ffc029102a200c5de7b1b1d2a7c3e8f0b6a5d4c3b2a190807",
-                "seconds": 21.4,
-                "request": {"instances": [{"prompt": "a red circle", "seed": 7, "strength": 2.0}]},
-            },
-            "picture.png": 4,
-        },
-    }
-
-
-def publish(folder: Path, files: dict[str, dict[str, Any]], prompts: list[str]) -> tuple[Store, str]:
-    """Publishes `files` of run `run-1` as its steps would, and the driver's timings. Gives the store and its URL."""
-    url = f"file://{folder}/runs/store"
-    store = open_store(url)
-    parents: list[Manifest] = []
-    for step, content in files.items():
-        source = folder / "work" / step
-        for name, value in content.items():
-            path = source / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == ".md":
-                path.write_text(value)
-            elif path.suffix == ".png":
-                draw_sheet(path, 1 if path.name == "picture.png" else len(prompts), value)
-            else:
-                path.write_text(json.dumps(value))
-        metrics = {"seconds": SECONDS[step]}
-        manifest = store.publish(
-            f"run-1/{step}", source, run="run-1", step=step, config_hash="c", parents=parents, metrics=metrics
-        )
-        parents = [manifest]
-    return store, url
-
-
-def make(
-    folder: Path,
-    last: str = "deploy",
-    change: Callable[[dict[str, Any]], object] = lambda files: None,
-    prompts: list[str] = PROMPTS,
-) -> tuple[str, dict[str, Any]]:
-    """Publishes a run, changed by `change`, up to the step `last`; gives the page and the summary of its report."""
-    files = contents(prompts)
-    change(files)
-    files = {step: files[step] for step in STEPS[: STEPS.index(last) + 1]}
-    _, url = publish(folder, files, prompts)
-    (folder / "runs" / "run-1").mkdir(parents=True, exist_ok=True)
-    timings = {
-        "stages": {step: 5 + SECONDS[step] for step in files},
-        "total": 5.6 + sum(5 + SECONDS[step] for step in files),
-    }
-    (folder / "runs" / "run-1" / "timings.json").write_text(json.dumps(timings))
-    page, summary = write_report("run-1", url, str(folder / "runs"))
-    assert (page.name, summary.name) == ("report.html", "summary.json")
-    return page.read_text(), json.loads(summary.read_text(), parse_constant=pytest.fail)
 
 
 @pytest.fixture(scope="module")
@@ -285,59 +56,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def complete(folder: Path) -> tuple[str, dict[str, Any]]:
     """Page and summary of a complete run, for the tests that only read them."""
     return make(folder)
-
-
-class Page(HTMLParser):
-    """What a reader of the page finds: its text outside of charts, addresses, ids and sections."""
-
-    VOID = frozenset(("meta", "img", "br", "wbr"))
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.addresses: list[str] = []
-        self.ids: list[str] = []
-        self.images: list[dict[str, str | None]] = []
-        self.charts = 0
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        found = dict(attributes)
-        self.addresses += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href", "action")]
-        self.ids += [found["id"] or ""] if "id" in found else []
-        self.images += [found] if tag == "img" else []
-        self.charts += tag == "svg" and found.get("role") == "img" and bool(found.get("aria-label"))
-        assert tag not in ("script", "iframe", "object", "embed", "form")
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attributes)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, text: str) -> None:
-        if not {"svg", "style", "title"} & set(self.open):
-            self.words.append(text)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.words))  # no-break spaces become plain ones
-
-
-def leaves(value: Any) -> Iterator[Any]:
-    """Everything in nested JSON that is not a container; of a dictionary the names too."""
-    if isinstance(value, dict | list):
-        for item in [*value, *value.values()] if isinstance(value, dict) else value:
-            yield from leaves(item)
-    else:
-        yield value
 
 
 def check_evaluation(evaluation: dict[str, Any]) -> None:
@@ -380,7 +98,7 @@ def check_schema(summary: dict[str, Any]) -> None:
     assert all(isinstance(value, number) for value in summary["seconds"].values())
     if summary["evaluation"] is not None:
         check_evaluation(summary["evaluation"])
-        assert set(summary["gallery"]) == {"prompts", "seeds", "image_size", "columns"}
+        assert set(summary["gallery"]) == {"prompts", "seeds", "image_size", "columns", "reward", "binary", "scores"}
     assert set(summary["critic"]) == {"explained_variance", "explained_variance_trained"}
     for values in summary["critic"].values():
         assert values is None or all(isinstance(value, number) for value in values)
@@ -423,7 +141,7 @@ def test_every_number_that_the_page_shows_is_in_the_summary(complete: tuple[str,
     """Without the summary's strings, each number of the page is one of the summary's, rounded or as it is."""
     text, summary = complete
     known = {*leaves(summary), summary["created"].replace("T", " ").removesuffix("+00:00")}
-    rest = re.sub(r"--(output|store) \S+", " ", Page(text).text)  # where this test's folder is
+    rest = re.sub(r"--(output|store|logdir) \S+", " ", Page(text).text)  # where this test's folder is
     for words in sorted((leaf for leaf in known if isinstance(leaf, str)), key=len, reverse=True):
         rest = rest.replace(words, " ")
     values = [abs(leaf) for leaf in known if isinstance(leaf, int | float)]
@@ -470,11 +188,52 @@ def test_pictures_stand_under_their_prompt(complete: tuple[str, dict[str, Any]],
     for place in range(len(PROMPTS)):
         for column, (arm, step) in enumerate((("base", "evaluate"), ("trained", "evaluate"), ("steered", "steer"))):
             shown = images[3 * place + column]
-            assert shown["alt"] == f"{PROMPTS[place]}, by the {arm} model"
+            right = "right" if place % (3 if arm == "base" else 2) == 0 else "wrong"
+            assert shown["alt"] == f"{PROMPTS[place]}, by the {arm} model: {right}"
             data = base64.b64decode((shown["src"] or "").partition(",")[2])
             left, top = place % 4 * 32, place // 4 * 32
             sheet = Image.open(folder / "work" / step / "gallery" / f"{arm}.png")
             assert Image.open(io.BytesIO(data)).tobytes() == sheet.crop((left, top, left + 32, top + 32)).tobytes()
+
+
+def test_each_picture_is_marked_right_or_wrong(complete: tuple[str, dict[str, Any]]) -> None:
+    """A 0/1 reward gives a tick or a cross and the word, for every arm; the words do without colour and sign."""
+    text, summary = complete
+    assert summary["gallery"]["binary"] is True
+    assert summary["gallery"]["reward"] == "shapes_verifier"
+    assert set(summary["gallery"]["scores"]) == {"base", "trained", "steered"}
+    marks = re.findall(r"<figcaption>(\w+) <span class=\"mark (good|bad)\">(.*?)</figcaption>", text)
+    assert len(marks) == 3 * len(PROMPTS)
+    assert marks[0] == ("base", "good", '<span aria-hidden="true">✓</span> right</span>')
+    assert marks[3] == ("base", "bad", '<span aria-hidden="true">✗</span> wrong</span>')
+    assert all(("right" in shown) == (colour == "good") for _, colour, shown in marks)
+    assert "Each picture is marked ✓ right or ✗ wrong by shapes_verifier" in Page(text).text
+
+
+def test_a_reward_that_is_no_yes_or_no_shows_its_value(tmp_path: Path) -> None:
+    """One score between 0 and 1 among all that were evaluated, and none of the pictures is called right or wrong."""
+
+    def rate(files: dict[str, Any]) -> None:
+        files["evaluate"]["scores.json"]["rewards"]["base"]["shapes_verifier"][-1] = 0.25
+
+    text, summary = make(tmp_path, "evaluate", rate)
+    assert summary["gallery"]["binary"] is False
+    assert '<figcaption>base <span class="mark">1</span></figcaption>' in text
+    assert 'alt="a red circle, by the base model: shapes_verifier 1"' in text
+    assert "right" not in Page(text).text
+
+
+def test_a_gallery_without_scores_has_no_marks(tmp_path: Path) -> None:
+    """Artifacts of an earlier version show their pictures as before."""
+
+    def forget(files: dict[str, Any]) -> None:
+        del files["evaluate"]["scores.json"], files["steer"]
+        del files["evaluate"]["gallery/gallery.json"]["rewards"]
+
+    text, summary = make(tmp_path, "evaluate", forget)
+    assert summary["gallery"]["scores"] == {}
+    assert 'class="mark' not in text
+    assert 'alt="a red circle, by the base model"' in text
 
 
 @pytest.mark.parametrize("last", ["prepare", "train", "evaluate", "gate"])
@@ -542,7 +301,8 @@ def test_the_model_in_production_stands_beside_the_others(tmp_path: Path) -> Non
     page = Page(text)
     assert len(page.images) == 4 * len(PROMPTS) + 1
     assert [image["alt"] for image in page.images[:4]] == [
-        f"{PROMPTS[0]}, by the {arm} model" for arm in ("base", "incumbent", "trained", "steered")
+        f"{PROMPTS[0]}, by the {arm} model{mark}"
+        for arm, mark in (("base", ": right"), ("incumbent", ""), ("trained", ": right"), ("steered", ": right"))
     ]
     assert f"Against the model in production, {VERSION} , the change is +0.041 (+0.008 to +0.075)" in page.text
     assert "0.571 0.541 to 0.602" in page.text
@@ -637,7 +397,7 @@ def test_words_from_outside_are_escaped(tmp_path: Path) -> None:
     assert "<script" not in text
     page = Page(text)
     assert page.text.count('<script>alert("x")</script>') == 2
-    assert page.images[0]["alt"] == f"{evil}, by the base model"
+    assert page.images[0]["alt"] == f"{evil}, by the base model: right"
 
 
 def test_seconds_are_the_drivers_or_the_manifests(tmp_path: Path) -> None:
@@ -666,6 +426,16 @@ def test_the_way_to_serve_names_what_is_not_default(complete: tuple[str, dict[st
     """The command as printed finds the run again, wherever it was written."""
     text, _ = complete
     assert f" serve --run run-1 --output {folder}/runs</pre>" in text
+
+
+def test_tensorboard_and_the_comparison_are_named_as_they_are_typed(tmp_path: Path) -> None:
+    """In the report and in what the terminal tells: with the folder, and with a store that is not the folder's own."""
+    page, _ = make(tmp_path, "train")
+    assert f"tensorboard --logdir {tmp_path}/runs/run-1/tensorboard" in page
+    assert f" compare run-1 ANOTHER-RUN --output {tmp_path}/runs</pre>" in page
+    commands = next_commands("run-1", "s3://bucket/prefix", "runs")
+    assert commands["tensorboard"].endswith("tensorboard --logdir runs/run-1/tensorboard")
+    assert commands["compare"].endswith(" compare run-1 ANOTHER-RUN --store s3://bucket/prefix")
 
 
 def test_a_run_without_artifacts_is_refused(tmp_path: Path) -> None:

@@ -129,6 +129,9 @@ def test_run_ends_by_telling_where_to_look(reference: tuple[str, Path, str]) -> 
     (served,) = re.findall(r"^serve    (.*latentac serve .*)$", text, re.MULTILINE)
     assert shlex.split(served)[1:] == ["serve", "--run", run, "--output", str(output)]
     assert shutil.which(shlex.split(served)[0])
+    assert re.search(
+        rf"^curves   .*tensorboard --logdir {re.escape(str(output / run))}/tensorboard$", text, re.MULTILINE
+    )
     assert "KFP" not in text
     assert "Traceback" not in text
 

@@ -1,0 +1,106 @@
+"""What pages are made of: templates with the project's way to write numbers, and pictures as data: URIs."""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from latentac.errors import IntegrityError
+from latentac.summary import AGAIN, Files, read_json
+
+_ARMS = {"base": "evaluate", "incumbent": "evaluate", "trained": "evaluate", "steered": "steer"}
+_INDEX = ("prompts", "seeds", "image_size", "columns")
+_MAX_PICTURE = 256  # pixels a side; larger pictures are reduced, so that a gallery stays within a few MB
+
+
+def pictures_of(files: Files, gallery: Mapping[str, Any] | None) -> dict[str, list[str]]:
+    """data: URIs of PNGs: the gallery's pictures for each arm that there is, and `served`, at most one."""
+    pictures: dict[str, list[str]] = {}
+    if gallery is not None:
+        for arm, step in _ARMS.items():
+            if step in files:
+                manifest, folder = files[step]
+                index = read_json(files[step], "gallery/gallery.json")
+                if any(index.get(name) != gallery.get(name) for name in _INDEX):
+                    problem = "its gallery has other prompts, seeds or sizes than that of evaluate"
+                    raise IntegrityError(manifest.key, problem, AGAIN)
+                if arm == "incumbent" and not (folder / "gallery" / "incumbent.png").exists():
+                    continue
+                pictures[arm] = _cut(folder / "gallery" / f"{arm}.png", manifest.key, gallery)
+    if "deploy" in files:
+        pictures["served"] = [_uri(files["deploy"][1] / "picture.png")]
+    return pictures
+
+
+def _cut(sheet: Path, key: str, gallery: Mapping[str, Any]) -> list[str]:
+    """The pictures of a contact sheet, row by row."""
+    from PIL import Image
+
+    count, columns, side = len(gallery["prompts"]), gallery["columns"], gallery["image_size"]
+    expected = (columns * side, math.ceil(count / columns) * side)
+    with Image.open(sheet) as image:
+        if image.size != expected:
+            problem = f"gallery/{sheet.name} is {image.size} pixels, gallery.json says {expected}"
+            raise IntegrityError(key, problem, AGAIN)
+        corners = [(index % columns * side, index // columns * side) for index in range(count)]
+        cells = [image.convert("RGB").crop((x, y, x + side, y + side)) for x, y in corners]
+    return [_uri(cell) for cell in cells]
+
+
+def _uri(picture: Any) -> str:
+    """A data: URI of a PIL picture or of a picture's file."""
+    from PIL import Image
+
+    if isinstance(picture, Path):
+        with Image.open(picture) as image:
+            return _uri(image.convert("RGB"))
+    if max(picture.size) > _MAX_PICTURE:
+        picture.thumbnail((_MAX_PICTURE, _MAX_PICTURE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def render(template: str, **values: Any) -> str:
+    """The page that a template of `latentac/templates` gives for `values`; words are escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("latentac"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "short": short, "flat": flat, "json": partial(json.dumps, indent=2)}
+    return environment.get_template(template).render(**values) + "\n"
+
+
+def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
+    """A number as the report writes it, with a real minus; a dash for none."""
+    if value is None:
+        return "–"
+    text = f"{value:{'+' if signed else ''}.{0 if isinstance(value, int) else digits}f}"
+    return text.replace("-", "−")
+
+
+def short(value: Any) -> str:
+    """A whole number in full, another with three significant digits, a string bare, anything else as JSON."""
+    if isinstance(value, float) and math.isfinite(value):
+        return (f"{value:.0f}" if value.is_integer() else f"{value:.3g}").replace("-", "−")
+    return "–" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def flat(settings: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """`a.b.c` and the value as written, for every leaf of nested settings."""
+    if isinstance(settings, list) and not any(isinstance(item, dict | list) for item in settings):
+        settings = json.dumps(settings, ensure_ascii=False)
+    if not isinstance(settings, dict | list):
+        yield path, settings if isinstance(settings, str) else json.dumps(settings)
+        return
+    for name, item in settings.items() if isinstance(settings, dict) else enumerate(settings):
+        yield from flat(item, f"{path}.{name}".lstrip("."))

@@ -1,0 +1,68 @@
+"""Weights & Biases: a run whose id is the run's, so that it goes on where it was."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from latentac import extensions
+
+
+class WandB:
+    """Metrics, configuration and pictures of a run, through `wandb`."""
+
+    class Settings(extensions.Settings):
+        project: str | None = None
+        """By default WANDB_PROJECT, else `latentac`."""
+        entity: str | None = None
+        """User or team that the project belongs to. By default WANDB_ENTITY."""
+        group: str | None = None
+        """Of the runs that belong together, such as those of a sweep."""
+        tags: list[str] = []
+        """Words to find the run by."""
+        mode: Literal["online", "offline", "disabled"] | None = None
+        """`offline` writes to `<output>/<run>/wandb`, for `wandb sync`. By default WANDB_MODE. The key comes from
+        WANDB_API_KEY or `wandb login`."""
+        images: bool = True
+        """Whether pictures are sent too."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self._settings, self._folder = settings, folder
+        self._run: Any = None
+
+    def start(self, run: str, settings: Mapping[str, Any]) -> None:
+        import os
+
+        import wandb
+
+        chosen = self._settings
+        self._run = wandb.init(
+            id=run,
+            name=run,
+            resume="allow",
+            project=chosen.project or os.environ.get("WANDB_PROJECT") or "latentac",
+            entity=chosen.entity,
+            group=chosen.group,
+            tags=chosen.tags,
+            mode=chosen.mode,
+            dir=str(self._folder),
+            config=dict(settings),
+            # No terminal of a user is here: nothing is asked, printed or taken from what the steps print.
+            settings=wandb.Settings(
+                silent=True, console="off", init_timeout=45, disable_git=True, x_disable_stats=True
+            ),
+        )
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)  # of a step that is behind the last one nothing is taken
+        self._run.summary.update({name: value for name, value in scalars.items() if name.startswith("evaluation/")})
+
+    def image(self, name: str, step: int, picture: np.ndarray) -> None:
+        if self._settings.images:
+            import wandb
+
+            self._run.log({name: wandb.Image(picture)}, step=step)
+
+    def finish(self) -> None:
+        self._run.finish()

@@ -1,0 +1,141 @@
+"""What a sweep is asked to do and how far it is: its members, in `<output>/<sweep>/sweep.json`."""
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from latentac.errors import ConfigError, IntegrityError, Problem
+from latentac.fields import read_overrides
+
+_FILE = "sweep.json"
+_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
+
+
+@dataclass
+class Member:
+    """One run of a sweep. point: what the grid says, in words; overrides: the same as `path=value`, with the seed."""
+
+    point: str
+    seed: int
+    overrides: list[str]
+    run: str = ""
+    state: str = "waiting"
+    """waiting, running, done or failed."""
+    exit_code: int | None = None
+
+
+@dataclass
+class Sweep:
+    """What was asked for. overrides: of every member; cluster: the options of `latentac pipeline submit`, or none."""
+
+    name: str
+    recipe: str
+    config: str
+    overrides: list[str]
+    store: str
+    cluster: list[str]
+    members: list[Member] = field(default_factory=list)
+
+    def save(self, output: Path) -> None:
+        folder = output / self.name
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{_FILE}.part"
+        part.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        part.replace(folder / _FILE)
+
+    def check(self) -> None:
+        """Raises ConfigError with what is wrong with any point, before a member is started."""
+        from latentac.resolution import resolve_all
+        from latentac.run import recipe_fields
+
+        problems: dict[tuple[str, str], Problem] = {}
+        for member in {member.point: member for member in self.members}.values():
+            try:
+                resolve_all(recipe_fields(self.recipe, self.config, [*self.overrides, *member.overrides]))
+            except ConfigError as error:
+                problems |= {(problem.path, str(problem.value)): problem for problem in error.problems}
+        if problems:
+            raise ConfigError(list(problems.values()))
+
+
+def load(name: str, output: Path) -> Sweep:
+    """The sweep `name`. Raises ConfigError where there is none, IntegrityError where its file is no sweep's."""
+    path = output / name / _FILE
+    if not path.is_file():
+        known = sorted((each.parent.name for each in output.glob(f"*/{_FILE}")), reverse=True)
+        remedy = f"Known: {', '.join(known[:10])}." if known else "There is none: leave it out."
+        raise ConfigError([Problem("--resume", name, f"no such sweep in {output}", remedy)])
+    try:
+        fields = json.loads(path.read_text())
+        return Sweep(**{**fields, "members": [Member(**member) for member in fields["members"]]})
+    except (ValueError, TypeError, KeyError) as error:
+        raise IntegrityError(str(path), f"is not a sweep's JSON ({error})", "Start another sweep") from None
+
+
+def members(grid: Sequence[str], seeds: Sequence[int]) -> list[Member]:
+    """Every point of the grid with every seed; the seeds of one point follow each other."""
+    axes = [read_axis(text) for text in grid]
+    paths = [path for path, _ in axes]
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    if twice or "seed" in paths:
+        problem = "is swept twice" if twice else "is swept by --seeds"
+        raise ConfigError(
+            [Problem("--grid", (twice or ["seed"])[0], problem, "Name each path once; seeds by --seeds.")]
+        )
+    found = []
+    for values in itertools.product(*(axis for _, axis in axes)):
+        chosen = list(zip(paths, values, strict=True))
+        point = ", ".join(f"{path}={_words(value)}" for path, value in chosen) or "as configured"
+        overrides = [f"{path}={json.dumps(value)}" for path, value in chosen]
+        found += [Member(point, seed, [*overrides, f"seed={seed}"]) for seed in seeds]
+    return found
+
+
+def read_axis(text: str) -> tuple[str, list[Any]]:
+    """`path=v1,v2` or `path=[v1, v2]`: the path and its values, which are YAML. Of a field that is a list itself, a
+    list of lists: `steering.methods=[[{use: svdd}], [{use: twisted}]]`. Raises ConfigError."""
+    path, equals, given = text.partition("=")
+    example = "Write for example --grid policy.learning_rate=1e-4,2e-4; of a field that is a list, a list of lists."
+    if not equals or not _PATH.fullmatch(path):
+        raise ConfigError([Problem("--grid", text, "is not path=values", example)])
+    for attempt in (given, f"[{given}]"):
+        try:
+            values = read_overrides([f"values={attempt}"])["values"]
+        except ConfigError:
+            continue
+        if isinstance(values, list):
+            if not values:
+                break
+            return path, values
+    raise ConfigError([Problem("--grid", text, "names no values", example)])
+
+
+def read_seeds(text: str) -> list[int]:
+    """`0,1,2` or `0-4`. Raises ConfigError."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise ConfigError([Problem("--seeds", text, "are no seeds", "Write for example --seeds 0,1,2 or 0-4.")])
+        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return list(dict.fromkeys(seeds))
+
+
+def tally(sweep: Sweep) -> dict[str, int]:
+    """How many members are in each state."""
+    states = [member.state for member in sweep.members]
+    return {state: states.count(state) for state in ("done", "failed", "running", "waiting") if state in states}
+
+
+def left(sweep: Sweep) -> Iterator[tuple[int, Member]]:
+    """The members that are not done, with their numbers from 1; those that failed are tried again."""
+    yield from ((number, member) for number, member in enumerate(sweep.members, 1) if member.state != "done")
+
+
+def _words(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,88 @@
+"""What `evaluate` and `steer` publish beside their numbers, and that each is one work with one time left."""
+
+from typing import Any
+
+import pytest
+
+from latentac import progress
+from latentac.benchmark import arms, run_benchmark
+from latentac.evaluation import compare
+from latentac.workspace import Workspace
+from tests.latentac.workers import prepared
+
+pytestmark = pytest.mark.slow
+
+SMALL = (
+    "evaluation={num_images: 8, num_gallery_prompts: 3, num_diversity_prompts: 2, pictures_per_prompt: 2}",
+    "steering.num_images=8",
+)
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return prepared(tmp_path_factory.mktemp("evaluation"), *SMALL)
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """A line for every update, and what was printed so far."""
+    plain = progress._Lines
+
+    def every_time(total: int | None, description: str, unit: str, done: int) -> Any:
+        import sys
+
+        return plain(total, description, unit, sys.stderr, done, every=0.0)
+
+    monkeypatch.setattr(progress, "_display", every_time)
+    return lambda: capsys.readouterr().err.splitlines()
+
+
+def last(told: list[str]) -> dict[str, str]:
+    """What was done when each part ended, in their order."""
+    return {line.split("  ")[0]: line.split("  ")[1] for line in told}
+
+
+def test_evaluation_is_one_work_of_all_policies(space: Workspace, lines: Any) -> None:
+    """Each policy in turn, then training prompts, then diversity and latency: one count to 100 %."""
+    policy = space.base_policy()
+    policies = {"base": policy, "trained": policy}
+    content, sheets = compare(space.config, policies, space.critic("pretrain-value"), space.rewards(), space.prompts)
+    told = lines()
+    assert list(last(told).items()) == [
+        ("evaluate, policy 1 of 2: base", "8/22 [36%]"),
+        ("evaluate, policy 2 of 2: trained", "16/22 [73%]"),
+        ("evaluate, trained, on training prompts", "18/22 [82%]"),
+        ("evaluate, diversity and latency", "22/22 [100%]"),
+    ]
+    assert all("left" in line for line in told)
+    assert "0s left" in told[-1]
+    (name,) = space.config.reward_names
+    scores = sheets["scores"]
+    assert len(scores["prompts"]) == len(scores["rewards"]["trained"][name]) == 8
+    assert sum(scores["rewards"]["trained"][name]) / 8 == pytest.approx(content["trained"][name]["mean"])
+    assert scores["noise"] == {
+        "seed": space.config.seed,
+        "num_steps": space.config.kernel.num_steps,
+        "latent_shape": list(policy.backbone.latent_shape),
+    }
+    index = sheets["index"]
+    assert index["rewards"]["base"][name] == scores["rewards"]["base"][name][:3]
+    assert index["prompts"] == scores["prompts"][:3]
+
+
+def test_steering_tells_which_arm_of_how_many(space: Workspace, lines: Any) -> None:
+    """`arm 3 of 9` with one time left for the whole step, in evaluations, which is what arms differ in."""
+    critic, rewards = space.critic("pretrain-value"), space.rewards()
+    _, sheets = run_benchmark(space.config, space.base_policy(), critic, rewards, space.prompts.held_out)
+    told, count = lines(), len(arms(space.config))
+    parts = list(last(told))
+    assert parts[0] == f"steer, arm 1 of {count}: plain"
+    assert [part.partition(":")[0] for part in parts[:-1]] == [
+        f"steer, arm {n} of {count}" for n in range(1, count + 1)
+    ]
+    assert parts[-1] == "steer, gallery"
+    assert "[100%]  0s left" in told[-1]
+    assert all("evaluations" in line for line in told)
+    done = [int(line.partition("/")[0].rpartition("  ")[2]) for line in told]
+    assert done == sorted(done)
+    assert set(sheets["index"]["rewards"]) == {"steered"}
