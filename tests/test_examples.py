@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tests.latentac.serving.conftest import exported_folder, resolved  # noqa: F
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
     *("README.md", "CONTRIBUTING.md"),
-    *("latentac/rewards/README.md", "latentac/serving/README.md"),
+    *("latentac/rewards/README.md", "latentac/serving/README.md", "latentac/tracking/README.md"),
 )
 WRITTEN, RUN, SHOWN = {"python", "yaml", "jsonl"}, {"sh"}, {"text"}
 FENCE = re.compile(
@@ -127,3 +128,15 @@ def test_each_document_works_as_it_is_written(document: str, tmp_path: Path, exp
         if block.reason or block.language in SHOWN or is_contract(block):
             continue
         reader.write(block) if block.file else reader.run(block)
+
+
+def test_the_table_of_floors_names_every_module() -> None:
+    """README's table of the floors has each module of the linter's contract, and no other."""
+    (contract,) = [
+        found
+        for found in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+        if found["type"] == "layers"
+    ]
+    held = set(re.findall(r"\w+", " ".join(contract["layers"]))) - {"__main__"}
+    table = (ROOT / "README.md").read_text().partition("| Floor | Modules |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)/?`", table)) == held
