@@ -269,6 +269,9 @@ def _judge(place: dict[str, str], overrides: list[str]) -> None:
 def _run_further(options: argparse.Namespace) -> int | None:
     from importlib.metadata import entry_points
 
+    from latentac.package import make_importable
+
+    make_importable(Path.cwd())
     name, *arguments = options.words
     for found in entry_points(group="latentac.commands", name=name):
         code: int | None = found.load()(arguments)

@@ -29,6 +29,7 @@ FENCE = re.compile(
     r"(?P<comments>(?:^<!-- (?:file|not run): [^>]* -->\n)*)^```(?P<language>\S*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+TARGETS = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 SECONDS = 600
 
 
@@ -99,6 +100,8 @@ def test_each_block_is_run_or_says_why_not(document: str) -> None:
             problems.append(f"{block.where}: names no file")
         if block.file and not any(block.file in text or modules in text for text in later):
             problems.append(f"{block.where}: no example uses {block.file}")
+        targets = re.findall(r"^make ([a-z-]+)", block.text, re.MULTILINE) if block.language in RUN else []
+        problems += [f"{block.where}: no target {target}" for target in targets if target not in TARGETS]
         tests = re.findall(r"tests/[\w/]+\.py|make [\w-]+", block.reason)
         if block.reason and not any(test.startswith("make") or (ROOT / test).is_file() for test in tests):
             problems.append(f"{block.where}: its reason names no test and no target that runs it")
