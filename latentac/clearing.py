@@ -18,8 +18,8 @@ from typing import Any
 
 from latentac.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem
 from latentac.lifetime import run_lock
-from latentac.run import VERBS
 from latentac.rewards.calls import CALLS
+from latentac.run import VERBS
 from latentac.runs import LOCKS, Run, Survey, Traces, files, list_runs, pooled, size
 from latentac.store.blobs import PARTIAL
 from latentac.store.pool import Pool
