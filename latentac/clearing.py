@@ -18,6 +18,7 @@ from typing import Any
 
 from latentac.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem
 from latentac.lifetime import run_lock
+from latentac.rewards.calls import CALLS
 from latentac.run import VERBS
 from latentac.runs import LOCKS, Run, Survey, Traces, files, list_runs, pooled, size
 from latentac.store.blobs import PARTIAL
@@ -37,6 +38,7 @@ _MADE = {
         "given-package",
         "given-config.yaml",
         ERROR_FILE,
+        CALLS,
         "timings.json",
         "report.html",
         "summary.json",

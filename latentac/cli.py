@@ -281,15 +281,14 @@ def _run_further(options: argparse.Namespace) -> int | None:
 
 
 def _show_config(options: argparse.Namespace) -> None:
-    from latentac.package import make_importable
+    from latentac.package import use_in_place
     from latentac.reference import commented_yaml
     from latentac.resolution import resolve_all
     from latentac.run import recipe_fields
 
     make_importable(Path.cwd())
     if options.package:
-        folder = Path(options.package)
-        make_importable(folder.parent if (folder / "__init__.py").is_file() else folder)
+        use_in_place(Path(options.package))
     sys.stdout.write(commented_yaml(resolve_all(recipe_fields(options.recipe, options.config, options.set)).config))
 
 

@@ -16,8 +16,8 @@ from torchx.components import dist
 from torchx.runner import Runner, get_runner
 
 from latentac.errors import TrainingError, restore
+from latentac.rewards.calls import CALLS, crash_in_call
 from latentac.rewards.calls import FOLDER as REWARD_CALLS
-from latentac.rewards.calls import crash_in_call
 from latentac.workspace import Workspace
 
 LAST_LINES = 20
@@ -125,7 +125,7 @@ def _follow(runner: Runner, handle: str, logs: Path, failure: Path) -> tuple[spe
 
 
 def _calls(failure: Path) -> Path:
-    return failure.parent / "reward-calls"
+    return failure.parent / CALLS
 
 
 def _raise_crash(line: str, calls: Path) -> None:

@@ -104,6 +104,11 @@ def make_importable(folder: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([place, *known])
 
 
+def use_in_place(folder: Path) -> None:
+    """Make a folder's code importable here, unpacked, under the names that it has in a run's steps."""
+    make_importable(folder.parent if (folder / "__init__.py").is_file() else folder)
+
+
 def _files(base: Path) -> list[Path]:
     """The regular files to ship, in the order of their names. Raises ConfigError for a link that leads out."""
     found = []

@@ -115,7 +115,7 @@ def settings_text(settings: Config) -> str:
 def _check_package(folder: Path) -> None:
     """Raises ConfigError where it could not be shipped; else it is importable from here on."""
     packages.pack(folder)
-    packages.make_importable(folder.parent if (folder / "__init__.py").is_file() else folder)
+    packages.use_in_place(folder)
 
 
 def _check_output(output: Path) -> None:

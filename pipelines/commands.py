@@ -118,6 +118,9 @@ def _add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--config", default="", metavar="FILE", help="YAML file laid over the recipe")
     verb.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one field; may be repeated")
     verb.add_argument("--project", default="", metavar="NAME", help="the same as --set project=NAME")
+    verb.add_argument(
+        "--package", type=Path, metavar="DIR", help="your own code, up to 48 KiB when packed: importable in each step"
+    )
     verb.add_argument("--experiment", default="latentac", help="of the UI (default: %(default)s)")
     verb.add_argument("--pipeline-root", default="", metavar="URL", help="of KFP's own artifacts (default: KFP's)")
 
@@ -280,8 +283,12 @@ def _parameters(options: argparse.Namespace, settings: "Cluster") -> dict[str, A
     """What the run is asked to do, checked here, where a mistake costs nothing. A file stays here, its fields go."""
     from components.deploy.inference_service import check_project
     from latentac.fields import read_file
+    from latentac.package import inline, pack, use_in_place
     from latentac.run import resolve_recipe
 
+    code = {"package": inline(pack(options.package))} if options.package else {}
+    if options.package:
+        use_in_place(options.package)
     fields = read_file(Path(options.config)) if options.config else {}
     given = [*options.set, *([f"project={json.dumps(options.project)}"] if options.project else [])]
     project = resolve_recipe(options.recipe, options.config, given).project  # may be the file's name, which stays here
@@ -289,7 +296,7 @@ def _parameters(options: argparse.Namespace, settings: "Cluster") -> dict[str, A
     overrides = [*(f"{path}={json.dumps(value)}" for path, value in _leaves(fields)), *options.set]
     if options.config or options.project:
         overrides.append(f"project={json.dumps(project)}")
-    return {"recipe": options.recipe, "overrides": overrides}
+    return {"recipe": options.recipe, "overrides": overrides, **code}
 
 
 def _leaves(fields: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:

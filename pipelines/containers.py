@@ -25,6 +25,8 @@ from docker.types import Mount
 
 from latentac.errors import ConfigError, Problem, ResourceError
 from latentac.lifetime import run_lock
+from latentac.rewards.calls import CALLS
+from latentac.rewards.calls import FOLDER as REWARD_CALLS
 from latentac.store import access
 from latentac.task import EVENTS
 from pipelines.driver import Way
@@ -136,6 +138,7 @@ def _arguments(folder: Path, environment: Mapping[str, str], labels: Mapping[str
             **environment,
             **{name: os.environ[name] for name in _AS_THEY_ARE if name in os.environ},
             EVENTS: "1",
+            REWARD_CALLS: str(folder / CALLS),
             "PYTHONUNBUFFERED": "1",
         },
     }

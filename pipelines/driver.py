@@ -16,6 +16,8 @@ from typing import Any
 
 from latentac.errors import LatentacError, ServingError
 from latentac.lifetime import own_descendants, run_lock
+from latentac.rewards.calls import CALLS, crash_in_call, fresh_calls
+from latentac.rewards.calls import FOLDER as REWARD_CALLS
 from latentac.task import ERROR_FILE, EVENTS
 from pipelines.console import CLEAR_LINE, Console
 from pipelines.request import CONTAINERS, Request
@@ -59,7 +61,8 @@ def run_pipeline(run: str, request: Request, output: Path, *, fresh: bool) -> in
     own_descendants()
     with run_lock(folder / "run.lock"):
         (folder / ERROR_FILE).unlink(missing_ok=True)
-        os.environ |= {EVENTS: "1", "PYTHONUNBUFFERED": "1"}  # a pipe is block-buffered otherwise
+        # A pipe is block-buffered otherwise.
+        os.environ |= {EVENTS: "1", "PYTHONUNBUFFERED": "1", REWARD_CALLS: str(fresh_calls(folder.resolve()))}
         console = Console(STEPS, sys.stdout, folder / "timings.json", optional=("deploy",))
         try:
             with _way(run, request, output) as way:
@@ -167,6 +170,9 @@ def _failure(folder: Path, console: Console) -> StepFailed:
             return StepFailed(left["task"], left["exit_code"], left["message"])
     if console.running is not None:
         console.count(console.running)
+    crash = crash_in_call(folder / CALLS, "crashed, was killed, or ran out of memory")
+    if crash is not None:
+        return StepFailed(step or "pipeline", crash.exit_code, str(crash))
     message = "ended without a message: killed, or out of memory"
     return StepFailed(step or "pipeline", 1, "\n".join([message, *(console.held if step is None else [])]))
 

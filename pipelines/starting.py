@@ -65,7 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def start(options: argparse.Namespace, *, containers: bool) -> int:
     """Start or resume the run that the options describe, to its end."""
-    from latentac.package import make_importable
+    from latentac.package import make_importable, use_in_place
     from latentac.run import resolve_recipe
     from pipelines.request import CONTAINERS, PROCESSES, Request, absolute, create_run, load_run
 
@@ -88,6 +88,8 @@ def start(options: argparse.Namespace, *, containers: bool) -> int:
 
         return print_plan(absolute(request), output, run)
     if not run:
+        if request.package:
+            use_in_place(Path(request.package))
         resolve_recipe(request.recipe, request.config, request.overrides)  # a typing error: before anything starts
         run, request = create_run(request, output)
     from pipelines.driver import run_pipeline

@@ -16,6 +16,9 @@ from latentac.errors import RewardError
 FOLDER = "LATENTAC_REWARD_CALLS"
 """Environment variable: the folder of the files. Without it no file is written."""
 
+CALLS = "reward-calls"
+"""Name of that folder in a run's working folder."""
+
 
 @contextlib.contextmanager
 def in_flight(reward: str, prompts: Sequence[str]) -> Iterator[None]:
@@ -32,6 +35,15 @@ def in_flight(reward: str, prompts: Sequence[str]) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             file.unlink(missing_ok=True)
+
+
+def fresh_calls(folder: Path) -> Path:
+    """The folder of calls in a run's working folder, without the files of processes before."""
+    calls = folder / CALLS
+    calls.mkdir(exist_ok=True)
+    for file in calls.glob("*.json"):
+        file.unlink(missing_ok=True)
+    return calls
 
 
 def crash_in_call(folder: Path, ending: str, pid: int | None = None) -> RewardError | None:

@@ -1,13 +1,17 @@
 """`latentac pipeline ...` against a server that speaks the API of Kubeflow Pipelines: what a person types and reads."""
 
 import json
+import os
+import random
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+from latentac import package
 from latentac.cli import main
 from latentac.store import open_store
 from pipelines.__main__ import SETTINGS
@@ -113,6 +117,34 @@ def test_a_request_that_is_too_large_for_a_step_is_refused(
     assert submit("--set", f"prompts.source={'x' * 120_000}") == 2
     assert "parameters hold 100000" in capsys.readouterr().err
     assert kfp.runs == {}
+
+
+def test_a_package_goes_along_as_text(kfp: Kfp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster cannot read the folder. What the text holds is what the folder held."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
+    for name in ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "__init__.py").touch()
+    (tmp_path / "own" / "rewards.py").write_text("class Bright:\n    def __call__(self, images, prompts): ...\n")
+    rewards = 'rewards=[{use: "own.rewards:Bright"}]'
+    assert submit("--package", str(tmp_path / "own"), "--set", rewards, "--set", "gate.reward=Bright") == 0
+
+    (run,) = kfp.runs.values()
+    package.unpack(package.read(run["runtime_config"]["parameters"]["package"]), tmp_path / "pod")
+    files = {path.relative_to(tmp_path / "pod").as_posix() for path in (tmp_path / "pod").rglob("*.py")}
+    assert files == {"own/__init__.py", "own/rewards.py"}
+
+
+def test_a_package_that_is_too_large_for_a_step_is_refused(
+    kfp: Kfp, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its size and the limit, before anything is uploaded."""
+    (tmp_path / "weights.bin").write_bytes(random.Random(0).randbytes(60_000))
+    assert submit("--package", str(tmp_path)) == 2
+    assert "KiB when packed, and 48 KiB can be submitted" in capsys.readouterr().err
+    assert kfp.requests == []
 
 
 def test_following_tells_each_step_as_it_begins_and_ends(kfp: Kfp, capsys: pytest.CaptureFixture[str]) -> None:

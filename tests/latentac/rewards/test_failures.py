@@ -69,6 +69,20 @@ def test_in_value_pretraining(tmp_path: Path) -> None:
     assert "ValueError: this picture has no colours" in last
 
 
+@pytest.mark.parametrize(
+    ("how", "words"), [("exits", "crashed, was killed, or ran out of memory"), ("raises", "ValueError: this picture")]
+)
+def test_in_a_step_of_a_whole_run(how: str, words: str, tmp_path: Path) -> None:
+    """The step is a process of the pipeline's; the driver reports what its end leaves."""
+    changes = [argument for change in [*SMALL, *settings(how, "always", 30.0)] for argument in ("--set", change)]
+    command = [sys.executable, "-m", "latentac.cli", "run", "--recipe", "shapes-unet-smoke", *changes]
+    done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 5, done.stderr
+    first = done.stderr.strip().splitlines()[0]
+    assert first.startswith("prepare: reward fragile, prompt '")
+    assert words in first
+
+
 def test_while_prepare_calls_it(tmp_path: Path) -> None:
     """Before anything is trained."""
     with pytest.raises(RewardError, match=r"reward fragile, prompt .*: ValueError: this picture has no colours"):
