@@ -48,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("latentac").setLevel(logging.INFO)
     try:
+        if arguments is None:  # a program finds modules of the working folder, as `python -m` does
+            from latentac.package import make_importable
+
+            make_importable(Path.cwd())
         command: Callable[[argparse.Namespace], int | None] = options.command
         return command(options) or 0
     except (LatentacError, OSError, ImportError) as error:
@@ -216,14 +220,12 @@ def _add_folders(verb: argparse.ArgumentParser) -> None:
 
 def _run_verb(options: argparse.Namespace) -> None:
     from latentac.lifetime import own_descendants, run_lock
-    from latentac.package import make_importable
     from latentac.run import VERBS
     from latentac.scratch import temporary_files
     from latentac.task import LOCK_FILE
     from latentac.workspace import working_folder
 
     own_descendants()
-    make_importable(Path.cwd())
     place: dict[str, Any] = {"run": options.run, "store": options.store, "output": options.output}
     if options.verb == "gate" and options.dry_run:
         _judge(place, options.set)
@@ -269,9 +271,6 @@ def _judge(place: dict[str, str], overrides: list[str]) -> None:
 def _run_further(options: argparse.Namespace) -> int | None:
     from importlib.metadata import entry_points
 
-    from latentac.package import make_importable
-
-    make_importable(Path.cwd())
     name, *arguments = options.words
     for found in entry_points(group="latentac.commands", name=name):
         code: int | None = found.load()(arguments)
@@ -286,7 +285,6 @@ def _show_config(options: argparse.Namespace) -> None:
     from latentac.resolution import resolve_all
     from latentac.run import recipe_fields
 
-    make_importable(Path.cwd())
     if options.package:
         use_in_place(Path(options.package))
     sys.stdout.write(commented_yaml(resolve_all(recipe_fields(options.recipe, options.config, options.set)).config))
@@ -318,11 +316,9 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from latentac.package import make_importable
     from latentac.release import model_to_use
     from latentac.serving.server import serve
 
-    make_importable(Path.cwd())
     with model_to_use(options.run, options.project, options.store, options.output) as (folder, told):
         print(told, flush=True)
         serve(folder, options.port)
@@ -337,11 +333,9 @@ def _fetch(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from latentac.package import make_importable
     from latentac.release import generate_picture, model_to_use
 
     picture = Path(options.picture)
-    make_importable(Path.cwd())
     with model_to_use(options.run, options.project, options.store, options.output) as (folder, told):
         print(told, file=sys.stderr, flush=True)
         used = generate_picture(folder, options.prompt, options.seed, options.count, options.steer, picture)

@@ -1,10 +1,11 @@
 """The examples in the documents, executed exactly as they stand in the text, in a folder outside the checkout.
 
-In a document, from top to bottom: a Python, YAML or JSONL block is written to the file that its first line (`# name`), or
-`<!-- file: name -->` above it, names; a Python block without a name is a script; a shell block is run. Above a block that
-is not run stands `<!-- not run: why, and which test runs it -->`. A `text` block is no example, but a figure.
+In a document, from top to bottom: a Python, YAML or JSONL block is written to the file that its first line (`# name`),
+or `<!-- file: name -->` above it, names; a Python block without a name is a script; a shell block is run. Above a block
+that is not run stands `<!-- not run: why, and which test runs it -->`. A `text` block is no example, but a figure.
 """
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +33,7 @@ FENCE = re.compile(
 )
 TARGETS = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 SECONDS = 600
+INTERVAL = {"mean", "low", "high", "n"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,48 @@ class Reader:
             command, cwd=self.place, env=self.environment, capture_output=True, text=True, timeout=SECONDS, check=False
         )
         assert done.returncode == 0, f"{block.where}\n{block.text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def rows() -> list[str]:
+    """The keys in README's table of summary.json, as paths: `gate.decision`, `training[].rewards.<reward>`."""
+    table = (ROOT / "README.md").read_text().partition("| Key | Type |")[2].partition("\n\n")[0]
+    found = []
+    for line in table.splitlines()[2:]:
+        first, *others = re.findall(r"`([^`]+)`", line.split(" | ")[0])
+        found += [first, *(first.rpartition(".")[0] + other for other in others)]
+    return found
+
+
+def table_faults(summary: dict[str, Any]) -> list[str]:
+    """Keys of the summary that the table does not have, and rows of the table that the summary does not have."""
+    listed = rows()
+    lists = {"training", "steering"}  # the rows below say what is in each entry
+    patterns = [re.sub(r"<\w+>", r"[^.]+", re.escape(row).replace(r"\<", "<")) for row in listed if row not in lists]
+
+    def unknown(value: Any, path: str) -> list[str]:
+        if any(re.fullmatch(pattern, path) for pattern in patterns):
+            return []
+        if path.removeprefix("steering[].") in INTERVAL:
+            return []
+        if isinstance(value, dict):
+            return [fault for key, item in value.items() for fault in unknown(item, f"{path}.{key}".lstrip("."))]
+        if path in lists:
+            return [fault for item in value for fault in unknown(item, f"{path}[]")]
+        return [] if value is None else [f"not in the table: {path}"]
+
+    def has(value: Any, parts: list[str]) -> bool:
+        if not parts or value is None or value == []:
+            return True
+        if isinstance(value, list):
+            return all(has(item, parts) for item in value)
+        if not isinstance(value, dict):
+            return False
+        name = parts[0].removesuffix("[]")
+        chosen = value.values() if name.startswith("<") else [value[name]] if name in value else []
+        return any(has(item, parts[1:]) for item in chosen)
+
+    stale = [f"only in the table: {row}" for row in listed if not has(summary, row.split("."))]
+    return [*unknown(summary, ""), *stale]
 
 
 def is_contract(block: Block) -> bool:
@@ -131,6 +176,8 @@ def test_each_document_works_as_it_is_written(document: str, tmp_path: Path, exp
         if block.reason or block.language in SHOWN or is_contract(block):
             continue
         reader.write(block) if block.file else reader.run(block)
+    for summary in sorted(tmp_path.glob("runs/*/summary.json")):
+        assert not table_faults(json.loads(summary.read_text()))
 
 
 def test_the_table_of_floors_names_every_module() -> None:
