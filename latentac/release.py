@@ -45,9 +45,13 @@ LatentacError, and then whatever served before serves as before."""
 
 
 def on_loopback(candidate: Candidate) -> Deployment:
-    """The proof on this machine alone: a server that lives as long as the questions take."""
-    serving = candidate.space.config.serving
-    return serve_and_check(candidate.folder, candidate.request, serving.ready_seconds, serving.port)
+    """The proof on this machine alone: a server that lives as long as the questions take. It may use the run's own
+    classes, which have run here in every step before."""
+    config = candidate.space.config
+    chosen = [config.backbone, config.kernel, config.critic.body, *config.steering.methods]
+    own = {each.use for each in chosen if ":" in each.use}
+    place = (config.serving.ready_seconds, config.serving.port)
+    return serve_and_check(candidate.folder, candidate.request, *place, allowed=own)
 
 
 def release(space: Workspace, prove: Prove = on_loopback, forced: Sequence[str] = ()) -> tuple[dict[str, Any], bytes]:

@@ -14,29 +14,33 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def called(folder: Path, *arguments: str) -> list[str]:
-    """The words that `make` hands to Python; what is not written down yet is not installed for it."""
-    show = folder / "show"
+    """The words that `make` hands to Python, or to `latentac`; what is not written down yet is not installed for it."""
+    show = folder / "bin" / "latentac"
+    show.parent.mkdir(exist_ok=True)
     show.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
     show.chmod(0o755)
-    command = ["make", "-o", ".venv/.installed", *arguments, f"PY={show}"]
+    command = ["make", "-o", f"{folder}/.installed", *arguments, f"PY={show}", f"VENV={folder}"]
     clean = {name: value for name, value in os.environ.items() if name not in ("SET", "OUTPUT", "RUN", "STORE", "SEED")}
     done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
     words: list[str] = json.loads(done.stdout)
     return words
 
 
-@pytest.mark.parametrize("target", ["run", "run-containers"])
-def test_set_comes_whole(tmp_path: Path, target: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "words"), [("run", ["run"]), ("run-containers", ["run", "--containers"])], ids=["run", "run-containers"]
+)
+def test_set_comes_whole(tmp_path: Path, target: str, words: list[str]) -> None:
     """However it is written, it is one word; `latentac.fields.split` takes it apart."""
     value = 'rewards=[{name: a, weight: 1}, {name: "it\'s b"}] seed=3'
-    assert called(tmp_path, target, f"SET={value}") == ["-m", "pipelines", target, "--set", value]
+    assert called(tmp_path, target, f"SET={value}") == [*words, "--set", value]
 
 
 def test_every_other_value_comes_whole_too(tmp_path: Path) -> None:
     """Paths with spaces and quotes, as a run's own last lines print them."""
     odd = 'my run\'s "folder"'
-    words = called(tmp_path, "run", f"OUTPUT={odd}", f"CONFIG={odd}", f"STORE=file://{odd}", "SEED=1", f"RESUME={odd}")
-    assert words == ["-m", "pipelines", "run", "--seed", "1", "--config", odd,
+    given = [f"OUTPUT={odd}", f"CONFIG={odd}", f"STORE=file://{odd}", f"PACKAGE={odd}", f"RESUME={odd}"]
+    words = called(tmp_path, "run", "SEED=1", "PROJECT=mine", *given)
+    assert words == ["run", "--seed", "1", "--config", odd, "--project", "mine", "--package", odd,
                      "--output", odd, "--store", f"file://{odd}", "--resume", odd]  # fmt: skip
     assert called(tmp_path, "bench-steering", f"RUN={odd}")[-2:] == ["--run", odd]
     assert called(tmp_path, "evidence", "ONLY=main critic")[-2:] == ["--only", "main critic"]

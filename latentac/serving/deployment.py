@@ -5,7 +5,7 @@ import binascii
 import hashlib
 import io
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,18 +46,24 @@ class Asked(Protocol):
 
 
 def serve_and_check(
-    folder: Path, request: Mapping[str, Any], ready_seconds: float, port: int = 0, *, device: str = "auto"
+    folder: Path,
+    request: Mapping[str, Any],
+    ready_seconds: float,
+    port: int = 0,
+    *,
+    device: str = "auto",
+    allowed: Collection[str] = (),
 ) -> Deployment:
     """Start a real server for an exported folder, ask it for `request`, check the answers, stop it.
 
     `request` names a fixed seed and steers by the model's default method. Checked: the picture is a PNG of the model's
     size, the same request gives the same bytes, and without steering it is another picture, unless the method only
-    chooses among particles.
+    chooses among particles. allowed: addresses of the user's own classes that the folder may name.
     Raises ResourceError if the port is taken, ServingError for everything else.
     """
     read(folder)  # a folder that is no exported model is told as one, before its size is looked up
     size, started = image_size(folder), time.monotonic()
-    with ServerProcess(folder, ready_seconds=ready_seconds, port=port, device=device) as server:
+    with ServerProcess(folder, ready_seconds=ready_seconds, port=port, device=device, allowed=allowed) as server:
         ready = time.monotonic() - started
         steered, picture = check(server, request, size)
     return proof(server.endpoint, request, steered, picture, ready, time.monotonic() - started)

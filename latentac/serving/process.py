@@ -7,13 +7,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from latentac.errors import ServingError
+from latentac.extensions import ALLOWED, operator_allows
 from latentac.serving.client import Client
 from latentac.serving.server import HOST, NAME, bind
 
@@ -25,13 +26,22 @@ TAIL_BYTES = 16384
 class ServerProcess:
     """`python -m latentac.serving` as a child, from entering the context until leaving it. It dies with this process.
 
-    port 0 takes a free one; host is loopback. Enter it from a thread that outlives it (`lifetime.die_with_parent`).
+    port 0 takes a free one; host is loopback; allowed: addresses of the user's own classes that the model may name,
+    besides those of LATENTAC_ALLOW_EXTENSIONS. Enter it from a thread that outlives it (`lifetime.die_with_parent`).
     """
 
     def __init__(
-        self, folder: Path, *, ready_seconds: float, port: int = 0, device: str = "auto", name: str = NAME
+        self,
+        folder: Path,
+        *,
+        ready_seconds: float,
+        port: int = 0,
+        device: str = "auto",
+        name: str = NAME,
+        allowed: Collection[str] = (),
     ) -> None:
         self.name, self.pid = name, 0
+        self._environment = os.environ | {ALLOWED: ",".join(sorted({*operator_allows(), *allowed}))}
         self._folder, self._ready_seconds, self._port, self._device = folder, ready_seconds, port, device
 
     def __enter__(self) -> Self:
@@ -45,8 +55,9 @@ class ServerProcess:
             command += ["--name", self.name, "--device", self._device]
             command += ["--socket", str(listener.fileno()), "--die-with-parent"]
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, pass_fds=[listener.fileno()]
-            )
+                command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, env=self._environment,
+                pass_fds=[listener.fileno()],
+            )  # fmt: skip
         self.pid = self._process.pid
         try:
             self._wait_until_ready()

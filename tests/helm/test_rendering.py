@@ -176,6 +176,15 @@ def test_version_is_the_projects() -> None:
     assert runtime["spec"]["containers"][0]["image"] == f"ghcr.io/latentac/serve:{__version__}"
 
 
+def test_own_classes_are_allowed_by_the_operator() -> None:
+    """The server uses those that the values name, and by default none."""
+    assert "env" not in find(render(BUNDLED), "ServingRuntime", "rel")["spec"]["containers"][0]
+    own = ["mine.steering:Second", "mine.kernels:Mine"]
+    serving = {"serving": {"extensions": own}}
+    container = find(render({**BUNDLED, **serving}), "ServingRuntime", "rel")["spec"]["containers"][0]
+    assert container["env"] == [{"name": "LATENTAC_ALLOW_EXTENSIONS", "value": ",".join(own)}]
+
+
 def test_chart_packages_and_lints() -> None:
     """`helm lint` finds nothing with any ci values, and a package leaves the template of the README out."""
     for path in CI.values():

@@ -85,7 +85,7 @@ def test_strength_0_is_bitwise_the_plain_rollout(name, kernel, method, weight, c
     """Steering that asks for nothing changes nothing, though it takes gradients: latents and log-probs. Values are
     asked for all states at once in one and step by step in the other: equal to float error."""
     _, plain = roll(name, kernel, critics[name])
-    steering = STEERING.build(method, torch.full((2,), weight))
+    steering = STEERING.build(method, torch.full((2,), weight), 1)
     _, steered = roll(name, kernel, critics[name], steering=steering)
     assert torch.equal(plain.latents, steered.latents)
     assert torch.equal(plain.log_probs, steered.log_probs)
@@ -98,7 +98,7 @@ def test_steering_raises_the_head_that_it_is_told_to(name, kernel, critics):
     rollout, a negative one to lower values."""
 
     def value(weight: float) -> float:
-        steering = STEERING.build("value_gradient", torch.tensor([weight, 0.0]))
+        steering = STEERING.build("value_gradient", torch.tensor([weight, 0.0]), 1)
         _, trajectory = roll(name, kernel, critics[name], steering=steering)
         return float(trajectory.values[:, -1, 0].mean())
 

@@ -186,7 +186,7 @@ def test_a_run_comes_back_from_a_divergence(tmp_path: Path, monkeypatch: pytest.
     for name, calls in (("whole", ()), ("hurt", (3,))):
         stumble(monkeypatch, *calls)
         (tmp_path / name).mkdir()
-        adapted = ["policy.adaptation=lora", "critic.body.use=lora", "critic.lora_rank=4"]
+        adapted = ["policy.adaptation=lora", "critic.body.use=lora", "critic.body.rank=4"]
         space = prepared(tmp_path / name, STUMBLING, *adapted, "train.guard.rate_factor=1.0")
         assert train_here(tmp_path / name, monkeypatch) == (0, "")
         ends.append(weights(space))

@@ -59,9 +59,9 @@ def test_the_analytic_value_is_the_mean_reward_from_each_state(kernel):
 
 def fitted(policy: Policy, forward_noised: float) -> Critic:
     """A critic after value pretraining. Its targets are not clamped, for those of V* are not either."""
-    critic_settings = {"width": 32, "num_heads": 2, "num_queries": 1, "text_conditioning": False, "dropout": 0.0}
+    body = {"width": 32, "num_heads": 2, "num_queries": 1, "text_conditioning": False, "dropout": 0.0}
     settings = {
-        "critic": {**critic_settings, "learning_rate": 1e-2, "target_clip": 99.0},
+        "critic": {"body": body, "learning_rate": 1e-2, "target_clip": 99.0},
         "pretrain": {"num_passes": 3, "minibatch_states": 512, "forward_noised": forward_noised},
     }
     config = resolve(merge(RECIPES["shapes-unet"], settings))
@@ -185,7 +185,7 @@ def test_steering_up_the_value_raises_the_reward_and_down_lowers_it(kernel):
     critic = AnalyticCritic(policy.backbone, kernel)
 
     def mean_reward(strength: float) -> float:
-        steering = STEERING.build("value_gradient", torch.tensor([strength]))
+        steering = STEERING.build("value_gradient", torch.tensor([strength]), 1)
         return float(REWARD(roll(policy, critic, 4000, 3, steering).clean.flatten()).mean())
 
     assert mean_reward(1.0) > mean_reward(0.0) + 0.03
@@ -199,7 +199,7 @@ def test_strength_0_is_bitwise_the_plain_rollout(kernel, method, weight):
     one and step by step in the other: equal to float error."""
     policy = Policy(GaussianBackbone(kernel.path), kernel)
     critic = AnalyticCritic(policy.backbone, kernel)
-    steering = STEERING.build(method, torch.tensor([weight]))
+    steering = STEERING.build(method, torch.tensor([weight]), 1)
     plain, steered = roll(policy, critic, 64, 4), roll(policy, critic, 64, 4, steering)
     assert torch.equal(plain.latents, steered.latents)
     assert torch.equal(plain.log_probs, steered.log_probs)

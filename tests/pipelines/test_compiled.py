@@ -138,7 +138,7 @@ def test_only_the_run_has_no_default(pipeline: dict[str, Any]) -> None:
     parameters = pipeline["root"]["inputDefinitions"]["parameters"]
 
     assert [name for name, spec in parameters.items() if not spec.get("isOptional")] == ["run"]
-    assert set(parameters) == {"run", "recipe", "config", "overrides", "store", "output"}
+    assert set(parameters) == {"run", "recipe", "config", "overrides", "package", "store", "output"}
     assert parameters["store"]["defaultValue"] == "s3://latentac/latentac"
     assert parameters["output"]["defaultValue"] == "/work"
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -173,8 +174,8 @@ def test_a_dry_run_tells_settings_steps_and_needs_and_writes_nothing(tmp_path: P
     assert "learning_rate: 0.0001" in told.stdout
     for step in ("prepare", "pretrain-value", "train", "evaluate", "steer", "gate", "deploy", "finish"):
         assert f" {step}" in told.stdout
-    assert "MiB of disk" in told.stdout
-    assert "MiB of memory" in told.stdout
+    assert re.search(r"^needs    disk: \d+ MiB \(base \d+ MiB", told.stdout, re.M)
+    assert re.search(r"^         memory \(\w+\): \d+ MiB .* in each of 2 workers$", told.stdout, re.M)
     assert everything(tmp_path) == {}
 
 
