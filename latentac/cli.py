@@ -48,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("latentac").setLevel(logging.INFO)
     try:
+        if arguments is None:  # a program finds modules of the working folder, as `python -m` does
+            from latentac.package import make_importable
+
+            make_importable(Path.cwd())
         command: Callable[[argparse.Namespace], int | None] = options.command
         return command(options) or 0
     except (LatentacError, OSError, ImportError) as error:

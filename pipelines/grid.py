@@ -31,7 +31,8 @@ class Member:
 
 @dataclass
 class Sweep:
-    """What was asked for. overrides: of every member; cluster: the options of `latentac pipeline submit`, or none."""
+    """What was asked for. overrides: of every member; cluster: the options of `latentac pipeline submit`, or none;
+    package: folder of code, or empty; folder: where it was started, whose modules are importable."""
 
     name: str
     recipe: str
@@ -40,6 +41,8 @@ class Sweep:
     store: str
     cluster: list[str]
     members: list[Member] = field(default_factory=list)
+    package: str = ""
+    folder: str = ""
 
     def save(self, output: Path) -> None:
         folder = output / self.name
@@ -50,9 +53,14 @@ class Sweep:
 
     def check(self) -> None:
         """Raises ConfigError with what is wrong with any point, before a member is started."""
+        from latentac.package import make_importable, use_in_place
         from latentac.resolution import resolve_all
         from latentac.run import recipe_fields
 
+        if self.folder and Path(self.folder) != Path.cwd():  # gone on with from elsewhere
+            make_importable(Path(self.folder))
+        if self.package:
+            use_in_place(Path(self.package))
         problems: dict[tuple[str, str], Problem] = {}
         for member in {member.point: member for member in self.members}.values():
             try:

@@ -83,7 +83,7 @@ def create_run(request: Request, output: Path) -> tuple[str, Request]:
     if request.config and Path(request.config).is_file():  # if it is not, prepare says so with all other problems
         copy = folder / _GIVEN / Path(request.config).name  # its name stays: a run may be called after it
         copy.parent.mkdir()
-        _copy_settings(Path(request.config), copy)
+        copy_settings(Path(request.config), copy)
         kept = dataclasses.replace(kept, config=f"{_GIVEN}/{copy.name}")
         request = dataclasses.replace(request, config=str(copy.absolute()))
     if code:
@@ -181,7 +181,7 @@ def _absolute_sources(fields: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _copy_settings(file: Path, copy: Path) -> None:
+def copy_settings(file: Path, copy: Path) -> None:
     """The file as it is, or with the absolute paths of its sources."""
     try:
         before = read_file(file)

@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "--grid", metavar="PATH=V1,V2", action="append", default=[],
         help="a field and its values, or a YAML list of them; repeated, every combination is run",
     )  # fmt: skip
+    parser.add_argument("--package", default="", metavar="DIR", help="your own code: kept with each member's run")
     parser.add_argument("--seeds", default="0", metavar="N,N", help="0,1,2 or 0-4 (default: %(default)s)")
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="members at a time (default: %(default)s)")
     parser.add_argument("--name", default="", help="of the sweep (default: sweep-<recipe>-<UTC time>)")
@@ -84,9 +85,15 @@ def _asked(options: argparse.Namespace) -> Sweep:
             [Problem("--host", None, "no API of Kubeflow Pipelines is named", "Name it, or leave the rest out.")]
         )
     cluster = [word for each, value in given for word in (f"--{each.replace('_', '-')}", value)]
-    config = str(Path(options.config).absolute()) if options.config else ""
+    from pipelines.request import Request, absolute
+
+    recipe = options.recipe
+    shared = absolute(Request(recipe, options.config, tuple(options.set), options.store, package=options.package))
     found = members(options.grid, read_seeds(options.seeds))
-    return Sweep(name, options.recipe, config, list(options.set), options.store, cluster, found)
+    for member in found:
+        member.overrides = list(absolute(Request(recipe, overrides=tuple(member.overrides))).overrides)
+    given_overrides, places = list(shared.overrides), (shared.package, shared.folder)
+    return Sweep(name, recipe, shared.config, given_overrides, shared.store, cluster, found, *places)
 
 
 def _listing(sweep: Sweep) -> list[str]:
@@ -127,11 +134,15 @@ def _run(sweep: Sweep, output: Path, parallel: int) -> int:
 
 
 def _copy_config(sweep: Sweep, output: Path) -> None:
-    """The file of settings is kept with the sweep, so that a resume asks for the same."""
-    kept = (output / sweep.name / "given-config.yaml").absolute()
-    if sweep.config and Path(sweep.config) != kept:
+    """The file of settings is kept with the sweep, so that a resume asks for the same; under its name, which is that of
+    the members' project."""
+    from pipelines.request import copy_settings
+
+    given = Path(sweep.config)
+    kept = (output / sweep.name / "given-config" / given.name).absolute()
+    if sweep.config and given != kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_bytes(Path(sweep.config).read_bytes())
+        copy_settings(given, kept)
         sweep.config = str(kept)
 
 
@@ -141,12 +152,14 @@ def _start(sweep: Sweep, output: Path, number: int, member: Member) -> "subproce
         member.run = member.run or f"{sweep.name}-{number:02d}"
         command = ["latentac.cli", "pipeline", "submit", *sweep.cluster, "--run", member.run, "--follow"]
         command += ["--recipe", sweep.recipe, *(["--config", sweep.config] if sweep.config else [])]
+        command += ["--package", sweep.package] if sweep.package else []
         command += [word for assignment in overrides for word in ("--set", assignment)]
     else:
         from pipelines.request import Request, create_run, known_runs
 
         if member.run not in known_runs(output):
-            member.run, _ = create_run(Request(sweep.recipe, sweep.config, tuple(overrides), sweep.store), output)
+            places = {"store": sweep.store, "package": sweep.package, "folder": sweep.folder}
+            member.run, _ = create_run(Request(sweep.recipe, sweep.config, tuple(overrides), **places), output)
         command = ["pipelines", "run", "--resume", member.run, "--output", str(output)]
     member.state, member.exit_code = "running", None
     sweep.save(output)

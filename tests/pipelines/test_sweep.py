@@ -11,9 +11,11 @@ import pytest
 
 from latentac.cli import main
 from latentac.errors import ConfigError
+from latentac.run import recipe_fields
 from pipelines.__main__ import SETTINGS
 from pipelines.grid import Member, Sweep, load, members, read_axis, read_seeds
 from pipelines.pipeline import STEPS
+from pipelines.request import load_run
 from tests.latentac.published import publish_until
 from tests.pipelines.kfp_server import Frame, serving
 
@@ -145,6 +147,28 @@ def test_a_member_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: py
     told = capsys.readouterr().out
     assert "[1/2]" not in told
     assert told.count("failed after") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_members_have_your_code_and_the_name_of_your_file(tmp_path: Path) -> None:
+    """A package and relative places are those of the folder where the sweep began; the project is the file's name."""
+    (tmp_path / "code" / "mine").mkdir(parents=True)
+    (tmp_path / "code" / "mine" / "__init__.py").touch()
+    broken = "class Broken:\n    def __call__(self, images, prompts):\n        raise ValueError('the scorer is away')\n"
+    (tmp_path / "code" / "mine" / "rewards.py").write_text(broken)
+    (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue squares\na green circle\n")
+    settings = "prompts: {source: prompts.txt}\nrewards: [{use: 'mine.rewards:Broken', name: broken}]\n"
+    (tmp_path / "mine.yaml").write_text(settings + "gate: {reward: broken}\n")
+    words = command(tmp_path, "--name", "own", "--recipe", "shapes-unet-smoke", "--config", "mine.yaml")
+    done = subprocess.run([*words, "--package", "code/mine"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 5, done.stdout + done.stderr
+    (member,) = load("own", tmp_path / "runs").members
+    assert "the scorer is away" in (tmp_path / "runs" / "own" / f"{member.run}.log").read_text()
+    request = load_run(member.run, tmp_path / "runs", {})
+    fields = recipe_fields(request.recipe, request.config, request.overrides)
+    assert fields["project"] == "mine"
+    assert fields["prompts"]["source"] == str(tmp_path / "prompts.txt")
 
 
 @pytest.mark.slow

@@ -1,0 +1,192 @@
+"""The examples in the documents, executed exactly as they stand in the text, in a folder outside the checkout.
+
+In a document, from top to bottom: a Python, YAML or JSONL block is written to the file that its first line (`# name`),
+or `<!-- file: name -->` above it, names; a Python block without a name is a script; a shell block is run. Above a block
+that is not run stands `<!-- not run: why, and which test runs it -->`. A `text` block is no example, but a figure.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentac.shapes import builtin_pipeline
+from tests.latentac.serving.conftest import exported_folder, resolved  # noqa: F401  # the folder that a server reads
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = (
+    *("README.md", "CONTRIBUTING.md"),
+    *("latentac/rewards/README.md", "latentac/serving/README.md", "latentac/tracking/README.md"),
+)
+WRITTEN, RUN, SHOWN = {"python", "yaml", "jsonl"}, {"sh"}, {"text"}
+FENCE = re.compile(
+    r"(?P<comments>(?:^<!-- (?:file|not run): [^>]* -->\n)*)^```(?P<language>\S*)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+TARGETS = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+SECONDS = 600
+INTERVAL = {"mean", "low", "high", "n"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """where: document and line; file: what it is written to, or ""; reason: why it is not run, or ""."""
+
+    where: str
+    language: str
+    text: str
+    file: str
+    reason: str
+
+
+def blocks(document: str) -> list[Block]:
+    """The fenced blocks of the document, in order."""
+    content, found = (ROOT / document).read_text(), []
+    for match in FENCE.finditer(content):
+        notes = dict(re.findall(r"<!-- (file|not run): (.*?) -->", match["comments"], re.DOTALL))
+        first = re.match(r"# ([\w/.-]+\.(?:py|yaml))\n", match["text"])
+        line = content.count("\n", 0, match.start("language")) + 1
+        name = notes.get("file") or (first[1] if first else "")
+        found.append(Block(f"{document}:{line}", match["language"], match["text"], name, notes.get("not run", "")))
+    return found
+
+
+class Reader:
+    """Somebody who does what a document says, in the folder `place`."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        own = Path(sys.executable).parent
+        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self.environment = {**kept, "PATH": f"{own}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+        shutil.copytree(builtin_pipeline("shapes-unet"), place / "my-model")
+
+    def write(self, block: Block) -> None:
+        file = self.place / block.file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(block.text)
+
+    def run(self, block: Block) -> None:
+        shell = ["bash", "-euo", "pipefail", "-c", block.text]
+        command = shell if block.language in RUN else [sys.executable, "-c", block.text]
+        done = subprocess.run(
+            command, cwd=self.place, env=self.environment, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
+        assert done.returncode == 0, f"{block.where}\n{block.text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def rows() -> list[str]:
+    """The keys in README's table of summary.json, as paths: `gate.decision`, `training[].rewards.<reward>`."""
+    table = (ROOT / "README.md").read_text().partition("| Key | Type |")[2].partition("\n\n")[0]
+    found = []
+    for line in table.splitlines()[2:]:
+        first, *others = re.findall(r"`([^`]+)`", line.split(" | ")[0])
+        found += [first, *(first.rpartition(".")[0] + other for other in others)]
+    return found
+
+
+def table_faults(summary: dict[str, Any]) -> list[str]:
+    """Keys of the summary that the table does not have, and rows of the table that the summary does not have."""
+    listed = rows()
+    lists = {"training", "steering"}  # the rows below say what is in each entry
+    patterns = [re.sub(r"<\w+>", r"[^.]+", re.escape(row).replace(r"\<", "<")) for row in listed if row not in lists]
+
+    def unknown(value: Any, path: str) -> list[str]:
+        if any(re.fullmatch(pattern, path) for pattern in patterns):
+            return []
+        if path.removeprefix("steering[].") in INTERVAL:
+            return []
+        if isinstance(value, dict):
+            return [fault for key, item in value.items() for fault in unknown(item, f"{path}.{key}".lstrip("."))]
+        if path in lists:
+            return [fault for item in value for fault in unknown(item, f"{path}[]")]
+        return [] if value is None else [f"not in the table: {path}"]
+
+    def has(value: Any, parts: list[str]) -> bool:
+        if not parts or value is None or value == []:
+            return True
+        if isinstance(value, list):
+            return all(has(item, parts) for item in value)
+        if not isinstance(value, dict):
+            return False
+        name = parts[0].removesuffix("[]")
+        chosen = value.values() if name.startswith("<") else [value[name]] if name in value else []
+        return any(has(item, parts[1:]) for item in chosen)
+
+    stale = [f"only in the table: {row}" for row in listed if not has(summary, row.split("."))]
+    return [*unknown(summary, ""), *stale]
+
+
+def is_contract(block: Block) -> bool:
+    """Whether it runs tests, which takes seconds."""
+    return block.language in RUN and block.text.startswith("python -m pytest")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_each_block_is_run_or_says_why_not(document: str) -> None:
+    """Nothing is skipped in silence: a fence that the tests below do not understand is found, and so is a reason that
+    names no test, and a file that no example uses."""
+    found, problems = blocks(document), []
+    assert len(found) == (ROOT / document).read_text().count("\n```") // 2, "a fence that is not read"
+    for block in found:
+        later = [each.text for each in found if each is not block]
+        modules = block.file.removesuffix(".py").replace("/", ".")
+        if block.language not in WRITTEN | RUN | SHOWN:
+            problems.append(f"{block.where}: nobody runs {block.language or 'a block without a language'}")
+        if block.language in {"yaml", "jsonl"} and not (block.file or block.reason):
+            problems.append(f"{block.where}: names no file")
+        if block.file and not any(block.file in text or modules in text for text in later):
+            problems.append(f"{block.where}: no example uses {block.file}")
+        targets = re.findall(r"^make ([a-z-]+)", block.text, re.MULTILINE) if block.language in RUN else []
+        problems += [f"{block.where}: no target {target}" for target in targets if target not in TARGETS]
+        tests = re.findall(r"tests/[\w/]+\.py|make [\w-]+", block.reason)
+        if block.reason and not any(test.startswith("make") or (ROOT / test).is_file() for test in tests):
+            problems.append(f"{block.where}: its reason names no test and no target that runs it")
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if any(map(is_contract, blocks(name)))])
+def test_extensions_of_the_documents_keep_the_contracts(document: str, tmp_path: Path) -> None:
+    """The tests that a document shows pass for the classes that it shows."""
+    reader = Reader(tmp_path)
+    for block in blocks(document):
+        if block.file:
+            reader.write(block)
+    for block in filter(is_contract, blocks(document)):
+        reader.run(block)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_each_document_works_as_it_is_written(document: str, tmp_path: Path, exported_folder: Path) -> None:  # noqa: F811
+    """From top to bottom: files are written, scripts and commands end well. `my-model` is a pipeline to begin with,
+    `model` an exported one."""
+    shutil.copytree(exported_folder, tmp_path / "model")
+    reader = Reader(tmp_path)
+    for block in blocks(document):
+        if block.reason or block.language in SHOWN or is_contract(block):
+            continue
+        reader.write(block) if block.file else reader.run(block)
+    for summary in sorted(tmp_path.glob("runs/*/summary.json")):
+        assert not table_faults(json.loads(summary.read_text()))
+
+
+def test_the_table_of_floors_names_every_module() -> None:
+    """README's table of the floors has each module of the linter's contract, and no other."""
+    (contract,) = [
+        found
+        for found in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+        if found["type"] == "layers"
+    ]
+    held = set(re.findall(r"\w+", " ".join(contract["layers"]))) - {"__main__"}
+    table = (ROOT / "README.md").read_text().partition("| Floor | Modules |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)/?`", table)) == held
