@@ -193,8 +193,9 @@ def test_own_model_reward_and_prompts_are_promoted_and_served(home: Home) -> Non
     told = home.run(*command)
     print(told)
     assert "gate     promote" in told
-    (run,) = [path for path in (home.folder / "runs").iterdir() if path.name.startswith("mine")]
-    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    name = re.findall(r"^run (\S+), recipe", told, re.M)[0]
+    summary: dict[str, Any] = json.loads((home.folder / "runs" / name / "summary.json").read_text())
+    assert summary["serving"]["project"] == "mine", "the demo's model judges no other project's"
     assert set(summary["evaluation"]["trained"]) == {"colour", "plain"}
     assert summary["evaluation"]["units"] == {"colour": "minus grey levels", "plain": "minus grey levels"}
     assert {row["method"] for row in summary["steering"]} == {"none", "value_gradient", "second"}
