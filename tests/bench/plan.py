@@ -192,6 +192,14 @@ EXPERIMENTS: dict[str, Experiment] = {
 }
 
 
+_UNDECISIVE: dict[str, Any] = {
+    **dict.fromkeys(("project", "gate", "steering", "serving", "tracking", "card"), True),
+    "prompts": {"on_truncation"},
+    "rewards": {"__all__": {"timeout_seconds", "retries"}},
+}
+"""Fields of a configuration that no number of a unit depends on."""
+
+
 @dataclass(frozen=True)
 class Unit:
     """One arm with one seed on one backbone: what one process runs. Units of two experiments with one configuration
@@ -210,7 +218,7 @@ class Unit:
     @functools.cached_property
     def hash(self) -> str:
         """sha256 of all that decides the result, but for the sources."""
-        settings = self.config.model_dump(exclude={"gate", "steering", "serving"})
+        settings = self.config.model_dump(exclude=_UNDECISIVE)
         decisive = [PROTOCOL, self.trains, ARMS[self.arm].passes, settings]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
