@@ -256,14 +256,14 @@ def test_a_killed_unit_comes_to_the_same_result(tmp_path: Path) -> None:
 def test_a_failed_unit_is_told_and_stops_nobody(tmp_path: Path) -> None:
     """The scheduler goes on after a failure, aggregates what there is, and names what is missing and why."""
     scale = _here(tmp_path)
-    nothing = ('rewards=[{"name": "nowhere:Nothing", "weight": 1.0}]', "gate.reward=nowhere:Nothing")
-    bad = Unit("critic", "pretrained", "shapes-unet", 0, (*TINY, *nothing))
+    failing = 'rewards=[{use: "tests.latentac.rewards.failing:Failing", name: fragile, where: always, how: raises}]'
+    bad = Unit("critic", "pretrained", "shapes-unet", 0, (*TINY, failing, "gate.reward=fragile"))
     good = Unit("critic", "ten_times", "shapes-unet", 1, TINY)
     schedule = Schedule(scale, [bad, good], workers=2)
     assert not schedule.run(deadline=time.monotonic())  # no time at all: nothing is started, nothing is lost
     assert schedule.run(deadline=float("inf"))
     assert schedule.failed == [bad]
-    assert "nowhere" in json.loads((scale.folder / bad.name / FAILURE).read_text())["problem"]
+    assert "reward fragile, prompt" in json.loads((scale.folder / bad.name / FAILURE).read_text())["problem"]
     found = json.loads((scale.folder / good.name / RESULT).read_text())
     assert (found["images"], found["updates"], len(found["critic"]["best"])) == (16, 0, 4)
     assert [len(passes) for passes in found["critic"]["passes"].values()] == list(ARMS["ten_times"].passes)
