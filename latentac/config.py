@@ -18,6 +18,7 @@ from latentac.names import Name, as_name
 
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=1e6)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -58,7 +59,7 @@ class Named(Extension):
     @classmethod
     def _named_after_use(cls, fields: Any) -> Any:
         if isinstance(fields, dict) and not fields.get("name") and isinstance(fields.get("use"), str):
-            return {**fields, "name": fields["use"].rpartition(":")[2]}
+            return {**fields, "name": fields["use"].rpartition(":")[2].rpartition(".")[2]}
         return fields
 
 
@@ -109,7 +110,7 @@ class Reward(Named):
     """A row of the rewards' table, or `module:Class`."""
     weight: NonNegative = 1.0
     """Its share in what is trained on. A reward of weight 0 is measured and not trained on."""
-    timeout_seconds: Rate = 300.0
+    timeout_seconds: Seconds = 300.0
     """Bound of one call, in seconds. A call that takes longer ends the run with the reward's name."""
     retries: Annotated[int, Field(ge=0, le=20)] = 3
     """Further attempts after an error that the class declares transient; the waits start at 1 s and double."""
@@ -292,7 +293,7 @@ class Serving(Section):
 
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of the proof that `deploy` makes; 0 for any free one."""
-    ready_seconds: Rate = 120.0
+    ready_seconds: Seconds = 120.0
     """How long a server may take until it is ready, in seconds."""
     max_images: Positive = 8
     """Pictures per request, over all its prompts."""
@@ -316,7 +317,7 @@ class Serving(Section):
     """How long a picture waits for others to share a batch, in seconds."""
     max_queued_images: Positive = 64
     """Pictures that may wait; beyond that requests are answered 429."""
-    request_seconds: Rate = 300.0
+    request_seconds: Seconds = 300.0
     """The longest that a request may take, waiting included, in seconds."""
 
 

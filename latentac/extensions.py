@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from latentac.config import Extension, Section, suggestion
-from latentac.errors import ConfigError, Problem
+from latentac.errors import ConfigError, Problem, describe
 
 ALLOWED = "LATENTAC_ALLOW_EXTENSIONS"
 """Environment variable: the `module:Class` addresses, separated by commas, that an artifact may name."""
@@ -63,7 +63,7 @@ class Table:
             found: Any = import_module(module)
             for name in attribute.split("."):
                 found = getattr(found, name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script that ends itself where it is imported is no module
             remedy = "Check the name, and that the module can be imported from the working directory."
             if (
                 isinstance(error, ModuleNotFoundError)
@@ -71,7 +71,7 @@ class Table:
                 and error.name.split(".")[0] != module.split(".")[0]
             ):
                 remedy = f"Install {error.name} where the steps run."
-            told = f"cannot be imported ({type(error).__name__}: {error})"
+            told = f"cannot be imported ({describe(error)})"
             raise ConfigError([Problem(path, use, told, remedy)]) from error
         if not inspect.isclass(found):
             raise ConfigError([Problem(path, use, f"is no class but {type(found).__name__}", "Name a class.")])
@@ -92,6 +92,11 @@ class Table:
         result, which is None where that is not possible. Raises ConfigError where the class cannot be imported."""
         declared = declared_settings(self.load(extension.use, _joined(path, "use")))
         names = list(declared.model_fields) if declared else []
+        taken = sorted(set(names) & set(type(extension).model_fields))
+        if taken:
+            told = f"its Settings declare {', '.join(taken)}, which the configuration has for every {self.kind}"
+            remedy = "Give them other names, or read those of the configuration."
+            return None, [Problem(_joined(path, "use"), extension.use, told, remedy)]
         known = [*names, *type(extension).model_fields]
         own, problems = dict(extension.own), []
         for name in [name for name in own if name not in names]:

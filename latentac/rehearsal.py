@@ -16,7 +16,7 @@ from latentac.backbones import Denoiser, load_backbone
 from latentac.config import Config
 from latentac.diffusion import num_stochastic_steps
 from latentac.distributed import noise_for
-from latentac.errors import ConfigError, LatentacError, Problem, ResourceError
+from latentac.errors import ConfigError, LatentacError, Problem, ResourceError, describe
 from latentac.kernels import KERNELS
 from latentac.policy import Policy
 from latentac.pretraining import new_critic
@@ -72,8 +72,8 @@ class _Found:
             raise ResourceError(
                 "backbone.device", f"has too little memory for {what} ({_first(error)})", remedy
             ) from error
-        except Exception as error:  # noqa: BLE001 - any library's failure is a finding here
-            self.add(path, value, f"{what} fails: {type(error).__name__}: {_first(error)}", remedy)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - any library's failure is a finding here
+            self.add(path, value, f"{what} fails: {describe(error)}", remedy)
 
     def stop(self) -> None:
         if self.problems:

@@ -15,7 +15,7 @@ from latentac.algorithms import ALGORITHMS
 from latentac.backbones import BACKBONES
 from latentac.config import Config, Extension
 from latentac.critic import BODIES
-from latentac.errors import ConfigError, LatentacError, Problem, RewardError
+from latentac.errors import ConfigError, LatentacError, Problem, RewardError, describe
 from latentac.extensions import Table
 from latentac.kernels import KERNELS
 from latentac.rewards import REWARDS
@@ -137,8 +137,8 @@ class _Resolver:
             self.problems += error.problems
         except LatentacError as error:
             self.problems.append(Problem(path, value, error.problem, error.remedy))
-        except Exception as error:  # noqa: BLE001 - whatever a class of the user's own raises is a problem of its field
-            told = f"cannot be built ({type(error).__name__}: {error})"
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a class of the user's own raises is a problem of its field
+            told = f"cannot be built ({describe(error)})"
             self.problems.append(Problem(path, value, told, "Correct the class, or its settings."))
         return None
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from latentac.config import Config, suggestion
+from latentac.arms import PLAIN
+from latentac.config import Config, Named, suggestion
 from latentac.errors import ConfigError, Problem
 from latentac.names import RULE
 
@@ -93,6 +94,13 @@ def section_of(section: Any, name: str) -> Any:
     return next((a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")), None)
 
 
+_NAME = r"[A-Za-z_][A-Za-z0-9_-]{0,63}"
+"""What names an entry: in a path of fields (so no dot), beside an index (so no number alone), in files and requests."""
+
+_RESERVED = {"rewards": ("reward_mean",), "steering.methods": (PLAIN,)}
+"""Names that mean something else: the curve of the trained reward, sampling without steering."""
+
+
 def _impossible(config: Config, broken: set[str]) -> list[Problem]:
     """Combinations of valid fields that cannot run, but for those of a field in `broken`."""
     problems = []
@@ -103,16 +111,24 @@ def _impossible(config: Config, broken: set[str]) -> list[Problem]:
             problems.append(Problem(path, value, problem, remedy))
 
     train, kernel, names = config.train, config.kernel, config.reward_names
-    for index, reward in enumerate(config.rewards):
-        refuse(
-            not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", reward.name),
-            f"rewards.{index}.name",
-            reward.name,
-            "cannot name a reward in metrics, reports and requests",
-            "Use up to 64 letters, digits, '_', '-' and '.'.",
-            f"rewards.{index}.use",
-        )
-    for path, listed in (("rewards", list(names)), ("steering.methods", [one.name for one in config.steering.methods])):
+    lists: dict[str, Sequence[Named]] = {
+        "rewards": config.rewards,
+        "steering.methods": config.steering.methods,
+        "tracking": config.tracking,
+    }
+    for path, entries in lists.items():
+        listed = [entry.name for entry in entries]
+        for index, name in enumerate(listed):
+            refuse(
+                not re.fullmatch(_NAME, name) or name in _RESERVED.get(path, ()),
+                f"{path}.{index}.name",
+                name,
+                f"cannot be a name in {path}" if re.fullmatch(_NAME, name) else "is no name",
+                "Use up to 64 letters, digits, '_' and '-', beginning with a letter"
+                + "".join(f"; {word} has another meaning" for word in _RESERVED.get(path, ()))
+                + ".",
+                f"{path}.{index}.use",
+            )
         twice = sorted({name for name in listed if listed.count(name) > 1})
         refuse(
             bool(twice),

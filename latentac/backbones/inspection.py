@@ -188,6 +188,8 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
         more = {str(token.get("content")): token.get("id") for token in listed if isinstance(token, dict)}
     elif {"vocab.json", "merges.txt"} <= names:
         vocabulary, more = read_json(folder / "vocab.json"), {}
+        if "added_tokens.json" in names:
+            more = dict(read_json(folder / "added_tokens.json"))
         merges = (folder / "merges.txt").read_bytes()
         if merges.startswith(LFS):
             raise Damaged(pointer("merges.txt"))
@@ -200,6 +202,10 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
     if "tokenizer_config.json" not in names:
         raise Damaged("has no tokenizer_config.json, which says how many tokens a prompt may have")
     found = read_json(folder / "tokenizer_config.json")
+    decoder = found.get("added_tokens_decoder")
+    for number, token in decoder.items() if isinstance(decoder, dict) else ():
+        if isinstance(token, dict) and str(number).isdigit():
+            more[str(token.get("content"))] = int(number)
     tokens = vocabulary | more
     for name in ("bos_token", "eos_token"):
         given = found.get(name)

@@ -113,10 +113,16 @@ def flow_shift(folder: Path, cells: int, source: str = "") -> tuple[float, int]:
             raise _unsuitable(folder, source, problem, f"Set {name} to null or false: Stable Diffusion 3 has it so")
     shift = float(settings.get("shift", 1.0))
     if settings.get("use_dynamic_shifting"):
-        first, last = settings["base_image_seq_len"], settings["max_image_seq_len"]
-        slope = (settings["max_shift"] - settings["base_shift"]) / (last - first)
-        mu = cells * slope + settings["base_shift"] - slope * first
-        shift = math.exp(mu) if settings.get("time_shift_type") == "exponential" else mu
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        try:
+            first, last, low, high = (float(settings[name]) for name in names)
+            slope = (high - low) / (last - first)
+            mu = cells * slope + low - slope * first
+            shift = math.exp(mu) if settings.get("time_shift_type") == "exponential" else mu
+        except (ArithmeticError, TypeError, ValueError, KeyError) as error:
+            given = ", ".join(f"{name} {settings.get(name)!r}" for name in names)
+            problem = f"use_dynamic_shifting needs four numbers that give a shift, and has {given}"
+            raise _unsuitable(folder, source, problem, "Write those that the model was trained with") from error
     if not (math.isfinite(shift) and shift > 0):
         raise _unsuitable(folder, source, f"shift is {shift!r}", "Use a positive number; Stable Diffusion 3 has 3.0")
     return shift, int(settings["num_train_timesteps"])

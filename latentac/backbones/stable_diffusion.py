@@ -4,6 +4,7 @@ Tables of what the parts' configurations may say. What is refused here would els
 from in another way than it was trained, without a word.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -50,7 +51,7 @@ def _unet(found: Configurations) -> Iterator[Finding]:
         yield "unet", "mid_block_type is null, and the critic reads the middle block", _TEXT_TO_IMAGE
     sizes = unet.get("sample_size")
     for size in sizes if isinstance(sizes, list) and len(sizes) == 2 else [sizes]:
-        if not isinstance(size, int) or size < 1:
+        if not _is_count(size):
             problem = f"sample_size is {sizes!r}, so the pictures' size is not known"
             yield "unet", problem, "Set it to the pictures' side divided by 8 (64 for 512 pixels)"
 
@@ -81,7 +82,7 @@ def _unet_autoencoder(found: Configurations) -> Iterator[Finding]:
 def _transformer(found: Configurations) -> Iterator[Finding]:
     own = found["transformer"]
     size, patch = own.get("sample_size", 128), own.get("patch_size", 2)
-    if not isinstance(size, int) or size < 1 or size % patch:
+    if not _is_count(size) or size % patch:
         problem = f"sample_size is {size!r}, and must be a multiple of patch_size = {patch}"
         yield "transformer", problem, "Set it to the pictures' side divided by 8 (128 for 1024 pixels)"
     elif size // patch > own.get("pos_embed_max_size", 96):
@@ -111,6 +112,8 @@ def _transformer_autoencoder(found: Configurations) -> Iterator[Finding]:
     if found["vae"].get("shift_factor") is None:
         problem = "shift_factor is null, and StableDiffusion3Pipeline adds it"
         yield "vae", problem, "Write the number that the model was trained with, 0.0 for none"
+    elif not _is_number(found["vae"]["shift_factor"]):
+        yield "vae", f"shift_factor is {found['vae']['shift_factor']!r}", "Write the number that it was trained with"
 
 
 def _two_tokenizers(found: Configurations) -> Iterator[Finding]:
@@ -135,7 +138,7 @@ def _autoencoder(vae: Mapping[str, Any]) -> Iterator[Finding]:
         if vae.get(name) is not None:
             yield "vae", f"{name} is set, and diffusers' pipeline of this model does not apply it", _OTHER_LATENTS
     scale = vae.get("scaling_factor", 0.18215)
-    if not isinstance(scale, int | float) or isinstance(scale, bool) or not scale > 0:
+    if not _is_number(scale) or not 1e-3 < scale < 1e3:
         yield "vae", f"scaling_factor is {scale!r}", "Write the number that the model was trained with"
     if vae.get("out_channels", 3) != 3:
         yield (
@@ -143,6 +146,14 @@ def _autoencoder(vae: Mapping[str, Any]) -> Iterator[Finding]:
             f"out_channels is {vae['out_channels']!r}, and pictures have 3",
             "Use an autoencoder of RGB pictures",
         )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _tokens(encoder: str, name: str) -> Callable[[Configurations], Iterator[Finding]]:

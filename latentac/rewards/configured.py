@@ -5,16 +5,16 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from latentac.config import Reward as RewardSettings
-from latentac.errors import LatentacError, RewardError
+from latentac.errors import LatentacError, RewardError, describe
 from latentac.prompts import Prompt
 from latentac.rewards import REWARDS
-from latentac.rewards.calls import in_flight
+from latentac.rewards.calls import in_flight, watched
 
 _FIRST_WAIT = 1.0
 _LONGEST_WAIT = 30.0
@@ -24,6 +24,14 @@ _log = logging.getLogger(__name__)
 
 class _Left(Exception):
     """A reward raised what is not for it to raise, such as SystemExit."""
+
+
+class _Own(Exception):
+    """A RewardError that the reward's own class raised."""
+
+    def __init__(self, error: RewardError) -> None:
+        self.error = error
+        super().__init__(str(error))
 
 
 class ConfiguredReward:
@@ -53,8 +61,12 @@ class ConfiguredReward:
         if not hasattr(self.reward, "known"):
             return None
         try:
-            images, prompts, answers = self.reward.known()
+            images, prompts, answers = self._bounded(self.reward.known, "known()", [])
             return np.asarray(images), [str(prompt) for prompt in prompts], np.asarray(answers, np.float32).reshape(-1)
+        except RewardError:
+            raise
+        except _Own as own:
+            raise RewardError(f"reward {self.name}, known()", own.error.problem, own.error.remedy) from own.error
         except Exception as error:
             raise RewardError(f"reward {self.name}", f"known() failed: {_told(error)}", _REMEDY) from error
 
@@ -72,40 +84,53 @@ class ConfiguredReward:
         raise AssertionError("the loop returns or raises")
 
     def _within_time(self, images: np.ndarray, prompts: Sequence[Prompt]) -> Any:
-        """What the reward returns. It is called in a thread of its own, which is abandoned when its time is over."""
-        found: list[Any] = []
-        failed: list[BaseException] = []
+        """What the reward returns. Raises what it raises, and RewardError with its name."""
         pictures = images.view()
         pictures.flags.writeable = False
         texts = [prompt.text for prompt in prompts]
         more = {"metadata": [prompt.metadata for prompt in prompts]} if self._takes_metadata else {}
 
+        try:
+            return self._bounded(lambda: self.reward(pictures, texts, **more), self._where(prompts), texts)
+        except _Own as own:  # the class knows what was wrong, and not its own name
+            told = own.error
+            where = told.where if told.where.startswith("prompt") else f"prompt {texts[0]!r}, {told.where}"
+            raise RewardError(f"reward {self.name}, {where}", told.problem, told.remedy) from told
+
+    def _bounded(self, work: Callable[[], Any], what: str, texts: Sequence[str]) -> Any:
+        """What `work` returns or raises, in a thread of its own, which is abandoned when its time is over.
+
+        what: for the message then; texts: of the prompts, for the file of the call. Raises RewardError for the time,
+        _Own for a RewardError of the class, _Left for what is no Exception.
+        """
+        found: list[Any] = []
+        failed: list[BaseException] = []
+
         def call() -> None:
             try:
-                with in_flight(self.name, texts):
-                    found.append(self.reward(pictures, texts, **more))
+                with in_flight(self.name, texts, self._timeout):
+                    found.append(work())
             except BaseException as error:  # noqa: BLE001 - SystemExit of a reward is its failure too
                 failed.append(error)
 
         thread = threading.Thread(target=call, name=f"reward {self.name}", daemon=True)
-        thread.start()
-        thread.join(self._timeout)
+        with watched(self._timeout):
+            thread.start()
+            thread.join(self._timeout)
         if thread.is_alive():
             problem = f"did not answer within {self._timeout:g} s (rewards.{self.name}.timeout_seconds)"
-            raise self._failed(prompts, problem)
-        if failed and isinstance(failed[0], RewardError):  # the class knows what was wrong, and not its own name
-            told = failed[0]
-            where = told.where if told.where.startswith("prompt") else f"prompt {texts[0]!r}, {told.where}"
-            raise RewardError(f"reward {self.name}, {where}", told.problem, told.remedy)
+            raise RewardError(f"reward {self.name}, {what}", problem, _REMEDY)
+        if failed and isinstance(failed[0], RewardError):
+            raise _Own(failed[0])
         if failed:
-            raise failed[0] if isinstance(failed[0], Exception) else _Left(_told(failed[0]))
+            raise failed[0] if isinstance(failed[0], Exception) else _Left(describe(failed[0]))
         return found[0]
 
     def _checked(self, answer: Any, prompts: Sequence[Prompt]) -> np.ndarray:
         """`answer` as float32 [B]. Raises RewardError for another shape or type, and for NaN and infinity."""
-        if hasattr(answer, "detach"):  # a tensor of torch, on any device, in any dtype
-            answer = answer.detach().cpu()
-            answer = answer.float() if answer.is_floating_point() else answer
+        answer = [_plain(item) for item in answer] if isinstance(answer, list | tuple) else _plain(answer)
+        if np.ma.is_masked(answer):
+            raise self._failed(prompts, "returned a masked array, which has no reward for some pictures")
         try:
             column = np.asarray(answer)
         except ValueError as error:
@@ -138,8 +163,20 @@ class ConfiguredReward:
         return prompts
 
     def _failed(self, prompts: Sequence[Prompt], problem: str) -> RewardError:
+        return RewardError(f"reward {self.name}, {self._where(prompts)}", problem, _REMEDY)
+
+    @staticmethod
+    def _where(prompts: Sequence[Prompt]) -> str:
         more = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
-        return RewardError(f"reward {self.name}, prompt {prompts[0].text!r}{more}", problem, _REMEDY)
+        return f"prompt {prompts[0].text!r}{more}"
+
+
+def _plain(answer: Any) -> Any:
+    """A tensor of torch, on any device and in any dtype, as an array; anything else as it is."""
+    if not hasattr(answer, "detach"):
+        return answer
+    answer = answer.detach().cpu().resolve_conj().resolve_neg()
+    return (answer.float() if answer.is_floating_point() else answer).numpy()
 
 
 def load_rewards(settings: Iterable[RewardSettings]) -> list[ConfiguredReward]:
@@ -150,7 +187,7 @@ def load_rewards(settings: Iterable[RewardSettings]) -> list[ConfiguredReward]:
             found.append(ConfiguredReward(one, REWARDS.make(one, path=f"rewards.{index}")))
         except LatentacError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RewardError(f"reward {one.name}", f"cannot be built: {_told(error)}", _REMEDY) from error
     return found
 
@@ -173,7 +210,4 @@ def _parameters(reward: Any) -> Mapping[str, Any]:
 
 
 def _told(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:500]
-    if isinstance(error, _Left):
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return str(error) if isinstance(error, _Left) else describe(error)

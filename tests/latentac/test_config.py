@@ -1,5 +1,7 @@
 """The configuration: strict, complete, and every problem told at once with its path, value and remedy."""
 
+import json
+
 import pytest
 
 from latentac.config import Config
@@ -193,3 +195,42 @@ def test_two_instances_of_one_reward_have_names_of_their_own():
         "gate.reward=again",
     )
     assert config.reward_names == ("colourfulness", "again", "Sharpness")
+
+
+@pytest.mark.parametrize(
+    ("path", "entries"),
+    [
+        ("rewards", "[{use: shapes_verifier}, {use: colourfulness, name: NAME}]"),
+        ("steering.methods", "[{use: best_of_n, name: NAME}]"),
+        ("tracking", "[{use: mlflow, name: NAME}]"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.b", "1", "ü", "a/b", "<b>", "x" * 65, "own"])
+def test_names_fit_paths_of_fields_files_and_requests(path, entries, name):
+    """In each list alike: a number would be an index, and a dot part of a path."""
+    refused = set()
+    try:
+        resolved(f"{path}={entries.replace('NAME', json.dumps(name))}")
+    except ConfigError as error:
+        refused = {problem.path.rpartition(".")[2] for problem in error.problems}
+    assert ("name" in refused) == (name != "own")
+
+
+@pytest.mark.parametrize(
+    ("path", "entries"),
+    [
+        ("rewards", "[{use: shapes_verifier}, {use: colourfulness, name: reward_mean}]"),
+        ("steering.methods", "[{use: best_of_n, name: none}]"),
+        ("tracking", "[{use: mlflow, name: a}, {use: wandb, name: a}]"),
+    ],
+)
+def test_a_name_that_is_taken_is_refused(path, entries):
+    """By what it means otherwise, or by another entry."""
+    with pytest.raises(ConfigError, match=rf"{path}.*(has another meaning|is the name of two entries)"):
+        resolved(f"{path}={entries}")
+
+
+def test_a_bound_that_no_clock_can_hold_is_refused():
+    """As a problem of the field, not of the reward that is called with it."""
+    with pytest.raises(ConfigError, match=r"rewards\.0\.timeout_seconds"):
+        resolved("rewards=[{use: shapes_verifier, timeout_seconds: 1e10}]")

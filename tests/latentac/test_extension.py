@@ -36,6 +36,15 @@ def test_what_is_added_from_outside_is_checked_pretrained_and_trained(
     assert space.trained_policy().backbone.latent_shape == (4, 8, 8)
 
 
+@pytest.mark.parametrize("path", ["backbone.use", "algorithm.use", "critic.body.use", "kernel.use"])
+def test_a_module_that_ends_itself_is_refused(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script without a guard: the command must not end as if all were done."""
+    (tmp_path / "a_script.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=rf"{path} = 'a_script:Own': cannot be imported \(SystemExit: 0\)"):
+        prepare("r", "", str(tmp_path), "shapes-unet-smoke", overrides=[f"{path}=a_script:Own"])
+
+
 @pytest.mark.parametrize("path", ["backbone.use", "algorithm.use", "critic.body.use"])
 def test_a_name_of_no_table_and_no_module_is_refused(path: str, tmp_path: Path) -> None:
     """Before anything runs, with the field, and how to name one's own."""

@@ -256,6 +256,22 @@ FLOW_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"base_image_seq_len": 256, "max_image_seq_len": 256},
+        {"max_shift": None},
+        {"max_shift": "much"},
+        {"base_shift": 1e6, "max_shift": 1e5},
+    ],
+)
+def test_dynamic_shifting_by_numbers_that_give_no_shift_is_refused(tmp_path, settings):
+    """A division by zero, a missing number, an overflow: the file and the four numbers."""
+    written(tmp_path, "FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True, **settings)
+    with pytest.raises(ConfigError, match="use_dynamic_shifting needs four numbers that give a shift, and has base_"):
+        flow_shift(tmp_path, 16)
+
+
 @pytest.mark.parametrize("case", sorted(FLOW_REFUSED))
 def test_another_process_is_refused_for_a_flow_too(tmp_path, case):
     """By name, and with what is supported or what to set."""

@@ -1,6 +1,7 @@
 """A reward that fails in a way, and at a place, that its settings name."""
 
 import os
+import re
 import signal
 import time
 import urllib.error
@@ -21,7 +22,7 @@ class Failing:
     class Settings(extensions.Settings):
         """How and where."""
 
-        how: Literal["raises", "http", "exits", "crashes", "hangs", "nan"] = "raises"
+        how: Literal["raises", "http", "exits", "crashes", "hangs", "locks", "nan"] = "raises"
         """What happens."""
         where: Literal["worker", "always", "after"] = "worker"
         """In which process; `after` prepare means wherever LATENTAC_TEST_FAIL is set."""
@@ -48,4 +49,6 @@ class Failing:
                 os.kill(os.getpid(), signal.SIGSEGV)
             case "hangs":
                 time.sleep(3600)
+            case "locks":  # Python's own regular expressions never release the interpreter's lock
+                re.match(r"(a+)+$", "a" * 60 + "b")
         return means * np.nan

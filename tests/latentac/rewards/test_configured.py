@@ -56,6 +56,8 @@ class Level:
         torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16),
         torch.tensor([[1.0], [2.0], [3.0]], requires_grad=True),
         torch.tensor([1, 2, 3]),
+        [torch.tensor(1.0, requires_grad=True), torch.tensor(2.0, dtype=torch.bfloat16), 3],
+        torch.tensor([1j, 2j, 3j]).conj().imag.neg(),
         [1, 2.0, 3],
         [np.float64(1), 2, 3],
         (1, 2, 3),
@@ -84,6 +86,7 @@ def test_booleans_are_0_and_1() -> None:
         (["a", "b", "c"], "not numbers"),
         (np.zeros(3, complex), "not numbers"),
         ([1.0, [2.0], 3.0], "returned no array"),
+        (np.ma.array([1.0, 2.0, 3.0], mask=[True, False, False]), "masked array"),
         ([0.0, float("nan"), 0.0], r"prompt 'b': returned nan \(1 of 3 pictures\)"),
         ([0.0, 0.0, 1e300], r"prompt 'c': returned inf"),
     ],
@@ -111,6 +114,80 @@ def test_an_exception_is_the_rewards_failure(failure: BaseException) -> None:
     told = str(caught.value)
     assert told.startswith(f"reward mine, prompt 'b': {type(failure).__name__}")
     assert all(str(part) in told for part in failure.args)
+
+
+class Unreadable(Exception):
+    """Its text is no text."""
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [(Unreadable(), "Unreadable"), (ValueError("a\x1b[31mred\nline"), r"ValueError: a \[31mred line")],
+)
+def test_an_exceptions_text_is_made_one_line(failure: Exception, words: str) -> None:
+    """Whatever it is: a message on a terminal must not be what an exception makes of it."""
+
+    def reward(images: np.ndarray, prompts: list[str]) -> list[float]:
+        raise failure
+
+    with pytest.raises(RewardError, match=words) as caught:
+        configured(reward)(IMAGES, PROMPTS)
+    assert "\x1b" not in str(caught.value)
+
+
+class Ending:
+    """Ends the process, or never comes back, in `known()`."""
+
+    class Settings(extensions.Settings):
+        """how: what happens where."""
+
+        how: str = "exit"
+
+    def __init__(self, settings: "Ending.Settings") -> None:
+        self.how = settings.how
+        if self.how == "built":
+            sys.exit(0)
+
+    def __call__(self, images: np.ndarray, prompts: list[str]) -> list[float]:
+        return [0.0] * len(prompts)
+
+    def known(self) -> Any:
+        if self.how == "exit":
+            sys.exit(0)
+        time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("built", "reward Ending: cannot be built: SystemExit: 0"),
+        ("exit", r"reward Ending: known\(\) failed: SystemExit: 0"),
+        ("hang", r"reward Ending, known\(\): did not answer within 0.2 s"),
+    ],
+)
+def test_no_part_of_a_reward_ends_or_holds_the_process(how: str, words: str) -> None:
+    """`sys.exit(0)` would look like success."""
+    settings = Reward.model_validate({"use": f"{HERE}:Ending", "how": how, "timeout_seconds": 0.2})
+    with pytest.raises(RewardError, match=words):
+        load_rewards([settings])[0].known()
+
+
+class Weighted(Level):
+    """Has a setting that the configuration has for every reward."""
+
+    class Settings(Level.Settings):
+        """The configuration's own name."""
+
+        weight: float = 3.0
+
+
+def test_settings_of_a_class_are_not_those_of_every_reward() -> None:
+    """Its default would take the place of what the user wrote."""
+    with pytest.raises(ConfigError, match=r"its Settings declare weight, which the configuration has for every"):
+        load_rewards([Reward.model_validate({"use": f"{HERE}:Weighted", "weight": 0.5})])
 
 
 def test_pictures_are_read_only_and_metadata_comes_where_it_is_wanted() -> None:
@@ -202,7 +279,7 @@ def test_a_call_in_flight_leaves_a_note_for_whoever_finds_the_process_dead(
 ) -> None:
     """For as long as the call lasts: reward, first prompt, how many more."""
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    with in_flight("mine", ["a", "b"]):
+    with in_flight("mine", ["a", "b"], 60.0):
         (file,) = tmp_path.iterdir()
         assert file.name.startswith(f"{os.getpid()}-")
         assert json.loads(file.read_text())["reward"] == "mine"

@@ -70,11 +70,16 @@ def test_in_value_pretraining(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "words"), [("exits", "crashed, was killed, or ran out of memory"), ("raises", "ValueError: this picture")]
+    ("how", "words"),
+    [
+        ("exits", "crashed, was killed, or ran out of memory"),
+        ("locks", "did not answer within 3 s and let no other thread run"),
+        ("raises", "ValueError: this picture"),
+    ],
 )
 def test_in_a_step_of_a_whole_run(how: str, words: str, tmp_path: Path) -> None:
     """The step is a process of the pipeline's; the driver reports what its end leaves."""
-    changes = [argument for change in [*SMALL, *settings(how, "always", 30.0)] for argument in ("--set", change)]
+    changes = [argument for change in [*SMALL, *settings(how, "always", 3.0)] for argument in ("--set", change)]
     command = [sys.executable, "-m", "latentac.cli", "run", "--recipe", "shapes-unet-smoke", *changes]
     done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 5, done.stderr
