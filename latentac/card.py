@@ -247,7 +247,7 @@ def _prose(text: object) -> str:
 def _text(value: object) -> str:
     """One line of text: no HTML, and no Markdown but code."""
     line = html.escape(" ".join(str(value).split()), quote=False)
-    return re.sub(r"[\\*\[\]~]|(?<!\w)_|_(?!\w)|^[#>+-]", r"\\\g<0>", line)
+    return re.sub(r"[\\*\[\]~]|(?<!\w)_|_(?!\w)|^[#>+]|^-(?!\d)", r"\\\g<0>", line)
 
 
 def _code(name: object) -> str:

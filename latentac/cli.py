@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentac import __version__
-from latentac.errors import ConfigError, LatentacError, Problem, expected
+from latentac.errors import ConfigError, LatentacError, Problem, ResourceError, expected
 from latentac.housekeeping import add_verbs
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments is None:  # a program finds modules of the working folder, as `python -m` does
             from latentac.package import make_importable
 
-            make_importable(Path.cwd())
+            make_importable(_working_folder())
         command: Callable[[argparse.Namespace], int | None] = options.command
         return command(options) or 0
     except (LatentacError, OSError, ImportError) as error:
@@ -63,6 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("latentac: interrupted; the same command goes on from what is done", file=sys.stderr)
         return 130
+
+
+def _working_folder() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise ResourceError("the working folder", "is not there any more", "Change to one that is") from None
 
 
 def _parser() -> argparse.ArgumentParser:

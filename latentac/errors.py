@@ -55,6 +55,10 @@ def restore(fields: Mapping[str, Any]) -> LatentacError:
     return kinds[fields["kind"]](fields["where"], fields["problem"], fields["remedy"])
 
 
+_MOST_SHOWN = 500
+"""Characters of a value in a message."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong with a configuration: the field's path, its value as given, what is wrong, the remedy.
@@ -72,7 +76,9 @@ class Problem:
             object.__setattr__(self, "value", re.sub(r"//[^/@\s]*:[^/@\s]*@", "//", self.value))
 
     def __str__(self) -> str:
-        return f"{self.path} = {self.value!r}: {self.problem}. {self.remedy}"
+        shown = repr(self.value)
+        shown = f"{shown[:_MOST_SHOWN]}..." if len(shown) > _MOST_SHOWN else shown
+        return f"{self.path} = {shown}: {self.problem}. {self.remedy}"
 
 
 class ConfigError(LatentacError):

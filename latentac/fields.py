@@ -46,6 +46,14 @@ _PATH = r"[A-Za-z_]\w*(?:\.\w+)*"
 _NEXT = re.compile(rf"\s+(?=['\"]?{_PATH}=)")
 
 
+_NO_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""What the parser raises: also for an integer of thousands of digits, and for thousands of nested brackets."""
+
+
+def _reason(error: Exception) -> str:
+    return "it is nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())[:300]
+
+
 def read_yaml(text: str) -> Any:
     """YAML 1.1 with unique keys. Raises yaml.YAMLError, of which DuplicateKey names the key and its lines."""
     return yaml.load(text, _UniqueKeys)  # noqa: S506 - a SafeLoader that refuses more
@@ -59,9 +67,11 @@ def read_file(path: Path) -> dict[str, Any]:
         raise _single("--config", str(path), str(error), "Keep one of them.") from None
     except OSError as error:
         raise _single("--config", str(path), f"cannot be read: {error.strerror}", "Name a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise _single("--config", str(path), f"is not YAML: {reason}", "Correct the file.") from error
+    except UnicodeDecodeError as error:
+        remedy = "Convert it, for example: iconv -f WINDOWS-1252 -t UTF-8, or -f UTF-16."
+        raise _single("--config", str(path), f"is not UTF-8 text (byte {error.start})", remedy) from error
+    except _NO_YAML as error:
+        raise _single("--config", str(path), f"is not YAML: {_reason(error)}", "Correct the file.") from error
     if not isinstance(content, dict):
         raise _single("--config", str(path), "does not hold fields", "Write `section:` and its fields below.")
     return content
@@ -113,8 +123,10 @@ def read_overrides(assignments: Sequence[str]) -> dict[str, Any]:
             nested: Any = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader with one more number format
         except DuplicateKey as error:
             raise _single("--set", assignment, str(error), "Keep one of them.") from None
-        except yaml.YAMLError as error:
-            raise _single("--set", assignment, "has a value that is not YAML", "Quote it.") from error
+        except _NO_YAML as error:
+            raise _single(
+                "--set", assignment, f"has a value that is not YAML: {_reason(error)}", "Quote it."
+            ) from error
         for name in reversed(path.split(".")):
             nested = {name: nested}
         merged = merge(merged, nested)

@@ -57,7 +57,7 @@ def _facts(space: Workspace, history: Sequence[dict[str, Any]]) -> Facts:
         "evaluation": _read(space, "evaluate", "evaluation.json"),
         "training": history,
         "steering": _read(space, "steer", "steering.json"),
-        "gate": _read(space, "gate", "gate.json"),
+        "gate": space.verdict(),
         "serving": None,
     }
 

@@ -38,8 +38,9 @@ def examine(fields: Mapping[str, Any]) -> tuple[Config | None, list[Problem]]:
         except ValidationError as error:
             for detail in error.errors(include_url=False):
                 problem = _problem(detail)
+                if problem.path not in broken:  # what the repair of a value makes is no further problem of the user's
+                    problems.append(problem)
                 broken.add(problem.path)
-                problems.append(problem)
                 if not _repair(repaired, detail):
                     return None, problems
             continue

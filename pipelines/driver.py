@@ -119,9 +119,11 @@ def _done_already(run: str, request: Request, way: Way, console: Console) -> boo
     published = [manifest.digest for step, manifest in found.items() if step != "finish"]
     if [parent.sha256 for parent in found["finish"].parents] != published:
         return False
-    missing = set(VERBS) - set(steps)
+    missing, deployed = set(VERBS) - set(steps), found.get("deploy")
+    judged = [parent.sha256 for parent in deployed.parents] if deployed else []
     if (
         "gate" not in found
+        or (deployed and found["gate"].digest not in judged)  # it was judged anew since
         or missing > {"deploy"}
         or (("deploy" in missing) == (found["gate"].metrics["decision"] == "promote"))
     ):

@@ -107,7 +107,12 @@ def load_run(run: str, output: Path, given: Mapping[str, object]) -> Request:
     wanted = absolute(dataclasses.replace(request, **given))  # type: ignore[arg-type]
     remedy = "Leave it out, or start a new run."
     problems = [
-        Problem(f"--{name}", given[name], f"the run was started with {_shown(getattr(request, name))!r}", remedy)
+        Problem(
+            "--set" if name == "overrides" else f"--{name}",
+            given[name],
+            f"the run was started with {_shown(getattr(request, name))!r}",
+            remedy,
+        )
         for name in given
         if getattr(wanted, name) != getattr(request, name)
         and not _same(name, getattr(wanted, name), getattr(request, name))

@@ -1,5 +1,6 @@
 """What a caller may ask for. Everything wrong with a request is told at once, each with its path and remedy."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -18,6 +19,7 @@ def _whole(value: object) -> object:
 
 
 WHOLE = BeforeValidator(_whole)
+
 Root = TypeVar("Root", bound=Section)
 
 UNSTEERED = "none"
@@ -85,9 +87,23 @@ def decoded(body: bytes) -> Any:
     """The JSON of a body, after a byte order mark if there is one. Raises ConfigError where it is none, or holds a
     number that JSON has not."""
     try:
-        return from_json(body.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)
+        found = from_json(body.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)
     except ValueError as error:
         raise ConfigError([Problem("body", shortened(body), f"is not JSON: {error}", _OBJECT)]) from None
+    path = _infinite(found)
+    if path is not None:
+        told = "is beyond the numbers that a computer holds"
+        raise ConfigError([Problem(path or "body", "1e309 or more", told, "Use a smaller number.")])
+    return found
+
+
+def _infinite(value: Any, path: str = "") -> str | None:
+    """The path of a number like 1e400, which JSON can write and no answer can repeat; None where there is none."""
+    if isinstance(value, float):
+        return path if math.isinf(value) else None
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = (_infinite(inner, f"{path}.{shortened(str(name))}".lstrip(".")) for name, inner in items)
+    return next((each for each in found if each is not None), None)
 
 
 def parse(body: object, exported: Exported) -> list[Request]:

@@ -21,6 +21,7 @@ from kserve.protocol.rest.v2_datamodels import (
     ServerReadyResponse,
 )
 from kserve.protocol.rest.v2_endpoints import V2Endpoints
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from latentac.config import Section
@@ -61,6 +62,8 @@ class State:
     def register(self, app: FastAPI) -> None:
         """Of KServe's routes those about the model's state; those that ask for pictures are in `routes`. This server
         explains nothing, has no versions beside each other, and lets nobody load or unload."""
+        # KServe's verbs stand behind a colon, which the route of a model would take for a part of its name.
+        app.add_route("/v1/models/{model_name}:{verb}", _verb, methods=_OTHER_METHODS)
         second, model = self._second, "/v2/models/{model_name}"
         version = f"{model}/versions/{{model_version}}"
         for path, handler, form in (
@@ -131,6 +134,16 @@ class PlainAddresses:
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
             scope = {**scope, "method": method, "path": re.sub("//+", "/", scope["path"]).rstrip("/") or "/"}
         await self._app(scope, receive, send)
+
+
+_OTHER_METHODS = ["GET", "HEAD", "PUT", "PATCH", "DELETE", "POST"]
+
+
+async def _verb(request: HTTPRequest) -> Response:
+    """A verb of V1 that is not this server's, or predict asked for with another method than POST."""
+    if request.path_params["verb"] == "predict":
+        raise HTTPException(405, headers={"Allow": "POST"})
+    raise HTTPException(404)
 
 
 async def _not_here(request: HTTPRequest, error: Any) -> Response:

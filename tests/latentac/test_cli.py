@@ -178,3 +178,13 @@ def test_steps_meet_through_s3(tmp_path, minio_server):
     assert "runs/first/train/manifest.json" in keys
     assert "runs/checkpoints/first/LATEST" in keys
     assert not (tmp_path / "there" / "store").exists()
+
+
+def test_a_working_folder_that_is_gone_is_told(tmp_path):
+    """As a program only: it looks for the user's modules there."""
+    (tmp_path / "gone").mkdir()
+    command = f"cd {tmp_path}/gone && rmdir ../gone && exec {sys.executable} -m latentac.cli runs"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 6
+    assert done.stderr.startswith("latentac: the working folder: is not there any more")
+    assert len(done.stderr.splitlines()) == 1

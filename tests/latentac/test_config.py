@@ -234,3 +234,15 @@ def test_a_bound_that_no_clock_can_hold_is_refused():
     """As a problem of the field, not of the reward that is called with it."""
     with pytest.raises(ConfigError, match=r"rewards\.0\.timeout_seconds"):
         resolved("rewards=[{use: shapes_verifier, timeout_seconds: 1e10}]")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "path"),
+    [("rewards=[]", "rewards"), ("rewards=null", "rewards"), ("gate.reward=no", "gate.reward"),
+     ("prompts.source=~", "prompts.source"), ("train.num_iterations=99999999999999", "train.num_iterations")],
+)  # fmt: skip
+def test_one_wrong_value_is_one_problem(assignment, path):
+    """What the search for further problems puts in its place is none of the user's."""
+    with pytest.raises(ConfigError) as caught:
+        resolved(assignment)
+    assert [problem.path for problem in caught.value.problems] == [path]

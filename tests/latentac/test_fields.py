@@ -51,3 +51,23 @@ def test_a_clusters_settings_with_a_key_twice_are_refused(tmp_path: Path) -> Non
     (tmp_path / "cluster.yaml").write_text(f"{text}\nnamespace: other\n")
     with pytest.raises(ConfigError, match=r"cluster.yaml.*has the key 'namespace' twice, in lines \d+ and \d+"):
         read(tmp_path / "cluster.yaml")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("9" * 5000, "is not YAML"), ("[" * 3000, "nested too deep"), ("{a: &x [1], b: *y}", "is not YAML")],
+)
+def test_a_value_that_cannot_be_read_is_one_short_message(value: str, words: str, tmp_path: Path) -> None:
+    """In a file and in --set alike, whatever the parser raises."""
+    (tmp_path / "mine.yaml").write_text(f"seed: {value}\n")
+    for reading in (lambda: read_overrides([f"seed={value}"]), lambda: read_file(tmp_path / "mine.yaml")):
+        with pytest.raises(ConfigError, match=words) as caught:
+            reading()
+        assert len(str(caught.value)) < 1200
+
+
+def test_a_file_in_another_encoding_is_told_as_such(tmp_path: Path) -> None:
+    """With what converts it."""
+    (tmp_path / "mine.yaml").write_text("seed: 3\n", encoding="utf-16")
+    with pytest.raises(ConfigError, match=r"is not UTF-8 text .*iconv"):
+        read_file(tmp_path / "mine.yaml")

@@ -35,9 +35,15 @@ def start(output: Path, run: str, *overrides: str) -> Workspace:
     policy.backbone.save(folder / "policy")
     new_critic(space.config, policy).save(folder / "critic")
     (folder / "history.json").write_text("[]")
-    parents = [space.prepared]
-    hashed = space.config.hash
-    space.store.publish(f"{run}/train", folder, run=run, step="train", config_hash=hashed, parents=parents)
+    space.store.publish(
+        f"{run}/train",
+        folder,
+        run=run,
+        step="train",
+        config_hash=space.config.hash,
+        parents=[space.prepared],
+        metrics={"iterations": 0},
+    )
     return space
 
 

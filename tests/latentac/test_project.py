@@ -170,6 +170,17 @@ def test_a_held_run_is_not_deployed_unless_it_is_forced(held: Path, capsys: pyte
         assert told == f"{now.version}, in production in project shapes-unet-smoke, forced over its gate ({CHECK})"
 
 
+def test_a_deployed_run_follows_a_verdict_that_was_given_since(held: Path) -> None:
+    """By force at first, then promoted by other bounds: it is deployed again, and nothing says `forced` any more. What
+    was fetched of the verdict before stands in nobody's way."""
+    verbs.deploy("held", "", str(held), prove=proved, force=True)
+    verbs.gate("held", "", str(held), overrides=["gate.min_gain=-0.5"])
+    verbs.deploy("held", "", str(held), prove=proved)
+    now = production(workspace(held).store, "shapes-unet-smoke")
+    assert now is not None
+    assert now.forced == ()
+
+
 def test_a_model_that_was_promoted_since_the_verdict_is_not_replaced_silently(
     held: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,6 +92,9 @@ def test_instances_are_answered_in_order(server: ServerProcess) -> None:
         (b'{"instances": 3}', 422, "instances = 3"),
         (b'"x"', 422, "is no JSON object"),
         (b'{"instances": [', 400, "is not JSON"),
+        (b'{"instances": [{"prompt": "a", "seed": 1e400}]}', 400, "instances.0.seed = '1e309 or more'"),
+        (b'{"instances": 1e999}', 400, "instances = "),
+        (b"-1e999", 400, "body = "),
     ],
 )
 def test_bad_input_is_the_callers_mistake(server: ServerProcess, body: bytes, status: int, message: str) -> None:
@@ -109,7 +112,10 @@ def test_what_is_not_there_is_told(server: ServerProcess) -> None:
     assert ask(server, "/v1/images/generations", b'{"model": "other", "prompt": "a"}')[0] == 404
     assert ask(server, f"/v2/repository/models/{server.name}/unload", b"{}")[0] == 404
     assert ask(server, "/v2")[1]["extensions"] == ["binary_tensor_data"]
-    assert ask(server, f"/v1/models/{server.name}:explain", b"{}")[0] == 405
+    assert ask(server, f"/v1/models/{server.name}:explain", b"{}")[0] == 404
+    assert ask(server, f"/v1/models/{server.name}:explain")[0] == 404
+    status, content = ask(server, f"/v1/models/{server.name}:predict")
+    assert (status, "is asked with POST" in content["error"]) == (405, True)
 
 
 def test_a_client_that_is_refused_is_told_by_predict(server: ServerProcess) -> None:
