@@ -155,7 +155,7 @@ def test_a_nan_reward_in_a_worker_ends_the_step_with_its_name(tmp_path):
     assert run("pretrain-value", *place).returncode == 0
     failed = run("train", *place)
     assert failed.returncode == 5, failed.stderr
-    assert re.search("latentac: reward NanInWorkers, prompt '.+': returned nan", failed.stderr)
+    assert re.search("latentac: reward NanInWorkers, prompt '.+' and 7 more: returned nan", failed.stderr)
     assert "Traceback" not in failed.stderr
 
 

@@ -184,7 +184,7 @@ def test_kserves_client_works_with_its_defaults(
 @pytest.mark.parametrize("binary", [True, False])
 def test_several_prompts_in_a_column_or_a_row(server: ServerProcess, binary: bool) -> None:
     """Bytes or texts, beyond ASCII; one steering for all of them."""
-    texts = ["a red circle", "zwei grüne Kreise"]
+    texts = ["a red circle", "grüne Kreise"]
     expected = [server.predict({"prompt": text, "num_steps": 2})["images"][0] for text in texts]
     for shape in ([2], [2, 1], [1, 2]):
         prompts = np.array([text.encode() for text in texts], dtype=np.object_).reshape(shape)

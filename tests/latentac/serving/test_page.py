@@ -248,7 +248,7 @@ def test_a_link_leads_to_the_same_pictures(visit: Visit) -> None:
     page.get_by_label("Guidance (CFG)", exact=True).fill("2.5")
     dial(page).fill("3.75")
     dial(page, "jpeg_compressibility").fill("-0.5")
-    draw(page, "it's “red” & 50% <b>bold</b>")
+    draw(page, "“a” & 5% <b>")
     link = page.get_by_role("textbox", name="A link to these settings").input_value()
     assert page.url == link
     other = visit(link[link.index("#") :])
@@ -410,7 +410,7 @@ def test_the_curl_line_makes_the_steered_picture(visit: Visit, tmp_path: Path) -
     page = visit()
     page.get_by_label("Steps", exact=True).fill("4")
     dial(page).fill("2")
-    draw(page, """it's a "red" circle, $HOME `id` \\""")
+    draw(page, """it's "$A" `id` \\""")
     line = page.get_by_role("textbox", name="The steered picture with curl")
     subprocess.run(["bash", "-c", line.input_value()], cwd=tmp_path, check=True, timeout=120)
     assert (tmp_path / "picture.png").read_bytes() == base64.b64decode(pictures(page)["steered"].partition(",")[2])
