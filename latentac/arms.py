@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PLAIN = "none"
-"""The method of the arm that is not steered."""
+from latentac.names import PLAIN
 
 Row = Mapping[str, Any]
 """{method, strength, candidates, nfe, reward, mean, low, high, n, seconds}, one per arm and reward."""

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from latentac.arms import PLAIN, best_steered
+from latentac.arms import best_steered
 from latentac.config import Config
 from latentac.critic import Critic
 from latentac.evaluation import Arm, gallery, sample
 from latentac.measures import interval
+from latentac.names import PLAIN
 from latentac.policy import Policy
 from latentac.progress import progress
 from latentac.prompts import Prompt, balanced

@@ -6,6 +6,9 @@ from typing import Annotated
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
+PLAIN = "none"
+"""The method of what is not steered, in results and requests."""
+
 RULE = "letters, digits, '.', '_' and '-', at most 100, beginning with a letter, a digit or '_'"
 
 

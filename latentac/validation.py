@@ -7,10 +7,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from latentac.arms import PLAIN
 from latentac.config import Config, Named, suggestion
 from latentac.errors import ConfigError, Problem
-from latentac.names import RULE
+from latentac.names import PLAIN, RULE
 
 
 def resolve(fields: Mapping[str, Any]) -> Config:
