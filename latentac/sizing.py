@@ -25,6 +25,7 @@ _INTERPRETER = 800 * 2**20  # a worker's own pages of torch, diffusers and trans
 _CUDA_CONTEXT = 500 * 2**20
 # Kept of a layer for the gradient, in units of its tokens times its width.
 _SAVED_TENSORS = {"unet": 28, "transformer": 20}
+_PASSED_TENSORS = 8  # of a layer, without a gradient: fitted to a server's peak at 4 to 4,096 rows on a CPU
 _SMALL = 8 * 2**20  # reports, logs, critic: what does not grow with the model
 _ARMS = 20  # of evaluation and steering, each with a gallery
 
@@ -84,9 +85,10 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
         images       images of a worker * (2 K + 1) D of the rollout; K of what the critic keeps of a state for the
                      images of an iteration or of value pretraining; the critic's replay
         text         L C of each training prompt
-        activations  the larger of an update's: c tensors a layer of tokens times width (28 of a UNet, 20 of the
-                     transformer, measured on a GPU) for each of B K / updates_per_iteration states; and the decoder's:
-                     3 of its largest maps for each of B pictures
+        activations  the largest of an update's: c tensors a layer of tokens times width (28 of a UNet, 20 of the
+                     transformer) for each of B K / updates_per_iteration states; the decoder's: 3 of its largest maps
+                     for each of B pictures; steering's: 8 tensors a layer for each of B times the candidates of an arm;
+                     and the server's: 8 tensors a layer and the decoder's 3 for each of serving.batch_rows
         process      800 MiB; 500 MiB on a CUDA device
     disk, each but the temporary COPIES times
         base         the files that are used
@@ -112,6 +114,9 @@ def count(config: Config, model: Model, network: str, num_prompts: int, device: 
     images = math.ceil(train.images_per_iteration / train.num_workers)
     rows = math.ceil(train.block_images * steps / train.updates_per_iteration)
     update, decode = _SAVED_TENSORS.get(network, 28) * model.units * rows, 3 * model.decoder * train.block_images
+    candidates = max((max(method.own.get("candidates") or [1]) for method in config.steering.methods), default=1)
+    steered = _PASSED_TENSORS * model.units * train.block_images * candidates
+    served = (_PASSED_TENSORS * model.units + 3 * model.decoder) * config.serving.batch_rows
     replay = config.critic.replay_images * (model.latent + 8)
     own = {"lora": model.network, "copy": 4 * model.network}.get(config.critic.body.use, 0)
     # Without attention the critic keeps but a few numbers a state.
@@ -124,7 +129,7 @@ def count(config: Config, model: Model, network: str, num_prompts: int, device: 
         "training": 3 * trains + kept - trains,
         "images": images * (2 * steps + 1) * model.latent + watched * seen + replay,
         "text": num_prompts * model.text,
-        "activations": max(update, decode),
+        "activations": max(update, decode, steered, served),
     }
     memory = {item: _FLOAT * count for item, count in memory.items() if count}
     memory["process"] = _INTERPRETER if device == "cpu" else _CUDA_CONTEXT
