@@ -106,7 +106,7 @@ def test_resume_with_other_options_is_refused(tmp_path: Path) -> None:
     failed = pipelines("run", "--output", str(tmp_path), "--resume", known, *arguments)
 
     assert failed.returncode == 2
-    assert [line.split(" = ")[0] for line in failed.stderr.splitlines()] == ["--overrides", "--store"]
+    assert [line.split(" = ")[0] for line in failed.stderr.splitlines()] == ["--set", "--store"]
 
 
 @pytest.mark.slow
