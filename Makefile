@@ -63,14 +63,14 @@ serve: install ## serve what was deployed last, or what a run deployed or traine
 #: RUN=<run>, or PROJECT=<whose model in production>; PORT=8080 OUTPUT=runs STORE=file://...
 	@$(VENV)/bin/latentac serve $(call option,RUN,run) $(call option,PROJECT,project) $(call option,PORT,port) $(PLACE_OPTIONS)
 
-test: install minio ## every test (15 minutes on two cores)
+test: install minio ## every test (up to 40 minutes on two busy cores)
 #: TEST_WORKERS=2 ARGS="-k ratio"
 	@status=0
 	$(PARALLEL) $(TEST) -m "not slow and not cluster" -n $(TEST_WORKERS) $(ARGS) || status=$$?
 	$(TEST) -m "slow and not cluster" -n $(TEST_WORKERS) --dist loadfile $(ARGS) || status=$$?
 	exit $$status
 
-test-fast: install ## the fast tier (4 minutes)
+test-fast: install ## the fast tier (up to 9 minutes on two busy cores)
 	@$(PARALLEL) $(TEST) -m "not slow and not cluster" -n $(TEST_WORKERS) $(ARGS)
 
 lint: install ## ruff, mypy, and the house's own rules: floors, sizes, addresses, documentation

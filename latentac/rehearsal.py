@@ -70,7 +70,7 @@ class _Found:
         except torch.OutOfMemoryError as error:
             remedy = "Use a smaller train.block_images, policy.adaptation=lora, or a device with more memory"
             raise ResourceError(
-                "backbone.device", f"has too little memory for {what} ({_first(error)})", remedy
+                "backbone.device", f"has too little memory for {what} ({describe(error)})", remedy
             ) from error
         except (Exception, SystemExit) as error:  # noqa: BLE001 - any library's failure is a finding here
             self.add(path, value, f"{what} fails: {describe(error)}", remedy)
@@ -177,8 +177,3 @@ def _check_finite(tensor: Tensor, what: str, source: str, found: _Found) -> None
 
 def _share(tensor: Tensor) -> str:
     return f"{float((~tensor.isfinite()).float().mean()):.0%} is"
-
-
-def _first(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

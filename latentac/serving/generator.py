@@ -18,10 +18,11 @@ from latentac.critic import Critic
 from latentac.distributed import map_blocks, noise_for, uniforms_for
 from latentac.errors import ConfigError, Problem, ServingError
 from latentac.kernels import KERNELS
+from latentac.names import PLAIN
 from latentac.policy import Policy
 from latentac.rollout import rollout, steered_rollout
 from latentac.serving import exported
-from latentac.serving.request import UNSTEERED, Request, parse_one, shortened
+from latentac.serving.request import Request, parse_one, shortened
 from latentac.steering import STEERING, Steering, evaluations
 
 Observe = Callable[[int, np.ndarray], None]
@@ -40,7 +41,7 @@ class Kind:
 
     @property
     def steers(self) -> bool:
-        return self.method != UNSTEERED
+        return self.method != PLAIN
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class Generator:
     def weights(self, request: Request) -> dict[str, float]:
         """Reward name -> the steering weight that the request has; those at 0 are left out."""
         method = self.method(request)
-        if method == UNSTEERED:
+        if method == PLAIN:
             return {}
         given = self.exported.default_weights(method) if request.steering is None else request.steering
         return {name: float(weight) for name, weight in given.items() if weight}
@@ -179,8 +180,8 @@ class Generator:
 
     def kind(self, request: Request) -> Kind:
         """What the request's pictures are; with all weights at 0 they are plain ones, whatever the method."""
-        method = self.method(request) if self.weights(request) else UNSTEERED
-        particles = 1 if method == UNSTEERED else request.particles or self.exported.methods[method].particles
+        method = self.method(request) if self.weights(request) else PLAIN
+        particles = 1 if method == PLAIN else request.particles or self.exported.methods[method].particles
         return Kind(
             policy=request.policy,
             num_steps=request.num_steps or self.exported.kernel.num_steps,

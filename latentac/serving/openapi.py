@@ -10,9 +10,10 @@ from pydantic import BaseModel
 
 import latentac
 from latentac.config import Section
+from latentac.names import PLAIN
 from latentac.serving.exported import Exported
 from latentac.serving.openai import ImagesRequest
-from latentac.serving.request import MAX_WEIGHT, UNSTEERED, Body, Request
+from latentac.serving.request import MAX_WEIGHT, Body, Request
 from latentac.serving.tensors import BINARY_HEADER, DATATYPES, INPUTS, OUTPUTS, InferenceRequest
 
 _REF = "#/components/schemas/{model}"
@@ -260,7 +261,7 @@ def _limit(properties: Json, exported: Exported) -> None:
     _narrow(properties["guidance_scale"], maximum=limits.max_guidance_scale)
     _narrow(properties["size"], enum=[exported.size_name, *(["auto"] if "n" in properties else [])])
     _narrow(properties["policy"], enum=list(exported.policies))
-    _narrow(properties["method"], enum=[*exported.methods, UNSTEERED])
+    _narrow(properties["method"], enum=[*exported.methods, PLAIN])
     weight = {"type": "number", "minimum": -MAX_WEIGHT, "maximum": MAX_WEIGHT}
     heads = {reward.name: weight for reward in exported.rewards}
     properties["steering"]["anyOf"][0] = {"type": "object", "properties": heads, "additionalProperties": False}

@@ -10,6 +10,7 @@ from pydantic_core import from_json
 
 from latentac.config import Number, Section, suggestion
 from latentac.errors import ConfigError, Problem
+from latentac.names import PLAIN
 from latentac.serving.exported import Exported
 
 
@@ -22,8 +23,6 @@ WHOLE = BeforeValidator(_whole)
 
 Root = TypeVar("Root", bound=Section)
 
-UNSTEERED = "none"
-"""The method of a request for plain pictures."""
 _OBJECT = "Send an object of the documented fields."
 _ELSEWHERE = {
     "n": ("count",),
@@ -162,7 +161,7 @@ def beyond(fields: object, exported: Exported, instance: int | None = None) -> l
         problems.append(Problem(f"{at}prompt", shortened(prompt), told, f"Use at most {most}."))
     method = fields.get("method")
     for name, known, told in (
-        ("method", [*exported.methods, UNSTEERED], "this model has no such steering method"),
+        ("method", [*exported.methods, PLAIN], "this model has no such steering method"),
         ("policy", exported.policies, "this model has no such policy"),
         ("size", [exported.size_name], "this model draws no such size"),
     ):
@@ -171,7 +170,7 @@ def beyond(fields: object, exported: Exported, instance: int | None = None) -> l
             problems.append(Problem(f"{at}{name}", shortened(value), told, suggestion(shortened(value), known)))
     weights = fields.get("steering")
     if isinstance(weights, dict):
-        problems += _weight_problems(weights, method == UNSTEERED, [reward.name for reward in exported.rewards], at)
+        problems += _weight_problems(weights, method == PLAIN, [reward.name for reward in exported.rewards], at)
     return problems
 
 

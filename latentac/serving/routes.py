@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from latentac.errors import ConfigError, Problem
+from latentac.names import PLAIN
 from latentac.serving import observing
 from latentac.serving.batching import Busy, Job
 from latentac.serving.bodies import Refused, binary_of, body_of, json_of, unknown
@@ -26,7 +27,6 @@ from latentac.serving.observing import Record
 from latentac.serving.openai import parse_images
 from latentac.serving.request import (
     MAX_WEIGHT,
-    UNSTEERED,
     Request,
     parse_one,
 )
@@ -245,7 +245,7 @@ def described(model: SteeredDiffusion) -> dict[str, Any]:
     """What may be asked of `model`, for a page or a program to offer."""
     exported, critic = model.generator.exported, model.generator.critic
     default = exported.default_method
-    plain = {"name": UNSTEERED, "summary": "no steering: the policy alone", "gradient": False, "several": False}
+    plain = {"name": PLAIN, "summary": "no steering: the policy alone", "gradient": False, "several": False}
     return {
         "name": model.name,
         "version": exported.version,
