@@ -17,7 +17,7 @@ from latentac.errors import ConfigError, Problem
 from latentac.rendering import number, pictures_of, render, short
 from latentac.report import write_file
 from latentac.store import Store, open_store
-from latentac.summary import Summary, fetch_run, read_timings, summarise
+from latentac.summary import Summary, fetch_run, prepared, read_timings, summarise
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,7 @@ def _plain(row: Mapping[str, Any] | None, signed: bool = False) -> str:
 def _check(store: Store, runs: Sequence[str]) -> None:
     if len(runs) < 2:
         raise ConfigError([Problem("runs", list(runs), "a comparison needs two runs", "Name another one.")])
-    known = [key.removesuffix("/prepare") for key in store.keys("") if key.endswith("/prepare")]
-    newest = ", ".join(sorted(known)[-10:]) or "none"
-    remedy = f"Known there: {newest}. Other places: --output, --store."
-    problems = [
-        Problem("runs", run, f"has published nothing in {store.url}", remedy) for run in runs if run not in known
-    ]
-    if problems:
-        raise ConfigError(problems)
+    prepared(store, runs, "runs")
 
 
 def _gallery(reads: Sequence[Read]) -> tuple[Summary | None, list[dict[str, Any]], str]:

@@ -11,11 +11,13 @@ An entry is a text, or an object: `prompt` or else `text` is the text, `category
 else metadata; so is what an object under `metadata` holds.
 """
 
+import codecs
 import contextlib
 import csv
 import io
 import json
 import math
+import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,10 +27,25 @@ from typing import Any
 SPLITS = ("train", "held_out")
 MAX_CHARACTERS = 10_000
 """Of a prompt: far more than any text encoder reads."""
+_CONTROLS = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff"
+_BLANKS = r"\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+_VISIBLE = re.compile(f"[^{_BLANKS}]")
+_TEXTS = rf"(?:[^\r{_CONTROLS}]|\r\n)*"
+PATTERN = f"^{_TEXTS}[^{_BLANKS}{_CONTROLS}]{_TEXTS}$"
+"""A prompt as a regular expression, for other programs: what `text_problem` accepts, apart from the length."""
 _MAX_CATEGORY = 100
 _MAX_LINE = 1_000_000
 _MAX_BYTES = 256 * 2**20
 _MAX_DEPTH = 32
+_SOLID = re.compile(r"[^ \t\n\r]")
+_MARKS = {  # UTF-32 first: its mark begins like that of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_ZEROS = {"x0x0": "UTF-16LE", "0x0x": "UTF-16BE", "x000": "UTF-32LE", "000x": "UTF-32BE"}
+"""Of four bytes in a row, those that are mostly zero in Latin text -> the encoding."""
 _TEXT, _CATEGORY = ("prompt", "text"), ("category", "tag")
 _KINDS = {str: "text", bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
@@ -50,6 +67,9 @@ class Flaw:
     where: str
     problem: str
     remedy: str = "Correct it, or take it out"
+
+
+_EMPTY_LINE = ("is empty", "Take the line out")
 
 
 class _Unreadable(Exception):
@@ -94,9 +114,9 @@ def _text_of(path: Path) -> str:
         raw = path.read_bytes()
     except OSError as error:
         raise _Unreadable(f"cannot be read: {error.strerror}", "Give this user the right to read it") from None
-    halves = (raw[0::2].count(0), raw[1::2].count(0))
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or max(halves) > len(raw) / 4:
-        raise _Unreadable("is UTF-16, and only UTF-8 is read", f"Convert it: iconv -f UTF-16 -t UTF-8 {path.name}")
+    if encoding := _wide_encoding(raw):
+        remedy = f"Convert it: iconv -f {encoding} -t UTF-8 {path.name}"
+        raise _Unreadable(f"is {encoding}, and only UTF-8 is read", remedy)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -104,6 +124,14 @@ def _text_of(path: Path) -> str:
         problem = f"is not UTF-8 (byte 0x{byte:02x}): perhaps Latin-1 or Windows-1252"
         remedy = f"Save it as UTF-8: iconv -f WINDOWS-1252 -t UTF-8 {path.name}"
         raise _Unreadable(problem, remedy, f"line {line}") from None
+
+
+def _wide_encoding(raw: bytes) -> str:
+    """UTF-16 or UTF-32 by its byte order mark, or by where Latin text has its zero bytes; "" for anything else."""
+    for mark, encoding in _MARKS.items():
+        if raw.startswith(mark):
+            return encoding
+    return _ZEROS.get("".join("0" if raw[place::4].count(0) * 8 > len(raw) else "x" for place in range(4)), "")
 
 
 def _json(name: str, content: str, flaws: list[Flaw]) -> dict[str, list[Row]]:
@@ -115,7 +143,7 @@ def _json(name: str, content: str, flaws: list[Flaw]) -> dict[str, list[Row]]:
     except (ValueError, RecursionError) as error:
         raise _Unreadable(_undecodable(error), "Correct the file") from None
     if isinstance(found, list):
-        return {"": _entries(name, "", found, flaws)}
+        return {"": _entries(name, "", found, _item_lines(content, ""), flaws)}
     form = 'Use {"train": [...], "held_out": [...]}, or one list'
     if isinstance(found, _Repeated):
         raise _Unreadable(f"has {_shown(found.key)} twice", form)
@@ -128,16 +156,40 @@ def _json(name: str, content: str, flaws: list[Flaw]) -> dict[str, list[Row]]:
     for split in SPLITS:
         entries = found.get(split)
         if isinstance(entries, list):
-            rows[split] = _entries(name, split, entries, flaws)
+            rows[split] = _entries(name, split, entries, _item_lines(content, split), flaws)
         else:
             problem = "is missing" if split not in found else f"is {_kind(entries)} and no list"
             flaws.append(Flaw(f"{name}, {split}", problem, form))
     return rows
 
 
-def _entries(name: str, split: str, entries: Sequence[Any], flaws: list[Flaw]) -> list[Row]:
-    places = (f"{name}, {split}[{index}]" if split else f"{name}, [{index}]" for index in range(len(entries)))
+def _entries(name: str, split: str, entries: Sequence[Any], lines: Iterator[int], flaws: list[Flaw]) -> list[Row]:
+    places = (f"{name}, line {line}, {split}[{index}]" for index, line in enumerate(lines))
     return _rows(zip(places, entries, strict=True), flaws)
+
+
+def _item_lines(content: str, key: str) -> Iterator[int]:
+    """The line that each item of a list begins in. content: valid JSON with unique keys, which is that list, or for a
+    `key` an object that has it there."""
+    decoder, place = json.JSONDecoder(), _after(content, 0)
+    while key:  # past the object's brace or comma: a name, a colon, a value
+        name, place = decoder.raw_decode(content, _after(content, place + 1))
+        place = _after(content, _after(content, place) + 1)
+        if name == key:
+            break
+        place = _after(content, decoder.raw_decode(content, place)[1])
+    line, counted, place = 1, 0, _after(content, place + 1)
+    while content[place] != "]":
+        line, counted = line + content.count("\n", counted, place), place
+        yield line
+        place = _after(content, decoder.raw_decode(content, place)[1])
+        place = _after(content, place + 1) if content[place] == "," else place
+
+
+def _after(content: str, place: int) -> int:
+    """The first place from `place` on that is not white space."""
+    found = _SOLID.search(content, place)
+    return found.start() if found else len(content)
 
 
 def _jsonl(name: str, content: str, flaws: list[Flaw]) -> dict[str, list[Row]]:
@@ -163,7 +215,7 @@ def _lines(name: str, content: str, flaws: list[Flaw]) -> Iterator[tuple[str, st
     for number, line in enumerate(lines, 1):
         where, line = f"{name}, line {number}", line.removesuffix("\r")
         if not line.strip(" \t"):
-            flaws.append(Flaw(where, "is empty", "Take the line out"))
+            flaws.append(Flaw(where, *_EMPTY_LINE))
         elif len(line) > _MAX_LINE:
             flaws.append(Flaw(where, f"has {len(line)} characters, above {_MAX_LINE}"))
         else:
@@ -184,12 +236,15 @@ def _csv(name: str, content: str, flaws: list[Flaw]) -> dict[str, list[Row]]:
                 if number == 0:
                     continue
                 if len(cells) != len(header):
-                    problem = f"has {len(cells)} cells, and the header {len(header)}" if cells else "is empty"
-                    flaws.append(Flaw(where, problem, "Put a cell that holds the separator into double quotes"))
+                    problem = f"has {len(cells)} cells, and the header {len(header)}"
+                    flaw = Flaw(where, problem, "Put a cell that holds the separator into double quotes")
+                    flaws.append(flaw if cells else Flaw(where, *_EMPTY_LINE))
                 else:
                     yield where, _from_cells(header, cells)
         except csv.Error as error:
-            flaws.append(Flaw(f"{name}, line {line}", f"is not CSV: {error}", "Close what double quotes open"))
+            large = "field larger" in str(error)
+            remedy = "Shorten it, or use JSONL" if large else "Close what double quotes open"
+            flaws.append(Flaw(f"{name}, line {line}", f"is not CSV: {error}", remedy))
 
     return {"": _rows(entries(), flaws)}
 
@@ -212,9 +267,11 @@ def _header(name: str, content: str) -> tuple[list[str], str]:
 
 
 def _from_cells(header: Sequence[str], cells: Sequence[str]) -> Any:
-    """As a JSON object. An empty cell is none, unless it is that of the text; `metadata` holds JSON."""
-    found: dict[str, Any] = {n: cell for n, cell in zip(header, cells, strict=True) if cell.strip() or n in _TEXT}
-    if "prompt" in found and not found.get("text", "text").strip():
+    """As a JSON object. White space around a cell is no part of it. An empty cell is none, unless it is that of the
+    text; `metadata` holds JSON."""
+    trimmed = zip(header, (cell.strip() for cell in cells), strict=True)
+    found: dict[str, Any] = {column: cell for column, cell in trimmed if cell or column in _TEXT}
+    if "prompt" in found and not found.get("text", "text"):
         del found["text"]
     if "metadata" in found:
         with contextlib.suppress(ValueError, RecursionError):  # it stays text, and is refused as that
@@ -295,9 +352,7 @@ def text_problem(text: Any, most: int, forbidden: str = "") -> str:
         broken = character == "\r" and text[place : place + 1] != "\n"
         if kind == "Cc" and (character not in "\t\n\r" or character in forbidden or broken):
             return f"has a control character (U+{ord(character):04X}) at character {place}"
-    if all(unicodedata.category(character)[0] in "ZC" for character in text):
-        return "is nothing but white space"
-    return ""
+    return "" if _VISIBLE.search(text) else "is nothing but white space"
 
 
 def _value_problem(key: str, value: Any) -> str:

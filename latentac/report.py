@@ -19,7 +19,7 @@ from latentac.charts import draw
 from latentac.commands import program, typed
 from latentac.rendering import pictures_of, render
 from latentac.store import Manifest, open_store
-from latentac.summary import Summary, fetch_run, read_timings, summarise
+from latentac.summary import Summary, fetch_run, prepared, read_timings, summarise
 
 _SECTIONS = {"evaluate": ("galleries", "rewards", "contrasts"), "steer": ("galleries", "steering")}
 _CHARTS = {"galleries": (), "rewards": ("reward",), "contrasts": (), "steering": ("steering",)}
@@ -29,11 +29,11 @@ def write_report(run: str, store: str, output: str) -> tuple[Path, Path]:
     """Writes `<output>/<run>/report.html` and `summary.json` and returns their paths, in this order.
 
     `store` is the URL that the run's artifacts were published to. `<output>/<run>/timings.json`, which the driver
-    writes, gives the wall seconds; without it they are those of the manifests. Raises ArtifactNotFound if not
-    even `prepare` has finished, IntegrityError if an artifact is not what was published.
+    writes, gives the wall seconds; without it they are those of the manifests. Raises ConfigError if not even
+    `prepare` has finished, IntegrityError if an artifact is not what was published.
     """
     folder = Path(output) / run
-    open_store(store).manifest(f"{run}/prepare")  # or there is nothing to report, and no folder to make for it
+    prepared(open_store(store), [run])  # before a folder is made for it
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as scratch:
         files = fetch_run(open_store(store), run, Path(scratch))

@@ -37,6 +37,7 @@ class Run:
     name: str
     state: str
     step: str
+    project: str
     recipe: str
     seed: int | None
     gain: float | None
@@ -193,7 +194,8 @@ def pooled(root: Path) -> set[str]:
 
 
 def table(runs: list[Run], now: float | None = None) -> str:
-    """Two lines a run, at most 80 characters wide as long as no name is longer than that."""
+    """Two lines per run, and a third where its project is not named after its recipe. At most 80 characters wide as
+    long as no name is longer than that."""
     lines = [f"{'RUN':<52}{'GATE':<9}{'SIZE':>9}{'AGE':>8}", f"  {'STATE':<25}{'RECIPE':<19}{'SEED':<8}GAIN [95 %]"]
     for run in runs:
         told = f"{run.gate or '-':<9}{size(run.bytes):>9}{_age(run.started, now):>8}"
@@ -203,6 +205,8 @@ def table(runs: list[Run], now: float | None = None) -> str:
         seed, recipe = "-" if run.seed is None else str(run.seed), run.recipe or "-"
         recipe = recipe if len(recipe) < 19 else f"{recipe[:15]}..."
         lines.append(f"  {state:<25}{recipe:<19}{seed:<8}{_gain(run)}".rstrip())
+        if run.project not in ("", run.recipe):
+            lines.append(f"  in project {run.project}")
     return "\n".join(lines)
 
 
@@ -250,6 +254,7 @@ def _describe(survey: Survey, traces: Traces) -> Run:
         name=traces.name,
         state=state,
         step=step,
+        project=settings.get("project", ""),
         recipe=settings.get("recipe") or request.get("recipe", ""),
         seed=settings.get("seed", request.get("seed")),
         gain=gained.get("mean"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from latentac.arms import best_steered
-from latentac.errors import ArtifactNotFound, IntegrityError
+from latentac.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem
 from latentac.store import Manifest, Store
 
 STEPS = ("prepare", "pretrain-value", "train", "evaluate", "steer", "gate", "deploy")
@@ -25,6 +25,24 @@ _POLICIES = ("base", "trained", "incumbent")
 
 Summary = dict[str, Any]
 Files = dict[str, tuple[Manifest, Path]]
+
+
+def prepared(store: Store, runs: Sequence[str], path: str = "run") -> list[Manifest]:
+    """What `prepare` published for each of `runs`. path: the argument that named them, for messages.
+
+    Raises ConfigError that names the runs that have published nothing, and the runs that have.
+    """
+    found, missing = [], []
+    for run in runs:
+        try:
+            found.append(store.manifest(f"{run}/prepare"))
+        except ArtifactNotFound:
+            missing.append(run)
+    if missing:
+        known = [key.removesuffix("/prepare") for key in store.keys("") if key.endswith("/prepare")]
+        remedy = f"Known there: {', '.join(sorted(known)[-10:]) or 'none'}. Other places: --output, --store."
+        raise ConfigError([Problem(path, run, f"has published nothing in {store.url}", remedy) for run in missing])
+    return found
 
 
 def fetch_run(store: Store, run: str, scratch: Path) -> Files:

@@ -18,6 +18,7 @@ from latentac.errors import ArtifactNotFound, ConfigError, Problem
 from latentac.names import RULE, is_name
 from latentac.package import make_importable
 from latentac.store import Manifest, Store, open_store
+from latentac.summary import prepared
 from latentac.validation import resolve
 
 if TYPE_CHECKING:
@@ -132,10 +133,10 @@ def working_folder(run: str, output: str) -> Path:
 
 
 def open_run(run: str, store: str, output: str) -> Workspace:
-    """The workspace of a prepared run. Raises ArtifactNotFound where `prepare` has not published."""
+    """The workspace of a prepared run. Raises ConfigError where `prepare` has not published."""
     opened = open_store(store or default_store(output))
     folder = working_folder(run, output)
-    manifest = opened.manifest(f"{run}/prepare")
+    [manifest] = prepared(opened, [run])
     config = resolve(json.loads(opened.read(manifest.key, "config.json")))  # not the backbone: some steps need none
     if any(file.path.startswith(f"{PACKAGE}/") for file in manifest.files):
         opened.fetch_files(

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import Request as HTTPRequest
 
 from latentac.errors import ConfigError, Problem
+from latentac.serving.refusals import Refused
 from latentac.serving.request import decoded, shortened
 
 MAX_BODY_BYTES = 1_000_000
@@ -14,14 +15,6 @@ BODY_SECONDS = 30.0
 """A body that is longer, be it only when it is uncompressed, or takes longer to arrive, is refused."""
 _CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 """Content-Encoding -> the window bits by which zlib knows the form."""
-
-
-class Refused(Exception):
-    """A request that is wrong before its fields are read."""
-
-    def __init__(self, status: int, problem: Problem) -> None:
-        super().__init__(problem.problem)
-        self.status, self.problem = status, problem
 
 
 async def body_of(http: HTTPRequest) -> bytes:
@@ -64,11 +57,6 @@ def binary_of(body: bytes, length: str | None) -> tuple[Any, bytes]:
             400, Problem("Inference-Header-Content-Length", shortened(length), told, "Give the length of the JSON.")
         )
     return json_of(body[: int(length)]), body[int(length) :]
-
-
-def unknown(what: str, name: str, known: str) -> Refused:
-    """For a model or a version that is not the one that is served."""
-    return Refused(404, Problem(what, shortened(name), "is not served here", f"Use {known}."))
 
 
 def _coding(header: str) -> str:

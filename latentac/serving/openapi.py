@@ -11,6 +11,7 @@ from pydantic import BaseModel
 import latentac
 from latentac.config import Section
 from latentac.names import PLAIN
+from latentac.promptfiles import PATTERN
 from latentac.serving.exported import Exported
 from latentac.serving.openai import ImagesRequest
 from latentac.serving.request import MAX_WEIGHT, Body, Request
@@ -123,18 +124,19 @@ _REFUSALS = {
     "500": "The server failed",
     "503": "Not drawn within the time that a request may take",
 }
-_KSERVE = {
-    "/v1/models": (),
-    "/v1/models/{model_name}": ("404", "503"),
-    "/v2": (),
-    "/v2/health/live": (),
-    "/v2/health/ready": ("503",),
-    "/v2/models": (),
-    "/v2/models/{model_name}": ("404",),
-    "/v2/models/{model_name}/versions/{model_version}": ("404",),
-    "/v2/models/{model_name}/versions/{model_version}/ready": ("404", "503"),
-    "/v2/models/{model_name}/ready": ("404", "503"),
-    "/metrics": (),
+_NOT_READY: dict[str, type[BaseModel]] = {"503": KServeError}
+_KSERVE: dict[str, dict[str, type[BaseModel]]] = {
+    "/v1/models": {},
+    "/v1/models/{model_name}": {"404": OpenAIRefusal, **_NOT_READY},
+    "/v2": {},
+    "/v2/health/live": {},
+    "/v2/health/ready": _NOT_READY,
+    "/v2/models": {},
+    "/v2/models/{model_name}": {"404": Refusal},
+    "/v2/models/{model_name}/versions/{model_version}": {"404": Refusal},
+    "/v2/models/{model_name}/versions/{model_version}/ready": {"404": Refusal, **_NOT_READY},
+    "/v2/models/{model_name}/ready": {"404": Refusal, **_NOT_READY},
+    "/metrics": {},
 }
 """Path of a GET of KServe's -> its errors."""
 
@@ -163,9 +165,14 @@ _COMPRESSED = "The body may be compressed: Content-Encoding gzip or deflate"
 
 _UNSTEERED: Json = {
     "if": {"properties": {"method": {"const": "none"}}, "required": ["method"]},
-    "then": {"properties": {"steering": {"type": ["object", "null"], "additionalProperties": {"const": 0}}}},
+    "then": {
+        "properties": {
+            "steering": {"type": ["object", "null"], "additionalProperties": {"const": 0}},
+            "particles": {"type": ["integer", "null"], "maximum": 1},
+        }
+    },
 }
-"""Weights that would do nothing are refused."""
+"""Weights and particles that would do nothing are refused."""
 
 
 def document(app: FastAPI, exported: Exported, name: str) -> Json:
@@ -187,10 +194,11 @@ def document(app: FastAPI, exported: Exported, name: str) -> Json:
         }
         for model in (asked, refused, *([] if isinstance(answered, str) else [answered])):
             schemas |= _schemas(model)
-    for path, codes in _KSERVE.items():
+    for path, errors in _KSERVE.items():
         responses = found["paths"][path]["get"]["responses"]
         responses.pop("422", None)
-        responses |= _errors({code: {"404": "No such model", "503": "Not ready"}[code] for code in codes}, KServeError)
+        for code, answer in errors.items():
+            responses |= _errors({code: {"404": _REFUSALS["404"], "503": "Not ready"}[code]}, answer)
     found["paths"]["/metrics"]["get"]["responses"]["200"]["content"] = {
         kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")
     }
@@ -254,7 +262,7 @@ def _name_tensors(schemas: Json) -> None:
 def _limit(properties: Json, exported: Exported) -> None:
     """What this model allows, in the schema of a request's fields."""
     limits = exported.limits
-    _narrow(properties["prompt"], maxLength=limits.max_prompt_characters)
+    _narrow(properties["prompt"], maxLength=limits.max_prompt_characters, pattern=PATTERN)
     _narrow(properties["n" if "n" in properties else "count"], maximum=limits.max_images)
     _narrow(properties["num_steps"], maximum=limits.max_steps)
     _narrow(properties["particles"], maximum=limits.max_particles)

@@ -11,6 +11,7 @@ from pydantic_core import from_json
 from latentac.config import Number, Section, suggestion
 from latentac.errors import ConfigError, Problem
 from latentac.names import PLAIN
+from latentac.promptfiles import text_problem
 from latentac.serving.exported import Exported
 
 
@@ -23,6 +24,7 @@ WHOLE = BeforeValidator(_whole)
 
 Root = TypeVar("Root", bound=Section)
 
+_PROMPT = "Write what the picture shall show."
 _OBJECT = "Send an object of the documented fields."
 _ELSEWHERE = {
     "n": ("count",),
@@ -60,7 +62,7 @@ class Optionals(Section):
 class Request(Optionals):
     """One prompt's pictures. The descriptions are the remedies that a caller reads."""
 
-    prompt: Annotated[str, Field(min_length=1, description="Write what the picture shall show.")]
+    prompt: Annotated[str, Field(min_length=1, description=_PROMPT)]
     seed: Annotated[int, Field(ge=0, lt=2**63, description="Use a whole number from 0 to 2^63 - 1."), WHOLE] = 0
     count: Annotated[int, Field(ge=1, description="Use a whole number of pictures, at least 1."), WHOLE] = 1
     num_steps: Annotated[int | None, Field(ge=2, description="Use at least 2 steps, or leave it out."), WHOLE] = None
@@ -156,10 +158,13 @@ def beyond(fields: object, exported: Exported, instance: int | None = None) -> l
             told = shortened(value)
             problems.append(Problem(f"{at}{name}", told, "is above this model's limit", f"Use at most {most:g}."))
     prompt, most = fields.get("prompt"), limits.max_prompt_characters
-    if isinstance(prompt, str) and len(prompt) > most:
-        told = f"has {len(prompt)} characters"
-        problems.append(Problem(f"{at}prompt", shortened(prompt), told, f"Use at most {most}."))
-    method = fields.get("method")
+    if isinstance(prompt, str) and prompt and (told := text_problem(prompt, most)):
+        remedy = f"Use at most {most}." if len(prompt) > most else _PROMPT
+        problems.append(Problem(f"{at}prompt", shortened(prompt), told, remedy))
+    method, particles = fields.get("method"), fields.get("particles")
+    if method == PLAIN and isinstance(particles, (int, float)) and particles > 1:
+        told, remedy = 'does nothing with method "none"', "Choose a method that steers, or leave it out."
+        problems.append(Problem(f"{at}particles", shortened(particles), told, remedy))
     for name, known, told in (
         ("method", [*exported.methods, PLAIN], "this model has no such steering method"),
         ("policy", exported.policies, "this model has no such policy"),

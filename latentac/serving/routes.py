@@ -21,10 +21,11 @@ from latentac.errors import ConfigError, Problem
 from latentac.names import PLAIN
 from latentac.serving import observing
 from latentac.serving.batching import Busy, Job
-from latentac.serving.bodies import Refused, binary_of, body_of, json_of, unknown
+from latentac.serving.bodies import binary_of, body_of, json_of
 from latentac.serving.model import SteeredDiffusion, TooLong
 from latentac.serving.observing import Record
 from latentac.serving.openai import parse_images
+from latentac.serving.refusals import Refused, refusal, unknown
 from latentac.serving.request import (
     MAX_WEIGHT,
     Request,
@@ -33,7 +34,6 @@ from latentac.serving.request import (
 from latentac.serving.tensors import BINARY_HEADER, infer_request
 
 _ALIVE_SECONDS = 15.0
-_PROBLEMS = 20  # told of one request; a longer list helps nobody
 _PAGE = {"page.css": "text/css", "page.js": "text/javascript"}
 _HEADERS = {
     "Cache-Control": "no-cache",
@@ -311,8 +311,8 @@ async def _disconnected(http: HTTPRequest) -> None:
 
 
 def _refusal(error: Exception, *, openai: bool = False) -> JSONResponse:
-    """The answer to a request that gets no picture: status, the reason in words, and each problem by field."""
-    headers, problems = {}, []
+    """The answer to a request that failed with `error`."""
+    headers: dict[str, str] = {}
     match error:
         case ConfigError():
             status, problems = 422, list(error.problems)
@@ -328,11 +328,7 @@ def _refusal(error: Exception, *, openai: bool = False) -> JSONResponse:
         case _:
             _log.error("a request failed", exc_info=error)
             status, problems = 500, [Problem("request", None, "the server failed", "Look at its log.")]
-    told = [{"field": p.path, "value": p.value, "problem": p.problem, "remedy": p.remedy} for p in problems[:_PROBLEMS]]
-    words = "\n".join(map(str, problems[:_PROBLEMS]))
-    kind = "invalid_request_error" if status < 429 else "server_error"
-    envelope = {"message": words, "type": kind, "param": problems[0].path, "code": None} if openai else words
-    return JSONResponse({"error": envelope, "problems": told}, status, headers)
+    return refusal(status, problems, headers, openai=openai)
 
 
 def _request_id(http: HTTPRequest) -> str:

@@ -101,7 +101,7 @@ def serve_on(
             def register(app: FastAPI) -> None:
                 Routes(model, prompts=log_prompts).register(app)
                 written = int((folder / exported.FILE).stat().st_mtime)
-                State(self.dataplane, generator.exported, written).register(app)
+                State(self.dataplane, name, generator.exported, written).register(app)
                 document = openapi.document(app, generator.exported, name)
                 app.openapi = lambda: document  # type: ignore[method-assign]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from kserve.protocol.dataplane import DataPlane
 from kserve.protocol.rest.server import metrics_handler
@@ -26,8 +26,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from latentac.config import Section
 from latentac.errors import Problem
-from latentac.serving.bodies import unknown
 from latentac.serving.exported import Exported
+from latentac.serving.refusals import refusal, unknown
 from latentac.serving.request import shortened
 from latentac.serving.tensors import EXTENSIONS
 
@@ -53,11 +53,11 @@ class ModelsState(Section):
 
 
 class State:
-    """Handlers over KServe's own, for one model. created: when it was exported, in seconds since 1970."""
+    """Handlers over KServe's own, for the model `name`. created: when it was exported, in seconds since 1970."""
 
-    def __init__(self, dataplane: DataPlane, exported: Exported, created: int) -> None:
+    def __init__(self, dataplane: DataPlane, name: str, exported: Exported, created: int) -> None:
         self._first, self._second = V1Endpoints(dataplane), V2Endpoints(dataplane)
-        self._version, self._created = exported.version, created
+        self._name, self._version, self._created = name, exported.version, created
 
     def register(self, app: FastAPI) -> None:
         """Of KServe's routes those about the model's state; those that ask for pictures are in `routes`. This server
@@ -91,6 +91,8 @@ class State:
 
     async def model(self, model_name: str) -> Any:
         """One model and whether it is ready, for KServe's V1 clients and OpenAI's."""
+        if other := self._other(model_name, openai=True):
+            return other
         told = await self._first.model_ready(model_name)
         return {**told, "id": model_name, "created": self._created}
 
@@ -101,26 +103,30 @@ class State:
 
     async def metadata(self, model_name: str) -> Any:
         """The model's inputs and outputs, and its one version."""
+        if other := self._other(model_name):
+            return other
         told: ModelMetadataResponse = await self._second.model_metadata(model_name)
         return told.model_copy(update={"versions": [self._version]})
 
     async def metadata_of_version(self, model_name: str, model_version: str) -> Any:
         """The same, where the version is the one that is served."""
-        return self._other_version(model_version) or await self.metadata(model_name)
+        return self._other(model_name, model_version) or await self.metadata(model_name)
 
     async def ready(self, model_name: str) -> Any:
         """Whether the model draws."""
-        return await self._second.model_ready(model_name)
+        return self._other(model_name) or await self._second.model_ready(model_name)
 
     async def ready_of_version(self, model_name: str, model_version: str) -> Any:
         """The same, where the version is the one that is served."""
-        return self._other_version(model_version) or await self.ready(model_name)
+        return self._other(model_name, model_version) or await self.ready(model_name)
 
-    def _other_version(self, name: str) -> Response | None:
-        if name == self._version:
-            return None
-        problem = unknown("version", name, self._version).problem
-        return JSONResponse({"error": str(problem)}, 404)
+    def _other(self, name: str, version: str | None = None, *, openai: bool = False) -> Response | None:
+        """The refusal of a model or a version that is not the one that is served; None for that one."""
+        if name != self._name:
+            return refusal(404, [unknown("model", name, self._name).problem], openai=openai)
+        if version not in (None, self._version):
+            return refusal(404, [unknown("version", version or "", self._version).problem])
+        return None
 
 
 class PlainAddresses:
@@ -154,5 +160,9 @@ async def _not_here(request: HTTPRequest, error: Any) -> Response:
     allowed = (error.headers or {}).get("Allow", "")
     told = "is no address of this server" if error.status_code == 404 else f"is asked with {allowed}"
     problem = Problem("address", shortened(request.url.path), told, f"{remedy}GET /openapi.json lists all.")
-    fields = {"field": problem.path, "value": problem.value, "problem": problem.problem, "remedy": problem.remedy}
-    return JSONResponse({"error": str(problem), "problems": [fields]}, error.status_code, error.headers)
+    return refusal(error.status_code, [problem], error.headers, openai=_is_openai(request.url.path))
+
+
+def _is_openai(path: str) -> bool:
+    """Below /v1/, KServe's clients ask for models alone; OpenAI's ask for the rest."""
+    return path.startswith("/v1/") and not path.startswith("/v1/models")

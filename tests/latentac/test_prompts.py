@@ -4,14 +4,18 @@ import csv
 import io
 import json
 import logging
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from latentac.config import Prompts
 from latentac.errors import ConfigError, IntegrityError
+from latentac.promptfiles import PATTERN, text_problem
 from latentac.prompts import Prompt, balanced, load_prompts
 from latentac.run import prepare
 from latentac.workspace import open_run
@@ -158,16 +162,22 @@ WRONG_LINES = [
 
 @pytest.mark.parametrize(("line", "told"), WRONG_LINES, ids=[line[:30] for line, _ in WRONG_LINES])
 def test_what_is_no_prompt_is_refused_at_its_line(tmp_path: Path, line: str, told: str) -> None:
-    """And in a JSON file, where it is JSON, at its index."""
+    """And in a JSON file, where it is JSON, at its line and index."""
     content = '"a cat"\n' + line + '"a dog"\n'
     (problem,) = refused(written(tmp_path, {"p.jsonl": content}) / "p.jsonl")
     assert "'p.jsonl, line 2" in problem
     assert told in problem
     if told not in ("is not JSON", "cannot be read as JSON") and line not in ("\n", BOTTOMLESS):
-        source = written(tmp_path, {"p.json": f'{{"train": ["a cat", {line}], "held_out": ["a dog"]}}'}) / "p.json"
+        source = written(tmp_path, {"p.json": f'{{"train": ["a cat",\n{line}], "held_out": ["a dog"]}}'}) / "p.json"
         (problem,) = refused(source)
-        assert "'p.json, train[1]" in problem
+        assert "'p.json, line 2, train[1]" in problem
         assert told in problem
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\r\n\t \x00\x1f\u200b\ufeffa")))
+def test_the_pattern_is_the_rule(text: str) -> None:
+    """What other programs are told about prompts is what is accepted."""
+    assert bool(re.search(PATTERN, text)) == (text_problem(text, 10**6) == "")
 
 
 WRONG_FILES = {
@@ -187,7 +197,12 @@ WRONG_FILES = {
         (b'"a"\n"b"\n', "name it .jsonl"),
         (BOTTOMLESS.encode(), "is nested more than 32 deep"),
         ('["a", "b"]'.encode("utf-16"), "is UTF-16, and only UTF-8 is read"),
-        ('["a", "b"]'.encode("utf-16-le"), "is UTF-16, and only UTF-8 is read"),
+        ('["a", "b"]'.encode("utf-16-le"), "iconv -f UTF-16LE"),
+        ('["a", "b"]'.encode("utf-16-be"), "iconv -f UTF-16BE"),
+        ('["a", "b"]'.encode("utf-32"), "is UTF-32, and only UTF-8 is read"),
+        ('["a", "b"]'.encode("utf-32-be"), "iconv -f UTF-32BE"),
+        (b'\n["a",\n\n {"text": [1, {"]": 2}]}]', "'p.json, line 4, [1]': is a list and no text"),
+        (b'{ "held_out" : ["b"] ,\n"train":[ "]",\r\n""]}', "'p.json, line 3, train[1]': is empty"),
         (b'["a", "\xed\xa0\x80"]', "line 1': is not UTF-8"),
     ],
     "p.txt": [
@@ -206,7 +221,8 @@ WRONG_FILES = {
         (b"prompt,prompt\na,b\n", "line 1': names a column twice"),
         (b"prompt,tag\na cat\nb,c\n", "line 2': has 1 cells, and the header 2"),
         (b"prompt\na cat, a dog\nb\n", "line 2': has 2 cells, and the header 1"),
-        (b"prompt\na\n\nb\n", "line 3': is empty"),
+        (b"prompt\na\n\nb\n", "line 3': is empty. Take the line out."),
+        (b"prompt\n" + b"a" * 200_000, "line 2': is not CSV: field larger than field limit (131072). Shorten it"),
         (b'prompt,tag\n"a\nb",c\n,d\n', "line 4, prompt': is empty"),
         (b'prompt,tag\na,b\n"c,d\n', "line 3': is not CSV"),
         (b"prompt,metadata\na,b\n", "line 2, metadata': is text and no object"),

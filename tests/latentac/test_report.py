@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from latentac.errors import ArtifactNotFound, IntegrityError
+from latentac.errors import ArtifactNotFound, ConfigError, IntegrityError
 from latentac.report import gate_reasons, next_commands, numbers, step_page, write_report
 from latentac.store import open_store
 from tests.latentac.published import (
@@ -439,8 +439,8 @@ def test_tensorboard_and_the_comparison_are_named_as_they_are_typed(tmp_path: Pa
 
 
 def test_a_run_without_artifacts_is_refused(tmp_path: Path) -> None:
-    """Nothing was prepared: the error names the artifact, and no report is left behind."""
-    with pytest.raises(ArtifactNotFound, match="run-9/prepare"):
+    """Nothing was prepared: the error names the run, and no report is left behind."""
+    with pytest.raises(ConfigError, match=r"run = 'run-9': has published nothing in .* Known there: none"):
         write_report("run-9", f"file://{tmp_path}/store", str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 

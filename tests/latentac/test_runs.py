@@ -196,12 +196,14 @@ def test_the_table_fits_a_terminal(here: Place) -> None:
     """80 columns, for the longest states, names and numbers too."""
     worst = Run(
         "a-recipe-with-a-name-as-long-as-people-like-20260131-120000-2", "failed", "pretrain-value",
-        "a-recipe-with-a-name-as-long-as-people-like", 2**31 % 10**7, -12.345, -12.456, -12.234, "promote",
+        "a-project-with-a-name-that-people-like", "a-recipe-with-a-name-as-long-as-people-like",
+        2**31 % 10**7, -12.345, -12.456, -12.234, "promote",
         123_456_789_012, "2026-01-31T12:00:00+00:00",
     )  # fmt: skip
-    text = table([worst, Run("short", "done", "", "", None, None, None, None, "", 0, "")])
+    text = table([worst, Run("short", "done", "", "", "", None, None, None, None, "", 0, "")])
     assert max(map(len, text.splitlines())) <= 80
     assert "failed at pretrain-value" in text
+    assert text.count("in project") == text.count("in project a-project-with-a-name-that-people-like") == 1
     assert [size(count) for count in (0, 999, 1000, 1_500_000, 2 * 10**13)] == [
         "0 B", "999 B", "1.0 kB", "1.5 MB", "20.0 TB",
     ]  # fmt: skip
@@ -225,9 +227,8 @@ def test_json_has_every_number(here: Place, capsys: pytest.CaptureFixture[str]) 
     here.run("one")
     assert main(["runs", "--json", "--output", str(here.output)]) == 0
     (found,) = json.loads(capsys.readouterr().out)
-    assert list(found) == (
-        ["run", "state", "step", "recipe", "seed", "gain", "gain_low", "gain_high", "gate", "bytes", "started"]
-    )
+    fields = "run state step project recipe seed gain gain_low gain_high gate bytes started"
+    assert list(found) == fields.split()
     assert main(["runs", "--output", str(here.output / "nowhere")]) == 0
 
 

@@ -386,6 +386,17 @@ def test_an_address_that_is_not_here_is_told(server: ServerProcess) -> None:
     assert (status, headers["Allow"], answer["problems"][0]["field"]) == (405, "POST", "address")
 
 
+def test_openais_client_is_told_why_an_address_is_not_here(client: openai.OpenAI) -> None:
+    """In the object that it reads."""
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="latentac", messages=[{"role": "user", "content": "a"}])
+    assert caught.value.type == "invalid_request_error"
+    assert isinstance(caught.value.body, dict)
+    assert "/v1/chat/completions" in caught.value.body["message"]
+    with pytest.raises(openai.NotFoundError, match=r"model = 'x{80}\.\.\.': is not served here. Use latentac"):
+        client.models.retrieve("x" * 500)
+
+
 def test_the_address_alone_says_that_the_server_lives(server: ServerProcess) -> None:
     """To who does not ask for HTML, as KServe's V1 client; a browser gets the page."""
     assert ask(server, "GET", "/", Accept="*/*")[2] == {"status": "alive"}

@@ -59,7 +59,7 @@ def test_defaults_and_all_fields() -> None:
     [
         ({"promt": "a"}, "instances.0.prompt = None: is required. Write what the picture shall show."),
         ({"prompt": ""}, "instances.0.prompt = '': string should have at least 1 character."),
-        ({"prompt": "x" * 101}, "has 101 characters. Use at most 100."),
+        ({"prompt": "x" * 101}, "has 101 characters, above 100. Use at most 100."),
         ({"prompt": "a", "promt": "a"}, "instances.0.promt = 'a': unknown field. Did you mean \"prompt\"?"),
         ({"prompt": "a", "seed": -1}, "instances.0.seed = -1: input should be greater than or equal to 0."),
         ({"prompt": "a", "seed": 2**63}, "Use a whole number from 0 to 2^63 - 1."),
@@ -77,6 +77,9 @@ def test_defaults_and_all_fields() -> None:
         ),
         ({"prompt": "a", "steering": {"shapes_verifier": "x"}}, "instances.0.steering.shapes_verifier = 'x': input"),
         ({"prompt": "a", "method": "none", "steering": {"shapes_verifier": 1}}, 'does nothing with method "none"'),
+        ({"prompt": "a", "method": "none", "particles": 2}, "instances.0.particles = 2: does nothing with method"),
+        ({"prompt": " \t"}, "is nothing but white space. Write what the picture shall show."),
+        ({"prompt": "a\x1bb"}, "has a control character (U+001B) at character 2"),
         (
             {"prompt": "a", "guidance_scale": 21},
             "instances.0.guidance_scale = 21: is above this model's limit. Use at most 20.",

@@ -1,0 +1,34 @@
+"""The answer to a request that gets no picture: its status, the reason in words, and each problem by its field."""
+
+from collections.abc import Mapping, Sequence
+
+from fastapi.responses import JSONResponse
+
+from latentac.errors import Problem
+from latentac.serving.request import shortened
+
+_PROBLEMS = 20  # told of one request; a longer list helps nobody
+
+
+class Refused(Exception):
+    """A request that is wrong before its fields are read."""
+
+    def __init__(self, status: int, problem: Problem) -> None:
+        super().__init__(problem.problem)
+        self.status, self.problem = status, problem
+
+
+def unknown(what: str, name: str, known: str) -> Refused:
+    """For a model or a version that is not the one that is served."""
+    return Refused(404, Problem(what, shortened(name), "is not served here", f"Use {known}."))
+
+
+def refusal(
+    status: int, problems: Sequence[Problem], headers: Mapping[str, str] | None = None, *, openai: bool = False
+) -> JSONResponse:
+    """openai: `error` is an object, as OpenAI's clients expect; KServe's expect text."""
+    told = [{"field": p.path, "value": p.value, "problem": p.problem, "remedy": p.remedy} for p in problems[:_PROBLEMS]]
+    words = "\n".join(map(str, problems[:_PROBLEMS]))
+    kind = "invalid_request_error" if status < 429 else "server_error"
+    envelope = {"message": words, "type": kind, "param": problems[0].path, "code": None} if openai else words
+    return JSONResponse({"error": envelope, "problems": told}, status, headers)
