@@ -11,6 +11,7 @@ from typing import Any
 
 from latentac.errors import ConfigError, IntegrityError, Problem
 from latentac.fields import read_overrides
+from pipelines.request import Request, located, relative
 
 _FILE = "sweep.json"
 _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
@@ -31,25 +32,25 @@ class Member:
 
 @dataclass
 class Sweep:
-    """What was asked for. overrides: of every member; cluster: the options of `latentac pipeline submit`, or none;
-    package: folder of code, or empty; folder: where it was started, whose modules are importable."""
+    """What was asked for. request: of every member; cluster: the options of `latentac pipeline submit`, or none."""
 
     name: str
-    recipe: str
-    config: str
-    overrides: list[str]
-    store: str
+    request: Request
     cluster: list[str]
     members: list[Member] = field(default_factory=list)
-    package: str = ""
-    folder: str = ""
 
     def save(self, output: Path) -> None:
+        """Write it into `<output>/<name>`, which may be moved afterwards."""
         folder = output / self.name
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".{_FILE}.part"
-        part.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        kept = dataclasses.replace(self, request=relative(self.request, folder))
+        part.write_text(json.dumps(dataclasses.asdict(kept), indent=2) + "\n")
         part.replace(folder / _FILE)
+
+    def exists(self, output: Path) -> bool:
+        """Whether it was begun there."""
+        return (output / self.name / _FILE).is_file()
 
     def check(self) -> None:
         """Raises ConfigError with what is wrong with any point, before a member is started."""
@@ -57,14 +58,15 @@ class Sweep:
         from latentac.resolution import resolve_all
         from latentac.run import recipe_fields
 
-        if self.folder and Path(self.folder) != Path.cwd():  # gone on with from elsewhere
-            make_importable(Path(self.folder))
-        if self.package:
-            use_in_place(Path(self.package))
+        asked = self.request
+        if asked.folder and Path(asked.folder) != Path.cwd():  # gone on with from elsewhere
+            make_importable(Path(asked.folder))
+        if asked.package:
+            use_in_place(Path(asked.package))
         problems: dict[tuple[str, str], Problem] = {}
         for member in {member.point: member for member in self.members}.values():
             try:
-                resolve_all(recipe_fields(self.recipe, self.config, [*self.overrides, *member.overrides]))
+                resolve_all(recipe_fields(asked.recipe, asked.config, [*asked.overrides, *member.overrides]))
             except ConfigError as error:
                 problems |= {(problem.path, str(problem.value)): problem for problem in error.problems}
         if problems:
@@ -80,7 +82,9 @@ def load(name: str, output: Path) -> Sweep:
         raise ConfigError([Problem("--resume", name, f"no such sweep in {output}", remedy)])
     try:
         fields = json.loads(path.read_text())
-        return Sweep(**{**fields, "members": [Member(**member) for member in fields["members"]]})
+        asked = Request(**{**fields["request"], "overrides": tuple(fields["request"]["overrides"])})
+        found = [Member(**member) for member in fields["members"]]
+        return Sweep(fields["name"], located(asked, path.parent), fields["cluster"], found)
     except (ValueError, TypeError, KeyError) as error:
         raise IntegrityError(str(path), f"is not a sweep's JSON ({error})", "Start another sweep") from None
 

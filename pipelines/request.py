@@ -73,27 +73,56 @@ def create_run(request: Request, output: Path) -> tuple[str, Request]:
     """
     require(*_NEEDED[request.way])
     request = absolute(request)
-    code = packages.pack(Path(request.package)) if request.package else b""
+    code = packed(request)
     try:
         folder = _new_folder(output, re.sub(r"[^A-Za-z0-9._-]+", "-", request.recipe).strip(".-") or "run")
     except OSError as error:
         remedy = "Choose another --output, or make it a folder that you may write to."
         raise ResourceError(str(output), f"no folder can be made in it ({error.strerror})", remedy) from None
-    kept = dataclasses.replace(request, store=_relative_store(request.store, output))
+    request = with_copies(request, folder, code)
+    # request.json makes a folder a run, so it comes last and whole
+    (folder / f"{_FILE}.part").write_text(json.dumps(dataclasses.asdict(relative(request, folder)), indent=2))
+    (folder / f"{_FILE}.part").rename(folder / _FILE)
+    return folder.name, request
+
+
+def packed(request: Request) -> bytes:
+    """The request's package, b"" if it has none. Raises ConfigError where it cannot be packed."""
+    return packages.pack(Path(request.package)) if request.package else b""
+
+
+def with_copies(request: Request, folder: Path, code: bytes) -> Request:
+    """The request with copies in `folder` of its file of settings and of its package. code: the package, packed."""
     if request.config and Path(request.config).is_file():  # if it is not, prepare says so with all other problems
         copy = folder / _GIVEN / Path(request.config).name  # its name stays: a run may be called after it
-        copy.parent.mkdir()
+        copy.parent.mkdir(parents=True)
         copy_settings(Path(request.config), copy)
-        kept = dataclasses.replace(kept, config=f"{_GIVEN}/{copy.name}")
         request = dataclasses.replace(request, config=str(copy.absolute()))
     if code:
         copy = _copy_package(code, Path(request.package), folder / _PACKAGE)
-        kept = dataclasses.replace(kept, package=f"{_PACKAGE}/{copy.name}")
         request = dataclasses.replace(request, package=str(copy.absolute()))
-    # request.json makes a folder a run, so it comes last and whole
-    (folder / f"{_FILE}.part").write_text(json.dumps(dataclasses.asdict(kept), indent=2))
-    (folder / f"{_FILE}.part").rename(folder / _FILE)
-    return folder.name, request
+    return request
+
+
+def relative(request: Request, folder: Path) -> Request:
+    """As it is written into `folder`, which lies in the output folder: what moves with them has a relative path."""
+    config, package = (_inside(path, folder.absolute()) for path in (request.config, request.package))
+    store = _relative_store(request.store, folder.parent)
+    return dataclasses.replace(request, config=config, package=package, store=store)
+
+
+def located(request: Request, folder: Path) -> Request:
+    """What `relative` wrote, with the paths of today."""
+    config, package = (path and str(folder.absolute() / path) for path in (request.config, request.package))
+    store = request.store
+    if store.startswith(_OUTPUT):
+        store = f"file://{folder.parent.resolve()}/{store.removeprefix(_OUTPUT)}"
+    return dataclasses.replace(request, config=config, package=package, store=store)
+
+
+def _inside(path: str, folder: Path) -> str:
+    """Relative to `folder` where it lies in it."""
+    return Path(path).relative_to(folder).as_posix() if path and Path(path).is_relative_to(folder) else path
 
 
 def load_run(run: str, output: Path, given: Mapping[str, object]) -> Request:
@@ -130,16 +159,9 @@ def read_request(folder: Path) -> Request:
     except (OSError, ValueError, TypeError, KeyError) as error:
         remedy = "Start a new run; what this one has published stays in its store."
         raise ConfigError([Problem("--resume", folder.name, f"its {_FILE} cannot be read ({error})", remedy)]) from None
-    config = request.config
     if (folder / _CONFIG_BEFORE).is_file():
-        config = str((folder / _CONFIG_BEFORE).absolute())
-    elif config and not Path(config).is_absolute():
-        config = str((folder / config).absolute())
-    store = request.store
-    if store.startswith(_OUTPUT):
-        store = f"file://{folder.parent.resolve()}/{store.removeprefix(_OUTPUT)}"
-    package = str((folder / request.package).absolute()) if request.package else ""
-    return dataclasses.replace(request, config=config, package=package, store=store)
+        request = dataclasses.replace(request, config=_CONFIG_BEFORE)
+    return located(request, folder)
 
 
 def known_runs(output: Path) -> list[str]:

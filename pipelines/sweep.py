@@ -5,6 +5,7 @@ A member is an ordinary run, started by the same command as any other: `latentac
 """
 
 import argparse
+import dataclasses
 import re
 import signal
 import subprocess
@@ -17,10 +18,12 @@ from types import FrameType
 
 from latentac.errors import ConfigError, Problem
 from pipelines.grid import Member, Sweep, left, load, members, read_seeds, tally
+from pipelines.request import Request, absolute, create_run, known_runs, packed, with_copies
 
 _POLL_SECONDS = 0.2
 _STOPPED = 130
 _CLUSTER = ("host", "namespace", "ca", "cluster_settings", "release", "kube_namespace", "experiment")
+_FILES = ("ca", "cluster_settings")
 _EXAMPLES = """\
 examples:
   latentac sweep --recipe shapes-unet --grid policy.learning_rate=3e-5,6e-5,1e-4 --seeds 0,1,2
@@ -84,20 +87,19 @@ def _asked(options: argparse.Namespace) -> Sweep:
         raise ConfigError(
             [Problem("--host", None, "no API of Kubeflow Pipelines is named", "Name it, or leave the rest out.")]
         )
+    given = [(each, str(Path(value).absolute()) if each in _FILES else value) for each, value in given]
     cluster = [word for each, value in given for word in (f"--{each.replace('_', '-')}", value)]
-    from pipelines.request import Request, absolute
-
     recipe = options.recipe
-    shared = absolute(Request(recipe, options.config, tuple(options.set), options.store, package=options.package))
+    request = absolute(Request(recipe, options.config, tuple(options.set), options.store, package=options.package))
     found = members(options.grid, read_seeds(options.seeds))
     for member in found:
         member.overrides = list(absolute(Request(recipe, overrides=tuple(member.overrides))).overrides)
-    given_overrides, places = list(shared.overrides), (shared.package, shared.folder)
-    return Sweep(name, recipe, shared.config, given_overrides, shared.store, cluster, found, *places)
+    return Sweep(name, request, cluster, found)
 
 
 def _listing(sweep: Sweep) -> list[str]:
-    shared = [f"recipe {sweep.recipe}", *([f"file {sweep.config}"] if sweep.config else []), *sweep.overrides]
+    asked = sweep.request
+    shared = [f"recipe {asked.recipe}", *([f"file {asked.config}"] if asked.config else []), *asked.overrides]
     where = "on the cluster" if sweep.cluster else "on this machine"
     lines = [f"{len(sweep.members)} members {where}: {', '.join(shared)}"]
     for number, member in enumerate(sweep.members, 1):
@@ -113,8 +115,9 @@ def _run(sweep: Sweep, output: Path, parallel: int) -> int:
     own_descendants()  # whatever ends this process ends the members
     signal.signal(signal.SIGTERM, _interrupt)
     with run_lock(output / sweep.name / "sweep.lock"):
-        _copy_config(sweep, output)
-        sweep.save(output)
+        if not sweep.exists(output):  # what is gone on with has its copies
+            sweep.request = with_copies(sweep.request, output / sweep.name, packed(sweep.request))
+            sweep.save(output)
         _say(f"sweep {sweep.name}, {len(sweep.members)} members, in {output / sweep.name}")
         waiting, running = list(left(sweep)), list[tuple[int, Member, subprocess.Popen[bytes], float]]()
         try:
@@ -133,33 +136,17 @@ def _run(sweep: Sweep, output: Path, parallel: int) -> int:
         return _conclude(sweep, output)
 
 
-def _copy_config(sweep: Sweep, output: Path) -> None:
-    """The file of settings is kept with the sweep, so that a resume asks for the same; under its name, which is that of
-    the members' project."""
-    from pipelines.request import copy_settings
-
-    given = Path(sweep.config)
-    kept = (output / sweep.name / "given-config" / given.name).absolute()
-    if sweep.config and given != kept:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        copy_settings(given, kept)
-        sweep.config = str(kept)
-
-
 def _start(sweep: Sweep, output: Path, number: int, member: Member) -> "subprocess.Popen[bytes]":
-    overrides = [*sweep.overrides, *member.overrides]
+    asked = dataclasses.replace(sweep.request, overrides=(*sweep.request.overrides, *member.overrides))
     if sweep.cluster:
         member.run = member.run or f"{sweep.name}-{number:02d}"
         command = ["latentac.cli", "pipeline", "submit", *sweep.cluster, "--run", member.run, "--follow"]
-        command += ["--recipe", sweep.recipe, *(["--config", sweep.config] if sweep.config else [])]
-        command += ["--package", sweep.package] if sweep.package else []
-        command += [word for assignment in overrides for word in ("--set", assignment)]
+        command += ["--recipe", asked.recipe, *(["--config", asked.config] if asked.config else [])]
+        command += ["--package", asked.package] if asked.package else []
+        command += [word for assignment in asked.overrides for word in ("--set", assignment)]
     else:
-        from pipelines.request import Request, create_run, known_runs
-
         if member.run not in known_runs(output):
-            places = {"store": sweep.store, "package": sweep.package, "folder": sweep.folder}
-            member.run, _ = create_run(Request(sweep.recipe, sweep.config, tuple(overrides), **places), output)
+            member.run, _ = create_run(asked, output)
         command = ["pipelines", "run", "--resume", member.run, "--output", str(output)]
     member.state, member.exit_code = "running", None
     sweep.save(output)
@@ -249,8 +236,8 @@ def _store(sweep: Sweep, output: Path) -> str:
     """Where the members have published: what was named, the cluster's own, or the folder's."""
     from latentac.workspace import default_store
 
-    if sweep.store or not sweep.cluster:
-        return sweep.store or default_store(str(output))
+    if sweep.request.store or not sweep.cluster:
+        return sweep.request.store or default_store(str(output))
     from pipelines.commands import cluster_settings
 
     return cluster_settings(sweep.cluster).store.url

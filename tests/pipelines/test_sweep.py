@@ -15,7 +15,7 @@ from latentac.run import recipe_fields
 from pipelines.__main__ import SETTINGS
 from pipelines.grid import Member, Sweep, load, members, read_axis, read_seeds
 from pipelines.pipeline import STEPS
-from pipelines.request import load_run
+from pipelines.request import Request, absolute, load_run, packed, with_copies
 from tests.latentac.published import publish_until
 from tests.pipelines.kfp_server import Frame, serving
 
@@ -117,7 +117,7 @@ def test_what_is_wrong_is_told_before_a_member_starts(
 
 def test_a_sweep_is_read_as_it_was_written(tmp_path: Path) -> None:
     """With the state of each member; a file that is none is an integrity error, not a traceback."""
-    made = Sweep("s", "r", "", ["a=1"], "", [], [Member("p", 0, ["seed=0"], "run-1", "failed", 7)])
+    made = Sweep("s", Request("r", overrides=("a=1",)), [], [Member("p", 0, ["seed=0"], "run-1", "failed", 7)])
     made.save(tmp_path)
     assert load("s", tmp_path) == made
     (tmp_path / "s" / "sweep.json").write_text("{}")
@@ -147,6 +147,31 @@ def test_a_member_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: py
     told = capsys.readouterr().out
     assert "[1/2]" not in told
     assert told.count("failed after") == 1
+
+
+def test_a_moved_sweep_finds_its_files(tmp_path: Path) -> None:
+    """Its copies of the file of settings and of the package, and a store beside it, move with the output folder; a
+    store elsewhere stays where it is."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").touch()
+    (tmp_path / "mine.yaml").write_text("seed: 3\n")
+    output = tmp_path / "runs"
+    asked = absolute(
+        Request("r", str(tmp_path / "mine.yaml"), (), f"file://{output}/store", package=str(tmp_path / "mine"))
+    )
+    made = Sweep("s", with_copies(asked, output / "s", packed(asked)), [])
+    made.save(output)
+    assert load("s", output) == made
+    moved = tmp_path / "elsewhere" / "runs"
+    moved.parent.mkdir()
+    output.rename(moved)
+    found = load("s", moved).request
+    assert Path(found.config).read_text() == "seed: 3\n"
+    assert (Path(found.config).name, Path(found.package).name) == ("mine.yaml", "mine")
+    assert (Path(found.package) / "__init__.py").is_file()
+    assert found.store == f"file://{moved}/store"
+    Sweep("t", Request("r", store="file:///data/store"), []).save(moved)
+    assert load("t", moved).request.store == "file:///data/store"
 
 
 @pytest.mark.slow
