@@ -21,6 +21,7 @@ from latentac.lifetime import run_lock
 from latentac.rewards.calls import CALLS
 from latentac.run import VERBS
 from latentac.runs import LOCKS, Run, Survey, Traces, files, list_runs, pooled, size
+from latentac.scratch import HIDDEN
 from latentac.store.blobs import PARTIAL
 from latentac.store.pool import Pool
 from latentac.task import ERROR_FILE
@@ -232,7 +233,7 @@ def _whole_run(survey: Survey, traces: Traces, staying: Collection[str]) -> Remo
         folder, title = None, f"{title} (its folder is a link and stays)"
     elif folder is not None:
         found = sorted(folder.iterdir())
-        paths = [path for path in found if path.name in _MADE or path.name.startswith((".", "latentac-"))]
+        paths = [path for path in found if path.name in _MADE or path.name.startswith((HIDDEN, "latentac-"))]
         paths.sort(key=lambda path: path.name in LOCKS)  # while they are there, nobody else begins
         foreign = [path.name for path in found if path not in paths]
         title += f" (not of latentac, stays: {', '.join(foreign[:3])})" if foreign else ""
@@ -264,7 +265,7 @@ def _leftovers(survey: Survey, going: Collection[str]) -> list[Removal]:
                 (o for o in objects if o.startswith("checkpoints/")),
             )
         if traces.folder is not None and not traces.folder.is_symlink():
-            found = (*traces.folder.glob(".*"), *traces.folder.glob("latentac-*/"))
+            found = (*traces.folder.glob(f"{HIDDEN}*/"), *traces.folder.glob("latentac-*/"))
             hidden = (path for path in found if _old(path))
             add(f"{name}: temporary folders of killed processes", paths=hidden)
         elif traces.folder is None and not traces.steps:

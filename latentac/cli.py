@@ -226,7 +226,7 @@ def _add_folders(verb: argparse.ArgumentParser) -> None:
 
 
 def _run_verb(options: argparse.Namespace) -> None:
-    from latentac.lifetime import own_descendants, run_lock
+    from latentac.lifetime import own_descendants, refuse_links, run_lock
     from latentac.run import VERBS
     from latentac.scratch import temporary_files
     from latentac.task import LOCK_FILE
@@ -246,6 +246,7 @@ def _run_verb(options: argparse.Namespace) -> None:
     if options.verb == "deploy":
         place["force"] = options.force
     folder = working_folder(options.run, options.output)
+    refuse_links(folder)
     with run_lock(folder / LOCK_FILE), temporary_files(folder):
         manifest: Manifest | None = VERBS[options.verb](**place)
         if manifest is not None and (place.get("overrides") or options.verb == "deploy") and options.verb != "prepare":

@@ -5,7 +5,6 @@ page holds every number that it shows.
 """
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from latentac.comparison import Read, compare, letter
 from latentac.errors import ConfigError, Problem
 from latentac.rendering import number, pictures_of, render, short
 from latentac.report import write_file
+from latentac.scratch import hidden_folder
 from latentac.store import Store, open_store
 from latentac.summary import Summary, fetch_run, prepared, read_timings, summarise
 
@@ -42,10 +42,10 @@ def write_comparison(
     _check(opened, wanted)
     page = to or Path(output) / "compare.html"
     page.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".compare-", dir=page.parent) as scratch:
+    with hidden_folder(page.parent, "compare") as scratch:
         reads = []
         for run in wanted:
-            files = fetch_run(opened, run, Path(scratch) / run)
+            files = fetch_run(opened, run, scratch / run)
             summary = summarise(run, files, read_timings(Path(output) / run / "timings.json"))
             reads.append(Read(run, files, summary, points.get(run, run)))
         content = compare(reads)

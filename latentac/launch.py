@@ -7,7 +7,6 @@ import re
 import shlex
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torchx.runner import Runner, get_runner
 from latentac.errors import TrainingError, restore
 from latentac.rewards.calls import CALLS, crash_in_call
 from latentac.rewards.calls import FOLDER as REWARD_CALLS
+from latentac.scratch import hidden_folder
 from latentac.workspace import Workspace
 
 LAST_LINES = 20
@@ -79,8 +79,8 @@ def run_app(space: Workspace) -> None:
     Raises what a worker left, RewardError where a worker's process ended while it called a reward, or TrainingError.
     """
     run, train = space.run, space.config.train
-    with tempfile.TemporaryDirectory(prefix=".train-", dir=space.folder) as folder, get_runner() as runner:
-        failure, logs = Path(folder) / "failure.json", Path(folder) / "logs"
+    with hidden_folder(space.folder, "train") as folder, get_runner() as runner:
+        failure, logs = folder / "failure.json", folder / "logs"
         output = str(space.folder.parent)
         _calls(failure).mkdir()
         definition = app(run, space.store.url, output, failure, train.num_workers, train.max_restarts)

@@ -78,7 +78,9 @@ def run_lock(path: Path, wait_seconds: float = 30.0) -> Iterator[None]:
     file system has no locks. The file stays: deleting it would let two holders in.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    if path.is_symlink():
+        raise _link(path)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         _acquire(descriptor, path, wait_seconds)
         if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
@@ -89,6 +91,19 @@ def run_lock(path: Path, wait_seconds: float = 30.0) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def refuse_links(folder: Path) -> None:
+    """Raises ResourceError for a run's folder that holds a link. A run writes and deletes there by fixed names, none of
+    which it makes a link; whoever made one may have pointed it anywhere."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_symlink():
+            raise _link(path)
+
+
+def _link(path: Path) -> ResourceError:
+    remedy = "Remove the link, or start a new run."
+    return ResourceError(str(path), f"is a link to {os.readlink(path)!r}", remedy)
 
 
 def lock_holder(path: Path) -> str:

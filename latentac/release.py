@@ -1,8 +1,8 @@
 """From a trained run to a model that serves: the export, the proof, the registry, and the way back for a person."""
 
 import json
+import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from latentac.arms import best_steered
-from latentac.errors import ArtifactNotFound, ConfigError, Problem
+from latentac.errors import ArtifactNotFound, ConfigError, Problem, ResourceError
 from latentac.folders import copy_pipeline
 from latentac.incumbent import Production, chosen_production, productions, put_in_production
 from latentac.readme import write_released
+from latentac.scratch import empty_folder, hidden_folder
 from latentac.serving.deployment import Deployment, serve_and_check
 from latentac.serving.exported import add_base, export, read
 from latentac.store import Manifest, Store, copy_folder, open_store
@@ -62,8 +63,8 @@ def release(space: Workspace, prove: Prove = on_loopback, forced: Sequence[str] 
     against it, if a person puts it there all the same.
     """
     trained = space.store.manifest(f"{space.run}/train")
-    with tempfile.TemporaryDirectory(prefix=".model-", dir=space.folder) as temporary:
-        folder = Path(temporary) / "model"
+    with hidden_folder(space.folder, "model") as temporary:
+        folder = temporary / "model"
         version = _export(space, trained, folder)
         published = space.store.publish(
             f"models/{version}",
@@ -120,9 +121,10 @@ def _export(space: Workspace, trained: Manifest, folder: Path, notice: str = "")
 def fetch_version(version: str, store: str, folder: Path) -> Manifest:
     """Fill `folder` with the verified files of models/<version>; it may exist and be a mount, but only an empty one.
 
-    A folder that holds that model already is left as it is, and one that a killed call left is filled anew. Raises
-    ResourceError if it holds anything else, ArtifactNotFound, IntegrityError, StoreUnavailable after the store's own
-    retries, ServingError if the artifact is no exported model.
+    A folder that holds that model already is left as it is, and one that a killed call left is completed. Nothing that
+    this function did not make is removed or replaced. Raises ResourceError if the folder holds anything else,
+    ArtifactNotFound, IntegrityError, StoreUnavailable after the store's own retries, ServingError if the artifact is no
+    exported model.
     """
     opened, key = open_store(store), f"models/{version}"
     manifest = opened.manifest(key)
@@ -130,19 +132,27 @@ def fetch_version(version: str, store: str, folder: Path) -> Manifest:
     with disk_errors(folder, sum(file.size for file in manifest.files)):
         folder.mkdir(parents=True, exist_ok=True)
         found = [path for path in folder.iterdir() if path.name != "lost+found"]  # the root of a volume has that
-        if partial in found:
-            for path in found:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        elif found:
+        if found and partial not in found:
             opened.fetch(key, folder)  # right as it is, or an error that says so
             return manifest
-        partial.mkdir()
+        empty_folder(partial)
         opened.fetch(key, partial / "model")
         read(partial / "model")
-        for path in (partial / "model").iterdir():
-            path.rename(folder / path.name)
+        foreign = sorted({path.name for path in found} - {path.name for path in (*_parts(partial / "model"), partial)})
+        if foreign:
+            remedy = "Move it away or choose another folder"
+            raise ResourceError(str(folder), f"holds what is not of {key}: {', '.join(foreign[:5])}", remedy)
+        for path in _parts(partial / "model"):
+            if not os.path.lexists(folder / path.name):
+                path.rename(folder / path.name)
         shutil.rmtree(partial)
+        if found:
+            opened.fetch(key, folder)
     return manifest
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
 
 
 @contextmanager
@@ -197,8 +207,8 @@ def _inspected(space: Workspace) -> Iterator[tuple[Path, str]]:
     states = {"hold": "held", "promote": "promoted, but not deployed"}
     state = states[verdict["decision"]] if verdict else "not judged yet"
     notice = f"{state}: for inspection only, not in production"
-    with tempfile.TemporaryDirectory(prefix=".inspection-", dir=space.folder) as temporary:
-        folder = Path(temporary) / "model"
+    with hidden_folder(space.folder, "inspection") as temporary:
+        folder = temporary / "model"
         version = _export(space, trained, folder, notice)
         yield folder, f"{version}, {notice}"
 

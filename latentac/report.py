@@ -18,6 +18,7 @@ from typing import Any
 from latentac.charts import draw
 from latentac.commands import program, typed
 from latentac.rendering import pictures_of, render
+from latentac.scratch import hidden_folder
 from latentac.store import Manifest, open_store
 from latentac.summary import Summary, fetch_run, prepared, read_timings, summarise
 
@@ -35,8 +36,8 @@ def write_report(run: str, store: str, output: str) -> tuple[Path, Path]:
     folder = Path(output) / run
     prepared(open_store(store), [run])  # before a folder is made for it
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as scratch:
-        files = fetch_run(open_store(store), run, Path(scratch))
+    with hidden_folder(folder, "report") as scratch:
+        files = fetch_run(open_store(store), run, scratch)
         summary = summarise(run, files, read_timings(folder / "timings.json"))
         page = _render(summary, pictures_of(files, summary["gallery"]), next_commands(run, store, output))
     report, numbers = folder / "report.html", folder / "summary.json"

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from latentac.config import Config, suggestion
 from latentac.errors import ArtifactNotFound, ConfigError, Problem, TrainingError
 from latentac.fields import merge, read_file, read_overrides
 from latentac.recipes import RECIPES, default_project
+from latentac.scratch import hidden_folder
 from latentac.store import Manifest, Store, open_store
 from latentac.validation import resolve
 from latentac.workspace import EXTENSIONS, PACKAGE, Workspace, default_store, open_run, person, working_folder
@@ -254,8 +254,8 @@ def finish(run: str, store: str, output: str) -> Manifest | None:
     if f"{run}/prepare" not in known:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".finish-", dir=folder) as temporary:
-        scratch = Path(temporary) / "finish"
+    with hidden_folder(folder, "finish") as temporary:
+        scratch = temporary / "finish"
         done = opened.manifest(f"{run}/finish") if f"{run}/finish" in known else None
         if done is not None and [parent.sha256 for parent in done.parents] == [origin.digest for origin in origins]:
             opened.fetch(f"{run}/finish", scratch)
@@ -309,8 +309,8 @@ def _step(
     if done is not None:
         return done
     origins = [space.store.manifest(f"{run}/{parent}") for parent in parents]
-    with tempfile.TemporaryDirectory(prefix=f".{step}-", dir=space.folder) as folder:
-        metrics = work(space, Path(folder))
+    with hidden_folder(space.folder, step) as folder:
+        metrics = work(space, folder)
         metrics["seconds"] = time.monotonic() - started
         return space.store.publish(
             f"{run}/{step}",
@@ -366,8 +366,8 @@ def _prepare(run: str, store: Store, output: Path, fields: dict[str, Any], code:
     from latentac.resolution import resolve_all
 
     (output / run).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=output / run) as temporary:
-        folder = Path(temporary)
+    with hidden_folder(output / run, "prepare") as temporary:
+        folder = temporary
         if code:
             packages.unpack(code, folder / PACKAGE)
             packages.make_importable(folder / PACKAGE)

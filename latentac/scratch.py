@@ -1,4 +1,6 @@
-"""Where temporary files go: TMPDIR if it will do, else another place, said in one line.
+"""Temporary files and folders: where they go, how they are recognised, and how they are removed.
+
+They go to TMPDIR if it will do, else to another place, said in one line.
 
 Python takes what TMPDIR names unless it cannot write there at all. Then a full or tiny file system stops a run in its
 middle, a folder that is not there stops shells but not Python, and a long path has no room for the name of a socket.
@@ -20,6 +22,12 @@ ROOM_BYTES = 64 * 2**20
 MAX_PATH_BYTES = 60
 """The system allows 107 bytes for the name of a socket, and libraries put names of their own below the folder."""
 
+HIDDEN = ".latentac-"
+"""What the names of hidden folders begin with: nothing else is removed from a place where others write too."""
+
+_OWNER = ".owner"
+"""In a folder of `temporary_files`: the folder that it was made for."""
+
 _USUAL = ("/tmp", "/var/tmp")  # noqa: S108 - where every system has them; folders of our own are made in there
 _log = logging.getLogger(__name__)
 
@@ -33,6 +41,7 @@ def temporary_files(own: Path) -> Iterator[Path]:
     """
     before = os.environ.get("TMPDIR"), tempfile.tempdir
     with tempfile.TemporaryDirectory(prefix="latentac-", dir=_place(own), ignore_cleanup_errors=True) as folder:
+        (Path(folder) / _OWNER).write_text(str(own.resolve()))
         os.environ["TMPDIR"] = tempfile.tempdir = folder
         try:
             yield Path(folder)
@@ -41,6 +50,37 @@ def temporary_files(own: Path) -> Iterator[Path]:
             if before[0] is not None:
                 os.environ["TMPDIR"] = before[0]
             tempfile.tempdir = before[1]
+
+
+def remove_abandoned(folder: Path, own: Path) -> None:
+    """Remove a folder that `temporary_files(own)` made in a process that was killed. Anything else stays: the path may
+    have been read from a file or a link that somebody else wrote."""
+    with contextlib.suppress(OSError, ValueError):
+        if not folder.is_symlink() and (folder / _OWNER).read_text() == str(own.resolve()):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def hidden_folder(place: Path, purpose: str) -> Iterator[Path]:
+    """A new folder in `place` for what is still being made; it goes in the end."""
+    with tempfile.TemporaryDirectory(prefix=f"{HIDDEN}{purpose}-", dir=place) as folder:
+        yield Path(folder)
+
+
+def remove_hidden(place: Path) -> None:
+    """Remove the hidden folders that killed processes left in `place`."""
+    for left in place.glob(f"{HIDDEN}*/"):
+        if not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def empty_folder(folder: Path) -> None:
+    """Make `folder` anew and empty. Raises ResourceError where it is a link: what that points to is not ours."""
+    if folder.is_symlink():
+        remedy = "Remove the link: a folder of this program's own belongs there"
+        raise ResourceError(str(folder), f"is a link to {os.readlink(folder)!r}", remedy)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _place(own: Path) -> Path:

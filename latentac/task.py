@@ -13,7 +13,6 @@ import faulthandler
 import json
 import logging
 import os
-import shutil
 import sys
 import time
 import traceback
@@ -24,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from latentac.errors import expected
-from latentac.lifetime import die_with_parent, run_lock
-from latentac.scratch import temporary_files
+from latentac.lifetime import die_with_parent, refuse_links, run_lock
+from latentac.scratch import remove_hidden, temporary_files
 from latentac.store import Manifest
 
 EVENTS = "LATENTAC_EVENTS"
@@ -63,8 +62,9 @@ def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Itera
     _log_plainly()
     _tell(event="begin", task=name)
     try:
+        refuse_links(folder)
         with run_lock(folder / LOCK_FILE):
-            _sweep(folder)
+            remove_hidden(folder)
             with temporary_files(folder):
                 yield publish
     except KeyboardInterrupt:
@@ -72,12 +72,6 @@ def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Itera
     except Exception as error:  # noqa: BLE001 - here is where every error becomes an exit code
         raise SystemExit(_fail(name, folder, error)) from None
     _tell(event="end", task=name, reused=reused)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove the hidden folders in which a killed task was still preparing something."""
-    for left in folder.glob(".*/"):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def _fail(name: str, folder: Path, error: Exception) -> int:

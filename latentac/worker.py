@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from latentac.lifetime import run_lock
 from latentac.metrics import of_iteration
 from latentac.progress import progress
 from latentac.readme import write_trained
+from latentac.scratch import hidden_folder
 from latentac.store import open_store
 from latentac.trainer import Trainer
 from latentac.workspace import Workspace, open_run
@@ -247,14 +247,14 @@ def _prefix(space: Workspace) -> str:
 def _resume(space: Workspace, trainer: Trainer) -> None:
     """Load the newest checkpoint that is whole; one that is not is told and passed over."""
     for key in reversed(_checkpoints(space)):
-        with tempfile.TemporaryDirectory(prefix=".train-", dir=space.folder) as folder:
+        with hidden_folder(space.folder, "train") as folder:
             try:
-                manifest = space.store.fetch(key, Path(folder) / "state")
+                manifest = space.store.fetch(key, folder / "state")
             except IntegrityError as error:
                 _log.warning("checkpoint passed over: %s", error)
                 continue
             if manifest.config_hash == space.config.hash:
-                trainer.load_state(*read_state(Path(folder) / "state"))
+                trainer.load_state(*read_state(folder / "state"))
                 return
 
 
@@ -271,9 +271,9 @@ def _checkpoints(space: Workspace) -> list[str]:
 def _checkpoint(space: Workspace, trainer: Trainer) -> None:
     """Files, manifest, pointer; then drop what is older than `keep_checkpoints`."""
     key = f"{_prefix(space)}/{trainer.iteration:06d}"
-    with tempfile.TemporaryDirectory(prefix=".train-", dir=space.folder) as folder:
-        write_state(Path(folder) / "state", *trainer.state())
-        _publish_folder(space, key, Path(folder) / "state", {"iteration": trainer.iteration})
+    with hidden_folder(space.folder, "train") as folder:
+        write_state(folder / "state", *trainer.state())
+        _publish_folder(space, key, folder / "state", {"iteration": trainer.iteration})
     space.store.write_json(f"{_prefix(space)}/LATEST", {"key": key})
     for old in _checkpoints(space)[: -space.config.train.keep_checkpoints]:
         space.store.delete(old)
@@ -282,8 +282,8 @@ def _checkpoint(space: Workspace, trainer: Trainer) -> None:
 def _publish(space: Workspace, trainer: Trainer, seconds: float) -> None:
     """The result: policy/ (a plain diffusers folder with its model card), critic/, history.json."""
     trainer.publish_weights()
-    with tempfile.TemporaryDirectory(prefix=".train-", dir=space.folder) as temporary:
-        folder = Path(temporary) / "train"
+    with hidden_folder(space.folder, "train") as temporary:
+        folder = temporary / "train"
         trainer.policy.backbone.save(folder / "policy")
         write_trained(space, trainer.policy, folder / "policy", trainer.history)
         trainer.critic.save(folder / "critic")

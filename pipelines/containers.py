@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from latentac.errors import ConfigError, Problem, ResourceError
 from latentac.lifetime import run_lock
 from latentac.rewards.calls import CALLS
 from latentac.rewards.calls import FOLDER as REWARD_CALLS
+from latentac.scratch import empty_folder
 from latentac.store import access
 from latentac.task import EVENTS
 from pipelines.driver import Way
@@ -65,10 +65,8 @@ def containers(run: str, request: Request, output: Path) -> Iterator[Way]:
         raise ConfigError([Problem("--store", request.store, "containers share no folder but the run's", remedy)])
     output = output.resolve()
     folder, driver = output / run, uuid.uuid4().hex
-    shutil.rmtree(
-        folder / "kfp", ignore_errors=True
-    )  # copies of manifests of earlier starts: the store has the originals
-    (folder / "kfp" / "workspace").mkdir(parents=True)
+    empty_folder(folder / "kfp")  # of copies of manifests of earlier starts: the store has the originals
+    (folder / "kfp" / "workspace").mkdir()
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(contextlib.closing(_client()))
         _check_images(client, own_store=not request.store)

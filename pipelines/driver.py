@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from latentac.errors import LatentacError, ServingError
-from latentac.lifetime import own_descendants, run_lock
+from latentac.lifetime import own_descendants, refuse_links, run_lock
 from latentac.rewards.calls import CALLS, crash_in_call, fresh_calls
 from latentac.rewards.calls import FOLDER as REWARD_CALLS
 from latentac.task import ERROR_FILE, EVENTS
@@ -59,6 +59,7 @@ def run_pipeline(run: str, request: Request, output: Path, *, fresh: bool) -> in
     folder = output / run
     signal.signal(signal.SIGTERM, _interrupt)
     own_descendants()
+    refuse_links(folder)
     with run_lock(folder / "run.lock"):
         (folder / ERROR_FILE).unlink(missing_ok=True)
         # A pipe is block-buffered otherwise.

@@ -3,13 +3,12 @@
 import contextlib
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from latentac.progress import TERMINAL
-from latentac.scratch import temporary_files
+from latentac.scratch import empty_folder, remove_abandoned, temporary_files
 from pipelines.driver import Way
 from pipelines.request import Request
 
@@ -21,13 +20,13 @@ def processes(run: str, request: Request, output: Path) -> Iterator[Way]:
 
     root = output / run / "kfp"
     if (root / "tmp").is_symlink():  # the last start was killed
-        shutil.rmtree((root / "tmp").readlink(), ignore_errors=True)
-    shutil.rmtree(root, ignore_errors=True)  # copies of manifests of earlier starts: the store has the originals
+        remove_abandoned((root / "tmp").readlink(), root)
+    empty_folder(root)  # of copies of manifests of earlier starts: the store has the originals
     if sys.stderr.isatty():
         os.environ[TERMINAL] = os.ttyname(sys.stderr.fileno())
     python = sys.executable
     # kfp.local puts sys.executable, unquoted, wherever its command says python3, in paths too: make that the identity
-    (root / "bin").mkdir(parents=True)
+    (root / "bin").mkdir()
     (root / "bin" / "python3").write_text(f'#!/bin/sh\nexec {shlex.quote(python)} "$@"\n')
     (root / "bin" / "python3").chmod(0o755)
     os.environ["PATH"] = f"{(root / 'bin').resolve()}{os.pathsep}{os.environ.get('PATH', os.defpath)}"

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from typing import Any
 
 from latentac.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem, ResourceError
 from latentac.progress import Progress, progress
+from latentac.scratch import hidden_folder
 from latentac.store.blobs import Entry, Patience, Stream, connect, disk_errors
 from latentac.store.manifest import (
     SCHEMA,
@@ -109,8 +109,8 @@ class Store:
             return manifest
         with disk_errors(folder, sum(file.size for file in files)):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{folder.name}.fetch-", dir=folder.parent) as temporary:
-                whole = Path(temporary) / folder.name
+            with hidden_folder(folder.parent, "fetch") as temporary:
+                whole = temporary / folder.name
                 whole.mkdir()
                 self._read_files(manifest, whole, files, Pool(cache) if cache else None)
                 try:

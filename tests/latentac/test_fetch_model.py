@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from latentac.cli import main
+from latentac.errors import ResourceError
 from latentac.release import UNFINISHED, fetch_version
 from latentac.store import Store, open_store
 
@@ -68,14 +69,37 @@ def test_folder_is_filled(store: Store, tmp_path: Path, exists: bool, capsys: py
     assert (target / "unet" / "weights.bin").stat().st_ino == before
 
 
-def test_folder_that_a_killed_call_left_is_filled_anew(store: Store, tmp_path: Path) -> None:
-    """What stands beside its marker is its own, whole or not."""
+def test_folder_that_a_killed_call_left_is_completed(store: Store, tmp_path: Path) -> None:
+    """Each part of the model was moved there whole or not at all."""
     target = tmp_path / "to"
-    (target / UNFINISHED / "model").mkdir(parents=True)
-    (target / "unet").mkdir()
-    (target / "unet" / "weights.bin").write_text("wei")
+    fetch_version("v1", store.url, target)
+    (target / UNFINISHED).mkdir()
+    (target / "unet").rename(target / UNFINISHED / "unet")
     fetch_version("v1", store.url, target)
     assert found(target) == FILES
+
+
+@pytest.mark.parametrize("name", ["mine", "unet/weights.bin", "unet/mine"])
+def test_the_marker_of_a_killed_call_gives_no_right_to_other_files(store: Store, tmp_path: Path, name: str) -> None:
+    """Files that are not of the model, or not as the model has them, stay as they are and are named."""
+    target = tmp_path / "to"
+    (target / UNFINISHED).mkdir(parents=True)
+    (target / name).parent.mkdir(exist_ok=True)
+    (target / name).write_text("mine")
+    with pytest.raises(ResourceError):
+        fetch_version("v1", store.url, target)
+    assert found(target)[name] == "mine"
+
+
+def test_a_marker_that_is_a_link_is_not_followed(store: Store, tmp_path: Path) -> None:
+    """What it points to stays."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").write_text("mine")
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / UNFINISHED).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ResourceError, match="is a link"):
+        fetch_version("v1", store.url, tmp_path / "to")
+    assert found(tmp_path / "elsewhere") == {"mine": "mine"}
 
 
 def test_other_files_are_never_touched(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

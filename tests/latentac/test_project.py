@@ -264,7 +264,7 @@ def test_a_held_run_is_looked_at_without_touching_production(held: Path) -> None
         assert (held / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert process.returncode == 0
     assert snapshot(held) == before
-    assert not list((held / "held").glob(".inspection-*"))
+    assert not list((held / "held").glob(".latentac-*"))
     assert not (held / "held" / "model").exists()
 
 

@@ -457,7 +457,7 @@ def test_prune_clears_what_killed_processes_left(here: Place, later: float) -> N
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "run": "gone"}, indent=2, sort_keys=True) + "\n")
     write(here.output / "store", {".partial/abc": b"x", "ended/steer/files-0123456789abcdef/old": b"x" * 5000})
-    write(here.output, {"ended/.train-killed/big": b"x" * 5000, "busy/.train-now/big": b"x"})
+    write(here.output, {"ended/.latentac-train-killed/big": b"x" * 5000, "busy/.latentac-train-now/big": b"x"})
     with run_lock(here.output / "busy" / "train.lock"):
         plan = plan_prune(here.output, "")
         titles = clear(plan)
@@ -473,7 +473,7 @@ def test_prune_clears_what_killed_processes_left(here: Place, later: float) -> N
     assert here.objects("checkpoints/ended") == []
     assert len(here.objects("checkpoints/training")) == 3
     assert len(here.objects("checkpoints/busy")) == 3
-    assert (here.output / "busy" / ".train-now" / "big").exists()
+    assert (here.output / "busy" / ".latentac-train-now" / "big").exists()
     for name in ("ended", "training", "busy"):
         for key in here.store.keys(name):
             here.store.verify(here.store.manifest(key))

@@ -90,3 +90,31 @@ def test_the_runs_own_folder_is_the_last_resort(
     assert str(caught.value).startswith("TMPDIR: ")
     assert f"{tiny} has only 0.2 MiB free" in str(caught.value)
     assert f"{tiny}/runs is no folder" in str(caught.value)
+
+
+def test_the_folder_of_a_killed_process_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    """It says whose it is. A path that a file or a link names may be anybody's."""
+    own, mine = tmp_path / "run" / "kfp", tmp_path / "documents"
+    own.mkdir(parents=True)
+    mine.mkdir()
+    (mine / "letter").touch()
+    with temporary_files(own) as folder:
+        abandoned = folder.rename(tmp_path / "latentac-abandoned")
+    (tmp_path / "link").symlink_to(abandoned)
+    for place in (mine, tmp_path / "link", tmp_path / "nothing"):
+        scratch.remove_abandoned(place, own)
+    scratch.remove_abandoned(abandoned, tmp_path / "another-run" / "kfp")
+    assert (mine / "letter").exists()
+    assert abandoned.is_dir()
+    scratch.remove_abandoned(abandoned, own)
+    assert not abandoned.exists()
+
+
+def test_a_link_in_the_place_of_our_own_folder_is_refused(tmp_path: Path) -> None:
+    """Neither emptied nor written through."""
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "letter").touch()
+    (tmp_path / "kfp").symlink_to(tmp_path / "documents")
+    with pytest.raises(ResourceError, match=r"is a link to .*documents"):
+        scratch.empty_folder(tmp_path / "kfp")
+    assert os.listdir(tmp_path / "documents") == ["letter"]

@@ -701,7 +701,7 @@ def test_a_server_that_is_killed_while_we_read(own_server: Server, tmp_path: Pat
     manifest, fetched = publish(store, folder), []
     thread = threading.Thread(target=lambda: fetched.append(store.fetch(KEY, tmp_path / "out" / "train")))
     thread.start()
-    eventually(lambda: any(path.stat().st_size for path in tmp_path.glob("out/.train.fetch-*/train/weights")))
+    eventually(lambda: any(path.stat().st_size for path in tmp_path.glob("out/.latentac-fetch-*/train/weights")))
     own_server.kill()
     assert thread.is_alive(), "it was finished before the server was killed"
     own_server.start()

@@ -115,10 +115,12 @@ def test_interrupt_is_quiet(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_task_are_removed(tmp_path: Path) -> None:
-    """A hidden folder is where a task prepares what it publishes; the next one starts with none."""
-    (tmp_path / "run-1" / ".train-abc").mkdir(parents=True)
-    (tmp_path / "run-1" / "train").mkdir()
+    """A hidden folder of ours is where a task prepares what it publishes; the next one starts with none. Other hidden
+    folders stay."""
+    folder = tmp_path / "run-1"
+    for name in (".latentac-train-abc", "train", ".git"):
+        (folder / name).mkdir(parents=True)
 
     task("pass", tmp_path)
 
-    assert sorted(path.name for path in (tmp_path / "run-1").iterdir() if path.is_dir()) == ["train"]
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == [".git", "train"]

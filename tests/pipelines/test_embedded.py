@@ -14,6 +14,7 @@ import pytest
 from latentac.run import resolve_recipe
 from pipelines.console import Console
 from pipelines.driver import Way, _conclude
+from pipelines.embedded import processes
 from pipelines.pipeline import STEPS
 from pipelines.request import Request, create_run
 from tests.latentac.test_finish import published
@@ -123,6 +124,35 @@ def test_run_that_is_in_use_is_refused_with_the_pid(tmp_path: Path) -> None:
     waiting, error = failed.stderr.splitlines()
     assert waiting == f"run {known} is in use by pid 4242: waiting up to 30 s"
     assert error.startswith(f"run {known}: in use by pid 4242.")
+
+
+@pytest.mark.parametrize("name", ["kfp", "run.lock", "error.json", "prepare", "timings.json"])
+def test_a_run_folder_with_a_link_is_not_resumed(tmp_path: Path, name: str) -> None:
+    """Nobody knows where a folder that was received comes from: what its links point to is neither deleted nor
+    written to."""
+    run, _ = create_run(Request("shapes-unet-smoke"), tmp_path / "runs")
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "letter").write_text("mine")
+    target = tmp_path / "documents" / ("letter" if "." in name else "")
+    (tmp_path / "runs" / run / name).symlink_to(target)
+
+    failed = pipelines("run", "--output", str(tmp_path / "runs"), "--resume", run)
+
+    assert (failed.returncode, f"{name}: is a link to" in failed.stderr) == (6, True), failed.stderr
+    assert (tmp_path / "documents" / "letter").read_text() == "mine"
+
+
+def test_a_killed_start_gives_no_right_to_other_folders(tmp_path: Path) -> None:
+    """The link to its temporary files may have been made by somebody else."""
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "letter").touch()
+    request = Request("shapes-unet-smoke")
+    run, _ = create_run(request, tmp_path / "runs")
+    (tmp_path / "runs" / run / "kfp").mkdir()
+    (tmp_path / "runs" / run / "kfp" / "tmp").symlink_to(tmp_path / "documents")
+    with processes(run, request, tmp_path / "runs"):
+        assert (tmp_path / "documents" / "letter").exists()
+        assert (tmp_path / "runs" / run / "kfp" / "tmp").readlink() != tmp_path / "documents"
 
 
 def test_config_file_is_kept_with_the_run(tmp_path: Path) -> None:
