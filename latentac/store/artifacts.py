@@ -15,7 +15,7 @@ from typing import Any
 from latentac.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem, ResourceError
 from latentac.progress import Progress, progress
 from latentac.scratch import hidden_folder
-from latentac.store.blobs import Entry, Patience, Stream, connect, disk_errors
+from latentac.store.blobs import Entry, Overrun, Patience, Stream, connect, disk_errors
 from latentac.store.manifest import (
     SCHEMA,
     File,
@@ -23,6 +23,7 @@ from latentac.store.manifest import (
     Parent,
     commit,
     dump_json,
+    is_inside,
     is_key,
     remedy_for,
     safe_key,
@@ -31,6 +32,7 @@ from latentac.store.manifest import (
 from latentac.store.pool import Pool, hash_of
 
 PROGRESS_BYTES = 8 * 2**20
+_MAX_JSON_BYTES = 64 * 2**20
 _PATIENCE = Patience()
 
 
@@ -125,7 +127,7 @@ class Store:
         manifest, buffer = self.manifest(key), BytesIO()
         for file in manifest.files:
             if file.path == path:
-                self._read_file(manifest, file, Stream(buffer))
+                self._read_file(manifest, file, Stream(buffer, limit=file.size))
                 return buffer.getvalue()
         raise IntegrityError(f"{self.url}/{key}", f"the artifact has no {path}", remedy_for(key))
 
@@ -214,13 +216,19 @@ class Store:
         """Copies the plain objects `<prefix>/<path>` to `folder`: what `write_files` has written."""
         self._key(prefix)
         for name in self._backend.names(f"{prefix}/"):
-            target = Path(folder) / name.removeprefix(f"{prefix}/")
+            relative = name.removeprefix(f"{prefix}/")
+            if not is_inside(relative):  # who may write to a bucket may name an object anything
+                continue
+            target = Path(folder) / relative
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(self._get(name, "Try again"))
+            with target.open("wb") as file:
+                self._backend.get(name, Stream(file))
 
     def probe(self) -> None:
         """Writes, reads back and removes an object, with few retries, to fail within seconds if the store would."""
-        patience = replace(self._patience, retries=2, timeout_seconds=min(5.0, self._patience.timeout_seconds))
+        given = self._patience
+        bounds = {"timeout_seconds": min(5.0, given.timeout_seconds), "idle_seconds": min(10.0, given.idle_seconds)}
+        patience = replace(given, retries=2, **bounds)
         backend, name, word = connect(self.url, patience), f"probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
         sink = BytesIO()
         backend.put(name, Stream(BytesIO(word)), len(word))
@@ -267,14 +275,14 @@ class Store:
         with _shown(f"{'verify' if folder is None else 'fetch'} {manifest.key}", files) as moved:
             for file in files:
                 if folder is None:
-                    self._read_file(manifest, file, Stream(None, moved))
+                    self._read_file(manifest, file, Stream(None, moved, file.size))
                     continue
                 target = folder / file.path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if pool is not None and self._shared(f"{manifest.folder}/{file.path}", file, target, pool, moved):
                     continue
                 with target.open("xb") as stream:
-                    self._read_file(manifest, file, Stream(stream, moved))
+                    self._read_file(manifest, file, Stream(stream, moved, file.size))
                 if pool is not None:
                     pool.give(target, file.sha256)
 
@@ -284,6 +292,8 @@ class Store:
             found = f"size {sink.size}, sha256 {sink.sha256}"
         except FileNotFoundError:
             found = "no such file"
+        except Overrun:
+            found = "a larger file"
         if found != f"size {file.size}, sha256 {file.sha256}":
             problem = f"{file.path}: expected size {file.size}, sha256 {file.sha256}; found {found}"
             raise IntegrityError(f"{self.url}/{manifest.key}", problem, remedy_for(manifest.key))
@@ -291,7 +301,7 @@ class Store:
     def _shared(self, name: str, file: File, target: Path, pool: Pool, moved: Callable[[int], None]) -> bool:
         """Whether a hard link at `target` made a copy needless: to the store's own file, or to one fetched before."""
         if self._backend.share(name, target):
-            if hash_of(target) == file.sha256:
+            if target.stat().st_size == file.size and hash_of(target) == file.sha256:
                 moved(file.size)
                 return True
             target.unlink()  # it is read below, and refused with what was found
@@ -304,9 +314,12 @@ class Store:
     def _get(self, name: str, remedy: str) -> bytes:
         sink = BytesIO()
         try:
-            self._backend.get(name, Stream(sink))
+            self._backend.get(name, Stream(sink, limit=_MAX_JSON_BYTES))
         except FileNotFoundError:
             raise ArtifactNotFound(f"{self.url}/{name}", "nothing was published there", remedy) from None
+        except Overrun:
+            problem = f"it has more than {_MAX_JSON_BYTES >> 20} MiB, and is no manifest or pointer of latentac"
+            raise IntegrityError(f"{self.url}/{name}", problem, "Remove it and run the step that writes it") from None
         return sink.getvalue()
 
 

@@ -10,6 +10,8 @@ import hashlib
 import os
 import re
 import shutil
+import stat
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -32,24 +34,46 @@ PARTIAL = ".partial"
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to wait for an S3 server. With the defaults one that refuses is given up after half a minute.
+    """How long to wait for an S3 server.
 
-    Waits grow from `back_off_seconds`, doubled each time and with as much jitter, up to `back_off_max_seconds`;
-    `timeout_seconds` is for one read or write on the connection.
+    Pauses between attempts grow from `back_off_seconds`, doubled each time and with as much jitter, up to
+    `back_off_max_seconds`. `timeout_seconds` bounds one connect, read or write (of a part of an upload: 5 MiB). No
+    attempt begins later than `idle_seconds` after the last byte moved, so an operation fails at most `bound_seconds`
+    after that. A download below `bytes_per_second`, on average over `idle_seconds`, counts as no answer.
     """
 
     retries: int = 6
     back_off_seconds: float = 0.5
     back_off_max_seconds: float = 20.0
-    timeout_seconds: float = 60.0
+    timeout_seconds: float = 20.0
+    idle_seconds: float = 30.0
+    bytes_per_second: float = 16_384.0
+
+    @property
+    def bound_seconds(self) -> float:
+        return self.idle_seconds + self.timeout_seconds
+
+
+class Overrun(Exception):
+    """A blob has more bytes than its reader allows."""
 
 
 class Stream:
-    """A file, a buffer or nothing (None) whose bytes are counted, hashed and told to `moved` as they pass through."""
+    """A file, a buffer or nothing (None) whose bytes are counted, hashed and told to `moved` as they pass through.
 
-    def __init__(self, stream: BinaryIO | None, moved: Callable[[int], None] = lambda count: None) -> None:
-        self._stream, self._moved = stream, moved
+    limit: the most bytes that are written; more raise Overrun. moved_at: when the last byte passed, by
+    `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        stream: BinaryIO | None,
+        moved: Callable[[int], None] = lambda count: None,
+        limit: int | None = None,
+    ) -> None:
+        self._stream, self._moved, self._limit = stream, moved, limit
         self.size, self._hash = 0, hashlib.sha256()
+        self.moved_at = time.monotonic()
 
     @property
     def sha256(self) -> str:
@@ -61,6 +85,8 @@ class Stream:
         return data
 
     def write(self, data: bytes) -> None:
+        if self._limit is not None and self.size + len(data) > self._limit:
+            raise Overrun
         if self._stream:
             self._stream.write(data)
         self._count(data)
@@ -77,6 +103,8 @@ class Stream:
     def _count(self, data: bytes) -> None:
         self._hash.update(data)
         self.size += len(data)
+        if data:
+            self.moved_at = time.monotonic()
         self._moved(len(data))
 
 
@@ -189,10 +217,7 @@ class Folder:
 
     def get(self, name: str, sink: Stream) -> None:
         with disk_errors(self._root / name):
-            try:
-                source = (self._root / name).open("rb")
-            except FileNotFoundError:
-                source = None
+            source = _open_file(self._root / name)
         if source is None:
             raise FileNotFoundError(name)
         with source:
@@ -261,6 +286,18 @@ class Folder:
             os.fsync(entry)  # else the name itself may be lost with the power
         finally:
             os.close(entry)
+
+
+def _open_file(path: Path) -> BinaryIO | None:
+    """None where there is no regular file: a pipe or a device could wait or last for ever."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    return None
 
 
 def _write(source: Stream, path: Path) -> None:

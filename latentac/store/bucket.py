@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, Self, TypeVar, cast
 from urllib.parse import urlsplit
 from xml.etree.ElementTree import ParseError
 
@@ -18,7 +18,7 @@ from minio import Minio
 from minio.commonconfig import CopySource
 from minio.error import MinioException, S3Error, ServerError
 from urllib3 import PoolManager, Retry, Timeout
-from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
+from urllib3.exceptions import HTTPError, MaxRetryError, SSLError, TimeoutError
 
 from latentac.errors import ConfigError, Problem, StoreAccessError, StoreError, StoreUnavailable
 from latentac.store.access import ENDPOINT, Kind, kind_of, read
@@ -29,6 +29,44 @@ ENDPOINT_REMEDY = f"Check {ENDPOINT}, http or https, and that an S3 server runs 
 _REPEATED = (429, 500, 502, 503, 504)
 
 
+class TooSlow(HTTPError):
+    """Bytes arrive, but too few."""
+
+
+class _Pace:
+    """Raises TooSlow for a download that is slower than the patience allows, measured over its window."""
+
+    def __init__(self, patience: Patience) -> None:
+        self._patience, self._began, self._bytes = patience, time.monotonic(), 0
+
+    def moved(self, count: int) -> None:
+        self._bytes += count
+        passed = time.monotonic() - self._began
+        if passed >= self._patience.idle_seconds:
+            if self._bytes < passed * self._patience.bytes_per_second:
+                raise TooSlow(f"only {self._bytes} bytes came within {passed:.0f} s")
+            self._began, self._bytes = time.monotonic(), 0
+
+
+class _Retry(Retry):
+    """No attempt begins later than `idle_seconds` after the request began."""
+
+    patience = Patience()
+    _began: float | None = None
+
+    def new(self, **changes: Any) -> Self:
+        made = super().new(**changes)
+        made.patience, made._began = self.patience, self._began
+        if made._began is None:  # the first failure: this is where urllib3 asks for the first time
+            timed_out = isinstance(made.history[-1].error, TimeoutError) if made.history else False
+            made._began = time.monotonic() - (self.patience.timeout_seconds if timed_out else 0.0)
+        return made
+
+    def is_exhausted(self) -> bool:
+        end = (self._began or 0.0) + self.patience.idle_seconds
+        return super().is_exhausted() or time.monotonic() + self.get_backoff_time() > end
+
+
 class Bucket:
     """Blobs as objects of `bucket` whose names begin with `prefix`; endpoint and credentials from the environment."""
 
@@ -36,7 +74,7 @@ class Bucket:
         access = read()
         self._bucket, self._prefix, self._patience = bucket, prefix, patience
         self._where = f"{access.endpoint}, bucket {bucket}"
-        retry = Retry(
+        retry = _Retry(
             total=patience.retries,
             other=0,  # a certificate that is not trusted will not be trusted in a second either
             allowed_methods=None,  # the POSTs here start or complete an upload, and may be repeated too
@@ -47,7 +85,9 @@ class Bucket:
             backoff_max=patience.back_off_max_seconds,
             retry_after_max=int(patience.back_off_max_seconds),
         )
-        timeout = Timeout(connect=min(5.0, patience.timeout_seconds), read=patience.timeout_seconds)
+        retry.patience = patience
+        # urllib3 sends a body under the timeout for connecting, and one part of an upload has 5 MiB.
+        timeout = Timeout(connect=patience.timeout_seconds, read=patience.timeout_seconds)
         pool = PoolManager(maxsize=10, timeout=timeout, retries=retry, ca_certs=access.authorities or certifi.where())
         try:
             self._client = Minio(
@@ -67,20 +107,22 @@ class Bucket:
             source.rewind()
             self._client.put_object(self._bucket, self._prefix + name, cast(BinaryIO, source), size)
 
-        self._attempt(send, name)
+        self._attempt(send, name, source)
 
     def get(self, name: str, sink: Stream) -> None:
         def receive() -> None:
             sink.rewind()
             response = self._client.get_object(self._bucket, self._prefix + name)
+            pace = _Pace(self._patience)
             try:
-                for data in response.stream(CHUNK_BYTES):
+                while data := response.read1(CHUNK_BYTES):  # what has arrived: a slow server would never fill a chunk
                     sink.write(data)
+                    pace.moved(len(data))
             finally:
                 response.close()
                 response.release_conn()
 
-        self._attempt(receive, name)
+        self._attempt(receive, name, sink)
 
     def keep(self, name: str, path: Path, sha256: str, size: int, moved: Callable[[int], None], owned: bool) -> str:
         with path.open("rb") as stream:
@@ -146,8 +188,9 @@ class Bucket:
     def remove(self, name: str) -> None:
         self._attempt(lambda: self._client.remove_object(self._bucket, self._prefix + name), name)
 
-    def _attempt(self, action: Callable[[], T], name: str) -> T:
-        """Runs `action`, again where its answer broke off; what goes wrong comes out as this project's errors."""
+    def _attempt(self, action: Callable[[], T], name: str, stream: Stream | None = None) -> T:
+        """Runs `action`, again where its answer broke off; what goes wrong comes out as this project's errors. stream:
+        what the action moves, whose last byte starts the time that may pass without one."""
         started, patience = time.monotonic(), self._patience
         for attempt in range(patience.retries + 1):
             try:
@@ -164,15 +207,20 @@ class Bucket:
                 # What urllib3 has repeated already, or what a repetition cannot mend.
                 if not isinstance(error, S3Error) or error.response.status in _REPEATED or _kind(error) != Kind.LATER:
                     raise self._translated(error, name) from error
-            wait = min(patience.back_off_seconds * 2**attempt, patience.back_off_max_seconds)
-            time.sleep(wait * random.uniform(0.5, 1.5))
+            wait = min(patience.back_off_seconds * 2**attempt, patience.back_off_max_seconds) * random.uniform(0.5, 1.5)
+            moved_at = max(started, stream.moved_at if stream else 0.0)
+            if isinstance(cause, TooSlow) or time.monotonic() + wait > moved_at + patience.idle_seconds:
+                break
+            time.sleep(wait)
         if isinstance(cause, S3Error):
             raise self._translated(cause, name) from cause
         if isinstance(cause, SSLError):
             remedy = "Name the file of its certificate authority in LATENTAC_S3_CA, and check https against http"
             raise self._refused(f"there is no trusted TLS connection to it ({cause})", remedy) from cause
-        problem = f"no answer within {time.monotonic() - started:.1f} s and {patience.retries} retries"
-        raise StoreUnavailable(self._where, f"{problem} ({type(cause).__name__})", ENDPOINT_REMEDY) from cause
+        waited = f"given up after {time.monotonic() - started:.1f} s"
+        problem = str(cause) if isinstance(cause, TooSlow) else f"no answer ({type(cause).__name__})"
+        where = f"{self._where}, object {self._prefix}{name}" if name else self._where
+        raise StoreUnavailable(where, f"{problem}, {waited}", ENDPOINT_REMEDY) from cause
 
     def _translated(self, error: MinioException, name: str) -> Exception:
         """The error to raise for an answer of the server."""

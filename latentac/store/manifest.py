@@ -32,8 +32,13 @@ def safe_key(key: str) -> str:
     return key
 
 
+def is_inside(path: str) -> bool:
+    """Whether a relative path with '/' between names stays below the folder that it is taken from."""
+    return not (set(path.split("/")) & {"", ".", ".."} or re.search(r"[\\\x00-\x1f]", path))
+
+
 def _safe_path(path: str) -> str:
-    if set(path.split("/")) & {"", ".", ".."} or re.search(r"[\\\x00-\x1f]", path):
+    if not is_inside(path):
         raise ValueError("a file's path must be relative and stay inside the artifact")
     return path
 

@@ -10,6 +10,7 @@ them for one file, or does not let this user make one, a plain copy is kept inst
 import hashlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -67,9 +68,10 @@ class Pool:
 
 
 def link(source: Path, target: Path) -> bool:
-    """A hard link to `source` at `target` if `source` is read-only and the file system allows it; else nothing."""
+    """A hard link at `target` to the file `source` if it is read-only and the file system allows it; else nothing."""
     try:
-        if source.is_symlink() or source.stat().st_mode & 0o222:
+        mode = source.lstat().st_mode
+        if not stat.S_ISREG(mode) or mode & 0o222:
             return False
         os.link(source, target)
     except OSError:
