@@ -108,15 +108,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_compare(verbs)
 
-    serve = _make(
-        verbs.add_parser,
-        "serve",
-        "serve a model with KServe: what was deployed last, or what a run deployed or trained",
-        "latentac serve --run first\n  latentac serve --project shapes-unet --port 8081",
-    )
-    _add_model(serve)
-    serve.add_argument("--port", type=int, default=8080, help="port on loopback (default: %(default)s)")
-    serve.set_defaults(command=_serve)
+    _add_serve(verbs)
 
     fetch = _make(
         verbs.add_parser,
@@ -199,6 +191,21 @@ def _add_compare(verbs: Any) -> None:
         "--to", type=Path, metavar="FILE", help="the page (default: OUTPUT/compare.html); JSON beside it"
     )
     compare.set_defaults(command=_compare)
+
+
+def _add_serve(verbs: Any) -> None:
+    from latentac.serving.access import add_access
+
+    serve = _make(
+        verbs.add_parser,
+        "serve",
+        "serve a model with KServe: what was deployed last, or what a run deployed or trained",
+        "latentac serve --run first\n  latentac serve --project shapes-unet --port 8081",
+    )
+    _add_model(serve)
+    serve.add_argument("--port", type=int, default=8080, help="port on loopback (default: %(default)s)")
+    add_access(serve)
+    serve.set_defaults(command=_serve)
 
 
 def _add_place(verb: argparse.ArgumentParser) -> None:
@@ -329,7 +336,8 @@ def _serve(options: argparse.Namespace) -> None:
 
     with model_to_use(options.run, options.project, options.store, options.output) as (folder, told):
         print(told, flush=True)
-        serve(folder, options.port)
+        who = {"hosts": options.allow_host, "origins": options.allow_origin, "token_file": options.token_file}
+        serve(folder, options.port, **who)
 
 
 def _fetch(options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latentac.errors import LatentacError, expected
+from latentac.serving.access import add_access
 from latentac.serving.server import HOST, NAME, PORT, serve, serve_on
 
 EXAMPLE = """example:
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if options.socket is None:
             address = {"host": options.host, "name": options.name, "device": options.device}
-            serve(options.model, options.port, **address, log_prompts=options.log_prompts)
+            who = {"hosts": options.allow_host, "origins": options.allow_origin, "token_file": options.token_file}
+            serve(options.model, options.port, **address, log_prompts=options.log_prompts, **who)
         else:
             with socket.socket(fileno=options.socket) as listener:
                 serve_on(listener, options.model, options.name, options.device, log_prompts=options.log_prompts)
@@ -52,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", default=NAME, help=f"name in the address /v1/models/<name>:predict ({NAME})")
     parser.add_argument("--host", default=HOST, help=f"address to listen on ({HOST}: this machine only)")
     parser.add_argument("--port", type=int, default=PORT, help=f"port to listen on, 0 for a free one ({PORT})")
+    add_access(parser)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (auto)")
     parser.add_argument("--log-prompts", action="store_true", help="prompts stand in the request log (left out)")
     parser.add_argument("--die-with-parent", action="store_true", help="end when the process that started this ends")

@@ -13,6 +13,8 @@ from latentac.serving.request import decoded, shortened
 MAX_BODY_BYTES = 1_000_000
 BODY_SECONDS = 30.0
 """A body that is longer, be it only when it is uncompressed, or takes longer to arrive, is refused."""
+_KINDS = ("application/json", "application/octet-stream")
+"""Content types of a body; the second is KServe's for JSON with binary tensors behind it."""
 _CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 """Content-Encoding -> the window bits by which zlib knows the form."""
 
@@ -20,8 +22,9 @@ _CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 async def body_of(http: HTTPRequest) -> bytes:
     """Uncompressed. Raises Refused where it is too long, does not arrive, or has a form that is not read here."""
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind.startswith("multipart/"):
-        raise Refused(415, Problem("Content-Type", shortened(kind), "is not read here", "Send JSON."))
+    if kind not in _KINDS:  # the others are what a browser sends for any website without asking this server
+        problem = "is not read here" if kind else "is missing"
+        raise Refused(415, Problem("Content-Type", shortened(kind), problem, f"Send JSON as {_KINDS[0]}."))
     coding = _coding(http.headers.get("content-encoding", ""))
     parts, size = [], 0
     try:

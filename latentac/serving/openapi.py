@@ -115,6 +115,8 @@ _OWN: dict[str, tuple[type[BaseModel], type[BaseModel] | str, type[BaseModel]]] 
 
 _REFUSALS = {
     "400": "The body is no JSON, or is damaged",
+    "401": "The token is missing, or is another one",
+    "403": "The server has no such name, or may not be used by this website",
     "404": "No such model, or no such version",
     "408": "The body did not arrive",
     "413": "The body is too long",

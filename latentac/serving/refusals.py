@@ -23,6 +23,11 @@ def unknown(what: str, name: str, known: str) -> Refused:
     return Refused(404, Problem(what, shortened(name), "is not served here", f"Use {known}."))
 
 
+def is_openai(path: str) -> bool:
+    """Below /v1/, KServe's clients ask for models alone; OpenAI's ask for the rest."""
+    return path.startswith("/v1/") and not path.startswith("/v1/models")
+
+
 def refusal(
     status: int, problems: Sequence[Problem], headers: Mapping[str, str] | None = None, *, openai: bool = False
 ) -> JSONResponse:

@@ -9,11 +9,13 @@ import signal
 import socket
 import sys
 import warnings
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentac.errors import ResourceError
+from latentac.serving.access import Access, access
 
 if TYPE_CHECKING:
     from latentac.serving.exported import Exported
@@ -58,20 +60,33 @@ def serve(
     name: str = NAME,
     device: str = "auto",
     log_prompts: bool = False,
+    hosts: Collection[str] = (),
+    origins: Collection[str] = (),
+    token_file: Path | None = None,
 ) -> None:
     """Serve an exported folder to a person, until Ctrl-C or SIGTERM; tells its address and an example on stdout.
 
-    Raises ResourceError if the port is taken, before anything is loaded, and ServingError if `folder` cannot be served.
+    hosts, origins, token_file: who may ask (`latentac.serving.guard`). Raises ResourceError if the port is taken and
+    ConfigError for what cannot be allowed, before anything is loaded, and ServingError if `folder` cannot be served.
     """
     with bind(host, port) as listener:
-        serve_on(listener, folder, name, device, told=True, log_prompts=log_prompts)
+        allowed = access(host, hosts, origins, token_file)
+        serve_on(listener, folder, name, device, told=True, log_prompts=log_prompts, allowed=allowed)
 
 
 def serve_on(
-    listener: socket.socket, folder: Path, name: str, device: str, *, told: bool = False, log_prompts: bool = False
+    listener: socket.socket,
+    folder: Path,
+    name: str,
+    device: str,
+    *,
+    told: bool = False,
+    log_prompts: bool = False,
+    allowed: Access | None = None,
 ) -> None:
     """Load the model, listen on the bound `listener`, and serve until SIGTERM, SIGINT or SIGQUIT; requests that were
-    accepted by then are answered. log_prompts: they stand in the request log, which otherwise leaves them out."""
+    accepted by then are answered. log_prompts: they stand in the request log, which otherwise leaves them out.
+    allowed: who may ask, by default whoever reaches the server by a loopback name."""
     from latentac.serving import exported  # imports pydantic: after the port is known to be free
 
     described = exported.read(folder)
@@ -79,8 +94,10 @@ def serve_on(
     sys.argv = sys.argv[:1]
     from fastapi import FastAPI
     from kserve.model_server import ModelServer
+    from starlette.middleware.cors import CORSMiddleware
 
     from latentac.serving import observing, openapi
+    from latentac.serving.guard import Guard
     from latentac.serving.model import SteeredDiffusion
     from latentac.serving.routes import Routes
     from latentac.serving.state import State
@@ -104,6 +121,13 @@ def serve_on(
                 State(self.dataplane, name, generator.exported, written).register(app)
                 document = openapi.document(app, generator.exported, name)
                 app.openapi = lambda: document  # type: ignore[method-assign]
+                may = allowed or Access()
+                app.add_middleware(Guard, access=may)
+                if may.origins:  # a browser asks before it sends JSON for another website
+                    methods, named = ["GET", "POST"], ["Content-Type", "Authorization", "X-Request-Id"]
+                    app.add_middleware(
+                        CORSMiddleware, allow_origins=list(may.origins), allow_methods=methods, allow_headers=named
+                    )
 
             rest._register_endpoints = register
             await super()._serve()
@@ -142,7 +166,8 @@ def _example(address: str, name: str, described: "Exported") -> str:
     decode += "open('picture.png', 'wb').write(base64.b64decode(p['images'][0]))"
     return (
         f"{notice}Serving {name} at {address} (a page in a browser; Ctrl-C stops it). A picture:\n"
-        f'  curl -s {address}/v1/models/{name}:predict -d {body} \\\n    | python3 -c "{decode}"'
+        f"  curl -s {address}/v1/models/{name}:predict -H 'Content-Type: application/json' \\\n"
+        f'    -d {body} \\\n    | python3 -c "{decode}"'
     )
 
 

@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from latentac.config import Section
 from latentac.errors import Problem
 from latentac.serving.exported import Exported
-from latentac.serving.refusals import refusal, unknown
+from latentac.serving.refusals import is_openai, refusal, unknown
 from latentac.serving.request import shortened
 from latentac.serving.tensors import EXTENSIONS
 
@@ -160,9 +160,4 @@ async def _not_here(request: HTTPRequest, error: Any) -> Response:
     allowed = (error.headers or {}).get("Allow", "")
     told = "is no address of this server" if error.status_code == 404 else f"is asked with {allowed}"
     problem = Problem("address", shortened(request.url.path), told, f"{remedy}GET /openapi.json lists all.")
-    return refusal(error.status_code, [problem], error.headers, openai=_is_openai(request.url.path))
-
-
-def _is_openai(path: str) -> bool:
-    """Below /v1/, KServe's clients ask for models alone; OpenAI's ask for the rest."""
-    return path.startswith("/v1/") and not path.startswith("/v1/models")
+    return refusal(error.status_code, [problem], error.headers, openai=is_openai(request.url.path))

@@ -213,7 +213,8 @@ body = json.dumps({"instances": [{"prompt": "a red circle", "num_steps": 2}]}).e
 while True:
     time.sleep(0.3)
     try:
-        request = urllib.request.Request(sys.argv[1] + "/v1/models/latentac:predict", body)
+        form = {"Content-Type": "application/json"}
+        request = urllib.request.Request(sys.argv[1] + "/v1/models/latentac:predict", body, form)
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
             print(json.load(answer)["predictions"][0]["version"], flush=True)
     except OSError as error:

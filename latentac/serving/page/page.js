@@ -309,13 +309,21 @@ async function refusalOf(answer) {
   }
 }
 
-async function reach(address, request) {
+async function reach(address, request = {}) {
+  const token = sessionStorage.getItem("token");
+  const headers = token ? { ...request.headers, Authorization: `Bearer ${token}` } : request.headers;
+  let answer;
   try {
-    return await fetch(address, request);
+    answer = await fetch(address, { ...request, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Refusal("The server cannot be reached. See that it runs, then try again.");
   }
+  if (answer.status !== 401) return answer;
+  const given = prompt("This server needs a token:")?.trim();
+  if (!given) return answer;
+  sessionStorage.setItem("token", given); // for this tab
+  return reach(address, request);
 }
 
 // Yields {name, data} of a stream of server-sent events. EventSource would do, if it could POST.

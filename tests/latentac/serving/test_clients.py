@@ -231,7 +231,8 @@ def test_outputs_are_binary_where_that_is_asked_for(
 def raw(server: ServerProcess, body: bytes, headers: dict[str, str], path: str = "") -> tuple[Any, bytes]:
     """Headers and bytes of the answer; the status is in `status` of the headers."""
     connection = http.client.HTTPConnection(urlsplit(server.address).netloc, timeout=120)
-    connection.request("POST", path or f"/v2/models/{server.name}/infer", body, headers)
+    form = {"Content-Type": "application/json"}
+    connection.request("POST", path or f"/v2/models/{server.name}/infer", body, {**form, **headers})
     answer = connection.getresponse()
     content, head = answer.read(), answer.headers
     connection.close()
@@ -345,7 +346,8 @@ zipped = functools.partial(gzip.compress, mtime=0)
         (zlib.compress(BODY), {"Content-Encoding": "deflate"}, 200),
         (BODY, {"Content-Encoding": "identity"}, 200),
         (b"\xef\xbb\xbf" + BODY, {"Content-Type": "application/json; charset=utf-8"}, 200),
-        (BODY, {"Content-Type": "text/plain", "Accept": "application/xml"}, 200),
+        (BODY, {"Content-Type": "application/octet-stream", "Accept": "application/xml"}, 200),
+        (BODY, {"Content-Type": "text/plain"}, 415),
         (zipped(BODY)[:-9], {"Content-Encoding": "gzip"}, 400),
         (zipped(BODY) + b"x", {"Content-Encoding": "gzip"}, 400),
         (BODY, {"Content-Encoding": "gzip"}, 400),

@@ -37,7 +37,8 @@ def ask(server: ServerProcess, method: str, path: str, body: Any = None, **heade
     """Status, headers, and the JSON or text of the answer."""
     connection = http.client.HTTPConnection(urlsplit(server.address).netloc, timeout=120)
     content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    connection.request(method, path, content, headers)
+    kind = {} if content is None else {"Content-Type": "application/json"}
+    connection.request(method, path, content, {**kind, **headers})
     answer = connection.getresponse()
     text = answer.read().decode()
     connection.close()
@@ -328,7 +329,8 @@ def test_whoever_leaves_a_stream_before_its_first_event_has_its_work_ended(
     async def send(message: Any) -> None:
         await asyncio.Event().wait()
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/images/stream", "headers": [], "query_string": b""}
+    scope = {"type": "http", "method": "POST", "path": "/v1/images/stream", "query_string": b""}
+    scope |= {"headers": [(b"content-type", b"application/json")]}
     with caplog.at_level(logging.INFO, "latentac.requests"):
         asyncio.run(asyncio.wait_for(app(scope, receive, send), 60))
     began = time.monotonic()

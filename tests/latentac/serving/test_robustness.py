@@ -94,7 +94,7 @@ def test_requests_made_from_the_document_break_nothing(small: ServerProcess, tmp
 def test_hostile_bytes_are_refused(small: ServerProcess) -> None:
     """Each with an answer of the 400s or a closed connection, and the next request is answered."""
     path = f"/v1/models/{small.name}:predict"
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\n".encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
     lines = [
         b"\x00" * 1000,
         b"GET / HTTP/9.9\r\n\r\n",
@@ -197,7 +197,7 @@ def test_sigterm_under_load_answers_what_was_accepted(exported_folder: Path) -> 
                     refused.append(error)
                     return
                 try:
-                    connection.request("POST", path, body)
+                    connection.request("POST", path, body, {"Content-Type": "application/json"})
                     answer = connection.getresponse()
                     answered.append((answer.status, json.loads(answer.read())))
                 except (OSError, http.client.HTTPException) as error:

@@ -1,6 +1,7 @@
 """The real server over HTTP, as a process."""
 
 import base64
+import http.client
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -78,11 +80,65 @@ def test_a_prediction_is_the_generators_picture(server: ServerProcess, generator
 
 
 def test_instances_are_answered_in_order(server: ServerProcess) -> None:
-    """One prediction each; a client that names no content type is understood too (curl -d)."""
+    """One prediction each."""
     body = json.dumps({"instances": [{"prompt": "a red circle", "seed": seed, "num_steps": 2} for seed in (3, 4)]})
-    form = "application/x-www-form-urlencoded"
-    status, content = ask(server, f"/v1/models/{server.name}:predict", body.encode(), form)
+    status, content = ask(server, f"/v1/models/{server.name}:predict", body.encode())
     assert (status, [prediction["seed"] for prediction in content["predictions"]]) == (200, [3, 4])
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected", "field"),
+    [
+        ({"Content-Type": "text/plain"}, 415, "Content-Type"),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, 415, "Content-Type"),
+        ({"Content-Type": ""}, 415, "Content-Type"),
+        ({"Origin": "https://evil.example"}, 403, "Origin"),
+        ({"Host": "evil.example"}, 403, "Host"),
+    ],
+)
+def test_no_website_can_make_the_server_draw(
+    server: ServerProcess, headers: dict[str, str], expected: int, field: str
+) -> None:
+    """What a browser sends for any page without asking the server first."""
+    body, form = b'{"prompt": "a red circle", "num_steps": 2}', {"Content-Type": "application/json", **headers}
+    for path in (f"/v1/models/{server.name}:predict", "/v1/images/generations", "/v1/images/stream", "/v2/nothing"):
+        request = urllib.request.Request(server.address + path, body, form)
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=60)
+        if path != "/v2/nothing":
+            assert (caught.value.code, json.load(caught.value)["problems"][0]["field"]) == (expected, field)
+
+
+def test_a_token_and_a_website_can_be_allowed(exported_folder: Path, tmp_path: Path) -> None:
+    """By the command line. A browser's question before the request is answered for that website alone."""
+    (tmp_path / "token").write_text("0123456789abcdef\n")
+    command = [sys.executable, "-m", "latentac.serving", "--model", str(exported_folder), "--port", "0"]
+    command += ["--token-file", str(tmp_path / "token"), "--allow-origin", "https://app.example.com"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().split(" at ")[1].split()[0]
+            place = urlsplit(address).netloc
+
+            def answer(method: str, path: str, **headers: str) -> tuple[int, str | None]:
+                connection = http.client.HTTPConnection(place, timeout=60)
+                named = {name.replace("_", "-"): value for name, value in headers.items()}
+                connection.request(method, path, headers=named)
+                found = connection.getresponse()
+                connection.close()
+                return found.status, found.headers.get("Access-Control-Allow-Origin")
+
+            site, path = "https://app.example.com", "/v1/images/options"
+            preflight = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "authorization"}
+            assert answer("GET", path) == (401, None)
+            assert answer("GET", path, Authorization="Bearer 0123456789abcdef") == (200, None)
+            assert answer("GET", "/v2/health/live") == (200, None)
+            assert answer("OPTIONS", path, Origin=site, **preflight) == (200, site)
+            assert answer("GET", path, Origin=site, Authorization="Bearer 0123456789abcdef") == (200, site)
+            assert answer("OPTIONS", path, Origin="https://evil.example", **preflight)[1] is None
+            assert answer("GET", path, Origin="https://evil.example", Authorization="Bearer 0123456789abcdef")[0] == 403
+        finally:
+            process.terminate()
 
 
 @pytest.mark.parametrize(
@@ -204,7 +260,7 @@ def test_ctrl_c_stops_it_cleanly(exported_folder: Path) -> None:
     command = [sys.executable, "-m", "latentac.serving", "--model", str(exported_folder), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        told = [process.stdout.readline() for _ in range(3)]
+        told = [process.stdout.readline() for _ in range(4)]
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         _, complaints = process.communicate(timeout=300)
@@ -225,7 +281,7 @@ def test_the_command_that_is_told_draws_a_picture(exported_folder: Path, tmp_pat
     command = [sys.executable, "-m", "latentac.serving", "--model", str(folder), "--port", "0", "--log-prompts"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        told = [process.stdout.readline() for _ in range(4)]
+        told = [process.stdout.readline() for _ in range(5)]
         assert told[0] == f"{notice}\n"
         script = "".join(told[2:])
         drawn = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, check=False, timeout=300)

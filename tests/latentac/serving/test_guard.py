@@ -1,0 +1,104 @@
+"""Who may ask: names of the server, websites, and the token."""
+
+from pathlib import Path
+
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from latentac.errors import ConfigError
+from latentac.serving.access import Access, access
+from latentac.serving.guard import Guard
+
+TOKEN = "0123456789abcdef"
+PREDICT = "/v1/models/latentac:predict"
+
+
+def status(allowed: Access, headers: dict[str, str], path: str = PREDICT) -> int:
+    """Of a POST that names the server localhost:8080, unless the headers say otherwise."""
+    app = Starlette(routes=[Route("/{path:path}", lambda request: PlainTextResponse("drawn"), methods=["POST"])])
+    app.add_middleware(Guard, access=allowed)
+    with TestClient(app, base_url="http://localhost:8080") as client:
+        return client.post(path, headers=headers).status_code
+
+
+LOOPBACK, ANYWHERE = access("127.0.0.1", [], [], None), access("0.0.0.0", [], [], None)  # noqa: S104 - nothing listens
+NAMED = access("0.0.0.0", ["Draw.Example.com"], ["https://App.example.com"], None)  # noqa: S104
+
+
+@pytest.mark.parametrize(
+    ("allowed", "host", "origin", "expected"),
+    [
+        (LOOPBACK, "localhost:8080", None, 200),
+        (LOOPBACK, "127.0.0.1:8080", "http://127.0.0.1:8080", 200),
+        (LOOPBACK, "[::1]:8080", "http://[::1]:8080", 200),
+        (LOOPBACK, "LOCALHOST", None, 200),
+        (LOOPBACK, "evil.example:8080", None, 403),
+        (LOOPBACK, "evil.example:8080", "http://evil.example:8080", 403),
+        (LOOPBACK, "localhost.evil.example", None, 403),
+        (LOOPBACK, "127.0.0.1.evil.example", None, 403),
+        (LOOPBACK, "", None, 403),
+        (LOOPBACK, "localhost:8080", "https://evil.example", 403),
+        (LOOPBACK, "localhost:8080", "http://localhost:3000", 403),
+        (LOOPBACK, "localhost:8080", "null", 403),
+        (LOOPBACK, "localhost:8080", "", 403),
+        (ANYWHERE, "10.0.0.7:8080", None, 200),
+        (ANYWHERE, "draw.team.example", "https://draw.team.example", 200),
+        (ANYWHERE, "draw.team.example", "https://evil.example", 403),
+        (NAMED, "draw.example.com", None, 200),
+        (NAMED, "draw.example.com:443", "https://app.example.com", 200),
+        (NAMED, "draw.example.com.", None, 200),
+        (NAMED, "other.example.com", None, 403),
+        (NAMED, "draw.example.com", "http://app.example.com", 403),
+        (access("127.0.0.1", ["*"], ["*"], None), "any.example", "https://evil.example", 200),
+    ],
+)
+def test_hosts_and_origins(allowed: Access, host: str, origin: str | None, expected: int) -> None:
+    """A website that a person visits may use neither the server nor a name of its own for it."""
+    assert status(allowed, {"Host": host, **({} if origin is None else {"Origin": origin})}) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "path", "expected"),
+    [
+        (None, PREDICT, 401),
+        ("Bearer " + TOKEN, PREDICT, 200),
+        ("bearer  " + TOKEN, PREDICT, 200),
+        ("Bearer " + TOKEN[:-1], PREDICT, 401),
+        ("Bearer", PREDICT, 401),
+        ("Basic " + TOKEN, PREDICT, 401),
+        (TOKEN, PREDICT, 401),
+        ("Bearer \xe9", PREDICT, 401),
+        (None, "/metrics", 401),
+        (None, "/openapi.json", 401),
+        (None, "/v2/models/latentac", 401),
+        (None, "/v2/models/latentac/ready", 200),
+        (None, "/v2/health/live", 200),
+        (None, "/", 200),
+        (None, "/page/page.js", 200),
+    ],
+)
+def test_the_token(given: str | None, path: str, expected: int) -> None:
+    """Probes and the page do without; a page's person is asked."""
+    headers = {} if given is None else {"Authorization": given.encode("latin-1")}
+    assert status(Access(token=TOKEN), headers, path) == expected  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_allowed_is_refused(tmp_path: Path) -> None:
+    """Before the model is loaded, with the argument and the remedy; the token itself is never shown."""
+    for origin in ("app.example.com", "https://app.example.com/", "file://x", "https://"):
+        with pytest.raises(ConfigError, match=r"--allow-origin = .* is not an origin"):
+            access("127.0.0.1", [], [origin], None)
+    file = tmp_path / "token"
+    with pytest.raises(ConfigError, match=r"--token-file = .* cannot be read: No such file"):
+        access("127.0.0.1", [], [], file)
+    for content in ("", "short", "two words of enough length", "t\u00f6ken of enough length"):
+        file.write_text(content)
+        with pytest.raises(ConfigError, match="--token-file = ") as caught:
+            access("127.0.0.1", [], [], file)
+        assert not content or content not in str(caught.value)
+    file.write_text(f"{TOKEN}\n")
+    assert access("127.0.0.1", [], [], file).token == TOKEN
+    assert TOKEN not in repr(access("127.0.0.1", [], [], file))
