@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from latentac.calls import in_flight, watched
 from latentac.config import Reward as RewardSettings
 from latentac.errors import LatentacError, RewardError, describe
 from latentac.prompts import Prompt
 from latentac.rewards import REWARDS
-from latentac.rewards.calls import in_flight, watched
 
 _FIRST_WAIT = 1.0
 _LONGEST_WAIT = 30.0

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from latentac import extensions
+from latentac.calls import FOLDER, crash_in_call, in_flight
 from latentac.config import Reward
 from latentac.errors import ConfigError, RewardError
 from latentac.prompts import Prompt
-from latentac.rewards.calls import FOLDER, crash_in_call, in_flight
 from latentac.rewards.configured import ConfiguredReward, load_rewards
 
 IMAGES = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)
