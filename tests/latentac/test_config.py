@@ -197,7 +197,9 @@ def test_misspelt_settings_of_all_tables_are_told_together_with_the_nearest_name
 def test_the_configuration_knows_no_extension():
     """Neither its fields nor its rules name a row of a table, but as the default of `use`, or a setting of a class."""
     defaults = {"unet", "ddim", "ppo", "frozen_taps"}
-    rows = {row for table in TABLES.values() for row in table} - defaults - {"lora"}  # also a value of policy.adaptation
+    rows = (
+        {row for table in TABLES.values() for row in table} - defaults - {"lora"}
+    )  # also a value of policy.adaptation
     classes = [declared_settings(table.load(row)) for table in TABLES.values() for row in table]
     own = {name for settings in classes if settings for name in settings.model_fields} - {"project"}  # also the run's
     for module in (config_module, validation_module):

@@ -92,11 +92,16 @@ def test_when_a_trained_model_is_measured(verb: str, how: str, words: str, train
 
 @pytest.mark.parametrize(
     ("how", "words"),
-    [("exits", "ended with exit code 3"), ("ends", "ended with exit code 0"), ("crashes", "was killed by SIGSEGV")],
+    [
+        ("exits", "ended with exit code 3"),
+        ("ends", "ended with exit code 0"),
+        ("crashes", "was killed by SIGSEGV"),
+        ("locks", "was ended, for it did not answer within 3 s and let no other thread run"),
+    ],
 )
 def test_in_a_step_that_is_a_command_of_its_own(how: str, words: str, tmp_path: Path) -> None:
     """What ends the process leaves nobody in it to say so, and an end with code 0 is no success."""
-    changes = [word for change in [*SMALL, *settings(how, "always", 30.0)] for word in ("--set", change)]
+    changes = [word for change in [*SMALL, *settings(how, "always", 3.0)] for word in ("--set", change)]
     is_told(run(tmp_path, "prepare", "--recipe", "shapes-unet-smoke", *changes), f"the process that called it {words}")
 
 
