@@ -60,7 +60,7 @@ def test_what_is_shown_explains_itself() -> None:
         "  # eta of DDIM, the noise level of the flow kernels. 0 is deterministic.\n  noise: 1.0\n",
         "    # A row of the rewards' table, or `module:Class`.\n  - use: colourfulness\n",
         "\n  - use: colourfulness\n    name: b\n    weight: 1.0\n",
-        "    # How much a reward of weight 1 counts, in standard deviations of that reward.\n    strength: 20.0\n",
+        "      # How much a reward of weight 1 counts, in standard deviations of that reward.\n      strength: 20.0\n",
     ):
         assert shown in text
     assert text.count("# Bound of one call, in seconds.") == 1
