@@ -16,9 +16,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from latentac.calls import CALLS
 from latentac.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem
 from latentac.lifetime import run_lock
-from latentac.rewards.calls import CALLS
 from latentac.run import VERBS
 from latentac.runs import LOCKS, Run, Survey, Traces, files, list_runs, pooled, size
 from latentac.scratch import HIDDEN

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from latentac.package import make_importable
 
             make_importable(_working_folder())
+        options.program = arguments is None
         command: Callable[[argparse.Namespace], int | None] = options.command
         return command(options) or 0
     except (LatentacError, OSError, ImportError) as error:
@@ -232,7 +234,8 @@ def _add_folders(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--output", default="runs", metavar="FOLDER", help="working folders (default: %(default)s)")
 
 
-def _run_verb(options: argparse.Namespace) -> None:
+def _run_verb(options: argparse.Namespace) -> int | None:
+    from latentac.calls import CALLS, FOLDER, STEPS, supervised
     from latentac.lifetime import own_descendants, refuse_links, run_lock
     from latentac.run import VERBS
     from latentac.scratch import temporary_files
@@ -243,7 +246,7 @@ def _run_verb(options: argparse.Namespace) -> None:
     place: dict[str, Any] = {"run": options.run, "store": options.store, "output": options.output}
     if options.verb == "gate" and options.dry_run:
         _judge(place, options.set)
-        return
+        return None
     if options.verb == "prepare":
         project = [f"project={json.dumps(options.project)}"] if options.project else []
         given = {"recipe": options.recipe, "config": options.config, "overrides": [*options.set, *project]}
@@ -254,6 +257,13 @@ def _run_verb(options: argparse.Namespace) -> None:
         place["force"] = options.force
     folder = working_folder(options.run, options.output)
     refuse_links(folder)
+    if options.program and options.verb in STEPS and FOLDER not in os.environ:
+        ended = supervised(folder / CALLS)
+        if ended is not None:
+            code, crash = ended
+            if crash is not None:
+                raise crash
+            return code
     with run_lock(folder / LOCK_FILE), temporary_files(folder):
         manifest: Manifest | None = VERBS[options.verb](**place)
         if manifest is not None and (place.get("overrides") or options.verb == "deploy") and options.verb != "prepare":
@@ -262,6 +272,7 @@ def _run_verb(options: argparse.Namespace) -> None:
         print(json.dumps({"key": None, "metrics": {}}))
     else:
         print(json.dumps({"key": manifest.key, "metrics": manifest.metrics}, indent=2))
+    return None
 
 
 def _tell_again(options: argparse.Namespace) -> None:

@@ -170,7 +170,7 @@ def describe(error: BaseException, most: int = 500) -> str:
     """Type and text of an exception that is not ours, in one line without control characters, whatever it is."""
     try:
         text = str(error)
-    except Exception:  # noqa: BLE001 - its own __str__ may raise anything
+    except BaseException:  # noqa: BLE001 - its own __str__ may raise anything
         text = ""
     text = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())[:most]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from latentac.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem, ServingError
+from latentac.extensions import operator_allows
 from latentac.names import is_name
 from latentac.store import Store
 from latentac.workspace import Workspace, cache_beside
@@ -139,7 +140,7 @@ def load_incumbent(space: Workspace, base: "Policy") -> Incumbent:
     try:
         sha256 = space.store.manifest(f"models/{version}").digest
         return Incumbent(version, sha256, "", _load(space, version, base))
-    except (ArtifactNotFound, IntegrityError, ServingError) as error:
+    except (ArtifactNotFound, ConfigError, IntegrityError, ServingError) as error:
         return Incumbent(version, sha256, str(error), None)
 
 
@@ -156,7 +157,7 @@ def trouble(space: Workspace, version: str, sha256: object) -> str:
 
 
 def _load(space: Workspace, version: str, base: "Policy") -> "Policy":
-    """Raises ServingError where the model does not fit this run."""
+    """Raises ServingError where the model does not fit this run, ConfigError where it names what is not to be had."""
     from latentac.backbones import load_backbone
     from latentac.kernels import KERNELS
     from latentac.policy import Policy
@@ -169,6 +170,7 @@ def _load(space: Workspace, version: str, base: "Policy") -> "Policy":
     exported, name = read(folder), space.config.backbone.use
     if exported.backbone.use != name:
         raise _unfit(version, f"its backbone is {exported.backbone.use}, that of this run {name}")
+    KERNELS.check_row(exported.kernel.use, f"models/{version}", {*operator_allows(), space.config.kernel.use})
     backbone = load_backbone(exported.backbone, folder, space.device)
     for what, size, own in (
         ("latents", backbone.latent_shape, base.backbone.latent_shape),
@@ -176,7 +178,7 @@ def _load(space: Workspace, version: str, base: "Policy") -> "Policy":
     ):
         if size != own:
             raise _unfit(version, f"its {what} are {size}, those of this run {own}")
-    return Policy(backbone, KERNELS.make(exported.kernel))
+    return Policy(backbone, KERNELS.make(exported.kernel, path="kernel"))
 
 
 def _picture_shape(backbone: "Denoiser", device: "torch.device") -> tuple[int, ...]:

@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
@@ -15,8 +14,6 @@ from torchx.components import dist
 from torchx.runner import Runner, get_runner
 
 from latentac.errors import TrainingError, restore
-from latentac.rewards.calls import CALLS, crash_in_call
-from latentac.rewards.calls import FOLDER as REWARD_CALLS
 from latentac.scratch import hidden_folder
 from latentac.workspace import Workspace
 
@@ -26,28 +23,21 @@ _POLL_SECONDS = 0.2
 _log = logging.getLogger(__name__)
 
 
-_ENDED = re.compile(r"failed \(exitcode: (-?\d+)\).*\(pid: (\d+)\)")  # what the agent logs of a worker
-_STOPPED_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
-
-
 def app(run: str, store: str, output: str, failure: Path, num_workers: int, max_restarts: int) -> specs.AppDef:
     """One node with `num_workers` elastic workers; lost workers are started again up to `max_restarts` times.
 
-    failure: where a worker leaves an expected error; beside it is the folder of calls of rewards in flight.
+    failure: where a worker leaves an expected error.
     """
     definition = dist.torchrun(
-        # The lifetime module binds a worker to its owners before torch is imported, which takes seconds.
-        "latentac.worker",
         run,
         store,
         output,
         str(failure),
-        m="latentac.lifetime",
+        m="latentac.supervisor",
         name=f"latentac/{run}",
         image=os.getcwd(),  # local_cwd runs in the current folder
         j=f"1x{num_workers}",
         env={
-            REWARD_CALLS: str(_calls(failure)),
             "PET_MAX_RESTARTS": str(max_restarts),
             "PET_MONITOR_INTERVAL": "0.5",
             "PET_LOG_DIR": str(failure.parent),  # else below TMPDIR
@@ -76,13 +66,12 @@ def app(run: str, store: str, output: str, failure: Path, num_workers: int, max_
 def run_app(space: Workspace) -> None:
     """Run the training app to its end, its log lines passed on.
 
-    Raises what a worker left, RewardError where a worker's process ended while it called a reward, or TrainingError.
+    Raises what a worker left, or TrainingError.
     """
     run, train = space.run, space.config.train
     with hidden_folder(space.folder, "train") as folder, get_runner() as runner:
         failure, logs = folder / "failure.json", folder / "logs"
         output = str(space.folder.parent)
-        _calls(failure).mkdir()
         definition = app(run, space.store.url, output, failure, train.num_workers, train.max_restarts)
         handle = runner.run(definition, "local_cwd", {"log_dir": str(logs)})
         try:
@@ -100,10 +89,7 @@ def run_app(space: Workspace) -> None:
 
 
 def _follow(runner: Runner, handle: str, logs: Path, failure: Path) -> tuple[specs.AppState, list[str]]:
-    """Pass the agent's stderr on until the app ends or a worker reports an error that a restart would repeat.
-
-    Raises RewardError where a worker crashed in a reward: it would crash there again.
-    """
+    """Pass the agent's stderr on until the app ends or a worker reports an error that a restart would repeat."""
     position, last = 0, [""]
     while True:
         status = runner.status(handle)
@@ -118,22 +104,6 @@ def _follow(runner: Runner, handle: str, logs: Path, failure: Path) -> tuple[spe
             last = [*last, *lines][-LAST_LINES:]
             for line in lines:
                 _log.info(line)
-                _raise_crash(line, _calls(failure))
         if specs.is_terminal(state) or failure.exists():
             return state, last
         time.sleep(_POLL_SECONDS)
-
-
-def _calls(failure: Path) -> Path:
-    return failure.parent / CALLS
-
-
-def _raise_crash(line: str, calls: Path) -> None:
-    """RewardError if `line` says that a worker ended, not stopped from outside, while it called a reward."""
-    ended = _ENDED.search(line)
-    code = int(ended[1]) if ended else 0
-    if ended and code not in _STOPPED_FROM_OUTSIDE:
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        error = crash_in_call(calls, how, int(ended[2]))
-        if error is not None:
-            raise error

@@ -70,6 +70,33 @@ def own_descendants() -> None:
     os.environ[OWNERS] = ",".join([*owners, this])
 
 
+def go_on_in_child() -> tuple[int, int] | None:
+    """Go on in a child process, so that somebody is left to say how it ended. None in the child.
+
+    The caller itself waits for the child and returns its pid and exit code, or minus the signal that killed it. It
+    passes on what it is sent; a terminal sends its signals to both. Call it from the main thread, before there are
+    others.
+    """
+    asked = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it keeps no child's exit code
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, *asked})
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        die_with_parent()
+        return None
+    while True:
+        seen = signal.sigwaitinfo({signal.SIGCHLD, *asked})
+        if seen.si_signo != signal.SIGCHLD:
+            if seen.si_code <= 0:  # from a process, not from the kernel
+                os.kill(child, seen.si_signo)
+            continue
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid == child:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            return child, os.waitstatus_to_exitcode(status)
+
+
 @contextlib.contextmanager
 def run_lock(path: Path, wait_seconds: float = 30.0) -> Iterator[None]:
     """Hold the exclusive lock on the file `path` (`<output>/<run>/...`), which keeps the holder's pid as text.

@@ -179,11 +179,13 @@ def _value(name: str, value: Any, place: str, depth: int) -> Iterator[str]:
         yield from _yaml(value, type(value), place, depth + 1)
     elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
         yield f"{indent}{name}:"
+        told: set[str] = set()  # entries have most of their fields in common
         for item in value:
-            lines = list(_yaml(item, type(item), place, depth + 2))
-            first, *rest = [line for line in lines if not line.lstrip().startswith("#")]
-            yield f"{indent}  - {first.lstrip()}"
-            yield from rest
+            lines = [line for line in _yaml(item, type(item), place, depth + 2) if line not in told]
+            told |= {line for line in lines if line.lstrip().startswith("#")}
+            first = next(number for number, line in enumerate(lines) if line not in told)
+            lines[first] = f"{indent}  - {lines[first].lstrip()}"
+            yield from lines
     else:
         yield f"{indent}{name}: {_scalar(value)}"
 

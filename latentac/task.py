@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from latentac.calls import CALLS, FOLDER, STEPS, supervised
 from latentac.errors import expected
 from latentac.lifetime import die_with_parent, refuse_links, run_lock
 from latentac.scratch import remove_hidden, temporary_files
@@ -58,6 +59,9 @@ def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Itera
         return manifest
 
     die_with_parent()
+    if name in STEPS and FOLDER not in os.environ and (ended := supervised(folder / CALLS)) is not None:
+        exit_code, crash = ended
+        raise SystemExit(exit_code if crash is None else _fail(name, folder, crash))
     faulthandler.enable()  # a crash in native code, a reward's for example, leaves its Python stack in the log
     _log_plainly()
     _tell(event="begin", task=name)

@@ -1,10 +1,10 @@
-"""One worker of the elastic training app, started by torchrun as `latentac.worker RUN STORE OUTPUT [FAILURE]`.
+"""One worker of the elastic training app, started by torchrun under its supervisor (`latentac.supervisor`).
 
 All workers hold the same state and do the same updates; rank 0 alone writes checkpoints, logs and the result.
 
-On one machine it runs under `latentac.lifetime`, so that it never outlives the step that launched it, and leaves an
-expected error in the file FAILURE. On a cluster there is no such file: the error goes to the store
-(`latentac.failures`), and SIGTERM (a pod that is moved, a run that is cancelled) means to write a checkpoint and end.
+On one machine it never outlives the step that launched it, and leaves an expected error in the file `failure`. On a
+cluster there is no such file: the error goes to the store (`latentac.failures`), and SIGTERM (a pod that is moved, a
+run that is cancelled) means to write a checkpoint and end.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -310,7 +309,3 @@ def _publish_folder(space: Workspace, key: str, folder: Path, metrics: dict[str,
         metrics=metrics,
         owned=True,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

@@ -22,10 +22,10 @@ import docker
 from docker.errors import DockerException, ImageNotFound
 from docker.types import Mount
 
+from latentac.calls import CALLS
+from latentac.calls import FOLDER as REWARD_CALLS
 from latentac.errors import ConfigError, Problem, ResourceError
 from latentac.lifetime import run_lock
-from latentac.rewards.calls import CALLS
-from latentac.rewards.calls import FOLDER as REWARD_CALLS
 from latentac.scratch import empty_folder
 from latentac.store import access
 from latentac.task import EVENTS

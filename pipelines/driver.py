@@ -14,10 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from latentac.calls import CALLS, crash_in_call, fresh_calls
+from latentac.calls import FOLDER as REWARD_CALLS
 from latentac.errors import LatentacError, ServingError
 from latentac.lifetime import own_descendants, refuse_links, run_lock
-from latentac.rewards.calls import CALLS, crash_in_call, fresh_calls
-from latentac.rewards.calls import FOLDER as REWARD_CALLS
 from latentac.task import ERROR_FILE, EVENTS
 from pipelines.console import CLEAR_LINE, Console
 from pipelines.request import CONTAINERS, Request

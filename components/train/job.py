@@ -75,7 +75,7 @@ def app(settings: Cluster, run: str, store: str, attempt: str) -> specs.AppDef:
     train = settings.train
     definition = dist.torchrun(
         *(run, store, "/work"),
-        m=f"latentac.{ROLE}",
+        m="latentac.supervisor",
         name=ROLE,
         image=settings.images.train,
         j=f"{train.min_replicas}:{train.max_replicas}x{train.processes}",

@@ -49,15 +49,16 @@ class Weights:
 
 
 def choose(names: Collection[str], stem: str) -> Weights | None:
-    """The weights to load out of a part's file `names`: without a variant if there are such, whole before sharded.
+    """The weights to load out of a part's file `names`: without a variant if there are such.
 
-    `stem` is `diffusion_pytorch_model` or `model`. None where there are no safetensors.
+    `stem` is `diffusion_pytorch_model` or `model`. None where there are no safetensors. Where there are both, a whole
+    file and an index of shards, diffusers loads the shards and transformers the file, and so does latentac.
     """
     whole, indices, shards = _sorted_out(names, stem)
     variants = {*whole, *indices, *shards}
     order = [*(name for name in _PREFERRED if name in variants), *sorted(variants.difference(_PREFERRED))]
     for variant in order:
-        if variant in whole:
+        if variant in whole and (variant not in indices or stem == "model"):
             return Weights(stem, variant, (whole[variant],))
         if variant in indices or variant in shards:
             files = tuple(sorted(shards.get(variant, [])))

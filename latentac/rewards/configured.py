@@ -1,5 +1,6 @@
 """A reward as the configuration has it: with its name and weight, and with every failure reported as its own."""
 
+import copy
 import inspect
 import logging
 import random
@@ -10,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from latentac.calls import in_flight, watched
 from latentac.config import Reward as RewardSettings
-from latentac.errors import LatentacError, RewardError, describe
+from latentac.errors import ConfigError, LatentacError, RewardError, describe
 from latentac.prompts import Prompt
 from latentac.rewards import REWARDS
-from latentac.rewards.calls import in_flight, watched
 
 _FIRST_WAIT = 1.0
 _LONGEST_WAIT = 30.0
@@ -88,10 +89,11 @@ class ConfiguredReward:
         pictures = images.view()
         pictures.flags.writeable = False
         texts = [prompt.text for prompt in prompts]
-        more = {"metadata": [prompt.metadata for prompt in prompts]} if self._takes_metadata else {}
+        # Copies, as what a reward does to its arguments is nobody else's affair.
+        more = {"metadata": copy.deepcopy([prompt.metadata for prompt in prompts])} if self._takes_metadata else {}
 
         try:
-            return self._bounded(lambda: self.reward(pictures, texts, **more), self._where(prompts), texts)
+            return self._bounded(lambda: self.reward(pictures, list(texts), **more), self._where(prompts), texts)
         except _Own as own:  # the class knows what was wrong, and not its own name
             told = own.error
             where = told.where if told.where.startswith("prompt") else f"prompt {texts[0]!r}, {told.where}"
@@ -185,8 +187,11 @@ def load_rewards(settings: Iterable[RewardSettings]) -> list[ConfiguredReward]:
     for index, one in enumerate(settings):
         try:
             found.append(ConfiguredReward(one, REWARDS.make(one, path=f"rewards.{index}")))
-        except LatentacError:
+        except ConfigError:
             raise
+        except LatentacError as error:
+            problem = f"cannot be built: {error.where}: {error.problem}"
+            raise RewardError(f"reward {one.name}", problem, error.remedy) from error
         except (Exception, SystemExit) as error:
             raise RewardError(f"reward {one.name}", f"cannot be built: {_told(error)}", _REMEDY) from error
     return found

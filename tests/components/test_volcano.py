@@ -118,7 +118,7 @@ def test_workers_meet_at_replica_0() -> None:
         assert f"--rdzv_endpoint ${{{host}:=localhost}}:29500" in command
         assert "--rdzv_conf join_timeout=600,last_call_timeout=15,close_timeout=10,timeout=600" in command
         assert "--nnodes 1:3 --nproc_per_node 2" in command
-        assert command.endswith("-m latentac.worker run-1 s3://latentac/store /work")
+        assert command.endswith("-m latentac.supervisor run-1 s3://latentac/store /work")
 
 
 def test_environment_of_the_workers() -> None:

@@ -1,15 +1,20 @@
 """The configuration: strict, complete, and every problem told at once with its path, value and remedy."""
 
+import ast
+import inspect
 import json
 
 import pytest
 
+from latentac import config as config_module
+from latentac import validation as validation_module
 from latentac.config import Config
 from latentac.errors import ConfigError
+from latentac.extensions import declared_settings
 from latentac.fields import merge, read_file, read_overrides
 from latentac.names import as_name, is_name
 from latentac.recipes import RECIPES
-from latentac.resolution import resolve_all
+from latentac.resolution import TABLES, resolve_all
 from latentac.run import resolve_recipe
 from latentac.validation import resolve
 
@@ -162,6 +167,47 @@ def test_no_problem_hides_another():
         *("algorithm.clipp", "backbone.use", "critic.body", "gate.reward", "kernel.noise", "policy.learning_rat"),
         *("rewards", "train.block_images"),
     ]
+
+
+def test_misspelt_settings_of_all_tables_are_told_together_with_the_nearest_name():
+    """The framework's fields and those of each extension alike."""
+    found = problems(
+        *("kernel.noisse=0.5", "algorithm.gea_lambda=1", "critic.body.widht=8", "backbone.sorce=x"),
+        "rewards=[{use: shapes_verifier}, {use: shapes_verifier, name: b, wieght: 1, timeout_second: 3}]",
+        "steering.methods=[{use: svdd, canddiates: [2]}, {use: best_of_n, strenght: 1}]",
+        "tracking=[{use: mlflow, experimnt: x}, {use: wandb, nmae: y}]",
+    )
+    nearest = {
+        problem.partition(" = ")[0]: problem.partition('Did you mean "')[2].partition('"')[0] for problem in found
+    }
+    assert nearest == {
+        "kernel.noisse": "noise",
+        "algorithm.gea_lambda": "gae_lambda",
+        "critic.body.widht": "width",
+        "backbone.sorce": "source",
+        "rewards.1.wieght": "weight",
+        "rewards.1.timeout_second": "timeout_seconds",
+        "steering.methods.0.canddiates": "candidates",
+        "steering.methods.1.strenght": "strength",
+        "tracking.0.experimnt": "experiment",
+        "tracking.1.nmae": "name",
+    }
+
+
+def test_the_configuration_knows_no_extension():
+    """Neither its fields nor its rules name a row of a table, but as the default of `use`, or a setting of a class."""
+    allowed = {"unet", "ddim", "ppo", "frozen_taps", "lora"}  # defaults, and a value of policy.adaptation
+    rows = {row for table in TABLES.values() for row in table} - allowed
+    classes = [declared_settings(table.load(row)) for table in TABLES.values() for row in table]
+    own = {name for settings in classes if settings for name in settings.model_fields} - {"project"}  # also the run's
+    for module in (config_module, validation_module):
+        nodes = list(ast.walk(ast.parse(inspect.getsource(module))))
+        texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        annotated = [node.target for node in nodes if isinstance(node, ast.AnnAssign)]
+        fields = {target.id for target in annotated if isinstance(target, ast.Name)}
+        read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        assert not texts & (rows | own)
+        assert not (fields | read) & own
 
 
 def test_what_depends_on_a_broken_field_is_not_guessed():

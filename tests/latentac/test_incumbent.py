@@ -168,9 +168,11 @@ def test_a_pointer_that_names_nothing_is_refused(copy: Workspace, content: objec
         (FILE, {"backbone": {"use": "dit"}}, "models/bad-1: its backbone is dit, that of this run unet"),
         (FILE, {"schema": 1}, "is not valid"),
         ("unet/config.json", {"sample_size": 16}, r"its latents are \(4, 16, 16\), those of this run \(4, 8, 8\)"),
+        (FILE, {"kernel": {"use": "elsewhere:Kernel"}}, "names a kernel that is not built in"),
+        (FILE, {"kernel": {"noise": -1}}, r"kernel\.noise"),
         (None, {}, "nothing was published there"),
     ],
-    ids=["backbone", "schema", "latents", "missing"],
+    ids=["backbone", "schema", "latents", "class", "setting", "missing"],
 )
 def test_an_incumbent_that_does_not_fit_is_named_with_the_reason(
     copy: Workspace, part: str | None, change: dict[str, Any], words: str

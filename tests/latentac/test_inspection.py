@@ -122,6 +122,22 @@ def test_a_variant_stands_in_part_by_part(models, tmp_path):
     assert vae == (models["unet"] / "vae" / "diffusion_pytorch_model.safetensors").stat().st_size
 
 
+@pytest.mark.parametrize("stale", ["whole", "sharded"])
+@pytest.mark.parametrize(("name", "layout", "build"), [("unet", UNET, miniatures.sd15), ("dit", DIT, miniatures.sd3)])
+def test_of_two_forms_of_a_part_the_one_is_taken_that_the_libraries_load(tmp_path, name, layout, build, stale):
+    """What an earlier save has left beside the weights does not take their place: neither a whole file beside shards,
+    which diffusers leaves there, nor an index beside a whole file."""
+    source = build(tmp_path / "source", sharded=stale == "sharded", seed=1)
+    build(source, sharded=stale == "whole", seed=2)
+    copy(source, tmp_path / "copy", layout)
+    theirs, ours = (
+        DiffusionPipeline.from_pretrained(tmp_path / each, **WITHOUT_T5[name]) for each in ("source", "copy")
+    )
+    for part in (layout.network, "vae", "text_encoder"):
+        for key, tensor in getattr(theirs, part).state_dict().items():
+            assert torch.equal(getattr(ours, part).state_dict()[key], tensor), (part, key)
+
+
 def test_only_what_is_used_is_copied(models, tmp_path):
     """No single files, no safety checker, no T5, no other formats, no hidden files, nothing through a link."""
     source = shutil.copytree(models["dit"], tmp_path / "source")
@@ -331,8 +347,16 @@ def test_what_a_run_could_not_use_is_refused_by_name(models, tmp_path, case):
     change(folder)
     found = problems(folder)
     assert found, "nothing was found"
-
     assert any(re.search(message, problem) for problem in found), found
+
+
+@pytest.mark.parametrize("name", sorted(PIPELINES))
+def test_what_is_supported_instead_is_told(models, tmp_path, name):
+    """Each pipeline and the backbone that loads it, beside the name of the one that is refused."""
+    folder = shutil.copytree(models["unet"], tmp_path / "model")
+    edit(folder, INDEX, _class_name=name)
+    with pytest.raises(ConfigError, match=r"Supported: .*\(StableDiffusionPipeline, backbone\.use=unet\).*use=dit"):
+        locate(str(folder), UNET)
 
 
 DIT_FILE = "transformer/config.json"

@@ -123,6 +123,34 @@ def test_module_that_is_not_ours_runs_under_the_rule(start: Start, tmp_path: Pat
     assert gone(pid)
 
 
+IN_CHILD = (
+    "import os, signal, sys, time; from latentac.lifetime import go_on_in_child\n"
+    "ended = go_on_in_child()\nif ended is not None: sys.exit(100 + ended[1])\n"
+    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+)
+
+
+def test_who_goes_on_in_a_child_passes_on_what_it_is_sent_and_learns_how_that_ended(
+    start: Start, tmp_path: Path
+) -> None:
+    """An exit code, or minus the signal that killed the child."""
+    parent = start(IN_CHILD + TELL, str(tmp_path / "pid"))
+    assert pid_in(tmp_path / "pid") != parent.pid
+    parent.terminate()
+    assert parent.wait(20) == 107
+    parent = start(IN_CHILD + TELL, str(tmp_path / "other"))
+    os.kill(pid_in(tmp_path / "other"), signal.SIGKILL)
+    assert parent.wait(20) == 100 - signal.SIGKILL
+
+
+def test_the_child_that_goes_on_dies_with_its_parent(start: Start, tmp_path: Path) -> None:
+    """Nobody would learn of its end."""
+    parent = start(IN_CHILD + TELL, str(tmp_path / "pid"))
+    pid = pid_in(tmp_path / "pid")
+    parent.kill()
+    assert gone(pid)
+
+
 HOLD = "import sys, time; from pathlib import Path; from latentac.lifetime import run_lock\n" + (
     "with run_lock(Path(sys.argv[1])):\n    open(sys.argv[2], 'w').write(str(__import__('os').getpid()))\n"
     "    time.sleep(float(sys.argv[3]))"

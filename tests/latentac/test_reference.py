@@ -50,6 +50,22 @@ def test_what_is_shown_can_be_given_back(recipe: str, tmp_path: Path) -> None:
     assert resolve_all(recipe_fields("shapes-unet", str(file))).config.hash == config.hash
 
 
+def test_what_is_shown_explains_itself() -> None:
+    """Each field has its description above it, those of a class's own settings too; what several entries of a list have
+    in common is said once."""
+    overrides = ["rewards=[{use: colourfulness, name: a}, {use: colourfulness, name: b}]", "gate.reward=a"]
+    text = commented_yaml(resolve_all(recipe_fields("shapes-unet", "", overrides)).config)
+    for shown in (
+        "  # Denoising steps per picture, K.\n  num_steps: 10\n",
+        "  # eta of DDIM, the noise level of the flow kernels. 0 is deterministic.\n  noise: 1.0\n",
+        "    # A row of the rewards' table, or `module:Class`.\n  - use: colourfulness\n",
+        "\n  - use: colourfulness\n    name: b\n    weight: 1.0\n",
+        "      # How much a reward of weight 1 counts, in standard deviations of that reward.\n      strength: 20.0\n",
+    ):
+        assert shown in text
+    assert text.count("# Bound of one call, in seconds.") == 1
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
     [

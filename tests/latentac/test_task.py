@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from latentac.calls import FOLDER
 from latentac.lifetime import OWNERS
 from latentac.task import ERROR_FILE, EVENT_MARK, EVENTS
 
@@ -18,14 +19,14 @@ publish(Manifest('latentac/artifact/1', 'run-1/train', 'run-1', 'train', 'commit
 """
 
 
-def task(body: str, output: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Run `body` as the task train of run-1."""
+def task(body: str, output: Path, name: str = "train", **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run `body` as a task of run-1."""
     indented = "\n".join(f"    {line}" for line in body.strip().splitlines())
     source = (
         "import sys\nfrom latentac.errors import *\nfrom latentac.task import pipeline_task\n"
-        f"with pipeline_task('train', 'run-1', sys.argv[1], sys.argv[2]) as publish:\n{indented}\n"
+        f"with pipeline_task({name!r}, 'run-1', sys.argv[1], sys.argv[2]) as publish:\n{indented}\n"
     )
-    clean = {name: value for name, value in os.environ.items() if name not in (EVENTS, OWNERS)}
+    clean = {key: value for key, value in os.environ.items() if key not in (EVENTS, OWNERS, FOLDER)}
     command = [sys.executable, "-c", source, str(output), str(output / "manifest")]
     return subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=False)
 
@@ -71,6 +72,30 @@ def test_expected_failure_is_one_message_and_the_documented_code(
     left = json.loads((tmp_path / "run-1" / ERROR_FILE).read_text())
     assert (left["task"], left["exit_code"]) == ("train", code)
     assert left["message"].startswith(message)
+
+
+CALL = "import os\nfrom latentac.calls import in_flight\nwith in_flight('fragile', ['a red circle'], 60.0):\n    "
+
+
+@pytest.mark.parametrize("end", ["os._exit(0)", "os.kill(os.getpid(), 11)"])
+def test_what_ends_the_process_in_a_call_of_a_reward_is_told_as_its_failure(tmp_path: Path, end: str) -> None:
+    """By who waits for that process; an exit with code 0 is no success."""
+    failed = task(CALL + end, tmp_path, "evaluate")
+
+    assert failed.returncode == 5
+    last = failed.stderr.splitlines()[-1]
+    assert last.startswith("evaluate: reward fragile, prompt 'a red circle': the process that called it ")
+    assert json.loads((tmp_path / "run-1" / ERROR_FILE).read_text())["exit_code"] == 5
+
+
+def test_who_waits_for_a_task_ends_as_it_does(tmp_path: Path) -> None:
+    """Well, with its manifest; or with the code and the message of its failure."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    done = task(MANIFEST.format(created=created), tmp_path, "evaluate")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "manifest").exists()
+    failed = task("raise StoreError('s3://b', 'no', 'Wait.')", tmp_path, "evaluate")
+    assert (failed.returncode, failed.stderr) == (3, "evaluate: s3://b: no. Wait.\n")
 
 
 def test_of_two_failures_the_first_is_kept(tmp_path: Path) -> None:

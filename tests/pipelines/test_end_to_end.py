@@ -26,7 +26,7 @@ from pipelines.pipeline import STEPS
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 OPTIONS = ["--recipe", "shapes-unet-smoke", "--set", "train.num_iterations=8"]
-PARTS = {"step": "kfp.dsl.executor_main", "agent": "torch.distributed.run", "worker": "latentac.worker"}
+PARTS = {"step": "kfp.dsl.executor_main", "agent": "torch.distributed.run", "worker": "latentac.supervisor"}
 
 
 @dataclass
@@ -238,7 +238,7 @@ def come_to(driver: Driver, step: str, iteration: int, output: Path, run: str) -
     """Wait until `step` has begun, in training until both workers live and checkpoint `iteration` is there."""
     driver.wait_for(lambda: f"] {step}\n" in driver.text)
     if step == "train":
-        driver.wait_for(lambda: len(driver.family().get("worker", [])) == 2)
+        driver.wait_for(lambda: len(driver.family().get("worker", [])) == 4)
         driver.wait_for(lambda: last_checkpoint(output, run) >= iteration)
 
 

@@ -1,7 +1,10 @@
 """A reward under its configured name: what it may return, and how every failure of it is reported."""
 
 import json
+import multiprocessing
 import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,10 +17,10 @@ import pytest
 import torch
 
 from latentac import extensions
+from latentac.calls import FOLDER, crash_in_call, in_flight
 from latentac.config import Reward
-from latentac.errors import ConfigError, RewardError
+from latentac.errors import ConfigError, ResourceError, RewardError
 from latentac.prompts import Prompt
-from latentac.rewards.calls import FOLDER, crash_in_call, in_flight
 from latentac.rewards.configured import ConfiguredReward, load_rewards
 
 IMAGES = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)
@@ -98,6 +101,16 @@ def test_what_is_no_reward_is_refused_by_name(answer: Any, words: str) -> None:
     assert caught.value.where.startswith("reward mine, prompt '")
 
 
+@pytest.mark.parametrize("answer", [[np.nan] * 3, [np.inf] * 3, [0.0], [[0.0, 1.0]] * 3, None])
+def test_each_call_is_checked(answer: Any) -> None:
+    """One that was right before may be wrong now."""
+    answers = [[1.0, 2.0, 3.0], answer]
+    reward = configured(lambda images, prompts: answers.pop(0))
+    assert reward(IMAGES, PROMPTS).tolist() == [1.0, 2.0, 3.0]
+    with pytest.raises(RewardError, match="reward mine, prompt 'a' and 2 more: returned"):
+        reward(IMAGES, PROMPTS)
+
+
 @pytest.mark.parametrize(
     "failure", [KeyError("no such caption"), SystemExit(3), MemoryError(), GeneratorExit("x"), KeyboardInterrupt()]
 )
@@ -117,15 +130,22 @@ def test_an_exception_is_the_rewards_failure(failure: BaseException) -> None:
 
 
 class Unreadable(Exception):
-    """Its text is no text."""
+    """Its text is no text, and it cannot be sent to another process."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error, self.lock = error, threading.Lock()
 
     def __str__(self) -> str:
-        raise ValueError("no text")
+        raise self.error
 
 
 @pytest.mark.parametrize(
     ("failure", "words"),
-    [(Unreadable(), "Unreadable"), (ValueError("a\x1b[31mred\nline"), r"ValueError: a \[31mred line")],
+    [
+        (Unreadable(ValueError("no text")), "Unreadable"),
+        (Unreadable(SystemExit(0)), "Unreadable"),
+        (ValueError("a\x1b[31mred\nline"), r"ValueError: a \[31mred line"),
+    ],
 )
 def test_an_exceptions_text_is_made_one_line(failure: Exception, words: str) -> None:
     """Whatever it is: a message on a terminal must not be what an exception makes of it."""
@@ -204,6 +224,38 @@ def test_pictures_are_read_only_and_metadata_comes_where_it_is_wanted() -> None:
     assert found.tolist() == [0, 1, 2]
 
 
+def test_what_a_reward_does_to_its_prompts_and_metadata_is_nobody_elses_affair() -> None:
+    """The next call sees them as they were, and a failure is still told with its prompt."""
+    prompts = [Prompt("a", "all", {"place": [1]}), Prompt("b", "all", {"place": [2]})]
+
+    def reward(images: np.ndarray, texts: list[str], metadata: list[dict[str, list[int]]]) -> list[int]:
+        found = [one.pop("place").pop() for one in metadata]
+        texts.clear()
+        if len(images) > 1:
+            raise RewardError("caption", "cannot be parsed", "Shorten it")
+        return found
+
+    for _ in range(2):
+        assert configured(reward)(IMAGES[:1], prompts[:1]).tolist() == [1]
+    with pytest.raises(RewardError, match="reward mine, prompt 'a', caption: cannot be parsed"):
+        configured(reward)(IMAGES[:2], prompts)
+
+
+def test_a_reward_may_use_processes_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool that forks, and another program; the death of one of them is not that of the run's process."""
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+
+    def reward(images: np.ndarray, prompts: list[str]) -> list[float]:
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            found = pool.map(len, prompts)
+        ended = subprocess.run([sys.executable, "-c", "import os; os.abort()"], check=False).returncode
+        assert len(list(tmp_path.iterdir())) == 1
+        return [float(one) + ended for one in found]
+
+    assert configured(reward)(IMAGES, PROMPTS).tolist() == [1.0 - signal.SIGABRT] * 3
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_slow_call_is_reported_by_name() -> None:
     """After `timeout_seconds`, whatever it waits for; nothing waits for it to end."""
     forever = threading.Event()
@@ -265,12 +317,29 @@ def test_two_instances_of_one_class_work_side_by_side() -> None:
 
 def test_a_class_that_cannot_be_built_is_reported_by_name() -> None:
     """Its constructor's exception, as that reward's failure."""
-    with pytest.raises(RewardError, match="reward Service: cannot be built: TypeError"):
-        load_rewards([Reward(use=f"{HERE}:Unbuildable", name="Service")])
+    for how, words in (
+        ("type", "TypeError: no weights here"),
+        ("reward", r"weights\.bin: is missing"),
+        ("package", "package clip: is not installed"),
+    ):
+        settings = Reward.model_validate({"use": f"{HERE}:Unbuildable", "name": "service", "how": how})
+        with pytest.raises(RewardError, match=f"reward service: cannot be built: {words}"):
+            load_rewards([settings])
 
 
 class Unbuildable:
-    def __init__(self) -> None:
+    """Fails when it is built, as latentac's own errors too."""
+
+    class Settings(extensions.Settings):
+        """how: by which exception."""
+
+        how: str
+
+    def __init__(self, settings: "Unbuildable.Settings") -> None:
+        if settings.how == "reward":
+            raise RewardError("weights.bin", "is missing", "Fetch it")
+        if settings.how == "package":
+            raise ResourceError("package clip", "is not installed", "Install it")
         raise TypeError("no weights here")
 
 

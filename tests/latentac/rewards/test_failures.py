@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from latentac import failures
 from latentac.errors import RewardError
 from latentac.run import prepare
+from latentac.store import open_store
+from tests.latentac.test_incumbent import start
 from tests.latentac.workers import RUN, SMALL, prepared
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -17,9 +20,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 USE = "tests.latentac.rewards.failing:Failing"
 
 
-def run(folder: Path, verb: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "latentac.cli", verb, "--run", RUN, "--output", str(folder)]
+def run(folder: Path, verb: str, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "latentac.cli", verb, "--run", RUN, "--output", str(folder), *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+
+
+def is_told(done: "subprocess.CompletedProcess[str]", words: str) -> None:
+    """Exit code 5, and a last line with the reward's name, the prompt and what it raised."""
+    assert done.returncode == 5, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("latentac: reward fragile, prompt '")
+    assert words in last
 
 
 def settings(how: str, where: str, timeout: float) -> list[str]:
@@ -42,6 +53,7 @@ def prepare_only(folder: Path, how: str, where: str) -> None:
     [
         ("http", "HTTPError: HTTP Error 503: Service Unavailable"),
         ("exits", "the process that called it ended with exit code 3"),
+        ("ends", "the process that called it ended with exit code 0"),
         ("crashes", "the process that called it was killed by SIGSEGV"),
         ("hangs", "did not answer within 2 s"),
     ],
@@ -51,22 +63,61 @@ def test_in_a_worker(how: str, words: str, tmp_path: Path) -> None:
     what it raised."""
     with_reward(tmp_path, how, timeout=2.0)
     began = time.monotonic()
-    done = run(tmp_path, "train")
-    assert done.returncode == 5, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("latentac: reward fragile, prompt '")
-    assert words in last
+    is_told(run(tmp_path, "train"), words)
     print(f"{how}: {time.monotonic() - began:.0f} s")
 
 
 def test_in_value_pretraining(tmp_path: Path) -> None:
     """In the step's own process, whose threads call it."""
     prepare_only(tmp_path, "raises", where="after")
-    done = run(tmp_path, "pretrain-value", LATENTAC_TEST_FAIL="1")
+    done = run(tmp_path, "pretrain-value", LATENTAC_TEST_FAIL="raises")
+    is_told(done, "ValueError: this picture has no colours")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    start(folder, RUN, *settings("raises", "after", 30.0))
+    return folder
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "steer"])
+@pytest.mark.parametrize(
+    ("how", "words"), [("raises", "ValueError: this picture has no colours"), ("crashes", "was killed by SIGSEGV")]
+)
+def test_when_a_trained_model_is_measured(verb: str, how: str, words: str, trained: Path) -> None:
+    """In the steps that call it last."""
+    is_told(run(trained, verb, LATENTAC_TEST_FAIL=how), words)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("exits", "ended with exit code 3"),
+        ("ends", "ended with exit code 0"),
+        ("crashes", "was killed by SIGSEGV"),
+        ("locks", "was ended, for it did not answer within 3 s and let no other thread run"),
+    ],
+)
+def test_in_a_step_that_is_a_command_of_its_own(how: str, words: str, tmp_path: Path) -> None:
+    """What ends the process leaves nobody in it to say so, and an end with code 0 is no success."""
+    changes = [word for change in [*SMALL, *settings(how, "always", 3.0)] for word in ("--set", change)]
+    is_told(run(tmp_path, "prepare", "--recipe", "shapes-unet-smoke", *changes), f"the process that called it {words}")
+
+
+def test_in_a_worker_on_a_cluster(tmp_path: Path) -> None:
+    """The launcher is on another machine: it reads the same from the store."""
+    with_reward(tmp_path, "crashes")
+    url = f"file://{tmp_path}/store"
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    command = [sys.executable, "-m", "latentac.supervisor", RUN, url, str(tmp_path)]
+    environment = os.environ | group | {failures.ATTEMPT: "attempt-1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 5, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("latentac: reward fragile, prompt '")
-    assert "ValueError: this picture has no colours" in last
+    error = failures.read(open_store(url), RUN, "attempt-1")
+    assert isinstance(error, RewardError)
+    assert error.where.startswith("reward fragile, prompt '")
+    assert "was killed by SIGSEGV" in error.problem
 
 
 @pytest.mark.parametrize(

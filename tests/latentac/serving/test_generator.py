@@ -11,7 +11,11 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from latentac.backbones import BACKBONES
+from latentac.critic import BODIES
 from latentac.errors import ConfigError, ServingError
+from latentac.extensions import ALLOWED, Table
+from latentac.kernels import KERNELS
 from latentac.release import generate_picture
 from latentac.serving.exported import FILE, image_size
 from latentac.serving.generator import Generator
@@ -189,6 +193,40 @@ def test_diffusers_loads_the_exported_folder(exported_folder: Path) -> None:
     result = pipeline(PROMPT, num_inference_steps=2, guidance_scale=1.0, generator=torch.Generator().manual_seed(0))
     width, height = result.images[0].size
     assert (height, width) == image_size(exported_folder)
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "file", "place"),
+    [
+        (BACKBONES, "unet", FILE, ("backbone",)),
+        (KERNELS, "ddim", FILE, ("kernel",)),
+        (STEERING, "best_of_n", FILE, ("methods", "best_of_n", "extension")),
+        (BODIES, "frozen_taps", "critic/config.json", ("settings", "body")),
+    ],
+    ids=["backbone", "kernel", "method", "body"],
+)
+def test_a_folder_names_rows_only_unless_the_operator_allows_more(
+    exported_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    table: Table,
+    row: str,
+    file: str,
+    place: tuple[str, ...],
+) -> None:
+    """A class of somebody's own would be imported, and a folder may come from anywhere."""
+    folder, use = tmp_path / "model", table.rows[row]
+    shutil.copytree(exported_folder, folder)
+    content = json.loads((folder / file).read_text())
+    part = content
+    for name in place:
+        part = part[name]
+    part["use"] = use
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=f"names a {table.kind} that is not built in.*{ALLOWED}={use}"):
+        Generator(folder, torch.device("cpu"))
+    monkeypatch.setenv(ALLOWED, f"another:Class, {use}")
+    assert Generator(folder, torch.device("cpu")).exported.run == "some-run"
 
 
 def test_a_folder_that_is_not_whole_is_told(exported_folder: Path, tmp_path: Path) -> None:

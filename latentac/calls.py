@@ -1,13 +1,16 @@
 """Calls of rewards in flight, written to files: whose call it was, if it ends the whole process.
 
 A crash in native code and `os._exit` leave no exception. So each call leaves a file for as long as it lasts, and
-whoever watches the process reads the files of one that is gone.
+whoever watches the process reads the files of one that is gone. A program that nobody watches watches itself:
+`supervised`.
 """
 
+import atexit
 import contextlib
 import faulthandler
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -15,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from latentac.errors import RewardError
+from latentac.lifetime import go_on_in_child
 
 FOLDER = "LATENTAC_REWARD_CALLS"
 """Environment variable: the folder of the files. Without it no file is written."""
@@ -22,6 +26,10 @@ FOLDER = "LATENTAC_REWARD_CALLS"
 CALLS = "reward-calls"
 """Name of that folder in a run's working folder."""
 
+STEPS = ("prepare", "pretrain-value", "evaluate", "steer")
+"""Steps that call rewards in their own process."""
+
+_STOPPED_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
 
 _GRACE_SECONDS = 10.0
 _deadlines: dict[int, float] = {}
@@ -73,6 +81,32 @@ def in_flight(reward: str, prompts: Sequence[str], seconds: float) -> Iterator[N
             file.unlink(missing_ok=True)
 
 
+def supervised(folder: Path) -> tuple[int, RewardError | None] | None:
+    """Go on in a child process whose calls leave their files in `folder`, so that somebody can tell of its crash.
+
+    None in the child. The caller itself gets, when the child has ended, its exit code and the error to report if it
+    ended in a call. Call it from the main thread, before there are others.
+    """
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    ended = go_on_in_child()
+    if ended is None:
+        _forget(folder, os.getpid())  # of a process that had this number before
+        atexit.register(_forget, folder, os.getpid())  # who comes to that has not crashed
+        faulthandler.enable()
+        os.environ[FOLDER] = str(folder.resolve())
+        return None
+    pid, code = ended
+    error = crash_of(folder, pid, code)
+    _forget(folder, pid)
+    return (code if code >= 0 else 128 - code), error
+
+
+def _forget(folder: Path, pid: int) -> None:
+    for file in folder.glob(f"{pid}-*.json"):
+        file.unlink(missing_ok=True)
+
+
 def fresh_calls(folder: Path) -> Path:
     """The folder of calls in a run's working folder, without the files of processes before."""
     calls = folder / CALLS
@@ -80,6 +114,15 @@ def fresh_calls(folder: Path) -> Path:
     for file in calls.glob("*.json"):
         file.unlink(missing_ok=True)
     return calls
+
+
+def crash_of(folder: Path, pid: int, code: int) -> RewardError | None:
+    """The error to report for the process `pid`, which ended with `code` (minus the signal that killed it): None if it
+    was stopped from outside, or in no call."""
+    if code in _STOPPED_FROM_OUTSIDE:
+        return None
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return crash_in_call(folder, how, pid)
 
 
 def crash_in_call(folder: Path, ending: str, pid: int | None = None) -> RewardError | None:

@@ -1,0 +1,48 @@
+"""A worker of the training app, and beside it who tells how it ended: `latentac.supervisor RUN STORE OUTPUT [FAILURE]`.
+
+The worker (`latentac.worker`) is a child, made before torch is loaded. If a reward ends that process, without an
+exception, this one is left to report it: in the file FAILURE, or on a cluster in the store.
+"""
+
+import contextlib
+import json
+import logging
+import sys
+from pathlib import Path
+
+from latentac import failures
+from latentac.calls import CALLS, supervised
+from latentac.errors import RewardError, StoreError
+from latentac.lifetime import die_with_parent
+from latentac.store import open_store
+
+_log = logging.getLogger(__name__)
+
+
+def main(run: str, store: str, output: str, failure: str = "") -> int:
+    """The worker's exit code; in the worker itself too."""
+    if failure:  # on one machine no worker outlives the step that launched it
+        die_with_parent()
+    ended = supervised((Path(failure).parent if failure else Path(output) / run) / CALLS)
+    if ended is None:
+        from latentac.worker import main as work
+
+        return work(run, store, output, failure)
+    code, crash = ended
+    if crash is None:
+        return code
+    _report(run, store, failure, crash)
+    return crash.exit_code
+
+
+def _report(run: str, store: str, failure: str, crash: RewardError) -> None:
+    if failure:
+        Path(failure).write_text(json.dumps(crash.to_dict()))
+        return
+    _log.error("%s", crash)
+    with contextlib.suppress(StoreError):
+        failures.report(open_store(store), run, crash, 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
