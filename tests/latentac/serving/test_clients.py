@@ -334,7 +334,7 @@ def test_one_version_is_served(server: ServerProcess) -> None:
 
 BODY = json.dumps({"instances": [{"prompt": "a", "num_steps": 2}]}).encode()
 # The time of compression is part of gzip's header. Test names hold these bytes and must be equal in every worker.
-zipped = functools.partial(zipped, mtime=0)
+zipped = functools.partial(gzip.compress, mtime=0)
 
 
 @pytest.mark.parametrize(
