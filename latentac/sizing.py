@@ -62,7 +62,7 @@ class Model:
     """Counts that follow from a folder. files: bytes that are used; network, frozen: weights of the denoiser and of all
     other parts; adapters: weights of LoRA of the configured rank; latent, picture: numbers in one (a picture's are
     bytes); units: tokens times width, summed over the denoiser's layers; decoder: numbers of the decoder's largest map;
-    text: numbers a prompt; taps: numbers a state that a critic may keep."""
+    text: numbers a prompt; taps: numbers of the feature maps of a state that a critic may keep, of so many channels."""
 
     files: int
     network: int
@@ -74,6 +74,7 @@ class Model:
     decoder: int
     text: int
     taps: int
+    channels: int
 
 
 def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str = "") -> Requirements:
@@ -160,9 +161,9 @@ def _images(config: Config, model: Model) -> int:
     images = math.ceil(train.images_per_iteration / train.num_workers)
     body = config.critic.body
     seen = {"lora": model.latent, "copy": model.latent, "latent_cnn": model.latent, "pixel": model.picture}
-    # Without attention the critic keeps but a few numbers a state.
-    attended = model.taps if body.own.get("num_queries", 4) else 0
-    states = max(images, _pretrained(config)) * steps * seen.get(body.use, attended)
+    # Without attention the critic keeps a mean and a spread a channel alone.
+    taps = 2 * model.channels + (model.taps if body.own.get("num_queries", 4) else 0)
+    states = max(images, _pretrained(config)) * steps * seen.get(body.use, taps)
     return images * ((2 * steps + 1) * model.latent + model.text) + states
 
 
@@ -260,7 +261,7 @@ def _read(folder: Path, layout: Layout | None, config: Config) -> Model:
     if layout is None:
         files = [folder / name for name in listing(folder) if name.endswith(".safetensors")]
         count = sum(_count(header(file)) for file in files)
-        return Model(sum(file.stat().st_size for file in files), count, 0, count, 0, 0, 0, 0, 0, 0)
+        return Model(sum(file.stat().st_size for file in files), count, 0, count, 0, 0, 0, 0, 0, 0, 0)
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for part in layout.parts:
         weights = weights_of(folder, part)
@@ -294,6 +295,7 @@ def _maps(layout: Layout, settings: dict[str, Any]) -> dict[str, int]:
         units = sum((cells >> (2 * level)) * each for level, each in enumerate(channels)) * (2 * depth + 1)
         text_width = own.get("cross_attention_dim", 1280)
         taps = min(cells >> (2 * (len(channels) - 1)), 256) * channels[-1] + min(cells, 256) * channels[0]
+        seen = channels[-1] + channels[0]
     else:
         inner = own.get("num_attention_heads", 18) * own.get("attention_head_dim", 64)
         tokens = cells // own.get("patch_size", 2) ** 2
@@ -301,6 +303,7 @@ def _maps(layout: Layout, settings: dict[str, Any]) -> dict[str, int]:
         units = (tokens + length) * inner * own.get("num_layers", 18)
         text_width = own.get("joint_attention_dim", 4096)
         taps = 3 * min(tokens, 256) * inner
+        seen = 3 * inner
     return {
         "latent": own.get("in_channels", 4) * cells,
         "picture": 3 * picture,
@@ -308,6 +311,7 @@ def _maps(layout: Layout, settings: dict[str, Any]) -> dict[str, int]:
         "decoder": picture * levels[min(1, len(levels) - 1)],
         "text": length * text_width,
         "taps": taps,
+        "channels": seen,
     }
 
 

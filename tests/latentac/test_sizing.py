@@ -89,11 +89,12 @@ def test_each_setting_that_costs_counts(item, kind, settings):
     assert all(after[name] >= before[name] for name in before)
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize(("body", "num_queries"), [("frozen_taps", 0), *((body, 4) for body in BODIES)])
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_what_a_critic_keeps_of_a_state_is_counted(name, body):
-    """Of every body as many numbers as it keeps, or somewhat more."""
-    folder, own = builtin_pipeline(MODELS[name][1]), {"critic__body__use": body, "critic__body__num_queries": 4}
+def test_what_a_critic_keeps_of_a_state_is_counted(name, body, num_queries):
+    """Of every body exactly as many numbers as it keeps."""
+    folder, own = builtin_pipeline(MODELS[name][1]), {"critic__body__use": body}
+    own["critic__body__num_queries"] = num_queries
     settings = config(name, pretrain__num_images=0, train__num_workers=1, **own)
     backbone = BACKBONES.build(name, folder, CPU)
     critic = Critic(backbone, settings.reward_names, settings.critic)
@@ -106,11 +107,11 @@ def test_what_a_critic_keeps_of_a_state_is_counted(name, body):
     rollouts = images * ((2 * steps + 1) * latents.numel() + text)
     replay = settings.critic.replay_images * (latents.numel() + 8)
     counted = needed(name, folder, pretrain__num_images=0, train__num_workers=1, **own).memory["images"] // 4
-    assert kept <= (counted - rollouts - replay) / (images * steps) < 1.5 * kept
+    assert (counted - rollouts - replay) / (images * steps) == kept
 
 
 def test_many_prompts_need_no_more_than_what_is_kept_of_them():
-    """Beyond some MiB they are encoded as they are asked for: 20,000 of a large text encoder are no reason to refuse."""
+    """Beyond some MiB they are encoded as they are asked for: 20,000 of a large encoder are no reason to refuse."""
     folder = builtin_pipeline("shapes-unet")
     few, many = (sizing.requirements(config(), folder, count, "cpu").memory["text"] for count in (100, 10**7))
     assert few == 4 * 100 * 16 * 64
@@ -146,6 +147,7 @@ def test_sizes_of_the_field_come_out_as_they_were_measured(tmp_path):
         picture=3 * 512 * 512,
         text=77 * 768,
         taps=16 * 16 * (320 + 1280),
+        channels=320 + 1280,
         units=sum((4096 >> (2 * level)) * width for level, width in enumerate((320, 640, 1280, 1280))) * 5,
         decoder=512 * 512 * 256,
     )

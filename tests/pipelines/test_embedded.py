@@ -170,7 +170,7 @@ def test_a_run_ends_with_commands_that_can_be_typed(tmp_path: Path, decision: st
 
 
 def test_a_run_is_done_only_as_long_as_its_deployment_follows_its_verdict(tmp_path: Path) -> None:
-    """A later verdict makes a resume deploy it again; afterwards there is nothing to do, nor where the gate holds it."""
+    """A later verdict makes a resume deploy it again. Then there is nothing to do, nor where the gate holds it."""
     url, output = f"file://{tmp_path}/store", tmp_path / "runs"
     request, store = Request("shapes-unet-smoke"), open_store(url)
     found = {"prepare": prepare("run-1", url, str(output), request.recipe)}
