@@ -9,8 +9,8 @@ from torch import Tensor
 from latentac.backbones import Denoiser
 from latentac.types import Conditioning, join
 
-_WHOLE_BYTES = 64 * 2**20
-_KEPT_BYTES = 2**30
+WHOLE_BYTES = 64 * 2**20
+KEPT_BYTES = 2**30
 _TOGETHER = 32
 
 
@@ -29,8 +29,8 @@ class Encoded:
         backbone: Denoiser,
         texts: Sequence[str],
         *,
-        whole_bytes: int = _WHOLE_BYTES,
-        kept_bytes: int = _KEPT_BYTES,
+        whole_bytes: int = WHOLE_BYTES,
+        kept_bytes: int = KEPT_BYTES,
     ) -> None:
         self._backbone, self._texts = backbone, texts
         row_bytes = _size(backbone.encode(texts[:1]))

@@ -75,7 +75,8 @@ def plan(recipe: str, config: str, overrides: Sequence[str], package: str, store
         rehearsed = attempt(lambda: rehearse(resolved.config, folder, prompts.train[0].text, device))
     if rehearsed is not None and prompts is not None and resolved is not None:
         attempt(lambda: preparation.check_lengths(settings, prompts, rehearsed.backbone))
-        attempt(lambda: preparation.check_scoring(resolved.rewards, prompts, rehearsed.pictures[0]))
+        block = settings.train.block_images
+        attempt(lambda: preparation.check_scoring(resolved.rewards, prompts, rehearsed.pictures[0], block))
     needs = None if needed is None else tuple(sizing.describe(needed))
     return Plan(resolved.config if resolved else None, needs, tuple(refused))
 

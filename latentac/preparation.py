@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _TOLD = 20  # prompts that are named; a longer list helps nobody
-_SCORED = 32  # pictures that are scored together
 _COUNTED = 1000  # prompts whose tokens are counted together
 _PACKAGES = ("torch", "diffusers", "transformers", "kfp", "torchx-nightly", "kserve", "minio")
 
@@ -68,14 +67,17 @@ def check_known(rewards: Sequence[ConfiguredReward]) -> None:
             )
 
 
-def check_scoring(rewards: Sequence[ConfiguredReward], prompts: PromptSet, picture: np.ndarray) -> None:
-    """Call each reward on a picture as the run will make them, uint8 [H, W, 3], for the first prompt of each category.
+def check_scoring(
+    rewards: Sequence[ConfiguredReward], prompts: PromptSet, picture: np.ndarray, block_images: int
+) -> None:
+    """Call each reward on a picture as the run will make them, uint8 [H, W, 3], for the first prompt of each category,
+    as many together as the run will have.
 
     Raises RewardError by name.
     """
     first = list({prompt.category: prompt for prompt in reversed(prompts.train + prompts.held_out)}.values())
-    for start in range(0, len(first), _SCORED):
-        part = first[start : start + _SCORED]
+    for start in range(0, len(first), block_images):
+        part = first[start : start + block_images]
         for reward in rewards:
             reward(np.repeat(picture[None], len(part), 0), part)
 

@@ -381,7 +381,7 @@ def _prepare(run: str, store: Store, output: Path, fields: dict[str, Any], code:
         rehearsed = rehearse(
             settings, folder / "backbone", prompts.train[0].text, pick_device(settings.backbone.device)
         )
-        preparation.check_scoring(extensions.rewards, prompts, rehearsed.pictures[0])
+        preparation.check_scoring(extensions.rewards, prompts, rehearsed.pictures[0], settings.train.block_images)
         _write(folder / "backbone.json", {**described, **rehearsed.to_dict()})
         _write(folder / "lengths.json", preparation.check_lengths(settings, prompts, rehearsed.backbone))
         _write(folder / "config.json", settings.model_dump())

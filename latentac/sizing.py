@@ -14,8 +14,10 @@ from latentac.backbones import layout_of
 from latentac.backbones.inspection import weights_of
 from latentac.backbones.layout import Layout, listing, used
 from latentac.backbones.weights import header, read_json, shapes
-from latentac.config import Config
+from latentac.config import Config, Extension
+from latentac.encoding import KEPT_BYTES, WHOLE_BYTES
 from latentac.errors import ResourceError
+from latentac.steering import STEERING
 
 COPIES = 2
 """Of each artifact on a file:// store: the published one, and the working copy beside it. One on a bucket's machine."""
@@ -28,6 +30,8 @@ _SAVED_TENSORS = {"unet": 28, "transformer": 20}
 _PASSED_TENSORS = 8  # of a layer, without a gradient: fitted to a server's peak at 4 to 4,096 rows on a CPU
 _SMALL = 8 * 2**20  # reports, logs, critic: what does not grow with the model
 _ARMS = 20  # of evaluation and steering, each with a gallery
+_POLICIES = 3  # of evaluation: base, trained, in production
+_NUMBER = 24  # bytes of one in JSON
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Model:
     """Counts that follow from a folder. files: bytes that are used; network, frozen: weights of the denoiser and of all
     other parts; adapters: weights of LoRA of the configured rank; latent, picture: numbers in one (a picture's are
     bytes); units: tokens times width, summed over the denoiser's layers; decoder: numbers of the decoder's largest map;
-    text: numbers a prompt; taps: numbers a state that a critic may keep."""
+    text: numbers a prompt; taps: numbers of the feature maps of a state that a critic may keep, of so many channels."""
 
     files: int
     network: int
@@ -70,6 +74,7 @@ class Model:
     decoder: int
     text: int
     taps: int
+    channels: int
 
 
 def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str = "") -> Requirements:
@@ -82,13 +87,20 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
     memory of a worker
         weights      P + F, and N of adapters; P for each copy: the reference (algorithm.prediction_kl), a critic's own
         training     N gradients, 2 N moments of AdamW, N average (policy.ema_decay), N best (early stopping)
-        images       images of a worker * (2 K + 1) D of the rollout; K of what the critic keeps of a state for the
-                     images of an iteration or of value pretraining; the critic's replay
-        text         L C of each training prompt
-        activations  the largest of an update's: c tensors a layer of tokens times width (28 of a UNet, 20 of the
-                     transformer) for each of B K / updates_per_iteration states; the decoder's: 3 of its largest maps
-                     for each of B pictures; steering's: 8 tensors a layer for each of B times the candidates of an arm;
-                     and the server's: 8 tensors a layer and the decoder's 3 for each of serving.batch_rows
+        images       images of a worker * ((2 K + 1) D of the rollout, L C of the prompt); K of what the critic keeps of
+                     a state for the images of an iteration or of value pretraining; the critic's replay
+        text         L C of each training prompt, up to 64 MiB; beyond, in the host's memory, up to 1 GiB; there also of
+                     each image of value pretraining
+        activations  the largest of these, for a state c tensors a layer of tokens times width with a gradient (28 of a
+                     UNet, 20 of the transformer), 8 without:
+                     an update, with a gradient, B K / updates_per_iteration states; a rollout, B, with a gradient where
+                     algorithm.value_guidance is on; an arm of steering, B times its candidates, with a gradient where
+                     its method takes one; the server, serving.batch_rows; the critic's replay, or with a gradient its
+                     own backbone, B K / critic.updates_per_pass; value pretraining with pretrain.forward_noised, or
+                     with a gradient such a backbone, pretrain.minibatch_states; the decoder: 3 of its largest maps for
+                     each of B pictures
+        other policies  what evaluation needs beyond all that: 3 (P + F), and on a CPU its pictures, bytes for each of
+                     3.25 evaluation.num_images
         process      800 MiB; 500 MiB on a CUDA device
     disk, each but the temporary COPIES times
         base         the files that are used
@@ -97,6 +109,7 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
         checkpoints  keep_checkpoints, the one being written and its temporary copy, of N weights, 2 N moments, N
                      average, N best, and the critic's replay
         scored       latents that the critic learned from
+        scores       24 bytes for each of evaluation.num_images, three policies and the rewards
         galleries    evaluation.num_gallery_prompts pictures of 20 arms, uncompressed
         small        8 MiB
     """
@@ -107,43 +120,104 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
 
 def count(config: Config, model: Model, network: str, num_prompts: int, device: str) -> Requirements:
     """`requirements` of a model that was read already. network: the name of its part, `unet` or `transformer`."""
-    train, policy, steps = config.train, config.policy, config.kernel.num_steps
-    lora = policy.adaptation == "lora"
-    trains = model.adapters if lora else model.network
+    train, policy = config.train, config.policy
+    trains = model.adapters if policy.adaptation == "lora" else model.network
+    merged = trains if policy.adaptation == "lora" else 0
     kept = trains * (1 + (policy.ema_decay > 0) + (train.early_stopping is not None))
-    images = math.ceil(train.images_per_iteration / train.num_workers)
-    rows = math.ceil(train.block_images * steps / train.updates_per_iteration)
-    update, decode = _SAVED_TENSORS.get(network, 28) * model.units * rows, 3 * model.decoder * train.block_images
-    candidates = max((max(method.own.get("candidates") or [1]) for method in config.steering.methods), default=1)
-    steered = _PASSED_TENSORS * model.units * train.block_images * candidates
-    served = (_PASSED_TENSORS * model.units + 3 * model.decoder) * config.serving.batch_rows
     replay = config.critic.replay_images * (model.latent + 8)
     own = {"lora": model.network, "copy": 4 * model.network}.get(config.critic.body.use, 0)
-    # Without attention the critic keeps but a few numbers a state.
-    seen = steps * (model.taps if config.critic.body.own.get("num_queries", 4) else 0)
-    watched = max(images, math.ceil(config.pretrain.num_images / train.num_workers))
+    parts = model.network + model.frozen
     memory = {
-        "weights": model.network + model.frozen + (trains if lora else 0),
+        "weights": parts + merged,
         "reference": model.network if config.algorithm.own.get("prediction_kl", 0) > 0 else 0,
         "critic's own backbone": own,
         "training": 3 * trains + kept - trains,
-        "images": images * (2 * steps + 1) * model.latent + watched * seen + replay,
-        "text": num_prompts * model.text,
-        "activations": max(update, decode, steered, served),
+        "images": _images(config, model) + replay,
+        "text": _text(config, model, num_prompts, device),
+        "activations": _activations(config, model, network),
     }
+    # Evaluation has the base, the trained policy and the one in production, and nothing of the training.
+    workers = train.num_workers if device == "cpu" else 1
+    evaluation = _POLICIES * parts + math.ceil(_pictures(config, model, device) / _FLOAT)
+    memory["other policies"] = max(0, math.ceil(evaluation / workers) - sum(memory.values()))
     memory = {item: _FLOAT * count for item, count in memory.items() if count}
     memory["process"] = _INTERPRETER if device == "cpu" else _CUDA_CONTEXT
-    exported = model.network * (1 + config.serving.include_base) + model.frozen + (trains if lora else 0)
     disk = {
         "base": COPIES * model.files,
-        "trained": COPIES * _FLOAT * (model.network + model.frozen),
-        "exported": COPIES * _FLOAT * exported,
+        "trained": COPIES * _FLOAT * parts,
+        "exported": COPIES * _FLOAT * (parts + model.network * config.serving.include_base + merged),
         "checkpoints": (train.keep_checkpoints + 2) * _FLOAT * (kept + 2 * trains + replay + own),
         "scored": COPIES * _FLOAT * config.pretrain.num_images * (model.latent + 8),
+        "scores": COPIES * config.evaluation.num_images * _POLICIES * len(config.rewards) * _NUMBER,
         "galleries": COPIES * config.evaluation.num_gallery_prompts * _ARMS * model.picture,
         "small": COPIES * _SMALL,
     }
     return Requirements(disk, memory, train.num_workers, device)
+
+
+def _images(config: Config, model: Model) -> int:
+    """Numbers that a worker keeps of its images: of each state, and of its prompt."""
+    train, steps = config.train, config.kernel.num_steps
+    images = math.ceil(train.images_per_iteration / train.num_workers)
+    body = config.critic.body
+    seen = {"lora": model.latent, "copy": model.latent, "latent_cnn": model.latent, "pixel": model.picture}
+    # Without attention the critic keeps a mean and a spread a channel alone.
+    taps = 2 * model.channels + (model.taps if body.own.get("num_queries", 4) else 0)
+    states = max(images, _pretrained(config)) * steps * seen.get(body.use, taps)
+    return images * ((2 * steps + 1) * model.latent + model.text) + states
+
+
+def _pretrained(config: Config) -> int:
+    """Images of value pretraining, shared out as if the workers of the training had them."""
+    settings = config.pretrain
+    images = settings.num_images and settings.num_images + settings.num_held_out_images
+    return math.ceil(images / config.train.num_workers)
+
+
+def _text(config: Config, model: Model, num_prompts: int, device: str) -> int:
+    """Numbers of what is encoded of prompts and kept: of few training prompts all, on the device; of many the latest,
+    in the host's memory, where value pretraining has its own."""
+    whole = num_prompts * model.text
+    many, host = _FLOAT * whole > WHOLE_BYTES, device == "cpu"
+    training = min(whole, KEPT_BYTES // _FLOAT) * host if many else whole
+    return max(training, _pretrained(config) * model.text * host)
+
+
+def _activations(config: Config, model: Model, network: str) -> int:
+    """Numbers of the largest forward that there is, with what its gradient needs where one is taken."""
+    train, steps, block = config.train, config.kernel.num_steps, config.train.block_images
+    passed, saved = _PASSED_TENSORS * model.units, _SAVED_TENSORS.get(network, 28) * model.units
+    decoded = 3 * model.decoder
+    learnt = math.ceil(block * steps / config.critic.updates_per_pass)
+    needed = [
+        saved * math.ceil(block * steps / train.updates_per_iteration),
+        decoded * block,
+        (saved if config.algorithm.own.get("value_guidance", 0) > 0 else passed) * block,
+        (passed + decoded) * config.serving.batch_rows,
+    ]
+    for method in config.steering.methods:
+        candidates = max(method.own.get("candidates") or [1])
+        needed.append((saved if _takes_gradient(method) else passed) * block * candidates)
+    if config.critic.replay_images > 0:
+        needed.append(passed * learnt)
+    minibatch = config.pretrain.minibatch_states if config.pretrain.num_images else 0
+    if config.critic.body.use in ("lora", "copy"):
+        needed.append(saved * max(learnt, minibatch))
+    # A minibatch of the critic has the text of each of its states.
+    noised = passed if config.pretrain.forward_noised > 0 else 0
+    return max(*needed, (noised + model.text) * minibatch)
+
+
+def _takes_gradient(method: Extension) -> bool:
+    return bool(getattr(STEERING.load(method.use), "needs_gradient", True))
+
+
+def _pictures(config: Config, model: Model, device: str) -> int:
+    """Bytes of the pictures that evaluation holds, in the host's memory: of each policy, and of the trained one a
+    quarter as many of training prompts."""
+    settings = config.evaluation
+    more = _POLICIES * settings.num_diversity_prompts * settings.pictures_per_prompt
+    return int(((_POLICIES + 0.25) * settings.num_images + more) * model.picture) if device == "cpu" else 0
 
 
 def check_room(needed: Requirements, output: Path, store: str) -> None:
@@ -170,7 +244,8 @@ def check_room(needed: Requirements, output: Path, store: str) -> None:
     free_memory = _free_memory(needed.device)
     if free_memory is not None and free_memory < sum(memory.values()) * shared:
         each = f" in each of {shared} workers" if shared > 1 else ""
-        remedy = "Use a smaller train.block_images, policy.adaptation=lora, fewer train.num_workers or more memory"
+        remedy = "Use a smaller train.block_images or pretrain.minibatch_states, policy.adaptation=lora, "
+        remedy += "fewer train.num_workers or more memory"
         total = _size(sum(memory.values()) * shared)
         problem = f"has {_size(free_memory)} free, and {whose} needs {total}: {_sum(memory)}{each}"
         raise ResourceError(f"memory ({needed.device})", problem, remedy)
@@ -186,7 +261,7 @@ def _read(folder: Path, layout: Layout | None, config: Config) -> Model:
     if layout is None:
         files = [folder / name for name in listing(folder) if name.endswith(".safetensors")]
         count = sum(_count(header(file)) for file in files)
-        return Model(sum(file.stat().st_size for file in files), count, 0, count, 0, 0, 0, 0, 0, 0)
+        return Model(sum(file.stat().st_size for file in files), count, 0, count, 0, 0, 0, 0, 0, 0, 0)
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for part in layout.parts:
         weights = weights_of(folder, part)
@@ -220,6 +295,7 @@ def _maps(layout: Layout, settings: dict[str, Any]) -> dict[str, int]:
         units = sum((cells >> (2 * level)) * each for level, each in enumerate(channels)) * (2 * depth + 1)
         text_width = own.get("cross_attention_dim", 1280)
         taps = min(cells >> (2 * (len(channels) - 1)), 256) * channels[-1] + min(cells, 256) * channels[0]
+        seen = channels[-1] + channels[0]
     else:
         inner = own.get("num_attention_heads", 18) * own.get("attention_head_dim", 64)
         tokens = cells // own.get("patch_size", 2) ** 2
@@ -227,6 +303,7 @@ def _maps(layout: Layout, settings: dict[str, Any]) -> dict[str, int]:
         units = (tokens + length) * inner * own.get("num_layers", 18)
         text_width = own.get("joint_attention_dim", 4096)
         taps = 3 * min(tokens, 256) * inner
+        seen = 3 * inner
     return {
         "latent": own.get("in_channels", 4) * cells,
         "picture": 3 * picture,
@@ -234,6 +311,7 @@ def _maps(layout: Layout, settings: dict[str, Any]) -> dict[str, int]:
         "decoder": picture * levels[min(1, len(levels) - 1)],
         "text": length * text_width,
         "taps": taps,
+        "channels": seen,
     }
 
 

@@ -1,5 +1,6 @@
 """Denoisers: pretrained diffusion models behind one small protocol. One file a backbone, one row here."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
 from typing import Any, Protocol, Self
@@ -14,6 +15,9 @@ from latentac.config import Extension
 from latentac.config import Policy as PolicySettings
 from latentac.extensions import Table
 from latentac.types import Conditioning
+
+# Importing a pipeline of diffusers imports image processors, which warn that torchvision is missing. None is used here.
+logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
 
 
 class Denoiser(Protocol):

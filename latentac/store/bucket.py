@@ -5,6 +5,7 @@ file again; where the connection breaks within an answer, or an upload was forgo
 operation is repeated. The parts of an upload that was given up are the server's to clean away (MinIO: after a day).
 """
 
+import logging
 import random
 import time
 from collections.abc import Callable, Collection
@@ -72,6 +73,8 @@ class Bucket:
 
     def __init__(self, bucket: str, prefix: str, patience: Patience) -> None:
         access = read()
+        # It logs a line for each repetition; the one error at the end says how many there were.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         self._bucket, self._prefix, self._patience = bucket, prefix, patience
         self._where = f"{access.endpoint}, bucket {bucket}"
         retry = _Retry(

@@ -8,6 +8,8 @@ import numpy as np
 
 from latentac import extensions
 
+_OPEN: set["WandB"] = set()
+
 
 class WandB:
     """Metrics, configuration and pictures of a run, through `wandb`."""
@@ -54,6 +56,8 @@ class WandB:
             ),
         )
 
+        _OPEN.add(self)
+
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=step)  # of a step that is behind the last one nothing is taken
         self._run.summary.update({name: value for name, value in scalars.items() if name.startswith("evaluation/")})
@@ -65,4 +69,9 @@ class WandB:
             self._run.log({name: wandb.Image(picture)}, step=step)
 
     def finish(self) -> None:
+        import wandb
+
         self._run.finish()
+        _OPEN.discard(self)
+        if not _OPEN:
+            wandb.teardown()  # `finish` returns before the service has written the file of an offline run

@@ -1,5 +1,7 @@
 """What every backbone promises, and that each is the pipeline of diffusers whose folder it reads."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -266,3 +268,11 @@ def test_what_is_saved_samples_as_what_was_trained(name, adaptation, tmp_path):
     torch.testing.assert_close(found.noise, expected.noise, rtol=1e-3, atol=1e-3)
     for tap in taps:
         torch.testing.assert_close(found_taps[tap], taps[tap], rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["unet", "dit"])
+def test_importing_a_backbone_prints_nothing(name):
+    """Its libraries warn of packages that nothing here needs."""
+    command = [sys.executable, "-c", f"from latentac.backbones import BACKBONES; BACKBONES.load({name!r})"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")

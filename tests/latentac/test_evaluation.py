@@ -3,10 +3,13 @@
 from typing import Any
 
 import pytest
+import torch
 
 from latentac import progress
 from latentac.benchmark import arms, run_benchmark
 from latentac.evaluation import compare
+from latentac.fields import merge
+from latentac.validation import resolve
 from latentac.workspace import Workspace
 from tests.latentac.workers import prepared
 
@@ -86,3 +89,21 @@ def test_steering_tells_which_arm_of_how_many(space: Workspace, lines: Any) -> N
     done = [int(line.partition("/")[0].rpartition("  ")[2]) for line in told]
     assert done == sorted(done)
     assert set(sheets["index"]["rewards"]) == {"steered"}
+
+
+def test_the_gallery_shows_the_arm_that_was_best(space: Workspace) -> None:
+    """By the gate's reward, whichever method that is and wherever it stands in the configuration."""
+    sizes: dict[str, Any] = {"evaluation": {"num_gallery_prompts": 8}}
+    for methods in (["best_of_n", "value_gradient"], ["value_gradient", "best_of_n"]):
+        arms_of = {"value_gradient": {"sweep": [0.01], "candidates": []}, "best_of_n": {"candidates": [8]}}
+        sizes["steering"] = {"num_images": 8, "methods": [{"use": name, **arms_of[name]} for name in methods]}
+        config = resolve(merge(space.config.model_dump(), sizes))
+        policy, critic = space.base_policy(), space.critic("pretrain-value")
+        torch.manual_seed(0)
+        torch.nn.init.normal_(critic.heads.weight, std=0.5)
+        rows, sheets = run_benchmark(config, policy, critic, space.rewards(), space.prompts.held_out)
+        (name,) = config.reward_names
+        means = {row["method"]: row["mean"] for row in rows if row["method"] != "none"}
+        assert len(set(means.values())) == 2
+        shown = sheets["index"]["rewards"]["steered"][name]
+        assert sum(shown) / 8 == pytest.approx(max(means.values()))

@@ -347,7 +347,7 @@ LONG = "a red circle left of a blue square above a green triangle and four yello
 """18 tokens, and the UNet of the embedded world reads 16."""
 
 
-def test_prepare_refuses_what_the_text_encoder_would_cut(tmp_path: Path) -> None:
+def test_prepare_refuses_what_the_text_encoder_would_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With the prompt's line, its tokens and the bound, before anything is published; a setting makes it a warning, and
     then the prompts that the endpoint is shown are those that it takes."""
     folder = tmp_path / "own"
@@ -365,6 +365,8 @@ def test_prepare_refuses_what_the_text_encoder_would_cut(tmp_path: Path) -> None
     assert "has 22 tokens" in second
     assert not (tmp_path / "store").exists() or not list((tmp_path / "store").rglob("manifest.json"))
     prepare("r", "", str(tmp_path), "shapes-unet-smoke", overrides=[*settings, "prompts.on_truncation=warn"])
+    warned = [message for message in caplog.messages if message.endswith("the rest is cut off")]
+    assert [("18 tokens" in message, "22 tokens" in message) for message in warned] == [(True, False), (False, True)]
     space = open_run("r", "", str(tmp_path))
     assert [prompt.text for prompt in space.presentable] == ["a blue square"]
     assert len(space.prompts.held_out) == 2

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -164,6 +165,26 @@ def test_rewards_are_called_on_a_picture_of_the_run(tmp_path):
     model = miniatures.sd15(tmp_path / "model")
     with pytest.raises(RewardError, match=r"shapes_verifier.*\(64, 64, 3\)"):
         prepare(tmp_path, f"backbone.source={model}")
+
+
+class Counting:
+    """A reward that notes how many pictures it gets together."""
+
+    sizes: ClassVar[list[int]] = []
+
+    def __call__(self, images, prompts):
+        self.sizes.append(len(images))
+        return np.zeros(len(images))
+
+
+def test_rewards_are_called_on_as_many_pictures_as_the_run_has_together(tmp_path):
+    """One that has room for a block of the training has room for what `prepare` asks."""
+    lines = "".join(f'{{"prompt": "a red circle {n}", "tag": "kind {n}"}}\n' for n in range(12))
+    (tmp_path / "p.jsonl").write_text(lines)
+    Counting.sizes.clear()
+    own = [f'rewards=[{{use: "{__name__}:Counting", name: own}}]', "gate.reward=own", "train.num_workers=1"]
+    prepare(tmp_path, f"prompts.source={tmp_path}/p.jsonl", "train.block_images=4", *own)
+    assert Counting.sizes == [4, 4, 4]
 
 
 def test_prepare_refuses_before_anything_is_published(tmp_path):

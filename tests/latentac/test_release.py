@@ -15,7 +15,7 @@ from latentac.incumbent import pointer, production
 from latentac.release import Candidate, candidate_key
 from latentac.run import deploy, prepare
 from latentac.serving.deployment import Deployment
-from latentac.serving.exported import read
+from latentac.serving.exported import Exported, read
 from latentac.shapes import builtin_pipeline
 from latentac.store import Store
 from latentac.workspace import open_run
@@ -98,3 +98,38 @@ def test_what_is_not_proved_stays_a_candidate(tmp_path: Path) -> None:
     version = store.read_json(CANDIDATE)["version"]
     assert store.keys("models") == [f"models/{version}"]
     assert deploy("first", "", str(tmp_path), prove=proved).metrics["version"] == version
+
+
+def test_the_best_arm_of_the_benchmark_is_the_default(tmp_path: Path) -> None:
+    """Of a request that names no method: its method, strength and particles, not those that are configured first."""
+    trained_run("first", tmp_path)
+    space = open_run("first", "", str(tmp_path))
+    configured = [method.name for method in space.config.steering.methods]
+    arms = [("none", 0.0, 1, 0.9), (configured[0], 5.0, 1, 0.5), ("svdd", 3.0, 2, 0.7)]
+    rows = [
+        {
+            "method": method,
+            "strength": strength,
+            "candidates": count,
+            "nfe": 5,
+            "reward": "shapes_verifier",
+            "mean": mean,
+        }
+        for method, strength, count, mean in arms
+    ]
+    (tmp_path / "steered").mkdir()
+    (tmp_path / "steered" / "steering.json").write_text(json.dumps(rows))
+    space.store.publish(
+        "first/steer", tmp_path / "steered", run="first", step="steer", config_hash=space.config.hash, metrics={}
+    )
+    found: list[Exported] = []
+
+    def prove(candidate: Candidate) -> Deployment:
+        found.append(read(candidate.folder))
+        return proved(candidate)
+
+    deploy("first", "", str(tmp_path), prove=prove)
+    (exported,) = found
+    assert configured[0] != "svdd"
+    assert exported.default_method == "svdd"
+    assert (exported.methods["svdd"].strength, exported.methods["svdd"].particles) == (3.0, 2)

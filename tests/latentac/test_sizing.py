@@ -9,6 +9,8 @@ import torch
 from latentac import sizing
 from latentac.backbones import BACKBONES
 from latentac.config import Policy
+from latentac.critic import BODIES, Critic
+from latentac.encoding import KEPT_BYTES
 from latentac.errors import ResourceError
 from latentac.resolution import resolve_all
 from latentac.run import recipe_fields
@@ -18,6 +20,7 @@ from tests.latentac import miniatures
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 CPU = torch.device("cpu")
+ONE_BLOCK = {"train__images_per_iteration": 2048, "train__updates_per_iteration": 64, "critic__updates_per_pass": 1}
 MODELS = {"unet": ("shapes-unet-smoke", "shapes-unet"), "dit": ("shapes-dit-smoke", "shapes-dit")}
 
 
@@ -62,7 +65,18 @@ def test_half_precision_on_disk_is_whole_in_memory(tmp_path):
         ("images", "memory", {"train__images_per_iteration": 320}),
         ("activations", "memory", {"train__block_images": 64, "train__images_per_iteration": 128}),
         ("activations", "memory", {"steering__methods": "[{use: best_of_n, candidates: [1024]}]"}),
+        ("activations", "memory", {"steering__methods": "[{use: value_gradient, candidates: [8]}]"}),
         ("activations", "memory", {"serving__batch_rows": 4096}),
+        ("activations", "memory", {"pretrain__forward_noised": 0.5, "pretrain__minibatch_states": 4096}),
+        ("activations", "memory", {"critic__body__use": "lora", "pretrain__minibatch_states": 4096}),
+        ("activations", "memory", {"pretrain__minibatch_states": 65536}),
+        ("activations", "memory", {"critic__replay_images": 64, "train__block_images": 1024, **ONE_BLOCK}),
+        ("images", "memory", {"pretrain__num_held_out_images": 4096, "critic__body__num_queries": 4}),
+        ("images", "memory", {"critic__body__use": "pixel"}),
+        ("text", "memory", {"pretrain__num_images": 65536}),
+        ("other policies", "memory", {"evaluation__num_images": 100_000}),
+        ("other policies", "memory", {"evaluation__pictures_per_prompt": 100_000}),
+        ("scores", "disk", {"evaluation__num_images": 100_000}),
         ("checkpoints", "disk", {"train__keep_checkpoints": 5}),
         ("checkpoints", "disk", {"critic__replay_images": 4096}),
         ("scored", "disk", {"pretrain__num_images": 4096}),
@@ -73,6 +87,45 @@ def test_each_setting_that_costs_counts(item, kind, settings):
     before, after = getattr(needed(), kind), getattr(needed(**settings), kind)
     assert after[item] > before.get(item, 0)
     assert all(after[name] >= before[name] for name in before)
+
+
+@pytest.mark.parametrize(("body", "num_queries"), [("frozen_taps", 0), *((body, 4) for body in BODIES)])
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_what_a_critic_keeps_of_a_state_is_counted(name, body, num_queries):
+    """Of every body exactly as many numbers as it keeps."""
+    folder, own = builtin_pipeline(MODELS[name][1]), {"critic__body__use": body}
+    own["critic__body__num_queries"] = num_queries
+    settings = config(name, pretrain__num_images=0, train__num_workers=1, **own)
+    backbone = BACKBONES.build(name, folder, CPU)
+    critic = Critic(backbone, settings.reward_names, settings.critic)
+    latents, sigma = torch.zeros(1, *backbone.latent_shape), torch.full((1,), 0.5)
+    with torch.no_grad():
+        prediction, taps = backbone.predict(latents, sigma, backbone.encode(["a red circle"]))
+    kept = sum(feature.numel() for feature in critic.features(latents, prediction, taps).values())
+    images, steps = settings.train.images_per_iteration, settings.kernel.num_steps
+    text = math.prod(backbone.encode(["a red circle"]).tokens.shape)
+    rollouts = images * ((2 * steps + 1) * latents.numel() + text)
+    replay = settings.critic.replay_images * (latents.numel() + 8)
+    counted = needed(name, folder, pretrain__num_images=0, train__num_workers=1, **own).memory["images"] // 4
+    assert (counted - rollouts - replay) / (images * steps) == kept
+
+
+def test_many_prompts_need_no_more_than_what_is_kept_of_them():
+    """Beyond some MiB they are encoded as they are asked for: 20,000 of a large encoder are no reason to refuse."""
+    folder = builtin_pipeline("shapes-unet")
+    few, many = (sizing.requirements(config(), folder, count, "cpu").memory["text"] for count in (100, 10**7))
+    assert few == 4 * 100 * 16 * 64
+    assert many == KEPT_BYTES
+    assert "text" not in sizing.requirements(config(), folder, 10**7, "cuda").memory
+
+
+def test_evaluation_has_three_policies():
+    """By LoRA one worker trains few weights: then it is evaluation that needs most."""
+    lora = {"policy__adaptation": "lora", "policy__lora_rank": 1, "train__num_workers": 1}
+    found = needed(**lora, train__block_images=1, train__images_per_iteration=2, train__updates_per_iteration=4)
+    weights = found.memory["weights"] - found.memory["training"] // 3
+    assert sum(found.memory.values()) - found.memory["process"] >= 3 * weights
+    assert "other policies" not in needed().memory
 
 
 def test_without_the_base_the_export_is_smaller():
@@ -94,6 +147,7 @@ def test_sizes_of_the_field_come_out_as_they_were_measured(tmp_path):
         picture=3 * 512 * 512,
         text=77 * 768,
         taps=16 * 16 * (320 + 1280),
+        channels=320 + 1280,
         units=sum((4096 >> (2 * level)) * width for level, width in enumerate((320, 640, 1280, 1280))) * 5,
         decoder=512 * 512 * 256,
     )

@@ -1,6 +1,7 @@
 """The store on a folder and on a real MinIO server: whole or not at all, verified, with errors that help."""
 
 import json
+import logging
 import os
 import pty
 import select
@@ -685,6 +686,18 @@ def test_a_server_that_does_not_come_back(own_server: Server, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
     publish(store, folder)
     store.verify(store.manifest(KEY))
+
+
+def test_a_server_that_cannot_be_reached_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The error with the number of retries; no log line for each of them."""
+    for name, value in (("LATENTAC_S3_ENDPOINT", "http://127.0.0.1:9"), ("AWS_ACCESS_KEY_ID", "a")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    with caplog.at_level(logging.WARNING), pytest.raises(StoreUnavailable, match="3 retries"):
+        open_store("s3://bucket/prefix", HASTY).keys()
+    assert caplog.messages == []
 
 
 def _uploading(server: Server) -> bool:

@@ -197,25 +197,29 @@ def test_hyperparameters_are_what_differs_from_the_defaults_without_secrets() ->
     assert all(isinstance(value, bool | int | float | str) for value in found.values())
 
 
-def test_mlflow_gets_a_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real MLflow, a store of files: parameters, metrics, pictures; the resumed run goes on in the same one."""
+@pytest.mark.parametrize("uri", ["mlruns", "sqlite:///mlflow.db"])
+def test_mlflow_gets_a_run_once(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real MLflow, a store of files or of SQLite: parameters, metrics, pictures; the resumed run goes on in the
+    same one, although it is resumed from another folder."""
     pytest.importorskip("mlflow")
     from mlflow import MlflowClient
 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    place = str(tmp_path / "mlruns")
-    settings = config({"use": "mlflow", "tracking_uri": place, "experiment": "shapes"}, seed=5)
-    for iterations in (range(1, 4), range(3, 5)):  # the second start repeats iteration 3
+    settings = config({"use": "mlflow", "tracking_uri": uri, "experiment": "shapes"}, seed=5)
+    for number, iterations in enumerate((range(1, 4), range(3, 5))):  # the second start repeats iteration 3
+        (tmp_path / f"start-{number}").mkdir()
+        monkeypatch.chdir(tmp_path / f"start-{number}")
         trackers = make_trackers(settings, tmp_path / "run")
         with tracking(trackers, "run", hyperparameters(settings)):
             for iteration in iterations:
                 trackers[0].log(iteration, of_iteration(entry(iteration)))
                 trackers[0].image("rollouts", iteration, PICTURE)
+        assert list(Path().iterdir()) == []
     trackers = make_trackers(settings, tmp_path / "run")
     with tracking(trackers, "run", hyperparameters(settings)):
         trackers[0].log(4, of_evaluation(EVALUATION, "shapes_verifier"))
 
-    client = MlflowClient(place)
+    client = MlflowClient(uri.replace("///", f"///{tmp_path}/") if ":" in uri else str(tmp_path / uri))
     experiment = client.get_experiment_by_name("shapes")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
@@ -228,12 +232,46 @@ def test_mlflow_gets_a_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len([path for path in (tmp_path / "mlruns").rglob("*.png") if "rollouts" in path.name]) == 4
 
 
-def test_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real wandb: id, configuration, history and results are in its file, for `wandb sync`; nothing is asked."""
-    pytest.importorskip("wandb")
+def test_mlflow_sends_no_pictures_where_none_are_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`images: false`; and an experiment that is not named is that of MLflow's own variable."""
+    pytest.importorskip("mlflow")
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of the environment")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    settings = config({"use": "mlflow", "images": False})
+    trackers = make_trackers(settings, tmp_path / "run")
+    with tracking(trackers, "run", hyperparameters(settings)):
+        trackers[0].log(1, of_iteration(entry(1)))
+        trackers[0].image("rollouts", 1, PICTURE)
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("of the environment")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.metrics["reward/redness"] == pytest.approx(0.1)
+    assert list(tmp_path.rglob("*.png")) == []
+
+
+def recorded(folder: Path) -> list[Any]:
+    """What wandb has written offline of the run in `folder`."""
     from wandb.proto import wandb_internal_pb2
     from wandb.sdk.internal.datastore import DataStore
 
+    (file,) = (folder / "wandb").glob("offline-run-*/run-run.wandb")
+    store = DataStore()
+    store.open_for_scan(str(file))
+    records = []
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+        record.ParseFromString(data)
+        records.append(record)
+    return records
+
+
+def test_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real wandb: id, configuration, history and results are in its file, for `wandb sync`; nothing is asked."""
+    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_API_KEY", "")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     settings = config({"use": "wandb", "project": "shapes", "mode": "offline"}, seed=5)
@@ -245,14 +283,7 @@ def test_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             trackers[0].image("rollouts", iteration, PICTURE)
         trackers[0].log(2, of_evaluation(EVALUATION, "shapes_verifier"))
 
-    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-run.wandb")
-    store = DataStore()
-    store.open_for_scan(str(file))
-    records = []
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
-        record.ParseFromString(data)
-        records.append(record)
+    records = recorded(tmp_path / "run")
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert (run.run_id, run.project) == ("run", "shapes")
     assert {item.key: json.loads(item.value_json) for item in run.config.update}["seed"] == 5
@@ -265,6 +296,22 @@ def test_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert logged["reward/redness"] == [pytest.approx(0.1), pytest.approx(0.2)]
     assert logged["evaluation/gain"] == [pytest.approx(0.2217)]
     assert list((tmp_path / "run" / "wandb").rglob("rollouts*.png"))
+
+
+def test_wandb_takes_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entity, group and tags of the configuration, project and mode of wandb's own variables; no pictures."""
+    pytest.importorskip("wandb")
+    for name, value in (("API_KEY", ""), ("ERROR_REPORTING", "false"), ("PROJECT", "theirs"), ("MODE", "offline")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    settings = config({"use": "wandb", "entity": "team", "group": "sweep", "tags": ["a", "b"], "images": False})
+    (tmp_path / "run").mkdir()
+    trackers = make_trackers(settings, tmp_path / "run")
+    with tracking(trackers, "run", hyperparameters(settings)):
+        trackers[0].log(1, of_iteration(entry(1)))
+        trackers[0].image("rollouts", 1, PICTURE)
+    (run,) = [record.run for record in recorded(tmp_path / "run") if record.WhichOneof("record_type") == "run"]
+    assert (run.entity, run.project, run.run_group, list(run.tags)) == ("team", "theirs", "sweep", ["a", "b"])
+    assert list((tmp_path / "run" / "wandb").rglob("rollouts*.png")) == []
 
 
 def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(caplog: pytest.LogCaptureFixture) -> None:
@@ -295,7 +342,8 @@ def test_a_real_server_that_is_down_does_not_hold_the_run(tmp_path: Path, caplog
     with caplog.at_level(logging.WARNING, "latentac"), tracking(trackers, "run", hyperparameters(settings)):
         trackers[0].log(1, {"reward/x": 1.0})
     assert time.monotonic() - started < 45
-    assert "mlflow tracks no longer, the run goes on" in caplog.text
+    (message,) = caplog.messages
+    assert message.startswith("mlflow tracks no longer, the run goes on")
 
 
 def test_a_tracker_that_hangs_is_left_behind(caplog: pytest.LogCaptureFixture) -> None:
@@ -323,6 +371,17 @@ def test_a_package_that_is_not_installed_is_named(name: str, monkeypatch: pytest
     monkeypatch.setattr(importlib.util, "find_spec", lambda module, *a: None if module == name else found(module, *a))
     with pytest.raises(ConfigError, match=r"is not installed.*pip install (mlflow-skinny|wandb)==\d"):
         check({"use": name})
+
+
+def test_what_mlflow_lacks_for_sqlite_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not among what mlflow-skinny brings; nobody else needs it."""
+    pytest.importorskip("mlflow")
+    found = importlib.util.find_spec
+    missing = "sqlalchemy"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == missing else found(name, *a))
+    check({"use": "mlflow", "tracking_uri": "http://mlflow:5000"})
+    with pytest.raises(ConfigError, match=r"tracking.0.tracking_uri.*pip install sqlalchemy alembic"):
+        check({"use": "mlflow", "tracking_uri": "sqlite:///mlflow.db"})
 
 
 def test_all_that_is_wrong_with_the_trackers_is_told_at_once() -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from latentac.run import resolve_recipe
+from latentac.run import VERBS, prepare, resolve_recipe
+from latentac.store import Manifest, open_store
 from pipelines.console import Console
-from pipelines.driver import Way, _conclude
+from pipelines.driver import Way, _conclude, _done_already
 from pipelines.embedded import processes
 from pipelines.pipeline import STEPS
 from pipelines.request import Request, create_run
@@ -196,3 +197,49 @@ def test_a_run_ends_with_commands_that_can_be_typed(tmp_path: Path, decision: st
         help_of = [*shlex.split(command)[:2], "--help"]
         told = subprocess.run(help_of, capture_output=True, text=True, check=True).stdout
         assert all(word in told for word in shlex.split(command) if word.startswith("--"))
+
+
+def test_a_run_is_done_only_as_long_as_its_deployment_follows_its_verdict(tmp_path: Path) -> None:
+    """A later verdict makes a resume deploy it again. Then there is nothing to do, nor where the gate holds it."""
+    url, output = f"file://{tmp_path}/store", tmp_path / "runs"
+    request, store = Request("shapes-unet-smoke"), open_store(url)
+    found = {"prepare": prepare("run-1", url, str(output), request.recipe)}
+
+    def publish(step: str, parents: list[Manifest], **metrics: str) -> Manifest:
+        folder = tmp_path / step
+        folder.mkdir(exist_ok=True)
+        (folder / "parents.json").write_text(json.dumps([parent.digest for parent in parents]))
+        config_hash = found["prepare"].config_hash
+        return store.publish(
+            f"run-1/{step}", folder, run="run-1", step=step, config_hash=config_hash, parents=parents, metrics=metrics
+        )
+
+    def finish() -> None:
+        publish("finish", [found[step] for step in VERBS if step in found])
+
+    def steps_done() -> int:
+        """How many steps a resume reports as done already, 0 where it would start them."""
+        out = io.StringIO()
+        console = Console(STEPS, out, tmp_path / "timings.json", optional=("deploy",))
+        done = _done_already("run-1", request, Way(None, url, output, ""), console)
+        assert done == ("done already" in out.getvalue())
+        return out.getvalue().count("done already")
+
+    for step in ("pretrain-value", "train", "evaluate", "steer"):
+        found[step] = publish(step, [found["prepare"]])
+    found["gate"] = publish("gate", [found["evaluate"]], decision="hold")
+    finish()
+    assert steps_done() == 7
+    found["gate"] = publish("gate", [found["evaluate"], found["steer"]], decision="promote")
+    finish()
+    assert steps_done() == 0, "promoted, and not deployed"
+    found["deploy"] = publish("deploy", [found["gate"], found["train"]])
+    assert steps_done() == 0, "deployed, and not reported"
+    finish()
+    assert steps_done() == 8
+    found["gate"] = publish("gate", [found["steer"]], decision="promote")
+    finish()
+    assert steps_done() == 0, "judged again, and not deployed since"
+    found["deploy"] = publish("deploy", [found["gate"], found["train"]])
+    finish()
+    assert steps_done() == 8
