@@ -1,8 +1,9 @@
 """The examples in the documents, executed exactly as they stand in the text, in a folder outside the checkout.
 
-In a document, from top to bottom: a Python, YAML or JSONL block is written to the file that its first line (`# name`),
-or `<!-- file: name -->` above it, names; a Python block without a name is a script; a shell block is run. Above a block
-that is not run stands `<!-- not run: why, and which test runs it -->`. A `text` block is no example, but a figure.
+In a document, from top to bottom: a Python, YAML, JSONL or Dockerfile block is written to the file that its first line
+(`# name`), or `<!-- file: name -->` above it, names; a Python block without a name is a script; a shell block is run.
+Above a block that is not run stands `<!-- not run: why, and which test runs it -->`. A `text` block is no example, but
+a figure.
 """
 
 import json
@@ -23,10 +24,10 @@ from tests.latentac.serving.conftest import exported_folder, resolved  # noqa: F
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
-    *("README.md", "CONTRIBUTING.md"),
+    *("README.md", "CONTRIBUTING.md", "images/README.md"),
     *("latentac/rewards/README.md", "latentac/serving/README.md", "latentac/tracking/README.md"),
 )
-WRITTEN, RUN, SHOWN = {"python", "yaml", "jsonl"}, {"sh"}, {"text"}
+WRITTEN, RUN, SHOWN = {"python", "yaml", "jsonl", "dockerfile"}, {"sh"}, {"text"}
 FENCE = re.compile(
     r"(?P<comments>(?:^<!-- (?:file|not run): [^>]* -->\n)*)^```(?P<language>\S*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,

@@ -1,11 +1,13 @@
 """`make run-containers`: real containers of a real docker daemon, artifacts in a real MinIO that runs in one of them.
 
-One run is killed with -9 in the middle and resumed; each of its containers is looked at as it is made.
+One run is killed with -9 in the middle and resumed; each of its containers is looked at as it is made. Code of one's
+own comes with the run, and in images made as images/README.md shows.
 """
 
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,15 +22,56 @@ from typing import Any
 import pytest
 from docker.errors import DockerException
 
+from latentac import package
 from latentac.errors import ConfigError, ResourceError
 from latentac.store import access
 from pipelines import containers
 from pipelines.pipeline import STEPS
 from tests.docker import Docker
 from tests.golang import Unavailable
+from tests.test_examples import Reader, blocks
 
 RECIPE = ["--recipe", "shapes-unet-smoke"]
 IMAGES = ("pipeline", "train", "serve", "minio")
+OWN = {
+    "mine/__init__.py": "",
+    "mine/rewards.py": '''
+from latentac.config import Number
+from latentac.extensions import Settings
+
+
+class Lightness:
+    """How light a picture is, counted from an origin."""
+
+    unit = "grey levels"
+
+    class Settings(Settings):
+        origin: Number = 0.0
+        """The grey level that is worth nothing."""
+
+    def __init__(self, settings):
+        self.origin = settings.origin
+
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3)) - self.origin
+''',
+    "mine/steering.py": '''
+from latentac.steering.best_of_n import BestOfN
+
+
+class Pick(BestOfN):
+    """Best of n, which the served model then names."""
+''',
+    "mine.yaml": """
+rewards: [{use: "mine.rewards:Lightness", name: light, origin: 300.0}]
+kernel: {num_steps: 2}
+pretrain: {num_images: 8, num_held_out_images: 8, num_passes: 1, minibatch_states: 8}
+train: {num_iterations: 1, images_per_iteration: 4, block_images: 2, updates_per_iteration: 1, num_workers: 1}
+evaluation: {num_images: 8, num_gallery_prompts: 2, num_diversity_prompts: 2, pictures_per_prompt: 2}
+steering: {num_images: 8, methods: [{use: "mine.steering:Pick", name: pick, candidates: [2]}]}
+gate: {reward: light, min_gain: -1000.0, min_lower_bound: -1000.0}
+""",
+}
 
 
 @dataclass
@@ -196,6 +239,76 @@ def test_nothing_is_left_when_it_has_ended(run: tuple[str, Path, str, Watch]) ->
     name, output, _, watch = run
     assert gone(watch, "")
     assert list((output / name).glob(".*")) == []
+
+
+def write_own(folder: Path) -> None:
+    for name, text in OWN.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def promoted(output: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder and the summary of the one run in `output`. Its reward had its option, and its model is served."""
+    (file,) = output.glob("*/summary.json")
+    summary = json.loads(file.read_text())
+    assert summary["evaluation"]["trained"]["light"]["mean"] < -45  # 255 at most, from an origin of 300
+    assert {row["method"] for row in summary["steering"]} == {"none", "pick"}
+    assert summary["gate"]["decision"] == "promote"
+    assert len(summary["serving"]["picture_sha256"]) == 64
+    return file.parent, summary
+
+
+@pytest.fixture(scope="module")
+def shipped(images: Docker, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A package, and the output of a run in containers that it was given to."""
+    home = tmp_path_factory.mktemp("shipped")
+    write_own(home)
+    options = ["--config", str(home / "mine.yaml"), "--package", str(home / "mine")]
+    driver = start(images, home / "runs", *RECIPE, *options)
+    assert driver.process.wait(1200) == 0, driver.text
+    return home / "mine", home / "runs"
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(1500)
+def test_a_package_goes_into_the_containers(shipped: tuple[Path, Path]) -> None:
+    """Its reward, with an option, and its steering method: to a served picture. The manifest has the package's hash."""
+    folder, output = shipped
+    run, _ = promoted(output)
+
+    (kept,) = (run / "kfp").glob("*/prepare/manifest")
+    given = json.loads(kept.read_text())["metrics"]["given"]
+    assert given["package"] == package.digest(package.pack(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(2400)
+def test_images_with_the_code_do_what_the_package_does(
+    images: Docker, shipped: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Built and named as images/README.md shows, without --package: the same rewards and the same served picture."""
+    write_own(tmp_path)
+    reader = Reader(tmp_path)
+    reader.environment |= images.environment
+    shown = [block for block in blocks("images/README.md") if "test_containers.py" in block.reason]
+    assert [block.language for block in shown] == ["dockerfile", "sh"]
+    try:
+        for block in shown:
+            reader.write(block) if block.file else reader.run(block)
+    finally:
+        with contextlib.closing(images.client()) as client:
+            for name in re.findall(r"--tag (\S+)", shown[-1].text):
+                with contextlib.suppress(DockerException):  # it was not built
+                    client.images.remove(name)
+
+    run, summary = promoted(tmp_path / "runs")
+    _, expected = promoted(shipped[1])
+    assert json.loads((run / "request.json").read_text())["package"] == ""
+    for arm in ("base", "trained"):
+        assert summary["evaluation"][arm] == expected["evaluation"][arm]
+    assert summary["serving"]["picture_sha256"] == expected["serving"]["picture_sha256"]
 
 
 @pytest.mark.slow
