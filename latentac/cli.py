@@ -49,10 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("latentac").setLevel(logging.INFO)
     try:
-        if arguments is None:  # a program finds modules of the working folder, as `python -m` does
+        if arguments is None:  # else the caller is a program, whose signals and import path are its own
+            from latentac.lifetime import stop_on_sigterm
             from latentac.package import make_importable
 
-            make_importable(_working_folder())
+            stop_on_sigterm()
+            make_importable(_working_folder())  # as `python -m` does
         options.program = arguments is None
         command: Callable[[argparse.Namespace], int | None] = options.command
         return command(options) or 0

@@ -14,6 +14,7 @@ from torchx.components import dist
 from torchx.runner import Runner, get_runner
 
 from latentac.errors import TrainingError, restore
+from latentac.lifetime import keeping_signals
 from latentac.scratch import hidden_folder
 from latentac.workspace import Workspace
 
@@ -73,7 +74,8 @@ def run_app(space: Workspace) -> None:
         failure, logs = folder / "failure.json", folder / "logs"
         output = str(space.folder.parent)
         definition = app(run, space.store.url, output, failure, train.num_workers, train.max_restarts)
-        handle = runner.run(definition, "local_cwd", {"log_dir": str(logs)})
+        with keeping_signals():  # torchx turns them into exceptions of its own
+            handle = runner.run(definition, "local_cwd", {"log_dir": str(logs)})
         try:
             state, lines = _follow(runner, handle, logs, failure)
         finally:

@@ -70,6 +70,24 @@ def own_descendants() -> None:
     os.environ[OWNERS] = ",".join([*owners, this])
 
 
+def stop_on_sigterm() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, by KeyboardInterrupt, so that everything is tidied up. Main thread
+    only."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def keeping_signals() -> Iterator[None]:
+    """The handlers of SIGINT and SIGTERM are afterwards what they were, whatever a library has put in their place."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 def go_on_in_child() -> tuple[int, int] | None:
     """Go on in a child process, so that somebody is left to say how it ended. None in the child.
 

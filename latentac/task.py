@@ -24,7 +24,7 @@ from typing import Any
 
 from latentac.calls import CALLS, FOLDER, STEPS, supervised
 from latentac.errors import expected
-from latentac.lifetime import die_with_parent, refuse_links, run_lock
+from latentac.lifetime import die_with_parent, refuse_links, run_lock, stop_on_sigterm
 from latentac.scratch import remove_hidden, temporary_files
 from latentac.store import Manifest
 
@@ -62,6 +62,7 @@ def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Itera
     if name in STEPS and FOLDER not in os.environ and (ended := supervised(folder / CALLS)) is not None:
         exit_code, crash = ended
         raise SystemExit(exit_code if crash is None else _fail(name, folder, crash))
+    stop_on_sigterm()
     faulthandler.enable()  # a crash in native code, a reward's for example, leaves its Python stack in the log
     _log_plainly()
     _tell(event="begin", task=name)

@@ -5,19 +5,17 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from latentac.calls import CALLS, crash_in_call, fresh_calls
 from latentac.calls import FOLDER as REWARD_CALLS
 from latentac.errors import LatentacError, ServingError
-from latentac.lifetime import own_descendants, refuse_links, run_lock
+from latentac.lifetime import own_descendants, refuse_links, run_lock, stop_on_sigterm
 from latentac.task import ERROR_FILE, EVENTS
 from pipelines.console import CLEAR_LINE, Console
 from pipelines.request import CONTAINERS, Request
@@ -57,7 +55,7 @@ def run_pipeline(run: str, request: Request, output: Path, *, fresh: bool) -> in
     from pipelines.pipeline import STEPS  # imports kfp, a second
 
     folder = output / run
-    signal.signal(signal.SIGTERM, _interrupt)
+    stop_on_sigterm()
     own_descendants()
     refuse_links(folder)
     with run_lock(folder / "run.lock"):
@@ -228,7 +226,3 @@ def _report(message: str, exit_code: int, run: str, request: Request, output: Pa
 
 def _output_argument(output: Path) -> str:
     return "" if output == Path("runs") else f" --output {shlex.quote(str(output))}"
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

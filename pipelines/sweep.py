@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 
 from latentac.errors import ConfigError, Problem
 from pipelines.grid import Member, Sweep, left, load, members, read_seeds, tally
@@ -110,10 +109,10 @@ def _listing(sweep: Sweep) -> list[str]:
 
 def _run(sweep: Sweep, output: Path, parallel: int) -> int:
     """Start the members that are left, `parallel` at a time, and end in the page."""
-    from latentac.lifetime import own_descendants, run_lock
+    from latentac.lifetime import own_descendants, run_lock, stop_on_sigterm
 
     own_descendants()  # whatever ends this process ends the members
-    signal.signal(signal.SIGTERM, _interrupt)
+    stop_on_sigterm()
     with run_lock(output / sweep.name / "sweep.lock"):
         if not sweep.exists(output):  # what is gone on with has its copies
             sweep.request = with_copies(sweep.request, output / sweep.name, packed(sweep.request))
@@ -251,10 +250,6 @@ def _place(output: Path) -> str:
     import shlex
 
     return "" if output == Path("runs") else f" --output {shlex.quote(str(output))}"
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _say(line: str) -> None:

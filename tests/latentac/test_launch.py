@@ -1,12 +1,14 @@
 """Training by a real torchrun agent on machines that are not as they should be."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.latentac.test_store import eventually
 from tests.latentac.workers import RUN, prepared
 
 _TRAIN = "import sys; from latentac.run import train; print(train(*sys.argv[1:]).metrics['max_world_size'])"
@@ -46,6 +48,28 @@ def test_what_the_environment_says_of_another_group_of_workers_does_not_count(tm
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["1"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_training_that_is_stopped_says_so(tmp_path: Path, number: signal.Signals) -> None:
+    """By `kill` and by Ctrl-C alike: exit code 130, one line, and neither a worker nor a temporary folder is left."""
+    prepared(tmp_path, "train.num_iterations=1000", "train.num_workers=1")
+    command = [sys.executable, "-m", "latentac.cli", "train", "--run", RUN, "--output", str(tmp_path)]
+    with (tmp_path / "log").open("w+") as log, subprocess.Popen(command, stderr=log) as process:
+        eventually(lambda: any((tmp_path / "store" / "checkpoints").rglob("manifest.json")), 120)
+        process.send_signal(number)
+        process.wait(60)
+        log.seek(0)
+        told = log.read()
+    assert process.returncode == 130, told
+    assert "interrupted; the same command goes on" in told
+    assert "Traceback" not in told
+    assert not list((tmp_path / RUN).glob(".latentac-*"))
+    assert not list((tmp_path / RUN).glob("latentac-*"))
+    everything = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert everything.stdout == ""
 
 
 def _trained(folder: Path, prefix: list[str], **environment: str) -> "subprocess.CompletedProcess[str]":
