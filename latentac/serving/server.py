@@ -1,5 +1,6 @@
 """One process that serves one exported model through KServe's ModelServer, on loopback unless told otherwise."""
 
+import asyncio
 import errno
 import json
 import logging
@@ -96,7 +97,7 @@ def serve_on(
     from kserve.model_server import ModelServer
     from starlette.middleware.cors import CORSMiddleware
 
-    from latentac.serving import observing, openapi
+    from latentac.serving import connections, observing, openapi
     from latentac.serving.guard import Guard
     from latentac.serving.model import SteeredDiffusion
     from latentac.serving.routes import Routes
@@ -130,7 +131,12 @@ def serve_on(
                     )
 
             rest._register_endpoints = register
-            await super()._serve()
+            connections.bound(rest.config)
+            watching = asyncio.ensure_future(connections.watch(rest._server))
+            try:
+                await super()._serve()
+            finally:
+                watching.cancel()
 
     _log_plainly()
     observing.log_requests()
