@@ -25,6 +25,7 @@ _FILE = "request.json"
 _GIVEN, _PACKAGE = "given-config", "given-package"
 _CONFIG_BEFORE = "given-config.yaml"  # what runs of earlier versions have
 _OUTPUT = "file://{output}/"
+_SOURCES = (("backbone", "source"), ("prompts", "source"), ("prompts", "train"), ("prompts", "held_out"))
 PROCESSES, CONTAINERS = "processes", "containers"
 """The ways to run the steps on this machine."""
 
@@ -200,11 +201,11 @@ def _absolute_override(assignment: str) -> str:
 def _absolute_sources(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields with the absolute paths of backbone and prompts, where those are files or folders here."""
     result = dict(fields)
-    for section in ("backbone", "prompts"):
-        below = fields.get(section)
-        source = below.get("source") if isinstance(below, dict) else None
+    for section, name in _SOURCES:
+        below = result.get(section)
+        source = below.get(name) if isinstance(below, dict) else None
         if isinstance(source, str) and source and Path(source).exists():
-            result[section] = {**below, "source": str(Path(source).absolute())}  # type: ignore[dict-item]
+            result[section] = {**below, name: str(Path(source).absolute())}  # type: ignore[dict-item]
     return result
 
 

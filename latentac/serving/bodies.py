@@ -7,20 +7,28 @@ from typing import Any
 from fastapi import Request as HTTPRequest
 
 from latentac.errors import ConfigError, Problem
+from latentac.serving.exported import Limits
 from latentac.serving.refusals import Refused
 from latentac.serving.request import decoded, shortened
 
-MAX_BODY_BYTES = 1_000_000
 BODY_SECONDS = 30.0
-"""A body that is longer, be it only when it is uncompressed, or takes longer to arrive, is refused."""
+"""A body that takes longer to arrive is refused."""
+_USUAL_BYTES = 1_000_000
+_CHARACTER_BYTES = 12  # of one in JSON, at most: two escapes
 _KINDS = ("application/json", "application/octet-stream")
 """Content types of a body; the second is KServe's for JSON with binary tensors behind it."""
 _CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 """Content-Encoding -> the window bits by which zlib knows the form."""
 
 
-async def body_of(http: HTTPRequest) -> bytes:
-    """Uncompressed. Raises Refused where it is too long, does not arrive, or has a form that is not read here."""
+def most_bytes(limits: Limits) -> int:
+    """Of a body, uncompressed: 1 MB, or as much as the prompts of a request may have, with room for their fields."""
+    return max(_USUAL_BYTES, limits.max_images * (limits.max_prompt_characters * _CHARACTER_BYTES + 10_000))
+
+
+async def body_of(http: HTTPRequest, most: int) -> bytes:
+    """Uncompressed. Raises Refused where it has more than `most` bytes, does not arrive, or has a form that is not read
+    here."""
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in _KINDS:  # the others are what a browser sends for any website without asking this server
         problem = "is not read here" if kind else "is missing"
@@ -32,13 +40,13 @@ async def body_of(http: HTTPRequest) -> bytes:
             async for part in http.stream():
                 parts.append(part)
                 size += len(part)
-                if size > MAX_BODY_BYTES:
-                    raise _too_long(size)
+                if size > most:
+                    raise _too_long(size, most)
     except TimeoutError:
         told = Problem("body", size, f"bytes have arrived after {BODY_SECONDS:g} s", "Send the body at once.")
         raise Refused(408, told) from None
     content = b"".join(parts)
-    return _uncompressed(content, coding) if coding else content
+    return _uncompressed(content, coding, most) if coding else content
 
 
 def json_of(body: bytes) -> Any:
@@ -72,15 +80,15 @@ def _coding(header: str) -> str:
     return codings[0] if codings else ""
 
 
-def _uncompressed(content: bytes, coding: str) -> bytes:
+def _uncompressed(content: bytes, coding: str, most: int) -> bytes:
     """Never more than a body may have, whatever is behind it. Raises Refused."""
     reader = zlib.decompressobj(_CODINGS[coding])
     try:
-        found = reader.decompress(content, MAX_BODY_BYTES + 1)
+        found = reader.decompress(content, most + 1)
     except zlib.error as error:
         raise _damaged(coding, f"is no {coding}: {error}") from None
-    if len(found) > MAX_BODY_BYTES:
-        raise _too_long(len(found))
+    if len(found) > most:
+        raise _too_long(len(found), most)
     if not reader.eof:
         raise _damaged(coding, "ends before its compressed data do")
     if reader.unused_data:
@@ -88,8 +96,8 @@ def _uncompressed(content: bytes, coding: str) -> bytes:
     return found
 
 
-def _too_long(size: int) -> Refused:
-    return Refused(413, Problem("body", size, "bytes and more are too many", f"Send at most {MAX_BODY_BYTES}."))
+def _too_long(size: int, most: int) -> Refused:
+    return Refused(413, Problem("body", size, "bytes and more are too many", f"Send at most {most}."))
 
 
 def _damaged(coding: str, told: str) -> Refused:

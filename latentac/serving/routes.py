@@ -21,7 +21,7 @@ from latentac.errors import ConfigError, Problem
 from latentac.names import PLAIN
 from latentac.serving import observing
 from latentac.serving.batching import Busy, Job
-from latentac.serving.bodies import binary_of, body_of, json_of
+from latentac.serving.bodies import binary_of, body_of, json_of, most_bytes
 from latentac.serving.model import SteeredDiffusion, TooLong
 from latentac.serving.observing import Record
 from latentac.serving.openai import parse_images
@@ -226,7 +226,7 @@ class Routes:
         try:
             if name and name != self._model.name:
                 raise unknown("model", name, self._model.name)
-            body = read(await body_of(http))
+            body = read(await body_of(http, most_bytes(self._model.generator.exported.limits)))
             response = await _unless_gone(http, handle(body, record))
             status = response.status_code
         except _Gone:

@@ -12,7 +12,15 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from latentac.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem, ResourceError
+from latentac.errors import (
+    ArtifactNotFound,
+    ConfigError,
+    IntegrityError,
+    Problem,
+    ResourceError,
+    StoreError,
+    StoreUnavailable,
+)
 from latentac.progress import Progress, progress
 from latentac.scratch import hidden_folder
 from latentac.store.blobs import Entry, Overrun, Patience, Stream, connect, disk_errors
@@ -77,14 +85,14 @@ class Store:
             return published
         there = [*([published] if published else []), *parents]
         known = {(file.sha256, file.size): f"{each.folder}/{file.path}" for each in there for file in each.files}
-        with _shown(f"publish {key}", files) as moved:
+        with self._removed_on_failure(published, manifest), _shown(f"publish {key}", files) as moved:
             for file in files:
                 name, twin = f"{manifest.folder}/{file.path}", known.get((file.sha256, file.size))
                 if twin is not None and self._backend.copy(twin, name):
                     moved(file.size)
                 else:
                     self._send(Path(folder) / file.path, file, name, moved, owned)
-        self._put(f"{key}/manifest.json", manifest.to_json())
+            self._put(f"{key}/manifest.json", manifest.to_json())
         return manifest
 
     def manifest(self, key: str) -> Manifest:
@@ -251,6 +259,22 @@ class Store:
             return self.manifest(key)
         except (ArtifactNotFound, IntegrityError):  # a damaged manifest is replaced by a sound one
             return None
+
+    @contextmanager
+    def _removed_on_failure(self, published: Manifest | None, manifest: Manifest) -> Iterator[None]:
+        """Where the publishing of `manifest` fails, a full disk shall not stay full of files that no manifest names.
+        They stay where the manifest before names them too, and where the store does not answer: `prune` finds them."""
+        try:
+            yield
+        except StoreUnavailable:
+            raise
+        except BaseException:
+            if published is None or published.folder != manifest.folder:
+                with suppress(StoreError, OSError):
+                    for file in manifest.files:
+                        self._backend.remove(f"{manifest.folder}/{file.path}")
+                    self._backend.reclaim({file.sha256 for file in manifest.files})
+            raise
 
     def _send(self, path: Path, file: File, name: str, moved: Callable[[int], None], owned: bool) -> None:
         try:

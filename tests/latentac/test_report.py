@@ -435,6 +435,8 @@ def test_tensorboard_and_the_comparison_are_named_as_they_are_typed(tmp_path: Pa
     assert f" compare run-1 ANOTHER-RUN --output {tmp_path}/runs</pre>" in page
     commands = next_commands("run-1", "s3://bucket/prefix", "runs")
     assert commands["tensorboard"].endswith("tensorboard --logdir runs/run-1/tensorboard")
+    documented = Path(__file__).resolve().parents[2] / "latentac" / "tracking" / "README.md"
+    assert "tensorboard --logdir runs/<run>/tensorboard" in documented.read_text()
     assert commands["compare"].endswith(" compare run-1 ANOTHER-RUN --store s3://bucket/prefix")
 
 

@@ -522,20 +522,24 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
     """Publishing and fetching say where, how much is free and what to do; what was there before stays readable."""
     store = open_store(f"file://{small_disk}/store")
     small = publish(store, write(tmp_path / "small", {"a": bytes(2**20)}), "run-1/small")
-    large = write(tmp_path / "large", {"a": bytes(8 * 2**20)})
+    large = write(tmp_path / "large", {"a": bytes(8 * 2**20), "A": bulk(1)})
     with pytest.raises(ResourceError) as caught:
         publish(store, large)
     says(caught.value, str(small_disk / "store" / KEY), "8.0 MiB to write, 3.0 MiB free", "Free space")
     with pytest.raises(ArtifactNotFound):
         store.manifest(KEY)
     store.verify(small)
-    assert list((small_disk / "store" / ".partial").iterdir()) == []
+    assert {path.name for path in (small_disk / "store").rglob("*") if path.is_file()} == {
+        "a",
+        "manifest.json",
+        small.files[0].sha256,
+    }, "what was written of the large one takes no room"
 
     roomy = open_store(f"file://{tmp_path}/store")
     publish(roomy, large)
     with pytest.raises(ResourceError) as caught:
         roomy.fetch(KEY, small_disk / "out")
-    says(caught.value, str(small_disk / "out"), "8.0 MiB to write, 3.0 MiB free")
+    says(caught.value, str(small_disk / "out"), "9.0 MiB to write, 3.0 MiB free")
     assert [entry.name for entry in small_disk.iterdir()] == ["store"]
 
 

@@ -180,17 +180,20 @@ def test_runs_started_in_one_second_get_folders_of_their_own(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("decision", "verbs"), [("promote", ["serve"]), ("hold", ["serve", "gate"])])
 def test_a_run_ends_with_commands_that_can_be_typed(tmp_path: Path, decision: str, verbs: list[str]) -> None:
-    """What was promoted is served; what is held can be looked at, and judged with other bounds."""
+    """What was promoted is served; what is held can be looked at, and judged with other bounds. TensorBoard shows the
+    curves of either."""
     store, url = published(tmp_path, "deploy" if decision == "promote" else "gate")
     folder, gate = tmp_path / "verdict", store.manifest("run-1/gate")
     store.fetch("run-1/gate", folder)
     metrics = {"decision": decision}
     store.publish("run-1/gate", folder, run="run-1", step="gate", config_hash=gate.config_hash, metrics=metrics)
     out, output = io.StringIO(), tmp_path / "runs"
-    (output / "run-1").mkdir(parents=True)
+    (output / "run-1" / "tensorboard").mkdir(parents=True)
     console = Console(STEPS, out, output / "run-1" / "timings.json", optional=("deploy",))
     console.finished = {"deploy": False} if decision == "promote" else {}
     _conclude("run-1", Request("shapes-unet"), output, Way(None, url, output, ""), console)
+    (curves,) = [line for line in out.getvalue().splitlines() if line.startswith("curves   ")]
+    assert curves.endswith(f"tensorboard --logdir {output}/run-1/tensorboard")
     commands = [line[9:] for line in out.getvalue().splitlines() if "latentac " in line[9:]]
     assert [shlex.split(command)[1] for command in commands] == verbs
     for command in commands:

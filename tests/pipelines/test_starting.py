@@ -67,9 +67,11 @@ def test_the_help_comes_at_once_with_examples(tmp_path: Path) -> None:
 def test_relative_places_are_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sources in --set and in the file, the file itself and the store mean the same from any other folder."""
     model(tmp_path / "my model"), prompts(tmp_path / "p.json")
-    (tmp_path / "mine.yaml").write_text("seed: 3\nprompts: {source: p.json}\n")
+    (tmp_path / "mine.yaml").write_text("seed: 3\nprompts: {source: p.json, train: t.txt}\n")
+    for name in ("t.txt", "h.txt"):
+        (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
-    overrides = ("backbone.source=my model", "policy.learning_rate=1e-4")
+    overrides = ("backbone.source=my model", "policy.learning_rate=1e-4", "prompts.held_out=h.txt")
     run, _ = create_run(Request("shapes-unet", "mine.yaml", overrides, "file://elsewhere/store"), Path("runs"))
 
     (tmp_path / "mine.yaml").unlink()
@@ -79,6 +81,7 @@ def test_relative_places_are_resolved_once(tmp_path: Path, monkeypatch: pytest.M
     settings = resolve_recipe(request.recipe, request.config, request.overrides)
     assert settings.backbone.source == str(tmp_path / "my model")
     assert settings.prompts.source == str(tmp_path / "p.json")
+    assert (settings.prompts.train, settings.prompts.held_out) == (str(tmp_path / "t.txt"), str(tmp_path / "h.txt"))
     assert (settings.seed, settings.policy.learning_rate) == (3, 1e-4)
     assert request.store == f"file://{tmp_path}/elsewhere/store"
     assert Path(request.config).name == "mine.yaml"
@@ -165,12 +168,24 @@ def test_a_damaged_request_is_one_message(tmp_path: Path) -> None:
 
 def test_a_dry_run_tells_settings_steps_and_needs_and_writes_nothing(tmp_path: Path) -> None:
     """Nothing in the working folder, nor in the output, nor in the store."""
-    arguments = ["run", "--dry-run", "--recipe", "shapes-unet-smoke", "--seed", "7", "--output", "out"]
+    arguments = [
+        "run",
+        "--dry-run",
+        "--recipe",
+        "shapes-unet-smoke",
+        "--seed",
+        "7",
+        "--project",
+        "mine",
+        "--output",
+        "out",
+    ]
     told = latentac(tmp_path, *arguments)
 
     assert told.returncode == 0, told.stderr
     assert told.stderr == ""
     assert "seed: 7" in told.stdout
+    assert "\nproject: mine" in told.stdout
     assert "learning_rate: 0.0001" in told.stdout
     for step in ("prepare", "pretrain-value", "train", "evaluate", "steer", "gate", "deploy", "finish"):
         assert f" {step}" in told.stdout

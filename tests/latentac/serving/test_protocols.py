@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import http.client
 import json
 import logging
@@ -132,6 +133,19 @@ def test_every_route_says_that_a_prompt_was_cut(exported_folder: Path, tmp_path:
     ]
     found = [(one["tokens"], one["truncated"]) for one in told]
     assert found == [(5, False), (18, True), (5, False), (18, True), (18, True), (18, True)]
+
+
+def test_a_body_has_room_for_the_longest_prompt(exported_folder: Path, tmp_path: Path) -> None:
+    """Of as many characters as the limits say, escaped as JSON has it; a longer body is refused with the bound."""
+    limits = {"allow_truncation": True, "max_prompt_characters": 200_000, "max_images": 1}
+    with ServerProcess(changed(exported_folder, tmp_path, limits=limits), ready_seconds=READY_SECONDS) as server:
+        path = f"/v1/models/{server.name}:predict"
+        prompt = "\N{SNOWMAN}" * 200_000
+        assert len(json.dumps(prompt)) > 1_000_000
+        assert ask(server, "POST", path, {"instances": [ASKED | {"prompt": prompt}]})[0] == 200
+        longer = gzip.compress(json.dumps({"instances": [ASKED | {"prompt": prompt * 3}]}).encode())
+        status, _, answer = ask(server, "POST", path, longer, **{"Content-Encoding": "gzip"})
+        assert (status, answer["problems"][0]["remedy"]) == (413, "Send at most 2410000.")
 
 
 def test_v2_takes_several_prompts_and_names_its_outputs(server: ServerProcess) -> None:
