@@ -241,8 +241,10 @@ def _run_verb(options: argparse.Namespace) -> int | None:
     from latentac.lifetime import own_descendants, refuse_links, run_lock
     from latentac.run import VERBS
     from latentac.scratch import temporary_files
+    from latentac.store import open_store
+    from latentac.summary import prepared
     from latentac.task import LOCK_FILE
-    from latentac.workspace import working_folder
+    from latentac.workspace import default_store, working_folder
 
     own_descendants()
     place: dict[str, Any] = {"run": options.run, "store": options.store, "output": options.output}
@@ -258,6 +260,8 @@ def _run_verb(options: argparse.Namespace) -> int | None:
     if options.verb == "deploy":
         place["force"] = options.force
     folder = working_folder(options.run, options.output)
+    if options.verb != "prepare":  # before a folder is made for a run that is not there
+        prepared(open_store(options.store or default_store(options.output)), [options.run])
     refuse_links(folder)
     if options.program and options.verb in STEPS and FOLDER not in os.environ:
         ended = supervised(folder / CALLS)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from latentac.cli import main
+from tests.latentac.published import publish_until
 
 VERBS = ["prepare", "pretrain-value", "train", "evaluate", "steer", "gate", "deploy", "report", "serve", "generate"]
 
@@ -96,6 +97,25 @@ def test_a_run_id_stays_inside_the_output(tmp_path, capsys, verb, run_id):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["pretrain-value"], ["train"], ["evaluate"], ["steer"], ["gate"], ["gate", "--dry-run"], ["deploy"], ["finish"],
+     ["report"], ["serve"], ["generate", "--prompt", "a"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_run_that_is_not_there_is_told_with_those_that_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    """Exit code 2, and no folder is made for it."""
+    url = publish_until(tmp_path, "prepare", run="known")
+    before = sorted(tmp_path.rglob("*"))
+    assert main([*words, "--run", "nope", "--output", str(tmp_path / "runs"), "--store", url]) == 2
+    told = capsys.readouterr().err
+    assert "run = 'nope': has published nothing in file://" in told
+    assert "Known there: known." in told
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_an_occupied_port_is_found_at_once(tmp_path, capsys):
     """Before training, not after it."""
     with socket.socket() as taken:
@@ -128,8 +148,9 @@ def test_a_reward_that_answers_0_to_everything_is_found_at_once(tmp_path, capsys
 
 def test_a_step_before_its_parent_says_what_to_run(tmp_path, capsys):
     """The artifact that is missing and the step that makes it."""
-    assert main(["evaluate", "--run", "first", "--output", str(tmp_path)]) == 3
-    assert "first/prepare" in capsys.readouterr().err
+    assert prepare(tmp_path) == 0
+    assert main(["evaluate", "--run", "first", "--output", str(tmp_path / "runs")]) == 3
+    assert "Run the step that publishes first/train first" in capsys.readouterr().err
 
 
 def test_a_run_keeps_its_configuration(tmp_path, capsys):
