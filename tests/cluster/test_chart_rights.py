@@ -19,8 +19,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 # What Kubeflow Pipelines' launcher and Argo's executor call from within a step's pod.
 STEPS_CALLS = {
     "workflowtaskresults.argoproj.io": {"create", "patch"},
-    "configmaps": {"get"},
-    "secrets": {"get"},
+    "configmaps/kfp-launcher": {"get"},
+    "secrets/mlpipeline-minio-artifact": {"get"},
+    "secrets/rel-s3": {"get"},
     "pods": {"get"},
 }
 OF_EVERYBODY = re.compile(r"self\w+\.(authorization|authentication)\.k8s\.io$")
@@ -37,14 +38,16 @@ def table(calls: set[tuple[str, str]]) -> dict[str, set[str]]:
 
 
 def rights(cluster: Cluster, namespace: str, user: str) -> dict[str, set[str]]:
-    """`kubectl auth can-i --list` as a table, without what every user may ask about itself."""
+    """`kubectl auth can-i --list` as a table, without what every user may ask about itself. A right to one object has
+    its name behind a slash."""
     text = cluster.kubectl("auth", "can-i", "--list", "-n", namespace, f"--as=system:serviceaccount:{user}")
     found: dict[str, set[str]] = {}
     for line in text.splitlines()[1:]:
-        match = re.fullmatch(r"(\S*) +\[[^]]*\] +\[[^]]*\] +\[([^]]*)\]", line.rstrip())
+        match = re.fullmatch(r"(\S*) +\[[^]]*\] +\[([^]]*)\] +\[([^]]*)\]", line.rstrip())
         assert match, line
         if match[1] and not OF_EVERYBODY.search(match[1]):
-            found.setdefault(match[1], set()).update(match[2].split())
+            for name in match[2].split() or [""]:
+                found.setdefault(f"{match[1]}/{name}".rstrip("/"), set()).update(match[3].split())
     return found
 
 

@@ -100,6 +100,19 @@ def test_rights_are_namespaced_and_named() -> None:
         assert find(objects, "ServiceAccount", name)["automountServiceAccountToken"] is False
 
 
+def test_the_steps_may_read_the_secrets_of_their_artifacts_alone() -> None:
+    """By name: those of KFP's launcher, and with its settings in the chart that of the store."""
+    for values, expected in (
+        ("evaluation", {"mlpipeline-minio-artifact"}),
+        (EVERYTHING, {"mlpipeline-minio-artifact", "rel-s3"}),
+        ({**EVERYTHING, "pipeline": {"artifactSecrets": [], "launcherConfig": {"enabled": False}}}, set()),
+    ):
+        rules = [rule for role in of_kind(render(values), "Role") for rule in role["rules"]]
+        named = [rule for rule in rules if "secrets" in rule["resources"]]
+        assert {name for rule in named for name in rule["resourceNames"]} == expected
+        assert all(rule["verbs"] == ["get"] and rule["resources"] == ["secrets"] for rule in named)
+
+
 def test_rights_follow_the_features() -> None:
     """Without an endpoint the steps may not touch KServe, without a gateway no route."""
     without = json.dumps(of_kind(render({**EVERYTHING, "serving": {"enabled": False}}), "Role"))

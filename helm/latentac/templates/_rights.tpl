@@ -23,5 +23,11 @@ server holds against its audit log. Correct them here when the code's calls chan
 {{/* In the steps' namespace: what Kubeflow Pipelines and Argo do from within a step's pod. */}}
 {{- define "latentac.rights.steps" -}}
 - {apiGroups: [argoproj.io], resources: [workflowtaskresults], verbs: [create, patch]}
-- {apiGroups: [""], resources: [configmaps, secrets, pods], verbs: [get]}
+{{- $secrets := .Values.pipeline.artifactSecrets }}
+{{- if .Values.pipeline.launcherConfig.enabled }}{{ $secrets = append $secrets (include "latentac.storeSecret" .) | uniq }}{{ end }}
+- {apiGroups: [""], resources: [pods], verbs: [get]}
+- {apiGroups: [""], resources: [configmaps], resourceNames: [kfp-launcher], verbs: [get]}
+{{- with $secrets }}
+- {apiGroups: [""], resources: [secrets], resourceNames: {{ toJson . }}, verbs: [get]}
+{{- end }}
 {{- end }}
