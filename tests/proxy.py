@@ -15,9 +15,9 @@ _TICK_SECONDS = 0.02
 class Proxy:
     """Between a client and the server at `target`. Its faults may be set at any time, also for open connections.
 
-    silent: what the server says does not arrive; reset: connections end with RST; bytes_per_second: of what the server
-    says, None for no bound; cut_after: bytes of the server's, summed over connections, after which one reset happens.
-    accepted, cuts: how many connections there were, and how many resets of this kind.
+    silent: what the server says does not arrive; reset: connections end with RST; bytes_per_second: of a connection in
+    each direction, None for no bound; cut_after: bytes of the server's, summed over connections, after which one reset
+    happens. accepted, cuts: how many connections there were, and how many resets of this kind.
     """
 
     target: tuple[str, int]
@@ -61,14 +61,14 @@ class Proxy:
 
     def _pump(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
         with contextlib.suppress(OSError):
-            while data := source.recv(self._size() if answers else _CHUNK_BYTES):
+            while data := source.recv(self._size()):
                 while answers and self.silent and not self.reset:
                     time.sleep(_TICK_SECONDS)
                 if self.reset or (answers and self._cut(len(data))):
                     self._abort(source)
                     self._abort(sink)
                     return
-                if answers and self.bytes_per_second:
+                if self.bytes_per_second:
                     time.sleep(len(data) / self.bytes_per_second)
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)

@@ -38,20 +38,21 @@ class Patience:
 
     Pauses between attempts grow from `back_off_seconds`, doubled each time and with as much jitter, up to
     `back_off_max_seconds`. `timeout_seconds` bounds one connect, read or write (of a part of an upload: 5 MiB). No
-    attempt begins later than `idle_seconds` after the last byte moved, so an operation fails at most `bound_seconds`
-    after that. A download below `bytes_per_second`, on average over `idle_seconds`, counts as no answer.
+    attempt begins later than `idle_seconds` after the last byte moved. So an operation fails at most `bound_seconds`
+    after that, which counts the attempt that runs then and one to tell the server of it. A download below
+    `bytes_per_second`, on average over `idle_seconds`, counts as no answer.
     """
 
     retries: int = 6
     back_off_seconds: float = 0.5
     back_off_max_seconds: float = 20.0
-    timeout_seconds: float = 20.0
-    idle_seconds: float = 30.0
+    timeout_seconds: float = 15.0
+    idle_seconds: float = 20.0
     bytes_per_second: float = 16_384.0
 
     @property
     def bound_seconds(self) -> float:
-        return self.idle_seconds + self.timeout_seconds
+        return self.idle_seconds + 2 * self.timeout_seconds
 
 
 class Overrun(Exception):

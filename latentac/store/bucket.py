@@ -9,6 +9,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar, cast
 from urllib.parse import urlsplit
@@ -19,7 +20,7 @@ from minio import Minio
 from minio.commonconfig import CopySource
 from minio.error import MinioException, S3Error, ServerError
 from urllib3 import PoolManager, Retry, Timeout
-from urllib3.exceptions import HTTPError, MaxRetryError, SSLError, TimeoutError
+from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 
 from latentac.errors import ConfigError, Problem, StoreAccessError, StoreError, StoreUnavailable
 from latentac.store.access import ENDPOINT, Kind, kind_of, read
@@ -50,22 +51,33 @@ class _Pace:
 
 
 class _Retry(Retry):
-    """No attempt begins later than `idle_seconds` after the request began."""
+    """No attempt begins later than `idle_seconds` after the last byte. moved_at: when that was."""
 
-    patience = Patience()
-    _began: float | None = None
+    idle_seconds = 0.0
+    moved_at: Callable[[], float] = time.monotonic
+    _since: float | None = None
 
     def new(self, **changes: Any) -> Self:
         made = super().new(**changes)
-        made.patience, made._began = self.patience, self._began
-        if made._began is None:  # the first failure: this is where urllib3 asks for the first time
-            timed_out = isinstance(made.history[-1].error, TimeoutError) if made.history else False
-            made._began = time.monotonic() - (self.patience.timeout_seconds if timed_out else 0.0)
+        made.idle_seconds, made.moved_at = self.idle_seconds, self.moved_at
+        made._since = self.moved_at() if self._since is None else self._since  # asked for the first time at a failure
         return made
 
     def is_exhausted(self) -> bool:
-        end = (self._began or 0.0) + self.patience.idle_seconds
+        end = (self._since or 0.0) + self.idle_seconds
         return super().is_exhausted() or time.monotonic() + self.get_backoff_time() > end
+
+
+@dataclass(eq=False)
+class _Operation:
+    """One that is being attempted. stream: what it moves, if anything."""
+
+    started: float
+    stream: Stream | None
+
+    @property
+    def moved_at(self) -> float:
+        return max(self.started, self.stream.moved_at if self.stream else 0.0)
 
 
 class Bucket:
@@ -88,7 +100,8 @@ class Bucket:
             backoff_max=patience.back_off_max_seconds,
             retry_after_max=int(patience.back_off_max_seconds),
         )
-        retry.patience = patience
+        retry.idle_seconds, retry.moved_at = patience.idle_seconds, self._moved_at
+        self._operations: set[_Operation] = set()
         # urllib3 sends a body under the timeout for connecting, and one part of an upload has 5 MiB.
         timeout = Timeout(connect=patience.timeout_seconds, read=patience.timeout_seconds)
         pool = PoolManager(maxsize=10, timeout=timeout, retries=retry, ca_certs=access.authorities or certifi.where())
@@ -194,7 +207,19 @@ class Bucket:
     def _attempt(self, action: Callable[[], T], name: str, stream: Stream | None = None) -> T:
         """Runs `action`, again where its answer broke off; what goes wrong comes out as this project's errors. stream:
         what the action moves, whose last byte starts the time that may pass without one."""
-        started, patience = time.monotonic(), self._patience
+        operation = _Operation(time.monotonic(), stream)
+        self._operations.add(operation)
+        try:
+            return self._tried(action, name, operation)
+        finally:
+            self._operations.discard(operation)
+
+    def _moved_at(self) -> float:
+        """When an operation in progress moved its last byte, or began."""
+        return max((each.moved_at for each in list(self._operations)), default=time.monotonic())
+
+    def _tried(self, action: Callable[[], T], name: str, operation: _Operation) -> T:
+        patience = self._patience
         for attempt in range(patience.retries + 1):
             try:
                 return action()
@@ -211,8 +236,7 @@ class Bucket:
                 if not isinstance(error, S3Error) or error.response.status in _REPEATED or _kind(error) != Kind.LATER:
                     raise self._translated(error, name) from error
             wait = min(patience.back_off_seconds * 2**attempt, patience.back_off_max_seconds) * random.uniform(0.5, 1.5)
-            moved_at = max(started, stream.moved_at if stream else 0.0)
-            if isinstance(cause, TooSlow) or time.monotonic() + wait > moved_at + patience.idle_seconds:
+            if isinstance(cause, TooSlow) or time.monotonic() + wait > operation.moved_at + patience.idle_seconds:
                 break
             time.sleep(wait)
         if isinstance(cause, S3Error):
@@ -220,7 +244,7 @@ class Bucket:
         if isinstance(cause, SSLError):
             remedy = "Name the file of its certificate authority in LATENTAC_S3_CA, and check https against http"
             raise self._refused(f"there is no trusted TLS connection to it ({cause})", remedy) from cause
-        waited = f"given up after {time.monotonic() - started:.1f} s"
+        waited = f"given up after {time.monotonic() - operation.started:.1f} s"
         problem = str(cause) if isinstance(cause, TooSlow) else f"no answer ({type(cause).__name__})"
         where = f"{self._where}, object {self._prefix}{name}" if name else self._where
         raise StoreUnavailable(where, f"{problem}, {waited}", ENDPOINT_REMEDY) from cause
