@@ -35,6 +35,7 @@ from tests.proxy import Proxy
 PATIENCE = Patience(back_off_seconds=0.1, timeout_seconds=2.0, idle_seconds=4.0, bytes_per_second=1_000_000)
 MARGIN_SECONDS = 1.0
 """Of a busy machine."""
+RECOVERY_SECONDS = 30.0
 SIZES = (3_000_000, 9_000_000)
 DISK_MIB = 192
 USUAL_BYTES_PER_SECOND = 20_000_000.0
@@ -164,7 +165,7 @@ def one(scene: Scene, kind: str, number: int, choice: random.Random, folder: Pat
     tally.late += error is not None and not isinstance(error, ResourceError) and at - met > bound
     tally.partial += partial(open_store(url), target, source)
     shutil.rmtree(target, ignore_errors=True)
-    work(open_store(url), key, source if publishes else None, target)
+    recovered(lambda: work(open_store(url), key, source if publishes else None, target))
     if publishes:  # the small disk has room for a few
         made = [name for name in open_store(url).entries() if name.startswith(f"{key}/")]
         open_store(url).remove(sorted(made, reverse=True))  # the manifest first
@@ -175,6 +176,18 @@ def work(store: Store, key: str, source: Path | None, target: Path) -> None:
         store.fetch(key, target)
     else:
         store.publish(key, source, run="run", step="train", config_hash="0")
+
+
+def recovered(operation: Callable[[], None]) -> None:
+    """It succeeds; MinIO takes some seconds to see that its disk has room again."""
+    deadline = time.monotonic() + RECOVERY_SECONDS
+    while True:
+        try:
+            return operation()
+        except ResourceError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
 
 
 def partial(store: Store, target: Path, source: Path) -> int:
