@@ -16,6 +16,7 @@ from components import COMPUTE
 from components.cluster.settings import KEY as FILE
 from components.cluster.settings import MOUNT, SETTINGS, Cluster, Placement
 from latentac.errors import ConfigError, Problem
+from latentac.serving.client import TOKEN
 from pipelines.pipeline import NAME, compose
 
 WORK = "/work"
@@ -86,6 +87,8 @@ def platform(task: dsl.PipelineTask, settings: Cluster) -> None:
     if settings.images.pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(settings.images.pull_secrets))
     _store(task, settings)
+    if task.name == "deploy" and settings.deploy.token_secret:
+        kubernetes.use_secret_as_env(task, settings.deploy.token_secret, {"token": TOKEN})
     task.set_env_variable(SETTINGS, f"{MOUNT}/{FILE}")
     kubernetes.use_config_map_as_volume(task, f"{settings.release}-cluster", MOUNT)
     kubernetes.empty_dir_mount(task, "work", WORK, size_limit=settings.steps.work_size)

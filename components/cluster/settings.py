@@ -122,7 +122,8 @@ class Deploy(Placement):
     promoted; runtime: the ServingRuntime that the chart made, the template
     of those that releases use; ready_seconds: bound for one rollout; failing_seconds: how long a pod may stay in a
     state that could pass by itself (image pull, unschedulable) before the release is taken back; grace_seconds: what a
-    pod gets to finish its requests, above the longest generation."""
+    pod gets to finish its requests, above the longest generation; token_secret: holds `token`, which the endpoint asks
+    for, "" where it asks for none."""
 
     name: Name = "latentac"
     project: str = ""
@@ -138,6 +139,7 @@ class Deploy(Placement):
     max_error_fraction: Fraction = 0.0
     max_latency_ratio: Rate = 1.5
     max_reward_loss: NonNegative = 0.05
+    token_secret: str = ""
     gateway: Gateway | None = None
 
 

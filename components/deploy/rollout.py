@@ -11,6 +11,7 @@ is taken up by the next try, or taken back by `abandon`.
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from components.deploy.shadow import ask, compare, reasons_against, shadow_reque
 from components.deploy.traffic import traffic_of
 from latentac.errors import ClusterError, ConfigError, LatentacError, Problem, ServingError
 from latentac.release import Candidate
-from latentac.serving.client import Client
+from latentac.serving.client import TOKEN, Client
 from latentac.serving.deployment import Deployment, check, proof
 from latentac.serving.exported import image_size
 
@@ -219,7 +220,8 @@ class Rollout:
             time.sleep(POLL_SECONDS)
 
     def _asked(self, name: str) -> Client:
-        return Client(self._address(name), self._deploy.name, seconds=self._deploy.request_seconds)
+        deploy, token = self._deploy, os.environ.get(TOKEN, "")
+        return Client(self._address(name), deploy.name, seconds=deploy.request_seconds, token=token)
 
     def _inside(self, name: str) -> str:
         return f"http://{objects.predictor(name)}.{self._settings.namespace}.svc.cluster.local"

@@ -1,6 +1,7 @@
 """Real traffic, a little at first: an HTTPRoute of the Gateway API that shares it between two versions by weight."""
 
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from components.cluster.settings import Cluster, Gateway
 from components.deploy.inference_service import green_name, predictor
 from components.deploy.shadow import ask
 from latentac.errors import ServingError
-from latentac.serving.client import Client
+from latentac.serving.client import TOKEN, Client
 
 POLL_SECONDS = 0.5
 
@@ -23,7 +24,8 @@ class Traffic:
     def __init__(self, api: Api, settings: Cluster, gateway: Gateway) -> None:
         self._api, self._settings, self._gateway = api, settings, gateway
         deploy = settings.deploy
-        self._through = Client(gateway.address, deploy.name, seconds=deploy.request_seconds, host=gateway.hostname)
+        seconds, token = deploy.request_seconds, os.environ.get(TOKEN, "")
+        self._through = Client(gateway.address, deploy.name, seconds=seconds, host=gateway.hostname, token=token)
 
     def to_stable(self) -> None:
         """All traffic to the stable version."""

@@ -10,15 +10,20 @@ from latentac.errors import ServingError
 from latentac.serving.server import NAME
 
 ANSWER_SECONDS = 300.0
+TOKEN = "LATENTAC_TOKEN"  # noqa: S105 - a name
+"""Environment variable of the token that an endpoint asks for, for steps that ask one."""
 
 
 class Client:
     """`name`: of the model. `seconds`: bound of one read while a picture is drawn. `host`: the Host header where it
-    is not the address's own, as behind a gateway. Each question has a connection of its own, and no proxy settings
-    are read."""
+    is not the address's own, as behind a gateway. `token`: what the server asks for, if it does. Each question has a
+    connection of its own, and no proxy settings are read."""
 
-    def __init__(self, address: str, name: str = NAME, *, seconds: float = ANSWER_SECONDS, host: str = "") -> None:
-        self.address, self.name, self._seconds, self._host = address.rstrip("/"), name, seconds, host
+    def __init__(
+        self, address: str, name: str = NAME, *, seconds: float = ANSWER_SECONDS, host: str = "", token: str = ""
+    ) -> None:
+        self.address, self.name, self._seconds = address.rstrip("/"), name, seconds
+        self._headers = {**({"Host": host} if host else {}), **({"Authorization": f"Bearer {token}"} if token else {})}
 
     @property
     def endpoint(self) -> str:
@@ -61,7 +66,7 @@ class Client:
         connection = kind(place.hostname or "", place.port, timeout=seconds)
         headers = {"Content-Type": "application/json"} if body else {}
         try:
-            connection.request(method, path, body, {**headers, **({"Host": self._host} if self._host else {})})
+            connection.request(method, path, body, {**headers, **self._headers})
             response = connection.getresponse()
             content = response.read()
         finally:

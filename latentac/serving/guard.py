@@ -15,7 +15,7 @@ from latentac.serving.access import ANY, Access, is_loopback
 from latentac.serving.refusals import is_openai, refusal
 from latentac.serving.request import shortened
 
-_OPEN = ("/", "/v2/health/live", "/v2/health/ready")
+_OPEN = ("/", "/metrics", "/v2/health/live", "/v2/health/ready")
 
 
 class Guard:
@@ -52,7 +52,7 @@ class Guard:
 
 
 def _is_open(path: str) -> bool:
-    """Whether an address needs no token: probes, and the page, which asks a person for it."""
+    """Whether an address needs no token: probes, metrics, and the page, which asks a person for it."""
     return path in _OPEN or path.startswith("/page/") or (path.startswith("/v2/models/") and path.endswith("/ready"))
 
 

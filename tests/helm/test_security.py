@@ -113,6 +113,20 @@ def test_the_steps_may_read_the_secrets_of_their_artifacts_alone() -> None:
         assert all(rule["verbs"] == ["get"] and rule["resources"] == ["secrets"] for rule in named)
 
 
+def test_the_endpoint_can_ask_for_a_token() -> None:
+    """It comes from a Secret as a file, into the serving container alone; without one nothing is mounted."""
+    serving = {"tokenSecret": "door", "allowedHosts": ["draw.example"], "allowedOrigins": ["https://app.example"]}
+    spec = find(render({**EVERYTHING, "serving": serving}), "ServingRuntime", "rel")["spec"]
+    (container,) = spec["containers"]
+    assert container["args"][-3:] == [
+        "--allow-host=draw.example", "--allow-origin=https://app.example", "--token-file=/etc/latentac-token/token",
+    ]  # fmt: skip
+    assert {"name": "token", "mountPath": "/etc/latentac-token", "readOnly": True} in container["volumeMounts"]
+    secret = {"secretName": "door", "items": [{"key": "token", "path": "token"}]}
+    assert {"name": "token", "secret": secret} in spec["volumes"]
+    assert "token" not in json.dumps(find(render(EVERYTHING), "ServingRuntime", "rel")["spec"])
+
+
 def test_rights_follow_the_features() -> None:
     """Without an endpoint the steps may not touch KServe, without a gateway no route."""
     without = json.dumps(of_kind(render({**EVERYTHING, "serving": {"enabled": False}}), "Role"))

@@ -187,6 +187,18 @@ def test_each_pod_knows_cluster_and_store_and_holds_no_secret(pipeline: dict[str
         assert int(pod["activeDeadlineSeconds"]) >= 6 * 3600
 
 
+def test_the_deploy_step_alone_knows_the_endpoints_token(tmp_path: Path) -> None:
+    """By reference to its Secret."""
+    compile_pipeline(settings(deploy__token_secret="door"), tmp_path / "x.yaml")
+    _, pods = loaded(tmp_path / "x.yaml")
+    found = {
+        step.removeprefix("exec-"): [each["secretName"] for each in pod["secretAsEnv"]] for step, pod in pods.items()
+    }
+    assert {step for step, names in found.items() if "door" in names} == {"deploy"}
+    (door,) = [each for each in pods["exec-deploy"]["secretAsEnv"] if each["secretName"] == "door"]
+    assert [(each["secretKey"], each["envVar"]) for each in door["keyToEnv"]] == [("token", "LATENTAC_TOKEN")]
+
+
 def test_settings_reach_the_pods(tmp_path: Path) -> None:
     """Accelerators, nodes, tolerations, pull secrets, the store's authority; users that the cluster chooses itself."""
     changed = settings(

@@ -78,6 +78,7 @@ deploy:
   max_error_fraction: {{ $serving.maxErrorFraction }}
   max_latency_ratio: {{ $serving.maxLatencyRatio }}
   max_reward_loss: {{ $serving.maxRewardLoss }}
+  token_secret: {{ $serving.tokenSecret | quote }}
   {{- with $serving.gateway }}
   gateway: {{ toJson . }}
   {{- end }}

@@ -71,7 +71,7 @@ def test_hosts_and_origins(allowed: Access, host: str, origin: str | None, expec
         ("Basic " + TOKEN, PREDICT, 401),
         (TOKEN, PREDICT, 401),
         ("Bearer \xe9", PREDICT, 401),
-        (None, "/metrics", 401),
+        (None, "/metrics", 200),
         (None, "/openapi.json", 401),
         (None, "/v2/models/latentac", 401),
         (None, "/v2/models/latentac/ready", 200),
@@ -81,7 +81,7 @@ def test_hosts_and_origins(allowed: Access, host: str, origin: str | None, expec
     ],
 )
 def test_the_token(given: str | None, path: str, expected: int) -> None:
-    """Probes and the page do without; a page's person is asked."""
+    """Probes, metrics and the page do without; a page's person is asked."""
     headers = {} if given is None else {"Authorization": given.encode("latin-1")}
     assert status(Access(token=TOKEN), headers, path) == expected  # type: ignore[arg-type]
 

@@ -25,6 +25,7 @@ import pytest
 from PIL import Image
 
 from latentac.errors import ResourceError, ServingError
+from latentac.serving.client import Client
 from latentac.serving.generator import Generator
 from latentac.serving.process import ServerProcess
 from latentac.serving.server import bind
@@ -133,6 +134,10 @@ def test_a_token_and_a_website_can_be_allowed(exported_folder: Path, tmp_path: P
             assert answer("GET", path) == (401, None)
             assert answer("GET", path, Authorization="Bearer 0123456789abcdef") == (200, None)
             assert answer("GET", "/v2/health/live") == (200, None)
+            request = {"prompt": "a", "num_steps": 2}
+            assert Client(address, token="0123456789abcdef").predict(request)["seed"] == 0
+            with pytest.raises(ServingError, match="answered 401: Authorization"):
+                Client(address).predict(request)
             assert answer("OPTIONS", path, Origin=site, **preflight) == (200, site)
             assert answer("GET", path, Origin=site, Authorization="Bearer 0123456789abcdef") == (200, site)
             assert answer("OPTIONS", path, Origin="https://evil.example", **preflight)[1] is None
