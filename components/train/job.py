@@ -76,7 +76,7 @@ def app(settings: Cluster, run: str, store: str, attempt: str) -> specs.AppDef:
     definition = dist.torchrun(
         *(run, store, "/work"),
         m="latentac.supervisor",
-        name=ROLE,
+        name=f"{ROLE}/{ROLE}",  # of the app and of its role; by default the role is named after the module
         image=settings.images.train,
         j=f"{train.min_replicas}:{train.max_replicas}x{train.processes}",
         rdzv_conf=_RENDEZVOUS,
