@@ -76,7 +76,7 @@ def app(settings: Cluster, run: str, store: str, attempt: str) -> specs.AppDef:
     definition = dist.torchrun(
         *(run, store, "/work"),
         m="latentac.supervisor",
-        name=f"{ROLE}/{ROLE}",  # of the app and of its role; by default the role is named after the module
+        name=ROLE,
         image=settings.images.train,
         j=f"{train.min_replicas}:{train.max_replicas}x{train.processes}",
         rdzv_conf=_RENDEZVOUS,
@@ -91,6 +91,7 @@ def app(settings: Cluster, run: str, store: str, attempt: str) -> specs.AppDef:
             **store_environment(settings),
         },
     )
+    definition.roles[0].name = ROLE  # TorchX names it after the module
     set_overlay(definition.roles[0], "kubernetes", "V1Pod", _overlay(settings))
     return definition
 
