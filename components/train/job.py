@@ -91,6 +91,7 @@ def app(settings: Cluster, run: str, store: str, attempt: str) -> specs.AppDef:
             **store_environment(settings),
         },
     )
+    definition.roles[0].name = ROLE  # TorchX names it after the module
     set_overlay(definition.roles[0], "kubernetes", "V1Pod", _overlay(settings))
     return definition
 

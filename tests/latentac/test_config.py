@@ -196,15 +196,16 @@ def test_misspelt_settings_of_all_tables_are_told_together_with_the_nearest_name
 
 def test_the_configuration_knows_no_extension():
     """Neither its fields nor its rules name a row of a table, but as the default of `use`, or a setting of a class."""
-    allowed = {"unet", "ddim", "ppo", "frozen_taps", "lora"}  # defaults, and a value of policy.adaptation
-    rows = {row for table in TABLES.values() for row in table} - allowed
+    defaults = {"unet", "ddim", "ppo", "frozen_taps"}
+    rows = {row for table in TABLES.values() for row in table} - {*defaults, "lora"}  # also an adaptation
     classes = [declared_settings(table.load(row)) for table in TABLES.values() for row in table]
     own = {name for settings in classes if settings for name in settings.model_fields} - {"project"}  # also the run's
     for module in (config_module, validation_module):
         nodes = list(ast.walk(ast.parse(inspect.getsource(module))))
         texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-        annotated = [node.target for node in nodes if isinstance(node, ast.AnnAssign)]
-        fields = {target.id for target in annotated if isinstance(target, ast.Name)}
+        fields = {
+            node.target.id for node in nodes if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        }
         read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
         assert not texts & (rows | own)
         assert not (fields | read) & own
