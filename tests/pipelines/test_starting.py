@@ -68,7 +68,8 @@ def test_relative_places_are_resolved_once(tmp_path: Path, monkeypatch: pytest.M
     """Sources in --set and in the file, the file itself and the store mean the same from any other folder."""
     model(tmp_path / "my model"), prompts(tmp_path / "p.json")
     (tmp_path / "mine.yaml").write_text("seed: 3\nprompts: {source: p.json, train: t.txt}\n")
-    (tmp_path / "t.txt").touch(), (tmp_path / "h.txt").touch()
+    for name in ("t.txt", "h.txt"):
+        (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     overrides = ("backbone.source=my model", "policy.learning_rate=1e-4", "prompts.held_out=h.txt")
     run, _ = create_run(Request("shapes-unet", "mine.yaml", overrides, "file://elsewhere/store"), Path("runs"))
