@@ -73,6 +73,7 @@ def test_half_precision_on_disk_is_whole_in_memory(tmp_path):
         ("activations", "memory", {"critic__replay_images": 64, "train__block_images": 1024, **ONE_BLOCK}),
         ("images", "memory", {"pretrain__num_held_out_images": 4096, "critic__body__num_queries": 4}),
         ("images", "memory", {"critic__body__use": "pixel"}),
+        ("activations", "memory", {"critic__body__use": "pixel", "pretrain__forward_noised": 0.5}),
         ("text", "memory", {"pretrain__num_images": 65536}),
         ("other policies", "memory", {"evaluation__num_images": 100_000}),
         ("other policies", "memory", {"evaluation__pictures_per_prompt": 100_000}),
