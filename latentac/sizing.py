@@ -16,7 +16,7 @@ from latentac.backbones.layout import Layout, listing, used
 from latentac.backbones.weights import header, read_json, shapes
 from latentac.config import Config, Extension
 from latentac.encoding import KEPT_BYTES, WHOLE_BYTES
-from latentac.errors import ResourceError
+from latentac.errors import ConfigError, ResourceError
 from latentac.steering import STEERING
 
 COPIES = 2
@@ -98,7 +98,7 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
                      its method takes one; the server, serving.batch_rows; the critic's replay, or with a gradient its
                      own backbone, B K / critic.updates_per_pass; value pretraining with pretrain.forward_noised, or
                      with a gradient such a backbone, pretrain.minibatch_states; the decoder: 3 of its largest maps for
-                     each of B pictures
+                     each of B pictures, and of each state that the critic `pixel` is shown
         other policies  what evaluation needs beyond all that: 3 (P + F), and on a CPU its pictures, bytes for each of
                      3.25 evaluation.num_images
         process      800 MiB; 500 MiB on a CUDA device
@@ -187,7 +187,8 @@ def _activations(config: Config, model: Model, network: str) -> int:
     """Numbers of the largest forward that there is, with what its gradient needs where one is taken."""
     train, steps, block = config.train, config.kernel.num_steps, config.train.block_images
     passed, saved = _PASSED_TENSORS * model.units, _SAVED_TENSORS.get(network, 28) * model.units
-    decoded = 3 * model.decoder
+    decoded, body = 3 * model.decoder, config.critic.body.use
+    observed = passed + (decoded if body == "pixel" else 0)
     learnt = math.ceil(block * steps / config.critic.updates_per_pass)
     needed = [
         saved * math.ceil(block * steps / train.updates_per_iteration),
@@ -199,17 +200,20 @@ def _activations(config: Config, model: Model, network: str) -> int:
         candidates = max(method.own.get("candidates") or [1])
         needed.append((saved if _takes_gradient(method) else passed) * block * candidates)
     if config.critic.replay_images > 0:
-        needed.append(passed * learnt)
+        needed.append(observed * learnt)
     minibatch = config.pretrain.minibatch_states if config.pretrain.num_images else 0
-    if config.critic.body.use in ("lora", "copy"):
+    if body in ("lora", "copy"):
         needed.append(saved * max(learnt, minibatch))
     # A minibatch of the critic has the text of each of its states.
-    noised = passed if config.pretrain.forward_noised > 0 else 0
+    noised = observed if config.pretrain.forward_noised > 0 else 0
     return max(*needed, (noised + model.text) * minibatch)
 
 
 def _takes_gradient(method: Extension) -> bool:
-    return bool(getattr(STEERING.load(method.use), "needs_gradient", True))
+    try:
+        return bool(getattr(STEERING.load(method.use), "needs_gradient", True))
+    except ConfigError:  # told with all other problems
+        return True
 
 
 def _pictures(config: Config, model: Model, device: str) -> int:

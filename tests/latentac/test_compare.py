@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from latentac.charts import draw_comparison
 from latentac.cli import main
 from latentac.compare import Comparison, table, write_comparison
 from latentac.comparison import letter
@@ -78,6 +79,14 @@ def test_one_self_contained_page_has_everything(pair: Comparison) -> None:
     assert not re.search(r"url\((?!#)|@import|https?://", text)
     assert json.loads(pair.numbers.read_text(), parse_constant=pytest.fail) == pair.content
     assert pair.numbers == pair.page.with_suffix(".json")
+
+
+def test_the_curves_of_all_runs_share_their_axes(pair: Comparison) -> None:
+    """In each chart a line for each run, with its letter."""
+    charts = draw_comparison(pair.content)
+    assert len(charts) == 5
+    for name, svg in charts.items():
+        assert set(re.findall(r"<text\b[^>]*>\s*([A-Z])\s*</text>", svg)) == {"A", "B"}, name
 
 
 def test_every_number_of_the_page_is_in_its_json(pair: Comparison) -> None:

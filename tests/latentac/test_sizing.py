@@ -20,7 +20,6 @@ from tests.latentac import miniatures
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 CPU = torch.device("cpu")
-ONE_BLOCK = {"train__images_per_iteration": 2048, "train__updates_per_iteration": 64, "critic__updates_per_pass": 1}
 MODELS = {"unet": ("shapes-unet-smoke", "shapes-unet"), "dit": ("shapes-dit-smoke", "shapes-dit")}
 
 
@@ -65,14 +64,15 @@ def test_half_precision_on_disk_is_whole_in_memory(tmp_path):
         ("images", "memory", {"train__images_per_iteration": 320}),
         ("activations", "memory", {"train__block_images": 64, "train__images_per_iteration": 128}),
         ("activations", "memory", {"steering__methods": "[{use: best_of_n, candidates: [1024]}]"}),
-        ("activations", "memory", {"steering__methods": "[{use: value_gradient, candidates: [8]}]"}),
+        ("activations", "memory", {"steering__methods": "[{use: value_gradient, candidates: [4]}]"}),
         ("activations", "memory", {"serving__batch_rows": 4096}),
         ("activations", "memory", {"pretrain__forward_noised": 0.5, "pretrain__minibatch_states": 4096}),
-        ("activations", "memory", {"critic__body__use": "lora", "pretrain__minibatch_states": 4096}),
+        ("activations", "memory", {"critic__body__use": "lora", "pretrain__minibatch_states": 512}),
         ("activations", "memory", {"pretrain__minibatch_states": 65536}),
-        ("activations", "memory", {"critic__replay_images": 64, "train__block_images": 1024, **ONE_BLOCK}),
-        ("images", "memory", {"pretrain__num_held_out_images": 4096, "critic__body__num_queries": 4}),
+        ("activations", "memory", {"critic__replay_images": 64, "critic__updates_per_pass": 1}),
+        ("images", "memory", {"pretrain__num_held_out_images": 65536}),
         ("images", "memory", {"critic__body__use": "pixel"}),
+        ("activations", "memory", {"critic__body__use": "pixel", "pretrain__forward_noised": 0.5}),
         ("text", "memory", {"pretrain__num_images": 65536}),
         ("other policies", "memory", {"evaluation__num_images": 100_000}),
         ("other policies", "memory", {"evaluation__pictures_per_prompt": 100_000}),

@@ -17,7 +17,7 @@ from pipelines.console import Console
 from pipelines.driver import Way, _conclude, _done_already
 from pipelines.embedded import processes
 from pipelines.pipeline import STEPS
-from pipelines.request import Request, create_run
+from pipelines.request import Request, create_run, load_run
 from tests.latentac.test_finish import published
 
 
@@ -168,6 +168,7 @@ def test_config_file_is_kept_with_the_run(tmp_path: Path) -> None:
     assert Path(request.config).name == "mine.yaml"
     assert Path(request.config).is_relative_to(tmp_path / "runs" / run)
     assert resolve_recipe(request.recipe, request.config).project == "mine"
+    assert load_run(run, tmp_path / "runs", {}).config == request.config
 
 
 def test_runs_started_in_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
