@@ -578,7 +578,7 @@ def test_the_age_is_in_the_largest_whole_unit() -> None:
     """Since the run was started; a dash where nobody knows."""
     started = ["2026-01-31T12:00:00+00:00", "2026-02-02T09:00:00+00:00", "2026-02-02T11:56:00+00:00", ""]
     listed = [
-        Run(str(place), "done", "", "", None, None, None, None, "", 0, each) for place, each in enumerate(started)
+        Run(str(place), "done", "", "", "", None, None, None, None, "", 0, each) for place, each in enumerate(started)
     ]
     text = table(listed, now=1770033600.0)  # 2026-02-02T12:00:00
     for run, age in zip(listed, ("2 d", "3 h", "4 min", "-"), strict=True):
