@@ -28,6 +28,9 @@ _OUTPUT = "file://{output}/"
 PROCESSES, CONTAINERS = "processes", "containers"
 """The ways to run the steps on this machine."""
 
+_SOURCES = (("backbone", "source"), ("prompts", "source"), ("prompts", "train"), ("prompts", "held_out"))
+"""Section and field of each setting that may name a file or a folder."""
+
 _HERE = ("kfp", "jinja2", "matplotlib", "PIL", "tqdm")
 _NEEDED = {
     PROCESSES: (*_HERE, *"torch diffusers transformers peft safetensors torchx tensorboard kserve".split()),
@@ -178,12 +181,25 @@ def _absolute_override(assignment: str) -> str:
 def _absolute_sources(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields with the absolute paths of backbone and prompts, where those are files or folders here."""
     result = dict(fields)
-    for section in ("backbone", "prompts"):
-        below = fields.get(section)
-        source = below.get("source") if isinstance(below, dict) else None
+    for section, name in _SOURCES:
+        below = result.get(section)
+        source = below.get(name) if isinstance(below, dict) else None
         if isinstance(source, str) and source and Path(source).exists():
-            result[section] = {**below, "source": str(Path(source).absolute())}  # type: ignore[dict-item]
+            place = Path(source).absolute()
+            # Where only this place is to be seen, as in a container, the way over another folder leads nowhere.
+            place = place.resolve() if ".." in place.parts else place
+            result[section] = {**below, name: str(place)}  # type: ignore[dict-item]
     return result
+
+
+def local_sources(request: Request) -> list[str]:
+    """The files and folders of this machine, by their absolute paths, that backbone and prompts come from. Those that
+    are gone are left out: a run that goes on may do without."""
+    from latentac.run import recipe_fields
+
+    fields = recipe_fields(request.recipe, request.config, request.overrides)
+    named = [str(fields[section].get(name) or "") for section, name in _SOURCES]
+    return [source for source in named if Path(source).is_absolute() and Path(source).exists()]
 
 
 def copy_settings(file: Path, copy: Path) -> None:
