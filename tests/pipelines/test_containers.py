@@ -299,8 +299,8 @@ def test_images_with_the_code_do_what_the_package_does(
     images: Docker, shipped: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Built and named as images/README.md shows, without --package: the same rewards and the same served picture."""
-    write_own(tmp_path)
     reader = Reader(tmp_path)
+    write_own(tmp_path)
     reader.environment |= images.environment
     shown = [block for block in blocks("images/README.md") if "test_containers.py" in block.reason]
     assert [block.language for block in shown] == ["dockerfile", "sh"]
