@@ -25,11 +25,9 @@ _FILE = "request.json"
 _GIVEN, _PACKAGE = "given-config", "given-package"
 _CONFIG_BEFORE = "given-config.yaml"  # what runs of earlier versions have
 _OUTPUT = "file://{output}/"
+_SOURCES = (("backbone", "source"), ("prompts", "source"), ("prompts", "train"), ("prompts", "held_out"))
 PROCESSES, CONTAINERS = "processes", "containers"
 """The ways to run the steps on this machine."""
-
-_SOURCES = (("backbone", "source"), ("prompts", "source"), ("prompts", "train"), ("prompts", "held_out"))
-"""Section and field of each setting that may name a file or a folder."""
 
 _HERE = ("kfp", "jinja2", "matplotlib", "PIL", "tqdm")
 _NEEDED = {
