@@ -64,7 +64,10 @@ class Table:
             for name in attribute.split("."):
                 found = getattr(found, name)
         except (Exception, SystemExit) as error:  # a script that ends itself where it is imported is no module
-            remedy = "Check the name, and that the module can be imported from the working directory."
+            remedy = (
+                "Check the name, and that the steps can import the module: from the working directory, from the folder "
+                "that --package names, or from their image."
+            )
             if (
                 isinstance(error, ModuleNotFoundError)
                 and error.name

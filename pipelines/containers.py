@@ -1,8 +1,9 @@
 """The steps as containers of a docker daemon: kfp.local's DockerRunner, and what a real run needs around it.
 
 Every container is a numeric user with a read-only root, no capability and the host's network; it writes to the run's
-folder and to tmpfs. Artifacts go to S3: the server of the environment, else a MinIO that the driver runs beside the
-steps. All containers of a driver carry its label, and a keeper process removes them when it ends, however it ends.
+folder and to tmpfs, and reads the model and the prompts that the configuration names. Artifacts go to S3: the server of
+the environment, else a MinIO that the driver runs beside the steps. All containers of a driver carry its label, and a
+keeper process removes them when it ends, however it ends.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from latentac.scratch import empty_folder
 from latentac.store import access
 from latentac.task import EVENTS
 from pipelines.driver import Way
-from pipelines.request import Request
+from pipelines.request import Request, local_sources
 
 RUN_LABEL, DRIVER_LABEL = "latentac.run", "latentac.driver"
 USER = 65532
@@ -78,8 +79,9 @@ def containers(run: str, request: Request, output: Path) -> Iterator[Way]:
             environment, store = stack.enter_context(_minio(client, output / ".minio", driver)), f"s3://{BUCKET}/store"
         _read_from(environment)
         _hand_over(folder)
+        labels = {RUN_LABEL: run, DRIVER_LABEL: driver}
         yield Way(
-            runner=local.DockerRunner(**_arguments(folder, environment, {RUN_LABEL: run, DRIVER_LABEL: driver})),
+            runner=local.DockerRunner(**_arguments(folder, local_sources(request), environment, labels)),
             store=store,
             output=output,
             config=str(Path(request.config).resolve()) if request.config else "",
@@ -118,12 +120,13 @@ def _check_images(client: docker.DockerClient, own_store: bool) -> None:
             raise ResourceError(f"image {image(name)}", "the docker daemon does not have it", remedy) from None
 
 
-def _arguments(folder: Path, environment: Mapping[str, str], labels: Mapping[str, str]) -> dict[str, Any]:
+def _arguments(
+    folder: Path, sources: Sequence[str], environment: Mapping[str, str], labels: Mapping[str, str]
+) -> dict[str, Any]:
     """What every step's container is started with; secrets travel in the daemon's API, on no command line."""
-    authorities = environment.get("LATENTAC_S3_CA")
     mounts = [Mount(str(folder), str(folder), type="bind")]
-    if authorities:
-        mounts.append(Mount(authorities, authorities, type="bind", read_only=True))
+    read = dict.fromkeys([*sources, *filter(None, [environment.get("LATENTAC_S3_CA")])])
+    mounts += [Mount(place, place, type="bind", read_only=True) for place in read]
     return {
         **_confined(),
         "entrypoint": ["/usr/bin/tini", "--"],  # the server's image would start the server
@@ -205,14 +208,10 @@ def _minio(client: docker.DockerClient, folder: Path, driver: str) -> Iterator[d
             environment={"MINIO_ROOT_USER": access, "MINIO_ROOT_PASSWORD": secret, "MINIO_BROWSER": "off"},
         )
         try:
-            server = Minio(
-                f"127.0.0.1:{port}",
-                access,
-                secret,
-                secure=False,
-                region="us-east-1",
-                http_client=PoolManager(timeout=5),
-            )
+            # The loop below asks again; urllib3 would, too, with a warning for each time.
+            http = PoolManager(timeout=5, retries=False)
+            address = f"127.0.0.1:{port}"
+            server = Minio(address, access, secret, secure=False, region="us-east-1", http_client=http)
             deadline = time.monotonic() + _START_SECONDS
             while True:
                 try:

@@ -136,29 +136,35 @@ def _execute(run: str, request: Request, way: Way, folder: Path, console: Consol
     """Hand the graph to kfp.local. Raises StepFailed."""
     from kfp import local
 
-    from pipelines.pipeline import compose
+    from pipelines.pipeline import compose, compose_last
 
     root = folder.resolve() / "kfp"
     local.init(way.runner, pipeline_root=str(root), workspace_root=str(root / "workspace"), raise_on_error=True)
     # "You may be attempting to run a task that uses custom or non-Python base image": that is the intention
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="kfp.local")
     pipeline = compose(way.place)
+    common = {"run": run, "store": way.store, "output": str(way.output)}
     with contextlib.redirect_stdout(console):
         try:
             pipeline(
-                run=run,
-                store=way.store,
                 recipe=request.recipe,
                 config=way.config,
                 overrides=list(request.overrides),
                 package=request.package,
-                output=str(way.output),
+                **common,
             )
         except RuntimeError as error:  # kfp says only which task failed
             raise _failure(folder, console) from error
         except way.errors as error:
             raise StepFailed(console.running or "pipeline", 1, str(error)) from error
-    if console.failed is not None:  # kfp takes a container that is gone too soon for one that ended well
+        except ValueError as error:
+            # kfp takes a container that is gone too soon for one that ended well, and then misses its output.
+            if not str(error).startswith("Tried to get output"):
+                raise
+            with contextlib.suppress(RuntimeError):
+                compose_last(way.place)(**common)
+            raise _failure(folder, console) from error
+    if console.failed is not None:  # or it needs no output of that container
         raise _failure(folder, console)
 
 

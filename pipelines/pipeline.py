@@ -56,3 +56,16 @@ def compose(place: Callable[[dsl.PipelineTask], object] | None = None, *, own_id
                 place(task)
 
     return latentac
+
+
+def compose_last(place: Callable[[dsl.PipelineTask], object] | None = None) -> dsl.base_component:
+    """The last step alone, for a driver whose runner did not come to it. place: as for `compose`."""
+
+    @dsl.pipeline(name=f"{NAME}-last")
+    def last(run: str, store: str = "", output: str = "runs") -> None:
+        finished = finish(run=run, store=store, output=output)
+        finished.set_caching_options(enable_caching=False)
+        if place is not None:
+            place(finished)
+
+    return last

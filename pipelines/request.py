@@ -205,8 +205,21 @@ def _absolute_sources(fields: dict[str, Any]) -> dict[str, Any]:
         below = result.get(section)
         source = below.get(name) if isinstance(below, dict) else None
         if isinstance(source, str) and source and Path(source).exists():
-            result[section] = {**below, name: str(Path(source).absolute())}  # type: ignore[dict-item]
+            place = Path(source).absolute()
+            # Where only this place is to be seen, as in a container, the way over another folder leads nowhere.
+            place = place.resolve() if ".." in place.parts else place
+            result[section] = {**below, name: str(place)}  # type: ignore[dict-item]
     return result
+
+
+def local_sources(request: Request) -> list[str]:
+    """The files and folders of this machine, by their absolute paths, that backbone and prompts come from. Those that
+    are gone are left out: a run that goes on may do without."""
+    from latentac.run import recipe_fields
+
+    fields = recipe_fields(request.recipe, request.config, request.overrides)
+    named = [str(fields[section].get(name) or "") for section, name in _SOURCES]
+    return [source for source in named if Path(source).is_absolute() and Path(source).exists()]
 
 
 def copy_settings(file: Path, copy: Path) -> None:

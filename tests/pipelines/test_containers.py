@@ -1,4 +1,4 @@
-"""`make run-containers`: real containers of a real docker daemon, artifacts in a real MinIO that runs in one of them.
+"""`latentac run --containers`: real containers of a real docker daemon, artifacts in a real MinIO in one of them.
 
 One run is killed with -9 in the middle and resumed; each of its containers is looked at as it is made. Code of one's
 own comes with the run, and in images made as images/README.md shows.
@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from docker.errors import DockerException
 
 from latentac import package
 from latentac.errors import ConfigError, ResourceError
+from latentac.shapes import builtin_pipeline
 from latentac.store import access
 from pipelines import containers
 from pipelines.pipeline import STEPS
@@ -31,6 +33,7 @@ from tests.docker import Docker
 from tests.golang import Unavailable
 from tests.test_examples import Reader, blocks
 
+PROGRAM = str(Path(sys.executable).with_name("latentac"))
 RECIPE = ["--recipe", "shapes-unet-smoke"]
 IMAGES = ("pipeline", "train", "serve", "minio")
 OWN = {
@@ -62,7 +65,10 @@ from latentac.steering.best_of_n import BestOfN
 class Pick(BestOfN):
     """Best of n, which the served model then names."""
 ''',
+    "prompts.txt": "a red circle\na blue square\na green circle\na yellow square\na red square\na blue circle\n",
     "mine.yaml": """
+backbone: {source: my-model}
+prompts: {source: prompts.txt}
 rewards: [{use: "mine.rewards:Lightness", name: light, origin: 300.0}]
 kernel: {num_steps: 2}
 pretrain: {num_images: 8, num_held_out_images: 8, num_passes: 1, minibatch_states: 8}
@@ -109,10 +115,11 @@ class Watch:
             found = client.containers.list(all=True, filters={"label": label}, ignore_removed=True)
             return [str(container.name) for container in found]
 
-    def kill(self, run: str) -> None:
+    def end(self, run: str, how: str) -> None:
+        """`kill` the run's containers, or `remove` them, so that nobody can ask how they ended."""
         with contextlib.closing(self.docker.client()) as client:
             for container in client.containers.list(filters={"label": f"latentac.run={run}"}):
-                container.kill()
+                container.kill() if how == "kill" else container.remove(force=True)
 
 
 @dataclass
@@ -140,11 +147,12 @@ class Driver:
 def start(docker: Docker, output: Path, *options: str) -> Driver:
     log = output.parent / f"{time.time_ns()}.log"
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "LATENTAC_S3"))}
-    command = [sys.executable, "-m", "pipelines", "run-containers", "--output", str(output), *options]
+    command = [PROGRAM, "run", "--containers", "--output", str(output), *options]
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=clean | docker.environment
-        )
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=clean | docker.environment,
+            cwd=output.parent,
+        )  # fmt: skip
     return Driver(process, log)
 
 
@@ -242,6 +250,8 @@ def test_nothing_is_left_when_it_has_ended(run: tuple[str, Path, str, Watch]) ->
 
 
 def write_own(folder: Path) -> None:
+    """Code, prompts, a model in `my-model`, and the settings that name them."""
+    shutil.copytree(builtin_pipeline("shapes-unet"), folder / "my-model", dirs_exist_ok=True)
     for name, text in OWN.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -263,8 +273,7 @@ def shipped(images: Docker, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     """A package, and the output of a run in containers that it was given to."""
     home = tmp_path_factory.mktemp("shipped")
     write_own(home)
-    options = ["--config", str(home / "mine.yaml"), "--package", str(home / "mine")]
-    driver = start(images, home / "runs", *RECIPE, *options)
+    driver = start(images, home / "runs", *RECIPE, "--config", "mine.yaml", "--package", "mine")
     assert driver.process.wait(1200) == 0, driver.text
     return home / "mine", home / "runs"
 
@@ -273,7 +282,8 @@ def shipped(images: Docker, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 @pytest.mark.cluster
 @pytest.mark.timeout(1500)
 def test_a_package_goes_into_the_containers(shipped: tuple[Path, Path]) -> None:
-    """Its reward, with an option, and its steering method: to a served picture. The manifest has the package's hash."""
+    """Its reward, with an option, and its steering method, with a model and prompts of one's own: to a served picture.
+    The manifest has the package's hash."""
     folder, output = shipped
     run, _ = promoted(output)
 
@@ -289,8 +299,8 @@ def test_images_with_the_code_do_what_the_package_does(
     images: Docker, shipped: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Built and named as images/README.md shows, without --package: the same rewards and the same served picture."""
-    write_own(tmp_path)
     reader = Reader(tmp_path)
+    write_own(tmp_path)
     reader.environment |= images.environment
     shown = [block for block in blocks("images/README.md") if "test_containers.py" in block.reason]
     assert [block.language for block in shown] == ["dockerfile", "sh"]
@@ -331,17 +341,20 @@ def test_ctrl_c_stops_the_containers(images: Docker, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
-def test_a_container_that_dies_is_a_failed_step(images: Docker, tmp_path: Path) -> None:
-    """kfp itself may take one that is gone too soon for a success."""
+@pytest.mark.parametrize("how", ["kill", "remove"])
+def test_a_container_that_dies_is_a_failed_step(images: Docker, tmp_path: Path, how: str) -> None:
+    """kfp itself takes one that is gone too soon for a success, and then misses what it should have left."""
     watch = Watch(images)
     driver = start(images, tmp_path / "runs", *RECIPE)
     driver.wait_for(lambda: "[1/8] prepare\n" in driver.text)
-    watch.kill(driver.run)
+    watch.end(driver.run, how)
 
     assert driver.process.wait(120) == 1, driver.text
     assert "prepare: ended without a message: killed, or out of memory" in driver.text
+    assert "[1/8] prepare failed" in driver.text
     assert "[8/8] finish done" in driver.text
     assert "latentac run --resume" in driver.text
+    assert "Traceback" not in driver.text
 
 
 @pytest.mark.slow

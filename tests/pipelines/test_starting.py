@@ -20,7 +20,7 @@ from latentac.errors import ConfigError
 from latentac.run import resolve_recipe
 from latentac.shapes import builtin_pipeline
 from latentac.store import open_store
-from pipelines.request import Request, create_run, load_run
+from pipelines.request import Request, create_run, load_run, local_sources
 from tests.pipelines.test_end_to_end import OPTIONS, Driver, come_to, run_id, weights
 from tests.test_house import FILES, PACKAGES, ROOT
 
@@ -66,12 +66,12 @@ def test_the_help_comes_at_once_with_examples(tmp_path: Path) -> None:
 
 def test_relative_places_are_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sources in --set and in the file, the file itself and the store mean the same from any other folder."""
-    model(tmp_path / "my model"), prompts(tmp_path / "p.json")
-    (tmp_path / "mine.yaml").write_text("seed: 3\nprompts: {source: p.json, train: t.txt}\n")
-    for name in ("t.txt", "h.txt"):
-        (tmp_path / name).touch()
+    model(tmp_path / "my model"), prompts(tmp_path / "p.json"), prompts(tmp_path / "seen.json")
+    prompts(tmp_path / "unseen.json")
+    (tmp_path / "mine.yaml").write_text("seed: 3\nprompts: {source: p.json, train: seen.json}\n")
+    (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
-    overrides = ("backbone.source=my model", "policy.learning_rate=1e-4", "prompts.held_out=h.txt")
+    overrides = ("backbone.source=my model", "prompts.held_out=./runs/../unseen.json", "policy.learning_rate=1e-4")
     run, _ = create_run(Request("shapes-unet", "mine.yaml", overrides, "file://elsewhere/store"), Path("runs"))
 
     (tmp_path / "mine.yaml").unlink()
@@ -80,8 +80,9 @@ def test_relative_places_are_resolved_once(tmp_path: Path, monkeypatch: pytest.M
     request = load_run(run, Path("../runs"), {})
     settings = resolve_recipe(request.recipe, request.config, request.overrides)
     assert settings.backbone.source == str(tmp_path / "my model")
-    assert settings.prompts.source == str(tmp_path / "p.json")
-    assert (settings.prompts.train, settings.prompts.held_out) == (str(tmp_path / "t.txt"), str(tmp_path / "h.txt"))
+    named = (settings.prompts.source, settings.prompts.train, settings.prompts.held_out)
+    assert named == tuple(str(tmp_path / name) for name in ("p.json", "seen.json", "unseen.json"))
+    assert local_sources(request) == [str(tmp_path / "my model"), *named]
     assert (settings.seed, settings.policy.learning_rate) == (3, 1e-4)
     assert request.store == f"file://{tmp_path}/elsewhere/store"
     assert Path(request.config).name == "mine.yaml"
