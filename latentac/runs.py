@@ -1,6 +1,5 @@
 """The runs of an output folder and a store: what became of each, and what is in production. No torch is needed."""
 
-import json
 import logging
 import math
 import os
@@ -15,6 +14,7 @@ from typing import Any
 from latentac.errors import ArtifactNotFound, IntegrityError, LatentacError
 from latentac.fields import read_overrides
 from latentac.lifetime import lock_holder
+from latentac.reading import parse_json
 from latentac.run import VERBS
 from latentac.store import Entry, Manifest, Store, open_store
 from latentac.store.pool import OBJECTS
@@ -134,7 +134,7 @@ class Survey:
     def json(self, key: str, path: str) -> Any:
         """A JSON file of an artifact; None where either cannot be read."""
         try:
-            return json.loads(self.store.read(key, path)) if f"{key}/manifest.json" in self.entries else None
+            return parse_json(self.store.read(key, path)) if f"{key}/manifest.json" in self.entries else None
         except (ArtifactNotFound, IntegrityError, ValueError):
             return None
 
@@ -162,7 +162,7 @@ def list_runs(output: Path, store: str) -> list[Run]:
 def store_of(folder: Path) -> str:
     """The store that the run in `folder` was started with, "" for the default one of its output."""
     try:
-        store = str(json.loads((folder / _REQUEST).read_text())["store"])
+        store = str(parse_json((folder / _REQUEST).read_text())["store"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return store.replace("{output}", str(folder.parent.resolve()), 1)
@@ -287,7 +287,7 @@ def _failed(traces: Traces) -> str:
     if traces.folder is None:
         return ""
     try:
-        left = json.loads((traces.folder / ERROR_FILE).read_text())
+        left = parse_json((traces.folder / ERROR_FILE).read_text())
         step, when = str(left["task"]), (traces.folder / ERROR_FILE).stat().st_mtime
     except (OSError, ValueError, KeyError, TypeError):
         return ""
@@ -314,7 +314,7 @@ def _gained(evaluation: dict[str, Any], reward: object) -> dict[str, float]:
 
 def _json(folder: Path | None, name: str) -> dict[str, Any]:
     try:
-        found = json.loads((folder / name).read_text()) if folder else {}
+        found = parse_json((folder / name).read_text()) if folder else {}
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -326,7 +326,7 @@ def _request(folder: Path | None) -> dict[str, Any]:
         return {}
     try:
         file = folder / _REQUEST
-        asked, made = json.loads(file.read_text()), file.stat().st_mtime
+        asked, made = parse_json(file.read_text()), file.stat().st_mtime
         fields = read_overrides(asked["overrides"])
         started = datetime.fromtimestamp(made, UTC).isoformat(timespec="seconds")
         return {"recipe": asked["recipe"], "seed": fields.get("seed"), "started": started}

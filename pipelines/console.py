@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from latentac.progress import duration
+from latentac.reading import parse_json
+from latentac.summary import read_timings
 from latentac.task import EVENT_MARK
+from latentac.terminal import Guarded
 
 _KFP_INDENT = " " * 4
 _KFP_RECORD = re.compile(r"\d\d:\d\d:\d\d(\.\d+)? - [A-Z]+ - |-{20}")
 _HELD_LINES = 40
-CLEAR_LINE = "\r\x1b[K"  # a progress bar may be drawn where the next line goes
 
 
 class Console(io.TextIOBase):
@@ -31,10 +33,10 @@ class Console(io.TextIOBase):
     """
 
     def __init__(self, steps: Sequence[str], out: TextIO, timings: Path, optional: Sequence[str] = ()) -> None:
-        self._steps, self._out, self._file, self._optional = list(steps), out, timings, set(optional)
-        before: dict[str, Any] = json.loads(timings.read_text()) if timings.exists() else {"stages": {}, "total": 0.0}
-        self._stages: dict[str, float] = before["stages"]
-        self._total: float = before["total"]
+        self._steps, self._out, self._file, self._optional = list(steps), Guarded(out), timings, set(optional)
+        before = read_timings(timings)
+        self._stages: dict[str, float] = dict(before.get("stages", {}))
+        self._total: float = before.get("total", 0.0)
         self._partial, self._held = "", deque[str](maxlen=_HELD_LINES)
         self._since = time.monotonic()
         self.running: str | None = None
@@ -54,9 +56,9 @@ class Console(io.TextIOBase):
 
     def say(self, line: str) -> None:
         """Print a line of the driver's own. Raises KeyboardInterrupt when nobody reads any more (`... | head`)."""
-        clear = CLEAR_LINE if self._out.isatty() else ""
         try:
-            self._out.write(f"{clear}{line}\n")  # not print: kfp.local replaces that while a step runs
+            self._out.clear_line()
+            self._out.write(f"{line}\n")  # not print: kfp.local replaces that while a step runs
             self._out.flush()
         except BrokenPipeError:  # kfp.local waits for the step after any other error, however long it takes
             raise KeyboardInterrupt from None
@@ -99,7 +101,7 @@ class Console(io.TextIOBase):
             else:
                 self._held.append(text)
         if mark:
-            self._follow(json.loads(event))
+            self._follow(parse_json(event))
 
     def _follow(self, event: dict[str, Any]) -> None:
         step, kind = event["task"], event["event"]
