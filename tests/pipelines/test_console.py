@@ -32,7 +32,7 @@ def console(tmp_path: Path) -> Console:
 
 
 def shown(console: Console) -> list[str]:
-    out = console._out
+    out = console._out.raw
     assert isinstance(out, io.StringIO)
     return out.getvalue().splitlines()
 
@@ -44,6 +44,12 @@ def test_step_is_a_line_at_each_end_and_its_own_log_between(console: Console) ->
     first, log, last = shown(console)
     assert (first, log) == ("[1/2] prepare", "      3 prompts")
     assert last.startswith("[1/2] prepare done in ")
+
+
+def test_what_a_step_says_does_not_steer_the_terminal(console: Console) -> None:
+    """Its words are shown with their control characters escaped."""
+    console.write(event(event="begin", task="prepare") + "    a \x1b[2J\rb \u202e\n")
+    assert shown(console)[-1] == "      a \\x1b[2J\\rb \\u202e"
 
 
 def test_text_may_arrive_in_any_pieces(console: Console) -> None:
