@@ -132,7 +132,7 @@ def crash_in_call(folder: Path, ending: str, pid: int | None = None) -> RewardEr
     ending: how it ended, for the message; pid: of that process, or None for whichever has left a file in `folder`.
     """
     for file in sorted(folder.glob(f"{'*' if pid is None else pid}-*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             call = parse_json(file.read_text())
             more = f" and {call['count'] - 1} more" if call["count"] > 1 else ""
             remedy = "Correct the reward, or run it behind a service that may fail by itself"

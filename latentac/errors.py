@@ -162,6 +162,7 @@ _LACKS = {
     errno.EROFS: ("the file system is read-only", "Choose a place that can be written to"),
     errno.EACCES: ("permission is denied", "Give this user the right, or choose another place"),
     errno.EMFILE: ("too many files are open", "Raise the limit: ulimit -n 4096"),
+    errno.ENAMETOOLONG: ("the name is too long", "Choose a shorter one"),
     errno.ENFILE: ("too many files are open on this machine", "End what holds them, or raise fs.file-max"),
 }
 

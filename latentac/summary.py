@@ -223,6 +223,9 @@ def _finite(value: Any, path: str, dropped: Counter[str]) -> Any:
 def read_timings(path: Path) -> Mapping[str, Any]:
     """What the driver wrote: {"stages": {step: seconds}, "total": seconds}, or nothing."""
     try:
-        return dict(parse_json(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError) as error:
+        found = dict(parse_json(path.read_text())) if path.exists() else {}
+        if not all(math.isfinite(each) for each in (found.get("total", 0.0), *dict(found.get("stages", {})).values())):
+            raise ValueError("a time is not finite")
+        return found
+    except (ValueError, TypeError, OverflowError) as error:
         raise IntegrityError(str(path), f"is not the driver's JSON ({error})", "Remove it") from None

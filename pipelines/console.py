@@ -93,15 +93,24 @@ class Console(io.TextIOBase):
         return [*rows, f"  {'total':<16}{duration(self._total):>10}"]
 
     def _receive(self, line: str) -> None:
-        text, mark, event = line.partition(EVENT_MARK)
+        text, _, told = line.partition(EVENT_MARK)
+        event = self._event(told)
+        text = text if event else line  # a prompt may hold anything, the mark too
         if text.strip():
             # Of several lines that a container gives at once, kfp indents the first.
             if self.running is not None and not _KFP_RECORD.match(text):
                 self.say(f"      {text.removeprefix(_KFP_INDENT)}")
             else:
                 self._held.append(text)
-        if mark:
-            self._follow(parse_json(event))
+        if event:
+            self._follow(event)
+
+    def _event(self, told: str) -> dict[str, Any] | None:
+        try:
+            found = parse_json(told)
+            return found if found["task"] in self._steps and found["event"] in ("begin", "end", "fail") else None
+        except (ValueError, KeyError, TypeError):
+            return None
 
     def _follow(self, event: dict[str, Any]) -> None:
         step, kind = event["task"], event["event"]
@@ -117,9 +126,9 @@ class Console(io.TextIOBase):
             self.count(step)
             self.say(f"{label} failed")
             return
-        self.finished[step] = event["reused"]
-        seconds = self.count(None if event["reused"] else step)
-        self.say(f"{label} done already" if event["reused"] else f"{label} done in {seconds:.1f} s")
+        reused = self.finished[step] = bool(event.get("reused"))
+        seconds = self.count(None if reused else step)
+        self.say(f"{label} done already" if reused else f"{label} done in {seconds:.1f} s")
 
     def _begin(self, step: str) -> None:
         before = self._steps[: self._steps.index(step)]

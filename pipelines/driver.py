@@ -166,10 +166,10 @@ def _execute(run: str, request: Request, way: Way, folder: Path, console: Consol
 def _failure(folder: Path, console: Console) -> StepFailed:
     """What the failed step left behind; for one that was killed, what was seen of it."""
     step = console.failed or console.running
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         left = parse_json((folder / ERROR_FILE).read_text())
         if step in (None, left["task"]):
-            return StepFailed(left["task"], left["exit_code"], left["message"])
+            return StepFailed(str(left["task"]), int(left["exit_code"]), str(left["message"]))
     if console.running is not None:
         console.count(console.running)
     crash = crash_in_call(folder / CALLS, "crashed, was killed, or ran out of memory")

@@ -52,6 +52,16 @@ def test_what_a_step_says_does_not_steer_the_terminal(console: Console) -> None:
     assert shown(console)[-1] == "      a \\x1b[2J\\rb \\u202e"
 
 
+@pytest.mark.parametrize(
+    "told", ["{", "[" * 100_000, "[]", "{}", '{"task": "x", "event": "end"}', '{"task": [], "event": 1}']
+)
+def test_a_mark_in_the_words_of_a_step_is_none(console: Console, told: str) -> None:
+    """A prompt may hold it; the line is shown as it is."""
+    console.write(event(event="begin", task="prepare") + f"    drawing {EVENT_MARK}{told}\n")
+    assert shown(console)[-1] == f"      drawing {EVENT_MARK}{told}"
+    assert console.running == "prepare"
+
+
 def test_text_may_arrive_in_any_pieces(console: Console) -> None:
     """kfp prints the indent and the line apart."""
     for letter in stream("prepare", "    a\n      b\n", event(event="end", task="prepare", reused=True)):
