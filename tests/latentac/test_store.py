@@ -282,7 +282,7 @@ def entry(path: str, **fields: object) -> dict[str, object]:
         pytest.param(lambda raw: raw.replace(b"{", b"{ ", 1), "edited since", id="edited"),
         pytest.param(changed(surprise=1), "edited since", id="unknown-field"),
         pytest.param(lambda raw: b"[" * 100_000, "JSON", id="nested"),
-        pytest.param(changed(metrics={"a": "\ud800"}), "JSON", id="half-a-character"),
+        pytest.param(lambda raw: raw.replace(b'"commit": "', b'"commit": "\\ud800'), "JSON", id="half-a-character"),
         pytest.param(changed(metrics={"a": float("inf")}), "cannot be written as JSON", id="infinity"),
         pytest.param(changed(metrics={"a": float("nan")}), "cannot be written as JSON", id="no-number"),
         pytest.param(changed(created="yesterday"), "created", id="no-time"),
