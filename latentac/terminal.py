@@ -15,6 +15,8 @@ _STEERING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"  # all but \t and \n
 )
 
+_MOVES = re.compile(r"\n*(?:\x1b\[A)+")
+
 
 def printable(text: str) -> str:
     """`text` with its control, bidirectional and surrogate characters as Python writes them: `\\x1b`, `\\u202e`."""
@@ -23,14 +25,28 @@ def printable(text: str) -> str:
 
 class Guarded:
     """A text stream that writes what is `printable`, and escapes what its encoding has not. `raw`: the stream itself,
-    for what is meant to steer a terminal."""
+    for what is meant to steer a terminal.
+
+    The progress bars of libraries get through: a carriage return before all else in a line, where only a bar may stand,
+    and the moves to a line of another bar after that.
+    """
 
     def __init__(self, stream: Any) -> None:
         self.raw: TextIO = raw(stream)
+        self._begins, self._bar = True, False  # where the next text comes: in an empty line, behind a bar
 
     def write(self, text: str) -> int:
+        if not text:
+            return 0
+        steering = 0
+        if text.startswith("\r") and (self._begins or self._bar):
+            steering = 1
+        elif self._bar and _MOVES.fullmatch(text):
+            steering = len(text)
+        self._begins, self._bar = text.endswith("\n"), steering > 0
         encoding = getattr(self.raw, "encoding", None) or "utf-8"
-        self.raw.write(printable(text).encode(encoding, "backslashreplace").decode(encoding))
+        shown = printable(text[steering:]).encode(encoding, "backslashreplace").decode(encoding)
+        self.raw.write(text[:steering] + shown)
         return len(text)
 
     def writelines(self, lines: Any) -> None:

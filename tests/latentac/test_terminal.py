@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from latentac.terminal import CLEAR_LINE, Guarded, printable
 
@@ -53,7 +54,25 @@ def test_a_guard_is_one_guard() -> None:
     assert plain.getvalue() == f"x\\x1b{CLEAR_LINE}"
 
 
-LOGGING = "import logging; logging.getLogger('latentac.x').warning({!r})"
+def test_bars_of_libraries_are_drawn() -> None:
+    """Two at once, whose words are escaped; a return within a line, or a move behind a text, is none of a bar."""
+    drawn = io.StringIO()
+    stream = Guarded(drawn)
+    with tqdm(total=2, file=stream, desc="a\x1b[2J", leave=False) as bar, tqdm(total=2, file=stream, desc="b") as below:
+        bar.update()
+        below.update()
+    assert "\x1b[2J" not in drawn.getvalue()
+    assert "\ra\\x1b[2J:   0%" in drawn.getvalue()
+    assert "\x1b[A" in drawn.getvalue()
+    drawn.seek(0)
+    drawn.truncate()
+    stream.write("done\n")
+    stream.write("label: ")
+    for text in ("\rfake", "\x1b[A"):
+        stream.write(text)
+    assert drawn.getvalue() == "done\nlabel: \\rfake\\x1b[A"
+
+
 DOORS = {
     "options": (["-m", "latentac.cli", "report", "--run", HOSTILE], 2),
     "the parser": (["-m", "latentac.cli", HOSTILE], 2),
