@@ -17,7 +17,7 @@ class DuplicateKey(yaml.YAMLError):
 
     def __init__(self, key: object, first: int, second: int) -> None:
         lines = f"line {first}" if first == second else f"lines {first} and {second}"
-        super().__init__(f"has the key {key!r} twice, in {lines}")
+        super().__init__(f"has the key {key!r:.100} twice, in {lines}")
 
 
 MAX_CHARACTERS = 2**18
@@ -123,7 +123,7 @@ def _load(text: str, loader: type[_UniqueKeys]) -> Any:
         return yaml.load(text, loader)  # noqa: S506 - a SafeLoader that refuses more
     except RecursionError:
         raise TooMuch("it is nested too deep") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:  # what a tag does not fit
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:  # what a tag does not fit
         raise yaml.YAMLError(f"a value is not what it says it is ({error})") from None
 
 

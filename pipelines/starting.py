@@ -75,7 +75,7 @@ def start(options: argparse.Namespace, *, containers: bool) -> int:
     overrides = (*options.set, *(() if options.seed is None else (f"seed={options.seed}",)))
     overrides += (f"project={json.dumps(options.project)}",) if options.project else ()
     if run is not None:
-        if os.path.isfile(f"{run}/request.json"):  # False for a name that cannot be one, too
+        if run and os.path.isfile(f"{run}/request.json"):  # False for a name that cannot be one, too
             output, run = Path(run).absolute().parent, Path(run).absolute().name
         given = {"recipe": options.recipe, "config": options.config, "overrides": overrides, "store": options.store}
         given |= {"package": options.package, "way": CONTAINERS if containers else ""}

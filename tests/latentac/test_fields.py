@@ -7,6 +7,7 @@ import pytest
 from components.cluster.settings import read
 from latentac.errors import ConfigError
 from latentac.fields import read_file, read_overrides, read_yaml
+from latentac.recipes import RECIPES
 from latentac.resolution import resolve_all
 from latentac.run import recipe_fields
 from latentac.validation import resolve
@@ -122,6 +123,15 @@ def test_hostile_yaml_is_refused_at_once(text: str, words: str, tmp_path: Path) 
         with pytest.raises(ConfigError, match=words) as caught:
             reading()
         assert len(str(caught.value)) < 1200
+
+
+@pytest.mark.timeout(20)
+def test_a_file_that_is_wrong_throughout_is_a_page_of_problems() -> None:
+    """Not a book: neither of lines, nor in one."""
+    for fields in ({f"k{number}": 1 for number in range(10_000)}, {"k" * 200_000: "v" * 200_000}):
+        with pytest.raises(ConfigError) as caught:
+            resolve_all({**RECIPES["shapes-unet"], "train": fields})
+        assert len(str(caught.value)) < 20_000
 
 
 @pytest.mark.timeout(20)
