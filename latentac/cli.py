@@ -246,7 +246,7 @@ def _run_verb(options: argparse.Namespace) -> int | None:
     from latentac.calls import CALLS, FOLDER, STEPS, supervised
     from latentac.lifetime import own_descendants, refuse_links, run_lock
     from latentac.names import working_folder
-    from latentac.run import VERBS
+    from latentac.run import VERBS, resolve_recipe
     from latentac.scratch import temporary_files
     from latentac.task import LOCK_FILE
 
@@ -265,6 +265,8 @@ def _run_verb(options: argparse.Namespace) -> int | None:
         place["force"] = options.force
     folder = working_folder(options.run, options.output)
     refuse_links(folder)
+    if options.verb == "prepare" and not options.package:  # a typing error: before there is a folder
+        resolve_recipe(options.recipe, options.config, place["overrides"])
     if options.program and options.verb in STEPS and FOLDER not in os.environ:
         ended = supervised(folder / CALLS)
         if ended is not None:
