@@ -139,6 +139,8 @@ def read_file(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         remedy = "Convert it, for example: iconv -f WINDOWS-1252 -t UTF-8, or -f UTF-16."
         raise _single("--config", str(path), f"is not UTF-8 text (byte {error.start})", remedy) from error
+    except ValueError:  # a zero in its name
+        raise _single("--config", str(path), "cannot be the name of a file", "Name a YAML file.") from None
     except yaml.YAMLError as error:
         raise _single("--config", str(path), f"is not YAML: {_reason(error)}", "Correct the file.") from error
     if not isinstance(content, dict):

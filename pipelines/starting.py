@@ -73,7 +73,7 @@ def start(options: argparse.Namespace, *, containers: bool) -> int:
 
     output, run = Path(options.output), options.resume
     overrides = (*options.set, *(() if options.seed is None else (f"seed={options.seed}",)))
-    overrides += (f"project={json.dumps(options.project)}",) if options.project else ()
+    overrides += () if options.project is None else (f"project={json.dumps(options.project)}",)
     if run is not None:
         if run and os.path.isfile(f"{run}/request.json"):  # False for a name that cannot be one, too
             output, run = Path(run).absolute().parent, Path(run).absolute().name
@@ -82,14 +82,14 @@ def start(options: argparse.Namespace, *, containers: bool) -> int:
         request = load_run(run, output, {name: value for name, value in given.items() if value})
     else:
         way = CONTAINERS if containers else PROCESSES
-        recipe, config = options.recipe or "shapes-unet", options.config or ""
+        recipe, config = "shapes-unet" if options.recipe is None else options.recipe, options.config or ""
         request = Request(recipe, config, overrides, options.store or "", way, package=options.package or "")
     make_importable(Path(request.folder or Path.cwd()))
     if options.dry_run:
         from pipelines.dryrun import print_plan
 
         return print_plan(absolute(request), output, run or "")
-    if not run:
+    if run is None:
         if request.package:
             use_in_place(Path(request.package))
         resolve_recipe(request.recipe, request.config, request.overrides)  # a typing error: before anything starts

@@ -45,6 +45,10 @@ def test_help_has_examples_and_comes_at_once(arguments: list[str]) -> None:
     [
         (["--recipe", "shapes-unte"], "recipe = 'shapes-unte': does not exist."),
         (["--seed", "1", "--set", "train.num_iteration=3"], "train.num_iteration = 3: unknown field. Did you mean"),
+        (["--recipe", ""], "recipe = '': does not exist."),
+        (["--project", "../x"], "project = '../x': is no name. Use letters"),
+        (["--project", ""], "project = '': is no name. Use letters"),
+        (["--config", "x" * 300], "--config"),
         (["--config", "missing.yaml"], "--config = 'missing.yaml': cannot be read"),
     ],
 )
