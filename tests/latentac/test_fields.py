@@ -128,7 +128,7 @@ def test_hostile_yaml_is_refused_at_once(text: str, words: str, tmp_path: Path) 
 @pytest.mark.timeout(20)
 def test_a_file_that_is_wrong_throughout_is_a_page_of_problems() -> None:
     """Not a book: neither of lines, nor in one."""
-    for fields in ({f"k{number}": 1 for number in range(10_000)}, {"k" * 200_000: "v" * 200_000}):
+    for fields in ({f"k{number}": 1 for number in range(2_000)}, {"k" * 200_000: "v" * 200_000}):
         with pytest.raises(ConfigError) as caught:
             resolve_all({**RECIPES["shapes-unet"], "train": fields})
         assert len(str(caught.value)) < 20_000
