@@ -19,6 +19,7 @@ from pathlib import Path
 
 from latentac.errors import RewardError
 from latentac.lifetime import go_on_in_child
+from latentac.reading import parse_json
 
 FOLDER = "LATENTAC_REWARD_CALLS"
 """Environment variable: the folder of the files. Without it no file is written."""
@@ -131,8 +132,8 @@ def crash_in_call(folder: Path, ending: str, pid: int | None = None) -> RewardEr
     ending: how it ended, for the message; pid: of that process, or None for whichever has left a file in `folder`.
     """
     for file in sorted(folder.glob(f"{'*' if pid is None else pid}-*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            call = json.loads(file.read_text())
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            call = parse_json(file.read_text())
             more = f" and {call['count'] - 1} more" if call["count"] > 1 else ""
             remedy = "Correct the reward, or run it behind a service that may fail by itself"
             if time.time() > call["until"]:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from latentac.terminal import printable
+
 _UNKNOWN = "Not known. Say it in the configuration, as"
 _TAGS = {"StableDiffusionPipeline": "stable-diffusion", "StableDiffusion3Pipeline": "stable-diffusion-3"}
 _USE = "## Draw with diffusers"
@@ -103,9 +105,9 @@ def _front_matter(facts: Facts, kind: str, adapter: bool) -> str:
         "pipeline_tag": "text-to-image",
         "tags": [*tags, *(["lora"] if adapter else [])],
     }
-    return "\n".join(
-        ["---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()), "---"]
-    )
+    # What is not printable is escaped, in JSON and in YAML alike.
+    lines = (f"{name}: {printable(json.dumps(value, ensure_ascii=False))}" for name, value in fields.items())
+    return "\n".join(["---", *lines, "---"])
 
 
 def _body(facts: Facts) -> Iterator[str]:
@@ -116,7 +118,7 @@ def _body(facts: Facts) -> Iterator[str]:
     yield _table(
         ("", ""),
         [
-            ("recipe", f"{_text(facts['recipe'])}, seed {facts['seed']}"),
+            ("recipe", f"{_text(facts['recipe'])}, seed {_text(facts['seed'])}"),
             ("backbone", f"{_text(_name(backbone))} from {_text(_place(backbone['source']))}"),
             ("base model", _text(base_model(settings))),
             ("licence", _text(told.get("licence") or "not known: `card.licence`")),
@@ -181,13 +183,14 @@ def _training(settings: Mapping[str, Any], training: Sequence[Mapping[str, Any]]
         return
     policy, kernel, last = settings.get("policy") or {}, settings.get("kernel") or {}, training[-1]
     lora = policy.get("adaptation") == "lora"
-    what = f"LoRA of rank {policy.get('lora_rank')}, alpha {policy.get('lora_alpha')}" if lora else "all weights"
+    rank, alpha = _text(policy.get("lora_rank")), _text(policy.get("lora_alpha"))
+    what = f"LoRA of rank {rank}, alpha {alpha}" if lora else "all weights"
     rows = [
         ("trained", what),
         ("algorithm", _text(_name(settings.get("algorithm") or {}))),
-        ("learning rate", policy.get("learning_rate")),
+        ("learning rate", _text(policy.get("learning_rate") or "")),
         ("sampler", ", ".join(f"{_text(name)} {_text(value)}" for name, value in kernel.items())),
-        ("iterations", last.get("iteration") or len(training)),
+        ("iterations", _text(last.get("iteration") or len(training))),
         ("seconds", f"{sum(row.get('seconds') or 0 for row in training):.0f}"),
         ("mean reward, first iteration and last", f"{_number(training[0], last, 'reward_mean')}"),
     ]
@@ -208,8 +211,8 @@ def _steering(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         (
             _code(row["method"]),
             "–" if row.get("strength") is None else f"{row['strength']:g}",
-            row.get("candidates") or "–",
-            row["nfe"],
+            _text(row.get("candidates") or "–"),
+            _text(row["nfe"]),
             _code(row["reward"]),
             _interval(row),
         )
@@ -240,19 +243,21 @@ def _unknown(field: str) -> str:
 
 
 def _prose(text: object) -> str:
-    """Markdown of the configuration, without HTML and without headings that would end its section."""
-    return re.sub(r"^(#+)(?= )", r"\\\1", html.escape(str(text or "").strip(), quote=False), flags=re.M)
+    """Markdown of the configuration, without HTML, links that run code, and headings that would end its section."""
+    prose = html.escape(printable(str(text or "").strip()), quote=False)
+    prose = re.sub(r"(\]\(\s*|\]:\s*)(javascript|vbscript|data)\\*:", r"\1\2%3A", prose, flags=re.I)
+    return re.sub(r"^( {0,3})(#+(?=\s|$)|=+\s*$|-+\s*$)", r"\1\\\2", prose, flags=re.M)
 
 
 def _text(value: object) -> str:
     """One line of text: no HTML, and no Markdown but code."""
-    line = html.escape(" ".join(str(value).split()), quote=False)
+    line = html.escape(printable(" ".join(str(value).split())), quote=False)
     return re.sub(r"[\\*\[\]~]|(?<!\w)_|_(?!\w)|^[#>+]|^-(?!\d)", r"\\\g<0>", line)
 
 
 def _code(name: object) -> str:
     """A name as code."""
-    return "`" + " ".join(str(name).replace("`", "'").split()) + "`"
+    return "`" + printable(" ".join(str(name).replace("`", "'").split())) + "`"
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> str:

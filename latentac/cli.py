@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from latentac import __version__
 from latentac.errors import ConfigError, LatentacError, Problem, ResourceError, expected
 from latentac.housekeeping import add_verbs
+from latentac.reading import PORTS, SEEDS, whole
+from latentac.terminal import guard_streams
 
 if TYPE_CHECKING:
     from latentac.store import Manifest
@@ -41,6 +43,8 @@ _EXIT_CODES = """exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is the error's (see `latentac.errors`)."""
+    if arguments is None:  # else the caller is a program, whose streams, signals and import path are its own
+        guard_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in _FURTHER:
         options = argparse.Namespace(command=_run_further, words=words)
@@ -49,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("latentac").setLevel(logging.INFO)
     try:
-        if arguments is None:  # else the caller is a program, whose signals and import path are its own
+        if arguments is None:
             from latentac.lifetime import stop_on_sigterm
             from latentac.package import make_importable
 
@@ -135,8 +139,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model(generate)
     generate.add_argument("--prompt", required=True)
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--count", type=int, default=1, help="pictures, side by side (default: %(default)s)")
+    generate.add_argument("--seed", type=whole(*SEEDS), default=0)
+    generate.add_argument(
+        "--count", type=whole(1, 1000), default=1, help="pictures, side by side (default: %(default)s)"
+    )
     generate.add_argument("--steer", action="append", default=[], metavar="reward=strength", help="a dial; repeat it")
     generate.add_argument(
         "--picture", default="picture.png", metavar="FILE", help="PNG to write (default: %(default)s)"
@@ -207,7 +213,7 @@ def _add_serve(verbs: Any) -> None:
         "latentac serve --run first\n  latentac serve --project shapes-unet --port 8081",
     )
     _add_model(serve)
-    serve.add_argument("--port", type=int, default=8080, help="port on loopback (default: %(default)s)")
+    serve.add_argument("--port", type=whole(*PORTS), default=8080, help="port on loopback (default: %(default)s)")
     add_access(serve)
     serve.set_defaults(command=_serve)
 
@@ -238,13 +244,11 @@ def _add_folders(verb: argparse.ArgumentParser) -> None:
 
 def _run_verb(options: argparse.Namespace) -> int | None:
     from latentac.calls import CALLS, FOLDER, STEPS, supervised
-    from latentac.lifetime import own_descendants, refuse_links, run_lock
+    from latentac.lifetime import own_descendants, run_lock
+    from latentac.names import working_folder
     from latentac.run import VERBS
     from latentac.scratch import temporary_files
-    from latentac.store import open_store
-    from latentac.summary import prepared
     from latentac.task import LOCK_FILE
-    from latentac.workspace import default_store, working_folder
 
     own_descendants()
     place: dict[str, Any] = {"run": options.run, "store": options.store, "output": options.output}
@@ -260,9 +264,7 @@ def _run_verb(options: argparse.Namespace) -> int | None:
     if options.verb == "deploy":
         place["force"] = options.force
     folder = working_folder(options.run, options.output)
-    if options.verb != "prepare":  # before a folder is made for a run that is not there
-        prepared(open_store(options.store or default_store(options.output)), [options.run])
-    refuse_links(folder)
+    _check_run(options, folder, place.get("overrides", []))
     if options.program and options.verb in STEPS and FOLDER not in os.environ:
         ended = supervised(folder / CALLS)
         if ended is not None:
@@ -279,6 +281,21 @@ def _run_verb(options: argparse.Namespace) -> int | None:
     else:
         print(json.dumps({"key": manifest.key, "metrics": manifest.metrics}, indent=2))
     return None
+
+
+def _check_run(options: argparse.Namespace, folder: Path, overrides: Sequence[str]) -> None:
+    """What can be wrong with a run, or with a new one's settings, before a folder is made for it."""
+    from latentac.lifetime import refuse_links
+    from latentac.run import resolve_recipe
+    from latentac.store import open_store
+    from latentac.summary import prepared
+    from latentac.workspace import default_store
+
+    if options.verb != "prepare":
+        prepared(open_store(options.store or default_store(options.output)), [options.run])
+    elif not options.package:
+        resolve_recipe(options.recipe, options.config, overrides)
+    refuse_links(folder)
 
 
 def _tell_again(options: argparse.Namespace) -> None:
@@ -329,8 +346,9 @@ def _explain_fields(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from latentac.names import working_folder
     from latentac.report import write_report
-    from latentac.workspace import default_store, working_folder
+    from latentac.workspace import default_store
 
     working_folder(options.run, options.output)
     for path in write_report(options.run, options.store or default_store(options.output), options.output):

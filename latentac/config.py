@@ -27,7 +27,9 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 class Section(BaseModel):
     """Fields of one subject. The text below a field is its description: `latentac config fields` prints it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Extension(Section):

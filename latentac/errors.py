@@ -58,6 +58,9 @@ def restore(fields: Mapping[str, Any]) -> LatentacError:
 _MOST_SHOWN = 500
 """Characters of a value in a message."""
 
+_MOST_PROBLEMS = 50
+"""Problems in a message, each a line."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -78,7 +81,7 @@ class Problem:
     def __str__(self) -> str:
         shown = repr(self.value)
         shown = f"{shown[:_MOST_SHOWN]}..." if len(shown) > _MOST_SHOWN else shown
-        return f"{self.path} = {shown}: {self.problem}. {self.remedy}"
+        return f"{self.path[:_MOST_SHOWN]} = {shown}: {self.problem}. {self.remedy}"
 
 
 class ConfigError(LatentacError):
@@ -92,7 +95,9 @@ class ConfigError(LatentacError):
         super().__init__(first.path, f"{first.value!r}: {first.problem}", first.remedy)
 
     def __str__(self) -> str:
-        return "\n".join(str(problem) for problem in self.problems)
+        more = len(self.problems) - _MOST_PROBLEMS
+        lines = [str(problem) for problem in self.problems[:_MOST_PROBLEMS]]
+        return "\n".join([*lines, f"... and {more} more problems"] if more > 0 else lines)
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "problems": [asdict(problem) for problem in self.problems]}
@@ -162,6 +167,7 @@ _LACKS = {
     errno.EROFS: ("the file system is read-only", "Choose a place that can be written to"),
     errno.EACCES: ("permission is denied", "Give this user the right, or choose another place"),
     errno.EMFILE: ("too many files are open", "Raise the limit: ulimit -n 4096"),
+    errno.ENAMETOOLONG: ("the name is too long", "Choose a shorter one"),
     errno.ENFILE: ("too many files are open on this machine", "End what holds them, or raise fs.file-max"),
 }
 

@@ -17,10 +17,34 @@ class DuplicateKey(yaml.YAMLError):
 
     def __init__(self, key: object, first: int, second: int) -> None:
         lines = f"line {first}" if first == second else f"lines {first} and {second}"
-        super().__init__(f"has the key {key!r} twice, in {lines}")
+        super().__init__(f"has the key {key!r:.100} twice, in {lines}")
+
+
+MAX_CHARACTERS = 2**18
+"""Of a YAML text. A configuration has a few thousand; PyYAML reads this many in some seconds."""
+
+_MOST_EXPANDED, _MOST_NESTED, _MOST_DIGITS = 2**20, 50, 100
+_UNUSABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
+
+
+class TooMuch(yaml.YAMLError):
+    """What a few lines of YAML can ask for, and no configuration needs."""
 
 
 class _UniqueKeys(yaml.SafeLoader):
+    """A safe loader with unique keys and bounds: anchors make a few lines a billion values (`_Bounds`)."""
+
+    def __init__(self, text: str) -> None:
+        if len(text) > MAX_CHARACTERS:
+            raise TooMuch(f"it has more than {MAX_CHARACTERS} characters")
+        super().__init__(text)
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _Bounds().of(node)
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         found: dict[Any, int] = {}
         for name, _ in node.value:
@@ -34,6 +58,44 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Bounds:
+    """Characters and levels of a node with all that its aliases repeat; each anchor is counted once, so it is quick."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[int, int] | None] = {}
+
+    def of(self, node: yaml.Node) -> tuple[int, int]:
+        """Raises TooMuch for a node beyond the bounds, or with a character that no name, path or terminal can hold."""
+        if id(node) not in self._known:
+            self._known[id(node)] = None  # until it is known: it is being counted
+            self._known[id(node)] = _scalar(node) if isinstance(node, yaml.ScalarNode) else self._all_in(node)
+        found = self._known[id(node)]
+        if found is None:
+            raise TooMuch("an anchor holds itself")
+        return found
+
+    def _all_in(self, node: yaml.Node) -> tuple[int, int]:
+        below = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+        found = [self.of(part) for part in below]
+        size, depth = 1 + sum(size for size, _ in found), 1 + max((depth for _, depth in found), default=0)
+        if size > _MOST_EXPANDED:
+            raise TooMuch(f"its anchors, written out, are more than {_MOST_EXPANDED} characters")
+        if depth > _MOST_NESTED:
+            raise TooMuch("it is nested too deep")
+        return size, depth
+
+
+def _scalar(node: yaml.ScalarNode) -> tuple[int, int]:
+    if found := _UNUSABLE.search(node.value):
+        raise TooMuch(f"it has the character {found[0]!a}, in line {node.start_mark.line + 1}")
+    if node.tag in _NUMBERS and len(node.value) > _MOST_DIGITS:
+        raise TooMuch(f"it has a number of {len(node.value)} characters")
+    return 1 + len(node.value), 0
+
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
 class _Loader(_UniqueKeys):
     """YAML 1.1 reads 1e-4 as text; everyone who types a learning rate means a number."""
 
@@ -42,27 +104,34 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
-_PATH = r"[A-Za-z_]\w*(?:\.\w+)*"
+_PATH = r"[A-Za-z_]\w*(?:\.\w+){0,20}"
 _NEXT = re.compile(rf"\s+(?=['\"]?{_PATH}=)")
 
 
-_NO_YAML = (yaml.YAMLError, ValueError, RecursionError)
-"""What the parser raises: also for an integer of thousands of digits, and for thousands of nested brackets."""
-
-
 def _reason(error: Exception) -> str:
-    return "it is nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:300]
 
 
 def read_yaml(text: str) -> Any:
     """YAML 1.1 with unique keys. Raises yaml.YAMLError, of which DuplicateKey names the key and its lines."""
-    return yaml.load(text, _UniqueKeys)  # noqa: S506 - a SafeLoader that refuses more
+    return _load(text, _UniqueKeys)
+
+
+def _load(text: str, loader: type[_UniqueKeys]) -> Any:
+    """Raises yaml.YAMLError, whatever PyYAML raises."""
+    try:
+        return yaml.load(text, loader)  # noqa: S506 - a SafeLoader that refuses more
+    except RecursionError:
+        raise TooMuch("it is nested too deep") from None
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:  # what a tag does not fit
+        raise yaml.YAMLError(f"a value is not what it says it is ({error})") from None
 
 
 def read_file(path: Path) -> dict[str, Any]:
     """A YAML or JSON file as nested dictionaries. Raises ConfigError."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader with one more number format
+        with path.open(encoding="utf-8") as file:
+            content = _load(file.read(MAX_CHARACTERS + 1), _Loader)
     except DuplicateKey as error:
         raise _single("--config", str(path), str(error), "Keep one of them.") from None
     except OSError as error:
@@ -70,7 +139,9 @@ def read_file(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         remedy = "Convert it, for example: iconv -f WINDOWS-1252 -t UTF-8, or -f UTF-16."
         raise _single("--config", str(path), f"is not UTF-8 text (byte {error.start})", remedy) from error
-    except _NO_YAML as error:
+    except ValueError:  # a zero in its name
+        raise _single("--config", str(path), "cannot be the name of a file", "Name a YAML file.") from None
+    except yaml.YAMLError as error:
         raise _single("--config", str(path), f"is not YAML: {_reason(error)}", "Correct the file.") from error
     if not isinstance(content, dict):
         raise _single("--config", str(path), "does not hold fields", "Write `section:` and its fields below.")
@@ -97,7 +168,7 @@ def split(text: str) -> list[str]:
             depth += 1
         elif character in "]}":
             depth -= 1
-        elif depth <= 0 and (found := _NEXT.match(text, place)):
+        elif depth <= 0 and not text[place - 1 : place].isspace() and (found := _NEXT.match(text, place)):
             parts.append(text[start:place])
             start = place = found.end()
             continue
@@ -120,10 +191,10 @@ def read_overrides(assignments: Sequence[str]) -> dict[str, Any]:
                 "--set", assignment, "is not path=value", "Write for example --set policy.learning_rate=1e-4."
             )
         try:
-            nested: Any = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader with one more number format
+            nested: Any = _load(text, _Loader)
         except DuplicateKey as error:
             raise _single("--set", assignment, str(error), "Keep one of them.") from None
-        except _NO_YAML as error:
+        except yaml.YAMLError as error:
             raise _single(
                 "--set", assignment, f"has a value that is not YAML: {_reason(error)}", "Quote it."
             ) from error

@@ -12,6 +12,7 @@ from typing import Any
 from latentac.config import Config, Gate
 from latentac.errors import ConfigError, Problem
 from latentac.fields import merge, read_overrides
+from latentac.terminal import printable
 from latentac.validation import resolve
 
 Check = dict[str, Any]
@@ -211,5 +212,5 @@ def _text(value: float | str | None) -> str:
 
 def _cell(text: str) -> str:
     """Text that stays in its cell of a Markdown table and is no markup."""
-    plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
+    plain = printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
     return plain.replace("|", "\\|").replace("*", "\\*").replace("_", "\\_").replace("`", "\\`").replace("[", "\\[")

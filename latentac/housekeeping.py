@@ -95,13 +95,13 @@ def _carry_out(plans: "list[Plan]", agreed: bool) -> None:
 
 
 def _count(text: str) -> int:
-    if not re.fullmatch(r"\d+", text):
+    if not re.fullmatch(r"[0-9]{1,9}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of runs: give for example 5")
     return int(text)
 
 
 def _seconds(text: str) -> float:
-    found = re.fullmatch(r"(\d+)([mhdw])", text)
+    found = re.fullmatch(r"([0-9]{1,9})([mhdw])", text)
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time: give for example 90m, 12h, 7d or 4w")
     return int(found[1]) * float(_UNITS[found[2]])

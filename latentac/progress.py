@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Any, Generic, Self, TextIO, TypeVar, overload
 
+from latentac.terminal import printable, raw
+
 TERMINAL = "LATENTAC_PROGRESS"
 """Environment variable: path of a terminal device to draw on (the driver's `os.ttyname(2)`)."""
 
@@ -48,10 +50,10 @@ class Progress(Generic[Item]):
     def __init__(
         self, items: Iterable[Item], description: str, unit: str, *, done: int = 0, disabled: bool = False
     ) -> None:
-        self._items, self._description = items, description
+        self._items, self._description = items, printable(description)
         self._lock = threading.Lock()  # blocks are worked at by several threads
         total = len(items) if isinstance(items, Sized) else None
-        self._display = None if disabled else _display(total, description, unit, done)
+        self._display = None if disabled else _display(total, self._description, unit, done)
 
     def update(self, count: int = 1) -> None:
         """`count` more units are done."""
@@ -68,12 +70,12 @@ class Progress(Generic[Item]):
     def begin(self, part: str) -> None:
         """Show that `part` of the work (`arm 7 of 17: resampling 4`) begins; what is left is told of the whole."""
         if self._display is not None:
-            self._display.set_description_str(f"{self._description}, {part}" if part else self._description)
+            self._display.set_description_str(printable(f"{self._description}, {part}" if part else self._description))
 
     def note(self, text: str) -> None:
         """Show `text` (a few figures) behind the bar."""
         if self._display is not None:
-            self._display.set_postfix_str(text)
+            self._display.set_postfix_str(printable(text))
 
     def close(self) -> None:
         if self._display is not None:
@@ -197,7 +199,7 @@ class _Bar:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._bar.close()
-        if self._file is not sys.stderr:
+        if self._file is not raw(sys.stderr):
             with contextlib.suppress(OSError):
                 self._file.close()
 
@@ -219,7 +221,8 @@ def _terminal() -> TextIO | None:
         if device.isatty():
             return device
         device.close()
-    return sys.stderr if sys.stderr.isatty() else None
+    stream: TextIO = raw(sys.stderr)
+    return stream if stream.isatty() else None
 
 
 def _open_device(path: str, flags: int) -> int:

@@ -1,6 +1,5 @@
 """From a trained run to a model that serves: the export, the proof, the registry, and the way back for a person."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -13,13 +12,15 @@ from latentac.arms import best_steered
 from latentac.errors import ArtifactNotFound, ConfigError, Problem, ResourceError
 from latentac.folders import copy_pipeline
 from latentac.incumbent import Production, chosen_production, productions, put_in_production
+from latentac.names import working_folder
+from latentac.reading import read_record
 from latentac.readme import write_released
 from latentac.scratch import empty_folder, hidden_folder
 from latentac.serving.deployment import Deployment, serve_and_check
 from latentac.serving.exported import add_base, export, read
 from latentac.store import Manifest, Store, copy_folder, open_store
 from latentac.store.blobs import disk_errors
-from latentac.workspace import EXTENSIONS, Workspace, cache_beside, default_store, open_run, person, working_folder
+from latentac.workspace import EXTENSIONS, Workspace, cache_beside, default_store, open_run, person
 
 _EXAMPLES = 8  # held-out prompts that the endpoint's page offers to begin with
 UNFINISHED = ".latentac-fetch"
@@ -109,8 +110,8 @@ def _export(space: Workspace, trained: Manifest, folder: Path, notice: str = "")
     if space.config.serving.include_base:
         add_base(folder, space.artifact("prepare") / "backbone")
     examples = list(dict.fromkeys(prompt.text for prompt in space.presentable))[:_EXAMPLES]
-    extensions = json.loads((space.artifact("prepare") / EXTENSIONS).read_text())
-    rows = json.loads((space.artifact("steer") / "steering.json").read_text()) if space.finished("steer") else []
+    extensions = read_record(space.artifact("prepare") / EXTENSIONS)
+    rows = read_record(space.artifact("steer") / "steering.json") if space.finished("steer") else []
     best = best_steered(rows, space.config.gate.reward)
     told = {"examples": examples, "notice": notice, "extensions": extensions, "best": best}
     export(folder, space.config, run=space.run, version=version, **told)

@@ -18,11 +18,13 @@ from latentac import package as packages
 from latentac.config import Config, suggestion
 from latentac.errors import ArtifactNotFound, ConfigError, Problem, TrainingError
 from latentac.fields import merge, read_file, read_overrides
+from latentac.names import working_folder
+from latentac.reading import read_record, record
 from latentac.recipes import RECIPES, default_project
 from latentac.scratch import hidden_folder
 from latentac.store import Manifest, Store, open_store
 from latentac.validation import resolve
-from latentac.workspace import EXTENSIONS, PACKAGE, Workspace, default_store, open_run, person, working_folder
+from latentac.workspace import EXTENSIONS, PACKAGE, Workspace, default_store, open_run, person
 
 if TYPE_CHECKING:
     from latentac.release import Prove
@@ -181,7 +183,8 @@ def judge(space: Workspace, overrides: Sequence[str] = ()) -> dict[str, Any]:
     bounds, changed = rule.override(space.config, overrides)
     # What is promoted must be what was evaluated, byte for byte.
     space.store.verify(space.store.manifest(f"{space.run}/evaluate"))
-    evaluation = json.loads(space.store.read(f"{space.run}/evaluate", "evaluation.json"))
+    key = f"{space.run}/evaluate"
+    evaluation = record(space.store.read(key, "evaluation.json"), key)
     version, evaluated = in_production(space), evaluation.get("production") or {}
     compared = version is not None and not evaluated.get("problem")
     found = trouble(space, version, evaluated.get("sha256")) if version is not None and compared else ""
@@ -407,7 +410,7 @@ def _write_finish(run: str, store: str, output: str, folder: Path) -> None:
     report, summary = write_report(run, store, output)
     for path in (report, summary):
         shutil.copyfile(path, folder / path.name)
-    (folder / "card.md").write_text(model_card(json.loads(summary.read_text())), encoding="utf-8")
+    (folder / "card.md").write_text(model_card(read_record(summary)), encoding="utf-8")
 
 
 def _track(space: Workspace, scalars: Mapping[str, float]) -> None:

@@ -1,6 +1,5 @@
 """The runs of an output folder and a store: what became of each, and what is in production. No torch is needed."""
 
-import json
 import logging
 import math
 import os
@@ -15,6 +14,7 @@ from typing import Any
 from latentac.errors import ArtifactNotFound, IntegrityError, LatentacError
 from latentac.fields import read_overrides
 from latentac.lifetime import lock_holder
+from latentac.reading import parse_json
 from latentac.run import VERBS
 from latentac.store import Entry, Manifest, Store, open_store
 from latentac.store.pool import OBJECTS
@@ -131,17 +131,16 @@ class Survey:
         except (ArtifactNotFound, IntegrityError):
             return None
 
-    def json(self, key: str, path: str) -> Any:
-        """A JSON file of an artifact; None where either cannot be read."""
+    def json(self, key: str, path: str) -> dict[str, Any]:
+        """The JSON object that a file of an artifact is; empty where either cannot be read."""
         try:
-            return json.loads(self.store.read(key, path)) if f"{key}/manifest.json" in self.entries else None
+            return _object(parse_json(self.store.read(key, path)) if f"{key}/manifest.json" in self.entries else None)
         except (ArtifactNotFound, IntegrityError, ValueError):
-            return None
+            return {}
 
     def evaluation(self, run: str) -> dict[str, Any]:
         """What `evaluate` found; empty before it."""
-        found = self.json(f"{run}/evaluate", "evaluation.json")
-        return found if isinstance(found, dict) else {}
+        return self.json(f"{run}/evaluate", "evaluation.json")
 
 
 def list_runs(output: Path, store: str) -> list[Run]:
@@ -162,7 +161,7 @@ def list_runs(output: Path, store: str) -> list[Run]:
 def store_of(folder: Path) -> str:
     """The store that the run in `folder` was started with, "" for the default one of its output."""
     try:
-        store = str(json.loads((folder / _REQUEST).read_text())["store"])
+        store = str(parse_json((folder / _REQUEST).read_text())["store"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return store.replace("{output}", str(folder.parent.resolve()), 1)
@@ -241,21 +240,21 @@ def _describe(survey: Survey, traces: Traces) -> Run:
     decision = str(gate.metrics.get("decision", "")) if gate else ""
     summary = {} if prepared else _json(traces.folder, _SUMMARY)
     if summary:  # its store is gone, or cannot be reached: what it told at its end
-        decision = str((summary.get("gate") or {}).get("decision", ""))
+        decision = str(_object(summary.get("gate")).get("decision", ""))
     state, step = _state(survey.store, traces, decision)
-    settings = survey.json(f"{traces.name}/prepare", "config.json") or {}
+    settings = survey.json(f"{traces.name}/prepare", "config.json")
     request = _request(traces.folder)
-    evaluation = survey.evaluation(traces.name) or summary.get("evaluation") or {}
-    rewards = [(found.get("gate") or {}).get("reward") for found in (settings, summary)]
-    gained = _gained(evaluation, rewards[0] or rewards[1])
+    evaluation = survey.evaluation(traces.name) or _object(summary.get("evaluation"))
+    rewards = [_object(found.get("gate")).get("reward") for found in (settings, summary)]
+    gained = _gained(evaluation, str(rewards[0] or rewards[1]))
     if decision == "promote" and summary and state != "running":
         state, step = "done", ""
     return Run(
         name=traces.name,
         state=state,
         step=step,
-        project=settings.get("project", ""),
-        recipe=settings.get("recipe") or request.get("recipe", ""),
+        project=str(settings.get("project", "")),
+        recipe=str(settings.get("recipe") or request.get("recipe", "")),
         seed=settings.get("seed", request.get("seed")),
         gain=gained.get("mean"),
         gain_low=gained.get("low"),
@@ -287,7 +286,7 @@ def _failed(traces: Traces) -> str:
     if traces.folder is None:
         return ""
     try:
-        left = json.loads((traces.folder / ERROR_FILE).read_text())
+        left = parse_json((traces.folder / ERROR_FILE).read_text())
         step, when = str(left["task"]), (traces.folder / ERROR_FILE).stat().st_mtime
     except (OSError, ValueError, KeyError, TypeError):
         return ""
@@ -306,18 +305,21 @@ def _failure(store: Store, traces: Traces) -> bool:
     return isinstance(left, dict) and bool(left.get("error"))
 
 
-def _gained(evaluation: dict[str, Any], reward: object) -> dict[str, float]:
-    found = (evaluation.get("difference") or {}).get(reward)
-    numbers = found if isinstance(found, dict) else {}
+def _gained(evaluation: dict[str, Any], reward: str) -> dict[str, float]:
+    numbers = _object(_object(evaluation.get("difference")).get(reward))
     return {name: value for name, value in numbers.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def _object(found: Any) -> dict[str, Any]:
+    """`found` if it is a JSON object, else an empty one."""
+    return found if isinstance(found, dict) else {}
 
 
 def _json(folder: Path | None, name: str) -> dict[str, Any]:
     try:
-        found = json.loads((folder / name).read_text()) if folder else {}
+        return _object(parse_json((folder / name).read_text()) if folder else None)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _request(folder: Path | None) -> dict[str, Any]:
@@ -326,7 +328,7 @@ def _request(folder: Path | None) -> dict[str, Any]:
         return {}
     try:
         file = folder / _REQUEST
-        asked, made = json.loads(file.read_text()), file.stat().st_mtime
+        asked, made = parse_json(file.read_text()), file.stat().st_mtime
         fields = read_overrides(asked["overrides"])
         started = datetime.fromtimestamp(made, UTC).isoformat(timespec="seconds")
         return {"recipe": asked["recipe"], "seed": fields.get("seed"), "started": started}

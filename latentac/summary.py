@@ -3,7 +3,6 @@
 It is made from the artifacts `<run>/<step>` alone, at any time after `prepare`: a step that has not run is null.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from latentac.arms import best_steered
 from latentac.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem
+from latentac.reading import parse_json, record
 from latentac.store import Manifest, Store
 
 STEPS = ("prepare", "pretrain-value", "train", "evaluate", "steer", "gate", "deploy")
@@ -65,7 +65,7 @@ def _is_shown(path: str) -> bool:
 
 
 def read_json(artifact: tuple[Manifest, Path], name: str) -> Any:
-    return json.loads(read_text(artifact, name))
+    return record(read_text(artifact, name), f"{artifact[0].key}/{name}")
 
 
 def read_text(artifact: tuple[Manifest, Path], name: str) -> str:
@@ -223,6 +223,9 @@ def _finite(value: Any, path: str, dropped: Counter[str]) -> Any:
 def read_timings(path: Path) -> Mapping[str, Any]:
     """What the driver wrote: {"stages": {step: seconds}, "total": seconds}, or nothing."""
     try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError) as error:
+        found = dict(parse_json(path.read_text())) if path.exists() else {}
+        if not all(math.isfinite(each) for each in (found.get("total", 0.0), *dict(found.get("stages", {})).values())):
+            raise ValueError("a time is not finite")
+        return found
+    except (ValueError, TypeError, OverflowError) as error:
         raise IntegrityError(str(path), f"is not the driver's JSON ({error})", "Remove it") from None

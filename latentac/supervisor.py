@@ -15,6 +15,7 @@ from latentac.calls import CALLS, supervised
 from latentac.errors import RewardError, StoreError
 from latentac.lifetime import die_with_parent
 from latentac.store import open_store
+from latentac.terminal import guard_streams
 
 _log = logging.getLogger(__name__)
 
@@ -45,4 +46,5 @@ def _report(run: str, store: str, failure: str, crash: RewardError) -> None:
 
 
 if __name__ == "__main__":
+    guard_streams()
     sys.exit(main(*sys.argv[1:]))

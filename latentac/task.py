@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from latentac.calls import CALLS, FOLDER, STEPS, supervised
-from latentac.errors import expected
+from latentac.errors import ConfigError, expected
 from latentac.lifetime import die_with_parent, refuse_links, run_lock, stop_on_sigterm
+from latentac.names import working_folder
 from latentac.scratch import remove_hidden, temporary_files
 from latentac.store import Manifest
+from latentac.terminal import guard_streams
 
 EVENTS = "LATENTAC_EVENTS"
 """Environment variable: a driver reads this process's output, so mark begin and end, and leave the error to it."""
@@ -49,7 +51,7 @@ def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Itera
     body fails, the process ends with the documented exit code: an expected failure (LatentacError, a full disk) gives
     one message and no traceback, anything else is a bug and keeps its traceback.
     """
-    folder, started, reused = Path(output) / run, int(time.time()), False  # manifests count whole seconds
+    started, reused = int(time.time()), False  # manifests count whole seconds
 
     def publish(manifest: Manifest) -> Manifest:
         nonlocal reused
@@ -59,6 +61,11 @@ def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Itera
         return manifest
 
     die_with_parent()
+    guard_streams()
+    try:
+        folder = working_folder(run, output)
+    except ConfigError as error:  # of no run, so there is no place for a file either
+        raise SystemExit(_fail(name, None, error)) from None
     if name in STEPS and FOLDER not in os.environ and (ended := supervised(folder / CALLS)) is not None:
         exit_code, crash = ended
         raise SystemExit(exit_code if crash is None else _fail(name, folder, crash))
@@ -79,7 +86,7 @@ def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Itera
     _tell(event="end", task=name, reused=reused)
 
 
-def _fail(name: str, folder: Path, error: Exception) -> int:
+def _fail(name: str, folder: Path | None, error: Exception) -> int:
     """Leave the message where a person or the driver finds it; the exit code."""
     meant = expected(error)
     if meant is None:
@@ -88,12 +95,13 @@ def _fail(name: str, folder: Path, error: Exception) -> int:
     else:
         code, message = meant.exit_code, str(meant)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / ERROR_FILE).exists():  # the first failure is the cause; a start of the run removes the file
-            (folder / ERROR_FILE).write_text(
-                json.dumps({"task": name, "exit_code": code, "message": message}, indent=2)
-            )
-        unread = EVENTS not in os.environ
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        # The first failure is the cause; a start of the run removes the file.
+        if folder is not None and not (folder / ERROR_FILE).exists():
+            told = {"task": name, "exit_code": code, "message": message}
+            (folder / ERROR_FILE).write_text(json.dumps(told, indent=2))
+        unread = folder is None or EVENTS not in os.environ
     except OSError:  # the disk that is full, perhaps
         unread = True
     if unread:

@@ -5,7 +5,6 @@ torch and diffusers are imported where they are needed: the steps that only laun
 
 import functools
 import getpass
-import json
 import os
 import shutil
 import tempfile
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentac.config import Config
-from latentac.errors import ArtifactNotFound, ConfigError, Problem
-from latentac.names import RULE, is_name
+from latentac.errors import ArtifactNotFound
+from latentac.names import working_folder
 from latentac.package import make_importable
+from latentac.reading import read_record, record
 from latentac.store import Manifest, Store, open_store
 from latentac.summary import prepared
 from latentac.validation import resolve
@@ -38,9 +38,6 @@ PACKAGE = "package"
 
 SHARED = "shared"
 """In a run's folder, where that is all that can be written to: what its local copies share."""
-
-_TAKEN = ("store", "checkpoints", "failures", "models", "registry", "tensorboard")
-"""What lies beside runs in an output folder or a store."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class Workspace:
             return None
         with tempfile.TemporaryDirectory() as scratch:
             self.store.fetch(f"{self.run}/gate", Path(scratch) / "gate")
-            return dict(json.loads((Path(scratch) / "gate" / "gate.json").read_text()))
+            return dict(read_record(Path(scratch) / "gate" / "gate.json"))
 
     @functools.cached_property
     def device(self) -> "torch.device":
@@ -94,7 +91,7 @@ class Workspace:
         from latentac.prompts import within
 
         lengths = self.artifact("prepare") / "lengths.json"
-        cut = json.loads(lengths.read_text())["truncated"]["held_out"] if lengths.exists() else []
+        cut = read_record(lengths)["truncated"]["held_out"] if lengths.exists() else []
         return within(self.prompts.held_out, self.config.serving, cut)
 
     def rewards(self) -> "list[ConfiguredReward]":
@@ -124,20 +121,14 @@ class Workspace:
         return Policy(backbone, KERNELS.make(self.config.kernel, path="kernel"))
 
 
-def working_folder(run: str, output: str) -> Path:
-    """`<output>/<run>`. Raises ConfigError for an id that would lie elsewhere or hide itself."""
-    if not is_name(run) or run in _TAKEN:
-        remedy = f"Use {RULE}, and none of {', '.join(f'`{name}`' for name in _TAKEN)}"
-        raise ConfigError([Problem("run", run, "cannot be the id of a run", remedy)])
-    return Path(output) / run
-
-
 def open_run(run: str, store: str, output: str) -> Workspace:
     """The workspace of a prepared run. Raises ConfigError where `prepare` has not published."""
     opened = open_store(store or default_store(output))
     folder = working_folder(run, output)
     [manifest] = prepared(opened, [run])
-    config = resolve(json.loads(opened.read(manifest.key, "config.json")))  # not the backbone: some steps need none
+    config = resolve(
+        record(opened.read(manifest.key, "config.json"), manifest.key)
+    )  # not the backbone: some steps need none
     if any(file.path.startswith(f"{PACKAGE}/") for file in manifest.files):
         opened.fetch_files(
             manifest.key, folder / "code", lambda path: path.startswith(f"{PACKAGE}/"), cache=cache_beside(folder)

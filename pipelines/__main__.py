@@ -21,7 +21,10 @@ examples:
 
 def main(arguments: list[str] | None = None) -> int:
     from latentac.errors import LatentacError, expected
+    from latentac.terminal import guard_streams
 
+    if arguments is None:
+        guard_streams()
     options = _parser().parse_args(arguments)
     try:
         if options.command == "compile":

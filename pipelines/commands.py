@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentac.errors import ClusterError, ConfigError, Problem
+from latentac.reading import seconds, whole
 
 if TYPE_CHECKING:
     from components.cluster.settings import Cluster
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--store", default="", metavar="URL", help="where it lies (default: the run's own)")
     cancel = _add(verbs, "cancel", "stop a run and what it left running", f"{_HOST} 8f14e45f-ceea-467f", _cancel)
     runs = _add(verbs, "runs", "list the newest runs", _HOST, _runs)
-    runs.add_argument("--count", type=int, default=10, metavar="N", help="how many (default: %(default)s)")
+    runs.add_argument("--count", type=whole(1, 1000), default=10, metavar="N", help="how many (default: %(default)s)")
     for verb in (follow, report, cancel, runs):
         _add_host(verb)
     _add_cluster(follow)
@@ -127,12 +128,12 @@ def _add_request(verb: argparse.ArgumentParser) -> None:
 
 def _add_bounds(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
-        "--pending-seconds", type=float, default=900.0, metavar="S", help="for a pod to start (default: %(default)s)"
+        "--pending-seconds", type=seconds, default=900.0, metavar="S", help="for a pod to start (default: %(default)s)"
     )
     verb.add_argument(
-        "--poll-seconds", type=float, default=3.0, metavar="S", help="between looks (default: %(default)s)"
+        "--poll-seconds", type=seconds, default=3.0, metavar="S", help="between looks (default: %(default)s)"
     )
-    verb.add_argument("--total-seconds", type=float, metavar="S", help="for the whole run (default: no bound)")
+    verb.add_argument("--total-seconds", type=seconds, metavar="S", help="for the whole run (default: no bound)")
 
 
 def _compile(options: argparse.Namespace) -> None:
@@ -149,8 +150,11 @@ def _upload(options: argparse.Namespace) -> None:
 
 
 def _submit(options: argparse.Namespace) -> None:
+    from latentac.names import working_folder
+
+    name = _new_id(options.recipe) if options.run is None else options.run
+    working_folder(name, "")  # refused here, where it costs nothing
     settings, service = _settings(options), _service(options)
-    name = options.run or _new_id(options.recipe)
     parameters = {"run": name, **_parameters(options, settings), **_places(settings)}
     version = _uploaded(service, settings)
     started = service.submit(_order(options, settings, name, version, parameters))

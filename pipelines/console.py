@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from latentac.progress import duration
+from latentac.reading import parse_json
+from latentac.summary import read_timings
 from latentac.task import EVENT_MARK
+from latentac.terminal import Guarded
 
 _KFP_INDENT = " " * 4
 _KFP_RECORD = re.compile(r"\d\d:\d\d:\d\d(\.\d+)? - [A-Z]+ - |-{20}")
 _HELD_LINES = 40
-CLEAR_LINE = "\r\x1b[K"  # a progress bar may be drawn where the next line goes
 
 
 class Console(io.TextIOBase):
@@ -31,10 +33,10 @@ class Console(io.TextIOBase):
     """
 
     def __init__(self, steps: Sequence[str], out: TextIO, timings: Path, optional: Sequence[str] = ()) -> None:
-        self._steps, self._out, self._file, self._optional = list(steps), out, timings, set(optional)
-        before: dict[str, Any] = json.loads(timings.read_text()) if timings.exists() else {"stages": {}, "total": 0.0}
-        self._stages: dict[str, float] = before["stages"]
-        self._total: float = before["total"]
+        self._steps, self._out, self._file, self._optional = list(steps), Guarded(out), timings, set(optional)
+        before = read_timings(timings)
+        self._stages: dict[str, float] = dict(before.get("stages", {}))
+        self._total: float = before.get("total", 0.0)
         self._partial, self._held = "", deque[str](maxlen=_HELD_LINES)
         self._since = time.monotonic()
         self.running: str | None = None
@@ -54,9 +56,9 @@ class Console(io.TextIOBase):
 
     def say(self, line: str) -> None:
         """Print a line of the driver's own. Raises KeyboardInterrupt when nobody reads any more (`... | head`)."""
-        clear = CLEAR_LINE if self._out.isatty() else ""
         try:
-            self._out.write(f"{clear}{line}\n")  # not print: kfp.local replaces that while a step runs
+            self._out.clear_line()
+            self._out.write(f"{line}\n")  # not print: kfp.local replaces that while a step runs
             self._out.flush()
         except BrokenPipeError:  # kfp.local waits for the step after any other error, however long it takes
             raise KeyboardInterrupt from None
@@ -91,15 +93,24 @@ class Console(io.TextIOBase):
         return [*rows, f"  {'total':<16}{duration(self._total):>10}"]
 
     def _receive(self, line: str) -> None:
-        text, mark, event = line.partition(EVENT_MARK)
+        text, _, told = line.partition(EVENT_MARK)
+        event = self._event(told)
+        text = text if event else line  # a prompt may hold anything, the mark too
         if text.strip():
             # Of several lines that a container gives at once, kfp indents the first.
             if self.running is not None and not _KFP_RECORD.match(text):
                 self.say(f"      {text.removeprefix(_KFP_INDENT)}")
             else:
                 self._held.append(text)
-        if mark:
-            self._follow(json.loads(event))
+        if event:
+            self._follow(event)
+
+    def _event(self, told: str) -> dict[str, Any] | None:
+        try:
+            found = parse_json(told)
+            return found if found["task"] in self._steps and found["event"] in ("begin", "end", "fail") else None
+        except (ValueError, KeyError, TypeError):
+            return None
 
     def _follow(self, event: dict[str, Any]) -> None:
         step, kind = event["task"], event["event"]
@@ -115,9 +126,9 @@ class Console(io.TextIOBase):
             self.count(step)
             self.say(f"{label} failed")
             return
-        self.finished[step] = event["reused"]
-        seconds = self.count(None if event["reused"] else step)
-        self.say(f"{label} done already" if event["reused"] else f"{label} done in {seconds:.1f} s")
+        reused = self.finished[step] = bool(event.get("reused"))
+        seconds = self.count(None if reused else step)
+        self.say(f"{label} done already" if reused else f"{label} done in {seconds:.1f} s")
 
     def _begin(self, step: str) -> None:
         before = self._steps[: self._steps.index(step)]

@@ -1,7 +1,6 @@
 """A run on this machine from its start to its report: kfp.local executes the graph, in processes or in containers."""
 
 import contextlib
-import json
 import os
 import shlex
 import shutil
@@ -16,8 +15,10 @@ from latentac.calls import CALLS, crash_in_call, fresh_calls
 from latentac.calls import FOLDER as REWARD_CALLS
 from latentac.errors import LatentacError, ServingError
 from latentac.lifetime import own_descendants, refuse_links, run_lock, stop_on_sigterm
+from latentac.reading import parse_json
 from latentac.task import ERROR_FILE, EVENTS
-from pipelines.console import CLEAR_LINE, Console
+from latentac.terminal import Guarded
+from pipelines.console import Console
 from pipelines.request import CONTAINERS, Request
 
 _STOPPED = 130
@@ -171,10 +172,10 @@ def _execute(run: str, request: Request, way: Way, folder: Path, console: Consol
 def _failure(folder: Path, console: Console) -> StepFailed:
     """What the failed step left behind; for one that was killed, what was seen of it."""
     step = console.failed or console.running
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        left = json.loads((folder / ERROR_FILE).read_text())
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        left = parse_json((folder / ERROR_FILE).read_text())
         if step in (None, left["task"]):
-            return StepFailed(left["task"], left["exit_code"], left["message"])
+            return StepFailed(str(left["task"]), int(left["exit_code"]), str(left["message"]))
     if console.running is not None:
         console.count(console.running)
     crash = crash_in_call(folder / CALLS, "crashed, was killed, or ran out of memory")
@@ -221,12 +222,13 @@ def _conclude(run: str, request: Request, output: Path, way: Way, console: Conso
 
 
 def _report(message: str, exit_code: int, run: str, request: Request, output: Path) -> int:
-    clear = CLEAR_LINE if sys.stderr.isatty() else ""
     containers = " --containers" if request.way == CONTAINERS else ""
     from latentac.commands import program
 
     command = f"{program()} run --resume {run}{_output_argument(output)}{containers}"
-    print(f"{clear}{message}\nresume with: {command}", file=sys.stderr)
+    shown = Guarded(sys.stderr)
+    shown.clear_line()
+    print(f"{message}\nresume with: {command}", file=shown)
     return exit_code
 
 

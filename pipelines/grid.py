@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +12,12 @@ from typing import Any
 
 from latentac.errors import ConfigError, IntegrityError, Problem
 from latentac.fields import read_overrides
+from latentac.names import is_name
+from latentac.reading import parse_json
 from pipelines.request import Request, located, relative
 
 _FILE = "sweep.json"
+MAX_MEMBERS = 10_000
 _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 
 
@@ -76,15 +80,17 @@ class Sweep:
 def load(name: str, output: Path) -> Sweep:
     """The sweep `name`. Raises ConfigError where there is none, IntegrityError where its file is no sweep's."""
     path = output / name / _FILE
-    if not path.is_file():
+    if not is_name(name) or not path.is_file():
         known = sorted((each.parent.name for each in output.glob(f"*/{_FILE}")), reverse=True)
         remedy = f"Known: {', '.join(known[:10])}." if known else "There is none: leave it out."
         raise ConfigError([Problem("--resume", name, f"no such sweep in {output}", remedy)])
     try:
-        fields = json.loads(path.read_text())
+        fields = parse_json(path.read_text())
         asked = Request(**{**fields["request"], "overrides": tuple(fields["request"]["overrides"])})
         found = [Member(**member) for member in fields["members"]]
-        return Sweep(fields["name"], located(asked, path.parent), fields["cluster"], found)
+        if fields["name"] != name or not all(member.run == "" or is_name(member.run) for member in found):
+            raise ValueError("it names other places than its own")
+        return Sweep(name, located(asked, path.parent), fields["cluster"], found)
     except (ValueError, TypeError, KeyError) as error:
         raise IntegrityError(str(path), f"is not a sweep's JSON ({error})", "Start another sweep") from None
 
@@ -99,6 +105,10 @@ def members(grid: Sequence[str], seeds: Sequence[int]) -> list[Member]:
         raise ConfigError(
             [Problem("--grid", (twice or ["seed"])[0], problem, "Name each path once; seeds by --seeds.")]
         )
+    count = math.prod((len(seeds), *(len(axis) for _, axis in axes)))
+    if count > MAX_MEMBERS:
+        problem = f"gives {count} members, and {MAX_MEMBERS} are the most"
+        raise ConfigError([Problem("--grid", list(grid), problem, "Sweep fewer values or seeds.")])
     found = []
     for values in itertools.product(*(axis for _, axis in axes)):
         chosen = list(zip(paths, values, strict=True))
@@ -131,10 +141,11 @@ def read_seeds(text: str) -> list[int]:
     """`0,1,2` or `0-4`. Raises ConfigError."""
     seeds: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if not match or (match[2] and int(match[2]) < int(match[1])):
+        match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < first + MAX_MEMBERS or len(seeds) > MAX_MEMBERS:
             raise ConfigError([Problem("--seeds", text, "are no seeds", "Write for example --seeds 0,1,2 or 0-4.")])
-        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+        seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))
 
 

@@ -19,6 +19,7 @@ import kfp_server_api as api
 from urllib3.exceptions import HTTPError, SSLError
 
 from latentac.errors import ClusterError, ClusterUnavailable, ConfigError, Problem
+from latentac.reading import parse_json
 
 ENDPOINT, TOKEN, TOKEN_FILE = "KF_PIPELINES_ENDPOINT", "LATENTAC_KFP_TOKEN", "KF_PIPELINES_SA_TOKEN_PATH"
 COOKIE = "LATENTAC_KFP_COOKIE"
@@ -129,7 +130,7 @@ class Service:
         """Argo's nodes of the run by id. Why one failed stands here alone: the newer API leaves every error empty."""
         found = self._call(f"run {run_id}", self._get, f"/apis/v1beta1/runs/{run_id}")
         text = ((found or {}).get("pipeline_runtime") or {}).get("workflow_manifest") or "{}"
-        nodes = (json.loads(text).get("status") or {}).get("nodes") or {}
+        nodes = (parse_json(text).get("status") or {}).get("nodes") or {}
         return dict(nodes)
 
     def _get(self, path: str, **options: Any) -> Any:
@@ -212,7 +213,7 @@ class Service:
 
     def _refused(self, where: str, error: api.ApiException) -> ClusterError:
         try:
-            told = json.loads(error.body)
+            told = parse_json(error.body)
             words = str(told.get("error_message") or told.get("message") or told.get("error"))
         except (TypeError, ValueError, AttributeError):  # a proxy's page
             words = str(error.reason)

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from latentac.reading import SEEDS, whole
+
 PROGRAM = "latentac run"
 
 _EXAMPLES = """\
@@ -49,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", help="named configuration (default: shapes-unet)")
     parser.add_argument("--config", metavar="FILE", help="YAML file laid over the recipe")
     parser.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one field; may be repeated")
-    parser.add_argument("--seed", type=int, metavar="N", help="the same as --set seed=N")
+    parser.add_argument("--seed", type=whole(*SEEDS), metavar="N", help="the same as --set seed=N")
     parser.add_argument("--project", metavar="NAME", help="the same as --set project=NAME")
     parser.add_argument("--package", metavar="DIR", help="your own code: kept with the run, importable in each step")
     parser.add_argument("--output", default="runs", metavar="FOLDER", help="working files (default: runs)")
@@ -69,32 +71,32 @@ def start(options: argparse.Namespace, *, containers: bool) -> int:
     from latentac.run import resolve_recipe
     from pipelines.request import CONTAINERS, PROCESSES, Request, absolute, create_run, load_run
 
-    output, run = Path(options.output), options.resume or ""
+    output, run = Path(options.output), options.resume
     overrides = (*options.set, *(() if options.seed is None else (f"seed={options.seed}",)))
-    overrides += (f"project={json.dumps(options.project)}",) if options.project else ()
-    if run:
-        if (Path(run) / "request.json").is_file():
+    overrides += () if options.project is None else (f"project={json.dumps(options.project)}",)
+    if run is not None:
+        if run and os.path.isfile(f"{run}/request.json"):  # False for a name that cannot be one, too
             output, run = Path(run).absolute().parent, Path(run).absolute().name
         given = {"recipe": options.recipe, "config": options.config, "overrides": overrides, "store": options.store}
         given |= {"package": options.package, "way": CONTAINERS if containers else ""}
         request = load_run(run, output, {name: value for name, value in given.items() if value})
     else:
         way = CONTAINERS if containers else PROCESSES
-        recipe, config = options.recipe or "shapes-unet", options.config or ""
+        recipe, config = "shapes-unet" if options.recipe is None else options.recipe, options.config or ""
         request = Request(recipe, config, overrides, options.store or "", way, package=options.package or "")
     make_importable(Path(request.folder or Path.cwd()))
     if options.dry_run:
         from pipelines.dryrun import print_plan
 
-        return print_plan(absolute(request), output, run)
-    if not run:
+        return print_plan(absolute(request), output, run or "")
+    if run is None:
         if request.package:
             use_in_place(Path(request.package))
         resolve_recipe(request.recipe, request.config, request.overrides)  # a typing error: before anything starts
         run, request = create_run(request, output)
     from pipelines.driver import run_pipeline
 
-    return run_pipeline(run, request, output, fresh=not options.resume)
+    return run_pipeline(run, request, output, fresh=options.resume is None)
 
 
 def flush() -> None:

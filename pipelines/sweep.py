@@ -6,7 +6,7 @@ A member is an ordinary run, started by the same command as any other: `latentac
 
 import argparse
 import dataclasses
-import re
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from latentac.errors import ConfigError, Problem
+from latentac.names import RULE, is_name, working_folder
 from pipelines.grid import Member, Sweep, left, load, members, read_seeds, tally
 from pipelines.request import Request, absolute, create_run, known_runs, packed, with_copies
 
@@ -36,14 +37,14 @@ def main(arguments: Sequence[str]) -> int:
     """0 when every member is done, else the exit code of the first one that failed. Raises LatentacError."""
     options = _parser().parse_args(arguments)
     output = Path(options.output)
-    sweep = load(options.resume, output) if options.resume else _asked(options)
+    sweep = _asked(options) if options.resume is None else load(options.resume, output)
     sweep.check()
     if options.dry_run:
         for line in _listing(sweep):
             _say(line)
         return 0
-    if options.parallel < 1:
-        raise ConfigError([Problem("--parallel", options.parallel, "is less than 1", "Use 1 or more.")])
+    if not 1 <= options.parallel <= 1000:
+        raise ConfigError([Problem("--parallel", options.parallel, "is not from 1 to 1000", "Use 1 or more.")])
     return _run(sweep, output, options.parallel)
 
 
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--package", default="", metavar="DIR", help="your own code: kept with each member's run")
     parser.add_argument("--seeds", default="0", metavar="N,N", help="0,1,2 or 0-4 (default: %(default)s)")
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="members at a time (default: %(default)s)")
-    parser.add_argument("--name", default="", help="of the sweep (default: sweep-<recipe>-<UTC time>)")
+    parser.add_argument("--name", help="of the sweep (default: sweep-<recipe>-<UTC time>)")
     parser.add_argument("--resume", metavar="NAME", help="go on with a sweep: members that are done are not run again")
     parser.add_argument("--output", default="runs", metavar="FOLDER", help="working files (default: %(default)s)")
     parser.add_argument("--store", default="", metavar="URL", help="file:// or s3:// (default: file://OUTPUT/store)")
@@ -77,9 +78,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _asked(options: argparse.Namespace) -> Sweep:
-    name = options.name or f"sweep-{options.recipe}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) or (Path(options.output) / name).exists():
-        remedy = "Use another name, of letters, digits, '.', '_' and '-'; --resume goes on with a sweep."
+    name = f"sweep-{options.recipe}-{datetime.now(UTC):%Y%m%d-%H%M%S}" if options.name is None else options.name
+    if not is_name(f"{name}-000") or os.path.lexists(working_folder(name, options.output)):  # members are numbered
+        remedy = f"Use another name: {RULE}; --resume goes on with a sweep."
         raise ConfigError([Problem("--name", name, "cannot be the name of a new sweep", remedy)])
     given = [(each, getattr(options, each)) for each in _CLUSTER if getattr(options, each)]
     if given and not options.host:

@@ -4,7 +4,6 @@ Objects are dictionaries as in YAML, for kinds of the server's own and custom on
 resources are called, each service account is granted in the chart, and nothing more.
 """
 
-import json
 import os
 import random
 import time
@@ -18,6 +17,7 @@ from kubernetes import client, config
 from urllib3.exceptions import HTTPError
 
 from latentac.errors import ClusterError, ClusterUnavailable, ConfigError, Problem
+from latentac.reading import parse_json
 
 MANAGER = "latentac"
 """Our field manager in server-side apply."""
@@ -199,7 +199,7 @@ def connect(namespace: str) -> Api:
 def _refused(method: str, path: str, error: client.ApiException) -> ClusterError:
     """The server's own words: a Status object where it sent one."""
     try:
-        status = json.loads(error.body)
+        status = parse_json(error.body)
         told = str(status["message"])
     except (TypeError, ValueError, KeyError):
         told = str(error.body or error.reason)[:500]

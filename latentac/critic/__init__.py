@@ -17,6 +17,7 @@ from latentac.backbones import Denoiser
 from latentac.config import Critic as CriticSettings
 from latentac.diffusion import Prediction
 from latentac.extensions import Table
+from latentac.reading import read_record
 from latentac.types import Conditioning
 
 BODIES = Table(
@@ -155,7 +156,7 @@ class Critic(nn.Module):
         own: the folder comes from this run, whose configuration may name a body outside the table. Otherwise the folder
         may name rows only, or what the operator allows. Raises ConfigError.
         """
-        described = json.loads((folder / "config.json").read_text())
+        described = read_record(folder / "config.json")
         settings = CriticSettings.model_validate(described["settings"])
         if not own:
             BODIES.check_row(settings.body.use, str(folder / "config.json"))

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latentac.errors import LatentacError, expected
+from latentac.reading import PORTS, whole
 from latentac.serving.access import add_access
 from latentac.serving.server import HOST, NAME, PORT, serve, serve_on
+from latentac.terminal import guard_streams
 
 EXAMPLE = """example:
   python -m latentac.serving --model runs/<run>/model --port 8080
@@ -53,14 +55,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="what deploy exported")
     parser.add_argument("--name", default=NAME, help=f"name in the address /v1/models/<name>:predict ({NAME})")
     parser.add_argument("--host", default=HOST, help=f"address to listen on ({HOST}: this machine only)")
-    parser.add_argument("--port", type=int, default=PORT, help=f"port to listen on, 0 for a free one ({PORT})")
+    parser.add_argument(
+        "--port", type=whole(*PORTS), default=PORT, help=f"port to listen on, 0 for a free one ({PORT})"
+    )
     add_access(parser)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (auto)")
     parser.add_argument("--log-prompts", action="store_true", help="prompts stand in the request log (left out)")
     parser.add_argument("--die-with-parent", action="store_true", help="end when the process that started this ends")
-    parser.add_argument("--socket", type=int, metavar="FD", help="a bound socket to inherit, instead of host and port")
+    parser.add_argument(
+        "--socket", type=whole(0, 2**31 - 1), metavar="FD", help="a bound socket to inherit, instead of host and port"
+    )
     return parser
 
 
 if __name__ == "__main__":
+    guard_streams()
     raise SystemExit(main(sys.argv[1:]))

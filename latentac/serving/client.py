@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from latentac.errors import ServingError
+from latentac.reading import parse_json
 from latentac.serving.server import NAME
 
 ANSWER_SECONDS = 300.0
@@ -72,6 +73,6 @@ class Client:
         finally:
             connection.close()
         try:
-            return response.status, json.loads(content)
+            return response.status, parse_json(content)
         except ValueError:
             return response.status, content.decode(errors="replace")

@@ -1,7 +1,6 @@
 """Publish, fetch and verify artifacts, and write pointers. The order of things is explained in `latentac.store`."""
 
 import errno
-import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from latentac.errors import (
     StoreUnavailable,
 )
 from latentac.progress import Progress, progress
+from latentac.reading import parse_json
 from latentac.scratch import hidden_folder
 from latentac.store.blobs import Entry, Overrun, Patience, Stream, connect, disk_errors
 from latentac.store.manifest import (
@@ -195,7 +195,7 @@ class Store:
         """Reads a pointer. Raises ArtifactNotFound if there is none, IntegrityError if it is not JSON."""
         raw = self._get(self._key(key), "Run the step that writes it first")
         try:
-            return json.loads(raw)
+            return parse_json(raw)
         except ValueError as error:
             remedy = "Remove it and run the step that writes it"
             raise IntegrityError(f"{self.url}/{key}", f"it is not JSON ({error})", remedy) from None

@@ -9,8 +9,10 @@ import sys
 from collections.abc import Sequence
 
 from latentac.errors import ConfigError, LatentacError, Problem
+from latentac.reading import seconds
 from latentac.store.artifacts import open_store
 from latentac.store.blobs import Patience, connect
+from latentac.terminal import guard_streams
 
 EXAMPLE = """example:
   python -m latentac.store.bootstrap --store s3://latentac/store
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--store", required=True, metavar="URL", help="s3://<bucket>/<prefix>")
-    parser.add_argument("--wait-seconds", type=float, default=30.0, metavar="S", help="for a starting server (30)")
+    parser.add_argument("--wait-seconds", type=seconds, default=30.0, metavar="S", help="for a starting server (30)")
     parser.add_argument("--check", action="store_true", help="make nothing, only write and read an object")
     options = parser.parse_args(arguments)
     try:
@@ -62,4 +64,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    guard_streams()
     raise SystemExit(main(sys.argv[1:]))

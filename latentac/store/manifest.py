@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -43,6 +44,12 @@ def _safe_path(path: str) -> str:
     return path
 
 
+def _moment(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("it must say its time zone")
+    return text
+
+
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _SafeKey = Annotated[str, AfterValidator(safe_key)]
 
@@ -74,7 +81,7 @@ class Manifest:
     step: str
     commit: str
     config_hash: str
-    created: str
+    created: Annotated[str, AfterValidator(_moment)]
     files: tuple[File, ...]
     parents: tuple[Parent, ...]
     metrics: dict[str, Any]
@@ -107,6 +114,8 @@ class Manifest:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             problem = f"{'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}, found {first['input']!r:.80}"
+        except StoreError as error:  # a number that JSON has not
+            problem = error.problem
         if problem:
             raise IntegrityError(where, problem, remedy_for(key))
         return manifest

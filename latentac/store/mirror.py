@@ -15,7 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from latentac.errors import ConfigError, LatentacError
+from latentac.reading import seconds, whole
 from latentac.store.blobs import CHUNK_BYTES, Blobs, Entry, Patience, Stream, connect
+from latentac.terminal import guard_streams
 
 PARTIAL = ".partial"
 
@@ -102,8 +104,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--store", required=True, metavar="URL", help="file://<folder> or s3://<bucket>/<prefix>")
     parser.add_argument("--prefix", required=True, help="what of it, such as tensorboard")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="the folder")
-    parser.add_argument("--every-seconds", type=float, default=30.0, metavar="S", help="between passes (30)")
-    parser.add_argument("--max-mib", type=int, default=1024, metavar="MIB", help="the newest that fit in (1024)")
+    parser.add_argument("--every-seconds", type=seconds, default=30.0, metavar="S", help="between passes (30)")
+    parser.add_argument(
+        "--max-mib", type=whole(1, 2**30), default=1024, metavar="MIB", help="the newest that fit in (1024)"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
@@ -123,4 +127,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    guard_streams()
     raise SystemExit(main(sys.argv[1:]))

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from latentac.card import base_model, folder_card, model_card, sections, use_section
@@ -48,7 +49,7 @@ def readme(**changed: Any) -> str:
 
 
 def front_matter(text: str) -> Any:
-    return yaml.safe_load(text.split("---\n")[1])
+    return yaml.safe_load(text.removeprefix("---\n").split("\n---\n")[0])
 
 
 def test_pictures_are_counted_once() -> None:
@@ -81,22 +82,59 @@ def test_rewards_have_unit_weight_and_both_means() -> None:
 
 def test_what_comes_from_outside_is_neither_html_nor_markdown() -> None:
     """Units, names, prompts' sources and the gate's reasons are text, on one line, in their cell."""
-    evil = 'a|b <img src=x onerror="alert(1)">\n\n# [big](javascript:alert(1)) *bold* _it_ ![](http://x)'
+    evil = 'a|b <img src=x onerror="alert(1)">\n\n# [big](javascript:alert(1)) *bold* _it_ ![](http://x) \x1b[2J\u202e'
     changed = facts(gate={"decision": "hold", "reasons": [evil]}, run=evil, commit=evil)
     changed["evaluation"]["units"]["shapes_verifier"] = evil
     for arm in ("base", "trained", "difference"):
         changed["evaluation"][arm]["<b>`|name"] = None
     changed["evaluation"]["units"]["<b>`|name"] = None
     changed["settings"]["prompts"]["source"] = "folder/<i>" + evil
+    changed["settings"]["policy"]["learning_rate"] = changed["seed"] = evil
+    changed["steering"][0] |= {"nfe": evil, "candidates": evil}
+    changed["training"][-1]["iteration"] = evil
     for text in (model_card(changed), folder_card(changed, "StableDiffusionPipeline", "", "")):
         without_code = re.sub(r"`[^`\n]*`", "", text)
         assert not re.search(r"<(?!/?!--)\w", without_code)
         assert not re.search(r"(?<!\\)\[big", text)
         assert len([line for line in text.splitlines() if line.startswith("# ")]) == 1
         assert "\\*bold\\* \\_it\\_" in text
+        assert not re.search("[\x1b\u202e]", text)
         for line in text.splitlines():
             if line.startswith("| `shapes_verifier` | a"):
                 assert len(re.findall(r"(?<!\\)\|", line)) == 7
+
+
+@pytest.mark.parametrize(
+    ("prose", "written"),
+    [
+        ("<script>alert(1)</script>", "&lt;script&gt;"),
+        ("[x](javascript:alert(1))", "[x](javascript%3Aalert"),
+        ("[x]( JavaScript\\:alert(1))", "[x]( JavaScript%3Aalert"),
+        ("[x]\n\n[x]: data:text/html,hello", "[x]: data%3Atext"),
+        ("data: the captions", "data: the captions"),
+        ("# Limits\n\n ## More\n\n#", "\\# Limits\n\n \\## More\n\n\\#"),
+        ("Limits\n===\n\nMore\n---", "Limits\n\\===\n\nMore\n\\---"),
+        ("a \x1b[2J \u202e b", "a \\x1b[2J \\u202e b"),
+        ("- one\n- *two*\n\n[ours](https://x)", "- one\n- *two*\n\n[ours](https://x)"),
+    ],
+)
+def test_prose_is_markdown_that_stays_in_its_section(prose: str, written: str) -> None:
+    """No HTML, no link that runs code, no heading; the rest is as it was written."""
+    settings = resolve_all({**RECIPES["shapes-unet"], "card": {"data": prose}}).config.model_dump()
+    section = model_card(facts(settings=settings)).split("## Data\n")[1].split("\n## ")[0]
+    assert written in section
+    assert "<script" not in section
+
+
+@pytest.mark.parametrize(
+    "licence", ["a: b", "---", "x\n---\n# y", "`|[x](y)", "\x1b\x7f\x85\u2028\u202e", "'\"\\", "é😀"]
+)
+def test_the_front_matter_survives_every_licence(licence: str) -> None:
+    """It reads back as it was given, and no character in it steers a terminal."""
+    settings = {**facts()["settings"], "card": {"licence": licence}}
+    text = readme(settings=settings)
+    assert front_matter(text)["license"] == licence
+    assert not re.search("[\x1b\x7f\x85\u2028\u202e]", text)
 
 
 def test_the_front_matter_is_what_the_hub_reads() -> None:

@@ -88,8 +88,34 @@ def test_bad_input_gives_one_message_and_its_exit_code(tmp_path, capsys, argumen
     assert not list((tmp_path / "runs").rglob("manifest.json"))
 
 
-@pytest.mark.parametrize("verb", ["prepare", "report", "serve", "gate"])
-@pytest.mark.parametrize("run_id", ["../x", ".hidden", "a b", "store"])
+@pytest.mark.parametrize("name", ["../x", "/x", "", ".", "x" * 300, "a\nb", "a\0b", "é", "a\ud800", "a b"])
+def test_a_project_that_is_none_is_refused_before_there_is_a_folder(tmp_path, capsys, name):
+    """So is each field of the framework."""
+    assert prepare(tmp_path, f"--project={name}", *(["--set", "project=''"] if not name else [])) == 2
+    assert capsys.readouterr().err.count("latentac: ") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["prepare", "train", "report", "gate", "finish"])
+@pytest.mark.parametrize(
+    "run_id",
+    [
+        "../x",
+        "a/../../x",
+        "/x",
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "a b",
+        "store",
+        "x" * 300,
+        "a\nb",
+        "a\0b",
+        "é",
+        "a\ud800",
+    ],
+)
 def test_a_run_id_stays_inside_the_output(tmp_path, capsys, verb, run_id):
     """An id that would lie elsewhere is refused before anything is written, by every verb."""
     assert main([verb, "--run", run_id, "--output", str(tmp_path / "runs")]) == 2

@@ -420,6 +420,16 @@ def test_seconds_are_the_drivers_or_the_manifests(tmp_path: Path) -> None:
     assert seconds_with(None) == ({"prepare": 4.2, "pretrain-value": 38.5, "total": pytest.approx(42.7)}, [])
     with pytest.raises(IntegrityError, match=r"timings.json: is not the driver's JSON .* Remove it"):
         seconds_with('{"stages"')
+    for damaged in (
+        "[1]",
+        '{"total": "x"}',
+        '{"total": 1e999}',
+        '{"stages": [1]}',
+        '{"stages": {"a": null}}',
+        "[" * 10**5,
+    ):
+        with pytest.raises(IntegrityError, match=r"is not the driver's JSON"):
+            seconds_with(damaged)
 
 
 def test_the_way_to_serve_names_what_is_not_default(complete: tuple[str, dict[str, Any]], folder: Path) -> None:

@@ -192,6 +192,31 @@ def test_a_run_in_a_store_of_its_own_is_found_there(tmp_path: Path) -> None:
     assert found == {"own": "done", "usual": "done", "lost": "stopped"}
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "[]", "1", '"x"', "null", "[" * 100_000, '{"a":' * 100_000, '{"task": []}', '{"gate": 3, "evaluation": []}',
+        '{"gate": {"reward": [1]}, "evaluation": {"difference": [1]}}', '{"recipe": [1], "store": 7, "overrides": 3}',
+        '{"recipe": {"a": 1}, "store": "", "overrides": ["seed={a: 1}"]}', '{"seed": "\\ud800"}',
+        '{"difference": {"r": {"mean": "x", "low": 1e999}}, "gate": {"reward": "r"}, "project": 5, "recipe": [2]}',
+    ],
+)  # fmt: skip
+def test_files_of_a_run_that_say_nonsense_hide_no_run(here: Place, tmp_path: Path, content: str) -> None:
+    """Of each kind, here and in the store: the run is listed all the same, and so is its neighbour."""
+    odd = here.output / "odd"
+    odd.mkdir(parents=True)
+    for name in ("request.json", "summary.json", "error.json"):
+        (odd / name).write_text(content)
+    for step, name in (("prepare", "config.json"), ("evaluate", "evaluation.json")):
+        folder = write(tmp_path / step, {name: content.encode()})
+        here.store.publish(f"stored/{step}", folder, run="stored", step=step, config_hash="c")
+    here.run("sound")
+    found = list_runs(here.output, "")
+    assert {run.name for run in found} == {"odd", "stored", "sound"}
+    assert len(table(found).splitlines()) >= 8
+    json.dumps([run.to_dict() for run in found])
+
+
 def test_the_table_fits_a_terminal(here: Place) -> None:
     """80 columns, for the longest states, names and numbers too."""
     worst = Run(

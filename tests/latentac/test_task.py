@@ -19,12 +19,14 @@ publish(Manifest('latentac/artifact/1', 'run-1/train', 'run-1', 'train', 'commit
 """
 
 
-def task(body: str, output: Path, name: str = "train", **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Run `body` as a task of run-1."""
+def task(
+    body: str, output: Path, name: str = "train", run: str = "run-1", **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run `body` as a task of `run`."""
     indented = "\n".join(f"    {line}" for line in body.strip().splitlines())
     source = (
         "import sys\nfrom latentac.errors import *\nfrom latentac.task import pipeline_task\n"
-        f"with pipeline_task({name!r}, 'run-1', sys.argv[1], sys.argv[2]) as publish:\n{indented}\n"
+        f"with pipeline_task({name!r}, {run!r}, sys.argv[1], sys.argv[2]) as publish:\n{indented}\n"
     )
     clean = {key: value for key, value in os.environ.items() if key not in (EVENTS, OWNERS, FOLDER)}
     command = [sys.executable, "-c", source, str(output), str(output / "manifest")]
@@ -72,6 +74,18 @@ def test_expected_failure_is_one_message_and_the_documented_code(
     left = json.loads((tmp_path / "run-1" / ERROR_FILE).read_text())
     assert (left["task"], left["exit_code"]) == ("train", code)
     assert left["message"].startswith(message)
+
+
+@pytest.mark.parametrize("run", ["../x", "a/../../x", "", "store", "x" * 300])
+@pytest.mark.parametrize("name", ["prepare", "train", "gate"])
+def test_a_task_of_no_run_makes_nothing(tmp_path: Path, name: str, run: str) -> None:
+    """The id is refused before there is a folder, a lock or a file of it; a driver is told, too."""
+    (tmp_path / "output").mkdir()
+    failed = task("raise SystemExit(0)", tmp_path / "output", name, run=run, **{EVENTS: "1"})
+    assert failed.returncode == 2
+    assert f"{name}: run = {run!r}: cannot be the id of a run" in failed.stderr
+    assert events(failed.stderr) == [{"event": "fail", "task": name, "exit_code": 2}]
+    assert [path.name for path in tmp_path.rglob("*")] == ["output"]
 
 
 CALL = "import os\nfrom latentac.calls import in_flight\nwith in_flight('fragile', ['a red circle'], 60.0):\n    "

@@ -101,6 +101,9 @@ def test_submit_starts_a_run_under_the_releases_account(
     [
         (["--set", "train.num_iteration=2"], "train.num_iteration = 2: unknown field"),
         (["--recipe", "shapes"], "recipe = 'shapes': does not exist"),
+        (["--run", "../x"], "run = '../x': cannot be the id of a run"),
+        (["--run", ""], "run = '': cannot be the id of a run"),
+        (["--run", "x" * 300], "cannot be the id of a run"),
     ],
 )
 def test_a_mistake_costs_no_run(kfp: Kfp, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:

@@ -32,7 +32,7 @@ def console(tmp_path: Path) -> Console:
 
 
 def shown(console: Console) -> list[str]:
-    out = console._out
+    out = console._out.raw
     assert isinstance(out, io.StringIO)
     return out.getvalue().splitlines()
 
@@ -44,6 +44,22 @@ def test_step_is_a_line_at_each_end_and_its_own_log_between(console: Console) ->
     first, log, last = shown(console)
     assert (first, log) == ("[1/2] prepare", "      3 prompts")
     assert last.startswith("[1/2] prepare done in ")
+
+
+def test_what_a_step_says_does_not_steer_the_terminal(console: Console) -> None:
+    """Its words are shown with their control characters escaped."""
+    console.write(event(event="begin", task="prepare") + "    a \x1b[2J\rb \u202e\n")
+    assert shown(console)[-1] == "      a \\x1b[2J\\rb \\u202e"
+
+
+@pytest.mark.parametrize(
+    "told", ["{", "[" * 100_000, "[]", "{}", '{"task": "x", "event": "end"}', '{"task": [], "event": 1}']
+)
+def test_a_mark_in_the_words_of_a_step_is_none(console: Console, told: str) -> None:
+    """A prompt may hold it; the line is shown as it is."""
+    console.write(event(event="begin", task="prepare") + f"    drawing {EVENT_MARK}{told}\n")
+    assert shown(console)[-1] == f"      drawing {EVENT_MARK}{told}"
+    assert console.running == "prepare"
 
 
 def test_text_may_arrive_in_any_pieces(console: Console) -> None:

@@ -45,6 +45,10 @@ def test_help_has_examples_and_comes_at_once(arguments: list[str]) -> None:
     [
         (["--recipe", "shapes-unte"], "recipe = 'shapes-unte': does not exist."),
         (["--seed", "1", "--set", "train.num_iteration=3"], "train.num_iteration = 3: unknown field. Did you mean"),
+        (["--recipe", ""], "recipe = '': does not exist."),
+        (["--project", "../x"], "project = '../x': is no name. Use letters"),
+        (["--project", ""], "project = '': is no name. Use letters"),
+        (["--config", "x" * 300], "--config"),
         (["--config", "missing.yaml"], "--config = 'missing.yaml': cannot be read"),
     ],
 )
@@ -88,7 +92,7 @@ def test_store_without_access_fails_in_prepare_and_says_how_to_go_on(tmp_path: P
     assert "[1/8] prepare failed" in failed.stdout
 
 
-@pytest.mark.parametrize("run", ["shapes-unet-19990101-000000", "../runs", "store"])
+@pytest.mark.parametrize("run", ["shapes-unet-19990101-000000", "../runs", "store", "", "x" * 300, "a\nb"])
 def test_resume_of_a_run_that_is_not_there_lists_those_that_are(tmp_path: Path, run: str) -> None:
     """A folder without a request is no run."""
     (tmp_path / "store").mkdir()

@@ -1,0 +1,65 @@
+"""What may come from anywhere: JSON of the store, of a run's folder, of another program; numbers of a command line."""
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from latentac.errors import IntegrityError
+
+MOST_SECONDS = 365 * 86400.0
+SEEDS, PORTS = (0, 2**63 - 1), (0, 65535)
+
+_SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Raises ValueError for what is no JSON, is nested beyond what can be read, or has half a character, which neither
+    a file nor a terminal can hold."""
+    told = text if isinstance(text, str) else text.decode()
+    try:
+        found = json.loads(told)
+        if _SURROGATE.search(told):  # both halves are one character; json joins them
+            json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    return found
+
+
+def record(text: str | bytes, where: str) -> Any:
+    """The JSON of a file that this program writes. Raises IntegrityError, with `where` it is from, where it is none."""
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        remedy = "Remove it and run the step that writes it"
+        raise IntegrityError(where, f"it is not JSON ({error})", remedy) from None
+
+
+def read_record(file: Path) -> Any:
+    """Raises IntegrityError where the file holds no JSON."""
+    return record(file.read_bytes(), str(file))
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """What reads an option: a whole number from `least` to `most`."""
+
+    def read(text: str) -> int:
+        if re.fullmatch(r"-?[0-9]{1,20}", text, re.ASCII) and least <= int(text) <= most:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a whole number from {least} to {most}")
+
+    return read
+
+
+def seconds(text: str) -> float:
+    """What reads an option: a time in seconds, up to a year."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= MOST_SECONDS:  # so NaN is none either
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a number of seconds from 0 to {MOST_SECONDS:.0f}")
+    return value

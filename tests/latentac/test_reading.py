@@ -1,0 +1,63 @@
+"""JSON and numbers from anywhere: what cannot be used is refused, and nothing else."""
+
+import argparse
+
+import pytest
+
+from latentac.errors import IntegrityError
+from latentac.reading import PORTS, SEEDS, parse_json, record, seconds, whole
+
+NO_JSON = {
+    "nested lists": "[" * 100_000,
+    "nested lists that close": "[" * 100_000 + "]" * 100_000,
+    "nested objects": '{"a":' * 100_000,
+    "half a character": '{"a": "\\ud800"}',
+    "half a character in a key": '{"\\uDFFF": 1}',
+    "many digits": "9" * 5000,
+    "cut off": '{"a": ',
+    "no UTF-8": b"\xff\xfe[",
+}
+
+
+@pytest.mark.parametrize("text", NO_JSON.values(), ids=NO_JSON)
+def test_what_is_no_json_is_one_error(text: str | bytes) -> None:
+    """Also what Python's reader gives up on, or takes for text that no file can hold."""
+    with pytest.raises(ValueError):  # noqa: PT011 - of several kinds
+        parse_json(text)
+    with pytest.raises(IntegrityError, match="some place: it is not JSON"):
+        record(text, "some place")
+
+
+def test_what_is_json_is_read() -> None:
+    """Both halves of a character are one; numbers that JSON lacks are read where this program writes them."""
+    assert parse_json('{"a": "\\ud83d\\ude00", "b": [1e3, NaN][0]}'.replace(", NaN][0]", "]")) == {
+        "a": "😀",
+        "b": [1000.0],
+    }
+    assert parse_json(b"[[[]]]") == [[[]]]
+
+
+@pytest.mark.parametrize("text", ["", "nan", "inf", "1e3", "1.0", "-1", "1_000", " 1", "٣", "9" * 5000, "0x1", "1e999"])
+@pytest.mark.parametrize("bounds", [SEEDS, PORTS, (1, 1000)])
+def test_a_whole_number_is_digits_within_bounds(text: str, bounds: tuple[int, int]) -> None:
+    """The message is short, whatever was typed."""
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        whole(*bounds)(text)
+    assert len(str(caught.value)) < 200
+
+
+def test_the_bounds_are_whole_numbers_themselves() -> None:
+    """And what is beyond them is not."""
+    for least, most in (SEEDS, PORTS, (-5, 5)):
+        assert (whole(least, most)(str(least)), whole(least, most)(str(most))) == (least, most)
+        for beyond in (least - 1, most + 1):
+            with pytest.raises(argparse.ArgumentTypeError):
+                whole(least, most)(str(beyond))
+
+
+@pytest.mark.parametrize("text", ["", "x", "nan", "inf", "-inf", "1e999", "-1", "1e9"])
+def test_a_time_is_finite(text: str) -> None:
+    """A wait of NaN or infinite seconds is none."""
+    with pytest.raises(argparse.ArgumentTypeError):
+        seconds(text)
+    assert (seconds("0"), seconds("1.5"), seconds("1e3")) == (0.0, 1.5, 1000.0)
