@@ -153,7 +153,7 @@ def export(
         backbone=Extension.model_validate({"use": config.backbone.use, **config.backbone.own}),
         kernel=config.kernel,
         size=image_size(folder),
-        policies=["trained", *([BASE] if (folder / BASE).is_dir() else [])],
+        policies=["trained", "base"] if (folder / BASE).is_dir() else ["trained"],
         rewards=[Head(name=one.name, weight=one.weight, unit=units[one.name]) for one in config.rewards],
         examples=list(examples),
         notice=notice,
