@@ -195,6 +195,7 @@ PLACES = {
     "name_or_path": f"/home/{CANARY}",
     "chat_template": "{{ cycler.__init__.__globals__.os.system('touch code-has-run') }}",
 }
+REMOTE = {"auto_map": {"AutoModel": "modeling_evil.Evil"}, "trust_remote_code": True}
 ELSEWHERE = {"peft_type": "LORA", "base_model_name_or_path": "", "r": 2, "target_modules": ["q_proj"]}
 
 
@@ -316,7 +317,7 @@ FILES: dict[str, tuple[Change, str]] = {
 HARMLESS: dict[str, Change] = {
     "code, pickles and hidden files beside": _beside,
     "auto_map and trust_remote_code": both(
-        fields(TEXT, auto_map={"AutoModel": "modeling_evil.Evil"}, trust_remote_code=True),
+        fields(TEXT, **REMOTE),
         fields(UNET, auto_map={"AutoModel": "evil.Evil"}),
         fields("model_index.json", custom_pipelines={"evil": "evil.Evil"}, custom_pipeline="evil"),
     ),
