@@ -22,6 +22,12 @@ Seconds = Annotated[float, Field(gt=0, le=1e6)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+# Of a server: an exported folder states them, too, and its author need not be the operator.
+Pictures = Annotated[int, Field(gt=0, le=100_000)]
+Particles = Annotated[int, Field(gt=0, le=1024)]
+Characters = Annotated[int, Field(gt=0, le=1_000_000)]
+Rows = Annotated[int, Field(gt=0, le=4096)]
+Wait = Annotated[float, Field(ge=0, le=60)]
 
 
 class Section(BaseModel):
@@ -145,7 +151,7 @@ class Critic(Section):
     body: Extension = Extension(use="frozen_taps")
     """What the heads read: `frozen_taps` (the policy's own forward), `lora` or `copy` (a backbone of its own); to
     compare with, `pixel` (the decoded guess of the picture) and `latent_cnn` (shares nothing), or `module:Class`."""
-    hidden: Positive = 128
+    hidden: Annotated[int, Field(gt=0, le=8192)] = 128
     """Units of the MLP between the body's summary and the heads."""
     shared_head: bool = False
     """One head for all rewards, as an ablation."""
@@ -297,13 +303,13 @@ class Serving(Section):
     """Port of the proof that `deploy` makes; 0 for any free one."""
     ready_seconds: Seconds = 120.0
     """How long a server may take until it is ready, in seconds."""
-    max_images: Positive = 8
+    max_images: Pictures = 8
     """Pictures per request, over all its prompts."""
     max_steps: Annotated[int, Field(ge=2, le=1000)] = 100
     """Denoising steps per picture."""
-    max_particles: Positive = 32
+    max_particles: Particles = 32
     """Rollouts per picture."""
-    max_prompt_characters: Positive = 1000
+    max_prompt_characters: Characters = 1000
     """Characters per prompt."""
     max_guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 20.0
     """Scale of classifier-free guidance."""
@@ -312,12 +318,12 @@ class Serving(Section):
     it is refused."""
     include_base: bool = True
     """Export the untouched denoiser too, to compare with. With a large one it doubles the folder."""
-    batch_rows: Positive = 4
+    batch_rows: Rows = 4
     """Rollouts that go through the denoiser together. A batch that is not full is filled up, so that a picture's bytes
     do not depend on who shares it: more rows give more pictures per second, and each alone takes longer."""
-    batch_wait_seconds: NonNegative = 0.005
+    batch_wait_seconds: Wait = 0.005
     """How long a picture waits for others to share a batch, in seconds."""
-    max_queued_images: Positive = 64
+    max_queued_images: Pictures = 64
     """Pictures that may wait; beyond that requests are answered 429."""
     request_seconds: Seconds = 300.0
     """The longest that a request may take, waiting included, in seconds."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from latentac.errors import IntegrityError, ResourceError
+from latentac.modelfiles import Damaged, check, plain, read_json
 
 INDEX = "model_index.json"
 ADAPTER = "lora/pytorch_lora_weights.safetensors"
@@ -29,8 +30,8 @@ _DESCRIPTIONS = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
     *("added_tokens.json", "spiece.model"),
 )
+_AGAIN = "Fetch the model again"
 _LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "LICENCE.md", "LICENCE.txt", "NOTICE", "NOTICE.md")
-_PATHS = ("_name_or_path", "name_or_path")  # where the libraries note what they loaded: a path of that machine
 
 
 def begin(folder: Path) -> None:
@@ -64,27 +65,39 @@ def copy_pipeline(source: Path, folder: Path) -> None:
     Raises ResourceError where that holds something, IntegrityError where a shard is missing.
     """
     begin(folder)
-    index = json.loads((source / INDEX).read_text())
+    _check(source, INDEX)
+    index = read_json(source / INDEX)
     named = [name for name, part in index.items() if isinstance(part, list) and part[0] is not None]
     copy_parts(source, folder, named)
-    shutil.copyfile(source / INDEX, folder / INDEX)
+    (folder / INDEX).write_text(json.dumps(plain(INDEX, index), indent=2) + "\n", encoding="utf-8")
     if (source / ADAPTER).is_file():
         (folder / ADAPTER).parent.mkdir()
         shutil.copyfile(source / ADAPTER, folder / ADAPTER)
 
 
 def copy_parts(source: Path, folder: Path, parts: Sequence[str]) -> None:
-    """Some parts of the pipeline `source`, and its licence, which goes where the weights go."""
+    """Some parts of the pipeline `source`, and its licence, which goes where the weights go.
+
+    Raises IntegrityError for what is not a regular file of `source`.
+    """
     for name in parts:
+        if not re.fullmatch(r"\w+", name):
+            raise IntegrityError(str(source / INDEX), f"names a part {name!r}, which is no name of a folder", _AGAIN)
         copy_part(source / name, folder / name)
     for name in _LICENCES:
         if (source / name).is_file():
+            _check(source, name)
             shutil.copyfile(source / name, folder / name)
 
 
 def copy_part(source: Path, folder: Path) -> None:
-    """A part's descriptions and the weights that are loaded from it, under the names without a variant."""
+    """A part's descriptions and the weights that are loaded from it, under the names without a variant.
+
+    Raises IntegrityError for a file that is not a regular one of the pipeline that the part is of.
+    """
     folder.mkdir(parents=True)
+    inside = [path.name for path in source.iterdir() if path.name in _DESCRIPTIONS or _WEIGHTS.fullmatch(path.name)]
+    _check(source.parent, *(f"{source.name}/{name}" for name in inside))
     for name in _DESCRIPTIONS:
         if (source / name).is_file():
             _copy_description(source / name, folder / name)
@@ -95,16 +108,24 @@ def copy_part(source: Path, folder: Path) -> None:
     if not sharded:
         shutil.copyfile(file, folder / f"{stem}.safetensors")
         return
-    index = json.loads(file.read_text())
+    index = read_json(file)
     old = sorted(set(index["weight_map"].values()))
     new = {name: f"{stem}-{place:05}-of-{len(old):05}.safetensors" for place, name in enumerate(old, 1)}
+    there = {path.name for path in source.iterdir() if path.is_file()}
     for name in old:
-        if not (source / name).is_file():
-            remedy = "Fetch the model again"
-            raise IntegrityError(str(file), f"names {name}, which is not there", remedy)
+        if name not in there:
+            raise IntegrityError(str(file), f"names {name}, which is not there", _AGAIN)
+        _check(source.parent, f"{source.name}/{name}")
         shutil.copyfile(source / name, folder / new[name])
     index["weight_map"] = {tensor: new[name] for tensor, name in index["weight_map"].items()}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _check(folder: Path, *names: str) -> None:
+    try:
+        check(folder, *names)
+    except Damaged as error:
+        raise IntegrityError(str(folder), str(error), _AGAIN) from None
 
 
 def weights(part: Path) -> tuple[str, Path, bool] | None:
@@ -131,14 +152,13 @@ def _copy_description(source: Path, target: Path) -> None:
 
     transformers would load a text encoder in the precision of its file, which diffusers' networks, in float32, refuse.
     """
-    if source.suffix == ".json" and source.stat().st_size < 2**20:
-        content = json.loads(source.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            wanted = {name: value for name, value in content.items() if name not in _PATHS}
-            if source.name == "config.json" and "model_type" in content:
-                wanted["dtype" if "dtype" in content else "torch_dtype"] = "float32"
-            if wanted != content:
-                target.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-                return
+    if source.suffix == ".json":
+        content = read_json(source)
+        wanted = plain(source.name, content)
+        if source.name == "config.json" and "model_type" in content:
+            wanted["dtype" if "dtype" in content else "torch_dtype"] = "float32"
+        if wanted != content:
+            target.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            return
     if source != target:
         shutil.copyfile(source, target)

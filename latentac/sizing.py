@@ -13,10 +13,11 @@ from typing import Any
 from latentac.backbones import layout_of
 from latentac.backbones.inspection import weights_of
 from latentac.backbones.layout import Layout, listing, used
-from latentac.backbones.weights import header, read_json, shapes
+from latentac.backbones.weights import header, shapes
 from latentac.config import Config, Extension
 from latentac.encoding import KEPT_BYTES, WHOLE_BYTES
 from latentac.errors import ConfigError, ResourceError
+from latentac.modelfiles import read_json
 from latentac.steering import STEERING
 
 COPIES = 2

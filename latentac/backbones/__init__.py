@@ -13,6 +13,7 @@ from latentac import diffusion
 from latentac.backbones.layout import Layout
 from latentac.config import Extension
 from latentac.config import Policy as PolicySettings
+from latentac.errors import ConfigError
 from latentac.extensions import Table
 from latentac.types import Conditioning
 
@@ -110,6 +111,15 @@ def layout_of(extension: Extension) -> Layout | None:
 
 
 def load_backbone(extension: Extension, folder: FilePath, device: torch.device) -> Denoiser:
-    """The backbone that `extension` names, with the weights of a diffusers `folder`, on `device`."""
+    """The backbone that `extension` names, with the weights of a diffusers `folder`, on `device`.
+
+    The folder is inspected first, whoever wrote it. Raises ConfigError with all that is wrong with it.
+    """
+    from latentac.backbones.inspection import inspect  # a part of this package, which knows its rows
+
+    layout = layout_of(extension)
+    problems = inspect(str(folder), folder, layout) if layout is not None else []
+    if problems:
+        raise ConfigError(problems)
     backbone: Denoiser = BACKBONES.make(extension, folder, device, path="backbone")
     return backbone

@@ -19,7 +19,7 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from latentac import diffusion, folders
 from latentac.backbones import adapters, count_tokens, to_arrays
-from latentac.backbones.loading import load
+from latentac.backbones.loading import load, load_tokenizer
 from latentac.backbones.schedulers import flow_shift
 from latentac.backbones.stable_diffusion import DIT
 from latentac.config import Policy
@@ -58,9 +58,9 @@ class DiTBackbone:
             scheduler=None,
             vae=load(AutoencoderKL, folder, DIT.part("vae"), device),
             text_encoder=load(CLIPTextModelWithProjection, folder, DIT.part("text_encoder"), device),
-            tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
+            tokenizer=load_tokenizer(CLIPTokenizer, folder, DIT.part("tokenizer")),
             text_encoder_2=load(CLIPTextModelWithProjection, folder, DIT.part("text_encoder_2"), device),
-            tokenizer_2=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2"),
+            tokenizer_2=load_tokenizer(CLIPTokenizer, folder, DIT.part("tokenizer_2")),
             text_encoder_3=None,
             tokenizer_3=None,
         )

@@ -4,13 +4,16 @@ Everything that a later step would refuse, or would use in another way than the 
 of it together, with the remedy.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentac.backbones.layout import INDEX, Layout, Part, Rule, outside, used
-from latentac.backbones.weights import LFS, Damaged, Weights, pointer, read_json, shapes
+from latentac.backbones.bounds import beyond, unheld
+from latentac.backbones.layout import INDEX, Layout, Part, Rule, unreadable
+from latentac.backbones.weights import Weights, shapes
 from latentac.errors import ConfigError, Problem
+from latentac.modelfiles import Damaged, read_bytes, read_json, shorten
 
 SUPPORTED = (
     "Supported: Stable Diffusion 1.x and 2.x (StableDiffusionPipeline, backbone.use=unet) and Stable Diffusion 3 and "
@@ -56,6 +59,11 @@ _KNOWN_PIPELINES = {
     "DDPMPipeline": "a model without text",
 }
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf")
+_TOLD = 5  # numbers of a file that are out of bounds; more help nobody
+_MOST_ADDED = 1000  # tokens beside a vocabulary; each is looked for in every prompt
+_LONGEST_TOKEN = 256
+_MOST_TOKENS = 2**20
+_MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"
 _SINGLE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
 
@@ -64,31 +72,33 @@ def inspect(source: str, folder: Path, layout: Layout, *, weights: bool = True) 
 
     weights: False while only the configurations were fetched.
     """
+    problems = [_problem(source, *each) for each in unreadable(folder, layout)]
+    if problems:
+        return problems
     found = list(_pipeline(source, folder, layout))
     if found:  # the parts of another pipeline would only add noise
         return [_problem(source, INDEX, *each) for each in found]
     index = read_json(folder / INDEX)
-    problems: list[Problem] = []
-    for name in outside(folder, used(folder, layout)):
-        remedy = "Put the file itself there: what is outside the folder is not followed"
-        problems.append(_problem(source, name, "is a link that leads out of the folder", remedy))
     configurations: dict[str, dict[str, Any]] = {}
+    failed: set[str] = set()
     for part in layout.parts:
-        faults = list(_part(folder, part, index.get(part.name), configurations))
+        faults = list(_part(folder, part, index.get(part.name), configurations, network=part.name == layout.network))
+        failed |= {part.name} if faults else set()
         if not faults and weights and part.stem is not None:
-            faults = list(_weights(folder, part))
+            faults = list(_weights(folder, part, configurations[part.name]))
         problems += [_problem(source, part.name, *each) for each in faults]
     for parts, rule in layout.rules:
         if configurations.keys() >= set(parts):
             problems += _ruled(source, rule, configurations)
-    problems += _scheduler(source, folder, layout)
+    if "scheduler" not in failed:
+        problems += _scheduler(source, folder, layout)
     return problems
 
 
 def _ruled(source: str, rule: Rule, configurations: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
     try:
         return [_problem(source, *each) for each in rule(configurations)]
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         return [_problem(source, "config.json", f"has values of the wrong type ({error})", "Fetch the file again")]
 
 
@@ -124,7 +134,7 @@ def _pipeline(source: str, folder: Path, layout: Layout) -> Iterator[tuple[str, 
         return
     if name == layout.pipeline:
         return
-    if name in _BACKBONES:
+    if str(name) in _BACKBONES:
         yield f"says {name}, which is another backbone's", f"Set backbone.use={_BACKBONES[str(name)]}"
     else:
         known = _KNOWN_PIPELINES.get(str(name))
@@ -132,7 +142,7 @@ def _pipeline(source: str, folder: Path, layout: Layout) -> Iterator[tuple[str, 
 
 
 def _part(
-    folder: Path, part: Part, entry: object, configurations: dict[str, dict[str, Any]]
+    folder: Path, part: Part, entry: object, configurations: dict[str, dict[str, Any]], *, network: bool
 ) -> Iterator[tuple[str, str]]:
     """What is wrong with a part before its weights; its configuration goes into `configurations`."""
     declared = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
@@ -143,16 +153,29 @@ def _part(
     if part.classes and declared not in part.classes:
         yield f"is a {declared} in {INDEX}, and only {expected} is supported", SUPPORTED
         return
+    if isinstance(entry, list) and entry[0] != part.library:
+        yield (
+            f"is of {entry[0]!r} in {INDEX}, which is not {part.library}",
+            f"Write {part.library!r}: no other is loaded",
+        )
+        return
     if not (folder / part.name).is_dir():
         yield "is missing", "Fetch the whole pipeline"
         return
     try:
         if part.kind == "tokenizer":
             configurations[part.name] = _tokenizer(folder / part.name)
-        elif part.kind != "scheduler":
+            return
+        file = str(part.configuration)
+        described = read_json(folder / part.name / file) if (folder / part.name / file).is_file() else {}
+        wrong = [f"{file}: {told}" for told in beyond(described, network=network)]
+        if not wrong and part.kind != "scheduler":
             configurations[part.name] = _configuration(folder / part.name, part)
     except (Damaged, OSError) as error:
         yield str(error), _remedy(str(error))
+        return
+    for told in wrong[:_TOLD]:
+        yield told, "Write the number that the model was trained with"
 
 
 def _configuration(folder: Path, part: Part) -> dict[str, Any]:
@@ -165,7 +188,7 @@ def _configuration(folder: Path, part: Part) -> dict[str, Any]:
         architectures[0] if isinstance(architectures, list) and architectures else None
     )
     fitting = {*part.classes, *(("CLIPModel",) if part.kind == "text_encoder" else ())}
-    if named is not None and named not in fitting:
+    if named is not None and str(named) not in fitting:
         raise Damaged(f"config.json says {named}, and only {' or '.join(part.classes)} is supported")
     if part.kind == "text_encoder" and not str(found.get("model_type", "clip")).startswith("clip"):
         raise Damaged(
@@ -179,50 +202,73 @@ def _configuration(folder: Path, part: Part) -> dict[str, Any]:
 def _tokenizer(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, and the highest token as `highest_id`. Raises Damaged."""
     names = {path.name for path in folder.iterdir()}
-    if "tokenizer.json" in names:
-        described = read_json(folder / "tokenizer.json")
-        model = described.get("model")
-        vocabulary = model.get("vocab") if isinstance(model, dict) else None
-        added = described.get("added_tokens") or []
-        listed = added if isinstance(added, list) else []
-        more = {str(token.get("content")): token.get("id") for token in listed if isinstance(token, dict)}
-    elif {"vocab.json", "merges.txt"} <= names:
-        vocabulary, more = read_json(folder / "vocab.json"), {}
-        if "added_tokens.json" in names:
-            more = dict(read_json(folder / "added_tokens.json"))
-        merges = (folder / "merges.txt").read_bytes()
-        if merges.startswith(LFS):
-            raise Damaged(pointer("merges.txt"))
-        if not merges.strip():
-            raise Damaged("merges.txt is empty")
-    else:
-        raise Damaged("has neither tokenizer.json nor vocab.json with merges.txt")
-    if not isinstance(vocabulary, dict) or not vocabulary:
-        raise Damaged("has an empty vocabulary")
+    vocabulary, more = _vocabulary(folder, names)
     if "tokenizer_config.json" not in names:
         raise Damaged("has no tokenizer_config.json, which says how many tokens a prompt may have")
     found = read_json(folder / "tokenizer_config.json")
     decoder = found.get("added_tokens_decoder")
     for number, token in decoder.items() if isinstance(decoder, dict) else ():
-        if isinstance(token, dict) and str(number).isdigit():
-            more[str(token.get("content"))] = int(number)
+        if isinstance(token, dict):
+            more[str(token.get("content"))] = int(number) if re.fullmatch("[0-9]{1,9}", number) else number
+    special = [found, read_json(folder / _MAP) if _MAP in names else {}]
+    listed = [one.get(field) for one in special for field in ("additional_special_tokens", "extra_special_tokens")]
+    _bounded(vocabulary, more, len(more) + sum(len(one) for one in listed if isinstance(one, list | dict)))
     tokens = vocabulary | more
     for name in ("bos_token", "eos_token"):
         given = found.get(name)
         token = given.get("content") if isinstance(given, dict) else given
-        if token is not None and token not in tokens:
+        if token is not None and not (isinstance(token, str) and token in tokens):
             raise Damaged(f"has no token {token!r}, its {name}, in its vocabulary")
-    return found | {"highest_id": max((n for n in tokens.values() if isinstance(n, int)), default=0)}
+    return found | {"highest_id": max(tokens.values())}
 
 
-def _weights(folder: Path, part: Part) -> Iterator[tuple[str, str]]:
+def _vocabulary(folder: Path, names: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Token -> number, and those of the tokens beside them. Raises Damaged."""
+    more: dict[str, Any] = {}
+    if "tokenizer.json" in names:
+        described = read_json(folder / "tokenizer.json")
+        model = described.get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        added = described.get("added_tokens") or []
+        listed = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+        more = {str(token.get("content")): token.get("id") for token in listed}
+        if not isinstance(added, list) or len(more) < len(added):
+            raise Damaged("tokenizer.json: added_tokens is no list of different tokens")
+    elif "vocab.json" in names and "merges.txt" in names:
+        vocabulary = read_json(folder / "vocab.json")
+        if not read_bytes(folder / "merges.txt").strip():
+            raise Damaged("merges.txt is empty")
+    else:
+        raise Damaged("has neither tokenizer.json nor vocab.json with merges.txt")
+    if not isinstance(vocabulary, dict) or not vocabulary:
+        raise Damaged("has an empty vocabulary")
+    return vocabulary, more | (read_json(folder / _ADDED) if _ADDED in names else {})
+
+
+def _bounded(vocabulary: Mapping[str, Any], more: Mapping[str, Any], added: int) -> None:
+    """Raises Damaged for tokens that cost more than those of CLIP do. added: how many stand beside the vocabulary."""
+    if added > _MOST_ADDED:
+        raise Damaged(f"adds {added:,} tokens to its vocabulary, and at most {_MOST_ADDED:,} are read")
+    for token, number in (*vocabulary.items(), *more.items()):
+        if len(token) > _LONGEST_TOKEN:
+            raise Damaged(f"has a token of {len(token):,} characters, and at most {_LONGEST_TOKEN} are read")
+        if type(number) is not int or not 0 <= number < _MOST_TOKENS:
+            told = f"and must be a whole one from 0 to {_MOST_TOKENS - 1:,}"
+            raise Damaged(f"has a token {token!r} whose number is {str(number)[:40]}, {told}")
+
+
+def _weights(folder: Path, part: Part, configuration: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What is wrong with the weight files of a part."""
     chosen = weights_of(folder, part)
     if chosen is not None:
+        own = configuration.get("text_config")  # of CLIP's whole, whose other half is not loaded
         try:
-            shapes(folder / part.name, chosen)
+            held = shapes(folder / part.name, chosen)
         except (Damaged, OSError) as error:
             yield str(error), _remedy(str(error))
+            return
+        for told in [*unheld(own if isinstance(own, dict) else configuration, held)][:_TOLD]:
+            yield f"config.json: {told}", f"Use the weights that belong to {part.name}/config.json"
         return
     others = sorted(path.name for path in (folder / part.name).glob("*") if path.suffix in _PICKLES)
     misnamed = sorted(path.name for path in (folder / part.name).glob("*.safetensors"))
@@ -250,6 +296,9 @@ def _scheduler(source: str, folder: Path, layout: Layout) -> Sequence[Problem]:
             schedulers.flow_shift(folder, 1, source)
     except ConfigError as error:
         return error.problems
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        problem = f"has values of the wrong type ({error})"
+        return [_problem(source, schedulers.FILE, problem, "Fetch the file again")]
     return ()
 
 
@@ -264,4 +313,4 @@ def _remedy(problem: str) -> str:
 
 
 def _problem(source: str, where: str, problem: str, remedy: str) -> Problem:
-    return Problem("backbone.source", source, f"{where}: {problem}", remedy)
+    return Problem("backbone.source", source, f"{where}: {shorten(problem)}", remedy)

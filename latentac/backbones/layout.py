@@ -6,12 +6,13 @@ copied whole and only rehearsed.
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from latentac.backbones.weights import Weights, choose, read_json, shard_map
+from latentac.backbones.weights import Weights, choose, shard_map
+from latentac.modelfiles import ADAPTERS, faults, plain, read_json
 
 INDEX = "model_index.json"
 _TOKENIZER_FILES = {
@@ -19,6 +20,7 @@ _TOKENIZER_FILES = {
     *("special_tokens_map.json", "added_tokens.json"),
 }
 _ANYTHING_SAFE = (".safetensors", ".json", ".txt", ".model")
+_TEXTS = ("_class_name", "_diffusers_version")  # of model_index.json
 
 
 Rule = Callable[[Mapping[str, Mapping[str, Any]]], Iterable[tuple[str, str, str]]]
@@ -38,6 +40,11 @@ class Part:
         if self.kind in {"network", "autoencoder"}:
             return "diffusion_pytorch_model"
         return "model" if self.kind == "text_encoder" else None
+
+    @property
+    def library(self) -> str:
+        """The one that model_index.json must name: any other is code of the folder's own."""
+        return "transformers" if self.kind in {"text_encoder", "tokenizer"} else "diffusers"
 
     @property
     def configuration(self) -> str | None:
@@ -95,33 +102,47 @@ def used(folder: Path, layout: Layout) -> list[str]:
     return names
 
 
-def outside(folder: Path, names: Iterable[str]) -> list[str]:
-    """Those of the files that are links out of `folder`; a hub cache's own links to its blobs are not."""
-    roots = [folder.resolve()]
-    if folder.parent.name == "snapshots":
-        roots.append((folder.parent.parent / "blobs").resolve())
-    return [name for name in names if not any((folder / name).resolve().is_relative_to(root) for root in roots)]
+def unreadable(folder: Path, layout: Layout) -> Iterator[tuple[str, str, str]]:
+    """What of the pipeline in `folder` must not be opened: name, what is wrong, the remedy. Before anything is read."""
+    names = [INDEX] if (folder / INDEX).is_symlink() or (folder / INDEX).exists() else []
+    for part in layout.parts:
+        try:
+            within = [path.name for path in (folder / part.name).iterdir()]
+        except OSError:
+            continue  # it is missing, or no folder: told where the part is judged
+        names += [f"{part.name}/{name}" for name in part.files(within)]
+        for name in sorted(set(ADAPTERS) & set(within)):
+            remedy = "Use the model with its adapter merged (merge_and_unload of peft), without this file"
+            yield f"{part.name}/{name}", "is an adapter of peft, whose base model lies elsewhere", remedy
+    yield from faults(folder, names)
 
 
 def copy(source: Path, folder: Path, layout: Layout | None) -> None:
     """The files of `source` that are used, in `folder`, weights under their plain names; what is not copied is null in
-    model_index.json, so that the folder is a whole pipeline for diffusers too."""
+    model_index.json, so that the folder is a whole pipeline for diffusers too. Of the descriptions nothing is kept that
+    names code or places on another machine."""
     if layout is None:
         for name in (name for name in listing(source) if name.endswith(_ANYTHING_SAFE)):
             _copy(source / name, folder / name)
         return
     _write(folder / INDEX, _reduced(read_json(source / INDEX), layout))
-    names = used(source, layout)
     for part in layout.parts:
-        within = [name.removeprefix(f"{part.name}/") for name in names if name.startswith(f"{part.name}/")]
-        weights = part.weights(within)
-        for name in within:
-            if weights is None or name not in weights.names:
-                _copy(source / part.name / name, folder / part.name / name)
-            elif name == weights.index:
-                _write(folder / part.name / weights.plain(name), _plain_index(source / part.name / name, weights))
-            else:
-                _copy(source / part.name / name, folder / part.name / weights.plain(name))
+        place(source / part.name, folder / part.name, part, _copy)
+
+
+def place(source: Path, folder: Path, part: Part, put: Callable[[Path, Path], None]) -> None:
+    """The files of a part that are used, under their plain names. put: makes a large file in the new place."""
+    within = [path.name for path in source.glob("[!.]*") if path.is_file()]
+    weights = part.weights(within)
+    for name in part.files(within):
+        if weights is not None and name == weights.index:
+            _write(folder / weights.plain(name), _plain_index(source / name, weights))
+        elif weights is not None and name in weights.names:
+            put(source / name, folder / weights.plain(name))
+        elif name.endswith(".json"):
+            _write(folder / name, plain(name, read_json(source / name)))
+        else:
+            put(source / name, folder / name)
 
 
 def _reduced(index: Mapping[str, object], layout: Layout) -> dict[str, object]:
@@ -129,6 +150,7 @@ def _reduced(index: Mapping[str, object], layout: Layout) -> dict[str, object]:
     reduced = {
         name: [None, None] if name not in kept and (entry is None or isinstance(entry, list)) else entry
         for name, entry in index.items()
+        if not isinstance(entry, str | dict) or name in _TEXTS
     }
     return reduced | ({"requires_safety_checker": False} if "requires_safety_checker" in index else {})
 
@@ -145,4 +167,4 @@ def _copy(file: Path, to: Path) -> None:
 
 def _write(file: Path, content: Mapping[str, object]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -14,8 +14,8 @@ from typing import Any
 
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-from latentac.backbones.weights import Damaged, read_json
 from latentac.errors import ConfigError, Problem
+from latentac.modelfiles import Damaged, plain, read_json
 
 VARIANCE_PRESERVING = {
     "DDIMScheduler": "scheduling_ddim",
@@ -80,7 +80,11 @@ def variance_preserving(folder: Path, source: str = "") -> Any:
         "Set it to false, as diffusers advises for all latent models",
     )
     # What of DDIM's settings the class does not know has no effect on it, whatever the file says.
-    ddim = DDIMScheduler(**{name: settings[name] for name in _parameters(DDIMScheduler) if name in settings})
+    known = {name: settings[name] for name in _parameters(DDIMScheduler) if name in settings}
+    try:
+        ddim = DDIMScheduler(**known)
+    except Exception as error:  # whatever the class says of the file
+        raise _unsuitable(folder, source, f"DDIMScheduler cannot be built ({error})", "Correct the file") from error
     same = ddim.alphas_cumprod.shape == own.alphas_cumprod.shape
     refuse(
         not same or float((ddim.alphas_cumprod - own.alphas_cumprod).abs().max()) > 1e-6,
@@ -142,7 +146,8 @@ def _own(folder: Path, known: dict[str, str], source: str) -> tuple[Any, dict[st
         raise _unsuitable(folder, source, problem, f"Supported: {', '.join(known)}")
     scheduler = getattr(import_module(f"diffusers.schedulers.{known[name]}"), name)
     try:
-        own = scheduler.from_config({k: v for k, v in written.items() if k != "_use_default_values"})
+        kept = plain("scheduler_config.json", written)
+        own = scheduler.from_config({k: v for k, v in kept.items() if k != "_use_default_values"})
     except Exception as error:  # whatever the class says of its own file
         raise _unsuitable(folder, source, f"{name} cannot be built ({error})", "Correct the file") from error
     return own, {key: own.config[key] for key in _parameters(scheduler) if key in own.config}

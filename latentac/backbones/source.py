@@ -8,6 +8,7 @@ from pathlib import Path
 from latentac.backbones.inspection import SUPPORTED, conversion, inspect
 from latentac.backbones.layout import INDEX, Layout, listing
 from latentac.errors import ConfigError, Problem
+from latentac.modelfiles import faults
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +30,10 @@ def locate(source: str, layout: Layout | None, revision: str = "") -> tuple[Path
             raise ConfigError(problems)
     elif not any(found.rglob("*.safetensors")):
         raise _bad(source, "has no safetensors weights, and no other format is loaded")
+    elif refused := [
+        _bad(source, f"{name}: {told}", to).problems[0] for name, told, to in faults(found, listing(found))
+    ]:
+        raise ConfigError(refused)
     return found, commit
 
 

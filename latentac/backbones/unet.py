@@ -17,7 +17,7 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from latentac import diffusion, folders
 from latentac.backbones import adapters, count_tokens, to_arrays
-from latentac.backbones.loading import load
+from latentac.backbones.loading import load, load_tokenizer
 from latentac.backbones.schedulers import variance_preserving
 from latentac.backbones.stable_diffusion import UNET
 from latentac.config import Policy
@@ -47,7 +47,7 @@ class UNetBackbone:
         self.module: Any = load(UNet2DConditionModel, folder, UNET.part("unet"), device)
         self._autoencoder = load(AutoencoderKL, folder, UNET.part("vae"), device)
         self._text_encoder = load(CLIPTextModel, folder, UNET.part("text_encoder"), device)
-        self._tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        self._tokenizer = load_tokenizer(CLIPTokenizer, folder, UNET.part("tokenizer"))
         scheduler = variance_preserving(folder)
         self._scheduler = scheduler
         self._prediction_type: str = scheduler.config.prediction_type

@@ -3,24 +3,21 @@
 Nothing here reads a tensor: a safetensors file begins with a description of all that it holds.
 """
 
-import json
 import math
 import re
+import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentac.modelfiles import LFS, Damaged, parse_json, pointer, read_json
+
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _QUANTISED = {"I8", "U8", "I16"}
 _PREFERRED = ("", "fp32", "fp16", "bf16", "ema")
-_LONGEST_HEADER = 100 * 2**20  # the format's own limit
-LFS = b"version https://git-lfs"
-"""What a git-lfs pointer begins with: the text file that stands where a large file was not fetched."""
-
-
-class Damaged(ValueError):
-    """A file is not what its name says."""
+_LONGEST_HEADER = 8 * 2**20  # those of large models have 300 KB; the format itself allows 100 MB
+_MOST_TENSORS = 20_000
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,10 @@ def _are(names: Collection[str]) -> str:
 
 def header(file: Path) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape, of a safetensors file that has the length that its header asks for. Raises Damaged."""
-    size = file.stat().st_size
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise Damaged(f"{file.name} is no regular file")
+    size = status.st_size
     with file.open("rb") as stream:
         start = stream.read(8)
         if start == LFS[:8]:
@@ -128,42 +128,36 @@ def header(file: Path) -> dict[str, tuple[int, ...]]:
             raise Damaged(f"{file.name} is no safetensors file, or was cut off ({size:,} bytes)")
         described = stream.read(length)
     try:
-        entries = {name: entry for name, entry in json.loads(described).items() if name != "__metadata__"}
+        read = parse_json(described, "the description")
+    except Damaged as error:
+        raise Damaged(f"{file.name} has a damaged header ({error})") from None
+    try:
+        entries = {name: entry for name, entry in read.items() if name != "__metadata__"}
+        if len(entries) > _MOST_TENSORS:
+            raise Damaged(f"{file.name} describes {len(entries):,} tensors, and at most {_MOST_TENSORS:,} are read")
         found = {name: _shape(name, entry, file.name) for name, entry in entries.items()}
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        places = sorted(tuple(entry["data_offsets"]) for entry in entries.values())
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         if isinstance(error, Damaged):
             raise
         raise Damaged(f"{file.name} has a damaged header") from None
+    end = 0
+    for start, stop in places:  # one after another: tensors that share bytes would take more memory than the file has
+        if start != end:
+            raise Damaged(f"{file.name} has a damaged header: its tensors do not lie one after another")
+        end = stop
     if 8 + length + end != size:
         raise Damaged(f"{file.name} has {size:,} bytes, and its header asks for {8 + length + end:,}: it was cut off")
     return found
 
 
 def _shape(name: str, entry: Mapping[str, Any], file: str) -> tuple[int, ...]:
-    kind, sizes = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+    kind, sizes = str(entry["dtype"]), tuple(entry["shape"])
     start, end = entry["data_offsets"]
+    if not all(type(number) is int and 0 <= number < 2**63 for number in (*sizes, start, end)):
+        raise Damaged(f"{file} has a damaged header ({name})")
     if kind not in _SIZES or (kind in _QUANTISED and name.endswith("weight")):
         raise Damaged(f"{file} holds quantised weights ({name} is {kind}), which cannot be trained")
     if math.prod(sizes) * _SIZES[kind] != end - start:
         raise Damaged(f"{file} has a damaged header ({name})")
     return sizes
-
-
-def pointer(name: str) -> str:
-    """What is wrong with a git-lfs pointer."""
-    return f"{name} is a git-lfs pointer, a text file where the real one was not fetched"
-
-
-def read_json(file: Path) -> dict[str, object]:
-    """The object in a JSON file. Raises Damaged."""
-    content = file.read_bytes()
-    if content.startswith(LFS):
-        raise Damaged(pointer(file.name))
-    try:
-        found = json.loads(content)
-    except ValueError:
-        raise Damaged(f"{file.name} is no JSON") from None
-    if not isinstance(found, dict):
-        raise Damaged(f"{file.name} is no JSON object")
-    return found

@@ -6,6 +6,7 @@ latent and the body is the diffusion backbone. One class a body, one row in BODI
 
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -14,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latentac.backbones import Denoiser
+from latentac.backbones.weights import header
 from latentac.config import Critic as CriticSettings
 from latentac.diffusion import Prediction
 from latentac.extensions import Table
-from latentac.reading import read_record
+from latentac.modelfiles import Damaged, check, read_json
 from latentac.types import Conditioning
 
 BODIES = Table(
@@ -154,12 +156,52 @@ class Critic(nn.Module):
         """The critic that `save` wrote, for a denoiser of that architecture, on its device, frozen, in eval mode.
 
         own: the folder comes from this run, whose configuration may name a body outside the table. Otherwise the folder
-        may name rows only, or what the operator allows. Raises ConfigError.
+        may name rows only, or what the operator allows. Raises ConfigError, and Damaged where the settings ask for
+        more than the weights have, before it is allocated.
         """
-        described = read_record(folder / "config.json")
+        check(folder, "config.json", "model.safetensors")
+        described = read_json(folder / "config.json")
+        if not {"settings", "reward_names"} <= described.keys() or not isinstance(described["reward_names"], list):
+            raise Damaged("critic/config.json has no settings, or no reward_names")
         settings = CriticSettings.model_validate(described["settings"])
         if not own:
             BODIES.check_row(settings.body.use, str(folder / "config.json"))
-        critic = cls(backbone, tuple(described["reward_names"]), settings)
+        names = tuple(described["reward_names"])
+        _check_size(backbone, names, settings, header(folder / "model.safetensors"))
+        critic = cls(backbone, names, settings)
         critic.load_state_dict(load_file(folder / "model.safetensors"))
         return critic.to(backbone.device).eval().requires_grad_(False)
+
+
+class _Shapes:
+    """A denoiser's shapes, and nothing of its network: enough to count what a body on top of it has."""
+
+    def __init__(self, backbone: Denoiser) -> None:
+        self.latent_shape, self.tap_shapes = backbone.latent_shape, backbone.tap_shapes
+        self.text_width, self.device, self.pictures = backbone.text_width, backbone.device, backbone.pictures
+        self.module = nn.Module()
+
+    def clone(self) -> "_Shapes":
+        return self
+
+    def adapt(self, settings: object) -> None:
+        """Adapters are of the network."""
+
+
+def _check_size(
+    backbone: Denoiser, names: tuple[str, ...], settings: CriticSettings, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises Damaged where the settings ask for more numbers than the weights, name -> shape, hold: before these are
+    allocated. A body of somebody's own is not counted."""
+    if settings.body.use not in BODIES:
+        return
+    with torch.device("meta"):  # shapes without memory
+        empty = Critic(cast(Denoiser, _Shapes(backbone)), names, settings)
+    asked = sum(tensor.numel() for tensor in empty.state_dict().values())
+    held = sum(prod(shape) for name, shape in shapes.items() if not name.startswith(_BACKBONE))
+    if asked > held:
+        raise Damaged(f"critic/config.json asks for {asked:,} numbers, and model.safetensors has {held:,}")
+    rank = getattr(BODIES.settings(settings.body), "rank", None)
+    other = {shape[0] for name, shape in shapes.items() if ".lora_A." in name and shape} - {rank}
+    if rank is not None and other:
+        raise Damaged(f"critic/config.json has rank {rank}, and model.safetensors {other.pop()}")

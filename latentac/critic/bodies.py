@@ -1,8 +1,10 @@
 """What a critic looks at: the denoiser's own features, or, to compare with, a network that shares nothing with it."""
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from latentac.backbones import Denoiser
@@ -78,7 +80,7 @@ class LoraBackbone(_OwnBackbone):
     class Settings(BackboneSettings):
         """Those of a second backbone, and of its adapters."""
 
-        rank: Positive = 32
+        rank: Annotated[int, Field(gt=0, le=1024)] = 32
         """Of the adapters."""
         alpha: Positive = 64
         """Scale of the adapters, times their rank."""

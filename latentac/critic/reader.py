@@ -22,14 +22,14 @@ from latentac.types import Conditioning
 class ReaderSettings(Settings):
     """How a critic reads feature maps, text and noise level."""
 
-    width: Positive = 64
+    width: Annotated[int, Field(gt=0, le=4096)] = 64
     """Of a branch."""
     num_heads: Positive = 4
     """Of a branch's attention; divides `width`."""
-    num_queries: Annotated[int, Field(ge=0)] = 4
+    num_queries: Annotated[int, Field(ge=0, le=256)] = 4
     """Learnable summary tokens per feature map. With 0 the head reads no places, only each channel's mean and spread:
     cheaper, and better from a few thousand pictures."""
-    grid: Positive = 4
+    grid: Annotated[int, Field(gt=0, le=64)] = 4
     """Cells per side that an attention branch keeps of a map."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Of maps and summaries while learning."""

@@ -6,17 +6,35 @@ Diffusers ignores what it does not know, so `StableDiffusionPipeline.from_pretra
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from latentac import folders
-from latentac.config import Config, Extension, Kernel, Named, NonNegative, Positive, Rate, Section
+from latentac.config import (
+    Characters,
+    Config,
+    Extension,
+    Kernel,
+    Named,
+    NonNegative,
+    Particles,
+    Pictures,
+    Rate,
+    Rows,
+    Seconds,
+    Section,
+    Wait,
+)
 from latentac.errors import ServingError
+from latentac.modelfiles import Damaged, check, read_json, shorten
+from latentac.names import PLAIN
 
 FILE = "latentac.json"
 BASE = "base"
 """Folder of the untouched denoiser, where there is one."""
+
+Side = Annotated[int, Field(gt=0, le=2**14)]
 
 
 class Method(Section):
@@ -31,7 +49,7 @@ class Method(Section):
     summary: str
     needs_gradient: bool
     strength: Rate
-    particles: Positive
+    particles: Particles
 
 
 class Head(Section):
@@ -45,10 +63,10 @@ class Head(Section):
 class Limits(Section):
     """What one request may ask for, as `config.Serving` has it; `max_images` is over all its instances."""
 
-    max_images: Positive
-    max_steps: Positive = 100
-    max_particles: Positive = 32
-    max_prompt_characters: Positive = 1000
+    max_images: Pictures
+    max_steps: Annotated[int, Field(gt=0, le=1000)] = 100
+    max_particles: Particles = 32
+    max_prompt_characters: Characters = 1000
     max_guidance_scale: Rate = 20.0
     allow_truncation: bool = False
 
@@ -56,10 +74,10 @@ class Limits(Section):
 class Batching(Section):
     """How requests share the denoiser; the fields are those of `config.Serving`."""
 
-    batch_rows: Positive = 4
-    batch_wait_seconds: NonNegative = 0.005
-    max_queued_images: Positive = 64
-    request_seconds: Rate = 300.0
+    batch_rows: Rows = 4
+    batch_wait_seconds: Wait = 0.005
+    max_queued_images: Pictures = 64
+    request_seconds: Seconds = 300.0
 
 
 class Exported(Section):
@@ -75,15 +93,23 @@ class Exported(Section):
     run: str
     backbone: Extension
     kernel: Kernel
-    size: tuple[int, int]
-    policies: list[str]
-    rewards: list[Head]
-    examples: list[str]
+    size: tuple[Side, Side]
+    policies: list[Literal["trained", "base"]]
+    rewards: Annotated[list[Head], Field(max_length=64)]
+    examples: Annotated[list[str], Field(max_length=64)]
     notice: str = ""
-    methods: dict[str, Method]
+    methods: Annotated[dict[str, Method], Field(max_length=64)]
     default_method: str
     limits: Limits
     batching: Batching
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.default_method not in {PLAIN, *self.methods}:
+            raise ValueError(f"default_method is {self.default_method!r}, which is none of the methods")
+        if "trained" not in self.policies:
+            raise ValueError("policies lacks `trained`")
+        return self
 
     @property
     def size_name(self) -> str:
@@ -127,7 +153,7 @@ def export(
         backbone=Extension.model_validate({"use": config.backbone.use, **config.backbone.own}),
         kernel=config.kernel,
         size=image_size(folder),
-        policies=["trained", *([BASE] if (folder / BASE).is_dir() else [])],
+        policies=["trained", "base"] if (folder / BASE).is_dir() else ["trained"],
         rewards=[Head(name=one.name, weight=one.weight, unit=units[one.name]) for one in config.rewards],
         examples=list(examples),
         notice=notice,
@@ -156,26 +182,30 @@ def add_base(folder: Path, base: Path) -> None:
 def read(folder: Path) -> Exported:
     """The description of an exported folder. Raises ServingError if it is none, or none that this version reads."""
     for part in (FILE, "model_index.json", "critic/config.json"):
-        if not (folder / part).is_file():
+        if not (folder / part).exists():
             raise ServingError(
                 str(folder), f"is no exported model: it has no {part}", "Name the folder of a deployed model."
             )
     try:
-        return Exported.model_validate_json((folder / FILE).read_bytes())
+        check(folder, FILE, "model_index.json", "critic/config.json")
+        return Exported.model_validate_json(json.dumps(read_json(folder / FILE)))
+    except Damaged as error:
+        raise ServingError(str(folder), str(error), "Deploy the run again, or fetch the model again.") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = ".".join(str(part) for part in first["loc"])
+        found = f", not {shorten(repr(first['input']))}" if path and first["type"] != "missing" else ""
         raise ServingError(
             str(folder / FILE),
-            f"is not valid ({path or 'the file'}: {first['msg']})",
+            f"is not valid ({path or 'the file'}: {first['msg']}{found})",
             "Deploy the run again with this version of latentac.",
         ) from None
 
 
 def image_size(folder: Path) -> tuple[int, int]:
     """(height, width) of the pictures, in pixels, from the diffusers configs alone."""
-    denoiser = json.loads((folder / denoiser_folder(folder) / "config.json").read_text())
-    autoencoder = json.loads((folder / "vae" / "config.json").read_text())
+    denoiser = read_json(folder / denoiser_folder(folder) / "config.json")
+    autoencoder = read_json(folder / "vae" / "config.json")
     size, factor = denoiser["sample_size"], 2 ** (len(autoencoder["block_out_channels"]) - 1)
     height, width = size if isinstance(size, list) else (size, size)
     return height * factor, width * factor
@@ -183,4 +213,4 @@ def image_size(folder: Path) -> tuple[int, int]:
 
 def denoiser_folder(folder: Path) -> str:
     """The part of a diffusers pipeline that denoises: `unet` or `transformer`."""
-    return "unet" if "unet" in json.loads((folder / "model_index.json").read_text()) else "transformer"
+    return "unet" if "unet" in read_json(folder / "model_index.json") else "transformer"

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from latentac.backbones import BACKBONES, Denoiser, load_backbone
 from latentac.backbones.guided import guided
+from latentac.backbones.layout import Part
+from latentac.backbones.loading import load
 from latentac.critic import Critic
 from latentac.distributed import map_blocks, noise_for, uniforms_for
 from latentac.errors import ConfigError, Problem, ServingError
 from latentac.kernels import KERNELS
+from latentac.modelfiles import faults, shorten
 from latentac.names import PLAIN
 from latentac.policy import Policy
 from latentac.rollout import rollout, steered_rollout
@@ -91,17 +94,22 @@ class Generator:
         """Raises ServingError if `folder` is no exported model, or is damaged."""
         self.exported = exported.read(folder)
         self.device = device
-        _check_rows(self.exported, folder)
         try:
+            _check_rows(self.exported, folder)
             backbone = load_backbone(self.exported.backbone, folder, device)
             self._backbones = {"trained": backbone}
             if "base" in self.exported.policies:
                 self._backbones["base"] = _with_weights(backbone, folder / exported.BASE, folder)
             self.critic = Critic.load(folder / "critic", backbone)
+            self._kernel = KERNELS.make(self.exported.kernel)
+            for name, method in self.exported.methods.items():
+                STEERING.settings(method.extension, f"{exported.FILE}: methods.{name}.extension")
+        except ConfigError as error:  # the folder's, not the caller's
+            told = "; ".join(_told(problem) for problem in error.problems)
+            raise ServingError(str(folder), f"cannot be loaded: {shorten(told)}", error.problems[0].remedy) from error
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ServingError(str(folder), f"cannot be loaded: {reason}", "Fetch the model again.") from error
-        self._kernel = KERNELS.make(self.exported.kernel)
         names = tuple(reward.name for reward in self.exported.rewards)
         if self.critic.reward_names != names:
             problem = f"the critic's heads {self.critic.reward_names} are not the rewards {names} of {exported.FILE}"
@@ -266,11 +274,25 @@ def _key(slot: Slot) -> tuple[str, int]:
     return "serving", slot.index
 
 
+def _told(problem: Problem) -> str:
+    """A problem of the folder: what is told as one of `backbone.source` names its file."""
+    if problem.path == "backbone.source":
+        return problem.problem
+    return f"{problem.path} = {shorten(repr(problem.value))}: {problem.problem}"
+
+
 def _with_weights(backbone: Denoiser, base: Path, folder: Path) -> Denoiser:
     """A second denoiser that has the weights in `base`, and shares everything else with `backbone`."""
-    other, part = backbone.clone(), exported.denoiser_folder(folder)
+    other, name = backbone.clone(), exported.denoiser_folder(folder)
     kind: Any = type(other.module)
-    other.module.load_state_dict(kind.from_pretrained(base, subfolder=part, use_safetensors=True).state_dict())
+    part = Part(name, "network", (kind.__name__,))
+    problems = [
+        Problem("backbone.source", str(folder), f"{name} {told}", remedy)
+        for name, told, remedy in faults(folder, [f"{exported.BASE}/{name}/config.json"])
+    ]
+    if problems:
+        raise ConfigError(problems)
+    other.module.load_state_dict(load(kind, base, part, backbone.device).state_dict())
     return other
 
 

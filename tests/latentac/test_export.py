@@ -110,8 +110,14 @@ def clutter(base: Path, name: str) -> None:
         (base / part / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
     (base / "text_encoder" / "pytorch_model.bin").write_bytes(b"pickle")
     (base / "LICENSE.md").write_text("whose they are")
-    config = json.loads((base / "vae" / "config.json").read_text())
-    (base / "vae" / "config.json").write_text(json.dumps({**config, "_name_or_path": "/scratch/somebody/vae"}))
+    places: dict[str, dict[str, Any]] = {
+        "vae/config.json": {"_name_or_path": "/scratch/somebody/vae"},
+        "text_encoder/config.json": {"text_config_dict": {"_name_or_path": "/scratch/somebody/text"}},
+        "tokenizer/tokenizer_config.json": {"special_tokens_map_file": "/scratch/somebody/map.json"},
+        "model_index.json": {"_name_or_path": "/scratch/somebody/model"},
+    }
+    for file, fields in places.items():
+        (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | fields))
 
 
 @pytest.mark.parametrize("name", sorted(PARTS))
@@ -135,6 +141,7 @@ def test_an_export_holds_its_parts_and_nothing_else(name: str, tmp_path: Path) -
     }
     for path in folder.rglob("*.json"):
         assert "name_or_path" not in path.read_text(), path
+        assert "/scratch" not in path.read_text(), path
         assert str(tmp_path) not in path.read_text(), path
     pipeline: Any = DiffusionPipeline.from_pretrained(folder, **(WITHOUT_T5 if name == "dit" else {}))
     loaded = getattr(pipeline, network).state_dict()

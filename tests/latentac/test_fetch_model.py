@@ -128,3 +128,15 @@ def test_what_is_wrong_is_told(store: Store, tmp_path: Path, capsys: pytest.Capt
     assert code("v1") == 4
     assert "unet/weights.bin: expected size 7" in capsys.readouterr().err
     assert set(found(tmp_path / "to")) <= {UNFINISHED}
+
+
+def test_a_model_whose_description_is_out_of_bounds_does_not_arrive(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is refused as a server would refuse it, with exit code 8 and the field."""
+    described = json.loads(FILES["latentac.json"]) | {"batching": {"batch_rows": 10**9}}
+    (tmp_path / "model" / "latentac.json").write_text(json.dumps(described))
+    store.publish("models/huge", tmp_path / "model", run="some-run", step="deploy", config_hash="0")
+    assert main(["fetch-model", "--version", "huge", "--store", store.url, "--to", str(tmp_path / "to")]) == 8
+    assert "batching.batch_rows" in capsys.readouterr().err
+    assert set(found(tmp_path / "to")) <= {f"{UNFINISHED}/model/{name}" for name in FILES}

@@ -316,7 +316,7 @@ REFUSED = {
     ),
     "a masked encoder": (setting(TEXT_FILE, use_attention_mask=True), "use_attention_mask is true"),
     "a part that is a link out of the folder": (linked_part, "vae/config.json: is a link that leads out"),
-    "numbers as texts": (setting(TEXT_FILE, vocab_size="many"), "values of the wrong type"),
+    "numbers as texts": (setting(TEXT_FILE, vocab_size="many"), "vocab_size is .many., and must be a whole number"),
     "tokens of no form": (text("tokenizer/tokenizer.json", '{"model": {}, "added_tokens": [{}]}'), "empty vocabulary"),
     "a VQ model": (setting(INDEX, vae=["diffusers", "VQModel"]), "vae: is a VQModel"),
     "a tiny autoencoder": (setting(INDEX, vae=["diffusers", "AutoencoderTiny"]), "vae: is a AutoencoderTiny"),
@@ -484,7 +484,8 @@ def test_weights_of_another_configuration_are_not_filled_up_at_random(models, tm
             r"unet: its weights file lacks conv_in\.bias",
         ),
         ("beside", patched(WEIGHTS, b'"conv_in.bias"', b'"conv_in.bia5"'), r"beside .* conv_in\.bia5"),
-        ("shape", setting(UNET_FILE, layers_per_block=2), r"unet: cannot be loaded \(.*expected shape"),
+        ("shape", setting(UNET_FILE, block_out_channels=[8, 16]), r"unet: cannot be loaded \(.*expected shape"),
+        ("more", setting(UNET_FILE, layers_per_block=2), r"unet: its config\.json asks for 366,884 numbers, and its"),
     ):
         folder = shutil.copytree(models["unet"], tmp_path / name)
         change(folder)

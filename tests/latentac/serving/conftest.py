@@ -1,6 +1,7 @@
 """One exported folder for all tests of serving: the shipped pipeline and a critic that has an opinion."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,9 @@ def generator(exported_folder: Path) -> Generator:
 
 
 def changed(exported_folder: Path, folder: Path, **sections: dict[str, Any]) -> Path:
-    """The exported folder with other settings: linked, but for its description."""
-    for path in exported_folder.iterdir():
-        if path.name != FILE:
-            (folder / path.name).symlink_to(path)
+    """The exported folder with other settings. Its other files are the same ones, by hard links."""
+    shutil.copytree(exported_folder, folder, copy_function=os.link, dirs_exist_ok=True)
+    (folder / FILE).unlink()
     described = json.loads((exported_folder / FILE).read_text())
     for name, fields in sections.items():
         described[name] |= fields

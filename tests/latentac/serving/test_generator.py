@@ -135,7 +135,8 @@ def test_guidance_changes_the_picture_and_doubles_its_cost(generator: Generator)
 def test_a_picture_is_the_same_in_any_batch(generator: Generator, method: str) -> None:
     """Bit for bit: alone, or beside pictures of other prompts, seeds and weights, at any place."""
     weights = {} if method == "none" else {"shapes_verifier": 3.0}
-    fields: dict[str, Any] = {"method": method, "num_steps": 3, "particles": 2, "steering": weights or None}
+    particles = None if method == "none" else 2
+    fields: dict[str, Any] = {"method": method, "num_steps": 3, "particles": particles, "steering": weights or None}
     mine = parse_one({"prompt": PROMPT, "seed": 5, **fields}, generator.exported)
     if weights:
         fields["steering"] = {"jpeg_compressibility": -7.0}
@@ -223,7 +224,7 @@ def test_a_folder_names_rows_only_unless_the_operator_allows_more(
         part = part[name]
     part["use"] = use
     (folder / file).write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=f"names a {table.kind} that is not built in.*{ALLOWED}={use}"):
+    with pytest.raises(ServingError, match=f"names a {table.kind} that is not built in.*{ALLOWED}={use}"):
         Generator(folder, torch.device("cpu"))
     monkeypatch.setenv(ALLOWED, f"another:Class, {use}")
     assert Generator(folder, torch.device("cpu")).exported.run == "some-run"
@@ -242,7 +243,7 @@ def test_a_folder_that_is_not_whole_is_told(exported_folder: Path, tmp_path: Pat
         (damaged / FILE).write_text(json.dumps(content | change))
 
     write({"schema": 1})
-    with pytest.raises(ServingError, match=r"latentac\.json: is not valid \(schema: Input should be 3\)"):
+    with pytest.raises(ServingError, match=r"latentac\.json: is not valid \(schema: Input should be 3, not 1\)"):
         Generator(damaged, cpu)
     write({"rewards": [{"name": "shapes_verifier", "weight": 1.0, "unit": ""}]})
     with pytest.raises(ServingError, match="the critic's heads"):
