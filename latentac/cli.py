@@ -291,10 +291,11 @@ def _check_run(options: argparse.Namespace, folder: Path, overrides: Sequence[st
     from latentac.summary import prepared
     from latentac.workspace import default_store
 
-    if options.verb != "prepare":
+    if options.verb == "prepare":
+        if not options.package:
+            resolve_recipe(options.recipe, options.config, overrides)
+    elif options.verb != "finish":  # which comes last in any case, and has nothing to tell of a run without a step
         prepared(open_store(options.store or default_store(options.output)), [options.run])
-    elif not options.package:
-        resolve_recipe(options.recipe, options.config, overrides)
     refuse_links(folder)
 
 

@@ -125,7 +125,7 @@ def test_a_run_id_stays_inside_the_output(tmp_path, capsys, verb, run_id):
 
 @pytest.mark.parametrize(
     "words",
-    [["pretrain-value"], ["train"], ["evaluate"], ["steer"], ["gate"], ["gate", "--dry-run"], ["deploy"], ["finish"],
+    [["pretrain-value"], ["train"], ["evaluate"], ["steer"], ["gate"], ["gate", "--dry-run"], ["deploy"],
      ["report"], ["serve"], ["generate", "--prompt", "a"]],
     ids=" ".join,
 )  # fmt: skip
