@@ -106,7 +106,7 @@ def test_hostile_bytes_are_refused(small: ServerProcess) -> None:
         head + b"Content-Length: 1000\r\n\r\n{",  # and then nothing: the connection is closed
     ]
     for sent in lines:
-        assert first_line(small, sent) in (b"", b"HTTP/1.1 400 Bad Request"), sent[:80]
+        assert first_line(small, sent)[:10] in (b"", b"HTTP/1.1 4"), sent[:80]
     deep = b'{"instances": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     bodies = [b"", b"null", b"[]", b"\xff\xfe", deep, b'{"instances": [' + b"{}," * 100_000 + b"{}]}", b"{" * 10]
     bodies += [json.dumps({"instances": [field]}).encode() for field in hostile_fields()]
