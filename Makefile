@@ -39,7 +39,7 @@ EVIDENCE_OPTIONS = $(call option,ONLY,only) $(call option,RECIPE,recipe) $(call 
 	$(call option,WORKERS,workers) $(if $(ANEW),--anew)
 
 .PHONY: help install run run-containers serve test test-fast lint format compile minio images sbom chart reference
-.PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering bench-serving chaos-store fuzz lock clean
+.PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering bench-serving bench-against chaos-store fuzz lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 } /^#:/ { print "      " substr($$0, 4) }' Makefile
@@ -148,6 +148,10 @@ bench-steering: install ## reward against evaluations of every way to steer, and
 bench-serving: install ## the endpoint: batching against one by one, the way through HTTP, probes under load
 #: RECIPE=shapes-unet ROUNDS=6
 	@$(PARALLEL) $(PY) -m tests.bench.serving $(call option,RECIPE,recipe) $(call option,ROUNDS,rounds)
+
+bench-against: install minio ## throughput of endpoint and store: this version and an earlier commit in turns (minutes)
+#: COMMIT=966fe4c ROUNDS=12; the commit needs the same dependencies
+	@$(PARALLEL) $(PY) -m tests.bench.against $(or $(COMMIT),HEAD~1) $(call option,ROUNDS,rounds)
 
 chaos-store: install minio ## 50 faults of a store: partial artifacts that are visible, and waits above their bound (minutes)
 #: FAULTS=50 SEED=0

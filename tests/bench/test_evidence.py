@@ -306,6 +306,23 @@ def test_the_endpoint_is_measured_in_turns(tmp_path: Path) -> None:
     assert found["probes"]["median"] <= found["probes"]["p99"] <= found["probes"]["max"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_versions_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This version against its own last commit: a ratio for each measurement, and no checkout is left."""
+    from tests.bench import against
+
+    for name, number in {"PICTURES": 4, "QUESTIONS": 16, "LARGE_BYTES": 10_000, "SMALL_FILES": 2, "BOUND": 0}.items():
+        monkeypatch.setattr(against, name, number)
+    assert against.main(["HEAD", "--rounds=1", f"--output={tmp_path / 'throughput.json'}"]) == 0
+    found = json.loads((tmp_path / "throughput.json").read_text())
+    kinds = {"pictures", "questions", *(f"{each} {place}" for each in ("publish", "fetch") for place in ("S3", "file"))}
+    assert set(found["ratios"]) == kinds
+    assert all(ratio["median"] > 0 for ratio in found["ratios"].values())
+    listed = subprocess.run(["git", "worktree", "list"], cwd=against.ROOT, capture_output=True, text=True, check=True)
+    assert "tree" not in {Path(line.split()[0]).name for line in listed.stdout.splitlines()}
+
+
 # What they share
 
 
