@@ -7,15 +7,17 @@ import json
 import sys
 import time
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from latentac.run import resolve_recipe
 from latentac.serving.process import ServerProcess
 from latentac.store import open_store
-from tests.bench.serving import export_base
+
+# Looked up when it runs: where `resolve_recipe` lies differs between versions, and this module imports it in each.
+_bench: Any = import_module("tests.bench.serving")
 
 
 def main() -> None:
@@ -30,7 +32,7 @@ def obey(stack: ExitStack, operation: str, *arguments: str) -> Any:
     """serve: the address of a server; publish, fetch: seconds."""
     if operation == "serve":
         recipe, folder = arguments
-        exported = export_base(resolve_recipe(recipe, "", []), Path(folder))
+        exported = _bench.export_base(_bench.resolve_recipe(recipe, "", []), Path(folder))
         return stack.enter_context(ServerProcess(exported, ready_seconds=240.0)).address
     url, key, folder = arguments
     store, began = open_store(url), time.perf_counter()
