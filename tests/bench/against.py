@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -39,6 +40,9 @@ QUESTIONS = 400
 LARGE_BYTES, SMALL_FILES, SMALL_BYTES = 32_000_000, 100, 20_000
 """Of the artifact: one file as weights are, and many as a report has."""
 _BOOTSTRAP = 2000
+
+Measurement = tuple[str, Callable[[int], list[float]]]
+"""Its name, and what gives the rates of (now, before) for a round."""
 
 
 class Side:
@@ -100,17 +104,15 @@ def questions(address: str, turn: int) -> float:
     return QUESTIONS / (time.perf_counter() - began)
 
 
-def endpoint(now: Side, before: Side, folder: Path, recipe: str) -> Iterator[tuple[str, Callable[[int], list[float]]]]:
-    """Name of each measurement, and what gives the rates of (now, before) for a round."""
+def endpoint(now: Side, before: Side, folder: Path, recipe: str) -> Iterator[Measurement]:
+    """How fast the endpoint draws, and how fast it answers what needs no picture."""
     addresses = [side.ask("serve", recipe, str(folder / name)) for side, name in ((now, "now"), (before, "before"))]
     for name, measured in (("pictures", pictures), ("questions", questions)):
-        yield name, lambda turn, measured=measured: in_turns(turn, addresses, lambda at: measured(at, turn))
+        yield name, partial(_both, addresses, measured)
 
 
-def store(
-    now: Side, before: Side, folder: Path, name: str, url: str
-) -> Iterator[tuple[str, Callable[[int], list[float]]]]:
-    """As `endpoint`: artifacts per second. A fetch is of what the same version published in the round before."""
+def store(now: Side, before: Side, folder: Path, name: str, url: str) -> Iterator[Measurement]:
+    """Artifacts per second. A fetch is of what the same version published in the round before."""
     sides = {"now": now, "before": before}
 
     def publish(side: str, turn: int) -> float:
@@ -123,16 +125,13 @@ def store(
         return 1 / seconds
 
     for operation, measured in (("publish", publish), ("fetch", fetch)):
-        yield (
-            f"{operation} {name}",
-            lambda turn, measured=measured: in_turns(turn, list(sides), lambda side: measured(side, turn)),
-        )
+        yield f"{operation} {name}", partial(_both, list(sides), measured)
 
 
-def in_turns(turn: int, sides: Sequence[str], measured: Callable[[str], float]) -> list[float]:
+def _both(sides: Sequence[str], measured: Callable[[str, int], float], turn: int) -> list[float]:
     """The number of each side, in the order of `sides`; every other turn the last is measured first."""
     order = sides if turn % 2 else list(reversed(sides))
-    found = {side: measured(side) for side in order}
+    found = {side: measured(side, turn) for side in order}
     return [found[side] for side in sides]
 
 
@@ -163,20 +162,20 @@ def measure(commit: str, recipe: str, rounds: int) -> dict[str, Any]:
         server = Server(folder / "minio").start()
         stack.callback(server.stop)
         os.environ |= server.environment
-        sides = [Side(ROOT), Side(stack.enter_context(tree(commit, folder / "tree")))]
-        for side in sides:
-            stack.callback(side.end)
+        now, before = Side(ROOT), Side(stack.enter_context(tree(commit, folder / "tree")))
+        stack.callback(now.end)
+        stack.callback(before.end)
         measurements = [
-            *endpoint(*sides, folder, recipe),
-            *store(*sides, folder, "S3", f"s3://{server.bucket}/against"),
-            *store(*sides, folder, "file", f"file://{folder}/files"),
+            *endpoint(now, before, folder, recipe),
+            *store(now, before, folder, "S3", f"s3://{server.bucket}/against"),
+            *store(now, before, folder, "file", f"file://{folder}/files"),
         ]
         with progress(rounds + 1, "against", "rounds") as bar:
             for turn in range(rounds + 1):
                 for name, measured in measurements:
-                    found = measured(turn)
+                    pair = measured(turn)
                     if turn:  # the first round only warms
-                        rates.setdefault(name, []).append(found)
+                        rates.setdefault(name, []).append(pair)
                 bar.update()
     found = environment()
     return {
