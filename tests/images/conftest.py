@@ -14,6 +14,7 @@ from docker.models.images import Image
 from tests.docker import Docker
 from tests.golang import Unavailable
 from tests.latentac.serving.conftest import config, exported_folder  # noqa: F401  # a model to serve
+from tests.registry import Registry
 
 RUN_SECONDS = 240
 INIT = ["/usr/bin/tini", "--"]
@@ -62,3 +63,14 @@ def images(docker_daemon: Docker) -> Iterator[Images]:
         pytest.skip(str(error))
     with contextlib.closing(docker_daemon.client()) as client:
         yield Images(client)
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    """A real registry on loopback, empty at first."""
+    try:
+        running = Registry(tmp_path_factory.mktemp("registry")).start()
+    except Unavailable as error:
+        pytest.skip(str(error))
+    yield running
+    running.stop()
