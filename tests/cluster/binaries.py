@@ -23,6 +23,7 @@ GATEWAY_API = "v1.4.1"
 REGISTRY = "v3.1.2"
 COSIGN = "v3.1.3"
 KYVERNO = "v1.19.1"
+KYVERNO_POD_SECURITY = "v0.0.0-20251031094455-46f20778634f"
 
 _KUBERNETES_PROGRAMS = (
     "kube-apiserver",
@@ -128,7 +129,7 @@ _NODE = {
     "probe": PROBE,
 }
 # What the tests of signed images need, and the node does not.
-_VERSIONS = {**_NODE, "registry": REGISTRY, "cosign": COSIGN}
+_VERSIONS = {**_NODE, "registry": REGISTRY, "cosign": COSIGN, "kyverno": KYVERNO}
 
 
 def program(name: str) -> Path:
@@ -184,6 +185,14 @@ def build_all() -> None:
     minio.binary()
 
 
+def build_kyverno() -> None:
+    """Kyverno's command: `python -m tests.cluster.binaries --kyverno`. Not part of the others, for it takes as long as
+    they do. Raises Unavailable."""
+    replaced = "k8s.io/pod-security-admission => github.com/kyverno/pod-security-admission " + KYVERNO_POD_SECURITY
+    module = _module("kyverno", {"github.com/kyverno/kyverno": KYVERNO}) + f"\nreplace {replaced}\n"
+    build({"kyverno": "github.com/kyverno/kyverno/cmd/cli/kubectl-kyverno"}, KYVERNO, module=module)
+
+
 def _fetch_kyverno_crd() -> None:
     path = cached("kyverno-crd", KYVERNO)
     if not path.exists():
@@ -227,9 +236,10 @@ def _stamp(version: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.cluster.binaries", description=__doc__.partition("\n")[0])
-    parser.parse_args()
+    parser.add_argument("--kyverno", action="store_true", help="build Kyverno's command alone, for tests/images")
+    options = parser.parse_args()
     try:
-        build_all()
+        build_kyverno() if options.kyverno else build_all()
     except Unavailable as error:
         sys.exit(str(error))
 
