@@ -34,8 +34,8 @@ class Judge:
         (policy,) = of_kind(render({**BUNDLED, **written}), "NamespacedImageValidatingPolicy")
         (folder / "policy.yaml").write_text(yaml.safe_dump(policy))
 
-    def admits(self, *images: str, init: Sequence[str] = ()) -> bool:
-        """Whether a pod with these images may start, by an exit code that is nothing else."""
+    def refusal(self, *images: str, init: Sequence[str] = ()) -> str:
+        """Why a pod with these images may not start; empty where it may."""
         spec = {
             "containers": [{"name": f"c{index}", "image": image} for index, image in enumerate(images)],
             "initContainers": [{"name": f"i{index}", "image": image} for index, image in enumerate(init)],
@@ -43,10 +43,12 @@ class Judge:
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod", "namespace": NAMESPACE}, "spec": spec}
         (self.folder / "pod.yaml").write_text(yaml.safe_dump(pod))
         command = [self.kyverno, "apply", str(self.folder / "policy.yaml"), "-r", str(self.folder / "pod.yaml")]
-        done = subprocess.run([*command, "--registry"], capture_output=True, text=True, timeout=120)
-        told = done.stdout + done.stderr
-        print(told)
-        return done.returncode == 0
+        done = subprocess.run([*command, "--registry", "--policy-report"], capture_output=True, text=True, timeout=120)
+        report = yaml.safe_load(done.stdout[done.stdout.index("apiVersion:") :])
+        (judged,) = report["results"]
+        assert judged["result"] in ("pass", "fail"), judged  # an error would refuse a pod, too
+        assert (judged["result"] == "pass") == (done.returncode == 0)
+        return "" if judged["result"] == "pass" else str(judged["message"])
 
 
 @pytest.fixture
@@ -69,30 +71,31 @@ def signed(registry: Registry, tag: str, key: Path, predicates: Mapping[str, Pat
 
 def test_a_released_image_may_start(judge: Judge, ours: str) -> None:
     """As container and as init container; also beside an image of another name, which is not the policy's business."""
-    assert judge.admits(ours)
-    assert judge.admits(ours, init=[ours])
-    assert judge.admits(ours, f"{judge.host}/sidecars/unsigned@sha256:{1:064x}")
+    assert judge.refusal(ours) == ""
+    assert judge.refusal(ours, init=[ours]) == ""
+    assert judge.refusal(ours, f"{judge.host}/sidecars/unsigned@sha256:{1:064x}") == ""
 
 
 def test_an_image_without_a_signature_may_not(judge: Judge, registry: Registry, ours: str) -> None:
     """Wherever it stands in the pod."""
     bare = f"{registry.host}/ours/train@{registry.push('ours/train', 'bare')}"
-    assert not judge.admits(bare)
-    assert not judge.admits(ours, bare)
-    assert not judge.admits(ours, init=[bare])
+    for told in (judge.refusal(bare), judge.refusal(ours, bare), judge.refusal(ours, init=[bare])):
+        assert told == "an image of latentac is not signed by whom imagePolicy names"
 
 
 def test_an_image_that_another_key_signed_may_not(
     judge: Judge, registry: Registry, key: Callable[[str], Path], predicates: dict[str, Path]
 ) -> None:
     """Even with signature and attestations complete."""
-    assert not judge.admits(signed(registry, "theirs", key("theirs"), predicates))
+    told = judge.refusal(signed(registry, "theirs", key("theirs"), predicates))
+    assert told == "an image of latentac is not signed by whom imagePolicy names"
 
 
-@pytest.mark.parametrize("left", ["cyclonedx", "slsaprovenance1"])
+@pytest.mark.parametrize(("left", "what"), [("cyclonedx", "bill of materials"), ("slsaprovenance1", "provenance")])
 def test_an_image_without_an_attestation_may_not(
-    judge: Judge, registry: Registry, key: Callable[[str], Path], predicates: dict[str, Path], left: str
+    judge: Judge, registry: Registry, key: Callable[[str], Path], predicates: dict[str, Path], left: str, what: str
 ) -> None:
     """Signed by the right key, but without its bill of materials, or its provenance."""
     others = {kind: file for kind, file in predicates.items() if kind != left}
-    assert not judge.admits(signed(registry, f"without-{left}", key("ours"), others))
+    told = judge.refusal(signed(registry, f"without-{left}", key("ours"), others))
+    assert told == f"an image of latentac has no {what} by whom imagePolicy names"
