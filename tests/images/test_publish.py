@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ from tests.minio import free_port
 from tests.registry import Registry
 
 BASE = {f"{OCI}base.name": "registry.example.com/python:3.11", f"{OCI}base.digest": f"sha256:{'ab' * 32}"}
-IDENTITY = {"identity": "https://ci.example.com/release", "issuer": "https://issuer.example.com"}
-PREFIX = "registry.example.com/ml/latentac"
+KEYLESS = Signer(identity="https://ci.example.com/release", issuer="https://issuer.example.com")
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_a_signature_outside_of_the_log_asks_nobody_else(
     signer, subject = released
     for name in ("HTTPS_PROXY", "https_proxy"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
-    real = publish.subprocess.run
+    real = subprocess.run
     told: list[str] = []
 
     def heard(*arguments: Any, **options: Any) -> Any:
@@ -98,7 +98,7 @@ def test_a_signature_outside_of_the_log_asks_nobody_else(
         told.append(done.stderr)
         return done
 
-    monkeypatch.setattr(publish.subprocess, "run", heard)
+    monkeypatch.setattr(subprocess, "run", heard)
     sign(signer, subject, predicates)
     verify(signer, subject, predicates)
     assert "tuf" not in "".join(told).lower()
@@ -150,9 +150,9 @@ def test_everything_that_is_missing_is_said_at_once(clean: None, monkeypatch: py
     [
         (Signer("/nonexistent/cosign.key"), "is no file: `cosign generate-key-pair`"),
         (Signer("/nonexistent/cosign.key"), "COSIGN_PASSWORD is not in the environment"),
-        (Signer(**IDENTITY), "there is no key and no identity"),
+        (KEYLESS, "there is no key and no identity"),
         (Signer(), "IDENTITY and ISSUER"),
-        (Signer(**IDENTITY, log=False), "leave TLOG=no out"),
+        (replace(KEYLESS, log=False), "leave TLOG=no out"),
     ],
 )
 def test_nobody_to_sign_is_refused(clean: None, signer: Signer, said: str) -> None:
@@ -167,7 +167,7 @@ def test_a_signer_who_has_all_is_taken(clean: None, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("COSIGN_PASSWORD", "")
     assert not Signer(str(tmp_path / "cosign.key")).problems()
     monkeypatch.setenv("SIGSTORE_ID_TOKEN", "token")
-    assert not Signer(**IDENTITY).problems()
+    assert not KEYLESS.problems()
 
 
 def test_a_registry_that_does_not_answer_is_named(clean: None, registry: Registry) -> None:
