@@ -38,8 +38,9 @@ RUN_OPTIONS = $(call option,RECIPE,recipe) $(call option,SEED,seed) $(call optio
 EVIDENCE_OPTIONS = $(call option,ONLY,only) $(call option,RECIPE,recipe) $(call option,MINUTES,budget-minutes) \
 	$(call option,WORKERS,workers) $(if $(ANEW),--anew)
 
-.PHONY: help install run run-containers serve test test-fast lint format compile minio images sbom chart reference
-.PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering bench-serving bench-against chaos-store fuzz lock clean
+.PHONY: help install run run-containers serve test test-fast lint format compile minio images sbom release-images chart reference
+.PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering bench-serving
+.PHONY: bench-against chaos-store fuzz lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 } /^#:/ { print "      " substr($$0, 4) }' Makefile
@@ -99,6 +100,12 @@ images: install ## build the images with docker; without a registry the base is 
 sbom: install ## a CycloneDX bill of materials of each image, in build/sbom/
 #: IMAGES="train serve" PREFIX=latentac TAG=dev
 	@$(PY) -m images.sbom $(IMAGES) $(call option,PREFIX,prefix) $(call option,TAG,tag)
+
+release-images: install ## push the images of this commit, sign them, attest contents and provenance, verify (cosign)
+#: PREFIX=registry.example.com/ml/latentac TAG=0.1.0 IMAGES="train serve" BUILDER=<address> TLOG=no
+#: COSIGN_KEY=<file> (COSIGN_PASSWORD in the environment), or in a CI with identity tokens IDENTITY=... ISSUER=...
+	@$(PY) -m images.publish $(IMAGES) $(call option,PREFIX,prefix) $(call option,TAG,tag) $(call option,COSIGN_KEY,key) \
+		$(call option,IDENTITY,identity) $(call option,ISSUER,issuer) $(call option,TLOG,log) $(call option,BUILDER,builder)
 
 chart: install ## write the chart's README from its template and values, and say what changed
 	@$(PY) helm/readme.py

@@ -1,7 +1,8 @@
 """Build the images with docker: `make images`, which says what can be set.
 
 The daemon is that of tests/docker.py. The base is `BASE`; without it the Dockerfiles' own default where a registry can
-be reached or has been, else a Debian made here by debootstrap. Names, ids and sizes go to build/images/images.json.
+be reached or has been, else a Debian made here by debootstrap. What comes from a registry is used by its digest. Names,
+ids, bases and sizes go to build/images/images.json.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,58 @@ NAMES = ("torch", "train", "serve", "pipeline", "minio")
 ON_TORCH = {"train", "serve"}
 PULL_SECONDS = 60
 INPUTS = "latentac.inputs"
+BACKEND = "latentac.torch-backend"
+OCI = "org.opencontainers.image."
 # Passed on by name, so that a mirror's password is in no command line.
 SETTINGS = ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "TORCH_BACKEND", "TORCH_SHA256", "SOURCE")
+
+
+@dataclass(frozen=True)
+class Base:
+    """An image that others stand on. name: as it was asked for; digest: sha256:..., "" where no registry knows it."""
+
+    name: str
+    digest: str
+
+    @property
+    def reference(self) -> str:
+        """What a Dockerfile builds on: what was asked for, of exactly that content."""
+        return f"{repository(self.name)}@{self.digest}" if self.digest else self.name
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The OCI's labels of an image that stands on it. Without a digest it is empty, not left out: the base may have
+        a label of its own, which would be inherited."""
+        return {f"{OCI}base.name": self.name, f"{OCI}base.digest": self.digest}
+
+    def __str__(self) -> str:
+        return self.reference if self.digest else f"{self.name}, without a digest: it comes from no registry"
+
+
+def repository(name: str) -> str:
+    """An image's name without tag and digest; a colon before the last slash is that of a registry's port."""
+    head, slash, last = name.partition("@")[0].rpartition("/")
+    return head + slash + last.partition(":")[0]
+
+
+def pinned(docker: Docker, client: DockerClient, name: str) -> Base:
+    """The base of that name, pulled unless it is here, by the digest that its registry gave it. Raises Unavailable."""
+    try:
+        image = client.images.get(name)
+    except ImageNotFound:
+        if subprocess.run(["docker", "pull", name], env={**os.environ, **docker.environment}).returncode:
+            raise Unavailable(
+                f"there is no image {name} here, and no registry gave it: see above. Correct its name (BASE, "
+                "TORCH_IMAGE), or `docker login` where the registry wants to know who asks."
+            ) from None
+        image = client.images.get(name)
+    plain, _, named = name.partition("@")
+    if named:
+        return Base(plain, named)
+    # The daemon shortens the names of Docker's own registry, and other registries may have had the same image.
+    short = repository(name).removeprefix("docker.io/").removeprefix("library/")
+    known = dict(each.split("@") for each in image.attrs.get("RepoDigests") or [])
+    return Base(name, known.get(short, ""))
 
 
 def default_base() -> str:
@@ -42,7 +94,7 @@ def default_base() -> str:
     return str(first)
 
 
-def find_base(docker: Docker, client: DockerClient, prefix: str) -> str:
+def find_base(docker: Docker, client: DockerClient, prefix: str) -> Base:
     """The Python base: the public one if it is here or can be pulled, else one made by base.sh. Raises Unavailable."""
     public = default_base()
     authorities = Path(os.environ.get("SSL_CERT_FILE") or "/etc/ssl/certs/ca-certificates.crt")
@@ -52,15 +104,15 @@ def find_base(docker: Docker, client: DockerClient, prefix: str) -> str:
     for name in (public, made):
         with contextlib.suppress(ImageNotFound):
             client.images.get(name)
-            return name
+            return pinned(docker, client, name)
     if _pulled(docker, public):
-        return public
+        return pinned(docker, client, public)
     archive = cache_folder().parent / f"base-{key}.tar"
     if not archive.exists():
         print(f"no image registry answers: making {made} with debootstrap (minutes, once)", flush=True)
         run(["bash", "images/base.sh", str(archive)], ROOT)
     run(["docker", "import", str(archive), made], ROOT, **docker.environment)
-    return made
+    return pinned(docker, client, made)
 
 
 def _pulled(docker: Docker, name: str) -> bool:
@@ -73,12 +125,19 @@ def _pulled(docker: Docker, name: str) -> bool:
 
 
 def build(
-    docker: Docker, client: DockerClient, name: str, arguments: dict[str, str], reference: str, *options: str
+    docker: Docker,
+    client: DockerClient,
+    name: str,
+    arguments: Mapping[str, str],
+    reference: str,
+    labels: Mapping[str, str],
 ) -> None:
     """Build one image. Raises Unavailable if that fails; what docker said has been printed."""
-    command = ["docker", "build", "--file", f"images/{name}.Dockerfile", "--tag", reference, *network(client), *options]
+    command = ["docker", "build", "--file", f"images/{name}.Dockerfile", "--tag", reference, *network(client)]
     for key, value in arguments.items():
         command += ["--build-arg", f"{key}={value}"]
+    for key, value in labels.items():
+        command += ["--label", f"{key}={value}"]
     text = (ROOT / f"images/{name}.Dockerfile").read_text()
     for key in SETTINGS:
         if os.environ.get(key) and f"ARG {key}" in text:
@@ -113,15 +172,16 @@ def describe(client: DockerClient, reference: str) -> dict[str, Any]:
         "id": image.id,
         "bytes": image.attrs["Size"],
         "digests": image.attrs.get("RepoDigests") or [],
-        "revision": (image.attrs["Config"].get("Labels") or {}).get("org.opencontainers.image.revision", ""),
+        "revision": image.labels.get(f"{OCI}revision", ""),
+        "base": {key: image.labels.get(f"{OCI}base.{key}", "") for key in ("name", "digest")},
         "layers": image.attrs["RootFS"]["Layers"],
     }
 
 
-def make_torch(docker: Docker, client: DockerClient, base: str, reference: str) -> None:
+def make_torch(docker: Docker, client: DockerClient, base: Base, reference: str) -> None:
     """Build the torch layer unless it is there for the same lock, base and backend: docker alone would need a minute
     to see that. Raises Unavailable."""
-    hashed = hashlib.sha256(str(client.images.get(base).id).encode())
+    hashed = hashlib.sha256(f"{client.images.get(base.reference).id}{base}".encode())
     for name in ("images/torch.Dockerfile", "images/install-torch.sh", "requirements/images/torch.lock"):
         hashed.update((ROOT / name).read_bytes())
     for key in ("TORCH_BACKEND", "TORCH_SHA256"):
@@ -131,7 +191,8 @@ def make_torch(docker: Docker, client: DockerClient, base: str, reference: str) 
         if client.images.get(reference).labels.get(INPUTS) == inputs:
             print(f"{reference} is there for this lock and base", flush=True)
             return
-    build(docker, client, "torch", {"BASE": base}, reference, "--label", f"{INPUTS}={inputs}")
+    labels = {**base.labels, INPUTS: inputs, BACKEND: os.environ.get("TORCH_BACKEND") or "cuda"}
+    build(docker, client, "torch", {"BASE": base.reference}, reference, labels)
     client.images.prune(filters={"dangling": True, "label": "latentac.stage=torch"})
 
 
@@ -143,42 +204,46 @@ def tidy(client: DockerClient, torch: str) -> None:
 
 
 def wanted(names: Sequence[str]) -> list[str]:
-    """In building order; the torch layer is among them if one stands on it, unless TORCH_IMAGE names another.
-
-    Raises Unavailable.
-    """
+    """In building order; the torch layer is among them if one stands on it, unless TORCH_IMAGE names one that was built
+    before. Raises Unavailable."""
     unknown = sorted(set(names) - set(NAMES))
     if unknown:
         raise Unavailable(f"IMAGES names {', '.join(unknown)}; there are {', '.join(NAMES)}")
     chosen = set(names)
-    if ON_TORCH & chosen and not os.environ.get("TORCH_IMAGE"):
+    if os.environ.get("TORCH_IMAGE"):
+        chosen.discard("torch")
+    elif ON_TORCH & chosen:
         chosen.add("torch")
     return [name for name in NAMES if name in chosen]
 
 
-def make(docker: Docker, client: DockerClient, names: Sequence[str], prefix: str, tag: str, base: str) -> None:
-    """Build the images and write the list of them."""
+def make(docker: Docker, client: DockerClient, names: Sequence[str], prefix: str, tag: str, named: str) -> None:
+    """Build the images on the base that is named, or else found, and write the list of them."""
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    base = base or find_base(docker, client, prefix)
+    base = pinned(docker, client, named) if named else find_base(docker, client, prefix)
     print(f"base: {base}", flush=True)
-    run(["docker", "tag", base, f"{prefix}/base:{tag}"], ROOT, **docker.environment)
+    run(["docker", "tag", base.reference, f"{prefix}/base:{tag}"], ROOT, **docker.environment)
     commit = revision()
-    torch = os.environ.get("TORCH_IMAGE") or f"{prefix}/torch:{tag}"
+    given = os.environ.get("TORCH_IMAGE")
+    torch = pinned(docker, client, given) if given else Base(f"{prefix}/torch:{tag}", "")
+    if given:
+        print(f"torch layer: {torch}", flush=True)
     for name in names:
-        arguments = {"BASE": base}
+        arguments, labels = {"BASE": base.reference}, base.labels
         if name == "torch":
-            make_torch(docker, client, base, torch)
+            make_torch(docker, client, base, torch.name)
             continue
         if name in ON_TORCH:
-            arguments["TORCH_IMAGE"] = torch
+            arguments["TORCH_IMAGE"] = torch.reference
+            labels = torch.labels if given else {}  # a layer made here hands its own base down
         if name == "minio":
             (OUTPUT / "minio").mkdir(exist_ok=True)
             shutil.copy2(minio.binary(), OUTPUT / "minio" / "minio")
             arguments |= {"VERSION": minio.RELEASE, "REVISION": minio.RELEASE.rpartition("-")[2]}
         else:
             arguments |= {"VERSION": __version__, "REVISION": commit}
-        build(docker, client, name, arguments, f"{prefix}/{name}:{tag}")
-    tidy(client, torch)
+        build(docker, client, name, arguments, f"{prefix}/{name}:{tag}", labels)
+    tidy(client, torch.reference)
     listing = OUTPUT / "images.json"
     content = json.loads(listing.read_text()) if listing.exists() else {}
     content |= {name: describe(client, f"{prefix}/{name}:{tag}") for name in names}

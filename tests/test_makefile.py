@@ -44,6 +44,10 @@ def test_every_other_value_comes_whole_too(tmp_path: Path) -> None:
                      "--output", odd, "--store", f"file://{odd}", "--resume", odd]  # fmt: skip
     assert called(tmp_path, "bench-steering", f"RUN={odd}")[-2:] == ["--run", odd]
     assert called(tmp_path, "evidence", "ONLY=main critic")[-2:] == ["--only", "main critic"]
+    released = called(
+        tmp_path, "release-images", "IMAGES=train serve", "PREFIX=r.example", f"COSIGN_KEY={odd}", "TLOG=no"
+    )
+    assert released[1:] == ["images.publish", "train", "serve", "--prefix", "r.example", "--key", odd, "--log", "no"]
 
 
 @pytest.mark.parametrize(

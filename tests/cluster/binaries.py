@@ -20,6 +20,10 @@ COREDNS = "v1.14.3"
 PAUSE = "v1"
 PROBE = "v2"
 GATEWAY_API = "v1.4.1"
+REGISTRY = "v3.1.2"
+COSIGN = "v3.1.3"
+KYVERNO = "v1.19.1"
+KYVERNO_POD_SECURITY = "v0.0.0-20251031094455-46f20778634f"
 
 _KUBERNETES_PROGRAMS = (
     "kube-apiserver",
@@ -115,7 +119,7 @@ func main() {{
 }}
 """
 
-_VERSIONS = {
+_NODE = {
     **dict.fromkeys(_KUBERNETES_PROGRAMS, KUBERNETES),
     "etcd": ETCD,
     "helm": HELM_4,
@@ -124,6 +128,8 @@ _VERSIONS = {
     "pause": PAUSE,
     "probe": PROBE,
 }
+# What the tests of signed images need, and the node does not.
+_VERSIONS = {**_NODE, "registry": REGISTRY, "cosign": COSIGN, "kyverno": KYVERNO}
 
 
 def program(name: str) -> Path:
@@ -135,14 +141,20 @@ def program(name: str) -> Path:
 
 
 def missing() -> list[str]:
-    """Names of the programs that are not in the cache."""
-    return [name for name, version in _VERSIONS.items() if not cached(name, version).exists()]
+    """Names of the node's programs that are not in the cache."""
+    return [name for name, version in _NODE.items() if not cached(name, version).exists()]
 
 
 def gateway_crds() -> Path | None:
     """Folder with the Gateway API's CRDs; None if it was not built."""
     folder = cached("gateway-api", GATEWAY_API)
     return folder if folder.exists() else None
+
+
+def kyverno_crd() -> Path | None:
+    """The CRD of Kyverno's policy on images of one namespace; None if it was not fetched."""
+    path = cached("kyverno-crd", KYVERNO)
+    return path if path.exists() else None
 
 
 def build_all() -> None:
@@ -158,6 +170,8 @@ def build_all() -> None:
     build({"etcd": "go.etcd.io/etcd/server/v3"}, ETCD, module=_module("etcd", {"go.etcd.io/etcd/server/v3": ETCD}))
     build({"helm": "helm.sh/helm/v4/cmd/helm"}, HELM_4)
     build({"helm3": "helm.sh/helm/v3/cmd/helm"}, HELM_3)
+    build({"registry": "github.com/distribution/distribution/v3/cmd/registry"}, REGISTRY)
+    build({"cosign": "github.com/sigstore/cosign/v3/cmd/cosign"}, COSIGN)
     imports = "\n".join(f'\t_ "github.com/coredns/coredns/plugin/{name}"' for name in _PLUGINS)
     directives = ", ".join(f'"{name}"' for name in _PLUGINS)
     build(
@@ -167,7 +181,24 @@ def build_all() -> None:
         files={"main.go": _DNS.format(imports=imports, directives=directives)},
     )
     _fetch_gateway_crds()
+    _fetch_kyverno_crd()
     minio.binary()
+
+
+def build_kyverno() -> None:
+    """Kyverno's command: `python -m tests.cluster.binaries --kyverno`. Not part of the others, for it takes as long as
+    they do. Raises Unavailable."""
+    replaced = "k8s.io/pod-security-admission => github.com/kyverno/pod-security-admission " + KYVERNO_POD_SECURITY
+    module = _module("kyverno", {"github.com/kyverno/kyverno": KYVERNO}) + f"\nreplace {replaced}\n"
+    build({"kyverno": "github.com/kyverno/kyverno/cmd/cli/kubectl-kyverno"}, KYVERNO, module=module)
+
+
+def _fetch_kyverno_crd() -> None:
+    path = cached("kyverno-crd", KYVERNO)
+    if not path.exists():
+        group = "policies.kyverno.io"
+        folder = module_files("github.com/kyverno/kyverno", KYVERNO) / "config" / "crds" / group
+        shutil.copyfile(folder / f"{group}_namespacedimagevalidatingpolicies.yaml", path)
 
 
 def _fetch_gateway_crds() -> None:
@@ -205,9 +236,10 @@ def _stamp(version: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.cluster.binaries", description=__doc__.partition("\n")[0])
-    parser.parse_args()
+    parser.add_argument("--kyverno", action="store_true", help="build Kyverno's command alone, for tests/images")
+    options = parser.parse_args()
     try:
-        build_all()
+        build_kyverno() if options.kyverno else build_all()
     except Unavailable as error:
         sys.exit(str(error))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 
 from tests.cluster.binaries import program
 from tests.golang import Unavailable
@@ -129,3 +130,32 @@ def every(value: Any, key: str) -> Iterator[Any]:
 def settings_of(objects: list[Object], namespace: str = NAMESPACE) -> str:
     """The text of cluster.yaml."""
     return str(find(objects, "ConfigMap", f"{RELEASE}-cluster", namespace)["data"]["cluster.yaml"])
+
+
+def strict_problems(custom: Object, crd: Object) -> list[str]:
+    """Where an object of a custom kind does not fit its CRD, or has a field that is unknown there."""
+    (schema,) = [
+        version["schema"]["openAPIV3Schema"]
+        for version in crd["spec"]["versions"]
+        if f"{crd['spec']['group']}/{version['name']}" == custom["apiVersion"]
+    ]
+    schema["properties"]["metadata"] = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    validator = Draft202012Validator(_strict(schema))
+    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(custom)]
+
+
+def _strict(schema: Any) -> Any:
+    """A CRD's schema in JSON Schema's words, with every field refused that it does not name."""
+    if isinstance(schema, list):
+        return [_strict(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    strict = {key: _strict(value) for key, value in schema.items()}
+    if schema.get("x-kubernetes-int-or-string"):
+        strict.pop("type", None)
+        strict.pop("pattern", None)
+        strict["anyOf"] = [{"type": "integer"}, {"type": "string"}]
+    open_ended = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
+    if isinstance(schema.get("properties"), dict) and "type" in schema and not open_ended:
+        strict["additionalProperties"] = False
+    return strict

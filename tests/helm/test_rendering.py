@@ -9,7 +9,6 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from jsonschema import Draft202012Validator
 
 from helm.readme import README, leaves, rendered
 from latentac import __version__
@@ -27,6 +26,7 @@ from tests.helm.chart import (
     of_kind,
     pods,
     render,
+    strict_problems,
 )
 
 SETS: dict[str, Mapping[str, Any] | str] = {
@@ -63,43 +63,13 @@ def test_custom_objects_are_valid(name: str) -> None:
     folder = os.environ.get("LATENTAC_CRDS")
     if not folder:
         pytest.skip("LATENTAC_CRDS names no folder of CRDs: CONTRIBUTING.md says where to get them")
-    schemas = _schemas(Path(folder))
+    paths = (*Path(folder).rglob("*servingruntimes.yaml"), *Path(folder).rglob("*queues.yaml"))
+    crds = [yaml.load(path.read_text(), yaml.CSafeLoader) for path in paths]
     custom = [each for each in render(SETS[name]) if each["kind"] in ("ServingRuntime", "Queue")]
     assert custom or name == "openshift"
     for each in custom:
-        schema = schemas[each["apiVersion"], each["kind"]]
-        problems = [f"{error.json_path}: {error.message}" for error in Draft202012Validator(schema).iter_errors(each)]
-        assert not problems, problems
-
-
-def _schemas(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Strict schemas of the two custom kinds that the chart renders and whose CRDs are data here."""
-    found = {}
-    for path in (*folder.rglob("*servingruntimes.yaml"), *folder.rglob("*queues.yaml")):
-        crd = yaml.load(path.read_text(), yaml.CSafeLoader)
-        for version in crd["spec"]["versions"]:
-            kind = crd["spec"]["names"]["kind"]
-            schema = version["schema"]["openAPIV3Schema"]
-            schema["properties"]["metadata"] = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-            found[f"{crd['spec']['group']}/{version['name']}", kind] = _strict(schema)
-    return found
-
-
-def _strict(schema: Any) -> Any:
-    """A CRD's schema in JSON Schema's words, with every field refused that it does not name."""
-    if isinstance(schema, list):
-        return [_strict(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    strict = {key: _strict(value) for key, value in schema.items()}
-    if schema.get("x-kubernetes-int-or-string"):
-        strict.pop("type", None)
-        strict.pop("pattern", None)
-        strict["anyOf"] = [{"type": "integer"}, {"type": "string"}]
-    open_ended = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
-    if isinstance(schema.get("properties"), dict) and "type" in schema and not open_ended:
-        strict["additionalProperties"] = False
-    return strict
+        (crd,) = [crd for crd in crds if crd["spec"]["names"]["kind"] == each["kind"]]
+        assert not strict_problems(each, crd)
 
 
 @pytest.mark.parametrize("name", HELMS)

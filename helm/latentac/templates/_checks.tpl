@@ -3,7 +3,7 @@ What must hold before anything is installed: every problem at once, each with it
 is seen by an API that each has and that plain `helm template` does not know.
 */}}
 {{- define "latentac.checks" -}}
-{{- $problems := concat (include "latentac.checks.names" . | fromJsonArray)
+{{- $problems := concat (include "latentac.checks.names" . | fromJsonArray) (include "latentac.checks.policy" . | fromJsonArray)
       (include "latentac.checks.store" . | fromJsonArray) (include "latentac.checks.cluster" . | fromJsonArray) -}}
 {{- if $problems }}
 {{- fail (printf "\n\nlatentac cannot be installed like this:\n- %s\n" (join "\n- " $problems)) }}
@@ -27,6 +27,24 @@ is seen by an API that each has and that plain `helm template` does not know.
 {{- end -}}
 {{- if and (not .Values.pipeline.serviceAccount.create) (not .Values.pipeline.serviceAccount.name) -}}
 {{- $problems = append $problems "pipeline.serviceAccount.name: it is empty and create is off. Name the account that the steps run under (KFP standalone: pipeline-runner)" -}}
+{{- end -}}
+{{ $problems | toJson }}
+{{- end }}
+
+{{- define "latentac.checks.policy" -}}
+{{- $problems := list -}}
+{{- with .Values.imagePolicy -}}
+{{- if .enabled -}}
+{{- if and .publicKey (or .keyless.issuer .keyless.subject) -}}
+{{- $problems = append $problems "imagePolicy.publicKey, imagePolicy.keyless: both are given. Leave one of them out" -}}
+{{- end -}}
+{{- if not (or .publicKey (and .keyless.issuer .keyless.subject)) -}}
+{{- $problems = append $problems "imagePolicy.publicKey: nobody is named who must have signed. Give it, or imagePolicy.keyless.issuer and .subject (build/images/values.yaml of the release has them)" -}}
+{{- end -}}
+{{- if and (not .publicKey) (not .transparencyLog) -}}
+{{- $problems = append $problems "imagePolicy.transparencyLog: a signature without a key is proved by the log alone. Leave it on" -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{ $problems | toJson }}
 {{- end }}
@@ -74,6 +92,9 @@ is seen by an API that each has and that plain `helm template` does not know.
 {{- end -}}
 {{- if .Values.serving.gateway -}}
 {{- $needed = append $needed (list "Gateway API" "gateway.networking.k8s.io/v1" "serving.gateway=null does without") -}}
+{{- end -}}
+{{- if .Values.imagePolicy.enabled -}}
+{{- $needed = append $needed (list "Kyverno" "policies.kyverno.io/v1/NamespacedImageValidatingPolicy" "imagePolicy.enabled=false does without") -}}
 {{- end -}}
 {{- range $needed -}}
 {{- if not ($.Capabilities.APIVersions.Has (index . 1)) -}}

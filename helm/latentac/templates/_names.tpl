@@ -43,11 +43,17 @@ labels:
   {{- include "latentac.labels" . | nindent 2 }}
 {{- end }}
 
-{{/* Reference of an image. Arguments: root, name (a key of images). */}}
-{{- define "latentac.image" -}}
+{{/* Name of an image without tag and digest. Arguments: root, name (a key of images). */}}
+{{- define "latentac.imageName" -}}
 {{- $image := index .root.Values.images .name -}}
 {{- with default $image.registry .root.Values.global.imageRegistry }}{{ trimSuffix "/" . }}/{{ end -}}
 {{ $image.repository }}
+{{- end }}
+
+{{/* Reference of an image. Arguments: root, name (a key of images). */}}
+{{- define "latentac.image" -}}
+{{- $image := index .root.Values.images .name -}}
+{{ include "latentac.imageName" . }}
 {{- if $image.digest }}@{{ $image.digest }}{{ else }}:{{ default .root.Chart.AppVersion $image.tag }}{{ end -}}
 {{- end }}
 
