@@ -77,6 +77,10 @@ class Volcano:
                 _log.info("submitted %s to the queue %s", self._where(name), self.settings.train.queue)
             job = self._api.get(VOLCANO_JOBS, name)
             if job is None:  # it went between the two calls
+                if time.monotonic() > deadline:
+                    problem = "is gone again each time that it is submitted"
+                    raise ClusterError(self._where(name), problem, "Look at what deletes it, and run again")
+                time.sleep(self._poll_seconds)
                 continue
             self._check_own(space, job)
             if _phase(job) not in _ENDING:
@@ -108,6 +112,7 @@ class Volcano:
             if owners:
                 job["metadata"]["ownerReferences"] = owners
             info.request.resource = job
+            began = time.monotonic()
             for tried in range(1, _TRIES + 1):
                 try:
                     with self._api.translated("POST", VOLCANO_JOBS.path(self.settings.namespace)):
@@ -118,7 +123,7 @@ class Volcano:
                         raise
                     return False
                 except ClusterUnavailable:
-                    if tried == _TRIES:
+                    if tried == _TRIES or time.monotonic() + tried > began + self._api.bounds.retry_seconds:
                         raise
                     time.sleep(tried)
         raise AssertionError("unreachable")

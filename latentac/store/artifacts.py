@@ -223,14 +223,18 @@ class Store:
     def read_files(self, prefix: str, folder: Path | str) -> None:
         """Copies the plain objects `<prefix>/<path>` to `folder`: what `write_files` has written."""
         self._key(prefix)
-        for name in self._backend.names(f"{prefix}/"):
+        for name, entry in self._backend.entries(f"{prefix}/").items():
             relative = name.removeprefix(f"{prefix}/")
             if not is_inside(relative):  # who may write to a bucket may name an object anything
                 continue
             target = Path(folder) / relative
             target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("wb") as file:
-                self._backend.get(name, Stream(file))
+            try:
+                with target.open("wb") as file:
+                    self._backend.get(name, Stream(file, limit=entry.size))
+            except Overrun:
+                problem = f"it has more than the {entry.size} bytes that the store's list names"
+                raise IntegrityError(f"{self.url}/{name}", problem, "Let nothing write to it, and run again") from None
 
     def probe(self) -> None:
         """Writes, reads back and removes an object, with few retries, to fail within seconds if the store would."""
