@@ -1,8 +1,8 @@
 """A model hub: what its client does, within a bound.
 
 The client bounds the silence between two bytes alone, waits for a file that another process fetches without a bound,
-and leaves threads that the interpreter waits for when it ends. So it works in a process of its own, which is ended where
-too little arrives. What it has fetched by then stays in its cache, and the next call goes on from there.
+and leaves threads that the interpreter waits for when it ends. So it works in a process of its own, which is ended
+where too little arrives. What it has fetched by then stays in its cache, and the next call goes on from there.
 """
 
 import json
@@ -19,6 +19,9 @@ from latentac.waiting import TimeUp
 ANSWER_SECONDS = 60.0
 BYTES_PER_SECOND = 16_384.0
 """A hub that sends less, on average over ANSWER_SECONDS, counts as one that does not answer."""
+
+_SILENT = set[str]()
+"""Hubs that did not answer: they are not asked again in this process."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +56,8 @@ def offline() -> bool:
 
 def _asked(what: str, source: str, arguments: dict[str, Any]) -> Any:
     command = [sys.executable, "-m", "latentac.hub", json.dumps([what, arguments])]
+    if _endpoint() in _SILENT:
+        raise TimeUp(f"{_endpoint()}: did not answer before")
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     before, answer = _cached_bytes(source), ""
     try:
@@ -63,6 +68,7 @@ def _asked(what: str, source: str, arguments: dict[str, Any]) -> Any:
             except subprocess.TimeoutExpired:
                 arrived = _cached_bytes(source) - before
                 if arrived < ANSWER_SECONDS * BYTES_PER_SECOND:
+                    _SILENT.add(_endpoint())
                     raise TimeUp(f"{_endpoint()}: {arrived} bytes came within {ANSWER_SECONDS:g} s") from None
                 before += arrived
     finally:

@@ -139,11 +139,13 @@ def run_lock(path: Path, wait_seconds: float = 30.0) -> Iterator[None]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises ResourceError for a run's folder that holds a link. A run writes and deletes there by fixed names, none of
-    which it makes a link; whoever made one may have pointed it anywhere."""
+    """Raises ResourceError for a run's folder that holds a link, a pipe or a device. A run writes and deletes there by
+    fixed names, none of which it makes one of these: a link may lead anywhere, and a pipe would be waited for."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.is_symlink():
             raise _link(path)
+        if not path.is_file() and not path.is_dir():
+            raise ResourceError(str(path), "is neither a file nor a folder", "Remove it, or start a new run.")
 
 
 def _link(path: Path) -> ResourceError:
@@ -154,7 +156,7 @@ def _link(path: Path) -> ResourceError:
 def lock_holder(path: Path) -> str:
     """The pid, as text, of the process on this machine that holds the lock `path`; "" where nobody does."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return ""
     try:

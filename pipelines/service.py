@@ -19,7 +19,7 @@ import kfp_server_api as api
 from urllib3.exceptions import HTTPError, SSLError
 
 from latentac.errors import ClusterError, ClusterUnavailable, ConfigError, Problem
-from latentac.reading import parse_json
+from latentac.reading import parse_json, read_given
 from latentac.waiting import Bounds, within
 
 ENDPOINT, TOKEN, TOKEN_FILE = "KF_PIPELINES_ENDPOINT", "LATENTAC_KFP_TOKEN", "KF_PIPELINES_SA_TOKEN_PATH"
@@ -256,9 +256,9 @@ def _token() -> str:
         return token
     file = os.environ.get(TOKEN_FILE)
     try:
-        return Path(file).read_text().strip() if file else ""
-    except OSError as error:
-        raise ConfigError([Problem(TOKEN_FILE, file, f"cannot be read: {error.strerror}", "Unset it.")]) from None
+        return read_given(Path(file)).strip() if file else ""
+    except (OSError, ValueError) as error:
+        raise ConfigError([Problem(TOKEN_FILE, file, f"cannot be read: {error}", "Unset it.")]) from None
 
 
 def _secret(name: str) -> str:

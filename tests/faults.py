@@ -21,6 +21,10 @@ class Faulty:
     asked: list[bytes] = field(default_factory=list)
 
     @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
+
+    @property
     def url(self) -> str:
         return f"http://{self.address}"
 

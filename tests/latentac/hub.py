@@ -14,8 +14,10 @@ COMMIT = "1f6e0c3b9a7d4e5f8091a2b3c4d5e6f708192a3b"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `folder` as the repository `name` at COMMIT; `fetched`: the files that were downloaded, in order; `seconds`:
-    for each answer's body."""
+    """Serves `folder` as the repository `name` at COMMIT; `fetched`: the files that were downloaded, in order.
+
+    seconds: what the body of each answer takes.
+    """
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder, self.fetched, self.seconds = name, folder, list[str](), 0.0

@@ -71,6 +71,9 @@ def test_what_the_cache_holds_is_used_where_nobody_answers(
     with faulty("head") as server:
         at(server.url, monkeypatch)
         assert hub.snapshot(NAME, None, ["*.json"]) == snapshot
+        began = time.monotonic()
+        assert hub.snapshot(NAME, None, ["*.json"]) == snapshot
+        assert seconds_of(began) < SECONDS, "it was asked again"
     assert "the cache is used" in caplog.text
 
 

@@ -364,6 +364,36 @@ def test_a_tracker_that_hangs_is_left_behind(caplog: pytest.LogCaptureFixture) -
     assert "wandb does not answer: what it was not told within 0.2 s is lost" in caplog.text
 
 
+def test_what_a_tracker_cannot_take_fills_no_memory(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training may last for days, and a tracker may hang or have failed on its first one."""
+    monkeypatch.setattr("latentac.tracking._MOST_CALLS", 10)
+    release, told = threading.Event(), []
+
+    class Slow(Notebook):
+        def __init__(self) -> None:
+            super().__init__(Path("run"))
+
+        def log(self, step: int, scalars: Mapping[str, float]) -> None:
+            release.wait(30)
+            told.append(step)
+
+    slow, failed = Background("wandb", Slow, patience=5), Background("mlflow", lambda: Notebook(None), patience=5)  # type: ignore[arg-type]
+    with caplog.at_level(logging.WARNING, "latentac"):
+        with tracking([slow, failed], "run", {"seed": 0}):
+            for step in range(100):
+                slow.log(step, {"a": 1})
+            failed._thread.join(5)
+            for step in range(100):
+                failed.log(step, {"a": 1})
+            assert failed._calls.qsize() <= 10
+            release.set()
+        assert told == list(range(len(told)))
+        assert 10 <= len(told) <= 11
+    assert caplog.text.count("wandb does not keep up") == 1
+
+
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_package_that_is_not_installed_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is trained, with what to type."""

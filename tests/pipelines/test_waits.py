@@ -1,14 +1,19 @@
-"""Kubeflow Pipelines that does not answer is given up within the stated bound; a run that goes on is not."""
+"""Kubeflow Pipelines and docker that do not answer are given up within the stated bound; a run that goes on is not."""
 
+import contextlib
+import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import kfp_server_api
 import pytest
 
-from latentac.errors import ClusterError, ClusterUnavailable
+from latentac.errors import ClusterError, ClusterUnavailable, ResourceError
 from latentac.waiting import Bounds
+from pipelines import containers
 from pipelines.following import Follower
 from pipelines.service import Order, Service
 from tests.faults import faulty, seconds_of
@@ -67,3 +72,74 @@ def test_a_list_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch, again
 
     with pytest.raises(ClusterError, match=r"list has no end after \d pages"):
         list(service._pages(page))
+
+
+@pytest.fixture
+def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a docker daemon."""
+    monkeypatch.setattr(containers, "_ANSWER_SECONDS", 0.8)
+    monkeypatch.setattr(containers, "_LOOK_SECONDS", 0.1)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+
+
+@pytest.mark.usefixtures("little_patience")
+@pytest.mark.parametrize("fault", ["silent", "head", "body"])
+def test_a_daemon_that_does_not_answer_is_given_up(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is made, with its address and the seconds."""
+    with faulty(fault) as server:
+        monkeypatch.setenv("DOCKER_HOST", f"tcp://{server.address}")
+        began = time.monotonic()
+        with pytest.raises(ResourceError, match=r"no docker daemon answers \(no answer within 0.8 s\)") as caught:
+            containers._client()
+        assert seconds_of(began) < 0.8 + MARGIN_SECONDS
+        assert caught.value.where == f"tcp://{server.address}"
+
+
+@pytest.mark.usefixtures("little_patience")
+def test_a_daemon_that_falls_silent_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step waits on a connection that nothing comes from, without a bound: it may print nothing for hours."""
+    with (
+        faulty("silent") as server,
+        socket.create_connection(("127.0.0.1", server.port)) as waiting,
+    ):
+        monkeypatch.setenv("DOCKER_HOST", f"tcp://{server.address}")
+        began = time.monotonic()
+        with pytest.raises(ResourceError, match=r"has not answered for 0\.8 s"), containers._answering():
+            waiting.recv(1)
+        assert seconds_of(began) < 0.9 + MARGIN_SECONDS
+
+
+@contextlib.contextmanager
+def daemon() -> Iterator[str]:
+    """The address of what answers as a docker daemon does that is asked whether it is there."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            content = b'{"ApiVersion": "1.44"}' if self.path.endswith("version") else b"OK"
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield f"tcp://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.usefixtures("little_patience")
+def test_a_daemon_that_answers_lets_a_run_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long nothing is printed; and Ctrl-C stays Ctrl-C."""
+    with daemon() as address:
+        monkeypatch.setenv("DOCKER_HOST", address)
+        containers._client().close()
+        with containers._answering():
+            time.sleep(2)
+        with pytest.raises(KeyboardInterrupt), containers._answering():
+            raise KeyboardInterrupt
