@@ -42,6 +42,8 @@ from latentac.store.pool import Pool, hash_of
 PROGRESS_BYTES = 8 * 2**20
 _MAX_JSON_BYTES = 64 * 2**20
 _PATIENCE = Patience()
+_PROBE_SECONDS = (5.0, 10.0)
+"""`timeout_seconds` and `idle_seconds` of a probe, at most."""
 
 
 class Store:
@@ -239,7 +241,11 @@ class Store:
     def probe(self) -> None:
         """Writes, reads back and removes an object, with few retries, to fail within seconds if the store would."""
         given = self._patience
-        bounds = {"timeout_seconds": min(5.0, given.timeout_seconds), "idle_seconds": min(10.0, given.idle_seconds)}
+        timeout, idle = _PROBE_SECONDS
+        bounds = {
+            "timeout_seconds": min(timeout, given.timeout_seconds),
+            "idle_seconds": min(idle, given.idle_seconds),
+        }
         patience = replace(given, retries=2, **bounds)
         backend, name, word = connect(self.url, patience), f"probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
         sink = BytesIO()

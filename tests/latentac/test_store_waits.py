@@ -14,7 +14,7 @@ import pytest
 
 from latentac.errors import IntegrityError, StoreAccessError, StoreError, StoreUnavailable
 from latentac.store import Manifest, Store, bucket, open_store
-from latentac.store.blobs import Overrun, Patience, Stream
+from latentac.store.blobs import Entry, Overrun, Patience, Stream
 from latentac.store.bootstrap import patience_of
 from latentac.store.manifest import is_inside
 from tests.faults import faulty
@@ -127,14 +127,19 @@ PAGES: dict[str, Callable[[], Iterator[str]]] = {
 
 
 @contextlib.contextmanager
-def endless_list(names: Iterator[str], body: int = 0, root: str = "<Name>bucket</Name>") -> Iterator[str]:
-    """The address of a server whose list always has a next page. body: bytes of white space in each."""
+def endless_list(
+    names: Iterator[str], body: int = 0, root: str = "<Name>bucket</Name>", pause: float = 0.0
+) -> Iterator[str]:
+    """The address of a server whose list has a next page as long as there are names. body: bytes of white space in
+    each; pause: seconds before each."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            name = next(names)
+            time.sleep(pause)
+            name = next(names, None)
             item = f"<Contents><Key>{name}</Key><Size>1</Size></Contents>" if name else ""
-            more = "<IsTruncated>true</IsTruncated><NextContinuationToken>x</NextContinuationToken>"
+            more = f"<IsTruncated>{str(name is not None).lower()}</IsTruncated>"
+            more += "<NextContinuationToken>x</NextContinuationToken>"
             start, end = f"<ListBucketResult>{root}{item}", f"{more}</ListBucketResult>"
             self.send_response(200)
             self.send_header("Content-Type", "application/xml")
@@ -165,6 +170,24 @@ def test_a_list_without_an_end_is_refused(pages: str, monkeypatch: pytest.Monkey
         with pytest.raises(StoreError, match=r"comes twice|over 20 objects|no answer that says anything, given up"):
             store.keys()
         assert time.monotonic() - began < SHORT.bound_seconds + MARGIN_SECONDS
+
+
+def test_a_long_list_is_waited_for_while_names_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For longer than any silence may last."""
+    with endless_list((f"store/{number}/manifest.json" for number in range(7)), pause=0.7) as address:
+        store, began = asked(address, monkeypatch), time.monotonic()
+        assert store.keys() == [str(number) for number in range(7)]
+        assert time.monotonic() - began > SHORT.bound_seconds
+
+
+def test_a_probe_is_less_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that could not publish is to end before it begins, within seconds."""
+    monkeypatch.setattr("latentac.store.artifacts._PROBE_SECONDS", (0.3, 0.6))
+    with faulty("silent") as server:
+        store, began = asked(server.address, monkeypatch), time.monotonic()
+        with pytest.raises(StoreUnavailable, match="given up after"):
+            store.probe()
+        assert time.monotonic() - began < 0.6 + 2 * 0.3 + MARGIN_SECONDS < SHORT.bound_seconds
 
 
 def test_a_list_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +224,17 @@ def test_a_plain_object_that_grows_is_read_no_further_than_it_was_listed(tmp_pat
     with pytest.raises(IntegrityError, match="more than the 1 bytes"):
         store.read_files("tensorboard/run", tmp_path / "copy")
     assert (tmp_path / "copy" / "a").stat().st_size <= 1
+
+
+def test_a_plain_object_whose_name_leads_elsewhere_is_not_written(tmp_path: Path) -> None:
+    """Whoever may write to a bucket may name an object anything; a folder's store has no such name."""
+    store = open_store(f"file://{tmp_path}/store")
+    (tmp_path / "store" / "tensorboard" / "run").mkdir(parents=True)
+    (tmp_path / "store" / "evil").write_bytes(b"x")
+    named = {"tensorboard/run/../../evil": Entry(1, 0.0, "")}
+    store._backend.entries = lambda prefix: named  # type: ignore[method-assign]
+    store.read_files("tensorboard/run", tmp_path / "a" / "b")
+    assert not (tmp_path / "evil").exists()
 
 
 def claimed(tmp_path: Path) -> tuple[Store, Manifest, Path]:
