@@ -1,5 +1,6 @@
 """A call that talks to somebody else ends, whatever happens there."""
 
+import os
 import threading
 import time
 
@@ -44,6 +45,29 @@ def test_what_moves_is_waited_for() -> None:
         within(0.3, never.wait, moved_at)
     never.set()
     assert 1.3 <= time.monotonic() - began < 4
+
+
+def test_calls_within_calls_have_threads_of_their_own() -> None:
+    """And one that is given up keeps its own until it ends."""
+    assert within(5, lambda: within(5, lambda: within(5, lambda: 7))) == 7
+    never = threading.Event()
+    with pytest.raises(TimeUp):
+        within(0.1, never.wait)
+    assert within(5, lambda: 8) == 8
+    never.set()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_waits_for_no_thread_of_its_parent() -> None:
+    """Threads stay where they are when a process is forked."""
+    within(5, lambda: 1)
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(within(5, lambda: 7))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_the_bound_is_the_last_attempt_and_its_answer() -> None:
