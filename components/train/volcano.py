@@ -43,6 +43,9 @@ LAST_WORDS = "train-last-words.txt"
 _ENDED = frozenset({"Completed", "Failed", "Aborted", "Terminated"})
 _ENDING = _ENDED | {"Aborting", "Terminating"}
 _LAST_LINES_SECONDS = 5.0
+_ROOM_SECONDS = 120.0
+"""Beyond the grace of its pods, until a job that has ended makes room for the next."""
+
 _TRIES = 6
 _log = logging.getLogger("latentac.train")
 
@@ -71,7 +74,7 @@ class Volcano:
     def _submit(self, space: Workspace) -> dict[str, Any]:
         """The run's job: the one at work if there is one, else a new one in place of one that has ended."""
         name = job_name(self.settings.namespace, space.run, space.config.hash)
-        deadline = time.monotonic() + self.settings.train.grace_seconds + 120
+        deadline = time.monotonic() + self.settings.train.grace_seconds + _ROOM_SECONDS
         while True:
             if self._create(space, name):
                 _log.info("submitted %s to the queue %s", self._where(name), self.settings.train.queue)

@@ -1,7 +1,11 @@
 """A Kubernetes API server that does not answer is given up within the stated bound, by every way of asking it."""
 
+import contextlib
+import json
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -10,8 +14,10 @@ from kubernetes import client
 
 from components.cluster import api as cluster
 from components.cluster.api import CONFIG_MAPS, PODS, Api, connect
-from latentac.errors import ClusterUnavailable, ConfigError
+from components.train.volcano import Volcano
+from latentac.errors import ClusterError, ClusterUnavailable, ConfigError
 from latentac.waiting import Bounds
+from tests.components.test_volcano import settings_of, workspace
 from tests.faults import Faulty, faulty, seconds_of
 
 SHORT = Bounds(answer_seconds=0.8, retry_seconds=0.8)
@@ -104,3 +110,60 @@ def test_a_login_that_does_not_end_is_given_up(slow_login: Path) -> None:
         connect("latentac")
     assert seconds_of(began) < 3
     assert str(slow_login) in str(caught.value)
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[Faulty]:
+    """An API server that knows no object and will have none made: each is there already."""
+    found = Faulty()
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, status: int, reason: str) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            found.accepted += 1
+            content = json.dumps({"kind": "Status", "reason": reason, "message": reason, "code": status}).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            self.answer(404, "NotFound")
+
+        def do_POST(self) -> None:
+            self.answer(409, "AlreadyExists")
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found.address = f"127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield found
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.timeout(60)
+def test_a_job_that_is_never_there_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused because it is there, and it is not there when it is looked at. The server gets its rest between."""
+    monkeypatch.setattr("components.train.volcano._ROOM_SECONDS", 0.5)
+    with refusing() as server:
+        train = Volcano(settings_of("latentac", grace_seconds=1), api_of(server), poll_seconds=0.2)
+        began = time.monotonic()
+        with pytest.raises(ClusterError, match=r"job latentac/.*is gone again each time that it is submitted"):
+            train._submit(workspace(tmp_path))
+        assert seconds_of(began) < 1.5 + 6 * MARGIN_SECONDS
+        assert server.accepted < 30
+
+
+@pytest.mark.parametrize("fault", ["silent", "reset"])
+def test_a_job_is_not_submitted_without_an_end(tmp_path: Path, fault: str) -> None:
+    """TorchX asks, and we ask it again, until the time for that is over."""
+    with faulty(fault) as server:
+        train = Volcano(settings_of("latentac"), api_of(server), poll_seconds=0.2)
+        began = time.monotonic()
+        with pytest.raises(ClusterUnavailable, match="does not answer POST"):
+            train._submit(workspace(tmp_path))
+        assert seconds_of(began) < SHORT.total_seconds + 3 * MARGIN_SECONDS

@@ -16,7 +16,7 @@ from latentac.errors import IntegrityError, StoreAccessError, StoreError, StoreU
 from latentac.store import Manifest, Store, bucket, open_store
 from latentac.store.blobs import Entry, Overrun, Patience, Stream
 from latentac.store.bootstrap import patience_of
-from latentac.store.manifest import is_inside
+from latentac.store.manifest import commit, is_inside
 from tests.faults import faulty
 from tests.latentac.test_store import KEY, bulk, publish, use, write
 from tests.minio import Server
@@ -282,6 +282,18 @@ def test_a_manifest_without_an_end_is_refused(tmp_path: Path) -> None:
 def test_an_object_whose_name_leads_elsewhere_is_left_out(tmp_path: Path, name: str) -> None:
     """Whoever may write to a bucket may name an object anything."""
     assert not is_inside(name)
+
+
+def test_a_git_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit is `unknown` then, or what LATENTAC_COMMIT says."""
+    (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 20\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("LATENTAC_COMMIT", "c0ffee")
+    monkeypatch.setattr("latentac.store.manifest._GIT_SECONDS", 0.3)
+    began = time.monotonic()
+    assert commit.__wrapped__() == "c0ffee"
+    assert time.monotonic() - began < 5
 
 
 def test_a_stream_stops_at_its_limit() -> None:
