@@ -121,7 +121,8 @@ def refusing() -> Iterator[Faulty]:
         def answer(self, status: int, reason: str) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
             found.accepted += 1
-            content = json.dumps({"kind": "Status", "reason": reason, "message": reason, "code": status}).encode()
+            told = {"kind": "Status", "reason": reason, "message": reason, "code": status, "details": {"name": "x"}}
+            content = json.dumps(told).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
