@@ -48,10 +48,10 @@ def read_given(file: Path, most: int = 2**20, encoding: str = "utf-8") -> str:
     return within(PIPE_SECONDS, read)
 
 
-def read_regular(file: Path) -> str:
-    """The text of a file that a program wrote. Raises OSError, also where it is a pipe or a device, and ValueError."""
+def read_regular(file: Path) -> bytes:
+    """What is in a file that a program wrote. Raises OSError, also where it is a pipe or a device."""
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
-    with os.fdopen(descriptor, encoding="utf-8") as stream:
+    with os.fdopen(descriptor, "rb") as stream:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(f"{file} is no regular file")
         return stream.read()

@@ -122,3 +122,10 @@ def test_a_pipe_in_a_runs_folder_is_waited_for_by_nobody(pipe: Path) -> None:
     assert lock_holder(pipe) == ""
     with pytest.raises(ResourceError, match="is neither a file nor a folder"):
         refuse_links(pipe.parent)
+
+
+def test_a_record_that_is_no_text_is_one_error(tmp_path: Path) -> None:
+    """As one that is no JSON."""
+    (tmp_path / "record.json").write_bytes(b"\xff\xfe[")
+    with pytest.raises(IntegrityError, match="it is not JSON"):
+        read_record(tmp_path / "record.json")
