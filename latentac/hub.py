@@ -9,7 +9,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 def snapshot(source: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """The folder in the hub's cache of the repository `source`, with the files that match `patterns` downloaded where
     the hub can be reached. Raises OSError, TimeUp among them, and ValueError for a name that is no hub id."""
-    wanted = {"source": source, "revision": revision, "patterns": list(patterns)}
+    wanted: dict[str, Any] = {"source": source, "revision": revision, "patterns": list(patterns)}
     if offline():
         return Path(_snapshot(**wanted))
     try:
@@ -116,8 +116,9 @@ def _names(source: str, revision: str) -> list[str]:
 def main(arguments: Sequence[str]) -> int:
     """One call, as JSON in the first argument; its answer or its error as JSON on stdout."""
     what, options = json.loads(arguments[0])
+    calls: dict[str, Callable[..., Any]] = {"snapshot": _snapshot, "names": _names}
     try:
-        told = {"answer": {"snapshot": _snapshot, "names": _names}[what](**options)}
+        told = {"answer": calls[what](**options)}
     except Exception as error:  # noqa: BLE001 - whatever the client raises is told where it was asked for
         told = {"error": f"{error}".strip() or type(error).__name__}
     print(json.dumps(told), flush=True)

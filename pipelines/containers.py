@@ -49,6 +49,7 @@ _ANSWER_SECONDS = 30.0
 """For the daemon to answer a ping, before and while a run goes on."""
 
 _LOOK_SECONDS = 10.0
+_MOST_MISSED = 2
 _CALL_SECONDS = 600.0
 """For one other call of the daemon: to make a container may take minutes, where its driver copies the image."""
 
@@ -133,15 +134,19 @@ def _answering() -> Iterator[None]:
     ended, lost = threading.Event(), threading.Event()
 
     def look() -> None:
+        missed = 0
         while not ended.wait(_LOOK_SECONDS):
             try:
                 within(_ANSWER_SECONDS, lambda: _pinged().close())
+                missed = 0
             except TimeUp:
-                lost.set()
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-                return
+                missed += 1
+                if missed == _MOST_MISSED:
+                    lost.set()
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    return
             except (DockerException, OSError):  # it is gone, and so are the connections that the body waits on
-                continue
+                missed = 0
 
     threading.Thread(target=look, name="latentac-docker", daemon=True).start()
     try:
@@ -149,7 +154,7 @@ def _answering() -> Iterator[None]:
     except KeyboardInterrupt:
         if not lost.is_set():
             raise
-        problem = f"the docker daemon has not answered for {_ANSWER_SECONDS:g} s"
+        problem = f"the docker daemon has not answered {_MOST_MISSED} pings within {_ANSWER_SECONDS:g} s each"
         raise ResourceError(_host(), problem, "Look at it, start it again, and resume the run") from None
     finally:
         ended.set()

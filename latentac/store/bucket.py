@@ -56,7 +56,7 @@ class _Pool(PoolManager):
         response = super().urlopen(method, url, redirect, preload_content=False, **options)
         if not preload_content and response.status < 300:
             return response
-        content = response.read(_MOST_ANSWER_BYTES + 1)
+        content = response.read(_MOST_ANSWER_BYTES + 1) or response.data  # of a redirection it has been read
         if len(content) > _MOST_ANSWER_BYTES:
             response.close()
             raise TooMuch(f"an answer has more than {_MOST_ANSWER_BYTES >> 20} MiB")

@@ -85,6 +85,8 @@ class WandB:
     def abandon(self) -> None:
         """End the process that wandb has started: when the interpreter ends, wandb waits for it without a bound."""
         _OPEN.discard(self)
+        if _OPEN:  # another tracker uses it, too
+            return
         for pid, command in children():
             if "wandb-core" in command:
                 with suppress(ProcessLookupError):
