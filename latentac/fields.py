@@ -9,6 +9,7 @@ import yaml
 
 from latentac.config import Config, suggestion
 from latentac.errors import ConfigError, Problem
+from latentac.reading import read_given
 from latentac.validation import section_of
 
 
@@ -130,12 +131,13 @@ def _load(text: str, loader: type[_UniqueKeys]) -> Any:
 def read_file(path: Path) -> dict[str, Any]:
     """A YAML or JSON file as nested dictionaries. Raises ConfigError."""
     try:
-        with path.open(encoding="utf-8") as file:
-            content = _load(file.read(MAX_CHARACTERS + 1), _Loader)
+        content = _load(read_given(path, MAX_CHARACTERS + 1), _Loader)
     except DuplicateKey as error:
         raise _single("--config", str(path), str(error), "Keep one of them.") from None
     except OSError as error:
-        raise _single("--config", str(path), f"cannot be read: {error.strerror}", "Name a YAML file.") from error
+        raise _single(
+            "--config", str(path), f"cannot be read: {error.strerror or error}", "Name a YAML file."
+        ) from error
     except UnicodeDecodeError as error:
         remedy = "Convert it, for example: iconv -f WINDOWS-1252 -t UTF-8, or -f UTF-16."
         raise _single("--config", str(path), f"is not UTF-8 text (byte {error.start})", remedy) from error

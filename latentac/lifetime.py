@@ -139,11 +139,13 @@ def run_lock(path: Path, wait_seconds: float = 30.0) -> Iterator[None]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises ResourceError for a run's folder that holds a link. A run writes and deletes there by fixed names, none of
-    which it makes a link; whoever made one may have pointed it anywhere."""
+    """Raises ResourceError for a run's folder that holds a link, a pipe or a device. A run writes and deletes there by
+    fixed names, none of which it makes one of these: a link may lead anywhere, and a pipe would be waited for."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.is_symlink():
             raise _link(path)
+        if not path.is_file() and not path.is_dir():
+            raise ResourceError(str(path), "is neither a file nor a folder", "Remove it, or start a new run.")
 
 
 def _link(path: Path) -> ResourceError:
@@ -154,7 +156,7 @@ def _link(path: Path) -> ResourceError:
 def lock_holder(path: Path) -> str:
     """The pid, as text, of the process on this machine that holds the lock `path`; "" where nobody does."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return ""
     try:
@@ -236,6 +238,18 @@ def _poll_owners(owners: list[str]) -> None:
     while all(_alive(owner) for owner in owners):
         time.sleep(_POLL_SECONDS)
     _die()
+
+
+def children() -> list[tuple[int, str]]:
+    """Number and command line of each process that this one has started (Linux; elsewhere none)."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        fields = _stat(int(place.name))
+        if fields and int(fields[1]) == os.getpid():
+            with contextlib.suppress(OSError):
+                command = (place / "cmdline").read_bytes().replace(b"\0", b" ")
+                found.append((int(place.name), command.decode(errors="replace")))
+    return found
 
 
 def _pid(owner: str) -> int:

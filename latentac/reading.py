@@ -1,15 +1,23 @@
-"""What may come from anywhere: JSON of the store, of a run's folder, of another program; numbers of a command line."""
+"""What may come from anywhere: JSON of the store, of a run's folder, of another program; numbers of a command line.
+
+To open a pipe waits for whoever writes to it. A file that a user names may be one (`<(...)`), and is waited for within
+a bound; a file that a program wrote is none.
+"""
 
 import argparse
 import json
 import math
+import os
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from latentac.errors import IntegrityError
+from latentac.waiting import within
 
+PIPE_SECONDS = 10.0
 MOST_SECONDS = 365 * 86400.0
 SEEDS, PORTS = (0, 2**63 - 1), (0, 65535)
 
@@ -29,6 +37,26 @@ def parse_json(text: str | bytes) -> Any:
     return found
 
 
+def read_given(file: Path, most: int = 2**20, encoding: str = "utf-8") -> str:
+    """The first `most` characters of what a user names. Raises OSError, also where it gives no end within PIPE_SECONDS,
+    and ValueError where it is no such text or no name of a file."""
+
+    def read() -> str:
+        with file.open(encoding=encoding) as stream:
+            return stream.read(most)
+
+    return within(PIPE_SECONDS, read)
+
+
+def read_regular(file: Path) -> bytes:
+    """What is in a file that a program wrote. Raises OSError, also where it is a pipe or a device."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{file} is no regular file")
+        return stream.read()
+
+
 def record(text: str | bytes, where: str) -> Any:
     """The JSON of a file that this program writes. Raises IntegrityError, with `where` it is from, where it is none."""
     try:
@@ -40,7 +68,7 @@ def record(text: str | bytes, where: str) -> Any:
 
 def read_record(file: Path) -> Any:
     """Raises IntegrityError where the file holds no JSON."""
-    return record(file.read_bytes(), str(file))
+    return record(read_regular(file), str(file))
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:

@@ -14,7 +14,7 @@ from typing import Any
 from latentac.errors import ArtifactNotFound, IntegrityError, LatentacError
 from latentac.fields import read_overrides
 from latentac.lifetime import lock_holder
-from latentac.reading import parse_json
+from latentac.reading import parse_json, read_regular
 from latentac.run import VERBS
 from latentac.store import Entry, Manifest, Store, open_store
 from latentac.store.pool import OBJECTS
@@ -161,7 +161,7 @@ def list_runs(output: Path, store: str) -> list[Run]:
 def store_of(folder: Path) -> str:
     """The store that the run in `folder` was started with, "" for the default one of its output."""
     try:
-        store = str(parse_json((folder / _REQUEST).read_text())["store"])
+        store = str(parse_json(read_regular(folder / _REQUEST))["store"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return store.replace("{output}", str(folder.parent.resolve()), 1)
@@ -286,7 +286,7 @@ def _failed(traces: Traces) -> str:
     if traces.folder is None:
         return ""
     try:
-        left = parse_json((traces.folder / ERROR_FILE).read_text())
+        left = parse_json(read_regular(traces.folder / ERROR_FILE))
         step, when = str(left["task"]), (traces.folder / ERROR_FILE).stat().st_mtime
     except (OSError, ValueError, KeyError, TypeError):
         return ""
@@ -317,7 +317,7 @@ def _object(found: Any) -> dict[str, Any]:
 
 def _json(folder: Path | None, name: str) -> dict[str, Any]:
     try:
-        return _object(parse_json((folder / name).read_text()) if folder else None)
+        return _object(parse_json(read_regular(folder / name)) if folder else None)
     except (OSError, ValueError):
         return {}
 
@@ -328,7 +328,7 @@ def _request(folder: Path | None) -> dict[str, Any]:
         return {}
     try:
         file = folder / _REQUEST
-        asked, made = parse_json(file.read_text()), file.stat().st_mtime
+        asked, made = parse_json(read_regular(file)), file.stat().st_mtime
         fields = read_overrides(asked["overrides"])
         started = datetime.fromtimestamp(made, UTC).isoformat(timespec="seconds")
         return {"recipe": asked["recipe"], "seed": fields.get("seed"), "started": started}

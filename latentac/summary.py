@@ -11,7 +11,7 @@ from typing import Any
 
 from latentac.arms import best_steered
 from latentac.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem
-from latentac.reading import parse_json, record
+from latentac.reading import parse_json, read_regular, record
 from latentac.store import Manifest, Store
 
 STEPS = ("prepare", "pretrain-value", "train", "evaluate", "steer", "gate", "deploy")
@@ -223,9 +223,9 @@ def _finite(value: Any, path: str, dropped: Counter[str]) -> Any:
 def read_timings(path: Path) -> Mapping[str, Any]:
     """What the driver wrote: {"stages": {step: seconds}, "total": seconds}, or nothing."""
     try:
-        found = dict(parse_json(path.read_text())) if path.exists() else {}
+        found = dict(parse_json(read_regular(path))) if path.exists() else {}
         if not all(math.isfinite(each) for each in (found.get("total", 0.0), *dict(found.get("stages", {})).values())):
             raise ValueError("a time is not finite")
         return found
-    except (ValueError, TypeError, OverflowError) as error:
+    except (OSError, ValueError, TypeError, OverflowError) as error:
         raise IntegrityError(str(path), f"is not the driver's JSON ({error})", "Remove it") from None

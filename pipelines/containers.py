@@ -8,11 +8,14 @@ keeper process removes them when it ends, however it ends.
 
 import contextlib
 import dataclasses
+import logging
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +33,7 @@ from latentac.lifetime import run_lock
 from latentac.scratch import empty_folder
 from latentac.store import access
 from latentac.task import EVENTS
+from latentac.waiting import TimeUp, within
 from pipelines.driver import Way
 from pipelines.request import Request, local_sources
 
@@ -41,7 +45,19 @@ _LOCAL = {name: f"latentac/{name}:dev" for name in ("pipeline", "train", "serve"
 _SERVED = "serve"
 _DECIDING = ("gate", "finish")
 _START_SECONDS = 60.0
+_ANSWER_SECONDS = 30.0
+"""For the daemon to answer a ping, before and while a run goes on."""
+
+_LOOK_SECONDS = 10.0
+_MOST_MISSED = 2
+_CALL_SECONDS = 600.0
+"""For one other call of the daemon: to make a container may take minutes, where its driver copies the image."""
+
+_REMOVAL_SECONDS = 60.0
 _AS_THEY_ARE = ("HF_HUB_OFFLINE", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "https_proxy", "http_proxy", "no_proxy")
+
+
+_log = logging.getLogger("latentac.pipeline")
 
 
 def image(name: str) -> str:
@@ -70,6 +86,7 @@ def containers(run: str, request: Request, output: Path) -> Iterator[Way]:
     (folder / "kfp" / "workspace").mkdir()
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(contextlib.closing(_client()))
+        stack.enter_context(_answering())
         _check_images(client, own_store=not request.store)
         _remove(client, {RUN_LABEL: run})  # of a driver and a keeper that were killed together
         stack.enter_context(_keeper(driver))
@@ -94,13 +111,53 @@ def containers(run: str, request: Request, output: Path) -> Iterator[Way]:
 def _client() -> docker.DockerClient:
     _leave_out_proxies()
     try:
-        client = docker.from_env(timeout=600)
-        client.ping()
-    except (DockerException, ValueError) as error:
-        where = os.environ.get("DOCKER_HOST") or "docker"
+        return within(_ANSWER_SECONDS, _pinged)
+    except (DockerException, ValueError, TimeUp) as error:
         remedy = "Start one, or export DOCKER_HOST"
-        raise ResourceError(where, f"no docker daemon answers ({_short(error)})", remedy) from None
+        raise ResourceError(_host(), f"no docker daemon answers ({_short(error)})", remedy) from None
+
+
+def _pinged() -> docker.DockerClient:
+    client = docker.from_env(timeout=_CALL_SECONDS)
+    client.ping()
     return client
+
+
+def _host() -> str:
+    return os.environ.get("DOCKER_HOST") or "docker"
+
+
+@contextlib.contextmanager
+def _answering() -> Iterator[None]:
+    """Ends the body, in the main thread, when the daemon answers no longer. A container may be silent for hours, and
+    from a daemon that hangs nothing comes either: so it is asked beside that. Raises ResourceError."""
+    ended, lost = threading.Event(), threading.Event()
+
+    def look() -> None:
+        missed = 0
+        while not ended.wait(_LOOK_SECONDS):
+            try:
+                within(_ANSWER_SECONDS, lambda: _pinged().close())
+                missed = 0
+            except TimeUp:
+                missed += 1
+                if missed == _MOST_MISSED:
+                    lost.set()
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    return
+            except (DockerException, OSError):  # it is gone, and so are the connections that the body waits on
+                missed = 0
+
+    threading.Thread(target=look, name="latentac-docker", daemon=True).start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not lost.is_set():
+            raise
+        problem = f"the docker daemon has not answered {_MOST_MISSED} pings within {_ANSWER_SECONDS:g} s each"
+        raise ResourceError(_host(), problem, "Look at it, start it again, and resume the run") from None
+    finally:
+        ended.set()
 
 
 def _leave_out_proxies() -> None:
@@ -232,9 +289,9 @@ def _minio(client: docker.DockerClient, folder: Path, driver: str) -> Iterator[d
                 "AWS_REGION": "us-east-1",
             }
         finally:
-            with contextlib.suppress(DockerException):
-                container.stop(timeout=10)
-                container.remove(force=True)
+            with contextlib.suppress(DockerException, OSError):
+                within(_REMOVAL_SECONDS, lambda: container.stop(timeout=10))
+                within(_REMOVAL_SECONDS, lambda: container.remove(force=True))
 
 
 def _free_port() -> int:
@@ -252,7 +309,12 @@ def _keeper(driver: str) -> Iterator[None]:
     try:
         yield
     finally:
-        process.communicate()
+        try:
+            process.communicate(timeout=2 * _REMOVAL_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            _log.warning("%s: the daemon does not remove the containers of this run", _host())
 
 
 def _remove(client: docker.DockerClient, labels: Mapping[str, str]) -> None:
@@ -265,7 +327,7 @@ def _remove(client: docker.DockerClient, labels: Mapping[str, str]) -> None:
 def keep(driver: str) -> None:
     """Wait until stdin ends, then remove what is labelled with `driver`, and what it had asked for just then."""
     sys.stdin.read()
-    with contextlib.closing(docker.from_env(timeout=60)) as client:
+    with contextlib.closing(docker.from_env(timeout=_REMOVAL_SECONDS)) as client:
         for _ in range(3):
             _remove(client, {DRIVER_LABEL: driver})
             time.sleep(0.3)

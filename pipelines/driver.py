@@ -15,7 +15,7 @@ from latentac.calls import CALLS, crash_in_call, fresh_calls
 from latentac.calls import FOLDER as REWARD_CALLS
 from latentac.errors import LatentacError, ServingError
 from latentac.lifetime import own_descendants, refuse_links, run_lock, stop_on_sigterm
-from latentac.reading import parse_json
+from latentac.reading import parse_json, read_regular
 from latentac.task import ERROR_FILE, EVENTS
 from latentac.terminal import Guarded
 from pipelines.console import Console
@@ -81,8 +81,11 @@ def run_pipeline(run: str, request: Request, output: Path, *, fresh: bool) -> in
                 print(failure.message, file=sys.stderr)
                 return failure.exit_code
             return _report(f"{failure.step}: {failure.message}", failure.exit_code, run, request, output)
-        except LatentacError:  # before the first step
-            if fresh:
+        except LatentacError as error:
+            if console.running or console.finished:
+                step = console.running or "pipeline"
+                return _report(f"{step}: {error}", error.exit_code, run, request, output)
+            if fresh:  # it was before the first step
                 shutil.rmtree(folder)
             raise
     return 0
@@ -173,7 +176,7 @@ def _failure(folder: Path, console: Console) -> StepFailed:
     """What the failed step left behind; for one that was killed, what was seen of it."""
     step = console.failed or console.running
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        left = parse_json((folder / ERROR_FILE).read_text())
+        left = parse_json(read_regular(folder / ERROR_FILE))
         if step in (None, left["task"]):
             return StepFailed(str(left["task"]), int(left["exit_code"]), str(left["message"]))
     if console.running is not None:

@@ -13,7 +13,6 @@ SUCCEEDED, FAILED, SKIPPED, PENDING, RUNNING = "SUCCEEDED", "FAILED", "SKIPPED",
 CANCELED = "CANCELED"
 OVER = frozenset({SUCCEEDED, FAILED, CANCELED})
 _STEP_OVER = frozenset({SUCCEEDED, FAILED, SKIPPED, CANCELED})
-_OUTAGE_SECONDS = 300.0
 
 Troubles = Callable[[str], list[str]]
 """A run's id -> what its pods wait for or died of, where Kubernetes can be asked; else it gives nothing."""
@@ -21,7 +20,8 @@ Troubles = Callable[[str], list[str]]
 
 @dataclass
 class Follower:
-    """Follows one run. say: takes each line; pending_seconds: how long a pod may wait before we give up."""
+    """Follows one run. say: takes each line; pending_seconds: how long a pod may wait before we give up;
+    outage_seconds: how long the server may not answer; total_seconds: for the whole run, None for no bound."""
 
     service: Service
     steps: tuple[str, ...]
@@ -31,6 +31,7 @@ class Follower:
     pending_seconds: float = 900.0
     poll_seconds: float = 3.0
     total_seconds: float | None = None
+    outage_seconds: float = 300.0
     _seen: dict[str, str] = field(default_factory=dict)
     _told: dict[str, float] = field(default_factory=dict)
     _states: list[str] = field(default_factory=list)
@@ -53,13 +54,15 @@ class Follower:
             time.sleep(self.poll_seconds)
 
     def _read(self, run_id: str) -> Any:
-        deadline = time.monotonic() + _OUTAGE_SECONDS
+        began = time.monotonic()
         while True:
             try:
                 return self.service.run(run_id)
             except ClusterUnavailable as error:
-                if time.monotonic() > deadline:
-                    raise
+                passed = time.monotonic() - began
+                if passed > self.outage_seconds:
+                    problem, remedy = f"{error.problem}; no answer for {passed:.0f} s", "It may go on: follow it again"
+                    raise ClusterUnavailable(error.where, problem, remedy) from error
                 self.say(f"{error.where}: {error.problem}; asking again")
                 time.sleep(self.poll_seconds)
 

@@ -13,7 +13,7 @@ from typing import Any
 from latentac.errors import ConfigError, IntegrityError, Problem
 from latentac.fields import read_overrides
 from latentac.names import is_name
-from latentac.reading import parse_json
+from latentac.reading import parse_json, read_regular
 from pipelines.request import Request, located, relative
 
 _FILE = "sweep.json"
@@ -85,7 +85,7 @@ def load(name: str, output: Path) -> Sweep:
         remedy = f"Known: {', '.join(known[:10])}." if known else "There is none: leave it out."
         raise ConfigError([Problem("--resume", name, f"no such sweep in {output}", remedy)])
     try:
-        fields = parse_json(path.read_text())
+        fields = parse_json(read_regular(path))
         asked = Request(**{**fields["request"], "overrides": tuple(fields["request"]["overrides"])})
         found = [Member(**member) for member in fields["members"]]
         if fields["name"] != name or not all(member.run == "" or is_name(member.run) for member in found):

@@ -20,7 +20,7 @@ import yaml
 from latentac import package as packages
 from latentac.errors import ConfigError, Problem, ResourceError, require
 from latentac.fields import read_file, read_overrides
-from latentac.reading import parse_json
+from latentac.reading import parse_json, read_regular
 
 _FILE = "request.json"
 _GIVEN, _PACKAGE = "given-config", "given-package"
@@ -156,7 +156,7 @@ def load_run(run: str, output: Path, given: Mapping[str, object]) -> Request:
 def read_request(folder: Path) -> Request:
     """The request in the run's folder, its places as they are now. Raises ConfigError where it cannot be read."""
     try:
-        fields = parse_json((folder / _FILE).read_text())
+        fields = parse_json(read_regular(folder / _FILE))
         request = Request(**{**fields, "overrides": tuple(fields["overrides"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         remedy = "Start a new run; what this one has published stays in its store."

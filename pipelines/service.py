@@ -19,7 +19,8 @@ import kfp_server_api as api
 from urllib3.exceptions import HTTPError, SSLError
 
 from latentac.errors import ClusterError, ClusterUnavailable, ConfigError, Problem
-from latentac.reading import parse_json
+from latentac.reading import parse_json, read_given
+from latentac.waiting import Bounds, within
 
 ENDPOINT, TOKEN, TOKEN_FILE = "KF_PIPELINES_ENDPOINT", "LATENTAC_KFP_TOKEN", "KF_PIPELINES_SA_TOKEN_PATH"
 COOKIE = "LATENTAC_KFP_COOKIE"
@@ -27,9 +28,10 @@ MAX_PARAMETERS = 100_000
 """Bytes. They come on a step's command line, which takes little more."""
 
 _RETRIES = 3
-_SECONDS = 30.0
+_BOUNDS = Bounds()
 _TRANSIENT = frozenset({429, 502, 503, 504})
 _PAGE = 100
+_MOST_PAGES = 1000
 Answer = TypeVar("Answer")
 
 
@@ -49,14 +51,15 @@ class Order:
 class Service:
     """Kubeflow Pipelines at `host`. namespace: of the user, where it serves many, else empty.
 
-    Every method may raise ClusterError (refused) and ClusterUnavailable (no answer, retries included).
+    Every method may raise ClusterError (refused) and ClusterUnavailable (no answer, retries included). Each question
+    ends within `bounds.total_seconds`; a list has at most 1000 pages.
     """
 
-    def __init__(self, host: str, namespace: str = "", authorities: str = "") -> None:
+    def __init__(self, host: str, namespace: str = "", authorities: str = "", bounds: Bounds = _BOUNDS) -> None:
         if not host.startswith(("http://", "https://")):
             remedy = f"Give its address, as in http://localhost:8888, or export {ENDPOINT}."
             raise ConfigError([Problem("--host", host, "is not the address of Kubeflow Pipelines", remedy)])
-        self.host, self.namespace = host.rstrip("/"), namespace
+        self.host, self.namespace, self._bounds = host.rstrip("/"), namespace, bounds
         configuration = api.Configuration(host=self.host)
         configuration.retries = False  # ours, which know what may be asked twice
         if authorities:
@@ -178,13 +181,18 @@ class Service:
         return str(self._call(where, self._experiments.experiment_service_create_experiment, body).experiment_id)
 
     def _pages(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[Any]:
-        token = ""
-        while True:
+        token, seen = "", set[str]()
+        while len(seen) < _MOST_PAGES:
             page = self._call("list", method, *arguments, page_size=_PAGE, page_token=token, **options)
             yield page
             token = page.next_page_token
             if not token:
                 return
+            if token in seen:
+                break
+            seen.add(token)
+        remedy = "Check that --host is Kubeflow Pipelines, and delete old versions and experiments"
+        raise ClusterError(f"{self.host}, list", f"its list has no end after {len(seen)} pages of {_PAGE}", remedy)
 
     def _once(self, where: str, method: Callable[..., Answer], *arguments: Any) -> Answer:
         """For what must not be done twice: no answer is no proof that it was not done."""
@@ -193,9 +201,10 @@ class Service:
     def _call(
         self, where: str, method: Callable[..., Answer], *arguments: Any, retries: int = _RETRIES, **options: Any
     ) -> Answer:
+        began, seconds = time.monotonic(), self._bounds.answer_seconds
         for attempt in range(retries + 1):
             try:
-                return method(*arguments, _request_timeout=_SECONDS, **options)
+                return within(seconds, lambda: method(*arguments, _request_timeout=(seconds, seconds), **options))
             except api.ApiException as error:
                 refusal = self._refused(where, error)
                 if error.status not in _TRANSIENT:
@@ -206,10 +215,14 @@ class Service:
                 raise ClusterError(self.host, f"there is no trusted TLS connection to it ({error})", remedy) from None
             except (HTTPError, OSError) as error:
                 last = error
-            if attempt < retries:
-                time.sleep(0.3 * 2**attempt * random.uniform(0.5, 1.5))
+            pause = 0.3 * 2**attempt * random.uniform(0.5, 1.5)
+            if attempt == retries or time.monotonic() + pause > began + self._bounds.retry_seconds:
+                break
+            time.sleep(pause)
         remedy = "Check --host, and that it can be reached from here: kubectl port-forward svc/ml-pipeline 8888"
-        raise ClusterUnavailable(self.host, f"Kubeflow Pipelines does not answer ({last})", remedy) from last
+        waited = f"given up after {time.monotonic() - began:.1f} s"
+        problem = f"Kubeflow Pipelines does not answer ({last}), {waited}"
+        raise ClusterUnavailable(f"{self.host}, {where}", problem, remedy) from last
 
     def _refused(self, where: str, error: api.ApiException) -> ClusterError:
         try:
@@ -243,9 +256,9 @@ def _token() -> str:
         return token
     file = os.environ.get(TOKEN_FILE)
     try:
-        return Path(file).read_text().strip() if file else ""
-    except OSError as error:
-        raise ConfigError([Problem(TOKEN_FILE, file, f"cannot be read: {error.strerror}", "Unset it.")]) from None
+        return read_given(Path(file)).strip() if file else ""
+    except (OSError, ValueError) as error:
+        raise ConfigError([Problem(TOKEN_FILE, file, f"cannot be read: {error}", "Unset it.")]) from None
 
 
 def _secret(name: str) -> str:

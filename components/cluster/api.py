@@ -18,13 +18,18 @@ from urllib3.exceptions import HTTPError
 
 from latentac.errors import ClusterError, ClusterUnavailable, ConfigError, Problem
 from latentac.reading import parse_json
+from latentac.waiting import Bounds, TimeUp, within
 
 MANAGER = "latentac"
 """Our field manager in server-side apply."""
 
 _RETRIES = 5
-_TIMEOUT_SECONDS = (10.0, 30.0)  # to connect, to read; the client takes no notice of a single float
+_CONNECT_SECONDS = 10.0
 _SILENCE_SECONDS = 60.0
+_LOGIN_SECONDS = 120.0
+"""For a program that the kubeconfig names to get credentials: a person may have to log in."""
+
+_BOUNDS = Bounds()
 _TRANSIENT = frozenset({429, 500, 502, 503, 504})
 _UNKNOWN_FIELD = "field not declared in schema"
 
@@ -53,11 +58,33 @@ SERVING_RUNTIMES = Kind("serving.kserve.io", "v1alpha1", "servingruntimes")
 HTTP_ROUTES = Kind("gateway.networking.k8s.io", "v1", "httproutes")
 
 
-class Api:
-    """One namespace of one API server. Every method may raise ClusterError (refused) and ClusterUnavailable."""
+class BoundedClient(client.ApiClient):
+    """Every call ends, also those of other libraries that are given this client: on its own it would wait for ever."""
 
-    def __init__(self, api_client: client.ApiClient, namespace: str) -> None:
-        self.client, self.namespace = api_client, namespace
+    def __init__(self, settings: client.Configuration, bounds: Bounds) -> None:
+        settings.retries = False  # urllib3 would try each of our attempts four times
+        super().__init__(settings)
+        self._seconds = bounds.answer_seconds
+
+    def call_api(self, *arguments: Any, _request_timeout: Any = None, **options: Any) -> Any:
+        """As the class above does. With `_preload_content=False` only the answer's head is waited for.
+
+        Raises TimeUp too.
+        """
+        # A pair, for the client takes no notice of a single float.
+        options["_request_timeout"] = _request_timeout or (min(_CONNECT_SECONDS, self._seconds), self._seconds)
+        ask = super().call_api
+        return within(self._seconds, lambda: ask(*arguments, **options))
+
+
+class Api:
+    """One namespace of one API server. Every method may raise ClusterError (refused) and ClusterUnavailable.
+
+    A method that returns has its answer within `bounds.total_seconds`.
+    """
+
+    def __init__(self, settings: client.Configuration, namespace: str, bounds: Bounds = _BOUNDS) -> None:
+        self.client, self.namespace, self.bounds = BoundedClient(settings, bounds), namespace, bounds
 
     def get(self, kind: Kind, name: str, subresource: str = "") -> dict[str, Any] | None:
         """The object, or None where there is none."""
@@ -112,7 +139,7 @@ class Api:
                     auth_settings=["BearerToken"],
                     _preload_content=False,
                     _return_http_data_only=True,
-                    _request_timeout=(_TIMEOUT_SECONDS[0], _SILENCE_SECONDS),
+                    _request_timeout=(_CONNECT_SECONDS, _SILENCE_SECONDS),
                 )
             except client.ApiException as error:
                 if error.status in (400, 404):
@@ -135,13 +162,14 @@ class Api:
             refusal = _refused(method, path, error)
             if error.status not in _TRANSIENT:
                 raise refusal from None
-            raise self._unavailable(refusal) from refusal
+            raise self._unavailable(refusal, f"{method} {path.partition('?')[0]}") from refusal
         except (HTTPError, OSError) as error:
-            raise self._unavailable(error) from error
+            raise self._unavailable(error, f"{method} {path.partition('?')[0]}") from error
 
-    def _unavailable(self, error: Exception) -> ClusterUnavailable:
+    def _unavailable(self, error: Exception, asked: str, waited: str = "") -> ClusterUnavailable:
         host = self.client.configuration.host
-        return ClusterUnavailable(host, f"the API server does not answer ({error})", "Try again later")
+        problem = f"the API server does not answer {asked} ({error}){waited}"
+        return ClusterUnavailable(host, problem, "Check that it can be reached from here, and try again later")
 
     def _call(
         self,
@@ -153,6 +181,7 @@ class Api:
         missing: bool = False,
         text: bool = False,
     ) -> Any:
+        began = time.monotonic()
         for attempt in range(_RETRIES + 1):
             try:
                 answer = self.client.call_api(
@@ -164,9 +193,8 @@ class Api:
                     response_type="object",
                     _preload_content=not text,  # the client would take a log of digits for a number
                     _return_http_data_only=True,
-                    _request_timeout=_TIMEOUT_SECONDS,
                 )
-                return answer.data.decode(errors="replace") if text else answer
+                return self._text(answer) if text else answer
             except client.ApiException as error:
                 if error.status == 404 and missing:
                     return None
@@ -176,24 +204,35 @@ class Api:
                 last: Exception = refusal
             except (HTTPError, OSError) as error:
                 last = error
-            if attempt < _RETRIES:
-                time.sleep(min(10.0, 0.2 * 2**attempt) * random.uniform(0.5, 1.5))
-        raise self._unavailable(last) from last
+            pause = 0.2 * 2**attempt * random.uniform(0.5, 1.5)
+            if attempt == _RETRIES or time.monotonic() + pause > began + self.bounds.retry_seconds:
+                break
+            time.sleep(pause)
+        waited = f", given up after {time.monotonic() - began:.1f} s"
+        raise self._unavailable(last, f"{method} {path.partition('?')[0]}", waited) from last
+
+    def _text(self, response: Any) -> str:
+        data: bytes = within(self.bounds.answer_seconds, lambda: response.data)
+        return data.decode(errors="replace")
 
 
 def connect(namespace: str) -> Api:
     """The cluster around this pod, else the kubeconfig's current context. Raises ConfigError if there is neither."""
-    settings = client.Configuration()
+    settings, named = client.Configuration(), os.environ.get("KUBECONFIG")
     try:
         config.load_incluster_config(client_configuration=settings)
     except config.ConfigException:
         try:
-            # The package keeps the variable as it was when it was imported.
-            config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=settings)
+            # The package keeps the variable as it was when it was imported. It may run a program, or ask a server.
+            within(_LOGIN_SECONDS, lambda: config.load_kube_config(named, client_configuration=settings))
+        except TimeUp as error:
+            problem = f"what it names gives no credentials ({error})"
+            remedy = "Log in with kubectl first, or correct the kubeconfig."
+            raise ConfigError([Problem("KUBECONFIG", named, problem, remedy)]) from None
         except (config.ConfigException, OSError) as error:
             remedy = "Export KUBECONFIG, or run this in a pod with a service account."
             raise ConfigError([Problem("KUBECONFIG", None, f"no cluster is configured: {error}", remedy)]) from None
-    return Api(client.ApiClient(settings), namespace)
+    return Api(settings, namespace)
 
 
 def _refused(method: str, path: str, error: client.ApiException) -> ClusterError:

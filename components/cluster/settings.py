@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 from latentac.config import Fraction, NonNegative, Positive, Rate, Section
 from latentac.errors import ConfigError, Problem
 from latentac.fields import MAX_CHARACTERS, DuplicateKey, read_yaml
+from latentac.reading import read_given
 
 SETTINGS = "LATENTAC_CLUSTER"
 """Environment variable: path of cluster.yaml. Where it is set, train and deploy work on the cluster."""
@@ -184,8 +185,7 @@ def parse(text: str, where: str) -> Cluster:
 def read(path: Path) -> Cluster:
     """Settings from a file. Raises ConfigError."""
     try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_CHARACTERS + 1)  # one more than are read
+        text = read_given(path, MAX_CHARACTERS + 1)  # one more than are read
     except (OSError, UnicodeDecodeError) as error:
         remedy = "Name the chart's file."
         raise ConfigError([Problem(SETTINGS, str(path), f"cannot be read: {error}", remedy)]) from None

@@ -43,6 +43,9 @@ LAST_WORDS = "train-last-words.txt"
 _ENDED = frozenset({"Completed", "Failed", "Aborted", "Terminated"})
 _ENDING = _ENDED | {"Aborting", "Terminating"}
 _LAST_LINES_SECONDS = 5.0
+_ROOM_SECONDS = 120.0
+"""Beyond the grace of its pods, until a job that has ended makes room for the next."""
+
 _TRIES = 6
 _log = logging.getLogger("latentac.train")
 
@@ -71,12 +74,16 @@ class Volcano:
     def _submit(self, space: Workspace) -> dict[str, Any]:
         """The run's job: the one at work if there is one, else a new one in place of one that has ended."""
         name = job_name(self.settings.namespace, space.run, space.config.hash)
-        deadline = time.monotonic() + self.settings.train.grace_seconds + 120
+        deadline = time.monotonic() + self.settings.train.grace_seconds + _ROOM_SECONDS
         while True:
             if self._create(space, name):
                 _log.info("submitted %s to the queue %s", self._where(name), self.settings.train.queue)
             job = self._api.get(VOLCANO_JOBS, name)
             if job is None:  # it went between the two calls
+                if time.monotonic() > deadline:
+                    problem = "is gone again each time that it is submitted"
+                    raise ClusterError(self._where(name), problem, "Look at what deletes it, and run again")
+                time.sleep(self._poll_seconds)
                 continue
             self._check_own(space, job)
             if _phase(job) not in _ENDING:
@@ -108,6 +115,7 @@ class Volcano:
             if owners:
                 job["metadata"]["ownerReferences"] = owners
             info.request.resource = job
+            began = time.monotonic()
             for tried in range(1, _TRIES + 1):
                 try:
                     with self._api.translated("POST", VOLCANO_JOBS.path(self.settings.namespace)):
@@ -118,7 +126,7 @@ class Volcano:
                         raise
                     return False
                 except ClusterUnavailable:
-                    if tried == _TRIES:
+                    if tried == _TRIES or time.monotonic() + tried > began + self._api.bounds.retry_seconds:
                         raise
                     time.sleep(tried)
         raise AssertionError("unreachable")

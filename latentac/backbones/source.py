@@ -8,6 +8,8 @@ from pathlib import Path
 from latentac.backbones.inspection import SUPPORTED, conversion, inspect
 from latentac.backbones.layout import INDEX, Layout, listing
 from latentac.errors import ConfigError, Problem
+from latentac.hub import names as hub_names
+from latentac.hub import offline, snapshot
 from latentac.modelfiles import faults
 
 _log = logging.getLogger(__name__)
@@ -64,15 +66,14 @@ def _found(source: str, layout: Layout | None, revision: str) -> tuple[Path, str
 
 def _from_hub(source: str, layout: Layout | None, revision: str | None) -> tuple[Path, str]:
     """The snapshot in the hub's cache, with what is used of it downloaded where the hub can be reached."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=[INDEX]))
+        folder = snapshot(source, revision, [INDEX])
         commit = folder.name
         if layout is None:
             patterns = ["*.safetensors", "*.json", "*.txt", "*.model"]
-            return Path(snapshot_download(source, revision=commit, allow_patterns=patterns)), commit
+            return snapshot(source, commit, patterns), commit
         names = _names(source, folder, commit)
         used = layout.files(names)
         if INDEX not in used:
@@ -82,35 +83,27 @@ def _from_hub(source: str, layout: Layout | None, revision: str | None) -> tuple
         # What says most is read first: what it rules out is not worth gigabytes.
         small = [name for name in used if not name.endswith(".safetensors")]
         for wanted in (small, used):
-            snapshot_download(source, revision=commit, allow_patterns=[glob.escape(name) for name in wanted])
-            problems = inspect(source, folder, layout, weights=_offline()) if wanted is small else []
+            snapshot(source, commit, [glob.escape(name) for name in wanted])
+            problems = inspect(source, folder, layout, weights=offline()) if wanted is small else []
             if problems:
                 raise ConfigError(problems)
         return folder, commit
     except (OSError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         which = f" at revision {revision}" if revision else ""
-        hint = "HF_HUB_OFFLINE is set, and the cache does not hold it: fetch it once without. " if _offline() else ""
+        hint = "HF_HUB_OFFLINE is set, and the cache does not hold it: fetch it once without. " if offline() else ""
         problem = f"is no folder here and could not be had from the hub{which} ({reason})"
         raise _bad(source, problem, f"{hint}{_REMEDY}; a gated one needs HF_TOKEN") from error
 
 
 def _names(source: str, folder: Path, commit: str) -> list[str]:
     """Names of the repository's files, or, where the hub cannot be reached, of those that the cache holds."""
-    from huggingface_hub import HfApi
-
-    if not _offline():
+    if not offline():
         try:
-            return list(HfApi().list_repo_files(source, revision=commit))
-        except Exception as error:  # noqa: BLE001 - unreachable in any way: what the cache holds may do
-            _log.info("the hub did not answer (%s): its cache is used", type(error).__name__)
+            return hub_names(source, commit)
+        except OSError as error:  # unreachable in any way: what the cache holds may do
+            _log.info("the hub did not answer (%s): its cache is used", error)
     return listing(folder)
-
-
-def _offline() -> bool:
-    from huggingface_hub import is_offline_mode
-
-    return bool(is_offline_mode())
 
 
 def _bad(source: str, problem: str, remedy: str = _REMEDY) -> ConfigError:

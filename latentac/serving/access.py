@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from latentac.errors import ConfigError, Problem
+from latentac.reading import read_given
 
 ANY = "*"
 _LEAST_CHARACTERS = 16
@@ -55,9 +56,9 @@ def is_loopback(name: str) -> bool:
 
 def _token(file: Path) -> str:
     try:
-        token = file.read_text(encoding="ascii").strip()
+        token = read_given(file, encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not ASCII"
+        reason = (error.strerror or error) if isinstance(error, OSError) else "it is not ASCII"
         remedy = "Name a file that holds the token alone"
         raise ConfigError([Problem("--token-file", str(file), f"cannot be read: {reason}", remedy)]) from None
     if len(token) < _LEAST_CHARACTERS or not token.isprintable() or " " in token:

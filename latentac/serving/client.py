@@ -9,14 +9,17 @@ from urllib.parse import urlsplit
 from latentac.errors import ServingError
 from latentac.reading import parse_json
 from latentac.serving.server import NAME
+from latentac.waiting import within
 
 ANSWER_SECONDS = 300.0
+"""As long as a model's `request_seconds` is by default."""
+
 TOKEN = "LATENTAC_TOKEN"  # noqa: S105 - a name
 """Environment variable of the token that an endpoint asks for, for steps that ask one."""
 
 
 class Client:
-    """`name`: of the model. `seconds`: bound of one read while a picture is drawn. `host`: the Host header where it
+    """`name`: of the model. `seconds`: bound of a whole answer. `host`: the Host header where it
     is not the address's own, as behind a gateway. `token`: what the server asks for, if it does. Each question has a
     connection of its own, and no proxy settings are read."""
 
@@ -36,7 +39,8 @@ class Client:
             return self.answer(request)
         except (OSError, http.client.HTTPException) as error:
             problem = f"did not answer ({type(error).__name__}: {error})"
-            raise ServingError(self.endpoint, problem, "Look at the server's log.") from error
+            remedy = f"Look at the server's log; an answer may take {self._seconds:g} s"
+            raise ServingError(self.endpoint, problem, remedy) from error
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """As `predict`, but what breaks the connection is raised as it is: OSError or HTTPException."""
@@ -53,14 +57,18 @@ class Client:
         return prediction
 
     def ready(self, seconds: float) -> bool:
-        """Whether the model says that it is ready, within `seconds` a read."""
+        """Whether the model says that it is ready, within `seconds`."""
         try:
             return self.ask("GET", f"/v2/models/{self.name}/ready", None, seconds)[0] == 200
         except (OSError, http.client.HTTPException):  # it does not listen before it has loaded
             return False
 
     def ask(self, method: str, path: str, body: str | None, seconds: float) -> tuple[int, Any]:
-        """Status and body, decoded if it is JSON."""
+        """Status and body, decoded if it is JSON. Raises OSError, also where there is no whole answer in `seconds`, and
+        HTTPException."""
+        return within(seconds, lambda: self._ask(method, path, body, seconds))
+
+    def _ask(self, method: str, path: str, body: str | None, seconds: float) -> tuple[int, Any]:
         place = urlsplit(self.address)
         secure = place.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection

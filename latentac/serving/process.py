@@ -16,10 +16,14 @@ from typing import Any, Self
 from latentac.errors import ServingError
 from latentac.extensions import ALLOWED, operator_allows
 from latentac.serving.client import Client
+from latentac.serving.exported import read
 from latentac.serving.server import HOST, NAME, bind
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 30.0
+SPARE_SECONDS = 15.0
+"""For an answer beyond the time that the model gives itself: it says itself that it took too long."""
+
 TAIL_BYTES = 16384
 
 
@@ -82,12 +86,13 @@ class ServerProcess:
     def predict(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The prediction for one request (`serving/README.md`). Raises ServingError if there is none."""
         try:
-            return self._client().answer(request)
+            seconds = read(self._folder).batching.request_seconds + SPARE_SECONDS
+            return Client(self.address, self.name, seconds=seconds).answer(request)
         except (OSError, http.client.HTTPException) as error:
             # A killed server breaks the connection a moment before it is gone.
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(1)
-            raise self._failure(f"did not answer ({type(error).__name__})") from error
+            raise self._failure(f"did not answer ({type(error).__name__}: {error})") from error
 
     def wait(self, seconds: float) -> int:
         """The exit code, once the process has ended by itself. Raises subprocess.TimeoutExpired."""

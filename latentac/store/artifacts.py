@@ -42,6 +42,8 @@ from latentac.store.pool import Pool, hash_of
 PROGRESS_BYTES = 8 * 2**20
 _MAX_JSON_BYTES = 64 * 2**20
 _PATIENCE = Patience()
+_PROBE_SECONDS = (5.0, 10.0)
+"""`timeout_seconds` and `idle_seconds` of a probe, at most."""
 
 
 class Store:
@@ -223,19 +225,27 @@ class Store:
     def read_files(self, prefix: str, folder: Path | str) -> None:
         """Copies the plain objects `<prefix>/<path>` to `folder`: what `write_files` has written."""
         self._key(prefix)
-        for name in self._backend.names(f"{prefix}/"):
+        for name, entry in self._backend.entries(f"{prefix}/").items():
             relative = name.removeprefix(f"{prefix}/")
             if not is_inside(relative):  # who may write to a bucket may name an object anything
                 continue
             target = Path(folder) / relative
             target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("wb") as file:
-                self._backend.get(name, Stream(file))
+            try:
+                with target.open("wb") as file:
+                    self._backend.get(name, Stream(file, limit=entry.size))
+            except Overrun:
+                problem = f"it has more than the {entry.size} bytes that the store's list names"
+                raise IntegrityError(f"{self.url}/{name}", problem, "Let nothing write to it, and run again") from None
 
     def probe(self) -> None:
         """Writes, reads back and removes an object, with few retries, to fail within seconds if the store would."""
         given = self._patience
-        bounds = {"timeout_seconds": min(5.0, given.timeout_seconds), "idle_seconds": min(10.0, given.idle_seconds)}
+        timeout, idle = _PROBE_SECONDS
+        bounds = {
+            "timeout_seconds": min(timeout, given.timeout_seconds),
+            "idle_seconds": min(idle, given.idle_seconds),
+        }
         patience = replace(given, retries=2, **bounds)
         backend, name, word = connect(self.url, patience), f"probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
         sink = BytesIO()

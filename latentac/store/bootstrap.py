@@ -22,14 +22,20 @@ exit codes: 0 the store is ready, 2 wrong arguments or environment, 3 it refuses
 BACK_OFF_SECONDS = 2.0
 
 
-def bootstrap(url: str, wait_seconds: float, *, make: bool = True) -> bool:
-    """Whether the bucket was made now. Raises ConfigError, StoreAccessError and StoreUnavailable."""
-    patience = Patience(
+def patience_of(wait_seconds: float) -> Patience:
+    """No attempt begins later than `wait_seconds` after the first."""
+    return Patience(
         retries=max(1, round(wait_seconds / BACK_OFF_SECONDS)),
         back_off_seconds=BACK_OFF_SECONDS / 2,
         back_off_max_seconds=BACK_OFF_SECONDS,
         timeout_seconds=10.0,
+        idle_seconds=wait_seconds,
     )
+
+
+def bootstrap(url: str, wait_seconds: float, *, make: bool = True) -> bool:
+    """Whether the bucket was made now. Raises ConfigError, StoreAccessError and StoreUnavailable."""
+    patience = patience_of(wait_seconds)
     if not url.startswith("s3://"):
         raise ConfigError([Problem("--store", url, "is not s3://<bucket>/<prefix>", "Only buckets are made ready")])
     made = False

@@ -2,7 +2,9 @@
 
 The server is retried in two places. Each request is repeated by urllib3, so that one lost part does not send a large
 file again; where the connection breaks within an answer, or an upload was forgotten by a restarted server, the whole
-operation is repeated. The parts of an upload that was given up are the server's to clean away (MinIO: after a day).
+operation is repeated. Whatever the server does, an operation in which nothing moves ends (`Patience.bound_seconds`). A
+page of a list and a list as a whole have bounds, too. The parts of an upload that was given up are the server's to
+clean away (MinIO: after a day).
 """
 
 import logging
@@ -10,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar, cast
 from urllib.parse import urlsplit
@@ -19,20 +22,53 @@ import certifi
 from minio import Minio
 from minio.commonconfig import CopySource
 from minio.error import MinioException, S3Error, ServerError
-from urllib3 import PoolManager, Retry, Timeout
+from urllib3 import BaseHTTPResponse, HTTPResponse, PoolManager, Retry, Timeout
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 
 from latentac.errors import ConfigError, Problem, StoreAccessError, StoreError, StoreUnavailable
 from latentac.store.access import ENDPOINT, Kind, kind_of, read
 from latentac.store.blobs import CHUNK_BYTES, Entry, Patience, Stream
+from latentac.waiting import TimeUp, within
 
 T = TypeVar("T")
 ENDPOINT_REMEDY = f"Check {ENDPOINT}, http or https, and that an S3 server runs there, then run again"
+MOST_OBJECTS = 1_000_000
+"""Of a list."""
+
+_MOST_ANSWER_BYTES = 64 * 2**20
 _REPEATED = (429, 500, 502, 503, 504)
 
 
 class TooSlow(HTTPError):
     """Bytes arrive, but too few."""
+
+
+class TooMuch(Exception):
+    """An answer is larger, or a list longer, than any that is meant well."""
+
+
+class _Pool(PoolManager):
+    """Reads no more of an answer that it is to read as a whole than memory has room for."""
+
+    def urlopen(  # type: ignore[override]
+        self, method: str, url: str, redirect: bool = True, preload_content: bool = True, **options: Any
+    ) -> BaseHTTPResponse:
+        response = super().urlopen(method, url, redirect, preload_content=False, **options)
+        if not preload_content and response.status < 300:
+            return response
+        content = response.read(_MOST_ANSWER_BYTES + 1) or response.data  # of a redirection it has been read
+        if len(content) > _MOST_ANSWER_BYTES:
+            response.close()
+            raise TooMuch(f"an answer has more than {_MOST_ANSWER_BYTES >> 20} MiB")
+        response.release_conn()
+        return HTTPResponse(
+            BytesIO(content),
+            response.headers,
+            response.status,
+            reason=response.reason,
+            decode_content=False,  # it is decoded
+            enforce_content_length=False,
+        )
 
 
 class _Pace:
@@ -70,14 +106,15 @@ class _Retry(Retry):
 
 @dataclass(eq=False)
 class _Operation:
-    """One that is being attempted. stream: what it moves, if anything."""
+    """One that is being attempted. stream: what it moves, if anything; listed_at: when a list's last name came."""
 
     started: float
     stream: Stream | None
+    listed_at: float = 0.0
 
     @property
     def moved_at(self) -> float:
-        return max(self.started, self.stream.moved_at if self.stream else 0.0)
+        return max(self.started, self.listed_at, self.stream.moved_at if self.stream else 0.0)
 
 
 class Bucket:
@@ -104,7 +141,7 @@ class Bucket:
         self._operations: set[_Operation] = set()
         # urllib3 sends a body under the timeout for connecting, and one part of an upload has 5 MiB.
         timeout = Timeout(connect=patience.timeout_seconds, read=patience.timeout_seconds)
-        pool = PoolManager(maxsize=10, timeout=timeout, retries=retry, ca_certs=access.authorities or certifi.where())
+        pool = _Pool(maxsize=10, timeout=timeout, retries=retry, ca_certs=access.authorities or certifi.where())
         try:
             self._client = Minio(
                 urlsplit(access.endpoint).netloc,
@@ -123,7 +160,7 @@ class Bucket:
             source.rewind()
             self._client.put_object(self._bucket, self._prefix + name, cast(BinaryIO, source), size)
 
-        self._attempt(send, name, source)
+        self._attempt(send, name, _Operation(time.monotonic(), source))
 
     def get(self, name: str, sink: Stream) -> None:
         def receive() -> None:
@@ -138,7 +175,7 @@ class Bucket:
                 response.close()
                 response.release_conn()
 
-        self._attempt(receive, name, sink)
+        self._attempt(receive, name, _Operation(time.monotonic(), sink))
 
     def keep(self, name: str, path: Path, sha256: str, size: int, moved: Callable[[int], None], owned: bool) -> str:
         with path.open("rb") as stream:
@@ -167,23 +204,24 @@ class Bucket:
         return 0
 
     def names(self, prefix: str) -> list[str]:
-        def enumerate_objects() -> list[str]:
-            found = self._client.list_objects(self._bucket, self._prefix + prefix, recursive=True)
-            return [(item.object_name or "").removeprefix(self._prefix) for item in found]
-
-        return self._attempt(enumerate_objects, prefix)
+        return list(self.entries(prefix))
 
     def entries(self, prefix: str) -> dict[str, Entry]:
+        operation = _Operation(time.monotonic(), None)
+
         def enumerate_objects() -> dict[str, Entry]:
-            found = self._client.list_objects(self._bucket, self._prefix + prefix, recursive=True)
-            entries = {}
-            for item in found:
-                changed = item.last_modified.timestamp() if item.last_modified else 0.0
+            entries: dict[str, Entry] = {}
+            for item in self._client.list_objects(self._bucket, self._prefix + prefix, recursive=True):
                 name = (item.object_name or "").removeprefix(self._prefix)
+                if name in entries or len(entries) == MOST_OBJECTS:
+                    again = f"{name[:200]!r} comes twice" if name in entries else f"over {MOST_OBJECTS} objects"
+                    raise TooMuch(f"its list has no end: {again}")
+                changed = item.last_modified.timestamp() if item.last_modified else 0.0
                 entries[name] = Entry(item.size or 0, changed, item.etag or "", moved=changed)
+                operation.listed_at = time.monotonic()
             return entries
 
-        return self._attempt(enumerate_objects, prefix)
+        return self._attempt(enumerate_objects, prefix, operation)
 
     def make(self) -> bool:
         """Makes the bucket unless it is there; True where it was made now. The user needs s3:CreateBucket for it."""
@@ -204,13 +242,21 @@ class Bucket:
     def remove(self, name: str) -> None:
         self._attempt(lambda: self._client.remove_object(self._bucket, self._prefix + name), name)
 
-    def _attempt(self, action: Callable[[], T], name: str, stream: Stream | None = None) -> T:
-        """Runs `action`, again where its answer broke off; what goes wrong comes out as this project's errors. stream:
-        what the action moves, whose last byte starts the time that may pass without one."""
-        operation = _Operation(time.monotonic(), stream)
+    def _attempt(self, action: Callable[[], T], name: str, operation: _Operation | None = None) -> T:
+        """Runs `action`, again where its answer broke off; what goes wrong comes out as this project's errors.
+        operation: says when something last moved, which starts the time that may pass until the next."""
+        operation = operation or _Operation(time.monotonic(), None)
         self._operations.add(operation)
         try:
-            return self._tried(action, name, operation)
+            # Its own attempts end before that, unless the server sends some of an answer's head, or empty pages, again
+            # and again.
+            return within(
+                self._patience.bound_seconds,
+                lambda: self._tried(action, name, operation),
+                lambda: operation.moved_at,
+            )
+        except TimeUp as error:
+            raise self._silent(name, "no answer that says anything", operation) from error
         finally:
             self._operations.discard(operation)
 
@@ -228,7 +274,9 @@ class Bucket:
                 break  # all the waiting was done below, by urllib3
             except HTTPError as error:
                 cause = error
-            except ParseError as error:
+            except TooMuch as error:
+                raise self._refused(str(error), ENDPOINT_REMEDY) from error
+            except (ParseError, ValueError) as error:  # it is no XML, or lacks an element
                 raise self._refused(f"it gives no S3 answers ({error})", ENDPOINT_REMEDY) from error
             except MinioException as error:
                 cause = error
@@ -244,10 +292,13 @@ class Bucket:
         if isinstance(cause, SSLError):
             remedy = "Name the file of its certificate authority in LATENTAC_S3_CA, and check https against http"
             raise self._refused(f"there is no trusted TLS connection to it ({cause})", remedy) from cause
-        waited = f"given up after {time.monotonic() - operation.started:.1f} s"
         problem = str(cause) if isinstance(cause, TooSlow) else f"no answer ({type(cause).__name__})"
+        raise self._silent(name, problem, operation) from cause
+
+    def _silent(self, name: str, problem: str, operation: _Operation) -> StoreUnavailable:
+        waited = f"given up after {time.monotonic() - operation.started:.1f} s"
         where = f"{self._where}, object {self._prefix}{name}" if name else self._where
-        raise StoreUnavailable(where, f"{problem}, {waited}", ENDPOINT_REMEDY) from cause
+        return StoreUnavailable(where, f"{problem}, {waited}", ENDPOINT_REMEDY)
 
     def _translated(self, error: MinioException, name: str) -> Exception:
         """The error to raise for an answer of the server."""

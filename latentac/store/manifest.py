@@ -17,6 +17,7 @@ from latentac.errors import IntegrityError, StoreError
 from latentac.store.blobs import disk_errors
 
 SCHEMA: Literal["latentac/artifact/1"] = "latentac/artifact/1"
+_GIT_SECONDS = 10.0
 _KEY = re.compile(r"(?!.*(^|/)(\.|manifest\.json|files-))[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 
 
@@ -150,10 +151,12 @@ def commit() -> str:
     git = ["git", "-C", str(here.parent)]
     try:
         # Tracked, or else this is an installed copy that merely lies inside somebody else's checkout.
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True)
+        found = [*git, "ls-files", "--error-unmatch", here.name]
+        subprocess.run(found, check=True, capture_output=True, timeout=_GIT_SECONDS)
         describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        told = subprocess.run(describe, check=True, capture_output=True, text=True, timeout=_GIT_SECONDS)
+        return told.stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, no checkout, or one that takes too long to look at
         return os.environ.get("LATENTAC_COMMIT", "").strip() or "unknown"
 
 

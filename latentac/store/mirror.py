@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from latentac.errors import ConfigError, LatentacError
 from latentac.reading import seconds, whole
-from latentac.store.blobs import CHUNK_BYTES, Blobs, Entry, Patience, Stream, connect
+from latentac.store.blobs import CHUNK_BYTES, Blobs, Entry, Overrun, Patience, Stream, connect
 from latentac.terminal import guard_streams
 
 PARTIAL = ".partial"
@@ -39,7 +39,7 @@ class Mirror:
             del self._copied[name]
         changed = [name for name, entry in wanted.items() if self._copied.get(name) != entry]
         for name in changed:
-            self._copy(name)
+            self._copy(name, wanted[name].size)
             self._copied[name] = wanted[name]
         return changed
 
@@ -54,13 +54,13 @@ class Mirror:
             if sane and total <= self._max_bytes:
                 yield str(relative), entry
 
-    def _copy(self, name: str) -> None:
+    def _copy(self, name: str, size: int) -> None:
         target, partial = self._folder / name, self._folder / PARTIAL
         target.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w+b") as copy:
             try:
-                self._backend.get(self._prefix + name, Stream(copy))
-            except FileNotFoundError:  # removed meanwhile: the next pass sees it
+                self._backend.get(self._prefix + name, Stream(copy, limit=size))
+            except (FileNotFoundError, Overrun):  # removed, or grown, meanwhile: the next pass sees it
                 return
             copy.seek(0)
             if target.exists() and _starts_with(copy, target):

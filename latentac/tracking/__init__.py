@@ -5,7 +5,8 @@
       - {use: wandb, project: shapes, mode: offline}
 
 The context of a tracker is the run's folder. It is called from one thread, of the leading worker alone. What it raises
-is told once and ends its tracking, never the training; it is waited for at the end, a minute at most.
+is told once and ends its tracking, never the training; it is waited for at the end, a minute at most. One that is
+slower than the training loses what comes while 1000 calls wait.
 """
 
 import importlib.util
@@ -13,8 +14,9 @@ import logging
 import queue
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +39,8 @@ PACKAGES = {"mlflow": "mlflow-skinny==3.17.2", "wandb": "wandb==0.26.1"}
 """What a row needs installed, as pip is told; with these versions it was tested."""
 
 _PATIENCE_SECONDS = 60.0
+_ENDING_SECONDS = 5.0
+_MOST_CALLS = 1000
 _log = logging.getLogger(__name__)
 
 
@@ -55,6 +59,9 @@ class Tracker(Protocol):
 
     def finish(self) -> None:
         """All of it is to be in its place now."""
+
+    # Optional. `address`: of the server, for messages, without a password. `abandon()`: is called from another thread
+    # where the tracker has failed or hangs, so that nothing of it keeps the process from ending.
 
 
 def missing_packages(config: Config) -> list[Problem]:
@@ -92,34 +99,71 @@ class Background:
 
     def __init__(self, name: str, make: Callable[[], Tracker], patience: float = _PATIENCE_SECONDS) -> None:
         self._name, self._make, self._patience = name, make, patience
-        self._calls: queue.SimpleQueue[Callable[[Tracker], None] | None] = queue.SimpleQueue()
+        self._calls: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(_MOST_CALLS)
+        self._lost, self._given_up = 0, False
+        self._tracker: Tracker | None = None
         self._thread = threading.Thread(target=self._work, name=f"latentac-{name}", daemon=True)
 
     def start(self, run: str, settings: Mapping[str, Any]) -> None:
         self._thread.start()
-        self._calls.put(lambda tracker: tracker.start(run, settings))
+        self._put(lambda tracker: tracker.start(run, settings))
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._calls.put(lambda tracker: tracker.log(step, scalars))
+        self._put(lambda tracker: tracker.log(step, scalars))
 
     def image(self, name: str, step: int, picture: np.ndarray) -> None:
-        self._calls.put(lambda tracker: tracker.image(name, step, picture))
+        self._put(lambda tracker: tracker.image(name, step, picture))
 
     def finish(self) -> None:
-        self._calls.put(lambda tracker: tracker.finish())
-        self._calls.put(None)
-        self._thread.join(self._patience)
+        if not self._thread.is_alive():
+            return
+        until = time.monotonic() + self._patience
+        with suppress(queue.Full):
+            self._calls.put(lambda tracker: tracker.finish(), timeout=self._patience)
+            self._calls.put(None, timeout=max(0.0, until - time.monotonic()))
+        self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
-            _log.warning("%s does not answer: what it was not told within %g s is lost", self._name, self._patience)
+            told = "%s does not answer: what it was not told within %g s is lost"
+            _log.warning(told, self._where(), self._patience)
+            self._given_up = True
+            if self._abandon():
+                self._thread.join(_ENDING_SECONDS)  # a thread that ends with the interpreter may take it down
+
+    def _put(self, call: Callable[[Tracker], None]) -> None:
+        """Nothing waits here: pictures for a tracker that hangs, or has ended, would fill the memory."""
+        if not self._thread.is_alive():
+            return
+        try:
+            self._calls.put_nowait(call)
+        except queue.Full:
+            self._lost += 1
+            if self._lost == 1:
+                _log.warning("%s does not keep up: what comes while %d calls wait is lost", self._where(), _MOST_CALLS)
 
     def _work(self) -> None:
         try:
-            tracker = self._make()
+            self._tracker = tracker = self._make()
             while (call := self._calls.get()) is not None:
                 call(tracker)
         except Exception as error:  # noqa: BLE001 - whatever a tracker raises, the training goes on
             reason = _open(" ".join(str(error).split()))[:500]
-            _log.warning("%s tracks no longer, the run goes on: %s: %s", self._name, type(error).__name__, reason)
+            if not self._given_up:
+                _log.warning(
+                    "%s tracks no longer, the run goes on: %s: %s", self._where(), type(error).__name__, reason
+                )
+                self._abandon()
+
+    def _where(self) -> str:
+        address = getattr(self._tracker, "address", "")
+        return f"{self._name} ({_open(address)})" if address else self._name
+
+    def _abandon(self) -> bool:
+        """Whether the tracker knows how to end what it has begun."""
+        abandon = getattr(self._tracker, "abandon", None)
+        if abandon is not None:
+            with suppress(Exception):
+                abandon()
+        return abandon is not None
 
 
 def _open(value: Any) -> Any:

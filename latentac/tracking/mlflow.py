@@ -52,6 +52,7 @@ class MLflow:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         self._settings = settings
+        self.address = settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
         uri, self._artifacts = _placed(settings.tracking_uri, folder.parent)
         self._client = MlflowClient(uri)
         self._experiment = settings.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "latentac"

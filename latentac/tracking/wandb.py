@@ -1,13 +1,19 @@
 """Weights & Biases: a run whose id is the run's, so that it goes on where it was."""
 
+import os
+import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from latentac import extensions
+from latentac.lifetime import children
+from latentac.waiting import within
 
+_TEARDOWN_SECONDS = 5.0
 _OPEN: set["WandB"] = set()
 
 
@@ -32,10 +38,10 @@ class WandB:
     def __init__(self, settings: Settings, folder: Path) -> None:
         self._settings, self._folder = settings, folder
         self._run: Any = None
+        self.address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its errors are nobody's business but the user's
 
     def start(self, run: str, settings: Mapping[str, Any]) -> None:
-        import os
-
         import wandb
 
         chosen = self._settings
@@ -75,3 +81,17 @@ class WandB:
         _OPEN.discard(self)
         if not _OPEN:
             wandb.teardown()  # `finish` returns before the service has written the file of an offline run
+
+    def abandon(self) -> None:
+        """End the process that wandb has started: when the interpreter ends, wandb waits for it without a bound."""
+        _OPEN.discard(self)
+        if _OPEN:  # another tracker uses it, too
+            return
+        for pid, command in children():
+            if "wandb-core" in command:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        import wandb
+
+        with suppress(Exception):  # it finds its process gone, and leaves nothing to do for the end
+            within(_TEARDOWN_SECONDS, wandb.teardown)

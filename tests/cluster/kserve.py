@@ -245,4 +245,4 @@ def administrator(kubeconfig: object, namespace: str) -> Api:
 
     settings = client.Configuration()
     config.load_kube_config(config_file=str(kubeconfig), client_configuration=settings)
-    return Api(client.ApiClient(settings), namespace)
+    return Api(settings, namespace)

@@ -95,7 +95,7 @@ def site(
     )
     configuration = client.Configuration()
     config.load_kube_config(str(node.kubeconfig), client_configuration=configuration)
-    api = Api(client.ApiClient(configuration), namespace)
+    api = Api(configuration, namespace)
     with Controller(api):
         yield Site(api, settings, settings.store.url, tmp_path / "work")
         node.kubectl("delete", "-n", namespace, "jobs.batch.volcano.sh", "--all")

@@ -384,7 +384,7 @@ def within(sent: Any, received: Any) -> bool:
 def api_of(kubeconfig: Path, namespace: str) -> Api:
     configuration = client.Configuration()
     config.load_kube_config(str(kubeconfig), client_configuration=configuration)
-    return Api(client.ApiClient(configuration), namespace)
+    return Api(configuration, namespace)
 
 
 def role(name: str, rights: set[tuple[str, str]]) -> list[dict[str, Any]]:

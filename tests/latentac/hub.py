@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,10 +14,13 @@ COMMIT = "1f6e0c3b9a7d4e5f8091a2b3c4d5e6f708192a3b"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `folder` as the repository `name` at COMMIT; `fetched`: the files that were downloaded, in order."""
+    """Serves `folder` as the repository `name` at COMMIT; `fetched`: the files that were downloaded, in order.
+
+    seconds: what the body of each answer takes.
+    """
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.folder, self.fetched = name, folder, list[str]()
+        self.name, self.folder, self.fetched, self.seconds = name, folder, list[str](), 0.0
         super().__init__(("127.0.0.1", 0), _Handler)
 
     @property
@@ -83,7 +87,12 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if body:
+        if body and self.server.seconds:
+            size = len(content) // 40 + 1
+            for start in range(0, len(content), size):
+                time.sleep(self.server.seconds / 40)
+                self.wfile.write(content[start : start + size])
+        elif body:
             self.wfile.write(content)
 
 

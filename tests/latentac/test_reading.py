@@ -1,11 +1,27 @@
 """JSON and numbers from anywhere: what cannot be used is refused, and nothing else."""
 
 import argparse
+import os
+import time
+from pathlib import Path
 
 import pytest
 
-from latentac.errors import IntegrityError
-from latentac.reading import PORTS, SEEDS, parse_json, record, seconds, whole
+from components.cluster import settings
+from latentac import fields, reading
+from latentac.errors import ConfigError, IntegrityError, ResourceError
+from latentac.lifetime import lock_holder, refuse_links
+from latentac.reading import (
+    PORTS,
+    SEEDS,
+    parse_json,
+    read_given,
+    read_record,
+    read_regular,
+    record,
+    seconds,
+    whole,
+)
 
 NO_JSON = {
     "nested lists": "[" * 100_000,
@@ -61,3 +77,55 @@ def test_a_time_is_finite(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         seconds(text)
     assert (seconds("0"), seconds("1.5"), seconds("1e3")) == (0.0, 1.5, 1000.0)
+
+
+@pytest.fixture
+def pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """To which nobody writes."""
+    monkeypatch.setattr(reading, "PIPE_SECONDS", 0.3)
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path / "pipe"
+
+
+def test_a_pipe_that_a_user_names_is_waited_for_within_a_bound(pipe: Path) -> None:
+    """As --config and as the settings of a cluster: one message with its name and the seconds."""
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=rf"--config = '{pipe}': cannot be read: no answer within 0.3 s"):
+        fields.read_file(pipe)
+    with pytest.raises(ConfigError, match=rf"'{pipe}': cannot be read: no answer within 0.3 s"):
+        settings.read(pipe)
+    assert time.monotonic() - began < 5
+
+
+def test_a_pipe_that_somebody_writes_to_is_read() -> None:
+    """`--config <(...)` of a shell."""
+    reader, writer = os.pipe()
+    os.write(writer, b"seed: 1")
+    os.close(writer)
+    try:
+        assert read_given(Path(f"/dev/fd/{reader}")) == "seed: 1"
+    finally:
+        os.close(reader)
+
+
+def test_a_file_without_an_end_is_read_no_further_than_asked() -> None:
+    assert len(read_given(Path("/dev/zero"), 10)) == 10
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_a_runs_folder_is_waited_for_by_nobody(pipe: Path) -> None:
+    """A run's folder may be anybody's."""
+    with pytest.raises(OSError, match="is no regular file"):
+        read_regular(pipe)
+    with pytest.raises(OSError, match="is no regular file"):
+        read_record(pipe)
+    assert lock_holder(pipe) == ""
+    with pytest.raises(ResourceError, match="is neither a file nor a folder"):
+        refuse_links(pipe.parent)
+
+
+def test_a_record_that_is_no_text_is_one_error(tmp_path: Path) -> None:
+    """As one that is no JSON."""
+    (tmp_path / "record.json").write_bytes(b"\xff\xfe[")
+    with pytest.raises(IntegrityError, match="it is not JSON"):
+        read_record(tmp_path / "record.json")

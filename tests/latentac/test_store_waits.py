@@ -1,17 +1,23 @@
 """Every wait for a store has a bound and a message, and nobody reads more than was promised."""
 
+import contextlib
+import itertools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 
-from latentac.errors import IntegrityError, StoreError, StoreUnavailable
-from latentac.store import Manifest, Store, open_store
-from latentac.store.blobs import Overrun, Patience, Stream
-from latentac.store.manifest import is_inside
+from latentac.errors import IntegrityError, StoreAccessError, StoreError, StoreUnavailable
+from latentac.store import Manifest, Store, bucket, open_store
+from latentac.store.blobs import Entry, Overrun, Patience, Stream
+from latentac.store.bootstrap import patience_of
+from latentac.store.manifest import commit, is_inside
+from tests.faults import faulty
 from tests.latentac.test_store import KEY, bulk, publish, use, write
 from tests.minio import Server
 from tests.proxy import Proxy
@@ -91,6 +97,146 @@ def test_a_connection_that_breaks_is_made_again(proxy: Proxy, published: Store, 
     assert (tmp_path / "out" / "weights").read_bytes() == bulk(4)
 
 
+def asked(address: str, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store at `address`, asked with little patience."""
+    monkeypatch.setenv("LATENTAC_S3_ENDPOINT", f"http://{address}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-secret")
+    return open_store("s3://bucket/store", SHORT)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("fault", ["head", "body"])
+def test_an_answer_of_single_bytes_is_given_up_within_the_bound(
+    fault: str, operation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte comes in time, and an answer never does."""
+    write(tmp_path / "artifact", {"weights": b"x"})
+    with faulty(fault) as server:
+        store, began = asked(server.address, monkeypatch), time.monotonic()
+        with pytest.raises(StoreUnavailable, match=r"127.0.0.1.*given up after \d"):
+            OPERATIONS[operation](store, tmp_path)
+        assert time.monotonic() - began < SHORT.bound_seconds + MARGIN_SECONDS
+
+
+PAGES: dict[str, Callable[[], Iterator[str]]] = {
+    "the same again": lambda: itertools.repeat("store/a"),
+    "always another": lambda: (f"store/{number:09}" for number in itertools.count()),
+    "empty": lambda: itertools.repeat(""),
+}
+
+
+@contextlib.contextmanager
+def endless_list(
+    names: Iterator[str], body: int = 0, root: str = "<Name>bucket</Name>", pause: float = 0.0
+) -> Iterator[str]:
+    """The address of a server whose list has a next page as long as there are names. body: bytes of white space in
+    each; pause: seconds before each."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            time.sleep(pause)
+            name = next(names, None)
+            item = f"<Contents><Key>{name}</Key><Size>1</Size></Contents>" if name else ""
+            more = f"<IsTruncated>{str(name is not None).lower()}</IsTruncated>"
+            more += "<NextContinuationToken>x</NextContinuationToken>"
+            start, end = f"<ListBucketResult>{root}{item}", f"{more}</ListBucketResult>"
+            self.send_response(200)
+            self.send_header("Content-Type", "application/xml")
+            self.send_header("Content-Length", str(len(start) + body + len(end)))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(start.encode())
+                for _ in range(body >> 20):
+                    self.wfile.write(b" " * 2**20)
+                self.wfile.write(end.encode())
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield f"127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("pages", PAGES)
+def test_a_list_without_an_end_is_refused(pages: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever answers for the store may always name a next page."""
+    monkeypatch.setattr(bucket, "MOST_OBJECTS", 20)
+    with endless_list(PAGES[pages]()) as address:
+        store, began = asked(address, monkeypatch), time.monotonic()
+        with pytest.raises(StoreError, match=r"comes twice|over 20 objects|no answer that says anything, given up"):
+            store.keys()
+        assert time.monotonic() - began < SHORT.bound_seconds + MARGIN_SECONDS
+
+
+def test_a_long_list_is_waited_for_while_names_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For longer than any silence may last."""
+    with endless_list((f"store/{number}/manifest.json" for number in range(7)), pause=0.7) as address:
+        store, began = asked(address, monkeypatch), time.monotonic()
+        assert store.keys() == [str(number) for number in range(7)]
+        assert time.monotonic() - began > SHORT.bound_seconds
+
+
+def test_a_probe_is_less_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that could not publish is to end before it begins, within seconds."""
+    monkeypatch.setattr("latentac.store.artifacts._PROBE_SECONDS", (0.3, 0.6))
+    with faulty("silent") as server:
+        store, began = asked(server.address, monkeypatch), time.monotonic()
+        with pytest.raises(StoreUnavailable, match="given up after"):
+            store.probe()
+        assert time.monotonic() - began < 0.6 + 2 * 0.3 + MARGIN_SECONDS < SHORT.bound_seconds
+
+
+def test_a_list_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is XML, and lacks what each list has."""
+    with (
+        endless_list(PAGES["the same again"](), root="") as address,
+        pytest.raises(StoreAccessError, match="no S3 answers"),
+    ):
+        asked(address, monkeypatch).keys()
+
+
+def test_a_page_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it fills the memory."""
+    with endless_list(PAGES["empty"](), body=2**27) as address:
+        store = asked(address, monkeypatch)
+        with pytest.raises(StoreAccessError, match="an answer has more than 64 MiB"):
+            store.keys()
+
+
+def test_the_bootstrap_waits_as_long_as_it_is_told() -> None:
+    """The chart says two minutes: a server may be slower to start than a step may be to wait."""
+    assert patience_of(120).idle_seconds == 120
+    assert patience_of(120).bound_seconds == 140
+    assert patience_of(120).retries * patience_of(120).back_off_max_seconds >= 120
+
+
+def test_a_plain_object_that_grows_is_read_no_further_than_it_was_listed(tmp_path: Path) -> None:
+    """It has no manifest that claims a size: the list is all there is."""
+    store = open_store(f"file://{tmp_path}/store")
+    store.write_files(write(tmp_path / "events", {"a": b"xy"}), "tensorboard/run")
+    entries = store._backend.entries
+    smaller = {name: entry._replace(size=1) for name, entry in entries("tensorboard/run/").items()}
+    store._backend.entries = lambda prefix: smaller  # type: ignore[method-assign]
+    with pytest.raises(IntegrityError, match="more than the 1 bytes"):
+        store.read_files("tensorboard/run", tmp_path / "copy")
+    assert (tmp_path / "copy" / "a").stat().st_size <= 1
+
+
+def test_a_plain_object_whose_name_leads_elsewhere_is_not_written(tmp_path: Path) -> None:
+    """Whoever may write to a bucket may name an object anything; a folder's store has no such name."""
+    store = open_store(f"file://{tmp_path}/store")
+    (tmp_path / "store" / "tensorboard" / "run").mkdir(parents=True)
+    (tmp_path / "store" / "evil").write_bytes(b"x")
+    named = {"tensorboard/run/../../evil": Entry(1, 0.0, "")}
+    store._backend.entries = lambda prefix: named  # type: ignore[method-assign]
+    store.read_files("tensorboard/run", tmp_path / "a" / "b")
+    assert not (tmp_path / "evil").exists()
+
+
 def claimed(tmp_path: Path) -> tuple[Store, Manifest, Path]:
     """A store in a folder, an artifact of one byte in it, and the file that holds this byte."""
     store = open_store(f"file://{tmp_path}/store")
@@ -136,6 +282,18 @@ def test_a_manifest_without_an_end_is_refused(tmp_path: Path) -> None:
 def test_an_object_whose_name_leads_elsewhere_is_left_out(tmp_path: Path, name: str) -> None:
     """Whoever may write to a bucket may name an object anything."""
     assert not is_inside(name)
+
+
+def test_a_git_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit is `unknown` then, or what LATENTAC_COMMIT says."""
+    (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 20\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("LATENTAC_COMMIT", "c0ffee")
+    monkeypatch.setattr("latentac.store.manifest._GIT_SECONDS", 0.3)
+    began = time.monotonic()
+    assert commit.__wrapped__() == "c0ffee"
+    assert time.monotonic() - began < 5
 
 
 def test_a_stream_stops_at_its_limit() -> None:

@@ -4,6 +4,9 @@ becomes one of the run."""
 import importlib.util
 import json
 import logging
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -29,6 +32,7 @@ from latentac.store import open_store
 from latentac.tracking import TRACKERS, Background, make_trackers, tracking
 from latentac.tracking.tensorboard import TensorBoard, all_but_evaluation, until
 from latentac.validation import resolve
+from tests.faults import faulty
 from tests.latentac.published import EVALUATION
 from tests.latentac.workers import RUN, prepared, train_here
 
@@ -362,6 +366,62 @@ def test_a_tracker_that_hangs_is_left_behind(caplog: pytest.LogCaptureFixture) -
         tracker.log(1, {})
     release.set()
     assert "wandb does not answer: what it was not told within 0.2 s is lost" in caplog.text
+
+
+HANGING = """
+import logging, pathlib, sys
+from latentac.tracking import Background
+from latentac.tracking.wandb import WandB
+
+logging.basicConfig()
+tracker = Background("wandb", lambda: WandB(WandB.Settings(mode="online"), pathlib.Path(sys.argv[1])), patience=8)
+tracker.start("run", {"seed": 0})
+tracker.log(1, {"a": 1.0})
+tracker.finish()
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_process_ends_although_wandbs_own_does_not(tmp_path: Path) -> None:
+    """wandb waits for it when the interpreter ends, and it goes on asking a server that is silent. The message names
+    the server, and the exit code is that of the training."""
+    with faulty("silent") as server:
+        environment = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
+        command = [sys.executable, "-c", HANGING, str(tmp_path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"wandb ({server.url}) does not answer: what it was not told within 8 s is lost" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_a_tracker_cannot_take_fills_no_memory(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training may last for days, and a tracker may hang or have failed on its first one."""
+    monkeypatch.setattr("latentac.tracking._MOST_CALLS", 10)
+    release, told = threading.Event(), []
+
+    class Slow(Notebook):
+        def __init__(self) -> None:
+            super().__init__(Path("run"))
+
+        def log(self, step: int, scalars: Mapping[str, float]) -> None:
+            release.wait(30)
+            told.append(step)
+
+    slow, failed = Background("wandb", Slow, patience=5), Background("mlflow", lambda: Notebook(None), patience=5)  # type: ignore[arg-type]
+    with caplog.at_level(logging.WARNING, "latentac"):
+        with tracking([slow, failed], "run", {"seed": 0}):
+            for step in range(100):
+                slow.log(step, {"a": 1})
+            failed._thread.join(5)
+            for step in range(100):
+                failed.log(step, {"a": 1})
+            assert failed._calls.qsize() <= 10
+            release.set()
+        assert told == list(range(len(told)))
+        assert 10 <= len(told) <= 11
+    assert caplog.text.count("wandb does not keep up") == 1
 
 
 @pytest.mark.parametrize("name", TRACKERS)

@@ -1,0 +1,117 @@
+"""A model hub that does not answer is given up within a bound; one that goes on sending is not."""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from filelock import FileLock
+from huggingface_hub import constants
+
+from latentac import hub
+from latentac.backbones.source import locate
+from latentac.backbones.stable_diffusion import UNET
+from latentac.errors import ConfigError
+from latentac.waiting import TimeUp
+from tests.faults import faulty, seconds_of
+from tests.latentac import miniatures
+from tests.latentac.hub import COMMIT, Hub, cached, serving
+
+NAME = "someone/a-model"
+SECONDS = 4.0
+"""The client's own imports take one."""
+MARGIN_SECONDS = 6.0
+"""Of a busy machine."""
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and a client that may ask a hub."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub, "ANSWER_SECONDS", SECONDS)
+    return tmp_path / "hub"
+
+
+def at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+
+
+@pytest.mark.parametrize("fault", ["silent", "head", "body"])
+def test_no_answer_is_given_up_within_the_bound(cache: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the hub, what came and within how long; and nothing goes on waiting."""
+    with faulty(fault) as server:
+        at(server.url, monkeypatch)
+        began = time.monotonic()
+        with pytest.raises(ConfigError, match=rf"{server.address}: \d+ bytes came within 4 s") as caught:
+            locate(NAME, UNET)
+        assert seconds_of(began) < SECONDS + MARGIN_SECONDS
+        assert server.accepted
+    assert NAME in str(caught.value)
+    left = [each.cmdline() for each in psutil.Process().children(recursive=True)]
+    assert not [command for command in left if "latentac.hub" in command]
+
+
+def test_what_the_cache_holds_is_used_where_nobody_answers(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where the hub cannot be reached at all."""
+    snapshot = cached(cache, NAME, miniatures.sd15(tmp_path / "model"))
+    with faulty("head") as server:
+        at(server.url, monkeypatch)
+        assert hub.snapshot(NAME, None, ["*.json"]) == snapshot
+        began = time.monotonic()
+        assert hub.snapshot(NAME, None, ["*.json"]) == snapshot
+        assert seconds_of(began) < SECONDS, "it was asked again"
+    assert "the cache is used" in caplog.text
+
+
+@pytest.fixture
+def slow_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """One that needs twice the bound for a file of 4 MiB."""
+    folder = miniatures.sd15(tmp_path / "model")
+    (folder / "big.safetensors").write_bytes(os.urandom(2**22))
+    with serving(NAME, folder) as server:
+        server.seconds = 2 * SECONDS
+        at(server.url, monkeypatch)
+        yield server
+
+
+@pytest.mark.timeout(120)
+def test_a_slow_hub_is_waited_for_while_it_sends(cache: Path, slow_hub: Hub) -> None:
+    """The file is whole."""
+    began = time.monotonic()
+    folder = hub.snapshot(NAME, COMMIT, ["big.safetensors"])
+    assert seconds_of(began) > 1.5 * SECONDS
+    assert (folder / "big.safetensors").read_bytes() == (slow_hub.folder / "big.safetensors").read_bytes()
+
+
+@pytest.mark.timeout(120)
+def test_a_hub_below_the_rate_is_given_up(cache: Path, slow_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes in time, and the file would take days. The next call goes on from what has come."""
+    monkeypatch.setattr(hub, "BYTES_PER_SECOND", 2.0**21)
+    with pytest.raises(TimeUp, match=r"\d+ bytes came within 4 s"):
+        hub.snapshot(NAME, COMMIT, ["big.safetensors"])
+    assert list((cache / "models--someone--a-model" / "blobs").glob("*.incomplete"))
+
+
+@pytest.mark.timeout(120)
+def test_another_process_with_the_same_file_is_not_waited_for_without_end(cache: Path, slow_hub: Hub) -> None:
+    """It holds the lock of the file, and fetches nothing."""
+    slow_hub.seconds = 0.0
+    hub.snapshot(NAME, COMMIT, ["big.safetensors"])
+    locks = list((cache / ".locks").rglob("*.lock"))
+    shutil.rmtree(cache / "models--someone--a-model")
+    with FileLock(locks[0]), pytest.raises(TimeUp):
+        hub.snapshot(NAME, COMMIT, ["big.safetensors"])
