@@ -1,14 +1,16 @@
-"""What may come from anywhere: JSON of the store, of a run's folder, of another program; numbers of a command line."""
+"""What may come from anywhere: JSON of the store, of a run's folder, of another program; numbers of a command line and
+of the environment."""
 
 import argparse
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from latentac.errors import IntegrityError
+from latentac.errors import ConfigError, IntegrityError, Problem
 
 MOST_SECONDS = 365 * 86400.0
 SEEDS, PORTS = (0, 2**63 - 1), (0, 65535)
@@ -47,11 +49,27 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     """What reads an option: a whole number from `least` to `most`."""
 
     def read(text: str) -> int:
-        if re.fullmatch(r"-?[0-9]{1,20}", text, re.ASCII) and least <= int(text) <= most:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a whole number from {least} to {most}")
+        found = _whole(text, least, most)
+        if found is None:
+            raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a whole number from {least} to {most}")
+        return found
 
     return read
+
+
+def whole_variable(name: str, least: int, most: int, default: int) -> int:
+    """The whole number in the environment variable `name`, `default` where it is unset or empty. Raises ConfigError."""
+    text = os.environ.get(name, "").strip()
+    found = _whole(text, least, most) if text else default
+    if found is None:
+        problem = f"is not a whole number from {least} to {most}"
+        raise ConfigError([Problem(name, text, problem, "Correct this environment variable, or unset it.")])
+    return found
+
+
+def _whole(text: str, least: int, most: int) -> int | None:
+    """None where `text` is no whole number from `least` to `most`."""
+    return int(text) if re.fullmatch(r"-?[0-9]{1,20}", text, re.ASCII) and least <= int(text) <= most else None
 
 
 def seconds(text: str) -> float:

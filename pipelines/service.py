@@ -243,9 +243,13 @@ def _token() -> str:
         return token
     file = os.environ.get(TOKEN_FILE)
     try:
-        return Path(file).read_text().strip() if file else ""
-    except OSError as error:
-        raise ConfigError([Problem(TOKEN_FILE, file, f"cannot be read: {error.strerror}", "Unset it.")]) from None
+        token = Path(file).read_text(encoding="ascii").strip() if file else ""
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not ASCII"
+        raise ConfigError([Problem(TOKEN_FILE, file, f"cannot be read: {reason}", "Unset it.")]) from None
+    if not token.isprintable():
+        raise ConfigError([Problem(TOKEN_FILE, file, "holds more than a token", "Unset it.")])
+    return token
 
 
 def _secret(name: str) -> str:

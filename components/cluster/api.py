@@ -16,7 +16,7 @@ from urllib.parse import quote, urlencode
 from kubernetes import client, config
 from urllib3.exceptions import HTTPError
 
-from latentac.errors import ClusterError, ClusterUnavailable, ConfigError, Problem
+from latentac.errors import ClusterError, ClusterUnavailable, ConfigError, Problem, describe
 from latentac.reading import parse_json
 
 MANAGER = "latentac"
@@ -183,16 +183,17 @@ class Api:
 
 def connect(namespace: str) -> Api:
     """The cluster around this pod, else the kubeconfig's current context. Raises ConfigError if there is neither."""
-    settings = client.Configuration()
+    settings, named = client.Configuration(), os.environ.get("KUBECONFIG")
     try:
         config.load_incluster_config(client_configuration=settings)
     except config.ConfigException:
         try:
             # The package keeps the variable as it was when it was imported.
-            config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=settings)
-        except (config.ConfigException, OSError) as error:
+            config.load_kube_config(named, client_configuration=settings)
+        except Exception as error:  # noqa: BLE001 - the package raises whatever the file's content leads to
             remedy = "Export KUBECONFIG, or run this in a pod with a service account."
-            raise ConfigError([Problem("KUBECONFIG", None, f"no cluster is configured: {error}", remedy)]) from None
+            told = f"no cluster is configured: {describe(error)}"
+            raise ConfigError([Problem("KUBECONFIG", named, told, remedy)]) from None
     return Api(client.ApiClient(settings), namespace)
 
 
