@@ -252,7 +252,10 @@ NUMBERS: dict[str, tuple[Change, str]] = {
     "many layers per block": (fields(UNET, layers_per_block=10**9), "layers_per_block is"),
     "many blocks": (fields(UNET, down_block_types=["DownBlock2D"] * 10**4), "down_block_types has 10,000"),
     "a huge picture": (fields(UNET, sample_size=10**6), "sample_size is 1000000"),
+    "a picture of 4,096 pixels": (fields(UNET, sample_size=512), "sample_size is 512"),
     "no picture": (fields(UNET, sample_size=0), "sample_size is 0"),
+    "a huge number of any other field": (fields(UNET, norm_eps=1e30), "norm_eps is 1e+30"),
+    "a text of 5,000 characters": (fields(UNET, act_fn="x" * 5000), "act_fn is a text of 5,000 characters"),
     "negative channels": (fields(UNET, in_channels=-4), "in_channels is -4"),
     "a huge width of the text": (fields(UNET, cross_attention_dim=2**70), "cross_attention_dim is"),
     "a text for a number": (fields(UNET, layers_per_block="1; import os"), "layers_per_block is"),
@@ -287,6 +290,8 @@ FILES: dict[str, tuple[Change, str]] = {
     "tensors that share bytes": (header(WEIGHTS, SHARED, 2**26), "one after another"),
     "tensors of negative size": (
         header(WEIGHTS, {"a": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}}, 8), "damaged header"),
+    "a tensor of another size than its shape": (
+        header(WEIGHTS, {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 8]}}, 8), "damaged header"),
     "100,000 tensors": (header(WEIGHTS, MANY), "100,000 tensors"),
     "a header nested deep": (content(WEIGHTS, struct.pack("<Q", 200_000) + b"[" * 100_000 + b"]" * 100_000),
                              "damaged header"),
@@ -341,6 +346,10 @@ PREPARE: dict[str, tuple[Change, str | None]] = {
 }
 
 OURS, CRITIC = "latentac.json", "critic/config.json"
+METHOD = {
+    "extension": {"use": "best_of_n", "name": "best_of_n"}, "summary": "", "needs_gradient": False, "strength": 1.0,
+    "particles": 2,
+}  # fmt: skip
 WIDE = {"settings__body": {"use": "frozen_taps", "width": 4096, "num_queries": 256}}
 SERVE: dict[str, tuple[Change, str | None]] = {
     "a backbone that loads a folder's code": (
@@ -357,6 +366,16 @@ SERVE: dict[str, tuple[Change, str | None]] = {
     "a method of many particles": (fields(OURS, methods__best_of_n__particles=10**9), "particles"),
     "1,000,000,000 steps": (fields(OURS, kernel__num_steps=10**9), "num_steps"),
     "1,000,000,000 pictures": (fields(OURS, limits__max_images=10**9), "max_images"),
+    "1,000,000,000 pictures that wait": (fields(OURS, batching__max_queued_images=10**9), "max_queued_images"),
+    "1,000,000,000 steps of a request": (fields(OURS, limits__max_steps=10**9), "max_steps"),
+    "1,000,000,000 characters": (fields(OURS, limits__max_prompt_characters=10**9), "max_prompt_characters"),
+    "a request of 30 years": (fields(OURS, batching__request_seconds=10**9), "request_seconds"),
+    "a wait of a day": (fields(OURS, batching__batch_wait_seconds=86400.0), "batch_wait_seconds"),
+    "100 rewards": (fields(OURS, rewards=[{"name": f"r{n}", "weight": 1.0, "unit": ""} for n in range(100)]),
+                    "at most 64 items"),
+    "100 examples": (fields(OURS, examples=["a red circle"] * 100), "at most 64 items"),
+    "100 methods": (fields(OURS, methods={f"m{n}": METHOD for n in range(100)}), "at most 64 items"),
+    "no trained policy": (fields(OURS, policies=["base"]), "policies lacks `trained`"),
     "a huge size": (fields(OURS, size=[10**9, 10**9]), "size"),
     "a negative batch": (fields(OURS, batching__batch_rows=-1), "batch_rows"),
     "a text for a batch": (fields(OURS, batching__batch_rows="4"), "batch_rows"),
