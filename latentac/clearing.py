@@ -266,7 +266,7 @@ def _leftovers(survey: Survey, going: Collection[str]) -> list[Removal]:
                 (o for o in objects if o.startswith("checkpoints/")),
             )
         if traces.folder is not None and not traces.folder.is_symlink():
-            add(f"{name}: temporary files of killed processes", paths=_abandoned(traces.folder))
+            add(f"{name}: temporary files of killed processes", paths=_abandoned(traces.folder, "latentac-*/"))
         elif traces.folder is None and not traces.steps:
             unused = {version for version in traces.models if version not in compared and version not in pointed}
             rest = (o for o in objects if not o.startswith("models/") or o.split("/")[1] in unused)
@@ -274,9 +274,9 @@ def _leftovers(survey: Survey, going: Collection[str]) -> list[Removal]:
     return made
 
 
-def _abandoned(folder: Path) -> list[Path]:
-    """What killed processes left in `folder` a day ago or longer: hidden folders and files, and those of TMPDIR."""
-    found = (*folder.glob(f"{HIDDEN}*"), *folder.glob("latentac-*/"))
+def _abandoned(folder: Path, *patterns: str) -> list[Path]:
+    """What killed processes left in `folder` a day ago or longer: what is hidden, and what fits `patterns`."""
+    found = (path for pattern in (f"{HIDDEN}*", *patterns) for path in folder.glob(pattern))
     return sorted(path for path in found if _old(path))
 
 

@@ -302,10 +302,10 @@ FILES: dict[str, tuple[Change, str]] = {
     "nested 100,000 deep": (content(UNET, '{"a":' * 100_000 + "1" + "}" * 100_000), "nested too deep"),
     "nested 500 deep": (content(UNET, '{"a":' * 500 + "1" + "}" * 500), "nested too deep"),
     "lists nested 100,000 deep": (content("model_index.json", "[" * 100_000 + "]" * 100_000), "nested too deep"),
-    "a configuration of 500 MB": (sparse(UNET, 500 * 2**20), "at most 1,048,576 are read"),
-    "an index of 500 MB": (sparse("model_index.json", 500 * 2**20), "at most 1,048,576 are read"),
-    "a vocabulary of 500 MB": (sparse("tokenizer/vocab.json", 500 * 2**20), "at most 8,388,608 are read"),
-    "merges of 500 MB": (sparse("tokenizer/merges.txt", 500 * 2**20), "at most 8,388,608 are read"),
+    "a configuration of 1 GB": (sparse(UNET, 2**30), "at most 1,048,576 are read"),
+    "an index of 1 GB": (sparse("model_index.json", 2**30), "at most 1,048,576 are read"),
+    "a vocabulary of 1 GB": (sparse("tokenizer/vocab.json", 2**30), "at most 8,388,608 are read"),
+    "merges of 1 GB": (sparse("tokenizer/merges.txt", 2**30), "at most 8,388,608 are read"),
     "a key twice": (text(UNET, r"\{", '{"in_channels": 4,'), "key 'in_channels' twice"),
     "a part twice": (text("model_index.json", r"\{", '{"unet": ["diffusers", "UNet2DConditionModel"],'), "twice"),
     "30,000 added tokens": (
@@ -324,7 +324,7 @@ HARMLESS: dict[str, Change] = {
     "auto_map and trust_remote_code": both(
         fields(TEXT, **REMOTE),
         fields(UNET, auto_map={"AutoModel": "evil.Evil"}),
-        fields("model_index.json", custom_pipelines={"evil": "evil.Evil"}, custom_pipeline="evil"),
+        fields("model_index.json", custom_pipelines={"evil": "evil.Evil"}, custom_pipeline="evil.Evil"),
     ),
     "names of places": both(
         fields(TEXT, _name_or_path=f"/home/{CANARY}/text_encoder"),
@@ -386,11 +386,11 @@ SERVE: dict[str, tuple[Change, str | None]] = {
     "a default method that is none": (fields(OURS, default_method="os.system"), "default_method"),
     "a description with a key twice": (text(OURS, r"\{", '{"run": "x",'), "twice"),
     "a description nested deep": (content(OURS, '{"a":' * 100_000 + "1" + "}" * 100_000), "nested too deep"),
-    "a description of 500 MB": (sparse(OURS, 500 * 2**20), "at most 1,048,576 are read"),
+    "a description of 1 GB": (sparse(OURS, 2**30), "at most 1,048,576 are read"),
     "a description that is a link": (link(OURS, "{outside}/config.json"), "leads out of the folder"),
     "a description that is a pipe": (fifo(OURS), "is no regular file"),
     "a critic that is a pipe": (fifo(CRITIC), "is no regular file"),
-    "a critic of 500 MB": (sparse(CRITIC, 500 * 2**20), "at most 1,048,576 are read"),
+    "a critic of 1 GB": (sparse(CRITIC, 2**30), "at most 1,048,576 are read"),
     "a critic without settings": (content(CRITIC, "{}"), "has no settings"),
     "a critic of huge width": (fields(CRITIC, settings__body={"use": "frozen_taps", "width": 10**9}), "width"),
     "a critic wider than its weights": (fields(CRITIC, **WIDE), "asks for"),
@@ -404,12 +404,13 @@ SERVE: dict[str, tuple[Change, str | None]] = {
         link(f"base/{WEIGHTS}", "{outside}/weights.safetensors"), "leads out of the folder"),
     "the base is a link": (link("base/unet", "{outside}/unet"), "leads out of the folder"),
     "the base is beyond its weights": (fields(f"base/{UNET}", block_out_channels=[8192, 65536]), "asks for"),
+    "the base of many layers": (fields(f"base/{UNET}", layers_per_block=10**9), "layers_per_block is"),
     "the base is a pickle": (content(f"base/{WEIGHTS}", PICKLE), "is no safetensors file"),
     "the base has an adapter": (_adapter("base/unet", "{outside}"), "is an adapter of peft"),
     **{name: case for cases in (CODE_IN_NAMES, OUTSIDE) for name, case in cases.items()},
     **{name: NUMBERS[name] for name in ("a huge picture", "channels beyond the weights", "many timesteps",
                                         "a prompt of 100,000,000 tokens", "many positions", "a wide text encoder")},
-    **{name: FILES[name] for name in ("tensors that share bytes", "a configuration of 500 MB", "30,000 added tokens")},
+    **{name: FILES[name] for name in ("tensors that share bytes", "a configuration of 1 GB", "30,000 added tokens")},
     **{name: (change, None) for name, change in HARMLESS.items()},
 }  # fmt: skip
 
@@ -560,7 +561,9 @@ def _too_long(*_: object) -> None:
 
 
 def _leaks(path: Path) -> bool:
-    return CANARY.encode() in path.read_bytes()
+    """Whether a file holds what stands outside, or names code: whoever loads a published copy may trust it."""
+    content = path.read_bytes()
+    return CANARY.encode() in content or b"evil.Evil" in content
 
 
 if __name__ == "__main__":

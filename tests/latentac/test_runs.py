@@ -484,6 +484,7 @@ def test_prune_clears_what_killed_processes_left(here: Place, later: float) -> N
     write(here.output / "store", {".partial/abc": b"x", "ended/steer/files-0123456789abcdef/old": b"x" * 5000})
     write(here.output, {"ended/.latentac-train-killed/big": b"x" * 5000, "busy/.latentac-train-now/big": b"x"})
     write(here.output, {"ended/.latentac-report.html.7": b"x", ".latentac-compare.html.7": b"x", ".mine": b"x"})
+    write(here.output, {"ended/latentac-abandoned/big": b"x", "latentac-of-mine/letter": b"x"})
     with run_lock(here.output / "busy" / "train.lock"):
         plan = plan_prune(here.output, "")
         titles = clear(plan)
@@ -502,7 +503,8 @@ def test_prune_clears_what_killed_processes_left(here: Place, later: float) -> N
     assert len(here.objects("checkpoints/busy")) == 3
     assert (here.output / "busy" / ".latentac-train-now" / "big").exists()
     assert sorted(path.name for path in here.output.glob(".*")) == [".mine", ".objects"]
-    assert not list((here.output / "ended").glob(".*"))
+    assert not list((here.output / "ended").glob("*latentac-*"))
+    assert (here.output / "latentac-of-mine" / "letter").exists()
     for name in ("ended", "training", "busy"):
         for key in here.store.keys(name):
             here.store.verify(here.store.manifest(key))
