@@ -295,6 +295,8 @@ FILES: dict[str, tuple[Change, str]] = {
     "100,000 tensors": (header(WEIGHTS, MANY), "100,000 tensors"),
     "a header nested deep": (content(WEIGHTS, struct.pack("<Q", 200_000) + b"[" * 100_000 + b"]" * 100_000),
                              "damaged header"),
+    "a header of 9 MB": (content(WEIGHTS, struct.pack("<Q", 9 * 2**20) + b"{}".ljust(9 * 2**20)),
+                         "is no safetensors file"),
     "weights of no bytes": (content(WEIGHTS, b""), "is no safetensors file"),
     "a configuration of no bytes": (content(UNET, b""), "is no JSON"),
     "a configuration that is a list": (content(UNET, "[]"), "is no JSON object"),

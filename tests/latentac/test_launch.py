@@ -108,8 +108,10 @@ def test_a_worker_of_a_pod_that_is_moved_leaves_a_checkpoint(tmp_path: Path) -> 
         (tmp_path / "log").open("w+") as log,
         subprocess.Popen(command, env=os.environ | GROUP, stderr=log) as process,
     ):
-        eventually(lambda: "iterations" in (tmp_path / "log").read_text(), 120)
-        process.send_signal(signal.SIGTERM)
+        try:
+            eventually(lambda: "train " in (tmp_path / "log").read_text(), 120)
+        finally:
+            process.send_signal(signal.SIGTERM)
         process.wait(100)
         told = (tmp_path / "log").read_text()
     assert process.returncode == STOPPED, told
