@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from latentac.reading import read_record
+
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
     """The moments and step counts of an optimizer as named tensors."""
@@ -41,5 +43,5 @@ def write_state(folder: Path, tensors: Mapping[str, Tensor], progress: Mapping[s
 
 
 def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_state` wrote."""
-    return load_file(folder / "state.safetensors"), json.loads((folder / "progress.json").read_text())
+    """What `write_state` wrote. Raises IntegrityError."""
+    return load_file(folder / "state.safetensors"), read_record(folder / "progress.json")

@@ -254,6 +254,7 @@ def _leftovers(survey: Survey, going: Collection[str]) -> list[Removal]:
     if survey.store.url.startswith("file://"):
         root = Path(survey.store.url.removeprefix("file://"))
         add("unfinished writes in the store", paths=(path for path, _ in files(root / PARTIAL) if _old(path)))
+    add("temporary files of killed processes", paths=_abandoned(survey.output))
     for name, traces in survey.traces.items():
         if name in going or name in busy or traces.holder:
             continue
@@ -265,14 +266,18 @@ def _leftovers(survey: Survey, going: Collection[str]) -> list[Removal]:
                 (o for o in objects if o.startswith("checkpoints/")),
             )
         if traces.folder is not None and not traces.folder.is_symlink():
-            found = (*traces.folder.glob(f"{HIDDEN}*/"), *traces.folder.glob("latentac-*/"))
-            hidden = (path for path in found if _old(path))
-            add(f"{name}: temporary folders of killed processes", paths=hidden)
+            add(f"{name}: temporary files of killed processes", paths=_abandoned(traces.folder, "latentac-*/"))
         elif traces.folder is None and not traces.steps:
             unused = {version for version in traces.models if version not in compared and version not in pointed}
             rest = (o for o in objects if not o.startswith("models/") or o.split("/")[1] in unused)
             add(f"{name}: what is left of a run that is gone", rest)
     return made
+
+
+def _abandoned(folder: Path, *patterns: str) -> list[Path]:
+    """What killed processes left in `folder` a day ago or longer: what is hidden, and what fits `patterns`."""
+    found = (path for pattern in (f"{HIDDEN}*", *patterns) for path in folder.glob(pattern))
+    return sorted(path for path in found if _old(path))
 
 
 def _unnamed(survey: Survey, objects: Iterable[str]) -> list[str]:

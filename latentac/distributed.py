@@ -17,6 +17,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from latentac.reading import whole_variable
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -48,10 +50,12 @@ def uniforms_for(keys: Sequence[tuple[object, ...]], seed: int, num_steps: int) 
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the worker's own GPU where there is one, else the CPU."""
+    """`auto` is the worker's own GPU where there is one, else the CPU. Raises ConfigError where LOCAL_RANK, which the
+    agent of the workers sets, names none."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    last = max(torch.cuda.device_count() - 1, 0)
+    return torch.device("cuda", whole_variable("LOCAL_RANK", 0, last, 0))
 
 
 def map_blocks(function: Callable[[Item], Result], blocks: Sequence[Item], device: torch.device) -> list[Result]:

@@ -1,6 +1,5 @@
 """Training as a TorchX app: elastic workers under a real torchrun agent, on this machine."""
 
-import json
 import logging
 import os
 import re
@@ -15,6 +14,7 @@ from torchx.runner import Runner, get_runner
 
 from latentac.errors import TrainingError, restore
 from latentac.lifetime import keeping_signals
+from latentac.reading import read_record
 from latentac.scratch import hidden_folder
 from latentac.workspace import Workspace
 
@@ -81,7 +81,7 @@ def run_app(space: Workspace) -> None:
         finally:
             runner.cancel(handle)
         if failure.exists():
-            raise restore(json.loads(failure.read_text()))
+            raise restore(read_record(failure))
         if state != specs.AppState.SUCCEEDED:
             raise TrainingError(
                 f"training app of {run}",

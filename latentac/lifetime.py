@@ -18,6 +18,7 @@ import fcntl
 import gc
 import logging
 import os
+import re
 import runpy
 import select
 import signal
@@ -28,7 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from latentac.errors import ResourceError
+from latentac.errors import ConfigError, Problem, ResourceError
 
 OWNERS = "LATENTAC_OWNERS"
 """Environment variable: `pid:start` (or `pid`) of each ancestor that must be alive, separated by commas."""
@@ -62,10 +63,15 @@ def die_with_parent() -> None:
 def own_descendants() -> None:
     """Watch the owners named in the environment and join them: descendants die with this process.
 
-    Alone, without `die_with_parent`, it is for the top of the tree, which may outlive the shell that started it.
+    Alone, without `die_with_parent`, it is for the top of the tree, which may outlive the shell that started it. Raises
+    ConfigError where the environment names what is no process.
     """
     this = _identity(os.getpid())
     owners = [text for text in os.environ.get(OWNERS, "").split(",") if text and text != this]
+    for text in owners:
+        if not re.fullmatch(r"[0-9]{1,9}(:[0-9]{1,20})?", text, re.ASCII):
+            remedy = "Unset this environment variable: only this program sets it, for its own processes."
+            raise ConfigError([Problem(OWNERS, text, "is no process, as pid:start", remedy)])
     _watch(owners)
     os.environ[OWNERS] = ",".join([*owners, this])
 

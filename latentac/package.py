@@ -30,8 +30,7 @@ _LEFT_OUT = ("__pycache__", "node_modules")
 def pack(folder: Path) -> bytes:
     """A zip archive of the folder's files, the same bytes for the same files. Hidden files, bytecode and virtual
     environments are left out. Raises ConfigError."""
-    if not folder.is_dir():
-        raise _refused(str(folder), "is no folder", "Name the folder of your package.")
+    _check_folder(folder)
     base = folder.resolve()
     prefix = f"{base.name}/" if (base / "__init__.py").is_file() else ""
     archive, total, count = io.BytesIO(), 0, 0
@@ -105,8 +104,15 @@ def make_importable(folder: Path) -> None:
 
 
 def use_in_place(folder: Path) -> None:
-    """Make a folder's code importable here, unpacked, under the names that it has in a run's steps."""
+    """Make a folder's code importable here, unpacked, under the names that it has in a run's steps. Raises ConfigError
+    where there is no such folder."""
+    _check_folder(folder)
     make_importable(folder.parent if (folder / "__init__.py").is_file() else folder)
+
+
+def _check_folder(folder: Path) -> None:
+    if not os.path.isdir(folder):  # not pathlib: it raises where a name is too long
+        raise _refused(str(folder), "is no folder", "Name the folder of your package.")
 
 
 def _files(base: Path) -> list[Path]:

@@ -93,8 +93,7 @@ def on_this_machine(source: str, revision: str) -> Path | None:
 
     Nothing is fetched. Raises ConfigError where there can be none.
     """
-    path = Path(source).expanduser()
-    if source.startswith(("builtin:", "/", "./", "../", "~")) or path.exists():
+    if source.startswith(("builtin:", "/", "./", "../", "~")) or os.path.exists(source):
         return locate(source, None)[0]
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

@@ -1,4 +1,5 @@
-"""What may come from anywhere: JSON of the store, of a run's folder, of another program; numbers of a command line.
+"""What may come from anywhere: JSON of the store, of a run's folder, of another program; numbers of a command line and
+of the environment.
 
 To open a pipe waits for whoever writes to it. A file that a user names may be one (`<(...)`), and is waited for within
 a bound; a file that a program wrote is none.
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from latentac.errors import IntegrityError
+from latentac.errors import ConfigError, IntegrityError, Problem
 from latentac.waiting import within
 
 PIPE_SECONDS = 10.0
@@ -75,11 +76,27 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     """What reads an option: a whole number from `least` to `most`."""
 
     def read(text: str) -> int:
-        if re.fullmatch(r"-?[0-9]{1,20}", text, re.ASCII) and least <= int(text) <= most:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a whole number from {least} to {most}")
+        found = _whole(text, least, most)
+        if found is None:
+            raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a whole number from {least} to {most}")
+        return found
 
     return read
+
+
+def whole_variable(name: str, least: int, most: int, default: int) -> int:
+    """The whole number in the environment variable `name`, `default` where it is unset or empty. Raises ConfigError."""
+    text = os.environ.get(name, "").strip()
+    found = _whole(text, least, most) if text else default
+    if found is None:
+        problem = f"is not a whole number from {least} to {most}"
+        raise ConfigError([Problem(name, text, problem, "Correct this environment variable, or unset it.")])
+    return found
+
+
+def _whole(text: str, least: int, most: int) -> int | None:
+    """None where `text` is no whole number from `least` to `most`."""
+    return int(text) if re.fullmatch(r"-?[0-9]{1,20}", text, re.ASCII) and least <= int(text) <= most else None
 
 
 def seconds(text: str) -> float:

@@ -3,7 +3,6 @@
 Only the first needs torch: the second takes over how to draw, and knows more of the rest.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from latentac.card import Facts, folder_card, sections, use_section
 from latentac.errors import ArtifactNotFound
 from latentac.folders import ADAPTER, INDEX
+from latentac.reading import read_record
 from latentac.workspace import EXTENSIONS, Workspace
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def write_released(space: Workspace, source: Path, folder: Path, version: str) -
 
 
 def _write(folder: Path, facts: Facts, use: str, adapter: str) -> None:
-    kind = json.loads((folder / INDEX).read_text())["_class_name"]
+    kind = read_record(folder / INDEX)["_class_name"]
     (folder / FILE).write_text(folder_card(facts, kind, use, adapter), encoding="utf-8")
 
 
@@ -68,4 +68,4 @@ def _read(space: Workspace, step: str, name: str) -> Any:
         file = space.artifact(step) / name if space.finished(step) else None
     except ArtifactNotFound:
         return None
-    return json.loads(file.read_text()) if file is not None and file.is_file() else None
+    return read_record(file) if file is not None and file.is_file() else None

@@ -21,7 +21,7 @@ from latentac.fields import merge, read_file, read_overrides
 from latentac.names import working_folder
 from latentac.reading import read_record, record
 from latentac.recipes import RECIPES, default_project
-from latentac.scratch import hidden_folder
+from latentac.scratch import hidden_folder, write_whole
 from latentac.store import Manifest, Store, open_store
 from latentac.validation import resolve
 from latentac.workspace import EXTENSIONS, PACKAGE, Workspace, default_store, open_run, person
@@ -266,8 +266,7 @@ def finish(run: str, store: str, output: str) -> Manifest | None:
             done = None
             _write_finish(run, url, output, scratch)
         for file in scratch.iterdir():
-            shutil.copyfile(file, part := folder / f".{file.name}.part")
-            part.replace(folder / file.name)
+            write_whole(folder / file.name, file.read_bytes())
         return done or opened.publish(
             f"{run}/finish",
             scratch,

@@ -23,7 +23,7 @@ MAX_PATH_BYTES = 60
 """The system allows 107 bytes for the name of a socket, and libraries put names of their own below the folder."""
 
 HIDDEN = ".latentac-"
-"""What the names of hidden folders begin with: nothing else is removed from a place where others write too."""
+"""What the names of hidden folders and files begin with: nothing else is removed where others write too."""
 
 _OWNER = ".owner"
 """In a folder of `temporary_files`: the folder that it was made for."""
@@ -65,6 +65,20 @@ def hidden_folder(place: Path, purpose: str) -> Iterator[Path]:
     """A new folder in `place` for what is still being made; it goes in the end."""
     with tempfile.TemporaryDirectory(prefix=f"{HIDDEN}{purpose}-", dir=place) as folder:
         yield Path(folder)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write `path` whole: readers find what was there before, or `content`. Where it fails nothing stays beside it;
+    what a killed process leaves is a hidden file, which `prune` finds."""
+    part = path.with_name(f"{HIDDEN}{path.name}.{os.getpid()}")
+    part.unlink(missing_ok=True)
+    try:
+        with part.open("xb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def remove_hidden(place: Path) -> None:

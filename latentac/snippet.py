@@ -22,6 +22,8 @@ from torch import Tensor
 from latentac.diffusion import DDIM, Kernel, Prediction, alpha_of
 from latentac.diffusion import Path as Mixing
 from latentac.policy import Policy
+from latentac.reading import read_record
+from latentac.terminal import printable
 
 PURPOSE = "serving"
 """What the endpoint's noise is drawn for: a word of the key that `latentac.distributed.noise_for` hashes."""
@@ -219,7 +221,7 @@ def _text(folder: Path) -> dict[str, str]:
     settings = folder / "tokenizer" / "tokenizer_config.json"
     if not _is_sd3(folder) or not settings.is_file():
         return {}
-    length = json.loads(settings.read_text(encoding="utf-8")).get("model_max_length", _CLIP_LENGTH)
+    length = read_record(settings).get("model_max_length", _CLIP_LENGTH)
     return {"max_sequence_length": "256" if length >= _CLIP_LENGTH else "0"}
 
 
@@ -228,12 +230,12 @@ def _is_sd3(folder: Path) -> bool:
 
 
 def _index(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "model_index.json").read_text())
+    content: dict[str, Any] = read_record(folder / "model_index.json")
     return content
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    return printable(json.dumps(text, ensure_ascii=False))  # its escapes are Python's, too
 
 
 def _joined(arguments: dict[str, str], indent: int) -> str:

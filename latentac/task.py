@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from latentac.calls import CALLS, FOLDER, STEPS, supervised
-from latentac.errors import ConfigError, expected
+from latentac.errors import LatentacError, expected
 from latentac.lifetime import die_with_parent, refuse_links, run_lock, stop_on_sigterm
 from latentac.names import working_folder
 from latentac.scratch import remove_hidden, temporary_files
@@ -60,11 +60,12 @@ def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Itera
         reused = datetime.fromisoformat(manifest.created).timestamp() < started
         return manifest
 
-    die_with_parent()
     guard_streams()
     try:
+        die_with_parent()
         folder = working_folder(run, output)
-    except ConfigError as error:  # of no run, so there is no place for a file either
+        refuse_links(folder)  # before anything is written there
+    except LatentacError as error:  # of no run, or of one that is not written to, so there is no file either
         raise SystemExit(_fail(name, None, error)) from None
     if name in STEPS and FOLDER not in os.environ and (ended := supervised(folder / CALLS)) is not None:
         exit_code, crash = ended
@@ -74,7 +75,6 @@ def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Itera
     _log_plainly()
     _tell(event="begin", task=name)
     try:
-        refuse_links(folder)
         with run_lock(folder / LOCK_FILE):
             remove_hidden(folder)
             with temporary_files(folder):

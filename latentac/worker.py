@@ -32,6 +32,7 @@ from latentac.learning import Replay
 from latentac.lifetime import run_lock
 from latentac.metrics import of_iteration
 from latentac.progress import progress
+from latentac.reading import whole_variable
 from latentac.readme import write_trained
 from latentac.scratch import hidden_folder
 from latentac.store import open_store
@@ -112,7 +113,7 @@ def _work_in_pod(run: str, store: str, output: str, position: Position) -> int:
 def work(space: Workspace, position: Position) -> bool:
     """Train from the last checkpoint to the end, and publish `<run>/train`. False: stopped, after a checkpoint."""
     # The workers share the cores; more threads than cores only wait for each other.
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_num_threads(whole_variable("OMP_NUM_THREADS", 1, 1024, 1))
     started = time.monotonic()
     mesh = Mesh.join(space.config.backbone.device)
     trainer = _make_trainer(space, mesh)

@@ -191,6 +191,7 @@ def _follow(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from latentac.scratch import write_whole
     from latentac.store import open_store
 
     service = _service(options)
@@ -203,7 +204,7 @@ def _report(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         open_store(store).fetch(f"{run}/finish", Path(folder) / "finish")
         options.to.parent.mkdir(parents=True, exist_ok=True)
-        options.to.write_bytes((Path(folder) / "finish" / "report.html").read_bytes())
+        write_whole(options.to, (Path(folder) / "finish" / "report.html").read_bytes())
     _say(str(options.to))
 
 

@@ -1,23 +1,70 @@
-"""`latentac run --dry-run`: settings, steps, needs and refusals, on stdout and stderr. Nothing is written."""
+"""`latentac run --dry-run`: settings, steps, needs and refusals, on stdout and stderr. Nothing is written.
 
+What a run would do is found out in a child process, for the user's own classes are imported and called there, and may
+end it. It is made before torch is loaded.
+"""
+
+import shutil
+import signal
 import sys
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from latentac.calls import supervised
 from latentac.errors import ConfigError, StoreError
 from latentac.lifetime import lock_holder
-from latentac.plan import Plan, plan, settings_text
-from latentac.run import VERBS
-from latentac.store import open_store
 from latentac.task import LOCK_FILE
 from pipelines.request import Request
+
+if TYPE_CHECKING:
+    from latentac.plan import Plan
+
+_PLANNED = "planned"
+_STOPPED = (130, 128 + signal.SIGTERM)
 
 
 def print_plan(request: Request, output: Path, run: str) -> int:
     """run: the one that would be resumed, or "". Returns 0, or a configuration error's code if anything is refused."""
     sys.dont_write_bytecode = True  # beside the user's own code
-    store = request.store_url(output)
-    made = plan(request.recipe, request.config, request.overrides, request.package, store, output)
-    refused = list(made.refused)
+    folder = Path(tempfile.mkdtemp(prefix="latentac-"))
+    ended = supervised(folder)
+    if ended is None:
+        from latentac.plan import plan
+
+        given = (request.recipe, request.config, request.overrides, request.package)
+        try:
+            made = plan(*given, request.store_url(output), output)
+        finally:  # an exception is no crash
+            (folder / _PLANNED).touch()
+        return _print(made, request, output, run)
+    code, crash = ended
+    planned = (folder / _PLANNED).exists()
+    shutil.rmtree(folder, ignore_errors=True)
+    if planned or code in _STOPPED:
+        return code
+    problem = f"a class of yours ended the process that tried it (exit code {code}), or it was killed"
+    return _print(_without_classes(request, str(crash) if crash is not None else problem), request, output, run)
+
+
+def _without_classes(request: Request, problem: str) -> "Plan":
+    """What can be told without importing what the settings name."""
+    from latentac.plan import Plan
+    from latentac.run import recipe_fields
+    from latentac.validation import resolve
+
+    try:
+        settings = resolve(recipe_fields(request.recipe, request.config, request.overrides))
+    except ConfigError as error:
+        return Plan(None, None, (*str(error).splitlines(), problem))
+    return Plan(settings, None, (problem,))
+
+
+def _print(made: "Plan", request: Request, output: Path, run: str) -> int:
+    from latentac.plan import settings_text
+    from latentac.run import VERBS
+
+    store, refused = request.store_url(output), list(made.refused)
     if run:
         holders = (lock_holder(output / run / name) for name in ("run.lock", LOCK_FILE))
         refused += [
@@ -39,17 +86,19 @@ def print_plan(request: Request, output: Path, run: str) -> int:
     return ConfigError.exit_code if refused else 0
 
 
-def _needs(made: Plan) -> str:
+def _needs(made: "Plan") -> str:
     if made.settings is None:
         return "not known: the settings are refused"
     if made.needs is None:
-        return "not known: the backbone is refused, or not on this machine yet"
+        return "not known: something is refused, or the backbone is not on this machine yet"
     return "\n         ".join(made.needs)
 
 
 def _published(store: str, run: str) -> set[str]:
     if not run:
         return set()
+    from latentac.store import open_store
+
     try:
         return {key.rpartition("/")[2] for key in open_store(store).keys(run)}
     except StoreError:  # it is among the refusals

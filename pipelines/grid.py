@@ -14,6 +14,7 @@ from latentac.errors import ConfigError, IntegrityError, Problem
 from latentac.fields import read_overrides
 from latentac.names import is_name
 from latentac.reading import parse_json, read_regular
+from latentac.scratch import write_whole
 from pipelines.request import Request, located, relative
 
 _FILE = "sweep.json"
@@ -47,10 +48,8 @@ class Sweep:
         """Write it into `<output>/<name>`, which may be moved afterwards."""
         folder = output / self.name
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{_FILE}.part"
         kept = dataclasses.replace(self, request=relative(self.request, folder))
-        part.write_text(json.dumps(dataclasses.asdict(kept), indent=2) + "\n")
-        part.replace(folder / _FILE)
+        write_whole(folder / _FILE, json.dumps(dataclasses.asdict(kept), indent=2) + "\n")
 
     def exists(self, output: Path) -> bool:
         """Whether it was begun there."""

@@ -7,6 +7,7 @@ named relative to that, for the output folder may be moved.
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from latentac import package as packages
 from latentac.errors import ConfigError, Problem, ResourceError, require
 from latentac.fields import read_file, read_overrides
 from latentac.reading import parse_json, read_regular
+from latentac.scratch import write_whole
 
 _FILE = "request.json"
 _GIVEN, _PACKAGE = "given-config", "given-package"
@@ -83,8 +85,7 @@ def create_run(request: Request, output: Path) -> tuple[str, Request]:
         raise ResourceError(str(output), f"no folder can be made in it ({error.strerror})", remedy) from None
     request = with_copies(request, folder, code)
     # request.json makes a folder a run, so it comes last and whole
-    (folder / f"{_FILE}.part").write_text(json.dumps(dataclasses.asdict(relative(request, folder)), indent=2))
-    (folder / f"{_FILE}.part").rename(folder / _FILE)
+    write_whole(folder / _FILE, json.dumps(dataclasses.asdict(relative(request, folder)), indent=2))
     return folder.name, request
 
 
@@ -95,7 +96,7 @@ def packed(request: Request) -> bytes:
 
 def with_copies(request: Request, folder: Path, code: bytes) -> Request:
     """The request with copies in `folder` of its file of settings and of its package. code: the package, packed."""
-    if request.config and Path(request.config).is_file():  # if it is not, prepare says so with all other problems
+    if request.config and os.path.isfile(request.config):  # if it is not, prepare says so with all other problems
         copy = folder / _GIVEN / Path(request.config).name  # its name stays: a run may be called after it
         copy.parent.mkdir(parents=True)
         copy_settings(Path(request.config), copy)
@@ -205,7 +206,7 @@ def _absolute_sources(fields: dict[str, Any]) -> dict[str, Any]:
     for section, name in _SOURCES:
         below = result.get(section)
         source = below.get(name) if isinstance(below, dict) else None
-        if isinstance(source, str) and source and Path(source).exists():
+        if isinstance(source, str) and source and os.path.exists(source):
             place = Path(source).absolute()
             # Where only this place is to be seen, as in a container, the way over another folder leads nowhere.
             place = place.resolve() if ".." in place.parts else place
@@ -220,7 +221,7 @@ def local_sources(request: Request) -> list[str]:
 
     fields = recipe_fields(request.recipe, request.config, request.overrides)
     named = [str(fields[section].get(name) or "") for section, name in _SOURCES]
-    return [source for source in named if Path(source).is_absolute() and Path(source).exists()]
+    return [source for source in named if os.path.isabs(source) and os.path.exists(source)]
 
 
 def copy_settings(file: Path, copy: Path) -> None:

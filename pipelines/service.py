@@ -256,9 +256,13 @@ def _token() -> str:
         return token
     file = os.environ.get(TOKEN_FILE)
     try:
-        return read_given(Path(file)).strip() if file else ""
+        token = read_given(Path(file)).strip() if file else ""
     except (OSError, ValueError) as error:
-        raise ConfigError([Problem(TOKEN_FILE, file, f"cannot be read: {error}", "Unset it.")]) from None
+        reason = (error.strerror if isinstance(error, OSError) else "it is no text") or error
+        raise ConfigError([Problem(TOKEN_FILE, file, f"cannot be read: {reason}", "Unset it.")]) from None
+    if not (token.isascii() and token.isprintable()):
+        raise ConfigError([Problem(TOKEN_FILE, file, "holds more than a token", "Unset it.")])
+    return token
 
 
 def _secret(name: str) -> str:

@@ -30,6 +30,7 @@ FLOOR_ONE_MAY_IMPORT = {
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 NO_NAMES = {"utils", "common", "base", "core", "registry", "helpers", "misc"}
 UNSAFE_KEYWORD = re.compile(r"(trust_remote_code|allow_pickle)=(?!False)")
+READER = re.compile(r"json\.loads?|yaml\.\w*load\w*|csv\.(reader|DictReader)|tomllib\.loads?")
 HEAVY = {"torch", "diffusers", "transformers", "peft", "kfp", "kserve", "kubernetes", "torchx", "matplotlib", "scipy"}
 
 MACHINE_PATH = re.compile(r"(?<![\w.~$}])/(?:work|root|home/\w+|Users/\w+|opt/wheels)/")
@@ -181,6 +182,32 @@ def test_nothing_that_is_loaded_can_run_code() -> None:
                 found.append(f"{at(path, node)} {ast.unparse(node)}")
             if isinstance(node, ast.keyword) and UNSAFE_KEYWORD.match(ast.unparse(node)):
                 found.append(f"{at(path, node.value)} {ast.unparse(node)}")
+    assert not found, "\n".join(found)
+
+
+def test_what_comes_from_elsewhere_is_read_in_few_places() -> None:
+    """JSON and YAML go through the readers that have bounds and one kind of error. Of the others each reads what this
+    very program has made."""
+    readers = {
+        *("latentac/reading.py", "latentac/modelfiles.py", "latentac/promptfiles.py", "latentac/fields.py"),
+        *("latentac/serving/routes.py", "latentac/shapes/pretrain.py", "latentac/shapes/provenance.py"),
+    }
+    found = []
+    for path in PRODUCT:
+        if path.relative_to(ROOT).parts[0] in PACKAGES and at(path) not in readers:
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and READER.fullmatch(ast.unparse(node)):
+                    found.append(f"{at(path, node)} {ast.unparse(node)}")
+    assert not found, "\n".join(found)
+
+
+def test_numbers_of_the_environment_are_read_in_one_place() -> None:
+    """`int(os.environ[...])` is a traceback where somebody has exported something else: see `whole_variable`."""
+    found = []
+    for path in PRODUCT:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {"int", "float"}:
+                found += [f"{at(path, node)} {ast.unparse(node)}"] if "environ" in ast.unparse(node) else []
     assert not found, "\n".join(found)
 
 

@@ -16,7 +16,7 @@ from urllib.parse import quote, urlencode
 from kubernetes import client, config
 from urllib3.exceptions import HTTPError
 
-from latentac.errors import ClusterError, ClusterUnavailable, ConfigError, Problem
+from latentac.errors import ClusterError, ClusterUnavailable, ConfigError, Problem, describe
 from latentac.reading import parse_json
 from latentac.waiting import Bounds, TimeUp, within
 
@@ -229,9 +229,10 @@ def connect(namespace: str) -> Api:
             problem = f"what it names gives no credentials ({error})"
             remedy = "Log in with kubectl first, or correct the kubeconfig."
             raise ConfigError([Problem("KUBECONFIG", named, problem, remedy)]) from None
-        except (config.ConfigException, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - the package raises whatever the file's content leads to
             remedy = "Export KUBECONFIG, or run this in a pod with a service account."
-            raise ConfigError([Problem("KUBECONFIG", None, f"no cluster is configured: {error}", remedy)]) from None
+            told = f"no cluster is configured: {describe(error)}"
+            raise ConfigError([Problem("KUBECONFIG", named, told, remedy)]) from None
     return Api(settings, namespace)
 
 

@@ -25,6 +25,7 @@ from components.deploy.readiness import wait_ready
 from components.deploy.shadow import ask, compare, reasons_against, shadow_requests
 from components.deploy.traffic import traffic_of
 from latentac.errors import ClusterError, ConfigError, LatentacError, Problem, ServingError
+from latentac.reading import record
 from latentac.release import Candidate
 from latentac.serving.client import TOKEN, Client
 from latentac.serving.deployment import Deployment, check, proof
@@ -113,7 +114,7 @@ class Rollout:
         model = objects.Model(project, run, candidate.version, store, manifest.folder)
         stable = objects.inference_service(self._settings, self._stable, model, name, replicas=self._deploy.replicas)
         unaccepted = _unaccepted(live, tried)
-        before = json.loads(_note(tried, BEFORE)) if unaccepted else objects.restorable(live) if live else None
+        before = record(_note(tried, BEFORE), BEFORE) if unaccepted else objects.restorable(live) if live else None
         notes = {PROMOTES: objects.revision(stable), BEFORE: json.dumps(before, sort_keys=True)}
         green = objects.inference_service(self._settings, self._green, model, name, replicas=1, notes=notes)
         same = objects.revision(live) == objects.revision(stable)
@@ -242,7 +243,7 @@ def abandon(settings: Cluster, run: str, api: Api | None = None) -> None:
     if green is None or (green["metadata"].get("labels") or {}).get(RUN) != label(run):
         return
     live = api.get(INFERENCE_SERVICES, settings.deploy.name)
-    before = json.loads(_note(green, BEFORE))
+    before = record(_note(green, BEFORE), BEFORE)
     traffic = traffic_of(api, settings)
     if traffic and before:
         traffic.to_stable()

@@ -3,6 +3,7 @@ fetched."""
 
 import glob
 import logging
+import os
 from pathlib import Path
 
 from latentac.backbones.inspection import SUPPORTED, conversion, inspect
@@ -41,8 +42,8 @@ def locate(source: str, layout: Layout | None, revision: str = "") -> tuple[Path
 
 def _found(source: str, layout: Layout | None, revision: str) -> tuple[Path, str | None]:
     """The folder of `source` on this machine, and its commit."""
-    path = Path(source).expanduser()
-    local = source.startswith("builtin:") or path.exists()
+    path = Path(os.path.expanduser(source))  # not pathlib: it raises where a name is too long, or no home
+    local = source.startswith("builtin:") or os.path.exists(path)
     if local and revision:
         remedy = "Leave backbone.revision out"
         raise ConfigError([Problem("backbone.revision", revision, f"{source} is no hub id and has none", remedy)])
@@ -50,11 +51,11 @@ def _found(source: str, layout: Layout | None, revision: str) -> tuple[Path, str
         from latentac.shapes import builtin_pipeline
 
         return builtin_pipeline(source.removeprefix("builtin:")), None
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix in _FILES:
             raise _bad(source, "is a single-file checkpoint, and only diffusers folders are loaded", conversion(source))
         raise _bad(source, "is a file, and only diffusers folders are loaded")
-    if path.is_dir():
+    if os.path.isdir(path):
         return path, None
     if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
         if source.startswith(("http:", "https:")):

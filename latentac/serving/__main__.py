@@ -22,11 +22,11 @@ exit codes: 0 stopped by SIGTERM or Ctrl-C, 2 wrong arguments, 6 port taken, 8 t
 def main(arguments: Sequence[str]) -> int:
     """The exit code. One message on stderr where it is not 0."""
     options = _parser().parse_args(arguments)
-    if options.die_with_parent:
-        from latentac.lifetime import die_with_parent
-
-        die_with_parent()
     try:
+        if options.die_with_parent:
+            from latentac.lifetime import die_with_parent
+
+            die_with_parent()
         if options.socket is None:
             address = {"host": options.host, "name": options.name, "device": options.device}
             who = {"hosts": options.allow_host, "origins": options.allow_origin, "token_file": options.token_file}

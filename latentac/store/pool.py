@@ -9,6 +9,7 @@ them for one file, or does not let this user make one, a plain copy is kept inst
 
 import hashlib
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -17,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 OBJECTS = ".objects"
+_OBJECT = re.compile(r"[0-9a-f]{64}(\.[0-9a-f]{32})?")
 _READ_ONLY = 0o444
 
 
@@ -54,6 +56,9 @@ class Pool:
         paths = self._root.glob("??/*") if digests is None else map(self._path, set(digests))
         freed = 0
         for path in paths:
+            # A link leads to files that this program did not make, which may have other names, too.
+            if self._root.is_symlink() or path.parent.is_symlink() or not _OBJECT.fullmatch(path.name):
+                continue
             with suppress(OSError):
                 status = path.lstat()
                 if status.st_nlink == 1 or "." in path.name:  # or what a killed process left

@@ -252,7 +252,10 @@ NUMBERS: dict[str, tuple[Change, str]] = {
     "many layers per block": (fields(UNET, layers_per_block=10**9), "layers_per_block is"),
     "many blocks": (fields(UNET, down_block_types=["DownBlock2D"] * 10**4), "down_block_types has 10,000"),
     "a huge picture": (fields(UNET, sample_size=10**6), "sample_size is 1000000"),
+    "a picture of 4,096 pixels": (fields(UNET, sample_size=512), "sample_size is 512"),
     "no picture": (fields(UNET, sample_size=0), "sample_size is 0"),
+    "a huge number of any other field": (fields(UNET, norm_eps=1e30), "norm_eps is 1e+30"),
+    "a text of 5,000 characters": (fields(UNET, act_fn="x" * 5000), "act_fn is a text of 5,000 characters"),
     "negative channels": (fields(UNET, in_channels=-4), "in_channels is -4"),
     "a huge width of the text": (fields(UNET, cross_attention_dim=2**70), "cross_attention_dim is"),
     "a text for a number": (fields(UNET, layers_per_block="1; import os"), "layers_per_block is"),
@@ -287,9 +290,13 @@ FILES: dict[str, tuple[Change, str]] = {
     "tensors that share bytes": (header(WEIGHTS, SHARED, 2**26), "one after another"),
     "tensors of negative size": (
         header(WEIGHTS, {"a": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}}, 8), "damaged header"),
+    "a tensor of another size than its shape": (
+        header(WEIGHTS, {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 8]}}, 8), "damaged header"),
     "100,000 tensors": (header(WEIGHTS, MANY), "100,000 tensors"),
     "a header nested deep": (content(WEIGHTS, struct.pack("<Q", 200_000) + b"[" * 100_000 + b"]" * 100_000),
                              "damaged header"),
+    "a header of 9 MB": (content(WEIGHTS, struct.pack("<Q", 9 * 2**20) + b"{}".ljust(9 * 2**20)),
+                         "is no safetensors file"),
     "weights of no bytes": (content(WEIGHTS, b""), "is no safetensors file"),
     "a configuration of no bytes": (content(UNET, b""), "is no JSON"),
     "a configuration that is a list": (content(UNET, "[]"), "is no JSON object"),
@@ -297,10 +304,10 @@ FILES: dict[str, tuple[Change, str]] = {
     "nested 100,000 deep": (content(UNET, '{"a":' * 100_000 + "1" + "}" * 100_000), "nested too deep"),
     "nested 500 deep": (content(UNET, '{"a":' * 500 + "1" + "}" * 500), "nested too deep"),
     "lists nested 100,000 deep": (content("model_index.json", "[" * 100_000 + "]" * 100_000), "nested too deep"),
-    "a configuration of 500 MB": (sparse(UNET, 500 * 2**20), "at most 1,048,576 are read"),
-    "an index of 500 MB": (sparse("model_index.json", 500 * 2**20), "at most 1,048,576 are read"),
-    "a vocabulary of 500 MB": (sparse("tokenizer/vocab.json", 500 * 2**20), "at most 8,388,608 are read"),
-    "merges of 500 MB": (sparse("tokenizer/merges.txt", 500 * 2**20), "at most 8,388,608 are read"),
+    "a configuration of 1 GB": (sparse(UNET, 2**30), "at most 1,048,576 are read"),
+    "an index of 1 GB": (sparse("model_index.json", 2**30), "at most 1,048,576 are read"),
+    "a vocabulary of 1 GB": (sparse("tokenizer/vocab.json", 2**30), "at most 8,388,608 are read"),
+    "merges of 1 GB": (sparse("tokenizer/merges.txt", 2**30), "at most 8,388,608 are read"),
     "a key twice": (text(UNET, r"\{", '{"in_channels": 4,'), "key 'in_channels' twice"),
     "a part twice": (text("model_index.json", r"\{", '{"unet": ["diffusers", "UNet2DConditionModel"],'), "twice"),
     "30,000 added tokens": (
@@ -319,7 +326,7 @@ HARMLESS: dict[str, Change] = {
     "auto_map and trust_remote_code": both(
         fields(TEXT, **REMOTE),
         fields(UNET, auto_map={"AutoModel": "evil.Evil"}),
-        fields("model_index.json", custom_pipelines={"evil": "evil.Evil"}, custom_pipeline="evil"),
+        fields("model_index.json", custom_pipelines={"evil": "evil.Evil"}, custom_pipeline="evil.Evil"),
     ),
     "names of places": both(
         fields(TEXT, _name_or_path=f"/home/{CANARY}/text_encoder"),
@@ -341,6 +348,10 @@ PREPARE: dict[str, tuple[Change, str | None]] = {
 }
 
 OURS, CRITIC = "latentac.json", "critic/config.json"
+METHOD = {
+    "extension": {"use": "best_of_n", "name": "best_of_n"}, "summary": "", "needs_gradient": False, "strength": 1.0,
+    "particles": 2,
+}  # fmt: skip
 WIDE = {"settings__body": {"use": "frozen_taps", "width": 4096, "num_queries": 256}}
 SERVE: dict[str, tuple[Change, str | None]] = {
     "a backbone that loads a folder's code": (
@@ -357,6 +368,16 @@ SERVE: dict[str, tuple[Change, str | None]] = {
     "a method of many particles": (fields(OURS, methods__best_of_n__particles=10**9), "particles"),
     "1,000,000,000 steps": (fields(OURS, kernel__num_steps=10**9), "num_steps"),
     "1,000,000,000 pictures": (fields(OURS, limits__max_images=10**9), "max_images"),
+    "1,000,000,000 pictures that wait": (fields(OURS, batching__max_queued_images=10**9), "max_queued_images"),
+    "1,000,000,000 steps of a request": (fields(OURS, limits__max_steps=10**9), "max_steps"),
+    "1,000,000,000 characters": (fields(OURS, limits__max_prompt_characters=10**9), "max_prompt_characters"),
+    "a request of 30 years": (fields(OURS, batching__request_seconds=10**9), "request_seconds"),
+    "a wait of a day": (fields(OURS, batching__batch_wait_seconds=86400.0), "batch_wait_seconds"),
+    "100 rewards": (fields(OURS, rewards=[{"name": f"r{n}", "weight": 1.0, "unit": ""} for n in range(100)]),
+                    "at most 64 items"),
+    "100 examples": (fields(OURS, examples=["a red circle"] * 100), "at most 64 items"),
+    "100 methods": (fields(OURS, methods={f"m{n}": METHOD for n in range(100)}), "at most 64 items"),
+    "no trained policy": (fields(OURS, policies=["base"]), "policies lacks `trained`"),
     "a huge size": (fields(OURS, size=[10**9, 10**9]), "size"),
     "a negative batch": (fields(OURS, batching__batch_rows=-1), "batch_rows"),
     "a text for a batch": (fields(OURS, batching__batch_rows="4"), "batch_rows"),
@@ -367,11 +388,11 @@ SERVE: dict[str, tuple[Change, str | None]] = {
     "a default method that is none": (fields(OURS, default_method="os.system"), "default_method"),
     "a description with a key twice": (text(OURS, r"\{", '{"run": "x",'), "twice"),
     "a description nested deep": (content(OURS, '{"a":' * 100_000 + "1" + "}" * 100_000), "nested too deep"),
-    "a description of 500 MB": (sparse(OURS, 500 * 2**20), "at most 1,048,576 are read"),
+    "a description of 1 GB": (sparse(OURS, 2**30), "at most 1,048,576 are read"),
     "a description that is a link": (link(OURS, "{outside}/config.json"), "leads out of the folder"),
     "a description that is a pipe": (fifo(OURS), "is no regular file"),
     "a critic that is a pipe": (fifo(CRITIC), "is no regular file"),
-    "a critic of 500 MB": (sparse(CRITIC, 500 * 2**20), "at most 1,048,576 are read"),
+    "a critic of 1 GB": (sparse(CRITIC, 2**30), "at most 1,048,576 are read"),
     "a critic without settings": (content(CRITIC, "{}"), "has no settings"),
     "a critic of huge width": (fields(CRITIC, settings__body={"use": "frozen_taps", "width": 10**9}), "width"),
     "a critic wider than its weights": (fields(CRITIC, **WIDE), "asks for"),
@@ -385,12 +406,13 @@ SERVE: dict[str, tuple[Change, str | None]] = {
         link(f"base/{WEIGHTS}", "{outside}/weights.safetensors"), "leads out of the folder"),
     "the base is a link": (link("base/unet", "{outside}/unet"), "leads out of the folder"),
     "the base is beyond its weights": (fields(f"base/{UNET}", block_out_channels=[8192, 65536]), "asks for"),
+    "the base of many layers": (fields(f"base/{UNET}", layers_per_block=10**9), "layers_per_block is"),
     "the base is a pickle": (content(f"base/{WEIGHTS}", PICKLE), "is no safetensors file"),
     "the base has an adapter": (_adapter("base/unet", "{outside}"), "is an adapter of peft"),
     **{name: case for cases in (CODE_IN_NAMES, OUTSIDE) for name, case in cases.items()},
     **{name: NUMBERS[name] for name in ("a huge picture", "channels beyond the weights", "many timesteps",
                                         "a prompt of 100,000,000 tokens", "many positions", "a wide text encoder")},
-    **{name: FILES[name] for name in ("tensors that share bytes", "a configuration of 500 MB", "30,000 added tokens")},
+    **{name: FILES[name] for name in ("tensors that share bytes", "a configuration of 1 GB", "30,000 added tokens")},
     **{name: (change, None) for name, change in HARMLESS.items()},
 }  # fmt: skip
 
@@ -541,7 +563,9 @@ def _too_long(*_: object) -> None:
 
 
 def _leaks(path: Path) -> bool:
-    return CANARY.encode() in path.read_bytes()
+    """Whether a file holds what stands outside, or names code: whoever loads a published copy may trust it."""
+    content = path.read_bytes()
+    return CANARY.encode() in content or b"evil.Evil" in content
 
 
 if __name__ == "__main__":

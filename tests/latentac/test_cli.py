@@ -76,6 +76,12 @@ def prepare(tmp_path: Path, *arguments: str) -> int:
         (["--set", "prompts.source=none.json"], 2, "prompts.source = 'none.json': does not exist"),
         (["--config", "none.yaml"], 2, "--config = 'none.yaml': cannot be read"),
         (["--store", "ftp://x"], 2, "store"),
+        (["--package", "none"], 2, "--package = 'none': is no folder"),
+        (["--package", "x" * 300], 2, "--package = 'x+': is no folder"),
+        (["--config", "x" * 300], 2, "--config = 'x+': cannot be read"),
+        (["--set", f"prompts.source={'x' * 300}"], 2, "prompts.source = 'x+'"),
+        (["--set", f"backbone.source=/{'x' * 300}"], 2, "backbone.source = '/x+'"),
+        (["--set", f"backbone.source={'x' * 300}"], 2, "backbone.source = 'x+'"),
     ],
 )
 def test_bad_input_gives_one_message_and_its_exit_code(tmp_path, capsys, arguments, code, words):
@@ -235,3 +241,15 @@ def test_a_working_folder_that_is_gone_is_told(tmp_path):
     assert done.returncode == 6
     assert done.stderr.startswith("latentac: the working folder: is not there any more")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("link", ["reward-calls", "task.lock", "kfp"])
+def test_a_run_folder_with_a_link_is_not_worked_in(tmp_path, capsys, link):
+    """Whoever made the link may have pointed it anywhere: nothing is written there."""
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "runs" / "first" / link).symlink_to(tmp_path / "outside")
+    assert prepare(tmp_path, "--recipe", "shapes-unet-smoke") == 6
+    assert f"/{link}: is a link to" in capsys.readouterr().err
+    assert list((tmp_path / "outside").iterdir()) == []
+    assert not (tmp_path / "runs" / "store").exists()

@@ -1,5 +1,6 @@
 """The export: a folder that holds what was trained and nothing else, and draws in plain diffusers what is served."""
 
+import ast
 import json
 import os
 import re
@@ -34,6 +35,7 @@ from latentac.serving.exported import add_base, export, image_size
 from latentac.serving.generator import Generator
 from latentac.shapes import builtin_pipeline
 from latentac.snippet import base_of, usage
+from latentac.terminal import printable
 from latentac.workspace import open_run
 from tests.latentac import miniatures
 
@@ -253,6 +255,18 @@ def test_the_card_call_draws_what_is_served(
     assert np.abs(drawn(adapter, folder) - expected).max() <= 1
     untouched = Policy(load_backbone(Extension(use=name), base, CPU), kernel)
     assert np.abs(served(untouched, num_steps) - expected).max() > 5
+
+
+def test_a_prompt_stands_in_the_card_call_as_it_is_meant(tmp_path: Path) -> None:
+    """Whatever is in it: it ends no text of Python, and no character in it turns what stands around it."""
+    base, folder = tmp_path / "base", tmp_path / "export"
+    folders.copy_pipeline(miniature("unet", tmp_path / "published"), base)
+    backbone = trained("unet", base, LORA)
+    backbone.save(folder)
+    prompt = "a \"red\\\" \u202e circle\u2066\u2028```\n''' é😀"
+    code = usage(Policy(backbone, DDIM(1.0)), folder, 10, prompt, 5)
+    assert prompt in [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert printable(code) == code
 
 
 def test_a_kernel_that_no_scheduler_makes_has_no_call(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from latentac.failures import ATTEMPT
+from latentac.worker import STOPPED
 from tests.latentac.test_store import eventually
 from tests.latentac.workers import RUN, prepared
 
@@ -77,3 +79,42 @@ def _trained(folder: Path, prefix: list[str], **environment: str) -> "subprocess
     return subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=150
     )
+
+
+GROUP = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1", ATTEMPT: "attempt-1"}
+"""What an agent tells the only worker of a pod."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_number_of_threads_that_is_none_is_told_by_its_variable(tmp_path: Path) -> None:
+    """By the worker, which an operator's pod may give any environment."""
+    prepared(tmp_path)
+    command = [sys.executable, "-m", "latentac.supervisor", RUN, f"file://{tmp_path}/store", str(tmp_path)]
+    environment = os.environ | GROUP | {"OMP_NUM_THREADS": "many"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=150)
+    assert done.returncode == 2, done.stderr
+    assert "OMP_NUM_THREADS = 'many': is not a whole number from 1 to" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_worker_of_a_pod_that_is_moved_leaves_a_checkpoint(tmp_path: Path) -> None:
+    """SIGTERM there is no end of the run: what was done so far is published, and the agent starts the worker anew."""
+    prepared(tmp_path, "train.num_iterations=100000", "train.checkpoint_every=100000")
+    command = [sys.executable, "-m", "latentac.supervisor", RUN, f"file://{tmp_path}/store", str(tmp_path)]
+    with (
+        (tmp_path / "log").open("w+") as log,
+        subprocess.Popen(command, env=os.environ | GROUP, stderr=log) as process,
+    ):
+        try:
+            eventually(lambda: "train " in (tmp_path / "log").read_text(), 120)
+        finally:
+            process.send_signal(signal.SIGTERM)
+        process.wait(100)
+        told = (tmp_path / "log").read_text()
+    assert process.returncode == STOPPED, told
+    assert "Traceback" not in told
+    assert (tmp_path / "store" / "checkpoints" / RUN / "LATEST").is_file()
+    assert not list((tmp_path / RUN).glob(".latentac-*"))

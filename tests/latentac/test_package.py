@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from latentac.cli import main
 from latentac.errors import ConfigError
 from latentac.package import MAX_INLINE_BYTES, digest, inline, make_importable, pack, read, unpack
 
@@ -83,11 +84,23 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> No
         pack(folder)
 
 
-@pytest.mark.parametrize("given", ["no/such/folder", "zip:%%%"])
+@pytest.mark.parametrize("given", ["no/such/folder", "zip:%%%", "x" * 300, "a\0b"])
 def test_what_cannot_be_read_is_refused(given: str) -> None:
     """With the option's name."""
     with pytest.raises(ConfigError, match="--package"):
         read(given)
+
+
+@pytest.mark.parametrize("name", ["none", "x" * 300, "mine.py"])
+def test_a_folder_that_is_none_is_refused_where_settings_are_shown(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where a run is prepared: a typing error would show the settings of another module of that name, or none."""
+    (tmp_path / "mine.py").touch()
+    assert main(["config", "show", "--package", str(tmp_path / name)]) == 2
+    told = capsys.readouterr()
+    assert "is no folder" in told.err
+    assert told.out == ""
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

@@ -214,6 +214,29 @@ def test_deleting_frees_what_nothing_else_uses(store: Store, artifact: Path, tmp
     assert manifest.files
 
 
+@pytest.mark.parametrize("below", ["", "ab"])
+def test_sweeping_follows_no_link(tmp_path: Path, below: str) -> None:
+    """An output folder may come from anywhere: a link in the place of the pool, or in it, leads to files of somebody
+    else's, such as the objects of a git repository, which have the same layout."""
+    name = "ab" + "0" * 62
+    mine = write(tmp_path / "mine", {f"ab/{name}": b"mine", "ab/notes.txt": b"mine"})
+    place = tmp_path / "runs" / OBJECTS / below
+    place.parent.mkdir(parents=True)
+    place.symlink_to(mine / below)
+    for digests in (None, {name}):
+        assert Pool(tmp_path / "runs").sweep(digests) == 0
+    assert read(mine) == {f"ab/{name}": b"mine", "ab/notes.txt": b"mine"}
+
+
+def test_sweeping_takes_what_the_pool_has_made_and_nothing_else(tmp_path: Path) -> None:
+    """By its name: a digest, or a digest and the mark of a write that was cut off."""
+    name = "ab" + "0" * 62
+    own = {f"ab/{name}": b"1", f"ab/{name}.{'0' * 32}": b"2"}
+    write(tmp_path / OBJECTS, {**own, "ab/notes.txt": b"mine", "ab/" + "0" * 38: b"mine"})
+    assert Pool(tmp_path).sweep() == 2
+    assert set(read(tmp_path / OBJECTS)) == {"ab/notes.txt", "ab/" + "0" * 38}
+
+
 def test_publishers_and_deleters_at_once_lose_nothing(store: Store, artifact: Path) -> None:
     """One process deletes and sweeps while another publishes the same content: each manifest that is there is whole."""
     script = (

@@ -9,6 +9,7 @@ import pytest
 
 from components.cluster import settings
 from latentac import fields, reading
+from latentac.distributed import pick_device
 from latentac.errors import ConfigError, IntegrityError, ResourceError
 from latentac.lifetime import lock_holder, refuse_links
 from latentac.reading import (
@@ -21,6 +22,7 @@ from latentac.reading import (
     record,
     seconds,
     whole,
+    whole_variable,
 )
 
 NO_JSON = {
@@ -129,3 +131,29 @@ def test_a_record_that_is_no_text_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "record.json").write_bytes(b"\xff\xfe[")
     with pytest.raises(IntegrityError, match="it is not JSON"):
         read_record(tmp_path / "record.json")
+
+
+@pytest.mark.parametrize("text", ["x", "1.0", "-1", "9" * 30, "1e3", "0x1", "٣", "8"])
+def test_a_number_of_the_environment_is_one_message(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names the variable, what it says, and the remedy."""
+    monkeypatch.setenv("SOME_NUMBER", text)
+    with pytest.raises(ConfigError, match=r"^SOME_NUMBER = .*is not a whole number from 0 to 7\. .*unset it"):
+        whole_variable("SOME_NUMBER", 0, 7, 1)
+
+
+@pytest.mark.parametrize(("text", "value"), [("", 1), (" ", 1), ("7", 7), (" 3\n", 3)])
+def test_a_variable_that_says_nothing_is_the_default(text: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """White space around it does not count."""
+    monkeypatch.setenv("SOME_NUMBER", text)
+    assert whole_variable("SOME_NUMBER", 0, 7, 1) == value
+    monkeypatch.delenv("SOME_NUMBER")
+    assert whole_variable("SOME_NUMBER", 0, 7, 1) == 1
+
+
+def test_a_gpu_that_is_not_there_is_told_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an agent of workers set may still stand in a shell."""
+    for text in ("two", "9999", "-1"):
+        monkeypatch.setenv("LOCAL_RANK", text)
+        with pytest.raises(ConfigError, match=f"^LOCAL_RANK = '{text}'"):
+            pick_device("cuda")
+        assert pick_device("cpu").type == "cpu"

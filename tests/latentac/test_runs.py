@@ -483,6 +483,8 @@ def test_prune_clears_what_killed_processes_left(here: Place, later: float) -> N
     (folder / "manifest.json").write_text(json.dumps({**manifest, "run": "gone"}, indent=2, sort_keys=True) + "\n")
     write(here.output / "store", {".partial/abc": b"x", "ended/steer/files-0123456789abcdef/old": b"x" * 5000})
     write(here.output, {"ended/.latentac-train-killed/big": b"x" * 5000, "busy/.latentac-train-now/big": b"x"})
+    write(here.output, {"ended/.latentac-report.html.7": b"x", ".latentac-compare.html.7": b"x", ".mine": b"x"})
+    write(here.output, {"ended/latentac-abandoned/big": b"x", "latentac-of-mine/letter": b"x"})
     with run_lock(here.output / "busy" / "train.lock"):
         plan = plan_prune(here.output, "")
         titles = clear(plan)
@@ -491,14 +493,19 @@ def test_prune_clears_what_killed_processes_left(here: Place, later: float) -> N
     assert sorted(titles) == [
         "ended: checkpoints of a training that has ended",
         "ended: files that no manifest names",
-        "ended: temporary folders of killed processes",
+        "ended: temporary files of killed processes",
         "gone: what is left of a run that is gone",
+        "temporary files of killed processes",
         "unfinished writes in the store",
     ]
     assert here.objects("checkpoints/ended") == []
     assert len(here.objects("checkpoints/training")) == 3
     assert len(here.objects("checkpoints/busy")) == 3
     assert (here.output / "busy" / ".latentac-train-now" / "big").exists()
+    assert not list(here.output.glob(".latentac-*"))
+    assert (here.output / ".mine").exists()
+    assert not list((here.output / "ended").glob("*latentac-*"))
+    assert (here.output / "latentac-of-mine" / "letter").exists()
     for name in ("ended", "training", "busy"):
         for key in here.store.keys(name):
             here.store.verify(here.store.manifest(key))

@@ -11,7 +11,7 @@ import pytest
 
 from latentac import scratch
 from latentac.errors import ResourceError
-from latentac.scratch import MAX_PATH_BYTES, temporary_files
+from latentac.scratch import MAX_PATH_BYTES, temporary_files, write_whole
 
 USUAL = "/tmp"  # noqa: S108 - where they go instead
 
@@ -118,3 +118,23 @@ def test_a_link_in_the_place_of_our_own_folder_is_refused(tmp_path: Path) -> Non
     with pytest.raises(ResourceError, match=r"is a link to .*documents"):
         scratch.empty_folder(tmp_path / "kfp")
     assert os.listdir(tmp_path / "documents") == ["letter"]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tiny: Path) -> None:
+    """On a full disk what was there before is there still, and nothing beside it takes the room that is left."""
+    (tiny / "report.html").write_text("before")
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tiny / "report.html", "x" * 2**20)
+    assert {path.name: path.read_text() for path in tiny.iterdir()} == {"report.html": "before"}
+    write_whole(tiny / "report.html", "after é")
+    write_whole(tiny / "picture.png", b"\x89PNG")
+    assert (tiny / "report.html").read_text(encoding="utf-8") == "after é"
+    assert sorted(path.name for path in tiny.iterdir()) == ["picture.png", "report.html"]
+
+
+def test_what_stands_in_for_the_file_meanwhile_is_no_link(tmp_path: Path) -> None:
+    """Where others write too, somebody may have put one there."""
+    (tmp_path / f".latentac-a.{os.getpid()}").symlink_to(tmp_path / "outside")
+    write_whole(tmp_path / "a", "mine")
+    assert not (tmp_path / "outside").exists()
+    assert (tmp_path / "a").read_text() == "mine"

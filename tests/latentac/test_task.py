@@ -146,11 +146,16 @@ def test_bug_keeps_its_traceback(tmp_path: Path) -> None:
     assert "KeyError: 'missing'" in json.loads((tmp_path / "run-1" / ERROR_FILE).read_text())["message"]
 
 
-def test_interrupt_is_quiet(tmp_path: Path) -> None:
-    """Ctrl-C reaches every process of the terminal, and only the driver talks about it."""
-    stopped = task("import os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(20)", tmp_path)
+@pytest.mark.parametrize("name", ["prepare", "train"])
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_interrupt_is_quiet(tmp_path: Path, number: str, name: str) -> None:
+    """Ctrl-C reaches every process of the terminal, and only the driver talks about it; a container is stopped by
+    SIGTERM. Both in a step that calls rewards, which works in a child, and in another."""
+    body = f"import os, signal, time; os.kill(os.getpid(), signal.{number}); time.sleep(20)"
+    stopped = task(body, tmp_path, name)
 
     assert (stopped.returncode, stopped.stderr) == (130, "")
+    assert not (tmp_path / "run-1" / ERROR_FILE).exists()
 
 
 def test_leftovers_of_a_killed_task_are_removed(tmp_path: Path) -> None:
@@ -163,3 +168,43 @@ def test_leftovers_of_a_killed_task_are_removed(tmp_path: Path) -> None:
     task("pass", tmp_path)
 
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == [".git", "train"]
+
+
+@pytest.mark.parametrize("owners", ["x", "1:", "-1", "1:2:3", "9" * 12, "1:" + "9" * 30])
+def test_owners_that_are_no_processes_are_told_by_their_variable(tmp_path: Path, owners: str) -> None:
+    """And nothing is begun: nobody knows whose process this would be."""
+    failed = task("raise AssertionError", tmp_path, **{OWNERS: owners})
+
+    assert failed.returncode == 2
+    assert f"train: {OWNERS} = '{owners}': is no process" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("link", ["reward-calls", "error.json", "task.lock", "prepare"])
+@pytest.mark.parametrize("name", ["prepare", "train"])
+def test_a_run_folder_with_a_link_is_not_worked_in(tmp_path: Path, name: str, link: str) -> None:
+    """Where a step is started by something else than our driver: nothing is written or deleted through the link, the
+    file of the error neither."""
+    output, outside = tmp_path / "runs", tmp_path / "outside"
+    (output / "run-1").mkdir(parents=True)
+    outside.mkdir()
+    target = outside / "new" if link in ("error.json", "task.lock") else outside
+    (output / "run-1" / link).symlink_to(target)
+    failed = task("raise AssertionError", output, name)
+
+    assert failed.returncode == 6, failed.stderr
+    assert f"{name}: {output}/run-1/{link}: is a link to" in failed.stderr
+    assert list(outside.iterdir()) == []
+    assert [path.name for path in (output / "run-1").iterdir()] == [link]
+
+
+def test_what_a_step_says_does_not_steer_the_terminal(tmp_path: Path) -> None:
+    """Its message and its log alike: a container's output is read in a terminal, too."""
+    evil = "a \\x1b[2J \\u202e"
+    log = f"import logging; logging.getLogger('latentac').info('{evil}')\n"
+    failed = task(f"{log}raise TrainingError('{evil}', 'diverged', 'Lower it.')", tmp_path)
+
+    assert failed.returncode == 7
+    assert failed.stderr.count(r"a \x1b[2J \u202e") == 2
+    assert not {"\x1b", "\u202e"} & set(failed.stderr)

@@ -345,6 +345,19 @@ def test_a_token_of_a_pod_is_read_from_its_file(kfp: Kfp, tmp_path: Path, monkey
     assert pipeline("runs") == 0
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfet", "schlüssel".encode(), b"two\nlines", b"a\0b"])
+def test_a_file_that_holds_no_token_is_told_by_its_variable(
+    kfp: Kfp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    """What it holds is not shown: it may be a secret all the same."""
+    (tmp_path / "token").write_bytes(content)
+    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
+    assert pipeline("runs") == 2
+    told = capsys.readouterr().err
+    assert f"KF_PIPELINES_SA_TOKEN_PATH = '{tmp_path}/token': " in told
+    assert "lines" not in told
+
+
 @pytest.mark.parametrize("command", ["follow", "cancel", "report"])
 def test_an_unknown_run_is_one_message(
     kfp: Kfp, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
@@ -407,3 +420,15 @@ def test_settings_travel_as_text(kfp: Kfp) -> None:
     assert submit("--set", "policy.learning_rate=1.0e-5") == 0
     (run,) = kfp.runs.values()
     assert json.loads(json.dumps(run["runtime_config"]["parameters"]["overrides"])) == ["policy.learning_rate=1.0e-5"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[", b"a: b: c", b"\x1b[2J", b"7", b"clusters: 7", None])
+def test_a_kubeconfig_that_is_none_is_told_by_its_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: bytes | None
+) -> None:
+    """Whatever the file holds, and where it is not there."""
+    if content is not None:
+        (tmp_path / "config").write_bytes(content)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    assert pipeline("compile", "--release", "latentac", "--to", str(tmp_path / "a.yaml")) == 2
+    assert "KUBECONFIG = " in capsys.readouterr().err

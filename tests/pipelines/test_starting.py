@@ -88,7 +88,7 @@ def test_relative_places_are_resolved_once(tmp_path: Path, monkeypatch: pytest.M
     assert Path(request.config).name == "mine.yaml"
 
 
-@pytest.mark.parametrize("source", ["builtin:shapes-unet", "org/model", "no/such/folder"])
+@pytest.mark.parametrize("source", ["builtin:shapes-unet", "org/model", "no/such/folder", "x" * 300])
 def test_what_is_no_path_here_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     """A built-in pipeline, a hub id, and a mistake, which is reported by its own name."""
     monkeypatch.chdir(tmp_path)
@@ -155,10 +155,11 @@ def test_options_may_be_repeated_on_resume(tmp_path: Path, monkeypatch: pytest.M
         load_run(run, Path("runs"), {"config": "mine.yaml"})
 
 
-def test_a_damaged_request_is_one_message(tmp_path: Path) -> None:
-    """A file that was cut off by a full disk, say."""
+@pytest.mark.parametrize("content", ['{"recipe": ', "[" * 100_000, '{"recipe": "\\ud800", "overrides": []}', "[]"])
+def test_a_damaged_request_is_one_message(tmp_path: Path, content: str) -> None:
+    """A file that was cut off by a full disk, say, or that somebody else wrote."""
     (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / "request.json").write_text('{"recipe": ')
+    (tmp_path / "cut" / "request.json").write_text(content)
     failed = latentac(tmp_path, "run", "--resume", "cut", "--output", ".")
     assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
     assert "its request.json cannot be read" in failed.stderr
@@ -218,6 +219,31 @@ def test_a_dry_run_of_wrong_fields_names_each(tmp_path: Path) -> None:
     assert told.returncode == 2
     assert [words for words in ("polcy", "seed", "store") if words not in told.stderr] == []
     assert everything(tmp_path) == {}
+
+
+ENDS = {
+    "by an exit code": ("os._exit(3)", "", "reward mine, prompt '.*ended with exit code 3"),
+    "as if all were well": ("os._exit(0)", "", "reward mine, prompt '.*ended with exit code 0"),
+    "by a signal": ("ctypes.string_at(0)", "", "reward mine, prompt '.*was killed by SIGSEGV"),
+    "where it is imported": ("pass", "os._exit(0)", "a class of yours ended the process that tried it"),
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("call", "module", "words"), ENDS.values(), ids=ENDS)
+def test_a_dry_run_survives_a_reward_that_ends_the_process(tmp_path: Path, call: str, module: str, words: str) -> None:
+    """What a run would report of it is a refusal like any other: the settings and the steps are told all the same."""
+    code = f"import ctypes, os\n{module}\nclass Mine:\n    def __call__(self, images, prompts):\n        {call}\n"
+    (tmp_path / "mine.py").write_text(code)
+    before = everything(tmp_path)
+    mine = ["--set", "rewards=[{use: 'mine:Mine', name: mine}]", "--set", "gate.reward=mine"]
+    told = latentac(tmp_path, "run", "--dry-run", "--recipe", "shapes-unet-smoke", *mine)
+    assert told.returncode == 2, told.stderr
+    assert re.search(f"^refused: {words}", told.stderr, re.M), told.stderr
+    assert "Traceback" not in told.stderr
+    assert "  1 prepare" in told.stdout
+    assert "mine:Mine" in told.stdout
+    assert everything(tmp_path) == before
 
 
 # From another folder, and from a wheel

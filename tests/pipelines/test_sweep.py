@@ -127,8 +127,9 @@ def test_a_sweep_is_read_as_it_was_written(tmp_path: Path) -> None:
     made = Sweep("s", Request("r", overrides=("a=1",)), [], [Member("p", 0, ["seed=0"], "run-1", "failed", 7)])
     made.save(tmp_path)
     assert load("s", tmp_path) == made
-    (tmp_path / "s" / "sweep.json").write_text("{}")
-    assert main(["sweep", "--resume", "s", "--output", str(tmp_path)]) == 4
+    for content in ("{}", "[" * 100_000, '{"name": "\\ud800"}', "7"):
+        (tmp_path / "s" / "sweep.json").write_text(content)
+        assert main(["sweep", "--resume", "s", "--output", str(tmp_path)]) == 4
 
 
 @pytest.mark.slow

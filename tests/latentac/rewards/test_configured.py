@@ -360,6 +360,13 @@ def test_a_call_in_flight_leaves_a_note_for_whoever_finds_the_process_dead(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("content", ["", "[" * 100_000, "[]", '{"reward": "\\ud800", "prompt": "a"}', '{"count": "x"}'])
+def test_a_note_that_says_nonsense_is_none(tmp_path: Path, content: str) -> None:
+    """The process may have died while it wrote it, and the reward may write there too."""
+    (tmp_path / f"{os.getpid()}-1.json").write_text(content)
+    assert crash_in_call(tmp_path, "ended", os.getpid()) is None
+
+
 def test_the_names_of_threads_and_the_module_search_path_are_left_alone() -> None:
     """A call runs in a thread of its own, and changes nothing of the caller's."""
     seen: list[str] = []

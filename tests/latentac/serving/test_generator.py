@@ -224,8 +224,10 @@ def test_a_folder_names_rows_only_unless_the_operator_allows_more(
         part = part[name]
     part["use"] = use
     (folder / file).write_text(json.dumps(content))
-    with pytest.raises(ServingError, match=f"names a {table.kind} that is not built in.*{ALLOWED}={use}"):
-        Generator(folder, torch.device("cpu"))
+    for others in ("", f"another:Class,{use[:-1]},{use}s,{use.partition(':')[0]}"):
+        monkeypatch.setenv(ALLOWED, others)
+        with pytest.raises(ServingError, match=f"names a {table.kind} that is not built in.*{ALLOWED}={use}"):
+            Generator(folder, torch.device("cpu"))
     monkeypatch.setenv(ALLOWED, f"another:Class, {use}")
     assert Generator(folder, torch.device("cpu")).exported.run == "some-run"
 
