@@ -3,12 +3,18 @@
 The server is retried in two places. Each request is repeated by urllib3, so that one lost part does not send a large
 file again; where the connection breaks within an answer, or an upload was forgotten by a restarted server, the whole
 operation is repeated. The parts of an upload that was given up are the server's to clean away (MinIO: after a day).
+
+What the server says is not trusted. A redirect is not followed: it would carry the session token, and what is uploaded,
+to a host that nobody named. An answer and a listing have bounds. Nothing is decompressed, for nothing compressed was
+asked for. What the client cannot read of an answer is an error of ours.
 """
 
+import http.client
 import logging
 import random
+import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar, cast
@@ -18,8 +24,10 @@ from xml.etree.ElementTree import ParseError
 import certifi
 from minio import Minio
 from minio.commonconfig import CopySource
+from minio.datatypes import Object
 from minio.error import MinioException, S3Error, ServerError
-from urllib3 import PoolManager, Retry, Timeout
+from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager, Retry, Timeout
+from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 
 from latentac.errors import ConfigError, Problem, StoreAccessError, StoreError, StoreUnavailable
@@ -29,6 +37,18 @@ from latentac.store.blobs import CHUNK_BYTES, Entry, Patience, Stream
 T = TypeVar("T")
 ENDPOINT_REMEDY = f"Check {ENDPOINT}, http or https, and that an S3 server runs there, then run again"
 _REPEATED = (429, 500, 502, 503, 504)
+_MOST_ANSWER_BYTES = 8 * 2**20
+"""Of an answer that is kept in memory. A page of a listing has up to 1,000 objects, and less than 4 MiB."""
+_MOST_OBJECTS = 1_000_000
+"""Of a listing."""
+_MOST_PAGES = 2_000
+"""Of a listing, which has up to 1,000 objects a page."""
+_UNREADABLE = (ArithmeticError, AttributeError, LookupError, ParseError, TypeError, ValueError)
+"""What the minio client raises for an answer with other contents than it expects."""
+
+
+class Unbounded(HTTPError):
+    """An answer or a listing is longer than any that an S3 server gives."""
 
 
 class TooSlow(HTTPError):
@@ -48,6 +68,47 @@ class _Pace:
             if self._bytes < passed * self._patience.bytes_per_second:
                 raise TooSlow(f"only {self._bytes} bytes came within {passed:.0f} s")
             self._began, self._bytes = time.monotonic(), 0
+
+
+class _Answer(http.client.HTTPResponse):
+    """What is read at once has a bound; objects are read in pieces, whose sum is the reader's to bound."""
+
+    def read(self, amt: int | None = None) -> bytes:
+        if amt is not None or (self.length is not None and self.length <= _MOST_ANSWER_BYTES):
+            return super().read(amt)
+        data = b"" if self.length is not None else super().read(_MOST_ANSWER_BYTES + 1)
+        if self.length is not None or len(data) > _MOST_ANSWER_BYTES:
+            raise Unbounded(f"an answer of it has more than {_MOST_ANSWER_BYTES >> 20} MiB")
+        return data
+
+
+class _Connection(HTTPConnection):
+    response_class = _Answer
+
+
+class _TLSConnection(HTTPSConnection):
+    response_class = _Answer
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TLSPool(HTTPSConnectionPool):
+    ConnectionCls = _TLSConnection
+
+
+class _Pools(PoolManager):
+    """Follows no redirect and decompresses nothing. `asked` is told of each request."""
+
+    def __init__(self, asked: Callable[[], None], **options: Any) -> None:
+        super().__init__(**options)
+        self.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
+        self._asked = asked
+
+    def urlopen(self, method: str, url: str, redirect: bool = False, **options: Any) -> Any:
+        self._asked()
+        return super().urlopen(method, url, redirect=False, decode_content=False, **options)
 
 
 class _Retry(Retry):
@@ -104,7 +165,9 @@ class Bucket:
         self._operations: set[_Operation] = set()
         # urllib3 sends a body under the timeout for connecting, and one part of an upload has 5 MiB.
         timeout = Timeout(connect=patience.timeout_seconds, read=patience.timeout_seconds)
-        pool = PoolManager(maxsize=10, timeout=timeout, retries=retry, ca_certs=access.authorities or certifi.where())
+        self._listing = threading.local()  # pages: how many this thread has asked for; None where it lists nothing
+        trusted = access.authorities or certifi.where()
+        pool = _Pools(self._count_page, maxsize=10, timeout=timeout, retries=retry, ca_certs=trusted)
         try:
             self._client = Minio(
                 urlsplit(access.endpoint).netloc,
@@ -168,22 +231,40 @@ class Bucket:
 
     def names(self, prefix: str) -> list[str]:
         def enumerate_objects() -> list[str]:
-            found = self._client.list_objects(self._bucket, self._prefix + prefix, recursive=True)
-            return [(item.object_name or "").removeprefix(self._prefix) for item in found]
+            return [(item.object_name or "").removeprefix(self._prefix) for item in self._listed(prefix)]
 
         return self._attempt(enumerate_objects, prefix)
 
     def entries(self, prefix: str) -> dict[str, Entry]:
         def enumerate_objects() -> dict[str, Entry]:
-            found = self._client.list_objects(self._bucket, self._prefix + prefix, recursive=True)
             entries = {}
-            for item in found:
+            for item in self._listed(prefix):
                 changed = item.last_modified.timestamp() if item.last_modified else 0.0
                 name = (item.object_name or "").removeprefix(self._prefix)
                 entries[name] = Entry(item.size or 0, changed, item.etag or "", moved=changed)
             return entries
 
         return self._attempt(enumerate_objects, prefix)
+
+    def _listed(self, prefix: str) -> Iterator[Object]:
+        """The client asks for page after page for as long as the server says that there is one more."""
+        self._listing.pages = 0
+        try:
+            found = self._client.list_objects(self._bucket, self._prefix + prefix, recursive=True)
+            for count, item in enumerate(found):
+                if count == _MOST_OBJECTS:
+                    raise Unbounded(f"a listing of it has more than {_MOST_OBJECTS} objects")
+                yield item
+        finally:
+            self._listing.pages = None
+
+    def _count_page(self) -> None:
+        pages = getattr(self._listing, "pages", None)
+        if pages is None:
+            return
+        if pages == _MOST_PAGES:
+            raise Unbounded(f"a listing of it has more than {_MOST_PAGES} pages")
+        self._listing.pages = pages + 1
 
     def make(self) -> bool:
         """Makes the bucket unless it is there; True where it was made now. The user needs s3:CreateBucket for it."""
@@ -226,10 +307,12 @@ class Bucket:
             except MaxRetryError as error:
                 cause: Exception = error.reason or error
                 break  # all the waiting was done below, by urllib3
+            except Unbounded as error:
+                raise self._refused(str(error), ENDPOINT_REMEDY) from error
             except HTTPError as error:
                 cause = error
-            except ParseError as error:
-                raise self._refused(f"it gives no S3 answers ({error})", ENDPOINT_REMEDY) from error
+            except _UNREADABLE as error:
+                raise self._refused(f"it gives no S3 answers ({str(error)[:200]})", ENDPOINT_REMEDY) from error
             except MinioException as error:
                 cause = error
                 # What urllib3 has repeated already, or what a repetition cannot mend.
@@ -263,7 +346,7 @@ class Bucket:
         if error.code == "NoSuchKey":
             return FileNotFoundError(name)
         where = f"{self._where}, object {self._prefix}{name}" if kind == Kind.OTHER else self._where
-        told = f"the server says {error.code} ({(error.message or 'no reason given').rstrip('.')})"
+        told = f"the server says {error.code or '':.80} ({(error.message or 'no reason given')[:500].rstrip('.')})"
         return kind.error(where, f"{kind.problem}: {told}", kind.remedy)
 
     def _refused(self, problem: str, remedy: str) -> StoreAccessError:

@@ -128,7 +128,7 @@ def test_a_manifest_without_an_end_is_refused(tmp_path: Path) -> None:
     store, *_ = claimed(tmp_path)
     with (tmp_path / "store" / KEY / "manifest.json").open("wb") as stream:
         stream.truncate(2**40)
-    with pytest.raises(IntegrityError, match="more than 64 MiB"):
+    with pytest.raises(IntegrityError, match="more than 8 MiB"):
         store.manifest(KEY)
 
 
