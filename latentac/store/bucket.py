@@ -106,7 +106,7 @@ class _Pools(PoolManager):
         self.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
         self._asked = asked
 
-    def urlopen(self, method: str, url: str, redirect: bool = False, **options: Any) -> Any:
+    def urlopen(self, method: str, url: str, redirect: bool = False, **options: Any) -> Any:  # type: ignore[override]
         self._asked()
         return super().urlopen(method, url, redirect=False, decode_content=False, **options)
 
