@@ -46,7 +46,9 @@ def is_inside(path: str) -> bool:
 
 def _safe_path(path: str) -> str:
     if len(path) > _MOST_CHARACTERS or not is_inside(path):
-        raise ValueError(f"a file's path must be relative, stay inside and have at most {_MOST_CHARACTERS} characters")
+        raise ValueError(
+            f"a file's path must be relative, stay inside the artifact and have at most {_MOST_CHARACTERS} characters"
+        )
     return path
 
 
