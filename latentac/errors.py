@@ -43,16 +43,20 @@ class LatentacError(Exception):
 
 
 def restore(fields: Mapping[str, Any]) -> LatentacError:
-    """The error whose `to_dict` gave `fields`."""
-    if "problems" in fields:
-        return ConfigError([Problem(**problem) for problem in fields["problems"]])
+    """The error whose `to_dict` gave `fields`; an IntegrityError where none did."""
     kinds = {LatentacError.__name__: LatentacError}
     pending = [LatentacError]
     while pending:
         below = pending.pop().__subclasses__()
         pending += below
         kinds |= {kind.__name__: kind for kind in below}
-    return kinds[fields["kind"]](fields["where"], fields["problem"], fields["remedy"])
+    try:
+        if "problems" in fields:
+            return ConfigError([Problem(**problem) for problem in fields["problems"]])
+        where, problem, remedy = (str(fields[name]) for name in ("where", "problem", "remedy"))
+        return kinds[fields["kind"]](where, problem, remedy)
+    except (IndexError, KeyError, TypeError):
+        return IntegrityError("the error that was left", "it has another form than ours", "See the worker's log")
 
 
 _MOST_SHOWN = 500

@@ -48,7 +48,13 @@ def _read(store: Store, run: str, attempt: str) -> dict[str, Any]:
         record = store.read_json(_key(run))
     except (ArtifactNotFound, IntegrityError):
         return {}
-    return record if isinstance(record, dict) and record.get("attempt") == attempt else {}
+    sound = isinstance(record, dict) and record.get("attempt") == attempt
+    sound = sound and isinstance(record.get("error") or {}, dict) and _is_texts(record.get("starts"))
+    return record if sound else {}
+
+
+def _is_texts(found: object) -> bool:
+    return isinstance(found, list) and all(isinstance(each, str) for each in found)
 
 
 def _key(run: str) -> str:

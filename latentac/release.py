@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentac.arms import best_steered
-from latentac.errors import ArtifactNotFound, ConfigError, Problem, ResourceError
+from latentac.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem, ResourceError
 from latentac.folders import copy_pipeline
 from latentac.incumbent import Production, chosen_production, productions, put_in_production
 from latentac.names import working_folder
@@ -183,7 +183,10 @@ def model_to_use(run: str, project: str, store: str, output: str) -> Iterator[tu
         with _inspected(open_run(run, store, output)) as found:
             yield found
         return
-    version = deployed.metrics["version"]
+    version = deployed.metrics.get("version")
+    if not isinstance(version, str):
+        problem, remedy = "it names no version", "Deploy the run again"
+        raise IntegrityError(f"{opened.url}/{run}/deploy", problem, remedy)
     yield _fetched(opened, version, folder / "model"), f"{version}, {_standing(productions(opened), version)}"
 
 

@@ -260,10 +260,15 @@ def _resume(space: Workspace, trainer: Trainer) -> None:
 
 def _checkpoints(space: Workspace) -> list[str]:
     """Keys of the published checkpoints, oldest first."""
+    pointer = f"{_prefix(space)}/LATEST"
     try:
-        latest = space.store.read_json(f"{_prefix(space)}/LATEST")["key"]
+        found = space.store.read_json(pointer)
     except ArtifactNotFound:
         return []
+    latest = found.get("key") if isinstance(found, dict) else None
+    if not isinstance(latest, str):
+        remedy = "Remove it: the run then begins anew"
+        raise IntegrityError(f"{space.store.url}/{pointer}", "it names no checkpoint", remedy)
     # One beyond LATEST was cut off between its manifest and the pointer; it is as good as never written.
     return [key for key in space.store.keys(_prefix(space)) if key <= latest]
 

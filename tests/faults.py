@@ -42,7 +42,7 @@ def _head(client: socket.socket, ended: threading.Event) -> None:
 
 def _body(client: socket.socket, ended: threading.Event) -> None:
     """It promises a gigabyte and sends it byte by byte."""
-    client.sendall(_HEAD + b"Content-Length: 1000000000\r\n\r\n")
+    client.sendall(_HEAD + b"Content-Length: 1000000\r\n\r\n")
     while not ended.wait(PAUSE_SECONDS):
         client.sendall(b" ")
 

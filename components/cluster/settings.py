@@ -43,8 +43,8 @@ class S3(Section):
     """url: where artifacts go, s3://bucket/prefix; secret: holds AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY;
     ca_config_map: holds ca.crt, empty where the system's authorities do."""
 
-    url: Annotated[str, Field(pattern=r"^s3://[^/]+(/.+)?$")]
-    endpoint: Annotated[str, Field(pattern=r"^https?://[^/@?#]+$")]
+    url: Annotated[str, Field(pattern=r"^s3://[^/\s]+(/\S+)?$")]
+    endpoint: Annotated[str, Field(pattern=r"^https?://[^/@?#\s]+$")]
     region: str = "us-east-1"
     secret: Name
     ca_config_map: str = ""
@@ -114,7 +114,7 @@ class Gateway(Section):
     name: Name
     namespace: Name
     hostname: str
-    address: Annotated[str, Field(pattern=r"^https?://[^/@?#]+$")]
+    address: Annotated[str, Field(pattern=r"^https?://[^/@?#\s]+$")]
     weights: list[Annotated[int, Field(gt=0, lt=100)]] = [10, 50]
 
 

@@ -49,25 +49,25 @@ async def body_of(http: HTTPRequest, most: int) -> bytes:
     return _uncompressed(content, coding, most) if coding else content
 
 
-def json_of(body: bytes) -> Any:
-    """Raises Refused where it is no JSON."""
+def json_of(body: bytes, most: int) -> Any:
+    """Raises Refused where it is no JSON, or has more than `most` values."""
     try:
-        return decoded(body)
+        return decoded(body, most)
     except ConfigError as error:
         raise Refused(400, error.problems[0]) from None
 
 
-def binary_of(body: bytes, length: str | None) -> tuple[Any, bytes]:
+def binary_of(body: bytes, most: int, length: str | None) -> tuple[Any, bytes]:
     """The JSON of a V2 body, and the binary data behind it. length: its header Inference-Header-Content-Length, the
-    bytes of the JSON; without it all is JSON. Raises Refused."""
+    bytes of the JSON, which has at most `most` values; without it all is JSON. Raises Refused."""
     if length is None:
-        return json_of(body), b""
+        return json_of(body, most), b""
     if not (length.isascii() and length.isdigit() and len(length) < 10 and int(length) <= len(body)):
         told = f"is no number of bytes up to {len(body)}, the body's length"
         raise Refused(
             400, Problem("Inference-Header-Content-Length", shortened(length), told, "Give the length of the JSON.")
         )
-    return json_of(body[: int(length)]), body[int(length) :]
+    return json_of(body[: int(length)], most), body[int(length) :]
 
 
 def _coding(header: str) -> str:

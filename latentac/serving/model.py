@@ -94,7 +94,8 @@ class SteeredDiffusion(Model):
     async def preprocess(self, payload: Any, headers: dict[str, str] | None = None) -> Asked:
         """The body's requests. Raises ConfigError with every problem, before any of them is drawn."""
         infer = payload if isinstance(payload, InferRequest) else None
-        requests = parse(instances(infer) if infer else payload, self.generator.exported)
+        fields = instances(infer, self.generator.exported.limits) if infer else payload
+        requests = parse(fields, self.generator.exported)
         self.generator.check([(f"instances.{index}.prompt", request) for index, request in enumerate(requests)])
         return Asked(requests, infer)
 

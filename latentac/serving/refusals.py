@@ -5,9 +5,7 @@ from collections.abc import Mapping, Sequence
 from fastapi.responses import JSONResponse
 
 from latentac.errors import Problem
-from latentac.serving.request import shortened
-
-_PROBLEMS = 20  # told of one request; a longer list helps nobody
+from latentac.serving.request import MOST_PROBLEMS, shortened
 
 
 class Refused(Exception):
@@ -32,8 +30,10 @@ def refusal(
     status: int, problems: Sequence[Problem], headers: Mapping[str, str] | None = None, *, openai: bool = False
 ) -> JSONResponse:
     """openai: `error` is an object, as OpenAI's clients expect; KServe's expect text."""
-    told = [{"field": p.path, "value": p.value, "problem": p.problem, "remedy": p.remedy} for p in problems[:_PROBLEMS]]
-    words = "\n".join(map(str, problems[:_PROBLEMS]))
+    told = [
+        {"field": p.path, "value": p.value, "problem": p.problem, "remedy": p.remedy} for p in problems[:MOST_PROBLEMS]
+    ]
+    words = "\n".join(map(str, problems[:MOST_PROBLEMS]))
     kind = "invalid_request_error" if status < 429 else "server_error"
     envelope = {"message": words, "type": kind, "param": problems[0].path, "code": None} if openai else words
     return JSONResponse({"error": envelope, "problems": told}, status, headers)

@@ -1,5 +1,6 @@
 """What a caller may ask for. Everything wrong with a request is told at once, each with its path and remedy."""
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_args
@@ -12,7 +13,7 @@ from latentac.config import Number, Section, suggestion
 from latentac.errors import ConfigError, Problem
 from latentac.names import PLAIN
 from latentac.promptfiles import text_problem
-from latentac.serving.exported import Exported
+from latentac.serving.exported import Exported, Limits
 
 
 def _whole(value: object) -> object:
@@ -43,6 +44,8 @@ _ELSEWHERE = {
 """What other programs call a field -> ours, of which the first that the form has is the remedy."""
 POLICIES = ("trained", "base")
 """Whose weights denoise: those that were trained, or the untouched ones, where they were exported."""
+MOST_PROBLEMS = 20
+"""Told of one request; a longer list helps nobody."""
 MAX_WEIGHT = 100.0
 """A weight is a number of standard deviations; far above this the latents leave everything the decoder has seen."""
 
@@ -84,18 +87,37 @@ class Body(Section):
     instances: Annotated[list[Request], Field(min_length=1, description='Send {"instances": [{"prompt": "..."}]}.')]
 
 
-def decoded(body: bytes) -> Any:
-    """The JSON of a body, after a byte order mark if there is one. Raises ConfigError where it is none, or holds a
-    number that JSON has not."""
+def most_values(limits: Limits) -> int:
+    """Of the JSON of a request: far more than its fields need. Whatever is told of a value takes time, and other
+    callers wait for it."""
+    return 2_000 + 50 * limits.max_images
+
+
+def decoded(body: bytes, most: int) -> Any:
+    """The JSON of a body, after a byte order mark if there is one. Raises ConfigError where it is none, has more than
+    `most` values, or holds a number that JSON has not."""
     try:
         found = from_json(body.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)
     except ValueError as error:
         raise ConfigError([Problem("body", shortened(body), f"is not JSON: {error}", _OBJECT)]) from None
+    if _values(found, most) > most:
+        raise ConfigError([Problem("body", None, f"has more than {most} values", "Send several requests.")])
     path = _infinite(found)
     if path is not None:
         told = "is beyond the numbers that a computer holds"
         raise ConfigError([Problem(path or "body", "1e309 or more", told, "Use a smaller number.")])
     return found
+
+
+def _values(found: Any, most: int) -> int:
+    """How many values there are in decoded JSON; counted up to `most`."""
+    count, pending = 1, [found]
+    while pending and count <= most:
+        value = pending.pop()
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        count += len(inner)
+        pending += itertools.islice(inner, most)
+    return count
 
 
 def _infinite(value: Any, path: str = "") -> str | None:
@@ -111,14 +133,15 @@ def parse(body: object, exported: Exported) -> list[Request]:
     """The requests of a V1 body, decoded JSON. Raises ConfigError with every problem."""
     given, most = body.get("instances") if isinstance(body, dict) else None, exported.limits.max_images
     listed = given if isinstance(given, list) else []
-    _at_most(most, len(listed))  # first: a long list of wrong ones would be told at length
+    at_most(most, len(listed))  # first: a long list of wrong ones would be told at length
     limits = [problem for index, fields in enumerate(listed) for problem in beyond(fields, exported, index)]
     requests = validated(Body, body, limits).instances
-    _at_most(most, sum(request.count for request in requests))
+    at_most(most, sum(request.count for request in requests))
     return requests
 
 
-def _at_most(most: int, images: int) -> None:
+def at_most(most: int, images: int) -> None:
+    """Raises ConfigError for more than `most` pictures in one request."""
     if images > most:
         told = f"is the number of pictures asked for, above the limit of {most}"
         raise ConfigError([Problem("instances", images, told, "Send several requests.")])
@@ -134,7 +157,7 @@ def validated(root: type[Root], fields: object, limits: Sequence[Problem] = ()) 
     try:
         valid = root.model_validate(fields)
     except ValidationError as error:
-        form = [_problem(detail, root) for detail in error.errors(include_url=False)]
+        form = [_problem(detail, root) for detail in error.errors(include_url=False)[:MOST_PROBLEMS]]
         raise ConfigError([*form, *limits]) from None
     if limits:
         raise ConfigError(limits)

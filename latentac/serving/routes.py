@@ -29,6 +29,7 @@ from latentac.serving.refusals import Refused, refusal, unknown
 from latentac.serving.request import (
     MAX_WEIGHT,
     Request,
+    most_values,
     parse_one,
 )
 from latentac.serving.tensors import BINARY_HEADER, infer_request
@@ -157,7 +158,7 @@ class Routes:
             return Response(content, headers={BINARY_HEADER: str(length)}, media_type="application/octet-stream")
 
         length = request.headers.get(BINARY_HEADER)
-        return await self._answered(request, "v2", handle, name, read=lambda body: binary_of(body, length))
+        return await self._answered(request, "v2", handle, name, read=lambda body, most: binary_of(body, most, length))
 
     async def images(self, request: HTTPRequest) -> Response:
         """OpenAI's `images/generations`."""
@@ -217,7 +218,7 @@ class Routes:
         protocol: str,
         handle: Handle,
         name: str = "",
-        read: Callable[[bytes], Any] = json_of,
+        read: Callable[[bytes, int], Any] = json_of,
     ) -> Response:
         """The response of `handle` to what is read in the request's body, or a refusal; told to the operator."""
         record = Record(protocol, _request_id(http), self._prompts)
@@ -226,7 +227,8 @@ class Routes:
         try:
             if name and name != self._model.name:
                 raise unknown("model", name, self._model.name)
-            body = read(await body_of(http, most_bytes(self._model.generator.exported.limits)))
+            limits = self._model.generator.exported.limits
+            body = read(await body_of(http, most_bytes(limits)), most_values(limits))
             response = await _unless_gone(http, handle(body, record))
             status = response.status_code
         except _Gone:

@@ -16,7 +16,8 @@ from pydantic import Field
 
 from latentac.config import Section, suggestion
 from latentac.errors import ConfigError, Problem
-from latentac.serving.request import decoded, shortened, validated
+from latentac.serving.exported import Limits
+from latentac.serving.request import MOST_PROBLEMS, at_most, decoded, most_values, shortened, validated
 
 INPUTS = {
     "prompt": "BYTES",
@@ -120,7 +121,7 @@ def infer_request(body: object, name: str, binary: bytes = b"") -> InferRequest:
     ]
     problems += [problem for place, one in enumerate(request.inputs) if (problem := _misfit(place, one))]
     if problems:
-        raise ConfigError(problems[:20])
+        raise ConfigError(problems[:MOST_PROBLEMS])
     inputs = [
         InferInput(one.name, [len(data)], one.datatype.upper(), data)
         for one, data in zip(request.inputs, _elements(request.inputs, binary), strict=True)
@@ -168,7 +169,7 @@ def _elements(inputs: Sequence[RequestInput], binary: bytes) -> list[list[Any]]:
         remedy = f"Give each input's binary_data_size, and the length of the JSON in the header {BINARY_HEADER}."
         problems.append(Problem("body", len(binary) - start, "bytes are no input's", remedy))
     if problems:
-        raise ConfigError(problems[:20])
+        raise ConfigError(problems[:MOST_PROBLEMS])
     return found
 
 
@@ -221,7 +222,7 @@ def _texts(at: str, content: bytes) -> list[str]:
     return found
 
 
-def instances(request: InferRequest) -> dict[str, Any]:
+def instances(request: InferRequest, limits: Limits) -> dict[str, Any]:
     """The V1 form of a V2 request. An input of one element holds for every prompt. Raises ConfigError."""
     names = [one.name for one in request.inputs]
     problems = []
@@ -233,26 +234,27 @@ def instances(request: InferRequest) -> dict[str, Any]:
         raise ConfigError(problems)
     columns = {one.name: one.data for one in request.inputs}
     rows = len(columns["prompt"])
+    at_most(limits.max_images, rows)  # first: a long column would be read at length
     for name, data in columns.items():
         if len(data) not in (1, rows):
             told = f"is the number of elements, beside {rows} prompts"
             problems.append(Problem(f"inputs.{name}", len(data), told, f"Use 1 or {rows}."))
     if problems:
         raise ConfigError(problems)
+    columns = {name: [_value(name, one, most_values(limits)) for one in data] for name, data in columns.items()}
     return {
         "instances": [
-            {name: _value(name, data[row if len(data) > 1 else 0]) for name, data in columns.items()}
-            for row in range(rows)
+            {name: data[row if len(data) > 1 else 0] for name, data in columns.items()} for row in range(rows)
         ]
     }
 
 
-def _value(name: str, value: object) -> object:
+def _value(name: str, value: object, most: int) -> object:
     """What is no JSON object's text is left as it is, for the form to refuse."""
     if name != "steering" or not isinstance(value, str):
         return value
     try:
-        return decoded(value.encode(errors="replace"))
+        return decoded(value.encode(errors="replace"), most)
     except ConfigError:
         return value
 

@@ -23,12 +23,14 @@ from latentac.errors import (
 from latentac.progress import Progress, progress
 from latentac.reading import parse_json
 from latentac.scratch import hidden_folder
-from latentac.store.blobs import Entry, Overrun, Patience, Stream, connect, disk_errors
+from latentac.store.blobs import Blobs, Entry, Overrun, Patience, Stream, connect, disk_errors
 from latentac.store.manifest import (
+    MOST_BYTES,
     SCHEMA,
     File,
     Manifest,
     Parent,
+    clashes,
     commit,
     dump_json,
     is_inside,
@@ -40,7 +42,10 @@ from latentac.store.manifest import (
 from latentac.store.pool import Pool, hash_of
 
 PROGRESS_BYTES = 8 * 2**20
-_MAX_JSON_BYTES = 64 * 2**20
+_MOST_READ_BYTES = 64 * 2**20
+"""Of one file of an artifact that is read into memory."""
+_MOST_COPIED_BYTES = 4 * 2**30
+"""Of plain objects that are copied into a folder."""
 _PATIENCE = Patience()
 _PROBE_SECONDS = (5.0, 10.0)
 """`timeout_seconds` and `idle_seconds` of a probe, at most."""
@@ -137,6 +142,9 @@ class Store:
         manifest, buffer = self.manifest(key), BytesIO()
         for file in manifest.files:
             if file.path == path:
+                if file.size > _MOST_READ_BYTES:
+                    problem = f"{path} has {file.size} bytes, and no more than {_MOST_READ_BYTES >> 20} MiB are read"
+                    raise IntegrityError(f"{self.url}/{key}", problem, remedy_for(key))
                 self._read_file(manifest, file, Stream(buffer, limit=file.size))
                 return buffer.getvalue()
         raise IntegrityError(f"{self.url}/{key}", f"the artifact has no {path}", remedy_for(key))
@@ -223,20 +231,20 @@ class Store:
                 self._backend.remove(name)
 
     def read_files(self, prefix: str, folder: Path | str) -> None:
-        """Copies the plain objects `<prefix>/<path>` to `folder`: what `write_files` has written."""
-        self._key(prefix)
-        for name, entry in self._backend.entries(f"{prefix}/").items():
-            relative = name.removeprefix(f"{prefix}/")
-            if not is_inside(relative):  # who may write to a bucket may name an object anything
-                continue
+        """Copies the plain objects `<prefix>/<path>` to `folder`: what `write_files` has written.
+
+        Raises IntegrityError for more bytes than the store's own list claims, and than any run writes.
+        """
+        found = below(self._backend, self._key(prefix))
+        if sum(entry.size for entry in found.values()) > _MOST_COPIED_BYTES:
+            problem = f"there are more than {_MOST_COPIED_BYTES >> 30} GiB"
+            raise IntegrityError(f"{self.url}/{prefix}", problem, "Remove what no run has written")
+        for relative, entry in found.items():
             target = Path(folder) / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with disk_errors(target, entry.size):
+                target.parent.mkdir(parents=True, exist_ok=True)
                 with target.open("wb") as file:
-                    self._backend.get(name, Stream(file, limit=entry.size))
-            except Overrun:
-                problem = f"it has more than the {entry.size} bytes that the store's list names"
-                raise IntegrityError(f"{self.url}/{name}", problem, "Let nothing write to it, and run again") from None
+                    self._copy(f"{prefix}/{relative}", Stream(file, limit=entry.size))
 
     def probe(self) -> None:
         """Writes, reads back and removes an object, with few retries, to fail within seconds if the store would."""
@@ -342,17 +350,24 @@ class Store:
             return False
         return pool.take(file.sha256, target, moved)
 
+    def _copy(self, name: str, sink: Stream) -> None:
+        try:
+            self._backend.get(name, sink)
+        except Overrun:
+            problem, remedy = "it has more bytes than the store lists", "Run the step again, when nothing writes there"
+            raise IntegrityError(f"{self.url}/{name}", problem, remedy) from None
+
     def _put(self, name: str, data: bytes) -> None:
         self._backend.put(name, Stream(BytesIO(data)), len(data))
 
     def _get(self, name: str, remedy: str) -> bytes:
         sink = BytesIO()
         try:
-            self._backend.get(name, Stream(sink, limit=_MAX_JSON_BYTES))
+            self._backend.get(name, Stream(sink, limit=MOST_BYTES))
         except FileNotFoundError:
             raise ArtifactNotFound(f"{self.url}/{name}", "nothing was published there", remedy) from None
         except Overrun:
-            problem = f"it has more than {_MAX_JSON_BYTES >> 20} MiB, and is no manifest or pointer of latentac"
+            problem = f"it has more than {MOST_BYTES >> 20} MiB, and is no manifest or pointer of latentac"
             raise IntegrityError(f"{self.url}/{name}", problem, "Remove it and run the step that writes it") from None
         return sink.getvalue()
 
@@ -364,6 +379,22 @@ def open_store(url: str, patience: Patience = _PATIENCE) -> Store:
     touched yet: `Store.probe` finds out whether it works.
     """
     return Store(url, patience)
+
+
+def below(backend: Blobs, prefix: str) -> dict[str, Entry]:
+    """The blobs below a prefix by their paths relative to it, but for those that could not be files of one folder: who
+    may write to a bucket may name an object anything."""
+    start = f"{prefix.strip('/')}/"
+    entries = {name.removeprefix(start): entry for name, entry in backend.entries(start).items()}
+    sound = {path: entry for path, entry in entries.items() if is_inside(path) and entry.size >= 0 and _fits(path)}
+    for path in set(clashes(sound)):
+        del sound[path]
+    return sound
+
+
+def _fits(path: str) -> bool:
+    """Whether a file system can have it: 255 bytes a name, and less than 4,096 in all."""
+    return len(path) <= 1024 and all(len(name.encode()) <= 255 for name in path.split("/"))
 
 
 def _holds(folder: Path, files: Sequence[File], key: str) -> bool:

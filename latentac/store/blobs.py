@@ -1,6 +1,9 @@
 """Named byte strings in a folder or in an S3 bucket: the few operations that `latentac.store` is built on.
 
 Each `put` is atomic: a reader finds the old bytes or all of the new ones, whenever the writer or the machine dies.
+A link below a folder's root is followed nowhere: who may write to a store shall not have others write and delete
+elsewhere.
+
 In a folder it writes a temporary file (below `.partial` at its root, so leftovers of a killed process are easy to
 find and to remove), syncs it and renames it. In a bucket an object appears when its upload is complete.
 """
@@ -194,12 +197,12 @@ class Folder:
         self._root, self._pool = root, Pool(root)
 
     def put(self, name: str, source: Stream, size: int) -> None:
-        with disk_errors(self._root / name, size), self._partial() as partial:
+        with disk_errors(self._at(name), size), self._partial() as partial:
             _write(source, partial)
             self._place(partial, name)
 
     def keep(self, name: str, path: Path, sha256: str, size: int, moved: Callable[[int], None], owned: bool) -> str:
-        with path.open("rb") as stream, disk_errors(self._root / name, size), self._partial() as partial:
+        with path.open("rb") as stream, disk_errors(self._at(name), size), self._partial() as partial:
             if not self._pool.take(sha256, partial, moved):
                 if owned and adopt(path, partial):
                     os.fsync(stream.fileno())
@@ -217,7 +220,7 @@ class Folder:
         return False  # `keep` does the same, and checks it
 
     def get(self, name: str, sink: Stream) -> None:
-        with disk_errors(self._root / name):
+        with disk_errors(self._at(name)):
             source = _open_file(self._root / name)
         if source is None:
             raise FileNotFoundError(name)
@@ -226,13 +229,13 @@ class Folder:
                 sink.write(data)
 
     def share(self, name: str, target: Path) -> bool:
-        return link(self._root / name, target)
+        return link(self._at(name), target)
 
     def reclaim(self, digests: Collection[str] | None) -> int:
         return self._pool.sweep(digests)
 
     def names(self, prefix: str) -> list[str]:
-        below = self._root / prefix
+        below = self._at(prefix)
         with disk_errors(below):
             found = [path.relative_to(self._root).as_posix() for path in below.rglob("*") if path.is_file()]
         return [name for name in found if not name.startswith((f"{PARTIAL}/", f"{OBJECTS}/"))]
@@ -255,17 +258,27 @@ class Folder:
         return found
 
     def remove(self, name: str) -> None:
-        path = self._root / name
+        path = self._at(name)
         with disk_errors(path):
             path.unlink(missing_ok=True)
         with suppress(OSError):  # up to the first folder that still holds something
             for folder in path.parents[: name.count("/")]:
                 folder.rmdir()
 
+    def _at(self, name: str) -> Path:
+        """The path of `name`. Raises StoreError where a folder on the way is a link."""
+        place = self._root
+        for part in name.split("/")[:-1]:
+            place /= part
+            if place.is_symlink():
+                remedy = "Put the folder itself in its place; the store's own folder may be a link"
+                raise StoreError(str(place), "it is a link, and a store follows none", remedy)
+        return self._root / name
+
     @contextmanager
     def _partial(self) -> Iterator[Path]:
         """Where to write what is to be placed; nothing is left there."""
-        path = self._root / PARTIAL / uuid.uuid4().hex
+        path = self._at(f"{PARTIAL}/{uuid.uuid4().hex}")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield path
@@ -290,9 +303,10 @@ class Folder:
 
 
 def _open_file(path: Path) -> BinaryIO | None:
-    """None where there is no regular file: a pipe or a device could wait or last for ever."""
+    """None where there is no regular file: a pipe or a device could wait or last for ever.
+    Raises OSError for a link."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
     if stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -2,17 +2,20 @@
 
 The server is retried in two places. Each request is repeated by urllib3, so that one lost part does not send a large
 file again; where the connection breaks within an answer, or an upload was forgotten by a restarted server, the whole
-operation is repeated. Whatever the server does, an operation in which nothing moves ends (`Patience.bound_seconds`). A
-page of a list and a list as a whole have bounds, too. The parts of an upload that was given up are the server's to
-clean away (MinIO: after a day).
+operation is repeated. Whatever the server does, an operation in which nothing moves ends (`Patience.bound_seconds`).
+The parts of an upload that was given up are the server's to clean away (MinIO: after a day).
+
+What the server says is not trusted. A redirect is not followed: it would carry the session token, and what is uploaded,
+to a host that nobody named. An answer and a listing have bounds. Nothing is decompressed, for nothing compressed was
+asked for. What the client cannot read of an answer is an error of ours.
 """
 
+import http.client
 import logging
 import random
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar, cast
 from urllib.parse import urlsplit
@@ -22,7 +25,8 @@ import certifi
 from minio import Minio
 from minio.commonconfig import CopySource
 from minio.error import MinioException, S3Error, ServerError
-from urllib3 import BaseHTTPResponse, HTTPResponse, PoolManager, Retry, Timeout
+from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager, Retry, Timeout
+from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 
 from latentac.errors import ConfigError, Problem, StoreAccessError, StoreError, StoreUnavailable
@@ -33,42 +37,20 @@ from latentac.waiting import TimeUp, within
 T = TypeVar("T")
 ENDPOINT_REMEDY = f"Check {ENDPOINT}, http or https, and that an S3 server runs there, then run again"
 MOST_OBJECTS = 1_000_000
-"""Of a list."""
-
-_MOST_ANSWER_BYTES = 64 * 2**20
+"""Of a listing."""
 _REPEATED = (429, 500, 502, 503, 504)
+_MOST_ANSWER_BYTES = 8 * 2**20
+"""Of an answer that is kept in memory. A page of a listing has up to 1,000 objects, and less than 4 MiB."""
+_UNREADABLE = (ArithmeticError, AttributeError, LookupError, ParseError, TypeError, ValueError)
+"""What the minio client raises for an answer with other contents than it expects."""
+
+
+class Unbounded(HTTPError):
+    """An answer or a listing is longer than any that an S3 server gives."""
 
 
 class TooSlow(HTTPError):
     """Bytes arrive, but too few."""
-
-
-class TooMuch(Exception):
-    """An answer is larger, or a list longer, than any that is meant well."""
-
-
-class _Pool(PoolManager):
-    """Reads no more of an answer that it is to read as a whole than memory has room for."""
-
-    def urlopen(  # type: ignore[override]
-        self, method: str, url: str, redirect: bool = True, preload_content: bool = True, **options: Any
-    ) -> BaseHTTPResponse:
-        response = super().urlopen(method, url, redirect, preload_content=False, **options)
-        if not preload_content and response.status < 300:
-            return response
-        content = response.read(_MOST_ANSWER_BYTES + 1) or response.data  # of a redirection it has been read
-        if len(content) > _MOST_ANSWER_BYTES:
-            response.close()
-            raise TooMuch(f"an answer has more than {_MOST_ANSWER_BYTES >> 20} MiB")
-        response.release_conn()
-        return HTTPResponse(
-            BytesIO(content),
-            response.headers,
-            response.status,
-            reason=response.reason,
-            decode_content=False,  # it is decoded
-            enforce_content_length=False,
-        )
 
 
 class _Pace:
@@ -84,6 +66,45 @@ class _Pace:
             if self._bytes < passed * self._patience.bytes_per_second:
                 raise TooSlow(f"only {self._bytes} bytes came within {passed:.0f} s")
             self._began, self._bytes = time.monotonic(), 0
+
+
+class _Answer(http.client.HTTPResponse):
+    """What is read at once has a bound; objects are read in pieces, whose sum is the reader's to bound."""
+
+    def read(self, amt: int | None = None) -> bytes:
+        if amt is not None or (self.length is not None and self.length <= _MOST_ANSWER_BYTES):
+            return super().read(amt)
+        data = b"" if self.length is not None else super().read(_MOST_ANSWER_BYTES + 1)
+        if self.length is not None or len(data) > _MOST_ANSWER_BYTES:
+            raise Unbounded(f"an answer has more than {_MOST_ANSWER_BYTES >> 20} MiB")
+        return data
+
+
+class _Connection(HTTPConnection):
+    response_class = _Answer
+
+
+class _TLSConnection(HTTPSConnection):
+    response_class = _Answer
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TLSPool(HTTPSConnectionPool):
+    ConnectionCls = _TLSConnection
+
+
+class _Pools(PoolManager):
+    """Follows no redirect and decompresses nothing."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
+
+    def urlopen(self, method: str, url: str, redirect: bool = False, **options: Any) -> Any:  # type: ignore[override]
+        return super().urlopen(method, url, redirect=False, decode_content=False, **options)
 
 
 class _Retry(Retry):
@@ -141,7 +162,8 @@ class Bucket:
         self._operations: set[_Operation] = set()
         # urllib3 sends a body under the timeout for connecting, and one part of an upload has 5 MiB.
         timeout = Timeout(connect=patience.timeout_seconds, read=patience.timeout_seconds)
-        pool = _Pool(maxsize=10, timeout=timeout, retries=retry, ca_certs=access.authorities or certifi.where())
+        trusted = access.authorities or certifi.where()
+        pool = _Pools(maxsize=10, timeout=timeout, retries=retry, ca_certs=trusted)
         try:
             self._client = Minio(
                 urlsplit(access.endpoint).netloc,
@@ -215,7 +237,7 @@ class Bucket:
                 name = (item.object_name or "").removeprefix(self._prefix)
                 if name in entries or len(entries) == MOST_OBJECTS:
                     again = f"{name[:200]!r} comes twice" if name in entries else f"over {MOST_OBJECTS} objects"
-                    raise TooMuch(f"its list has no end: {again}")
+                    raise Unbounded(f"its list has no end: {again}")
                 changed = item.last_modified.timestamp() if item.last_modified else 0.0
                 entries[name] = Entry(item.size or 0, changed, item.etag or "", moved=changed)
                 operation.listed_at = time.monotonic()
@@ -272,12 +294,12 @@ class Bucket:
             except MaxRetryError as error:
                 cause: Exception = error.reason or error
                 break  # all the waiting was done below, by urllib3
+            except Unbounded as error:
+                raise self._refused(str(error), ENDPOINT_REMEDY) from error
             except HTTPError as error:
                 cause = error
-            except TooMuch as error:
-                raise self._refused(str(error), ENDPOINT_REMEDY) from error
-            except (ParseError, ValueError) as error:  # it is no XML, or lacks an element
-                raise self._refused(f"it gives no S3 answers ({error})", ENDPOINT_REMEDY) from error
+            except _UNREADABLE as error:
+                raise self._refused(f"it gives no S3 answers ({str(error)[:200]})", ENDPOINT_REMEDY) from error
             except MinioException as error:
                 cause = error
                 # What urllib3 has repeated already, or what a repetition cannot mend.
@@ -314,7 +336,7 @@ class Bucket:
         if error.code == "NoSuchKey":
             return FileNotFoundError(name)
         where = f"{self._where}, object {self._prefix}{name}" if kind == Kind.OTHER else self._where
-        told = f"the server says {error.code} ({(error.message or 'no reason given').rstrip('.')})"
+        told = f"the server says {error.code or '':.80} ({(error.message or 'no reason given')[:500].rstrip('.')})"
         return kind.error(where, f"{kind.problem}: {told}", kind.remedy)
 
     def _refused(self, problem: str, remedy: str) -> StoreAccessError:

@@ -1,14 +1,16 @@
 """What an artifact is, in the form of its manifest.json, and the checks that a manifest must pass to be believed."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
 import subprocess
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
@@ -18,7 +20,11 @@ from latentac.store.blobs import disk_errors
 
 SCHEMA: Literal["latentac/artifact/1"] = "latentac/artifact/1"
 _GIT_SECONDS = 10.0
-_KEY = re.compile(r"(?!.*(^|/)(\.|manifest\.json|files-))[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
+MOST_BYTES = 8 * 2**20
+"""Of a manifest or a pointer: some 50,000 files. What it makes in memory is a multiple of it."""
+_MOST_CHARACTERS = 1024
+"""Of a file's path: S3 has no longer names."""
+_KEY = re.compile(r"(?!.*(^|/)(\.|manifest\.json|files-))[A-Za-z0-9._-]{1,250}(/[A-Za-z0-9._-]{1,250}){,9}")
 
 
 def is_key(key: str) -> bool:
@@ -29,7 +35,7 @@ def is_key(key: str) -> bool:
 def safe_key(key: str) -> str:
     if not is_key(key):
         raise ValueError(
-            "it must be names of A-Z, a-z, 0-9, '_', '-', '.' joined by '/', none in '.' or 'files-' first"
+            "it must be names of A-Z, a-z, 0-9, '_', '-', '.' joined by '/', none in '.' or 'files-' first, none long"
         )
     return key
 
@@ -40,9 +46,17 @@ def is_inside(path: str) -> bool:
 
 
 def _safe_path(path: str) -> str:
-    if not is_inside(path):
-        raise ValueError("a file's path must be relative and stay inside the artifact")
+    if len(path) > _MOST_CHARACTERS or not is_inside(path):
+        raise ValueError(
+            f"a file's path must be relative, stay inside the artifact and have at most {_MOST_CHARACTERS} characters"
+        )
     return path
+
+
+def clashes(paths: Iterable[str]) -> list[str]:
+    """Of paths with '/' between names those that are there twice, or are a folder of another one."""
+    ordered = sorted(f"{path}/" for path in paths)  # whatever begins like one of them follows it at once
+    return [one[:-1] for one, after in itertools.pairwise(ordered) if after.startswith(one)]
 
 
 def _moment(text: str) -> str:
@@ -60,7 +74,7 @@ class File:
     """One file of an artifact: path relative to its folder ('/' between names), size in bytes, sha256 in hex."""
 
     path: Annotated[str, AfterValidator(_safe_path)]
-    size: Annotated[int, Field(ge=0)]
+    size: Annotated[int, Field(ge=0, le=2**50)]
     sha256: _Sha256
 
 
@@ -104,11 +118,12 @@ class Manifest:
     @staticmethod
     def from_json(raw: bytes, where: str, key: str) -> "Manifest":
         """Raises IntegrityError for anything but what `to_json` of a valid manifest of `key` gives."""
+        if len(raw) > MOST_BYTES:
+            raise IntegrityError(where, f"it has more than {MOST_BYTES >> 20} MiB", remedy_for(key))
         try:
             manifest = _MANIFEST.validate_json(raw, strict=True)
             problem = "" if manifest.key == key else f"it is the manifest of {manifest.key}"
-            paths = [PurePosixPath(file.path) for file in manifest.files]
-            if len({*paths}) < len(paths) or {*paths} & {parent for path in paths for parent in path.parents}:
+            if clashes(file.path for file in manifest.files):
                 problem = "it names a file twice, or as a folder too"
             elif manifest.to_json() != raw:
                 problem = "it was not written by latentac, or was edited since"

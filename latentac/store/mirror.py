@@ -10,16 +10,19 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import accumulate
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO
 
 from latentac.errors import ConfigError, LatentacError
 from latentac.reading import seconds, whole
-from latentac.store.blobs import CHUNK_BYTES, Blobs, Entry, Overrun, Patience, Stream, connect
+from latentac.store.artifacts import below
+from latentac.store.blobs import CHUNK_BYTES, Blobs, Entry, Overrun, Patience, Stream, connect, disk_errors
 from latentac.terminal import guard_streams
 
 PARTIAL = ".partial"
+BLOCK_BYTES = 4096
 
 _log = logging.getLogger(__name__)
 
@@ -35,24 +38,30 @@ class Mirror:
         """One pass; the names, relative to the prefix, that were copied. Raises what the store raises."""
         wanted = dict(self._chosen())
         for name in self._copied.keys() - wanted.keys():
-            (self._folder / name).unlink(missing_ok=True)
+            self._remove(name)
             del self._copied[name]
         changed = [name for name, entry in wanted.items() if self._copied.get(name) != entry]
         for name in changed:
-            self._copy(name, wanted[name].size)
+            with disk_errors(self._folder / name, wanted[name].size):
+                self._copy(name, wanted[name].size)
             self._copied[name] = wanted[name]
         return changed
 
     def _chosen(self) -> Iterator[tuple[str, Entry]]:
-        """Names and entries, the newest first, up to the bound; a name that leads out of the folder is left out."""
-        entries = self._backend.entries(self._prefix)
+        """Names and entries, the newest first, up to the bound; a file takes a block at least."""
+        entries = below(self._backend, self._prefix)
         newest = sorted(entries.items(), key=lambda item: item[1].changed, reverse=True)
-        totals = accumulate(entry.size for _, entry in newest)
+        totals = accumulate(max(entry.size, BLOCK_BYTES) for _, entry in newest)
         for (name, entry), total in zip(newest, totals, strict=True):
-            relative = PurePosixPath(name.removeprefix(self._prefix))
-            sane = not relative.is_absolute() and ".." not in relative.parts and PARTIAL not in relative.parts
-            if sane and total <= self._max_bytes:
-                yield str(relative), entry
+            if PARTIAL not in name.split("/") and total <= self._max_bytes:
+                yield name, entry
+
+    def _remove(self, name: str) -> None:
+        with disk_errors(self._folder / name):
+            (self._folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # up to the first folder that still holds something
+            for folder in (self._folder / name).parents[: name.count("/")]:
+                folder.rmdir()
 
     def _copy(self, name: str, size: int) -> None:
         target, partial = self._folder / name, self._folder / PARTIAL

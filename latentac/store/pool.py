@@ -18,7 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 
 OBJECTS = ".objects"
-_OBJECT = re.compile(r"[0-9a-f]{64}(\.[0-9a-f]{32})?")
+_OURS = re.compile(r"[0-9a-f]{64}(\.[0-9a-f]{32})?")
+"""Names of the files: a digest, or one that is being placed."""
 _READ_ONLY = 0o444
 
 
@@ -46,6 +47,8 @@ class Pool:
         known, spare = self._path(sha256), self._path(f"{sha256}.{uuid.uuid4().hex}")
         with suppress(OSError):
             known.parent.mkdir(parents=True, exist_ok=True)
+            if self._is_linked(known.parent):
+                return
             file.chmod(_READ_ONLY)
             os.link(file, spare)
             os.replace(spare, known)  # also one that has all the links that a file can have
@@ -57,7 +60,7 @@ class Pool:
         freed = 0
         for path in paths:
             # A link leads to files that this program did not make, which may have other names, too.
-            if self._root.is_symlink() or path.parent.is_symlink() or not _OBJECT.fullmatch(path.name):
+            if self._is_linked(path.parent) or not _OURS.fullmatch(path.name):
                 continue
             with suppress(OSError):
                 status = path.lstat()
@@ -67,6 +70,10 @@ class Pool:
                     path.parent.rmdir()  # if it was the last
                     self._root.rmdir()
         return freed
+
+    def _is_linked(self, folder: Path) -> bool:
+        """Whether a folder of the pool is elsewhere: nothing is written or deleted there."""
+        return self._root.is_symlink() or folder.is_symlink()
 
     def _path(self, sha256: str) -> Path:
         return self._root / sha256[:2] / sha256

@@ -1,8 +1,9 @@
 """What Helm makes of the chart: the same under both majors, valid, strict, documented."""
 
+import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.helm.chart import (
     HELMS,
     Object,
     Refused,
+    every,
     find,
     helm,
     of_kind,
@@ -242,3 +244,71 @@ def test_hooks_leave_nothing_when_they_succeed() -> None:
         if "helm.sh/hook" in annotations:
             assert annotations["helm.sh/hook-delete-policy"] == "before-hook-creation,hook-succeeded"
             assert each["kind"] == "Pod" or each["spec"]["ttlSecondsAfterFinished"] <= 3600
+
+
+EVIL = "x\"'}]: {a}\n  evil: 'true' #{{ .Release.Name }}"
+FREE = (
+    "images.serve.repository",
+    "images.minio.registry",
+    "store.region",
+    "minio.persistence.storageClass",
+    "train.priorityClass",
+    "train.nodeSelector.disk",
+    "train.resources.limits.cpu",
+    "serving.gateway.hostname",
+    "monitoring.labels.release",
+    "networkPolicy.storeCidrs.0",
+)
+BOUND = {
+    "store.url": "s3://bucket/x\"'}]:{a}#{{.Release.Name}}",
+    "store.endpoint": "https://x\"'}]:{a}",
+    "pipeline.upload.host": "https://x\"'}]:{a}",
+    "serving.allowedOrigins.0": "https://x\"'}]:{a}",
+    "serving.gateway.address": "https://x\"'}]:{a}",
+}
+
+
+def with_value(path: str, value: str) -> dict[str, Any]:
+    """Values with everything on, and this one in its place."""
+    bundled = path.startswith(("minio", "images.minio"))
+    values: Any = json.loads(json.dumps(BUNDLED_EVERYTHING if bundled else EVERYTHING))
+    if bundled:
+        values["store"] = BUNDLED_EVERYTHING["store"]
+    place, parts = values, path.split(".")
+    for part, after in itertools.pairwise(parts):
+        place = place.setdefault(part, [] if after == "0" else {})
+    if parts[-1] == "0":
+        place.append(value)
+    else:
+        place[parts[-1]] = value
+    return dict(values)
+
+
+def leaves_of(value: Any) -> Iterator[tuple[str, Any]]:
+    """Each key with what is below it, at any depth."""
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in items:
+        yield str(name), inner
+        yield from leaves_of(inner)
+
+
+@pytest.mark.parametrize(("path", "value"), [*((path, EVIL) for path in FREE), *BOUND.items()])
+def test_a_value_stays_a_value(path: str, value: str) -> None:
+    """Whatever characters it has, it makes no field and no object of its own, and it is not shortened."""
+    sound = {"store.url": "s3://bucket/a"}.get(path, "https://a" if path in BOUND else "a")
+    plain, evil = (render(with_value(path, each)) for each in (sound, value))
+    assert [(each["kind"], each["metadata"]["name"]) for each in plain] == [
+        (each["kind"], each["metadata"]["name"]) for each in evil
+    ]
+    plain, evil = ([*each, *(yaml.safe_load(text) for text in every(each, "cluster.yaml"))] for each in (plain, evil))
+    for one, other in zip(plain, evil, strict=True):
+        assert [name for name, _ in leaves_of(one)] == [name for name, _ in leaves_of(other)]
+    texts = [inner for each in evil for _, inner in leaves_of(each) if isinstance(inner, str)]
+    assert any(value in text for text in texts)
+
+
+@pytest.mark.parametrize("path", BOUND)
+def test_an_address_has_no_white_space(path: str) -> None:
+    """The schema refuses it, so that no line of it can become another argument."""
+    with pytest.raises(Refused):
+        render(with_value(path, f"{BOUND[path]}\nx"))

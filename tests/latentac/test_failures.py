@@ -81,3 +81,31 @@ def test_error_is_the_same_in_another_process(error: LatentacError) -> None:
     """Class, message and exit code survive the way through JSON."""
     again = restore(error.to_dict())
     assert (type(again), str(again), again.exit_code) == (type(error), str(error), error.exit_code)
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        [],
+        {"error": {"kind": "Evil", "where": "a", "problem": "b", "remedy": "c"}},
+        {"error": {"kind": ["StoreError"], "where": "a", "problem": "b", "remedy": "c"}},
+        {"error": {"kind": "ConfigError", "where": "a", "problem": "b", "remedy": "c"}},
+        {"error": {"kind": "StoreError"}},
+        {"error": {"problems": []}},
+        {"error": {"problems": [{"x": 1}]}},
+        {"error": {"problems": 5}},
+        {"error": "x"},
+        {"starts": 5},
+        {"starts": [[]]},
+        {"starts": None},
+    ],
+)
+def test_what_no_worker_has_left_is_no_traceback(
+    store: Store, monkeypatch: pytest.MonkeyPatch, left: dict[str, object]
+) -> None:
+    """Who may write to the store may write anything there: it is no news, or an error that says so."""
+    meet(monkeypatch, 1)
+    record = {"attempt": "attempt-1", "where": "RuntimeError in iteration 5", "starts": ["a"], "error": None}
+    store.write_json("failures/r.json", {**record, **left} if isinstance(left, dict) else left)
+    assert isinstance(failures.read(store, "r", "attempt-1"), LatentacError | None)
+    failures.report(store, "r", RuntimeError("x"), 5)

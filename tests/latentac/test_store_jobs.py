@@ -13,7 +13,7 @@ import pytest
 from latentac.errors import ConfigError, StoreAccessError, StoreUnavailable
 from latentac.store import bootstrap
 from latentac.store.blobs import Entry, Folder, Patience, Stream, connect
-from latentac.store.mirror import Mirror
+from latentac.store.mirror import BLOCK_BYTES, Mirror
 from tests.minio import Server, free_port
 
 BOOTSTRAP = [sys.executable, "-m", "latentac.store.bootstrap"]
@@ -130,10 +130,10 @@ def test_mirror_grows_files_in_place(tmp_path: Path) -> None:
 
 
 def test_mirror_keeps_the_newest_that_fit(tmp_path: Path) -> None:
-    """Where not all have room the oldest stay away, and make room when newer ones come."""
+    """Where not all have room the oldest stay away, and make room when newer ones come. Each takes a block at least."""
     root, copy = tmp_path / "store", tmp_path / "copy"
     store = Folder(root)
-    mirror = Mirror(store, "tensorboard", copy, 10)
+    mirror = Mirror(store, "tensorboard", copy, 2 * BLOCK_BYTES)
     put(store, "tensorboard/old", b"12345", 100.0, root)
     put(store, "tensorboard/new", b"12345", 200.0, root)
     assert sorted(mirror.refresh()) == ["new", "old"]
@@ -157,6 +157,10 @@ def test_mirror_stays_in_its_folder(minio_server: Server, tmp_path: Path, monkey
     for name in ("tensorboard/run/events", "tensorboard/..hidden", "tensorboard/a/b"):
         client.put_object(minio_server.bucket, f"mirror/{name}", BytesIO(b"data"), 4)
     store = connect(f"s3://{minio_server.bucket}/mirror", Patience(retries=1))
-    assert sorted(Mirror(store, "tensorboard/", tmp_path / "copy", 100).refresh()) == ["..hidden", "a/b", "run/events"]
+    assert sorted(Mirror(store, "tensorboard/", tmp_path / "copy", 10**6).refresh()) == [
+        "..hidden",
+        "a/b",
+        "run/events",
+    ]
 
-    assert Mirror(Hostile(tmp_path), "tensorboard", tmp_path / "copy", 100).refresh() == []
+    assert Mirror(Hostile(tmp_path), "tensorboard", tmp_path / "copy", 10**6).refresh() == []

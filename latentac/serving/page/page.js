@@ -12,6 +12,8 @@ const MAX_HISTORY = 24;
 const MAX_KEPT_CHARACTERS = 50_000_000; // of pictures, in memory
 const MAX_STORED_CHARACTERS = 2_000_000; // sessionStorage takes about 5 million of everything
 const STORED_HISTORY = "latentac.history";
+// A website may open any link, and change the one of a page that it has opened. So a link fills in and draws nothing.
+const LINKED = "The link's settings are filled in: press Draw, or Enter in any field.";
 const REACHES = [5, 10, 20, 50, 100]; // of a dial; a hundredth is one step of it
 
 let options = null; // what the server offers
@@ -429,12 +431,8 @@ async function drawArm(draw, arm, signal) {
   }
 }
 
-function drawAnew() {
-  warn("");
-  drawAll();
-}
-
 async function drawAll() {
+  warn("");
   stop();
   forgetProblems();
   if (typed($("seed")).trim() === "") newSeed(); // one for all three; each on its own would have the server's
@@ -733,7 +731,7 @@ function makeExample(prompt) {
   const button = element("button", { type: "button", textContent: prompt });
   button.addEventListener("click", () => {
     $("prompt").value = prompt;
-    drawAnew();
+    drawAll();
   });
   return button;
 }
@@ -782,7 +780,7 @@ function newSeed() {
 
 function listen() {
   $("method").addEventListener("change", methodChosen);
-  $("ask").addEventListener("submit", (event) => { event.preventDefault(); drawAnew(); });
+  $("ask").addEventListener("submit", (event) => { event.preventDefault(); drawAll(); });
   $("stop").addEventListener("click", stop);
   $("reset").addEventListener("click", resetDials);
   $("new-seed").addEventListener("click", newSeed);
@@ -794,7 +792,7 @@ function listen() {
     settingsChanged();
   });
   document.addEventListener("keydown", ({ key }) => { if (key === "Escape") stop(); });
-  window.addEventListener("hashchange", () => { if (followLink()) drawAll(); });
+  window.addEventListener("hashchange", () => { if (followLink()) say(LINKED); });
   new ResizeObserver(showCurveSoon).observe($("curve"));
 }
 
@@ -816,8 +814,7 @@ async function begin() {
   const linked = followLink();
   listen();
   show(null);
-  say("Ready: press Draw, or Enter in any field.");
-  if (linked) drawAll();
+  say(linked ? LINKED : "Ready: press Draw, or Enter in any field.");
 }
 
 $("reload").addEventListener("click", begin);

@@ -239,7 +239,8 @@ def test_what_is_wrong_is_told_beside_its_field(visit: Visit) -> None:
 
 
 def test_a_link_leads_to_the_same_pictures(visit: Visit) -> None:
-    """In another browser, with every setting; the seed has more digits than a number of JavaScript."""
+    """In another browser, with every setting, once they are drawn; the seed has more digits than a number of
+    JavaScript."""
     page = visit()
     page.get_by_label("Seed", exact=True).fill("9223372036854775807")
     page.get_by_label("Method", exact=True).select_option("resampling")
@@ -252,6 +253,7 @@ def test_a_link_leads_to_the_same_pictures(visit: Visit) -> None:
     link = page.get_by_role("textbox", name="A link to these settings").input_value()
     assert page.url == link
     other = visit(link[link.index("#") :])
+    other.get_by_role("button", name="Draw", exact=True).click()
     expect(status(other)).to_contain_text("3 pictures drawn in", timeout=DRAW_MS)
     assert pictures(other) == pictures(page)
     expect(other.get_by_label("Particles", exact=True)).to_have_value("3")
@@ -268,8 +270,21 @@ def test_a_link_to_another_model_says_so(visit: Visit) -> None:
     )
     page = visit("#prompt=a+red+circle&num_steps=2&version=other")
     expect(page.get_by_role("alert")).to_contain_text("The link was made with version other; this is some-version.")
-    expect(status(page)).to_contain_text("pictures drawn in", timeout=DRAW_MS)
-    expect(page.get_by_role("alert")).to_be_visible()
+
+
+def test_a_link_draws_nothing_by_itself(visit: Visit) -> None:
+    """Any website may open one, and lead a page that it has opened to the next one, without the person's doing."""
+    asked: list[str] = []
+    page = visit("#prompt=a+red+circle&num_steps=2")
+    page.on("request", lambda request: asked.append(request.method))
+    expect(status(page)).to_contain_text("press Draw")
+    expect(page.get_by_role("textbox", name="Prompt")).to_have_value("a red circle")
+    page.evaluate("location.hash = 'prompt=a+blue+circle&num_steps=2'")
+    expect(page.get_by_role("textbox", name="Prompt")).to_have_value("a blue circle")
+    expect(status(page)).to_contain_text("press Draw")
+    page.wait_for_timeout(500)  # in which it would have asked
+    assert "POST" not in asked
+    expect(page.get_by_text("Not drawn yet")).to_have_count(3)
 
 
 def test_without_a_seed_the_page_takes_a_new_one(visit: Visit) -> None:

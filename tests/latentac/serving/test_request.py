@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from latentac.errors import ConfigError
 from latentac.serving import request
 from latentac.serving.exported import Batching, Exported, Head, Limits, Method
 from latentac.serving.openai import ImagesRequest, parse_images
-from latentac.serving.request import Request, decoded, parse, parse_one
+from latentac.serving.request import Request, decoded, most_values, parse, parse_one
+from latentac.serving.tensors import infer_request, instances
 
 
 def method(name: str, strength: float) -> Method:
@@ -49,7 +51,7 @@ def test_defaults_and_all_fields() -> None:
     full |= {"steering": {"jpeg_compressibility": -1}, "size": "32x32", "guidance_scale": 4.5, "policy": "trained"}
     body = {"instances": [{"prompt": "a"}, full]}
     requests = parse(body, EXPORTED)
-    assert requests == parse(decoded(json.dumps(body).encode()), EXPORTED)
+    assert requests == parse(decoded(json.dumps(body).encode(), 1000), EXPORTED)
     assert requests[0] == Request(prompt="a")
     assert requests[1].model_dump() == full
 
@@ -123,7 +125,7 @@ def test_a_bad_body_is_told(body: object, message: str) -> None:
 
 def test_a_byte_order_mark_is_no_mistake() -> None:
     """Some editors put it before a file's text."""
-    assert decoded(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
+    assert decoded(b'\xef\xbb\xbf{"a": 1}', 10) == {"a": 1}
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_a_byte_order_mark_is_no_mistake() -> None:
 def test_what_is_not_json_is_told(body: bytes) -> None:
     """So are numbers that JSON does not have, and what is nested without end."""
     with pytest.raises(ConfigError, match="is not JSON"):
-        decoded(body)
+        decoded(body, 10)
 
 
 def test_openais_form_is_the_same_request() -> None:
@@ -267,3 +269,49 @@ def test_the_default_weights_follow_the_rewards(config: Config) -> None:
     rewards = [Head(name="a", weight=0.5, unit=""), Head(name="b", weight=0.0, unit="")]
     assert EXPORTED.model_copy(update={"rewards": rewards}).default_weights("best_of_n") == {"a": 1.0, "b": 0.0}
     assert EXPORTED.default_weights("resampling")["shapes_verifier"] == 20.0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {f"field{number}": 1 for number in range(2000)},
+        {"instances": [{"prompt": "a", "steering": {f"reward{number}": 1 for number in range(2000)}}]},
+        {"inputs": [[[number]] for number in range(700)]},
+    ],
+)
+def test_a_body_of_many_values_is_refused_before_they_are_looked_at(body: object) -> None:
+    """What is told of each takes time, in which no other caller is answered. The limit grows with the pictures that one
+    request may ask for."""
+    with pytest.raises(ConfigError, match="has more than 2000 values"):
+        decoded(json.dumps(body).encode(), 2000)
+    few, many = (most_values(EXPORTED.limits.model_copy(update={"max_images": most})) for most in (1, 1000))
+    assert few < many < 100 * 1000
+
+
+def test_few_problems_of_many_are_told() -> None:
+    """A longer list helps nobody."""
+    with pytest.raises(ConfigError) as caught:
+        parse({"instances": [{"prompt": "a", **{f"field{number}": 1 for number in range(1000)}}]}, EXPORTED)
+    assert len(caught.value.problems) == 20
+
+
+def test_what_holds_for_each_prompt_is_read_once() -> None:
+    """The text of `steering` in the V2 form: a long one, for many prompts."""
+    most = EXPORTED.limits.max_images
+    text = json.dumps({"shapes_verifier": [[]] * (most_values(EXPORTED.limits) - 50)})
+    for rows in (most, 40 * most):
+        inputs = [
+            {"name": "prompt", "shape": [rows], "datatype": "BYTES", "data": ["a"] * rows},
+            {"name": "steering", "shape": [1], "datatype": "BYTES", "data": [text]},
+        ]
+        request = infer_request({"inputs": inputs}, "latentac")
+        tracemalloc.start()
+        try:
+            if rows > most:
+                with pytest.raises(ConfigError, match="above the limit"):
+                    instances(request, EXPORTED.limits)
+            else:
+                assert len(instances(request, EXPORTED.limits)["instances"]) == rows
+            assert tracemalloc.get_traced_memory()[1] < 2**20
+        finally:
+            tracemalloc.stop()
