@@ -50,10 +50,10 @@ _ANSWER_SECONDS = 30.0
 
 _LOOK_SECONDS = 10.0
 _MOST_MISSED = 2
-_CALL_SECONDS = 600.0
+_CALL_SECONDS = 600
 """For one other call of the daemon: to make a container may take minutes, where its driver copies the image."""
 
-_REMOVAL_SECONDS = 60.0
+_REMOVAL_SECONDS = 60
 _AS_THEY_ARE = ("HF_HUB_OFFLINE", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "https_proxy", "http_proxy", "no_proxy")
 
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from filelock import FileLock
 from huggingface_hub import constants
@@ -15,6 +14,7 @@ from latentac import hub
 from latentac.backbones.source import locate
 from latentac.backbones.stable_diffusion import UNET
 from latentac.errors import ConfigError
+from latentac.lifetime import children
 from latentac.waiting import TimeUp
 from tests.faults import faulty, seconds_of
 from tests.latentac import miniatures
@@ -59,8 +59,7 @@ def test_no_answer_is_given_up_within_the_bound(cache: Path, fault: str, monkeyp
         assert seconds_of(began) < SECONDS + MARGIN_SECONDS
         assert server.accepted
     assert NAME in str(caught.value)
-    left = [each.cmdline() for each in psutil.Process().children(recursive=True)]
-    assert not [command for command in left if "latentac.hub" in command]
+    assert not [command for _, command in children() if "latentac.hub" in command]
 
 
 def test_what_the_cache_holds_is_used_where_nobody_answers(

@@ -226,6 +226,7 @@ WRONG_FILES = {
         (b'prompt,tag\n"a\nb",c\n,d\n', "line 4, prompt': is empty"),
         (b'prompt,tag\na,b\n"c,d\n', "line 3': is not CSV"),
         (b"prompt,metadata\na,b\n", "line 2, metadata': is text and no object"),
+        (b'prompt,metadata\na,"' + b"[" * 100_000 + b'"\n', "line 2, metadata': is text and no object"),
         (b"prompt\n", "holds no prompts"),
     ],
     "p.parquet": [(b"PAR1", "is no format that is read here: .parquet. Use a file that ends in .json")],
@@ -243,6 +244,15 @@ def test_a_file_that_is_none_of_prompts_is_refused_with_the_remedy(
 ) -> None:
     """Its form, its encoding, its splits."""
     assert any(told in problem for problem in refused(written(tmp_path, {name: content}) / name))
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl", "p.csv", "p.txt"])
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, name: str) -> None:
+    """This one has no bytes on the disk, and would fill the memory."""
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(2**38)
+    (problem,) = refused(tmp_path / name)
+    assert "is larger than 256 MiB" in problem
 
 
 def test_all_problems_of_all_files_are_told_together(tmp_path: Path) -> None:

@@ -74,6 +74,13 @@ def test_bars_of_libraries_are_drawn() -> None:
 
 
 DOORS = {
+    # What a parser does not know, it repeats as it is; a value that is refused is mostly shown as Python writes it.
+    "latentac": (["-m", "latentac.cli", "report", "--run", "a", HOSTILE], 2),
+    "pipelines": (["-m", "pipelines", "run", HOSTILE], 2),
+    "the mirror": (["-m", "latentac.store.mirror", "--store", "a", "--prefix", "a", "--to", "a", HOSTILE], 2),
+    "the bootstrap": (["-m", "latentac.store.bootstrap", "--store", "a", HOSTILE], 2),
+    "the server": (["-m", "latentac.serving", "--model", "a", HOSTILE], 2),
+    "a place": (["-m", "latentac.cli", "run", "--resume", "a", "--output", HOSTILE], 2),
     "options": (["-m", "latentac.cli", "report", "--run", HOSTILE], 2),
     "the parser": (["-m", "latentac.cli", HOSTILE], 2),
     "a field": (["-m", "latentac.cli", "config", "show", "--set", f"card.data={HOSTILE[1:3]}", "--config", HOSTILE], 2),
