@@ -16,7 +16,7 @@ COMMIT = "1f6e0c3b9a7d4e5f8091a2b3c4d5e6f708192a3b"
 class Hub(ThreadingHTTPServer):
     """Serves `folder` as the repository `name` at COMMIT; `fetched`: the files that were downloaded, in order.
 
-    seconds: what the body of each answer takes.
+    seconds: what the body of an answer of more than 1 MiB takes.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -87,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if body and self.server.seconds:
+        if body and self.server.seconds and len(content) > 2**20:
             size = len(content) // 40 + 1
             for start in range(0, len(content), size):
                 time.sleep(self.server.seconds / 40)
