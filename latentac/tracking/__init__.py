@@ -11,7 +11,6 @@ is told once and ends its tracking, never the training; it is waited for at the 
 import importlib.util
 import logging
 import queue
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from latentac.config import Config
-from latentac.errors import ConfigError, Problem
+from latentac.errors import ConfigError, Problem, without_password
 from latentac.extensions import Table
 
 TRACKERS = Table(
@@ -118,10 +117,5 @@ class Background:
             while (call := self._calls.get()) is not None:
                 call(tracker)
         except Exception as error:  # noqa: BLE001 - whatever a tracker raises, the training goes on
-            reason = _open(" ".join(str(error).split()))[:500]
+            reason = without_password(" ".join(str(error).split()))[:500]
             _log.warning("%s tracks no longer, the run goes on: %s: %s", self._name, type(error).__name__, reason)
-
-
-def _open(value: Any) -> Any:
-    """`value` without the name and password of addresses in it."""
-    return re.sub(r"//[^/@\s]+@", "//", value) if isinstance(value, str) else value
