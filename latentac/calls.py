@@ -19,7 +19,7 @@ from pathlib import Path
 
 from latentac.errors import RewardError
 from latentac.lifetime import go_on_in_child
-from latentac.reading import parse_json, read_regular
+from latentac.reading import read_json
 
 FOLDER = "LATENTAC_REWARD_CALLS"
 """Environment variable: the folder of the files. Without it no file is written."""
@@ -133,7 +133,7 @@ def crash_in_call(folder: Path, ending: str, pid: int | None = None) -> RewardEr
     """
     for file in sorted(folder.glob(f"{'*' if pid is None else pid}-*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            call = parse_json(read_regular(file))
+            call = read_json(file)
             more = f" and {call['count'] - 1} more" if call["count"] > 1 else ""
             remedy = "Correct the reward, or run it behind a service that may fail by itself"
             if time.time() > call["until"]:

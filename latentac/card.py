@@ -250,9 +250,9 @@ def _prose(text: object) -> str:
 
 
 def _text(value: object) -> str:
-    """One line of text: no HTML, and no Markdown but code."""
+    """One line of text: no HTML, and no Markdown but code; an address in it becomes no link."""
     line = html.escape(printable(" ".join(str(value).split())), quote=False)
-    return re.sub(r"[\\*\[\]~]|(?<!\w)_|_(?!\w)|^[#>+]|^-(?!\d)", r"\\\g<0>", line)
+    return re.sub(r"[\\*\[\]~@]|:(?=//)|(?<=www)\.|(?<!\w)_|_(?!\w)|^[#>+]|^-(?!\d)", r"\\\g<0>", line)
 
 
 def _code(name: object) -> str:

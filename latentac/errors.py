@@ -66,11 +66,24 @@ _MOST_PROBLEMS = 50
 """Problems in a message, each a line."""
 
 
+_USER = re.compile(r"(\w:/{1,2}|(?<!/)//)(?!/)[^\s\"'<>,]*@")
+
+
+def without_password(value: Any) -> Any:
+    """`value` without what stands before the `@` of an address, which may have any character, also deep in lists. Of a
+    path that was made of an address one slash is left."""
+    if isinstance(value, str):
+        return _USER.sub(r"\1", value)
+    if isinstance(value, Mapping):
+        return {name: without_password(below) for name, below in value.items()}
+    return [without_password(below) for below in value] if isinstance(value, list) else value
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong with a configuration: the field's path, its value as given, what is wrong, the remedy.
 
-    Name and password of an address are left out of the value: problems are logged.
+    Name and password of an address are left out of value and problem: these are logged.
     """
 
     path: str
@@ -79,8 +92,8 @@ class Problem:
     remedy: str
 
     def __post_init__(self) -> None:
-        if isinstance(self.value, str):
-            object.__setattr__(self, "value", re.sub(r"//[^/@\s]*:[^/@\s]*@", "//", self.value))
+        object.__setattr__(self, "value", without_password(self.value))
+        object.__setattr__(self, "problem", without_password(self.problem))
 
     def __str__(self) -> str:
         shown = repr(self.value)

@@ -6,6 +6,7 @@ whom, and what the verdicts before it were.
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -213,4 +214,5 @@ def _text(value: float | str | None) -> str:
 def _cell(text: str) -> str:
     """Text that stays in its cell of a Markdown table and is no markup."""
     plain = printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
+    plain = re.sub(r"@|:(?=//)|(?<=www)\.", r"\\\g<0>", plain)  # an address becomes no link
     return plain.replace("|", "\\|").replace("*", "\\*").replace("_", "\\_").replace("`", "\\`").replace("[", "\\[")

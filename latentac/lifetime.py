@@ -145,9 +145,12 @@ def run_lock(path: Path, wait_seconds: float = 30.0) -> Iterator[None]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises ResourceError for a run's folder that holds a link, a pipe or a device. A run writes and deletes there by
-    fixed names, none of which it makes one of these: a link may lead anywhere, and a pipe would be waited for."""
-    for path in folder.iterdir() if folder.is_dir() else ():
+    """Raises ResourceError for a run's folder that is a link, or holds a link, a pipe or a device.
+
+    A run writes and deletes there by fixed names, and makes none of these: a link may lead anywhere, and a pipe would
+    be waited for.
+    """
+    for path in (folder, *(folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ())):
         if path.is_symlink():
             raise _link(path)
         if not path.is_file() and not path.is_dir():

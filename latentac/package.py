@@ -12,6 +12,7 @@ import io
 import os
 import sys
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from latentac.errors import ConfigError, Problem
@@ -42,7 +43,10 @@ def pack(folder: Path) -> bytes:
                 raise _refused(str(folder), told, "Name the package's own folder, or build an image of your own.")
             entry = zipfile.ZipInfo(prefix + path.relative_to(base).as_posix(), (1980, 1, 1, 0, 0, 0))
             entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
-            packed.writestr(entry, path.read_bytes())
+            try:
+                packed.writestr(entry, path.read_bytes())
+            except UnicodeEncodeError:
+                raise _refused(ascii(str(path)), "has a name that is not UTF-8", "Give it another name.") from None
     if not count:
         raise _refused(str(folder), "holds no files", "Name the folder of your package.")
     return archive.getvalue()
@@ -86,8 +90,11 @@ def unpack(data: bytes, folder: Path) -> None:
                 target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(packed.read(entry))
-    except zipfile.BadZipFile as error:
-        raise _refused("archive", f"is no zip archive ({error})", "Pack the folder again.") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise _refused("archive", f"is no zip archive that is read here ({error})", "Pack the folder again.") from None
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        named = str(error.filename)[-80:]
+        raise _refused(named, "is a file and a folder in the archive", "Pack the folder again.") from None
 
 
 def make_importable(folder: Path) -> None:
@@ -132,7 +139,11 @@ def _files(base: Path) -> list[Path]:
             path = here / name
             if name.startswith(".") or name.endswith((".pyc", ".pyo")):
                 continue
-            if not path.resolve().is_relative_to(base):
+            try:
+                place = path.resolve()
+            except RuntimeError:  # links in a circle, of which a later Python says nothing: no files, as broken ones
+                continue
+            if not place.is_relative_to(base):
                 raise _refused(str(path), "is a link that leads out of the folder", "Put the file in its place.")
             if path.is_file():
                 found.append(path)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from latentac.card import Facts, folder_card, sections, use_section
 from latentac.errors import ArtifactNotFound
 from latentac.folders import ADAPTER, INDEX
+from latentac.published import read
 from latentac.reading import read_record
 from latentac.workspace import EXTENSIONS, Workspace
 
@@ -68,4 +69,4 @@ def _read(space: Workspace, step: str, name: str) -> Any:
         file = space.artifact(step) / name if space.finished(step) else None
     except ArtifactNotFound:
         return None
-    return read_record(file) if file is not None and file.is_file() else None
+    return read(file) if file is not None and file.is_file() else None

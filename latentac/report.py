@@ -16,6 +16,7 @@ from typing import Any
 
 from latentac.charts import draw
 from latentac.commands import program, typed
+from latentac.lifetime import refuse_links
 from latentac.rendering import pictures_of, render
 from latentac.scratch import hidden_folder, write_whole
 from latentac.store import Manifest, open_store
@@ -34,6 +35,7 @@ def write_report(run: str, store: str, output: str) -> tuple[Path, Path]:
     """
     folder = Path(output) / run
     prepared(open_store(store), [run])  # before a folder is made for it
+    refuse_links(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with hidden_folder(folder, "report") as scratch:
         files = fetch_run(open_store(store), run, scratch)

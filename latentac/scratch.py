@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,17 +69,18 @@ def hidden_folder(place: Path, purpose: str) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write `path` whole: readers find what was there before, or `content`. Where it fails nothing stays beside it;
-    what a killed process leaves is a hidden file, which `prune` finds."""
-    part = path.with_name(f"{HIDDEN}{path.name}.{os.getpid()}")
-    part.unlink(missing_ok=True)
+    """Write `path` whole: readers find what was there before, or `content`.
+
+    A link that lies there is replaced, and none is followed. Where it fails nothing stays beside it. What a killed
+    process leaves is a hidden file, which `prune` finds.
+    """
+    part = path.with_name(f"{HIDDEN}{uuid.uuid4().hex}")
     try:
-        with part.open("xb") as file:
+        with part.open("xb") as file:  # x: it is a new file, or an error
             file.write(content if isinstance(content, bytes) else content.encode())
         part.replace(path)
-    except BaseException:
+    finally:
         part.unlink(missing_ok=True)
-        raise
 
 
 def remove_hidden(place: Path) -> None:

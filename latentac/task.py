@@ -26,7 +26,7 @@ from latentac.calls import CALLS, FOLDER, STEPS, supervised
 from latentac.errors import LatentacError, expected
 from latentac.lifetime import die_with_parent, refuse_links, run_lock, stop_on_sigterm
 from latentac.names import working_folder
-from latentac.scratch import remove_hidden, temporary_files
+from latentac.scratch import remove_hidden, temporary_files, write_whole
 from latentac.store import Manifest
 from latentac.terminal import guard_streams
 
@@ -100,7 +100,7 @@ def _fail(name: str, folder: Path | None, error: Exception) -> int:
         # The first failure is the cause; a start of the run removes the file.
         if folder is not None and not (folder / ERROR_FILE).exists():
             told = {"task": name, "exit_code": code, "message": message}
-            (folder / ERROR_FILE).write_text(json.dumps(told, indent=2))
+            write_whole(folder / ERROR_FILE, json.dumps(told, indent=2))
         unread = folder is None or EVENTS not in os.environ
     except OSError:  # the disk that is full, perhaps
         unread = True

@@ -15,7 +15,7 @@ from latentac.calls import CALLS, crash_in_call, fresh_calls
 from latentac.calls import FOLDER as REWARD_CALLS
 from latentac.errors import LatentacError, ServingError
 from latentac.lifetime import own_descendants, refuse_links, run_lock, stop_on_sigterm
-from latentac.reading import parse_json, read_regular
+from latentac.reading import read_json
 from latentac.task import ERROR_FILE, EVENTS
 from latentac.terminal import Guarded
 from pipelines.console import Console
@@ -176,7 +176,7 @@ def _failure(folder: Path, console: Console) -> StepFailed:
     """What the failed step left behind; for one that was killed, what was seen of it."""
     step = console.failed or console.running
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        left = parse_json(read_regular(folder / ERROR_FILE))
+        left = read_json(folder / ERROR_FILE)
         if step in (None, left["task"]):
             return StepFailed(str(left["task"]), int(left["exit_code"]), str(left["message"]))
     if console.running is not None:

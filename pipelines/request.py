@@ -14,14 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from latentac import package as packages
 from latentac.errors import ConfigError, Problem, ResourceError, require
 from latentac.fields import read_file, read_overrides
-from latentac.reading import parse_json, read_regular
+from latentac.published import problem_of
+from latentac.reading import read_json
 from latentac.scratch import write_whole
 
 _FILE = "request.json"
@@ -29,7 +31,9 @@ _GIVEN, _PACKAGE = "given-config", "given-package"
 _CONFIG_BEFORE = "given-config.yaml"  # what runs of earlier versions have
 _OUTPUT = "file://{output}/"
 _SOURCES = (("backbone", "source"), ("prompts", "source"), ("prompts", "train"), ("prompts", "held_out"))
-PROCESSES, CONTAINERS = "processes", "containers"
+Ways = Literal["processes", "containers"]
+PROCESSES: Final = "processes"
+CONTAINERS: Final = "containers"
 """The ways to run the steps on this machine."""
 
 _HERE = ("kfp", "jinja2", "matplotlib", "PIL", "tqdm")
@@ -49,7 +53,7 @@ class Request:
     config: str = ""
     overrides: tuple[str, ...] = ()
     store: str = ""
-    way: str = PROCESSES
+    way: Ways = PROCESSES
     folder: str = ""
     package: str = ""
 
@@ -154,14 +158,17 @@ def load_run(run: str, output: Path, given: Mapping[str, object]) -> Request:
     return request
 
 
+_REQUEST = TypeAdapter(Request)
+
+
 def read_request(folder: Path) -> Request:
     """The request in the run's folder, its places as they are now. Raises ConfigError where it cannot be read."""
     try:
-        fields = parse_json(read_regular(folder / _FILE))
-        request = Request(**{**fields, "overrides": tuple(fields["overrides"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        request = _REQUEST.validate_json(json.dumps(read_json(folder / _FILE)), strict=True)
+    except (OSError, ValueError) as error:
+        told = problem_of(error) if isinstance(error, ValidationError) else str(error)
         remedy = "Start a new run; what this one has published stays in its store."
-        raise ConfigError([Problem("--resume", folder.name, f"its {_FILE} cannot be read ({error})", remedy)]) from None
+        raise ConfigError([Problem("--resume", folder.name, f"its {_FILE} cannot be read ({told})", remedy)]) from None
     if (folder / _CONFIG_BEFORE).is_file():
         request = dataclasses.replace(request, config=_CONFIG_BEFORE)
     return located(request, folder)

@@ -33,7 +33,7 @@ class Pool:
         """Put the file `sha256` at `target`, which must not exist; False where there is none. One that is not what
         its name says is dropped from the pool. `moved` hears of the bytes that were checked, if they were right."""
         known = self._path(sha256)
-        if not link(known, target):
+        if self._is_linked(known.parent) or not link(known, target):
             return False
         if hash_of(target) == sha256:
             moved(target.stat().st_size)
@@ -46,9 +46,9 @@ class Pool:
         """Share `file`, whose content has this digest, and make it read-only. One more link, no copy."""
         known, spare = self._path(sha256), self._path(f"{sha256}.{uuid.uuid4().hex}")
         with suppress(OSError):
-            known.parent.mkdir(parents=True, exist_ok=True)
             if self._is_linked(known.parent):
                 return
+            known.parent.mkdir(parents=True, exist_ok=True)
             file.chmod(_READ_ONLY)
             os.link(file, spare)
             os.replace(spare, known)  # also one that has all the links that a file can have

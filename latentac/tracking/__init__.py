@@ -12,7 +12,6 @@ slower than the training loses what comes while 1000 calls wait.
 import importlib.util
 import logging
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from latentac.config import Config
-from latentac.errors import ConfigError, Problem
+from latentac.errors import ConfigError, Problem, without_password
 from latentac.extensions import Table
 
 TRACKERS = Table(
@@ -146,7 +145,7 @@ class Background:
             while (call := self._calls.get()) is not None:
                 call(tracker)
         except Exception as error:  # noqa: BLE001 - whatever a tracker raises, the training goes on
-            reason = _open(" ".join(str(error).split()))[:500]
+            reason = without_password(" ".join(str(error).split()))[:500]
             if not self._given_up:
                 _log.warning(
                     "%s tracks no longer, the run goes on: %s: %s", self._where(), type(error).__name__, reason
@@ -155,7 +154,7 @@ class Background:
 
     def _where(self) -> str:
         address = getattr(self._tracker, "address", "")
-        return f"{self._name} ({_open(address)})" if address else self._name
+        return f"{self._name} ({without_password(address)})" if address else self._name
 
     def _abandon(self) -> bool:
         """Whether the tracker knows how to end what it has begun."""
@@ -164,8 +163,3 @@ class Background:
             with suppress(Exception):
                 abandon()
         return abandon is not None
-
-
-def _open(value: Any) -> Any:
-    """`value` without the name and password of addresses in it."""
-    return re.sub(r"//[^/@\s]+@", "//", value) if isinstance(value, str) else value

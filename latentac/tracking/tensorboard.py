@@ -4,6 +4,7 @@ Each iteration is in the files once, also for readers that know nothing of Tenso
 beyond its last checkpoint is taken out before it goes on.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class TensorBoard:
     def __init__(self, folder: Path, keep: Keep) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        old = sorted(folder.glob("events.out.tfevents.*"))
+        old = sorted(path for path in folder.glob("events.out.tfevents.*") if path.is_file() and not path.is_symlink())
         kept = list(_kept(old, keep))
         self.rewritten = any(not whole for _, whole in kept)
         self.steps = {event.step for event, _ in kept if any(_scalar(value) for value in event.summary.value)}
@@ -93,13 +94,19 @@ def _evaluated(tag: str) -> bool:
 def _kept(files: list[Path], keep: Keep) -> Iterator[tuple[Any, bool]]:
     """The events of the files, each with the values that stay and that no file before has, and whether these are all.
 
-    The last record of a killed writer may be cut off; the reader ends before it.
+    The last record of a killed writer may be cut off; the reader ends before it, and before one that is no record.
     """
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
     seen = set[tuple[str, int]]()
+
+    def events(path: Path) -> Iterator[Any]:
+        with contextlib.suppress(DecodeError, MemoryError):  # a record says itself how long it is
+            yield from LegacyEventFileLoader(str(path)).Load()
+
     for path in files:
-        for event in LegacyEventFileLoader(str(path)).Load():
+        for event in events(path):
             wanted = [
                 value
                 for value in event.summary.value

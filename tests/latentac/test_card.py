@@ -10,6 +10,7 @@ import yaml
 
 from latentac.card import base_model, folder_card, model_card, sections, use_section
 from latentac.config import Card, Config
+from latentac.gate import markdown
 from latentac.recipes import RECIPES
 from latentac.resolution import resolve_all
 from tests.latentac.published import PROMPTS, STEPS, contents, publish
@@ -78,6 +79,15 @@ def test_rewards_have_unit_weight_and_both_means() -> None:
     row = "| `shapes_verifier` | share that is right | 1 |" + " 0.400 [0.300, 0.500] |" * 3
     assert row in card
     assert "| `gone` |  |  | – | – | – |" in card
+
+
+def test_an_address_from_outside_becomes_no_link() -> None:
+    """What renders Markdown makes links of bare addresses too."""
+    told = "see https://evil.example, www.evil.example or me@evil.example"
+    verdict = {"decision": "hold", "reasons": [told], "checks": []}
+    for text in (model_card(facts(gate=verdict)), markdown(verdict | {"former": [verdict | {"by": told}]}, "r")):
+        assert "https\\://evil.example, www\\.evil.example or me\\@evil.example" in text
+        assert told not in text
 
 
 def test_what_comes_from_outside_is_neither_html_nor_markdown() -> None:

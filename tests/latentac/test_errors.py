@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from latentac.errors import LatentacError, ResourceError, expected, require
+from latentac.errors import ConfigError, LatentacError, Problem, ResourceError, expected, require
 
 
 def without(module: str, command: str, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -86,3 +86,34 @@ def test_a_bug_is_none_of_them() -> None:
         assert expected(error) is None
     ours = LatentacError("here", "was found", "Do that")
     assert expected(ours) is ours
+
+
+PASSWORD = "open-sesame"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        f"http://user:{PASSWORD}@host/path",
+        f"http://user:{PASSWORD}@x@host",
+        f"http://user:{PASSWORD}/y@host",
+        f"http://{PASSWORD}@host",
+        f"postgresql+driver://u:{PASSWORD}@h/db",
+        f"a: {{b: 'https://u:{PASSWORD}@h'}} and more",
+        f"https:/u:{PASSWORD}@h/p.json",
+        [{"use": "mlflow", "tracking_uri": f"http://u:{PASSWORD}@h"}],
+        {"deep": [[f"//u:{PASSWORD}@h"]]},
+    ],
+)
+def test_a_problem_tells_no_password_of_an_address(value: object) -> None:
+    """Whatever characters it has and however deep it stands, in the value or in what is said of it."""
+    told = ConfigError([Problem("a", value, f"is wrong ({value})", "Correct it.")])
+    for text in (str(told), str(told.args), repr(told.problems), str(told.to_dict())):
+        assert PASSWORD not in text
+    assert "h" in str(told)
+
+
+def test_a_path_is_told_as_it_is() -> None:
+    """Also with an `@` in it."""
+    for value in ("file:///data/me@work/store", "/models/a@b", "someone@example.com"):
+        assert value in str(ConfigError([Problem("a", value, "is wrong", "Correct it.")]))

@@ -126,3 +126,57 @@ def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
         unpack(b"PK", tmp_path)
     with pytest.raises(ConfigError, match="image of your own"):
         inline(os.urandom(MAX_INLINE_BYTES))
+
+
+def archive(*entries: tuple[str, str]) -> bytearray:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in entries:
+            packed.writestr(*entry)
+    return bytearray(made.getvalue())
+
+
+def patched(at: int, value: int) -> bytearray:
+    """An archive of one file with another byte in both of its descriptions: `at` in the first, two further on in the
+    second."""
+    made = archive(("a.py", "x" * 100))
+    made[at], made[made.find(b"PK\x01\x02") + at + 2] = value, value
+    return made
+
+
+def damaged() -> bytearray:
+    made = archive(("a.py", "x" * 100))
+    made[34:36] = b"\xff" * 2  # where its data begins
+    return made
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (patched(6, 1), "encrypted"),
+        (patched(8, 99), "compression method"),
+        (damaged(), "is no zip archive"),
+        (archive(("a", "1"), ("a/b", "2")), "is a file and a folder"),
+        (archive(("a/b", "1"), ("a", "2")), "is a file and a folder"),
+    ],
+)  # fmt: skip
+def test_an_archive_that_cannot_be_unpacked_is_one_error(data: bytearray, told: str, tmp_path: Path) -> None:
+    """Whatever the library raises of it."""
+    with pytest.raises(ConfigError, match=told):
+        unpack(bytes(data), tmp_path / "there")
+
+
+def test_links_in_a_circle_are_no_files(tmp_path: Path) -> None:
+    """As little as a link to nothing."""
+    (tmp_path / "a.py").symlink_to(tmp_path / "b.py")
+    (tmp_path / "b.py").symlink_to(tmp_path / "a.py")
+    (tmp_path / "c.py").touch()
+    (tmp_path / "d.py").symlink_to(tmp_path / "nothing")
+    assert names(pack(tmp_path)) == ["c.py"]
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    """A zip archive holds names in UTF-8."""
+    (tmp_path / os.fsdecode(b"\xff.py")).write_text("x = 1")
+    with pytest.raises(ConfigError, match="has a name that is not UTF-8"):
+        pack(tmp_path)

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from latentac import extensions
@@ -147,6 +149,27 @@ def test_the_reward_comes_first(tmp_path: Path) -> None:
     board.flush()
     groups = list(dict.fromkeys(tag.partition("/")[0] for tag in sorted(tag for tag, _ in written(tmp_path))))
     assert groups == ["1_reward", "2_evaluation", "3_policy", "4_critic", "5_time", "rollouts"]
+
+
+def record(data: bytes, length: int | None = None) -> bytes:
+    """A record of an event file, whose length need not be that of its data."""
+    head = struct.pack("<Q", len(data) if length is None else length)
+    crcs = (struct.pack("<I", masked_crc32c(part)) for part in (head, data))
+    return head + next(crcs) + data + next(crcs)
+
+
+def test_files_that_are_none_of_events_hold_no_training(tmp_path: Path) -> None:
+    """A run's folder may be somebody else's: what can be read of the others is kept, and nothing is waited for."""
+    write(tmp_path, range(1, 3), 0).finish()
+    files = {"long": record(b"x", 2**60), "none": record(b"\xff" * 50), "text": b"x" * 1000, "empty": b""}
+    for name, content in files.items():
+        (tmp_path / f"events.out.tfevents.0.{name}").write_bytes(content)
+    os.mkfifo(tmp_path / "events.out.tfevents.0.pipe")
+    (tmp_path / "events.out.tfevents.0.folder").mkdir()
+    (tmp_path / "events.out.tfevents.0.link").symlink_to("/dev/zero")
+    board = TensorBoard(tmp_path, until(2))
+    board.finish()
+    assert board.steps == {1, 2}
 
 
 def test_evaluation_and_hyperparameters_are_included(tmp_path: Path) -> None:
@@ -467,6 +490,10 @@ def test_all_that_is_wrong_with_the_trackers_is_told_at_once() -> None:
     check({"use": OWN})
     with pytest.raises(ConfigError, match="use MLFLOW_TRACKING_PASSWORD") as caught:
         check({"use": "mlflow", "tracking_uri": "https://user:hidden@tracker"})
+    for uri in ("https://us/er:hidden/@tracker", "https://hidden@tracker"):
+        with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as caught:
+            check({"use": "mlflow", "tracking_uri": uri})
+        assert "hidden" not in str(caught.value)
     assert "hidden" not in str(caught.value)
 
 
