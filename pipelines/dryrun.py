@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from latentac.calls import supervised
 from latentac.errors import ConfigError, StoreError
 from latentac.lifetime import lock_holder
@@ -30,21 +32,24 @@ def print_plan(request: Request, output: Path, run: str) -> int:
     folder = Path(tempfile.mkdtemp(prefix="latentac-"))
     ended = supervised(folder)
     if ended is None:
-        from latentac.plan import plan
+        from latentac.plan import plan, settings_text
 
         given = (request.recipe, request.config, request.overrides, request.package)
         try:
             made = plan(*given, request.store_url(output), output)
         finally:  # an exception is no crash
             (folder / _PLANNED).touch()
-        return _print(made, request, output, run)
+        return _print(made, settings_text(made.settings) if made.settings else "", request, output, run)
     code, crash = ended
     planned = (folder / _PLANNED).exists()
     shutil.rmtree(folder, ignore_errors=True)
     if planned or code in _STOPPED:
         return code
     problem = f"a class of yours ended the process that tried it (exit code {code}), or it was killed"
-    return _print(_without_classes(request, str(crash) if crash is not None else problem), request, output, run)
+    made = _without_classes(request, str(crash) if crash is not None else problem)
+    fields = made.settings.model_dump(mode="json") if made.settings else {}
+    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True) if fields else ""
+    return _print(made, text, request, output, run)
 
 
 def _without_classes(request: Request, problem: str) -> "Plan":
@@ -60,8 +65,8 @@ def _without_classes(request: Request, problem: str) -> "Plan":
     return Plan(settings, None, (problem,))
 
 
-def _print(made: "Plan", request: Request, output: Path, run: str) -> int:
-    from latentac.plan import settings_text
+def _print(made: "Plan", settings: str, request: Request, output: Path, run: str) -> int:
+    """settings: as text, "" where they are refused."""
     from latentac.run import VERBS
 
     store, refused = request.store_url(output), list(made.refused)
@@ -70,8 +75,8 @@ def _print(made: "Plan", request: Request, output: Path, run: str) -> int:
         refused += [
             f"run {run}: in use by pid {holder}. Wait until it ends, or stop it." for holder in holders if holder
         ]
-    if made.settings is not None:
-        print(settings_text(made.settings))
+    if settings:
+        print(settings)
     print(f"run      {run or 'a new one'}, recipe {request.recipe}, in {output / run if run else output}")
     print(f"store    {store}")
     print("steps")

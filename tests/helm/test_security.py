@@ -111,6 +111,8 @@ def test_the_steps_may_read_the_secrets_of_their_artifacts_alone() -> None:
         named = [rule for rule in rules if "secrets" in rule["resources"]]
         assert {name for rule in named for name in rule["resourceNames"]} == expected
         assert all(rule["verbs"] == ["get"] and rule["resources"] == ["secrets"] for rule in named)
+        settings = [rule for rule in rules if "configmaps" in rule["resources"]]
+        assert [(rule["resourceNames"], rule["verbs"]) for rule in settings] == [(["kfp-launcher"], ["get"])]
 
 
 def test_the_endpoint_can_ask_for_a_token() -> None:

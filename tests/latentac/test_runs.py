@@ -591,7 +591,8 @@ def test_prune_leaves_what_is_being_written(here: Place) -> None:
     here.run("ended", BEFORE_GATE)
     (here.output / "store" / "checkpoints").rename(here.output.parent / "away")
     write(here.output / "store", {".partial/abc": b"x", "ended/gate/files-0123456789abcdef/new": b"x"})
-    write(here.output, {"ended/.gate-now/big": b"x"})
+    write(here.output, {"ended/.gate-now/big": b"x", "ended/.latentac-now/big": b"x", "ended/latentac-now/big": b"x"})
+    write(here.output, {".latentac-compare.html.7": b"x"})
     old = time.time() - 10 * 86400
     for path in here.output.rglob("*new"):
         os.utime(path, (old, old))  # an old file that was linked there a moment ago
