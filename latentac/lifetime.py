@@ -153,7 +153,7 @@ def refuse_links(folder: Path) -> None:
     for path in (folder, *(folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ())):
         if path.is_symlink():
             raise _link(path)
-        if not path.is_file() and not path.is_dir():
+        if path.exists() and not path.is_file() and not path.is_dir():
             raise ResourceError(str(path), "is neither a file nor a folder", "Remove it, or start a new run.")
 
 
