@@ -45,7 +45,7 @@ def test_expected_error_is_final_at_once(store: Store) -> None:
 )
 def test_an_error_of_another_shape_is_one_error(store: Store, error: object) -> None:
     """Who may write to the store may write anything there; a worker that reports goes on from nothing."""
-    told = {"attempt": "attempt-1", "where": "RuntimeError in iteration 5", "starts": 5, "error": error}
+    told = {"attempt": "attempt-1", "where": "RuntimeError in iteration 5", "starts": ["a"], "error": error}
     store.write_json("failures/r.json", told)
     with pytest.raises(IntegrityError, match="it holds no error"):
         failures.read(store, "r", "attempt-1")
