@@ -41,11 +41,7 @@ def report(store: Store, run: str, error: Exception, iteration: int) -> None:
 def read(store: Store, run: str, attempt: str) -> LatentacError | None:
     """The error that ended `attempt` of training `run`, if one did. Raises StoreError."""
     fields = _read(store, run, attempt).get("error")
-    try:
-        return restore(fields) if fields else None
-    except (LookupError, TypeError, AttributeError):
-        remedy = "Remove it, and resume the run"
-        raise IntegrityError(f"{store.url}/{_key(run)}", "it holds no error that ends a training", remedy) from None
+    return restore(fields) if fields else None
 
 
 def _read(store: Store, run: str, attempt: str) -> dict[str, Any]:
