@@ -30,7 +30,7 @@ LOCK := compile -q --universal --fork-strategy fewest --generate-hashes --python
 	--no-emit-index-url --no-emit-find-links --no-header
 
 # `--name value` where VARIABLE says something. Make hands what it was called with to the shell as environment, so the
-# value comes whole, with its spaces and quotes; SET is taken apart by latentac.fields.split.
+# value comes whole, with its spaces and quotes; SET is taken apart by latentac.config.fields.split.
 option = $(if $($(1)),--$(2) "$$$(1)")
 PLACE_OPTIONS = $(call option,OUTPUT,output) $(call option,STORE,store)
 RUN_OPTIONS = $(call option,RECIPE,recipe) $(call option,SEED,seed) $(call option,CONFIG,config) $(call option,SET,set) \
@@ -112,7 +112,7 @@ chart: install ## write the chart's README from its template and values, and say
 	git --no-pager diff --stat -- helm
 
 reference: install ## write docs/configuration.md from the classes, and say what changed
-	@$(PY) -c 'from pathlib import Path; from latentac.reference import fields_markdown as f; Path("docs/configuration.md").write_text(f())'
+	@$(PY) -c 'from pathlib import Path; from latentac.runs.reference import fields_markdown as f; Path("docs/configuration.md").write_text(f())'
 	git --no-pager diff --stat -- docs
 
 node-build: install ## the programs of the test node, built once into the cache (a quarter of an hour on two cores)

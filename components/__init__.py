@@ -1,4 +1,4 @@
-"""The pipeline's steps: one folder a step, each a thin KFP component over one verb of `latentac.run`."""
+"""The pipeline's steps: one folder a step, each a thin KFP component over one verb of `latentac.runs.verbs`."""
 
 import os
 from importlib.metadata import version

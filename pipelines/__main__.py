@@ -20,8 +20,8 @@ examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from latentac.errors import LatentacError, expected
-    from latentac.terminal import guard_streams
+    from latentac.system.errors import LatentacError, expected
+    from latentac.system.terminal import guard_streams
 
     if arguments is None:
         guard_streams()

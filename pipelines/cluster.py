@@ -15,8 +15,8 @@ from kfp.compiler.compiler_utils import KubernetesManifestOptions
 from components import COMPUTE
 from components.cluster.settings import KEY as FILE
 from components.cluster.settings import MOUNT, SETTINGS, Cluster, Placement
-from latentac.errors import ConfigError, Problem
 from latentac.serving.client import TOKEN
+from latentac.system.errors import ConfigError, Problem
 from pipelines.pipeline import NAME, compose
 
 WORK = "/work"

@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentac.errors import ClusterError, ConfigError, Problem
-from latentac.reading import seconds, whole
+from latentac.system.errors import ClusterError, ConfigError, Problem
+from latentac.system.reading import seconds, whole
 
 if TYPE_CHECKING:
     from components.cluster.settings import Cluster
@@ -150,7 +150,7 @@ def _upload(options: argparse.Namespace) -> None:
 
 
 def _submit(options: argparse.Namespace) -> None:
-    from latentac.names import working_folder
+    from latentac.system.names import working_folder
 
     name = _new_id(options.recipe) if options.run is None else options.run
     working_folder(name, "")  # refused here, where it costs nothing
@@ -191,8 +191,8 @@ def _follow(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from latentac.scratch import write_whole
     from latentac.store import open_store
+    from latentac.system.scratch import write_whole
 
     service = _service(options)
     given = _given(service, options.id)
@@ -287,9 +287,9 @@ def _uploaded(service: "Service", settings: "Cluster", *, own_id: bool = False) 
 def _parameters(options: argparse.Namespace, settings: "Cluster") -> dict[str, Any]:
     """What the run is asked to do, checked here, where a mistake costs nothing. A file stays here, its fields go."""
     from components.deploy.inference_service import check_project
-    from latentac.fields import read_file
-    from latentac.package import inline, pack, use_in_place
-    from latentac.run import resolve_recipe
+    from latentac.config.fields import read_file
+    from latentac.runs.package import inline, pack, use_in_place
+    from latentac.runs.verbs import resolve_recipe
 
     code = {"package": inline(pack(options.package))} if options.package else {}
     if options.package:

@@ -2,7 +2,7 @@
 
 kfp.local prints everything to stdout: its own records, rules and outputs, and what a step's process writes, indented
 by four spaces. `Console` stands in for stdout and keeps of all that what a step wrote between the marked
-lines of `latentac.task`; the rest is held back, to be shown only if a step dies before it can say why.
+lines of `latentac.runs.task`; the rest is held back, to be shown only if a step dies before it can say why.
 """
 
 import io
@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from latentac.progress import duration
-from latentac.reading import parse_json
-from latentac.scratch import write_whole
-from latentac.summary import read_timings
-from latentac.task import EVENT_MARK
-from latentac.terminal import Guarded
+from latentac.reporting.summary import read_timings
+from latentac.runs.task import EVENT_MARK
+from latentac.system.progress import duration
+from latentac.system.reading import parse_json
+from latentac.system.scratch import write_whole
+from latentac.system.terminal import Guarded
 
 _KFP_INDENT = " " * 4
 _KFP_RECORD = re.compile(r"\d\d:\d\d:\d\d(\.\d+)? - [A-Z]+ - |-{20}")

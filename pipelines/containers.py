@@ -26,14 +26,14 @@ import docker
 from docker.errors import DockerException, ImageNotFound
 from docker.types import Mount
 
-from latentac.calls import CALLS
-from latentac.calls import FOLDER as REWARD_CALLS
-from latentac.errors import ConfigError, Problem, ResourceError
-from latentac.lifetime import run_lock
-from latentac.scratch import empty_folder
+from latentac.runs.task import EVENTS
 from latentac.store import access
-from latentac.task import EVENTS
-from latentac.waiting import TimeUp, within
+from latentac.system.calls import CALLS
+from latentac.system.calls import FOLDER as REWARD_CALLS
+from latentac.system.errors import ConfigError, Problem, ResourceError
+from latentac.system.lifetime import run_lock
+from latentac.system.scratch import empty_folder
+from latentac.system.waiting import TimeUp, within
 from pipelines.driver import Way
 from pipelines.request import Request, local_sources
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentac.calls import CALLS, crash_in_call, fresh_calls
-from latentac.calls import FOLDER as REWARD_CALLS
-from latentac.errors import LatentacError, ServingError
-from latentac.lifetime import own_descendants, refuse_links, run_lock, stop_on_sigterm
-from latentac.reading import read_json
-from latentac.task import ERROR_FILE, EVENTS
-from latentac.terminal import Guarded
+from latentac.runs.task import ERROR_FILE, EVENTS
+from latentac.system.calls import CALLS, crash_in_call, fresh_calls
+from latentac.system.calls import FOLDER as REWARD_CALLS
+from latentac.system.errors import LatentacError, ServingError
+from latentac.system.lifetime import own_descendants, refuse_links, run_lock, stop_on_sigterm
+from latentac.system.reading import read_json
+from latentac.system.terminal import Guarded
 from pipelines.console import Console
 from pipelines.request import CONTAINERS, Request
 
@@ -103,7 +103,7 @@ def _way(run: str, request: Request, output: Path) -> contextlib.AbstractContext
 
 def _done_already(run: str, request: Request, way: Way, console: Console) -> bool:
     """Whether every step is published for this very request, its report too; then each is told, and none is started."""
-    from latentac.run import VERBS, prepare
+    from latentac.runs.verbs import VERBS, prepare
     from latentac.store import open_store
 
     try:
@@ -190,9 +190,9 @@ def _failure(folder: Path, console: Console) -> StepFailed:
 
 def _conclude(run: str, request: Request, output: Path, way: Way, console: Console) -> None:
     """Check that the graph did what the gate decided, write the report anew with all timings, print where to look."""
-    from latentac.commands import typed
-    from latentac.report import next_commands, write_report
+    from latentac.reporting.report import next_commands, write_report
     from latentac.store import open_store
+    from latentac.system.commands import typed
     from pipelines.request import known_runs
 
     decision = open_store(way.store).manifest(f"{run}/gate").metrics["decision"]
@@ -226,7 +226,7 @@ def _conclude(run: str, request: Request, output: Path, way: Way, console: Conso
 
 def _report(message: str, exit_code: int, run: str, request: Request, output: Path) -> int:
     containers = " --containers" if request.way == CONTAINERS else ""
-    from latentac.commands import program
+    from latentac.system.commands import program
 
     command = f"{program()} run --resume {run}{_output_argument(output)}{containers}"
     shown = Guarded(sys.stderr)

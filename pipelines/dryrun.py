@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from latentac.calls import supervised
-from latentac.errors import ConfigError, StoreError
-from latentac.lifetime import lock_holder
-from latentac.task import LOCK_FILE
+from latentac.runs.task import LOCK_FILE
+from latentac.system.calls import supervised
+from latentac.system.errors import ConfigError, StoreError
+from latentac.system.lifetime import lock_holder
 from pipelines.request import Request
 
 if TYPE_CHECKING:
-    from latentac.plan import Plan
+    from latentac.runs.plan import Plan
 
 _PLANNED = "planned"
 _STOPPED = (130, 128 + signal.SIGTERM)
@@ -32,7 +32,7 @@ def print_plan(request: Request, output: Path, run: str) -> int:
     folder = Path(tempfile.mkdtemp(prefix="latentac-"))
     ended = supervised(folder)
     if ended is None:
-        from latentac.plan import plan, settings_text
+        from latentac.runs.plan import plan, settings_text
 
         given = (request.recipe, request.config, request.overrides, request.package)
         try:
@@ -54,9 +54,9 @@ def print_plan(request: Request, output: Path, run: str) -> int:
 
 def _without_classes(request: Request, problem: str) -> "Plan":
     """What can be told without importing what the settings name."""
-    from latentac.plan import Plan
-    from latentac.run import recipe_fields
-    from latentac.validation import resolve
+    from latentac.config.validation import resolve
+    from latentac.runs.plan import Plan
+    from latentac.runs.verbs import recipe_fields
 
     try:
         settings = resolve(recipe_fields(request.recipe, request.config, request.overrides))
@@ -67,7 +67,7 @@ def _without_classes(request: Request, problem: str) -> "Plan":
 
 def _print(made: "Plan", settings: str, request: Request, output: Path, run: str) -> int:
     """settings: as text, "" where they are refused."""
-    from latentac.run import VERBS
+    from latentac.runs.verbs import VERBS
 
     store, refused = request.store_url(output), list(made.refused)
     if run:

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from latentac.progress import TERMINAL
-from latentac.scratch import empty_folder, remove_abandoned, temporary_files
+from latentac.system.progress import TERMINAL
+from latentac.system.scratch import empty_folder, remove_abandoned, temporary_files
 from pipelines.driver import Way
 from pipelines.request import Request
 

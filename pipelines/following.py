@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from latentac.errors import ClusterError, ClusterUnavailable
+from latentac.system.errors import ClusterError, ClusterUnavailable
 from pipelines.service import Service
 
 SUCCEEDED, FAILED, SKIPPED, PENDING, RUNNING = "SUCCEEDED", "FAILED", "SKIPPED", "PENDING", "RUNNING"

@@ -12,12 +12,12 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from latentac.errors import ConfigError, IntegrityError, Problem
-from latentac.fields import read_overrides
-from latentac.names import is_name
-from latentac.published import problem_of
-from latentac.reading import read_json
-from latentac.scratch import write_whole
+from latentac.config.fields import read_overrides
+from latentac.store.published import problem_of
+from latentac.system.errors import ConfigError, IntegrityError, Problem
+from latentac.system.names import is_name
+from latentac.system.reading import read_json
+from latentac.system.scratch import write_whole
 from pipelines.request import Request, located, relative
 
 _FILE = "sweep.json"
@@ -60,9 +60,9 @@ class Sweep:
 
     def check(self) -> None:
         """Raises ConfigError with what is wrong with any point, before a member is started."""
-        from latentac.package import make_importable, use_in_place
-        from latentac.resolution import resolve_all
-        from latentac.run import recipe_fields
+        from latentac.runs.package import make_importable, use_in_place
+        from latentac.runs.resolution import resolve_all
+        from latentac.runs.verbs import recipe_fields
 
         asked = self.request
         if asked.folder and Path(asked.folder) != Path.cwd():  # gone on with from elsewhere

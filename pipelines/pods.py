@@ -5,7 +5,7 @@ from typing import Any
 
 from components.cluster import pods as seen
 from components.cluster.api import PODS, Api, connect
-from latentac.errors import LatentacError
+from latentac.system.errors import LatentacError
 
 _RUN_LABEL = "pipeline/runid"
 """KFP's own, on every pod of a run."""

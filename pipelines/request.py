@@ -19,12 +19,12 @@ from typing import Any, Final, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from latentac import package as packages
-from latentac.errors import ConfigError, Problem, ResourceError, require
-from latentac.fields import read_file, read_overrides
-from latentac.published import problem_of
-from latentac.reading import read_json
-from latentac.scratch import write_whole
+from latentac.config.fields import read_file, read_overrides
+from latentac.runs import package as packages
+from latentac.store.published import problem_of
+from latentac.system.errors import ConfigError, Problem, ResourceError, require
+from latentac.system.reading import read_json
+from latentac.system.scratch import write_whole
 
 _FILE = "request.json"
 _GIVEN, _PACKAGE = "given-config", "given-package"
@@ -224,7 +224,7 @@ def _absolute_sources(fields: dict[str, Any]) -> dict[str, Any]:
 def local_sources(request: Request) -> list[str]:
     """The files and folders of this machine, by their absolute paths, that backbone and prompts come from. Those that
     are gone are left out: a run that goes on may do without."""
-    from latentac.run import recipe_fields
+    from latentac.runs.verbs import recipe_fields
 
     fields = recipe_fields(request.recipe, request.config, request.overrides)
     named = [str(fields[section].get(name) or "") for section, name in _SOURCES]

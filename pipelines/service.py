@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 import kfp_server_api as api
 from urllib3.exceptions import HTTPError, SSLError
 
-from latentac.errors import ClusterError, ClusterUnavailable, ConfigError, Problem
-from latentac.reading import parse_json, read_given
-from latentac.waiting import Bounds, within
+from latentac.system.errors import ClusterError, ClusterUnavailable, ConfigError, Problem
+from latentac.system.reading import parse_json, read_given
+from latentac.system.waiting import Bounds, within
 
 ENDPOINT, TOKEN, TOKEN_FILE = "KF_PIPELINES_ENDPOINT", "LATENTAC_KFP_TOKEN", "KF_PIPELINES_SA_TOKEN_PATH"
 COOKIE = "LATENTAC_KFP_COOKIE"

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from latentac.reading import SEEDS, whole
+from latentac.system.reading import SEEDS, whole
 
 PROGRAM = "latentac run"
 
@@ -67,8 +67,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def start(options: argparse.Namespace, *, containers: bool) -> int:
     """Start or resume the run that the options describe, to its end."""
-    from latentac.package import make_importable, use_in_place
-    from latentac.run import resolve_recipe
+    from latentac.runs.package import make_importable, use_in_place
+    from latentac.runs.verbs import resolve_recipe
     from pipelines.request import CONTAINERS, PROCESSES, Request, Ways, absolute, create_run, load_run
 
     output, run = Path(options.output), options.resume

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from latentac.errors import ConfigError, Problem
-from latentac.names import RULE, is_name, working_folder
+from latentac.system.errors import ConfigError, Problem
+from latentac.system.names import RULE, is_name, working_folder
 from pipelines.grid import Member, Sweep, left, load, members, read_seeds, tally
 from pipelines.request import Request, absolute, create_run, known_runs, packed, with_copies
 
@@ -110,7 +110,7 @@ def _listing(sweep: Sweep) -> list[str]:
 
 def _run(sweep: Sweep, output: Path, parallel: int) -> int:
     """Start the members that are left, `parallel` at a time, and end in the page."""
-    from latentac.lifetime import own_descendants, run_lock, stop_on_sigterm
+    from latentac.system.lifetime import own_descendants, run_lock, stop_on_sigterm
 
     own_descendants()  # whatever ends this process ends the members
     stop_on_sigterm()
@@ -140,7 +140,7 @@ def _start(sweep: Sweep, output: Path, number: int, member: Member) -> "subproce
     asked = dataclasses.replace(sweep.request, overrides=(*sweep.request.overrides, *member.overrides))
     if sweep.cluster:
         member.run = member.run or f"{sweep.name}-{number:02d}"
-        command = ["latentac.cli", "pipeline", "submit", *sweep.cluster, "--run", member.run, "--follow"]
+        command = ["latentac.runs.cli", "pipeline", "submit", *sweep.cluster, "--run", member.run, "--follow"]
         command += ["--recipe", asked.recipe, *(["--config", asked.config] if asked.config else [])]
         command += ["--package", asked.package] if asked.package else []
         command += [word for assignment in asked.overrides for word in ("--set", assignment)]
@@ -166,7 +166,7 @@ def _start(sweep: Sweep, output: Path, number: int, member: Member) -> "subproce
 def _end(
     sweep: Sweep, output: Path, number: int, member: Member, process: "subprocess.Popen[bytes]", started: float
 ) -> None:
-    from latentac.progress import duration
+    from latentac.system.progress import duration
 
     member.exit_code = process.returncode
     member.state = "done" if process.returncode == 0 else "failed"
@@ -192,7 +192,7 @@ def _stop(sweep: Sweep, output: Path, running: Sequence[tuple[Member, "subproces
 
 
 def _conclude(sweep: Sweep, output: Path) -> int:
-    from latentac.compare import table, write_comparison
+    from latentac.reporting.compare import table, write_comparison
 
     counts = tally(sweep)
     _say(", ".join(f"{count} {state}" for state, count in counts.items()))
@@ -219,8 +219,8 @@ def _conclude(sweep: Sweep, output: Path) -> int:
 
 def _published(sweep: Sweep, store: str) -> list[Member]:
     """The members of which there is something to show."""
-    from latentac.errors import ArtifactNotFound
     from latentac.store import open_store
+    from latentac.system.errors import ArtifactNotFound
 
     opened, found = open_store(store), []
     for member in sweep.members:
@@ -234,7 +234,7 @@ def _published(sweep: Sweep, store: str) -> list[Member]:
 
 def _store(sweep: Sweep, output: Path) -> str:
     """Where the members have published: what was named, the cluster's own, or the folder's."""
-    from latentac.workspace import default_store
+    from latentac.runs.workspace import default_store
 
     if sweep.request.store or not sweep.cluster:
         return sweep.request.store or default_store(str(output))

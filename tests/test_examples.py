@@ -19,13 +19,13 @@ from typing import Any
 
 import pytest
 
-from latentac.shapes import builtin_pipeline
+from latentac.worlds.shapes import builtin_pipeline
 from tests.latentac.serving.conftest import exported_folder, resolved  # noqa: F401  # the folder that a server reads
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
     *("README.md", "CONTRIBUTING.md", "images/README.md"),
-    *("latentac/rewards/README.md", "latentac/serving/README.md", "latentac/tracking/README.md"),
+    *("latentac/rewards/README.md", "latentac/serving/README.md", "latentac/reporting/tracking/README.md"),
 )
 WRITTEN, RUN, SHOWN = {"python", "yaml", "jsonl", "dockerfile"}, {"sh"}, {"text"}
 FENCE = re.compile(
@@ -181,13 +181,15 @@ def test_each_document_works_as_it_is_written(document: str, tmp_path: Path, exp
         assert not table_faults(json.loads(summary.read_text()))
 
 
-def test_the_table_of_floors_names_every_module() -> None:
-    """README's table of the floors has each module of the linter's contract, and no other."""
+def test_the_table_of_layers_is_the_contract() -> None:
+    """README's table has the layers of the linter's contract, in its order."""
     (contract,) = [
         found
         for found in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
         if found["type"] == "layers"
     ]
-    held = set(re.findall(r"\w+", " ".join(contract["layers"]))) - {"__main__"}
-    table = (ROOT / "README.md").read_text().partition("| Floor | Modules |")[2].partition("\n\n")[0]
-    assert set(re.findall(r"`(\w+)/?`", table)) == held
+    held = [set(re.findall(r"\w+", layer)) for layer in contract["layers"]]
+    table = (ROOT / "README.md").read_text().partition("| Layer | Folder |")[2].partition("\n\n")[0]
+    rows = [(int(level), name) for level, name in re.findall(r"^\| (\d+) \| \[?`(\w+)`", table, re.MULTILINE)]
+    levels = sorted({level for level, _ in rows}, reverse=True)
+    assert [{name for level, name in rows if level == each} for each in levels] == held

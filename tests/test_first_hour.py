@@ -26,8 +26,8 @@ PACKAGE = {
 import json
 from pathlib import Path
 
-from latentac.config import Positive
-from latentac.extensions import Settings
+from latentac.config.schema import Positive
+from latentac.config.extensions import Settings
 
 TARGETS = json.loads((Path(__file__).parent / "targets.json").read_text())
 
@@ -53,8 +53,8 @@ class Closeness:
 ''',
     "mine/targets.json": '{"warm": [200, 120, 60], "cold": [60, 120, 200]}',
     "mine/algorithms.py": '''
-from latentac.algorithms import Algorithm, Credit
-from latentac.algorithms.surrogate import SurrogateSettings, policy_loss
+from latentac.training.algorithms import Algorithm, Credit
+from latentac.training.algorithms.surrogate import SurrogateSettings, policy_loss
 
 
 class Sign(Algorithm):
@@ -155,7 +155,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     wheel.unlink()
     command = folder / "env" / "bin" / "latentac"
     python = folder / "env" / "bin" / "python"
-    command.write_text(f"#!{python}\nimport sys\nfrom latentac.cli import main\nsys.exit(main())\n")
+    command.write_text(f"#!{python}\nimport sys\nfrom latentac.runs.cli import main\nsys.exit(main())\n")
     command.chmod(0o755)
     for name, text in PACKAGE.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

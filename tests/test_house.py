@@ -22,11 +22,7 @@ MAX_MODULE_LINES = 500
 
 # Tables whose keys a user writes in a configuration or on the command line, beside those of "module:Class" rows.
 TABLES = {"KERNELS", "PIPELINES", "RECIPES", "VERBS"}
-FLOOR_ONE = ("diffusion", "returns", "losses")
-FLOOR_ONE_MAY_IMPORT = {
-    *("collections.abc", "dataclasses", "enum", "math", "typing", "torch"),
-    *("latentac.errors", "latentac.types", *(f"latentac.{name}" for name in FLOOR_ONE)),
-}
+METHOD_MAY_IMPORT = {"collections.abc", "dataclasses", "enum", "hashlib", "math", "typing", "torch"}
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 NO_NAMES = {"utils", "common", "base", "core", "registry", "helpers", "misc"}
 UNSAFE_KEYWORD = re.compile(r"(trust_remote_code|allow_pickle)=(?!False)")
@@ -90,7 +86,7 @@ def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     script = (
         "import runpy, sys\n"
         f"sys.argv = ['latentac', *{list(arguments)!r}]\n"
-        "try:\n    from latentac.cli import main\n    code = main()\n"
+        "try:\n    from latentac.runs.cli import main\n    code = main()\n"
         "except SystemExit as stop:\n    code = stop.code\n"
         f"print('imported:', *sorted({HEAVY!r} & set(sys.modules)))\n"
         "sys.exit(code)\n"
@@ -107,23 +103,29 @@ def verbs() -> list[str]:
     return found
 
 
-# The floors
+# The layers
 
 
-def test_modules_import_only_from_their_floor_and_below() -> None:
-    """import-linter's contracts in pyproject.toml hold: floors, and no kfp, kubernetes or pipeline in latentac."""
+def test_modules_import_only_from_the_layers_below() -> None:
+    """import-linter's contracts in pyproject.toml hold: layers, no cycles, no kfp or kubernetes in latentac."""
     linter = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache", "--no-logo"]
     done = subprocess.run(linter, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_floor_one_is_pure_mathematics() -> None:
-    """diffusion, returns and losses know torch, the records and the errors, and nothing else."""
-    for name in FLOOR_ONE:
-        path = ROOT / "latentac" / f"{name}.py"
+def test_the_method_is_pure_mathematics() -> None:
+    """latentac.method imports torch, a few modules of Python's library and itself: no configuration, no files."""
+    for path in (ROOT / "latentac" / "method").glob("*.py"):
         known = {imported for imported, _ in imports(ast.parse(path.read_text()))}
-        foreign = {each for each in known if each.split(".")[0] != "torch"} - FLOOR_ONE_MAY_IMPORT
+        foreign = {each for each in known if not each.startswith(("torch.", "latentac.method."))} - METHOD_MAY_IMPORT
         assert not foreign, f"{at(path)} imports {sorted(foreign)}"
+
+
+def test_the_folders_of_the_library_are_subjects() -> None:
+    """At most 15 entries in the library's folder, each a package."""
+    entries = {path.relative_to(ROOT).parts[1] for path in PRODUCT if path.relative_to(ROOT).parts[0] == "latentac"}
+    assert len(entries - {"__init__.py"}) <= 15
+    assert not [name for name in entries - {"__init__.py"} if name.endswith(".py")]
 
 
 def test_components_import_the_library_only_inside_their_function() -> None:
@@ -189,8 +191,13 @@ def test_what_comes_from_elsewhere_is_read_in_few_places() -> None:
     """JSON and YAML go through the readers that have bounds and one kind of error. Of the others each reads what this
     very program has made."""
     readers = {
-        *("latentac/reading.py", "latentac/modelfiles.py", "latentac/promptfiles.py", "latentac/fields.py"),
-        *("latentac/serving/routes.py", "latentac/shapes/pretrain.py", "latentac/shapes/provenance.py"),
+        *(
+            "latentac/system/reading.py",
+            "latentac/backbones/modelfiles.py",
+            "latentac/worlds/promptfiles.py",
+            "latentac/config/fields.py",
+        ),
+        *("latentac/serving/routes.py", "latentac/worlds/shapes/pretrain.py", "latentac/worlds/shapes/provenance.py"),
     }
     found = []
     for path in PRODUCT:
@@ -253,8 +260,8 @@ def test_each_room_and_each_table_has_a_readme() -> None:
 
 
 def test_each_verb_is_documented() -> None:
-    """latentac/README.md names each verb of the command line, and each step is verb, function and folder."""
-    text = (ROOT / "latentac" / "README.md").read_text()
+    """latentac/runs/README.md names each verb of the command line, and each step is verb, function and folder."""
+    text = (ROOT / "latentac" / "runs" / "README.md").read_text()
     known = verbs()
     assert not [verb for verb in known if f"`{verb}`" not in text and f"`latentac {verb}" not in text]
     folders = {path.parent.name.replace("_", "-") for path in (ROOT / "components").glob("*/component.py")}
@@ -287,7 +294,7 @@ def test_make_help_lists_every_target() -> None:
 # The command line
 
 
-@pytest.mark.parametrize("verb", ["", *([] if not (ROOT / "latentac" / "cli.py").exists() else ["each"])])
+@pytest.mark.parametrize("verb", ["", "each"])
 def test_help_comes_without_torch_and_has_an_example(verb: str) -> None:
     """The help of the command and of each verb shows how to call it, and loads nothing that takes seconds."""
     for arguments in [[each, "--help"] for each in verbs()] if verb else [["--help"]]:

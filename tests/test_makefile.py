@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from latentac.fields import read_overrides, split
+from latentac.config.fields import read_overrides, split
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +30,7 @@ def called(folder: Path, *arguments: str) -> list[str]:
     ("target", "words"), [("run", ["run"]), ("run-containers", ["run", "--containers"])], ids=["run", "run-containers"]
 )
 def test_set_comes_whole(tmp_path: Path, target: str, words: list[str]) -> None:
-    """However it is written, it is one word; `latentac.fields.split` takes it apart."""
+    """However it is written, it is one word; `latentac.config.fields.split` takes it apart."""
     value = 'rewards=[{name: a, weight: 1}, {name: "it\'s b"}] seed=3'
     assert called(tmp_path, target, f"SET={value}") == [*words, "--set", value]
 

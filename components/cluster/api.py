@@ -16,9 +16,9 @@ from urllib.parse import quote, urlencode
 from kubernetes import client, config
 from urllib3.exceptions import HTTPError
 
-from latentac.errors import ClusterError, ClusterUnavailable, ConfigError, Problem, describe
-from latentac.reading import parse_json
-from latentac.waiting import Bounds, TimeUp, within
+from latentac.system.errors import ClusterError, ClusterUnavailable, ConfigError, Problem, describe
+from latentac.system.reading import parse_json
+from latentac.system.waiting import Bounds, TimeUp, within
 
 MANAGER = "latentac"
 """Our field manager in server-side apply."""

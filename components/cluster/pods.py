@@ -10,7 +10,7 @@ LAST_LINES = 20
 
 _HOPELESS = frozenset({"InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError", "CreateContainerError"})
 _MAY_PASS = frozenset({"ErrImagePull", "ImagePullBackOff", "RegistryUnavailable"})
-_TRY_AGAIN = 75  # how our programs end when a server did not answer: see latentac.errors
+_TRY_AGAIN = 75  # how our programs end when a server did not answer: see latentac.system.errors
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from latentac.config import Fraction, NonNegative, Positive, Rate, Section
-from latentac.errors import ConfigError, Problem
-from latentac.fields import MAX_CHARACTERS, DuplicateKey, read_yaml
-from latentac.reading import read_given
+from latentac.config.fields import MAX_CHARACTERS, DuplicateKey, read_yaml
+from latentac.config.schema import Fraction, NonNegative, Positive, Rate, Section
+from latentac.system.errors import ConfigError, Problem
+from latentac.system.reading import read_given
 
 SETTINGS = "LATENTAC_CLUSTER"
 """Environment variable: path of cluster.yaml. Where it is set, train and deploy work on the cluster."""

@@ -18,11 +18,11 @@ def deploy(run: str, store: str, output: str, trained: Input[Artifact], manifest
         trained: manifest of train.
         manifest: manifest of the published artifact.
     """
-    from latentac.task import pipeline_task
+    from latentac.runs.task import pipeline_task
 
     with pipeline_task("deploy", run, output, manifest.path) as publish:
         from components.cluster.settings import here
-        from latentac.run import deploy
+        from latentac.runs.verbs import deploy
 
         cluster, prove = here(), None
         if cluster is not None:

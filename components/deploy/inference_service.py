@@ -13,7 +13,7 @@ from typing import Any
 
 from components.cluster.objects import CONTAINER_SECURITY, RUN, ca_volume, labels, pod_security, store_environment
 from components.cluster.settings import Cluster
-from latentac.errors import ConfigError, Problem
+from latentac.system.errors import ConfigError, Problem
 
 REVISION = "latentac.io/revision"
 """Annotation: what the whole object says, as a digest. A pod that has it was made from just this object."""

@@ -13,7 +13,7 @@ from components.cluster.api import DEPLOYMENTS, INFERENCE_SERVICES, PODS, Api
 from components.cluster.pods import Trouble, last_words, troubles
 from components.cluster.settings import Deploy
 from components.deploy.inference_service import REVISION, predictor, revision
-from latentac.errors import ServingError
+from latentac.system.errors import ServingError
 
 POLL_SECONDS = 0.5
 SETTLE_SECONDS = 10.0

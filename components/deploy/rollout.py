@@ -24,12 +24,12 @@ from components.deploy import inference_service as objects
 from components.deploy.readiness import wait_ready
 from components.deploy.shadow import ask, compare, reasons_against, shadow_requests
 from components.deploy.traffic import traffic_of
-from latentac.errors import ClusterError, ConfigError, LatentacError, Problem, ServingError
-from latentac.reading import record
-from latentac.release import Candidate
+from latentac.runs.release.deploy import Candidate
 from latentac.serving.client import TOKEN, Client
 from latentac.serving.deployment import Deployment, check, proof
 from latentac.serving.exported import image_size
+from latentac.system.errors import ClusterError, ConfigError, LatentacError, Problem, ServingError
+from latentac.system.reading import record
 
 BEFORE = "latentac.io/before"
 """Annotation of green: the stable InferenceService as it was before the release, as JSON; null for none."""
@@ -71,7 +71,7 @@ class _Versions:
 
 
 class Rollout:
-    """Makes a candidate what the endpoint of `settings` serves: a `latentac.release.Prove`.
+    """Makes a candidate what the endpoint of `settings` serves: a `latentac.runs.release.deploy.Prove`.
 
     address: where an InferenceService is asked, by its name; default: its Service inside the cluster.
     """

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from components.cluster.settings import Deploy
-from latentac.config import Reward as RewardSettings
-from latentac.errors import LatentacError, ServingError
-from latentac.prompts import Prompt
+from latentac.config.schema import Reward as RewardSettings
 from latentac.rewards.configured import ConfiguredReward, load_rewards
+from latentac.runs.workspace import Workspace
 from latentac.serving.client import Client
 from latentac.serving.deployment import decode
-from latentac.workspace import Workspace
+from latentac.system.errors import LatentacError, ServingError
+from latentac.worlds.prompts import Prompt
 
 _ONE_SIDED_95 = 1.645
 

@@ -10,8 +10,8 @@ from components.cluster.api import HTTP_ROUTES, Api
 from components.cluster.settings import Cluster, Gateway
 from components.deploy.inference_service import green_name, predictor
 from components.deploy.shadow import ask
-from latentac.errors import ServingError
 from latentac.serving.client import TOKEN, Client
+from latentac.system.errors import ServingError
 
 POLL_SECONDS = 0.5
 

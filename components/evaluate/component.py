@@ -28,12 +28,12 @@ def evaluate(
     """
     from pathlib import Path
 
-    from latentac.task import pipeline_task
+    from latentac.runs.task import pipeline_task
 
     with pipeline_task("evaluate", run, output, manifest.path) as publish:
-        from latentac.report import numbers, step_page
-        from latentac.run import evaluate
-        from latentac.workspace import default_store
+        from latentac.reporting.report import numbers, step_page
+        from latentac.runs.verbs import evaluate
+        from latentac.runs.workspace import default_store
 
         published = publish(evaluate(run=run, store=store, output=output))
         for name, value in numbers(published).items():

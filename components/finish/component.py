@@ -23,10 +23,10 @@ def finish(
     from pathlib import Path
 
     from components.finish.cleanup import clear
-    from latentac.task import pipeline_task
+    from latentac.runs.task import pipeline_task
 
     with pipeline_task("finish", run, output, manifest.path) as publish:
-        from latentac.run import finish
+        from latentac.runs.verbs import finish
 
         try:
             clear(run)

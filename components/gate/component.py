@@ -32,12 +32,12 @@ def gate(
     """
     from pathlib import Path
 
-    from latentac.task import pipeline_task
+    from latentac.runs.task import pipeline_task
 
     with pipeline_task("gate", run, output, manifest.path) as publish:
-        from latentac.report import gate_reasons, numbers
-        from latentac.run import gate
-        from latentac.workspace import default_store
+        from latentac.reporting.report import gate_reasons, numbers
+        from latentac.runs.verbs import gate
+        from latentac.runs.workspace import default_store
 
         decided = publish(gate(run=run, store=store, output=output))
         for name, value in numbers(decided).items():

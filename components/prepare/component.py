@@ -28,10 +28,10 @@ def prepare(
         output: folder for the run's working files.
         manifest: manifest of the published artifact.
     """
-    from latentac.task import pipeline_task
+    from latentac.runs.task import pipeline_task
 
     with pipeline_task("prepare", run, output, manifest.path) as publish:
-        from latentac.run import prepare
+        from latentac.runs.verbs import prepare
 
         place = {"run": run, "store": store, "output": output}
         publish(prepare(recipe=recipe, config=config, overrides=overrides, package=package, **place))

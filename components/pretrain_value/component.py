@@ -24,11 +24,11 @@ def pretrain_value(
         manifest: manifest of the published artifact.
         metrics: explained variance of each denoising step, the noisiest first.
     """
-    from latentac.task import pipeline_task
+    from latentac.runs.task import pipeline_task
 
     with pipeline_task("pretrain-value", run, output, manifest.path) as publish:
-        from latentac.report import numbers
-        from latentac.run import pretrain_value
+        from latentac.reporting.report import numbers
+        from latentac.runs.verbs import pretrain_value
 
         published = publish(pretrain_value(run=run, store=store, output=output))
         for name, value in numbers(published).items():

@@ -28,12 +28,12 @@ def steer(
     """
     from pathlib import Path
 
-    from latentac.task import pipeline_task
+    from latentac.runs.task import pipeline_task
 
     with pipeline_task("steer", run, output, manifest.path) as publish:
-        from latentac.report import numbers, step_page
-        from latentac.run import steer
-        from latentac.workspace import default_store
+        from latentac.reporting.report import numbers, step_page
+        from latentac.runs.verbs import steer
+        from latentac.runs.workspace import default_store
 
         published = publish(steer(run=run, store=store, output=output))
         for name, value in numbers(published).items():

@@ -16,11 +16,11 @@ def train(run: str, store: str, output: str, pretrained: Input[Artifact], manife
         pretrained: manifest of pretrain-value.
         manifest: manifest of the published artifact.
     """
-    from latentac.task import pipeline_task
+    from latentac.runs.task import pipeline_task
 
     with pipeline_task("train", run, output, manifest.path) as publish:
         from components.cluster.settings import here
-        from latentac.run import train
+        from latentac.runs.verbs import train
 
         launch, settings = None, here()
         if settings is not None:

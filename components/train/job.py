@@ -24,9 +24,9 @@ from components.cluster.objects import (
     store_environment,
 )
 from components.cluster.settings import Cluster, Train
-from latentac.config import Config
-from latentac.errors import ConfigError, Problem
-from latentac.failures import ATTEMPT as ATTEMPT_VARIABLE
+from latentac.config.schema import Config
+from latentac.runs.workers.failures import ATTEMPT as ATTEMPT_VARIABLE
+from latentac.system.errors import ConfigError, Problem
 
 ROLE = "worker"
 CONFIG = "latentac.io/config"
@@ -75,7 +75,7 @@ def app(settings: Cluster, run: str, store: str, attempt: str) -> specs.AppDef:
     train = settings.train
     definition = dist.torchrun(
         *(run, store, "/work"),
-        m="latentac.supervisor",
+        m="latentac.runs.workers.supervisor",
         name=ROLE,
         image=settings.images.train,
         j=f"{train.min_replicas}:{train.max_replicas}x{train.processes}",

@@ -10,7 +10,7 @@ from typing import Any
 
 from components.cluster.api import PODS, Api
 from components.cluster.pods import LAST_LINES
-from latentac.errors import ClusterError, ClusterUnavailable
+from latentac.system.errors import ClusterError, ClusterUnavailable
 
 _AGAIN_SECONDS = 1.0
 _KEPT_PODS = 20

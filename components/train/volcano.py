@@ -33,9 +33,9 @@ from components.train.job import (
 )
 from components.train.logs import Logs
 from components.train.waiting import Waiting
-from latentac import failures
-from latentac.errors import ClusterError, ClusterUnavailable, StoreError, StoreUnavailable, TrainingError
-from latentac.workspace import Workspace
+from latentac.runs.workers import failures
+from latentac.runs.workspace import Workspace
+from latentac.system.errors import ClusterError, ClusterUnavailable, StoreError, StoreUnavailable, TrainingError
 
 LAST_WORDS = "train-last-words.txt"
 """In `<output>/<run>/`: the end of each pod's log, where the job failed. In the store: `failures/<run>.words.json`."""
@@ -51,7 +51,7 @@ _log = logging.getLogger("latentac.train")
 
 
 class Volcano:
-    """Launches `latentac.run.train` on the cluster of `settings`. poll_seconds: how often the job is looked at."""
+    """Launches `latentac.runs.verbs.train` on the cluster of `settings`. poll_seconds: time between two polls."""
 
     def __init__(self, settings: Cluster, api: Api | None = None, poll_seconds: float = 2.0) -> None:
         self.settings, self._poll_seconds = settings, poll_seconds

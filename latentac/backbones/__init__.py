@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latentac import diffusion
 from latentac.backbones.layout import Layout
-from latentac.config import Extension
-from latentac.config import Policy as PolicySettings
-from latentac.errors import ConfigError
-from latentac.extensions import Table
-from latentac.types import Conditioning
+from latentac.config.extensions import Table
+from latentac.config.schema import Extension
+from latentac.config.schema import Policy as PolicySettings
+from latentac.method import diffusion
+from latentac.method.records import Conditioning
+from latentac.system.errors import ConfigError
 
 # Importing a pipeline of diffusers imports image processors, which warn that torchvision is missing. None is used here.
 logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
@@ -26,7 +26,7 @@ class Denoiser(Protocol):
 
     Built as `Class(settings, folder, device)`, or `Class(folder, device)` without `Settings`.
 
-    module: the trainable network          path: how signal and noise mix (`latentac.diffusion`)
+    module: the trainable network          path: how signal and noise mix (`latentac.method.diffusion`)
     device: where it computes, and what it is given must be
     latent_shape: (channels, height, width) of one latent image
     tap_shapes: name -> (channels, height, width) of each feature map that `predict` hands to the critic

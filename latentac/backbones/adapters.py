@@ -8,8 +8,8 @@ from typing import Any
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from latentac import folders
-from latentac.config import Policy
+from latentac.backbones import folders
+from latentac.config.schema import Policy
 
 
 def adapt(module: Any, settings: Policy, attention: Sequence[str]) -> None:

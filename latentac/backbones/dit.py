@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from latentac import diffusion, folders
-from latentac.backbones import adapters, count_tokens, to_arrays
+from latentac.backbones import adapters, count_tokens, folders, to_arrays
 from latentac.backbones.loading import load, load_tokenizer
 from latentac.backbones.schedulers import flow_shift
 from latentac.backbones.stable_diffusion import DIT
-from latentac.config import Policy
-from latentac.types import Conditioning
+from latentac.config.schema import Policy
+from latentac.method import diffusion
+from latentac.method.records import Conditioning
 
 _CLIP_LENGTH = 77  # tokens of Stable Diffusion 3's CLIP encoders,
 _T5_LENGTH = 256  # and the zero tokens that it puts after them where T5 would be

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentac import diffusion
 from latentac.backbones import Denoiser
-from latentac.config import Policy
-from latentac.types import Conditioning, join
+from latentac.config.schema import Policy
+from latentac.method import diffusion
+from latentac.method.records import Conditioning, join
 
 
 class Guided:

@@ -6,12 +6,12 @@ import logging
 import os
 from pathlib import Path
 
+from latentac.backbones.hub import names as hub_names
+from latentac.backbones.hub import offline, snapshot
 from latentac.backbones.inspection import SUPPORTED, conversion, inspect
 from latentac.backbones.layout import INDEX, Layout, listing
-from latentac.errors import ConfigError, Problem
-from latentac.hub import names as hub_names
-from latentac.hub import offline, snapshot
-from latentac.modelfiles import faults
+from latentac.backbones.modelfiles import faults
+from latentac.system.errors import ConfigError, Problem
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def _found(source: str, layout: Layout | None, revision: str) -> tuple[Path, str
         remedy = "Leave backbone.revision out"
         raise ConfigError([Problem("backbone.revision", revision, f"{source} is no hub id and has none", remedy)])
     if source.startswith("builtin:"):
-        from latentac.shapes import builtin_pipeline
+        from latentac.worlds.shapes import builtin_pipeline
 
         return builtin_pipeline(source.removeprefix("builtin:")), None
     if os.path.isfile(path):

@@ -8,11 +8,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from latentac.backbones import Denoiser
-from latentac.config import Policy as PolicySettings
-from latentac.config import Positive, Rate
+from latentac.config.schema import Policy as PolicySettings
+from latentac.config.schema import Positive, Rate
 from latentac.critic.reader import Reader, ReaderSettings
-from latentac.diffusion import Prediction
-from latentac.types import Conditioning
+from latentac.method.diffusion import Prediction
+from latentac.method.records import Conditioning
 
 _MOST_CELLS = 16  # a side: larger feature maps are averaged down, for thousands of states are kept at once
 

@@ -14,9 +14,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentac.config import Positive
-from latentac.extensions import Settings
-from latentac.types import Conditioning
+from latentac.config.extensions import Settings
+from latentac.config.schema import Positive
+from latentac.method.records import Conditioning
 
 
 class ReaderSettings(Settings):

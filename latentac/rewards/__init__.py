@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from latentac.extensions import Table
+from latentac.config.extensions import Table
 
 REWARDS = Table(
     "reward",

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from latentac.calls import in_flight, watched
-from latentac.config import Reward as RewardSettings
-from latentac.errors import ConfigError, LatentacError, RewardError, describe
-from latentac.prompts import Prompt
+from latentac.config.schema import Reward as RewardSettings
 from latentac.rewards import REWARDS
+from latentac.system.calls import in_flight, watched
+from latentac.system.errors import ConfigError, LatentacError, RewardError, describe
+from latentac.worlds.prompts import Prompt
 
 _FIRST_WAIT = 1.0
 _LONGEST_WAIT = 30.0

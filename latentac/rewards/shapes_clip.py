@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from latentac.errors import RewardError
-from latentac.shapes.captions import parse_caption, specifications
-from latentac.shapes.scenes import IMAGE_SIZE, sample_pictures
+from latentac.system.errors import RewardError
+from latentac.worlds.shapes.captions import parse_caption, specifications
+from latentac.worlds.shapes.scenes import IMAGE_SIZE, sample_pictures
 
-WEIGHTS = Path(__file__).parents[1] / "shapes" / "weights" / "clip"
+WEIGHTS = Path(__file__).parents[1] / "worlds" / "shapes" / "weights" / "clip"
 _WORDS = {word for spec in specifications() for word in spec.caption.split()}
 _BATCH = 16  # scored together, a last part filled up: what a picture gets does not hang on how many come with it
 
@@ -56,7 +56,7 @@ class ShapesClip:
         unknown = [word for word in words if word not in _WORDS]
         if unknown or not words:
             problem = f"has never seen {', '.join(map(repr, unknown)) or 'an empty caption'}"
-            remedy = "Use the words of the shapes language: see latentac/shapes/README.md"
+            remedy = "Use the words of the shapes language: see latentac/worlds/shapes/README.md"
             raise RewardError(f"prompt {prompt!r}", problem, remedy)
         return " ".join(words)
 
@@ -65,8 +65,8 @@ class ShapesClip:
         try:
             import torch
 
-            from latentac.shapes.contrastive import caption_features, picture_features
-            from latentac.shapes.tokens import tokenize
+            from latentac.worlds.shapes.contrastive import caption_features, picture_features
+            from latentac.worlds.shapes.tokens import tokenize
         except ImportError as error:  # an image that only launches and decides has neither
             remedy = "Score where torch and transformers are installed"
             raise RewardError("packages", f"one is missing: {error}", remedy) from error

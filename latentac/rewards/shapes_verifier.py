@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from latentac.errors import RewardError
-from latentac.shapes.captions import CATEGORIES, Specification, parse_caption
-from latentac.shapes.scenes import IMAGE_SIZE, sample_pictures
-from latentac.shapes.verifier import verify
+from latentac.system.errors import RewardError
+from latentac.worlds.shapes.captions import CATEGORIES, Specification, parse_caption
+from latentac.worlds.shapes.scenes import IMAGE_SIZE, sample_pictures
+from latentac.worlds.shapes.verifier import verify
 
 
 class ShapesVerifier:
-    """Strict, in GenEval's manner; how it looks at a picture is told in `latentac.shapes.verifier`."""
+    """Strict, in GenEval's manner; how it looks at a picture is told in `latentac.worlds.shapes.verifier`."""
 
     unit = "share of pictures that show exactly what their caption says (0 or 1 a picture)"
 
@@ -38,5 +38,5 @@ class ShapesVerifier:
         try:
             return parse_caption(prompt)
         except ValueError as error:
-            remedy = f"Use a caption of the categories {', '.join(CATEGORIES)}: see latentac/shapes/README.md"
+            remedy = f"Use a caption of the categories {', '.join(CATEGORIES)}: see latentac/worlds/shapes/README.md"
             raise RewardError(f"prompt {prompt!r}", str(error), remedy) from error

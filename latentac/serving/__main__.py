@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from latentac.errors import LatentacError, expected
-from latentac.reading import PORTS, whole
 from latentac.serving.access import add_access
 from latentac.serving.server import HOST, NAME, PORT, serve, serve_on
-from latentac.terminal import guard_streams
+from latentac.system.errors import LatentacError, expected
+from latentac.system.reading import PORTS, whole
+from latentac.system.terminal import guard_streams
 
 EXAMPLE = """example:
   python -m latentac.serving --model runs/<run>/model --port 8080
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.die_with_parent:
-            from latentac.lifetime import die_with_parent
+            from latentac.system.lifetime import die_with_parent
 
             die_with_parent()
         if options.socket is None:

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from latentac.errors import ConfigError, Problem
-from latentac.reading import read_given
+from latentac.system.errors import ConfigError, Problem
+from latentac.system.reading import read_given
 
 ANY = "*"
 _LEAST_CHARACTERS = 16

@@ -6,10 +6,10 @@ from typing import Any
 
 from fastapi import Request as HTTPRequest
 
-from latentac.errors import ConfigError, Problem
 from latentac.serving.exported import Limits
 from latentac.serving.refusals import Refused
 from latentac.serving.request import decoded, shortened
+from latentac.system.errors import ConfigError, Problem
 
 BODY_SECONDS = 30.0
 """A body that takes longer to arrive is refused."""

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from latentac.errors import ServingError
-from latentac.reading import parse_json
 from latentac.serving.server import NAME
-from latentac.waiting import within
+from latentac.system.errors import ServingError
+from latentac.system.reading import parse_json
+from latentac.system.waiting import within
 
 ANSWER_SECONDS = 300.0
 """As long as a model's `request_seconds` is by default."""

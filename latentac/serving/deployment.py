@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from latentac.errors import ServingError
 from latentac.serving.exported import image_size, read
 from latentac.serving.process import ServerProcess
+from latentac.system.errors import ServingError
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from latentac import folders
-from latentac.config import (
+from latentac.backbones import folders
+from latentac.backbones.modelfiles import Damaged, check, read_json, shorten
+from latentac.config.schema import (
     Characters,
     Config,
     Extension,
@@ -26,9 +27,8 @@ from latentac.config import (
     Section,
     Wait,
 )
-from latentac.errors import ServingError
-from latentac.modelfiles import Damaged, check, read_json, shorten
-from latentac.names import PLAIN
+from latentac.system.errors import ServingError
+from latentac.system.names import PLAIN
 
 FILE = "latentac.json"
 BASE = "base"

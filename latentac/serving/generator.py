@@ -16,17 +16,18 @@ from latentac.backbones import BACKBONES, Denoiser, load_backbone
 from latentac.backbones.guided import guided
 from latentac.backbones.layout import Part
 from latentac.backbones.loading import load
+from latentac.backbones.modelfiles import faults, shorten
 from latentac.critic import Critic
-from latentac.distributed import map_blocks, noise_for, uniforms_for
-from latentac.errors import ConfigError, Problem, ServingError
-from latentac.kernels import KERNELS
-from latentac.modelfiles import faults, shorten
-from latentac.names import PLAIN
-from latentac.policy import Policy
-from latentac.rollout import rollout, steered_rollout
+from latentac.method.randomness import noise_for, uniforms_for
+from latentac.sampling.devices import map_blocks
+from latentac.sampling.kernels import KERNELS
+from latentac.sampling.policy import Policy
+from latentac.sampling.rollout import rollout, steered_rollout
 from latentac.serving import exported
 from latentac.serving.request import Request, parse_one, shortened
 from latentac.steering import STEERING, Steering, evaluations
+from latentac.system.errors import ConfigError, Problem, ServingError
+from latentac.system.names import PLAIN
 
 Observe = Callable[[int, np.ndarray], None]
 """Is told the step and float32 [pictures, N, M], the values of each picture's N particles, in the rewards' units."""

@@ -10,10 +10,10 @@ import hmac
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from latentac.errors import Problem
 from latentac.serving.access import ANY, Access, is_loopback
 from latentac.serving.refusals import is_openai, refusal
 from latentac.serving.request import shortened
+from latentac.system.errors import Problem
 
 _OPEN = ("/", "/metrics", "/v2/health/live", "/v2/health/ready")
 

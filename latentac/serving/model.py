@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from kserve import InferRequest, InferResponse, Model
 
-from latentac.distributed import num_cores, pick_device
+from latentac.sampling.devices import num_cores, pick_device
 from latentac.serving import observing
 from latentac.serving.batching import Batcher, Job, Tell
 from latentac.serving.generator import Drawn, Generator, png

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latentac.distributed import pick_device
+from latentac.sampling.devices import pick_device
 from latentac.serving.generator import Generator
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from latentac.errors import ServingError
-from latentac.extensions import ALLOWED, operator_allows
+from latentac.config.extensions import ALLOWED, operator_allows
 from latentac.serving.client import Client
 from latentac.serving.exported import read
 from latentac.serving.server import HOST, NAME, bind
+from latentac.system.errors import ServingError
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 30.0

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from fastapi.responses import JSONResponse
 
-from latentac.errors import Problem
 from latentac.serving.request import MOST_PROBLEMS, shortened
+from latentac.system.errors import Problem
 
 
 class Refused(Exception):

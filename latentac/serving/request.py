@@ -9,11 +9,11 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from pydantic.fields import FieldInfo
 from pydantic_core import from_json
 
-from latentac.config import Number, Section, suggestion
-from latentac.errors import ConfigError, Problem
-from latentac.names import PLAIN
-from latentac.promptfiles import text_problem
+from latentac.config.schema import Number, Section, suggestion
 from latentac.serving.exported import Exported, Limits
+from latentac.system.errors import ConfigError, Problem
+from latentac.system.names import PLAIN
+from latentac.worlds.promptfiles import text_problem
 
 
 def _whole(value: object) -> object:

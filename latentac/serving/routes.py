@@ -17,8 +17,6 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from latentac.errors import ConfigError, Problem
-from latentac.names import PLAIN
 from latentac.serving import observing
 from latentac.serving.batching import Busy, Job
 from latentac.serving.bodies import binary_of, body_of, json_of, most_bytes
@@ -33,6 +31,8 @@ from latentac.serving.request import (
     parse_one,
 )
 from latentac.serving.tensors import BINARY_HEADER, infer_request
+from latentac.system.errors import ConfigError, Problem
+from latentac.system.names import PLAIN
 
 _ALIVE_SECONDS = 15.0
 _PAGE = {"page.css": "text/css", "page.js": "text/javascript"}

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentac.errors import ResourceError
 from latentac.serving.access import Access, access
+from latentac.system.errors import ResourceError
 
 if TYPE_CHECKING:
     from latentac.serving.exported import Exported

@@ -14,10 +14,10 @@ from kserve.protocol.infer_type import InferOutput, RequestedOutput
 from kserve.utils.numpy_codec import to_np_dtype
 from pydantic import Field
 
-from latentac.config import Section, suggestion
-from latentac.errors import ConfigError, Problem
+from latentac.config.schema import Section, suggestion
 from latentac.serving.exported import Limits
 from latentac.serving.request import MOST_PROBLEMS, at_most, decoded, most_values, shortened, validated
+from latentac.system.errors import ConfigError, Problem
 
 INPUTS = {
     "prompt": "BYTES",

@@ -13,9 +13,9 @@ from typing import Protocol, Self
 from pydantic import model_validator
 from torch import Tensor
 
-from latentac.config import Fraction, Positive, Rate
-from latentac.diffusion import GaussianTransition
-from latentac.extensions import Settings, Table
+from latentac.config.extensions import Settings, Table
+from latentac.config.schema import Fraction, Positive, Rate
+from latentac.method.diffusion import GaussianTransition
 
 
 class SteeringSettings(Settings):

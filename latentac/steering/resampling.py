@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from latentac.config import Fraction, NonNegative, Rate
-from latentac.diffusion import GaussianTransition
+from latentac.config.schema import Fraction, NonNegative, Rate
+from latentac.method.diffusion import GaussianTransition
 from latentac.steering import Guide, SteeringSettings, SteeringState, weighted
 from latentac.steering.best_of_n import BestOfN
 

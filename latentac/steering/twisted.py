@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from latentac.config import Positive, Rate
-from latentac.diffusion import GaussianTransition
+from latentac.config.schema import Positive, Rate
+from latentac.method.diffusion import GaussianTransition
 from latentac.steering import Guide, SteeringState
 from latentac.steering.resampling import Particles, Resampling
 from latentac.steering.value_gradient import ascent

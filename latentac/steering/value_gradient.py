@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from latentac.config import Positive, Rate
-from latentac.diffusion import GaussianTransition, broadcast
+from latentac.config.schema import Positive, Rate
+from latentac.method.diffusion import GaussianTransition, broadcast
 from latentac.steering import Guide, SteeringSettings, SteeringState, per_row, weighted
 from latentac.steering.best_of_n import BestOfN
 

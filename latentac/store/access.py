@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 
-from latentac.errors import ConfigError, LatentacError, Problem, ResourceError, StoreAccessError, StoreError
-from latentac.errors import StoreUnavailable as Unavailable
+from latentac.system.errors import ConfigError, LatentacError, Problem, ResourceError, StoreAccessError, StoreError
+from latentac.system.errors import StoreUnavailable as Unavailable
 
 ENDPOINT, AUTHORITIES = "LATENTAC_S3_ENDPOINT", "LATENTAC_S3_CA"
 KEY_ID, SECRET, TOKEN = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"

@@ -11,19 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from latentac.errors import (
-    ArtifactNotFound,
-    ConfigError,
-    IntegrityError,
-    Problem,
-    ResourceError,
-    StoreError,
-    StoreUnavailable,
-)
-from latentac.progress import Progress, progress
-from latentac.reading import parse_json
-from latentac.scratch import hidden_folder
-from latentac.store.blobs import Blobs, Entry, Overrun, Patience, Stream, connect, disk_errors
+from latentac.store.blobs import Blobs, Entry, Overrun, Patience, Stream, disk_errors
 from latentac.store.manifest import (
     MOST_BYTES,
     SCHEMA,
@@ -39,7 +27,20 @@ from latentac.store.manifest import (
     safe_key,
     scan,
 )
+from latentac.store.places import connect
 from latentac.store.pool import Pool, hash_of
+from latentac.system.errors import (
+    ArtifactNotFound,
+    ConfigError,
+    IntegrityError,
+    Problem,
+    ResourceError,
+    StoreError,
+    StoreUnavailable,
+)
+from latentac.system.progress import Progress, progress
+from latentac.system.reading import parse_json
+from latentac.system.scratch import hidden_folder
 
 PROGRESS_BYTES = 8 * 2**20
 _MOST_READ_BYTES = 64 * 2**20

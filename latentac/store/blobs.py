@@ -11,7 +11,6 @@ find and to remove), syncs it and renames it. In a bucket an object appears when
 import errno
 import hashlib
 import os
-import re
 import shutil
 import stat
 import time
@@ -22,14 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
-from latentac.errors import (
-    ConfigError,
-    Problem,
+from latentac.store.pool import OBJECTS, Pool, adopt, link
+from latentac.system.errors import (
     ResourceError,
     StoreAccessError,
     StoreError,
 )
-from latentac.store.pool import OBJECTS, Pool, adopt, link
 
 CHUNK_BYTES = 2**20
 PARTIAL = ".partial"
@@ -156,22 +153,6 @@ class Blobs(Protocol):
         """The same names, each with what is known of it."""
 
     def remove(self, name: str) -> None: ...
-
-
-def connect(url: str, patience: Patience) -> Blobs:
-    """file://<folder>, absolute or relative to the working folder, or s3://<bucket>[/<prefix>]. Touches nothing yet."""
-    scheme, _, rest = url.partition("://")
-    if scheme == "file" and rest:
-        return Folder(Path(rest).absolute())
-    bucket, _, prefix = rest.strip("/").partition("/")
-    names = [name for name in prefix.split("/") if name]
-    if scheme == "s3" and re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket) and not {".", ".."} & set(names):
-        from latentac.store.bucket import Bucket  # half a second of imports that a folder, the default, does without
-
-        return Bucket(bucket, "".join(f"{name}/" for name in names), patience)
-    shown = re.sub(r"://.*@", "://***@", url)  # whoever writes credentials into a URL shall not find them in a log
-    remedy = "Use file://<folder> or s3://<bucket>/<prefix>; endpoint and credentials of S3 come from the environment"
-    raise ConfigError([Problem("store", shown, "is neither a folder's nor a bucket's URL", remedy)])
 
 
 @contextmanager

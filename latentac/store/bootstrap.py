@@ -8,11 +8,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from latentac.errors import ConfigError, LatentacError, Problem
-from latentac.reading import seconds
 from latentac.store.artifacts import open_store
-from latentac.store.blobs import Patience, connect
-from latentac.terminal import guard_streams
+from latentac.store.blobs import Patience
+from latentac.store.places import connect
+from latentac.system.errors import ConfigError, LatentacError, Problem
+from latentac.system.reading import seconds
+from latentac.system.terminal import guard_streams
 
 EXAMPLE = """example:
   python -m latentac.store.bootstrap --store s3://latentac/store

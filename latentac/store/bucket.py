@@ -29,10 +29,10 @@ from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager, Retry,
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 
-from latentac.errors import ConfigError, Problem, StoreAccessError, StoreError, StoreUnavailable
 from latentac.store.access import ENDPOINT, Kind, kind_of, read
 from latentac.store.blobs import CHUNK_BYTES, Entry, Patience, Stream
-from latentac.waiting import TimeUp, within
+from latentac.system.errors import ConfigError, Problem, StoreAccessError, StoreError, StoreUnavailable
+from latentac.system.waiting import TimeUp, within
 
 T = TypeVar("T")
 ENDPOINT_REMEDY = f"Check {ENDPOINT}, http or https, and that an S3 server runs there, then run again"

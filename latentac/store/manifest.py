@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
-from latentac.errors import IntegrityError, StoreError
 from latentac.store.blobs import disk_errors
+from latentac.system.errors import IntegrityError, StoreError
 
 SCHEMA: Literal["latentac/artifact/1"] = "latentac/artifact/1"
 _GIT_SECONDS = 10.0

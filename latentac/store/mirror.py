@@ -15,11 +15,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
-from latentac.errors import ConfigError, LatentacError
-from latentac.reading import seconds, whole
 from latentac.store.artifacts import below
-from latentac.store.blobs import CHUNK_BYTES, Blobs, Entry, Overrun, Patience, Stream, connect, disk_errors
-from latentac.terminal import guard_streams
+from latentac.store.blobs import CHUNK_BYTES, Blobs, Entry, Overrun, Patience, Stream, disk_errors
+from latentac.store.places import connect
+from latentac.system.errors import ConfigError, LatentacError
+from latentac.system.reading import seconds, whole
+from latentac.system.terminal import guard_streams
 
 PARTIAL = ".partial"
 BLOCK_BYTES = 4096

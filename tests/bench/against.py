@@ -24,10 +24,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from latentac.measures import median
-from latentac.preparation import environment
-from latentac.progress import progress
+from latentac.evaluation.measures import median
+from latentac.runs.preparation.prepare import environment
 from latentac.serving.client import Client
+from latentac.system.progress import progress
 from tests.bench.plan import FULL
 from tests.minio import Server
 

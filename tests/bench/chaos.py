@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentac.errors import ResourceError, StoreError
-from latentac.preparation import environment
-from latentac.progress import progress
+from latentac.runs.preparation.prepare import environment
 from latentac.store import Store, open_store
 from latentac.store.blobs import Patience
+from latentac.system.errors import ResourceError, StoreError
+from latentac.system.progress import progress
 from tests.bench.plan import FULL
 from tests.minio import Server
 from tests.proxy import Proxy

@@ -17,17 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentac import pretraining
-from latentac.algorithms import ALGORITHMS
-from latentac.config import Config
-from latentac.distributed import Mesh, pick_device
-from latentac.measures import median
-from latentac.preparation import environment
-from latentac.progress import progress
-from latentac.prompts import load_prompts
+from latentac.config.schema import Config
+from latentac.evaluation.measures import median
 from latentac.rewards.configured import load_rewards
-from latentac.run import resolve_recipe
-from latentac.trainer import Block, Trainer
+from latentac.runs.preparation.prepare import environment
+from latentac.runs.verbs import resolve_recipe
+from latentac.sampling.devices import pick_device
+from latentac.system.progress import progress
+from latentac.training import value_pretraining as pretraining
+from latentac.training.algorithms import ALGORITHMS
+from latentac.training.distributed import Mesh
+from latentac.training.trainer import Block, Trainer
+from latentac.worlds.prompts import load_prompts
 from tests.bench.aggregate import dump
 from tests.bench.claims import verdicts
 from tests.bench.plan import FULL

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from latentac.distributed import num_cores
-from latentac.lifetime import own_descendants, run_lock
-from latentac.progress import Progress, duration, progress
+from latentac.sampling.devices import num_cores
+from latentac.system.lifetime import own_descendants, run_lock
+from latentac.system.progress import Progress, duration, progress
 from tests.bench.aggregate import aggregate, recorded
 from tests.bench.plan import EXPERIMENTS, RESULT, ROOT, SCALES, Scale, Unit, units
 from tests.bench.report import write_report

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from latentac.config import Config
-from latentac.recipes import RECIPES
-from latentac.resolution import resolve_all
+from latentac.config.recipes import RECIPES
+from latentac.config.schema import Config
 from latentac.rewards import REWARDS
-from latentac.run import recipe_fields
+from latentac.runs.resolution import resolve_all
+from latentac.runs.verbs import recipe_fields
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT, FAILURE = "result.json", "failed.json"

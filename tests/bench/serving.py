@@ -22,19 +22,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentac import pretraining
-from latentac.config import Config
-from latentac.measures import median
-from latentac.preparation import environment
-from latentac.progress import progress
-from latentac.resolution import resolve_all
-from latentac.rollout import rollout
-from latentac.run import resolve_recipe
+from latentac.config.schema import Config
+from latentac.evaluation.measures import median
+from latentac.runs.preparation.prepare import environment
+from latentac.runs.resolution import resolve_all
+from latentac.runs.verbs import resolve_recipe
+from latentac.sampling.rollout import rollout
 from latentac.serving.client import Client
 from latentac.serving.exported import add_base, export
 from latentac.serving.generator import Generator
 from latentac.serving.process import ServerProcess
-from latentac.shapes import builtin_pipeline
+from latentac.system.progress import progress
+from latentac.training import value_pretraining as pretraining
+from latentac.worlds.shapes import builtin_pipeline
 from tests.bench.aggregate import dump
 from tests.bench.claims import verdicts
 from tests.bench.plan import FULL

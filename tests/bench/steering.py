@@ -22,26 +22,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentac import run as verbs
 from latentac.backbones import load_backbone
 from latentac.backbones.guided import guided
-from latentac.config import Config
+from latentac.config.schema import Config
 from latentac.critic import Critic
-from latentac.distributed import noise_for, uniforms_for
-from latentac.kernels import KERNELS
-from latentac.measures import diversity, interval, median
-from latentac.policy import Policy
-from latentac.preparation import environment
-from latentac.progress import progress
-from latentac.prompts import Prompt, balanced, load_prompts
-from latentac.resolution import resolve_all
-from latentac.rollout import rollout, score
-from latentac.shapes import builtin_pipeline
+from latentac.evaluation.measures import diversity, interval, median
+from latentac.method.randomness import noise_for, uniforms_for
+from latentac.method.records import Trajectory
+from latentac.runs import verbs
+from latentac.runs.preparation.prepare import environment
+from latentac.runs.resolution import resolve_all
+from latentac.runs.workspace import default_store
+from latentac.sampling.kernels import KERNELS
+from latentac.sampling.policy import Policy
+from latentac.sampling.rollout import rollout, score
+from latentac.sampling.true_reward import TrueReward
 from latentac.steering import STEERING, Steering, evaluations
 from latentac.store import open_store
-from latentac.true_reward import TrueReward
-from latentac.types import Trajectory
-from latentac.workspace import default_store
+from latentac.system.progress import progress
+from latentac.worlds.prompts import Prompt, balanced, load_prompts
+from latentac.worlds.shapes import builtin_pipeline
 from tests.bench import figures, report
 from tests.bench.aggregate import dump
 from tests.bench.claims import MULTIPLES, verdicts

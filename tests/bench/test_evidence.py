@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from latentac.recipes import RECIPES
+from latentac.config.recipes import RECIPES
 from tests.bench import aggregate, claims, report
 from tests.bench.claims import CLAIMS, judge
 from tests.bench.evidence import Schedule, refresh
@@ -341,11 +341,11 @@ def test_ways_to_steer_are_measured_on_the_same_candidates(tmp_path: Path) -> No
     import torch
 
     from latentac.backbones import load_backbone
-    from latentac.kernels import KERNELS
-    from latentac.policy import Policy
-    from latentac.pretraining import new_critic
-    from latentac.run import resolve_recipe
-    from latentac.shapes import builtin_pipeline
+    from latentac.runs.verbs import resolve_recipe
+    from latentac.sampling.kernels import KERNELS
+    from latentac.sampling.policy import Policy
+    from latentac.training.value_pretraining import new_critic
+    from latentac.worlds.shapes import builtin_pipeline
     from tests.bench import steering
 
     config = resolve_recipe("shapes-dit-smoke", "", [])

@@ -19,28 +19,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentac import pretraining
-from latentac.algorithms import ALGORITHMS
 from latentac.backbones import load_backbone
-from latentac.checkpoint import read_state, write_state
-from latentac.config import Config
-from latentac.config import Reward as RewardSettings
+from latentac.config.schema import Config
+from latentac.config.schema import Reward as RewardSettings
 from latentac.critic import Critic
-from latentac.distributed import Mesh, pick_device
-from latentac.errors import Diverged, LatentacError
-from latentac.evaluation import Arm, contact_sheet, sample
-from latentac.kernels import KERNELS
-from latentac.learning import Replay
-from latentac.lifetime import die_with_parent, run_lock
-from latentac.measures import diversity, interval, intervals, ratio
-from latentac.policy import Policy
-from latentac.preparation import environment
-from latentac.prompts import Prompt, balanced, load_prompts
-from latentac.returns import explained_variance, rank_correlation
+from latentac.evaluation.held_out import Arm, contact_sheet, sample
+from latentac.evaluation.measures import diversity, interval, intervals, ratio
+from latentac.method.records import Scores
+from latentac.method.returns import explained_variance, rank_correlation
 from latentac.rewards.configured import ConfiguredReward, load_rewards
-from latentac.shapes import builtin_pipeline
-from latentac.trainer import Trainer
-from latentac.types import Scores
+from latentac.runs.preparation.prepare import environment
+from latentac.sampling.devices import pick_device
+from latentac.sampling.kernels import KERNELS
+from latentac.sampling.policy import Policy
+from latentac.system.errors import Diverged, LatentacError
+from latentac.system.lifetime import die_with_parent, run_lock
+from latentac.training import value_pretraining as pretraining
+from latentac.training.algorithms import ALGORITHMS
+from latentac.training.checkpoint import read_state, write_state
+from latentac.training.critic_learning import Replay
+from latentac.training.distributed import Mesh
+from latentac.training.trainer import Trainer
+from latentac.worlds.prompts import Prompt, balanced, load_prompts
+from latentac.worlds.shapes import builtin_pipeline
 from tests.bench.plan import ARMS, FAILURE, MEASURED, RESULT, ROOT, Unit
 
 _CURVE_SHARE = 4  # of the held-out pictures one in so many is enough for a point of the curve

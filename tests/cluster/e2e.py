@@ -41,8 +41,8 @@ from typing import Any
 import yaml
 
 from components.cluster.settings import KEY, Cluster, resolve
-from latentac.errors import LatentacError
 from latentac.serving.client import Client
+from latentac.system.errors import LatentacError
 from tests.cluster.binaries import program
 from tests.golang import Unavailable
 
@@ -185,7 +185,7 @@ def kfp_address() -> Iterator[str]:
 def submit(tools: Tools, release: str, host: str, many_users: bool) -> str:
     """The command that a person types, its output shown as it comes; the run's id."""
     minutes = float(os.environ.get("MINUTES") or 60)
-    command = [sys.executable, "-m", "latentac.cli", "pipeline", "submit", "--host", host, "--release", release]
+    command = [sys.executable, "-m", "latentac.runs.cli", "pipeline", "submit", "--host", host, "--release", release]
     command += ["--kube-namespace", tools.namespace, "--recipe", os.environ.get("RECIPE") or "shapes-unet-smoke"]
     command += ["--follow", "--pending-seconds", "600", "--total-seconds", str(minutes * 60)]
     for assignment in shlex.split(os.environ.get("SET", "")):
@@ -208,7 +208,7 @@ def submit(tools: Tools, release: str, host: str, many_users: bool) -> str:
     started = next((match[1] for line in lines if (match := re.match(r"run (\S+), ", line))), "")
     if process.returncode or not started:
         if started:  # nothing may go on that is taken away in a moment
-            cancel = [sys.executable, "-m", "latentac.cli", "pipeline", "cancel", started, "--host", host]
+            cancel = [sys.executable, "-m", "latentac.runs.cli", "pipeline", "cancel", started, "--host", host]
             subprocess.run(cancel, cwd=ROOT, timeout=SECONDS, check=False)
         raise Failed(f"the run did not succeed; it said last:\n{chr(10).join(lines[-10:])}")
     return started
@@ -235,7 +235,7 @@ def fetch_report(tools: Tools, settings: Cluster, host: str, run_id: str) -> Non
         command = [
             sys.executable,
             "-m",
-            "latentac.cli",
+            "latentac.runs.cli",
             "pipeline",
             "report",
             run_id,

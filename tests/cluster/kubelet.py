@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from components.cluster.api import PODS, Api
-from latentac.errors import ClusterError
+from latentac.system.errors import ClusterError
 from tests.cluster.kserve import patch_status
 
 NO_SCHEDULER = "nobody"

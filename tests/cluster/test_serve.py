@@ -24,13 +24,13 @@ from components.cluster.api import INFERENCE_SERVICES, PODS, SERVING_RUNTIMES, A
 from components.cluster.settings import Cluster, resolve
 from components.deploy.rollout import Rollout
 from latentac.critic import Critic
-from latentac.errors import ServingError
-from latentac.release import Candidate
-from latentac.run import prepare
+from latentac.runs.release.deploy import Candidate
+from latentac.runs.verbs import prepare
+from latentac.runs.workspace import EXTENSIONS, open_run
 from latentac.serving.client import Client
 from latentac.serving.exported import export
-from latentac.shapes import builtin_pipeline
-from latentac.workspace import EXTENSIONS, open_run
+from latentac.system.errors import ServingError
+from latentac.worlds.shapes import builtin_pipeline
 from tests.cluster.binaries import program
 from tests.cluster.kserve import SERVICES, Controller, administrator
 from tests.cluster.node import Node

@@ -21,9 +21,9 @@ from components.cluster.api import PODS, VOLCANO_JOBS, Api
 from components.cluster.settings import Cluster, resolve
 from components.train.job import job_name
 from components.train.volcano import Volcano, abort
-from latentac import run as verbs
-from latentac.errors import TrainingError
-from latentac.workspace import Workspace, open_run
+from latentac.runs import verbs
+from latentac.runs.workspace import Workspace, open_run
+from latentac.system.errors import TrainingError
 from tests.cluster.node import Node
 from tests.cluster.volcano import Controller
 from tests.docker import Docker

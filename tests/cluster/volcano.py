@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from components.cluster.api import CONFIG_MAPS, PODS, VOLCANO_JOBS, Api, Kind
-from latentac.errors import ClusterError
+from latentac.system.errors import ClusterError
 
 SERVICES = Kind("", "v1", "services")
 ENDED = frozenset({"Completed", "Failed", "Aborted", "Terminated"})

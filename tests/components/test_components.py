@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import components
-from latentac import run as verbs
+from latentac.runs import verbs
 from pipelines.pipeline import STEPS
 
 FOLDER = Path(components.__file__).parent
@@ -81,7 +81,7 @@ def test_step_runs_in_the_image_and_installs_nothing(name: str) -> None:
 def test_component_is_thin(name: str) -> None:
     """One verb, no logic: at most 60 lines."""
     assert len(source(name).splitlines()) <= 60
-    assert source(name).count("from latentac.run import") == 1
+    assert source(name).count("from latentac.runs.verbs import") == 1
 
 
 def test_readme_names_every_step_and_its_artifact() -> None:

@@ -24,16 +24,16 @@ from components.cluster.settings import Cluster, resolve
 from components.deploy import inference_service as objects
 from components.deploy.rollout import BEFORE, PROMOTES, Rollout, abandon
 from latentac.backbones import load_backbone
-from latentac.config import Config
+from latentac.config.schema import Config
 from latentac.critic import Critic
-from latentac.errors import ClusterError, ConfigError, LatentacError, ServingError
-from latentac.release import Candidate
-from latentac.resolution import Resolved, resolve_all
-from latentac.run import prepare
+from latentac.runs.release.deploy import Candidate
+from latentac.runs.resolution import Resolved, resolve_all
+from latentac.runs.verbs import prepare
+from latentac.runs.workspace import open_run
 from latentac.serving.exported import export
 from latentac.serving.process import ServerProcess
-from latentac.shapes import builtin_pipeline
-from latentac.workspace import open_run
+from latentac.system.errors import ClusterError, ConfigError, LatentacError, ServingError
+from latentac.worlds.shapes import builtin_pipeline
 from tests.cluster import kubelet
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.gateway import Gateway

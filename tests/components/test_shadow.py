@@ -12,10 +12,10 @@ from PIL import Image
 
 from components.cluster.settings import Deploy
 from components.deploy.shadow import Answers, compare, reasons_against, shadow_requests
-from latentac.run import prepare
-from latentac.shapes.captions import parse_caption
-from latentac.shapes.scenes import sample_pictures
-from latentac.workspace import Workspace, open_run
+from latentac.runs.verbs import prepare
+from latentac.runs.workspace import Workspace, open_run
+from latentac.worlds.shapes.captions import parse_caption
+from latentac.worlds.shapes.scenes import sample_pictures
 
 DEPLOY = Deploy(runtime="latentac", service_account="serve")
 
@@ -129,9 +129,9 @@ def test_a_release_needs_no_torch() -> None:
         "import sys\n"
         "absent = ('torch', 'kserve', 'diffusers', 'transformers', 'fastapi')\n"
         "sys.modules.update(dict.fromkeys(absent))\n"
-        "import components.deploy.rollout, latentac.run, latentac.release\n"
+        "import components.deploy.rollout, latentac.runs.verbs, latentac.runs.release.deploy\n"
         "from latentac.rewards import REWARDS\n"
-        "from latentac.errors import RewardError\n"
+        "from latentac.system.errors import RewardError\n"
         "for name in REWARDS:\n"
         "    reward = REWARDS.build(name)\n"
         "    images, prompts, _ = reward.known()\n"

@@ -22,11 +22,11 @@ from components.train import job as jobs
 from components.train.logs import _Seen
 from components.train.volcano import LAST_WORDS, Volcano, abort
 from components.train.waiting import Waiting
-from latentac import failures
-from latentac.errors import ClusterError, ConfigError, RewardError, TrainingError
-from latentac.run import resolve_recipe
+from latentac.runs.verbs import resolve_recipe
+from latentac.runs.workers import failures
+from latentac.runs.workspace import Workspace
 from latentac.store import open_store
-from latentac.workspace import Workspace
+from latentac.system.errors import ClusterError, ConfigError, RewardError, TrainingError
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.volcano import pod_of
 
@@ -118,7 +118,7 @@ def test_workers_meet_at_replica_0() -> None:
         assert f"--rdzv_endpoint ${{{host}:=localhost}}:29500" in command
         assert "--rdzv_conf join_timeout=600,last_call_timeout=15,close_timeout=10,timeout=600" in command
         assert "--nnodes 1:3 --nproc_per_node 2" in command
-        assert command.endswith("-m latentac.supervisor run-1 s3://latentac/store /work")
+        assert command.endswith("-m latentac.runs.workers.supervisor run-1 s3://latentac/store /work")
 
 
 def test_environment_of_the_workers() -> None:
@@ -565,7 +565,7 @@ def test_completed_job_without_its_artifact_fails_the_verb(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job can end well and have trained nothing: the artifact in the store is what counts."""
-    from latentac import run
+    from latentac.runs import verbs as run
 
     space = workspace(tmp_path)
     volcano = Volcano(site.settings, site.api, poll_seconds=0.2)

@@ -15,8 +15,8 @@ from kubernetes import client
 from components.cluster import api as cluster
 from components.cluster.api import CONFIG_MAPS, PODS, Api, connect
 from components.train.volcano import Volcano
-from latentac.errors import ClusterError, ClusterUnavailable, ConfigError
-from latentac.waiting import Bounds
+from latentac.system.errors import ClusterError, ClusterUnavailable, ConfigError
+from latentac.system.waiting import Bounds
 from tests.components.test_volcano import settings_of, workspace
 from tests.faults import Faulty, faulty, seconds_of
 

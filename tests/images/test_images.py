@@ -22,7 +22,8 @@ LATENTAC = NAMES[:3]
 WAIT_SECONDS = 240.0
 # The imports that a container pays for at its start, by image.
 IMPORTS = {
-    "train": "torch.distributed.run, latentac.worker, diffusers, peft, transformers.models.clip.modeling_clip",
+    "train": "torch.distributed.run, latentac.runs.workers.worker, diffusers, peft, "
+    "transformers.models.clip.modeling_clip",
     "serve": "latentac.serving.generator, latentac.serving.server, kserve.model_server",
     "pipeline": "kfp.dsl.executor_main, torchx.schedulers.kubernetes_scheduler, kubernetes, minio, kfp.kubernetes",
 }
@@ -130,7 +131,10 @@ def test_the_pipeline_image_has_no_torch(images: Images) -> None:
     probe = "import importlib.util as u, sys; sys.exit(any(map(u.find_spec, ('torch', 'diffusers', 'transformers'))))"
     code, output = images.run("pipeline", "python3", "-c", probe)
     assert code == 0, output
-    modules = "latentac.run, latentac.gate, latentac.release, latentac.report, latentac.charts, torchx.runner"
+    modules = (
+        "latentac.runs.verbs, latentac.runs.release.gate, latentac.runs.release.deploy, latentac.reporting.report, "
+        "latentac.reporting.charts, torchx.runner"
+    )
     rewards = "from latentac.rewards import REWARDS; [REWARDS.build(name) for name in REWARDS]"
     code, output = images.run("pipeline", "python3", "-c", f"import {modules}; {rewards}")
     assert code == 0, output

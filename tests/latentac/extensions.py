@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latentac.algorithms import Algorithm, Credit, PolicyLoss
-from latentac.algorithms.ppo import PPO
 from latentac.backbones import Denoiser
 from latentac.backbones.unet import UNetBackbone
 from latentac.critic.reader import ReaderSettings
-from latentac.diffusion import GaussianTransition, Prediction
-from latentac.types import Conditioning, Minibatch
+from latentac.method.diffusion import GaussianTransition, Prediction
+from latentac.method.records import Conditioning, Minibatch
+from latentac.training.algorithms import Algorithm, Credit, PolicyLoss
+from latentac.training.algorithms.ppo import PPO
 
 
 class Warmth:

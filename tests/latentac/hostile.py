@@ -435,7 +435,7 @@ def exported_folder(folder: Path, base: Path) -> Path:
 
     from latentac.backbones import load_backbone
     from latentac.critic import Critic
-    from latentac.resolution import resolve_all
+    from latentac.runs.resolution import resolve_all
     from latentac.serving.exported import add_base, export
 
     resolved = resolve_all(
@@ -481,7 +481,7 @@ def _status(name: str) -> int:
 
 
 def _prepare(folder: Path, output: Path) -> int:
-    from latentac.cli import main
+    from latentac.runs.cli import main
 
     source = folder / "snapshots" / "main"
     source = source if source.is_dir() else folder
@@ -493,8 +493,8 @@ def _prepare(folder: Path, output: Path) -> int:
 def _serve(folder: Path, output: Path) -> int:
     import torch
 
-    from latentac.errors import LatentacError
     from latentac.serving.generator import Generator
+    from latentac.system.errors import LatentacError
 
     try:
         Generator(folder, torch.device("cpu")).generate("a red circle", num_steps=2)

@@ -27,7 +27,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from latentac.shapes import builtin_pipeline
+from latentac.worlds.shapes import builtin_pipeline
 
 SHARD = "60KB"
 """Of sharded weights: small enough that each part but the tiniest has several files."""

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch.distributed
 
-from latentac.checkpoint import write_state
-from latentac.distributed import Mesh
-from latentac.trainer import Trainer
+from latentac.training.checkpoint import write_state
+from latentac.training.distributed import Mesh
+from latentac.training.trainer import Trainer
 from tests.latentac.trainers import BRIGHTNESS, REDNESS, make_trainer
 
 _BOLD = {"learning_rate": 3e-4, "warmup_updates": 0}

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from latentac.algorithms import ALGORITHMS
-from latentac.checkpoint import read_state, write_state
-from latentac.diffusion import GaussianTransition
-from latentac.losses import guarded_log_ratio, masked_surrogate, transition_kl
-from latentac.returns import gae, whiten
-from latentac.types import Conditioning, Minibatch
+from latentac.method.diffusion import GaussianTransition
+from latentac.method.losses import guarded_log_ratio, masked_surrogate, transition_kl
+from latentac.method.records import Conditioning, Minibatch
+from latentac.method.returns import gae, whiten
+from latentac.training.algorithms import ALGORITHMS
+from latentac.training.checkpoint import read_state, write_state
 from tests.latentac.trainers import BRIGHTNESS, REDNESS, SHIPPED, algorithm_of, make_config, make_trainer
 
 TWO = [BRIGHTNESS, REDNESS]

@@ -11,14 +11,14 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from latentac.backbones import BACKBONES, load_backbone
 from latentac.backbones.guided import Guided, guided
-from latentac.config import Extension
-from latentac.config import Policy as PolicySettings
-from latentac.diffusion import forward_noise
-from latentac.distributed import noise_for
-from latentac.kernels import KERNELS
-from latentac.policy import Policy
-from latentac.rollout import rollout
-from latentac.shapes import builtin_pipeline
+from latentac.config.schema import Extension
+from latentac.config.schema import Policy as PolicySettings
+from latentac.method.diffusion import forward_noise
+from latentac.method.randomness import noise_for
+from latentac.sampling.kernels import KERNELS
+from latentac.sampling.policy import Policy
+from latentac.sampling.rollout import rollout
+from latentac.worlds.shapes import builtin_pipeline
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "two blue squares", "a green triangle above a red square", "a cyan circle and a red square"]

@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from latentac.backbones.guided import Guided
-from latentac.benchmark import run_benchmark
-from latentac.evaluation import compare
-from latentac.fields import merge
-from latentac.kernels import KERNELS
-from latentac.policy import Policy
-from latentac.pretraining import new_critic, pretrain
-from latentac.prompts import load_prompts
-from latentac.recipes import RECIPES
+from latentac.config.fields import merge
+from latentac.config.recipes import RECIPES
+from latentac.config.validation import resolve
+from latentac.evaluation.benchmark import run_benchmark
+from latentac.evaluation.held_out import compare
 from latentac.rewards.configured import load_rewards
-from latentac.validation import resolve
+from latentac.sampling.kernels import KERNELS
+from latentac.sampling.policy import Policy
+from latentac.training.value_pretraining import new_critic, pretrain
+from latentac.worlds.prompts import load_prompts
 from tests.latentac.trainers import shipped
 
 

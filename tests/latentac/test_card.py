@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from latentac.card import base_model, folder_card, model_card, sections, use_section
-from latentac.config import Card, Config
-from latentac.gate import markdown
-from latentac.recipes import RECIPES
-from latentac.resolution import resolve_all
+from latentac.config.recipes import RECIPES
+from latentac.config.schema import Card, Config
+from latentac.reporting.card import base_model, folder_card, model_card, sections, use_section
+from latentac.runs.release.gate import markdown
+from latentac.runs.resolution import resolve_all
 from tests.latentac.published import PROMPTS, STEPS, contents, publish
 
 TEXTS = {"data": "the embedded world's captions", "intended_use": "to try *things*", "limits": "32 pixels"}
@@ -205,7 +205,7 @@ def test_the_call_stands_first_and_is_taken_over() -> None:
 
 def test_a_runs_card_and_its_folders_say_the_same(tmp_path: Path) -> None:
     """One text for both, from the summary that the report writes too."""
-    from latentac.run import finish
+    from latentac.runs.verbs import finish
 
     files = contents(PROMPTS)
     _, url = publish(tmp_path, {step: files[step] for step in STEPS}, PROMPTS)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentac.cli import main
+from latentac.runs.cli import main
 from tests.latentac.published import publish_until
 
 VERBS = ["prepare", "pretrain-value", "train", "evaluate", "steer", "gate", "deploy", "report", "serve", "generate"]
@@ -39,7 +39,7 @@ class NanInWorkers(Hollow):
 
 
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "latentac.cli", *arguments]
+    command = [sys.executable, "-m", "latentac.runs.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -220,7 +220,7 @@ def test_steps_meet_through_s3(tmp_path, minio_server):
 
     def step(verb: str, output: str, *arguments: str) -> None:
         place = ["--run", "first", "--store", store, "--output", str(tmp_path / output)]
-        command = [sys.executable, "-m", "latentac.cli", verb, *place, *arguments]
+        command = [sys.executable, "-m", "latentac.runs.cli", verb, *place, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr
 
@@ -236,7 +236,7 @@ def test_steps_meet_through_s3(tmp_path, minio_server):
 def test_a_working_folder_that_is_gone_is_told(tmp_path):
     """As a program only: it looks for the user's modules there."""
     (tmp_path / "gone").mkdir()
-    command = f"cd {tmp_path}/gone && rmdir ../gone && exec {sys.executable} -m latentac.cli runs"
+    command = f"cd {tmp_path}/gone && rmdir ../gone && exec {sys.executable} -m latentac.runs.cli runs"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 6
     assert done.stderr.startswith("latentac: the working folder: is not there any more")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from latentac.commands import program, typed
+from latentac.system.commands import program, typed
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_without_an_environment_of_its_own_the_module_is_called(
 ) -> None:
     """A package on a path has no program; where another one is on PATH, that is the name."""
     monkeypatch.setattr(sys, "prefix", str(elsewhere))
-    assert program() == "python -m latentac.cli"
+    assert program() == "python -m latentac.runs.cli"
 
 
 def test_places_are_named_where_they_are_not_the_default(elsewhere: Path) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentac.charts import draw_comparison
-from latentac.cli import main
-from latentac.compare import Comparison, table, write_comparison
-from latentac.comparison import letter
-from latentac.errors import ConfigError
+from latentac.reporting.charts import draw_comparison
+from latentac.reporting.compare import Comparison, table, write_comparison
+from latentac.reporting.comparison import letter
+from latentac.runs.cli import main
+from latentac.system.errors import ConfigError
 from tests.latentac.published import EVALUATION, PROMPTS, SETTINGS, Page, history, interval, leaves, publish_until
 
 SECTIONS = ["runs", "settings", "rewards", "curves", "galleries"]
@@ -312,7 +312,7 @@ def test_the_command_writes_where_it_is_told(tmp_path: Path, capsys: pytest.Capt
     shown = capsys.readouterr().out.splitlines()
     assert shown[-2:] == [str(tmp_path / "new" / name) for name in ("two.html", "two.json")]
     assert main([*words[:2], "--output", str(tmp_path / "runs")]) == 2
-    script = f"import sys; from latentac.cli import main; main({words!r}); sys.exit('torch' in sys.modules)"
+    script = f"import sys; from latentac.runs.cli import main; main({words!r}); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
     assert (tmp_path / "runs" / "compare.html").exists()
 

@@ -6,17 +6,17 @@ import json
 
 import pytest
 
-from latentac import config as config_module
-from latentac import validation as validation_module
-from latentac.config import Config
-from latentac.errors import ConfigError
-from latentac.extensions import declared_settings
-from latentac.fields import merge, read_file, read_overrides
-from latentac.names import as_name, is_name
-from latentac.recipes import RECIPES
-from latentac.resolution import TABLES, resolve_all
-from latentac.run import resolve_recipe
-from latentac.validation import resolve
+from latentac.config import schema as config_module
+from latentac.config import validation as validation_module
+from latentac.config.extensions import declared_settings
+from latentac.config.fields import merge, read_file, read_overrides
+from latentac.config.recipes import RECIPES
+from latentac.config.schema import Config
+from latentac.config.validation import resolve
+from latentac.runs.resolution import TABLES, resolve_all
+from latentac.runs.verbs import resolve_recipe
+from latentac.system.errors import ConfigError
+from latentac.system.names import as_name, is_name
 
 
 def resolved(*overrides: str) -> Config:

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from latentac.critic import BODIES, Critic
-from latentac.distributed import Mesh, noise_for
-from latentac.kernels import KERNELS
-from latentac.learning import Learner, Replay
-from latentac.policy import Policy
-from latentac.pretraining import new_critic
-from latentac.rollout import rollout
-from latentac.types import Conditioning
+from latentac.method.randomness import noise_for
+from latentac.method.records import Conditioning
+from latentac.sampling.kernels import KERNELS
+from latentac.sampling.policy import Policy
+from latentac.sampling.rollout import rollout
+from latentac.training.critic_learning import Learner, Replay
+from latentac.training.distributed import Mesh
+from latentac.training.value_pretraining import new_critic
 from tests.latentac.trainers import BODY, BRIGHTNESS, CPU, PROMPTS, REDNESS, SHIPPED, make_config, shipped
 
 EACH = [(name, body) for name in SHIPPED for body in BODIES]

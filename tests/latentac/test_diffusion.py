@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from latentac.diffusion import (
+from latentac.method.diffusion import (
     DeterministicTransition,
     GaussianTransition,
     Prediction,
@@ -14,7 +14,7 @@ from latentac.diffusion import (
     forward_noise,
     num_stochastic_steps,
 )
-from latentac.kernels import KERNELS
+from latentac.sampling.kernels import KERNELS
 from tests.latentac.worlds import FLOW, MEAN, STD, GaussianBackbone, affine_steps
 
 NOISY = [KERNELS.build("ddim", noise=1.0), *(KERNELS.build(name, noise=0.7) for name in KERNELS)]

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from latentac.backbones.guided import Guided
-from latentac.checkpoint import read_state, write_state
-from latentac.distributed import Mesh
-from latentac.encoding import Encoded
-from latentac.prompts import load_prompts
-from latentac.types import Conditioning
+from latentac.method.records import Conditioning
+from latentac.sampling.encoding import Encoded
+from latentac.training.checkpoint import read_state, write_state
+from latentac.training.distributed import Mesh
+from latentac.worlds.prompts import load_prompts
 from tests.latentac.trainers import CPU, SHIPPED, make_trainer, same, shipped, snapshot
 
 BOUNDS: dict[str, Any] = Encoded.__init__.__kwdefaults__ or {}
@@ -98,7 +98,7 @@ def test_twenty_thousand_prompts_start_in_seconds_and_little_memory():
     script = (
         "import resource, sys, time\n"
         "from tests.latentac import trainers\n"
-        "from latentac.prompts import Prompt\n"
+        "from latentac.worlds.prompts import Prompt\n"
         "trainers.make_trainer()\n"
         "few = trainers.prompts()\n"
         "many = tuple(Prompt(f'{p.text} {n}', p.category) for n in range(800) for p in few)[:20_000]\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from latentac.errors import ConfigError, LatentacError, Problem, ResourceError, expected, require
+from latentac.system.errors import ConfigError, LatentacError, Problem, ResourceError, expected, require
 
 
 def without(module: str, command: str, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -30,9 +30,14 @@ def without(module: str, command: str, folder: Path, *arguments: str) -> "subpro
         ("torchx", "torchx-nightly==", "pipelines", ["run"]),
         ("kserve", "kserve==", "pipelines", ["run"]),
         ("tensorboard", "tensorboard==", "pipelines", ["run"]),
-        ("minio", "minio==", "latentac.cli", ["prepare", "--run", "a", "--store", "s3://bucket/x"]),
-        ("kfp_server_api", "kfp-server-api", "latentac.cli", ["pipeline", "runs", "--host", "http://127.0.0.1:1"]),
-        ("kubernetes", "kubernetes==", "latentac.cli", ["pipeline", "compile", "--release", "a", "--to", "a.yaml"]),
+        ("minio", "minio==", "latentac.runs.cli", ["prepare", "--run", "a", "--store", "s3://bucket/x"]),
+        ("kfp_server_api", "kfp-server-api", "latentac.runs.cli", ["pipeline", "runs", "--host", "http://127.0.0.1:1"]),
+        (
+            "kubernetes",
+            "kubernetes==",
+            "latentac.runs.cli",
+            ["pipeline", "compile", "--release", "a", "--to", "a.yaml"],
+        ),
         ("jinja2", "jinja2==", "pipelines", ["run-containers"]),
     ],
 )

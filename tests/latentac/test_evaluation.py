@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from latentac import progress
-from latentac.benchmark import arms, run_benchmark
-from latentac.evaluation import compare
-from latentac.fields import merge
-from latentac.validation import resolve
-from latentac.workspace import Workspace
+from latentac.config.fields import merge
+from latentac.config.validation import resolve
+from latentac.evaluation.benchmark import arms, run_benchmark
+from latentac.evaluation.held_out import compare
+from latentac.runs.workspace import Workspace
+from latentac.system import progress
 from tests.latentac.workers import prepared
 
 pytestmark = pytest.mark.slow

@@ -16,27 +16,26 @@ from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from PIL import Image
 from safetensors.torch import load_file
 
-from latentac import folders
-from latentac.backbones import Denoiser, load_backbone
-from latentac.config import Extension
-from latentac.config import Policy as PolicySettings
+from latentac.backbones import Denoiser, folders, load_backbone
+from latentac.config.schema import Extension
+from latentac.config.schema import Policy as PolicySettings
 from latentac.critic import Critic
-from latentac.diffusion import CPS, DDIM, DanceSDE, FlowSDE, GaussianTransition
-from latentac.distributed import generator_for, noise_for
-from latentac.errors import IntegrityError, ResourceError
-from latentac.policy import Policy
-from latentac.readme import write_trained
-from latentac.release import Candidate
-from latentac.resolution import Resolved, resolve_all
-from latentac.rollout import rollout
-from latentac.run import deploy, prepare
+from latentac.method.diffusion import CPS, DDIM, DanceSDE, FlowSDE, GaussianTransition
+from latentac.method.randomness import generator_for, noise_for
+from latentac.runs.release.deploy import Candidate
+from latentac.runs.release.readme import write_trained
+from latentac.runs.resolution import Resolved, resolve_all
+from latentac.runs.verbs import deploy, prepare
+from latentac.runs.workspace import open_run
+from latentac.sampling.policy import Policy
+from latentac.sampling.rollout import rollout
+from latentac.sampling.snippet import base_of, usage
 from latentac.serving.deployment import Deployment
 from latentac.serving.exported import add_base, export, image_size
 from latentac.serving.generator import Generator
-from latentac.shapes import builtin_pipeline
-from latentac.snippet import base_of, usage
-from latentac.terminal import printable
-from latentac.workspace import open_run
+from latentac.system.errors import IntegrityError, ResourceError
+from latentac.system.terminal import printable
+from latentac.worlds.shapes import builtin_pipeline
 from tests.latentac import miniatures
 
 CPU = torch.device("cpu")

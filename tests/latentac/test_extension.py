@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from latentac.errors import ConfigError
-from latentac.package import digest, pack
-from latentac.run import evaluate, gate, prepare, steer
+from latentac.runs.package import digest, pack
+from latentac.runs.verbs import evaluate, gate, prepare, steer
+from latentac.system.errors import ConfigError
 from tests.latentac.test_incumbent import start
 from tests.latentac.workers import prepared, train_here
 
@@ -75,7 +75,7 @@ def test_code_of_ones_own_is_found_and_its_hash_is_recorded(tmp_path: Path) -> N
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}  # as an installed program finds it
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
-    program = [sys.executable, "-m", "latentac.cli"]
+    program = [sys.executable, "-m", "latentac.runs.cli"]
     found = prepared_by(program, "here")
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)["metrics"]["given"]["package"] == ""

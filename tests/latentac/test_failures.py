@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from latentac import failures
-from latentac.errors import (
+from latentac.runs.workers import failures
+from latentac.store import Store, open_store
+from latentac.system.errors import (
     ConfigError,
     LatentacError,
     Problem,
@@ -14,7 +15,6 @@ from latentac.errors import (
     TrainingError,
     restore,
 )
-from latentac.store import Store, open_store
 
 
 @pytest.fixture

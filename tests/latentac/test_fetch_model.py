@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from latentac.cli import main
-from latentac.errors import ResourceError
-from latentac.release import UNFINISHED, fetch_version
+from latentac.runs.cli import main
+from latentac.runs.release.deploy import UNFINISHED, fetch_version
 from latentac.store import Store, open_store
+from latentac.system.errors import ResourceError
 
 FILES = {
     "latentac.json": json.dumps(

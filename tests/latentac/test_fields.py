@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from components.cluster.settings import read
-from latentac.errors import ConfigError
-from latentac.fields import read_file, read_overrides, read_yaml
-from latentac.recipes import RECIPES
-from latentac.resolution import resolve_all
-from latentac.run import recipe_fields
-from latentac.validation import resolve
+from latentac.config.fields import read_file, read_overrides, read_yaml
+from latentac.config.recipes import RECIPES
+from latentac.config.validation import resolve
+from latentac.runs.resolution import resolve_all
+from latentac.runs.verbs import recipe_fields
+from latentac.system.errors import ConfigError
 from pipelines.__main__ import SETTINGS
 
 

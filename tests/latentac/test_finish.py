@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from latentac.card import model_card
-from latentac.cli import main
-from latentac.run import finish
+from latentac.reporting.card import model_card
+from latentac.runs.cli import main
+from latentac.runs.verbs import finish
 from latentac.store import Store
 from tests.latentac.published import PROMPTS, STEPS, contents, publish
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from latentac.config import Gate
-from latentac.errors import ConfigError
-from latentac.gate import decide, markdown
-from latentac.recipes import RECIPES
-from latentac.validation import resolve
+from latentac.config.recipes import RECIPES
+from latentac.config.schema import Gate
+from latentac.config.validation import resolve
+from latentac.runs.release.gate import decide, markdown
+from latentac.system.errors import ConfigError
 
 REWARDS = ("verifier", "jpeg")
 VERSION = "other-0a1b2c3d"

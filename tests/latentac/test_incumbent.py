@@ -9,14 +9,21 @@ from typing import Any
 
 import pytest
 
-from latentac import run as verbs
-from latentac.errors import ConfigError, IntegrityError
-from latentac.fields import merge
-from latentac.incumbent import BEFORE_PROJECTS, in_production, load_incumbent, pointer, put_in_production, trouble
-from latentac.pretraining import new_critic
+from latentac.config.fields import merge
+from latentac.runs import verbs
+from latentac.runs.release.incumbent import (
+    BEFORE_PROJECTS,
+    in_production,
+    load_incumbent,
+    pointer,
+    put_in_production,
+    trouble,
+)
+from latentac.runs.workspace import EXTENSIONS, Workspace, open_run
 from latentac.serving.exported import FILE, export
 from latentac.store import copy_folder
-from latentac.workspace import EXTENSIONS, Workspace, open_run
+from latentac.system.errors import ConfigError, IntegrityError
+from latentac.training.value_pretraining import new_critic
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -19,8 +19,8 @@ from latentac.backbones.inspection import inspect
 from latentac.backbones.layout import copy, listing
 from latentac.backbones.source import locate
 from latentac.backbones.stable_diffusion import DIT, UNET
-from latentac.errors import ConfigError, Problem
-from latentac.shapes import builtin_pipeline
+from latentac.system.errors import ConfigError, Problem
+from latentac.worlds.shapes import builtin_pipeline
 from tests.latentac import miniatures
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

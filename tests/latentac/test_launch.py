@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from latentac.failures import ATTEMPT
-from latentac.worker import STOPPED
+from latentac.runs.workers.failures import ATTEMPT
+from latentac.runs.workers.worker import STOPPED
 from tests.latentac.test_store import eventually
 from tests.latentac.workers import RUN, prepared
 
-_TRAIN = "import sys; from latentac.run import train; print(train(*sys.argv[1:]).metrics['max_world_size'])"
+_TRAIN = "import sys; from latentac.runs.verbs import train; print(train(*sys.argv[1:]).metrics['max_world_size'])"
 
 
 def _renamed(name: str) -> list[str]:
@@ -58,7 +58,7 @@ def test_what_the_environment_says_of_another_group_of_workers_does_not_count(tm
 def test_training_that_is_stopped_says_so(tmp_path: Path, number: signal.Signals) -> None:
     """By `kill` and by Ctrl-C alike: exit code 130, one line, and neither a worker nor a temporary folder is left."""
     prepared(tmp_path, "train.num_iterations=1000", "train.num_workers=1")
-    command = [sys.executable, "-m", "latentac.cli", "train", "--run", RUN, "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "latentac.runs.cli", "train", "--run", RUN, "--output", str(tmp_path)]
     with (tmp_path / "log").open("w+") as log, subprocess.Popen(command, stderr=log) as process:
         eventually(lambda: any((tmp_path / "store" / "checkpoints").rglob("manifest.json")), 120)
         process.send_signal(number)
@@ -90,7 +90,7 @@ GROUP = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZ
 def test_a_number_of_threads_that_is_none_is_told_by_its_variable(tmp_path: Path) -> None:
     """By the worker, which an operator's pod may give any environment."""
     prepared(tmp_path)
-    command = [sys.executable, "-m", "latentac.supervisor", RUN, f"file://{tmp_path}/store", str(tmp_path)]
+    command = [sys.executable, "-m", "latentac.runs.workers.supervisor", RUN, f"file://{tmp_path}/store", str(tmp_path)]
     environment = os.environ | GROUP | {"OMP_NUM_THREADS": "many"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=150)
     assert done.returncode == 2, done.stderr
@@ -103,7 +103,7 @@ def test_a_number_of_threads_that_is_none_is_told_by_its_variable(tmp_path: Path
 def test_a_worker_of_a_pod_that_is_moved_leaves_a_checkpoint(tmp_path: Path) -> None:
     """SIGTERM there is no end of the run: what was done so far is published, and the agent starts the worker anew."""
     prepared(tmp_path, "train.num_iterations=100000", "train.checkpoint_every=100000")
-    command = [sys.executable, "-m", "latentac.supervisor", RUN, f"file://{tmp_path}/store", str(tmp_path)]
+    command = [sys.executable, "-m", "latentac.runs.workers.supervisor", RUN, f"file://{tmp_path}/store", str(tmp_path)]
     with (
         (tmp_path / "log").open("w+") as log,
         subprocess.Popen(command, env=os.environ | GROUP, stderr=log) as process,

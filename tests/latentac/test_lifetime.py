@@ -11,10 +11,10 @@ from typing import Protocol
 
 import pytest
 
-from latentac.errors import ResourceError
-from latentac.lifetime import OWNERS, run_lock
+from latentac.system.errors import ResourceError
+from latentac.system.lifetime import OWNERS, run_lock
 
-BOUND = "from latentac.lifetime import die_with_parent; die_with_parent()\n"
+BOUND = "from latentac.system.lifetime import die_with_parent; die_with_parent()\n"
 # What a platform without prctl and pidfd leaves: watching the parent's pid and the owners' from a thread.
 POLLING = "import os, sys; sys.platform = 'other'; del os.pidfd_open\n"
 TELL = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)\n"
@@ -86,7 +86,7 @@ def test_descendant_dies_with_its_owner_and_with_a_foreign_process_between(
     child = platform + BOUND + TELL
     shell = 'echo $$ > $2; $0 -c "$1" $3; :'
     source = (
-        "import subprocess, sys; from latentac.lifetime import own_descendants; own_descendants()\n"
+        "import subprocess, sys; from latentac.system.lifetime import own_descendants; own_descendants()\n"
         f"subprocess.run(['sh', '-c', {shell!r}, sys.executable, {child!r}, *sys.argv[1:]])"
     )
     owner = start(source, str(tmp_path / "shell"), str(tmp_path / "pid"))
@@ -111,9 +111,9 @@ def test_owner_that_is_dead_already_or_only_shares_its_number_does_not_count(sta
 
 
 def test_module_that_is_not_ours_runs_under_the_rule(start: Start, tmp_path: Path) -> None:
-    """`python -m latentac.lifetime MODULE` gives the module its own arguments and dies with its parent."""
+    """`python -m latentac.system.lifetime MODULE` gives the module its own arguments and dies with its parent."""
     (tmp_path / "foreign.py").write_text(TELL)
-    command = "[sys.executable, '-m', 'latentac.lifetime', 'foreign', sys.argv[1]]"
+    command = "[sys.executable, '-m', 'latentac.system.lifetime', 'foreign', sys.argv[1]]"
     path = os.pathsep.join([str(tmp_path), os.getcwd()])
     parent = start(f"import subprocess, sys; subprocess.run({command})", str(tmp_path / "pid"), PYTHONPATH=path)
     pid = pid_in(tmp_path / "pid")
@@ -124,7 +124,7 @@ def test_module_that_is_not_ours_runs_under_the_rule(start: Start, tmp_path: Pat
 
 
 IN_CHILD = (
-    "import os, signal, sys, time; from latentac.lifetime import go_on_in_child\n"
+    "import os, signal, sys, time; from latentac.system.lifetime import go_on_in_child\n"
     "ended = go_on_in_child()\nif ended is not None: sys.exit(100 + ended[1])\n"
     "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
 )
@@ -151,7 +151,7 @@ def test_the_child_that_goes_on_dies_with_its_parent(start: Start, tmp_path: Pat
     assert gone(pid)
 
 
-HOLD = "import sys, time; from pathlib import Path; from latentac.lifetime import run_lock\n" + (
+HOLD = "import sys, time; from pathlib import Path; from latentac.system.lifetime import run_lock\n" + (
     "with run_lock(Path(sys.argv[1])):\n    open(sys.argv[2], 'w').write(str(__import__('os').getpid()))\n"
     "    time.sleep(float(sys.argv[3]))"
 )

@@ -2,8 +2,8 @@
 
 import torch
 
-from latentac.diffusion import GaussianTransition, Prediction
-from latentac.losses import clipped_surrogate, prediction_kl, transition_kl, value_loss
+from latentac.method.diffusion import GaussianTransition, Prediction
+from latentac.method.losses import clipped_surrogate, prediction_kl, transition_kl, value_loss
 
 
 def test_the_gradient_at_ratio_1_is_the_policy_gradient():

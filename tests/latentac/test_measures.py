@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from latentac.config import Extension, Reward
-from latentac.measures import DEFINITIONS, difference, diversity, interval, median, ratio
-from latentac.recipes import RECIPES
-from latentac.validation import resolve
+from latentac.config.recipes import RECIPES
+from latentac.config.schema import Extension, Reward
+from latentac.config.validation import resolve
+from latentac.evaluation.measures import DEFINITIONS, difference, diversity, interval, median, ratio
 
 NORMAL = 1.959964
 
@@ -119,12 +119,12 @@ def test_contrasts_are_measured_on_real_policies() -> None:
     import torch
 
     from latentac.backbones import load_backbone
-    from latentac.evaluation import contrasts, sample
-    from latentac.kernels import KERNELS
-    from latentac.policy import Policy
-    from latentac.prompts import load_prompts
+    from latentac.evaluation.held_out import contrasts, sample
     from latentac.rewards.configured import load_rewards
-    from latentac.shapes import builtin_pipeline
+    from latentac.sampling.kernels import KERNELS
+    from latentac.sampling.policy import Policy
+    from latentac.worlds.prompts import load_prompts
+    from latentac.worlds.shapes import builtin_pipeline
 
     overrides = {"kernel": {"num_steps": 2}, "evaluation": {"num_diversity_prompts": 3, "pictures_per_prompt": 3}}
     config = resolve(RECIPES["shapes-unet-smoke"] | overrides)

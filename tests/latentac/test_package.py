@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from latentac.cli import main
-from latentac.errors import ConfigError
-from latentac.package import MAX_INLINE_BYTES, digest, inline, make_importable, pack, read, unpack
+from latentac.runs.cli import main
+from latentac.runs.package import MAX_INLINE_BYTES, digest, inline, make_importable, pack, read, unpack
+from latentac.system.errors import ConfigError
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_what_was_packed_can_be_imported_where_it_is_unpacked(folder: Path, tmp_
     """Also by processes that are started then, whatever their working directory; it comes as text, too."""
     unpack(read(inline(pack(folder))), tmp_path / "there")
     script = (
-        f"from pathlib import Path; from latentac.package import make_importable\n"
+        f"from pathlib import Path; from latentac.runs.package import make_importable\n"
         f"make_importable(Path({str(tmp_path / 'there')!r}))\n"
         "import subprocess, sys, mine.rewards\n"
         "there = 'import mine.rewards; print(mine.rewards.ANSWER)'\n"

@@ -5,12 +5,12 @@ import torch
 from torch.distributions import Normal
 
 from latentac.critic import Critic
-from latentac.distributed import noise_for
-from latentac.kernels import KERNELS
-from latentac.policy import Policy
-from latentac.rollout import rollout
+from latentac.method.randomness import noise_for
+from latentac.method.records import flatten_steps
+from latentac.sampling.kernels import KERNELS
+from latentac.sampling.policy import Policy
+from latentac.sampling.rollout import rollout
 from latentac.steering import STEERING
-from latentac.types import flatten_steps
 from tests.latentac.trainers import PAIRS, PROMPTS, SHIPPED, make_config, shipped
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from latentac.errors import IntegrityError, ResourceError
 from latentac.store import Manifest, Store, copy_folder, open_store, pool
 from latentac.store.pool import OBJECTS, Pool
+from latentac.system.errors import IntegrityError, ResourceError
 from tests.latentac.test_store import CONTENT, KEY, bulk, publish, read, use, write
 from tests.minio import Server
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from latentac.progress import TERMINAL, _Lines, duration, progress, rate
+from latentac.system.progress import TERMINAL, _Lines, duration, progress, rate
 
 
 @pytest.fixture

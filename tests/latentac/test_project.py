@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from latentac import run as verbs
-from latentac.cli import main
-from latentac.incumbent import pointer, production, put_in_production
-from latentac.release import Candidate, model_to_use
-from latentac.report import write_report
+from latentac.reporting.report import write_report
+from latentac.runs import verbs
+from latentac.runs.cli import main
+from latentac.runs.release.deploy import Candidate, model_to_use
+from latentac.runs.release.incumbent import pointer, production, put_in_production
+from latentac.runs.workspace import Workspace, open_run
 from latentac.serving.deployment import Deployment
-from latentac.workspace import Workspace, open_run
 from tests.latentac import test_release
 from tests.latentac.test_incumbent import start
 
@@ -230,7 +230,7 @@ def test_what_was_deployed_last_is_served_or_a_projects_own(held: Path, capsys: 
 @contextlib.contextmanager
 def serving(output: Path, *words: str) -> Iterator[tuple["subprocess.Popen[str]", str, str]]:
     """`latentac serve`: the process, what it said, and its address."""
-    call = [sys.executable, "-m", "latentac.cli", "serve", "--output", str(output), "--port", "0", *words]
+    call = [sys.executable, "-m", "latentac.runs.cli", "serve", "--output", str(output), "--port", "0", *words]
     process = subprocess.Popen(call, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     said = ""

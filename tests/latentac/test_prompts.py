@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentac.config import Prompts
-from latentac.errors import ConfigError, IntegrityError
-from latentac.promptfiles import PATTERN, text_problem
-from latentac.prompts import Prompt, balanced, load_prompts
-from latentac.run import prepare
-from latentac.workspace import open_run
+from latentac.config.schema import Prompts
+from latentac.runs.verbs import prepare
+from latentac.runs.workspace import open_run
+from latentac.system.errors import ConfigError, IntegrityError
+from latentac.worlds.promptfiles import PATTERN, text_problem
+from latentac.worlds.prompts import Prompt, balanced, load_prompts
 
 GENEVAL = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},

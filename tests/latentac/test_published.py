@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from latentac import published
-from latentac.card import model_card
-from latentac.compare import write_comparison
-from latentac.errors import IntegrityError, LatentacError, ResourceError
-from latentac.reading import MOST_BYTES, MOST_DEPTH, MOST_VALUES, parse_json, read_bytes
-from latentac.release import check_agreement
-from latentac.report import write_report
-from latentac.run import finish
-from latentac.validation import resolve
+from latentac.config.validation import resolve
+from latentac.reporting.card import model_card
+from latentac.reporting.compare import write_comparison
+from latentac.reporting.report import write_report
+from latentac.runs.release.deploy import check_agreement
+from latentac.runs.verbs import finish
+from latentac.store import published
+from latentac.system.errors import IntegrityError, LatentacError, ResourceError
+from latentac.system.reading import MOST_BYTES, MOST_DEPTH, MOST_VALUES, parse_json, read_bytes
 from tests.latentac.published import PROMPTS, contents, make, publish_until
 
 Files = dict[str, dict[str, Any]]

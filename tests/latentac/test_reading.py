@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from components.cluster import settings
-from latentac import fields, reading
-from latentac.distributed import pick_device
-from latentac.errors import ConfigError, IntegrityError, ResourceError
-from latentac.lifetime import lock_holder, refuse_links
-from latentac.reading import (
+from latentac.config import fields
+from latentac.sampling.devices import pick_device
+from latentac.system import reading
+from latentac.system.errors import ConfigError, IntegrityError, ResourceError
+from latentac.system.lifetime import lock_holder, refuse_links
+from latentac.system.reading import (
     PORTS,
     SEEDS,
     parse_json,

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentac import run as verbs
 from latentac.backbones.unet import UNetBackbone
-from latentac.errors import ConfigError, ResourceError, RewardError
-from latentac.rehearsal import rehearse
-from latentac.resolution import resolve_all
-from latentac.run import recipe_fields
-from latentac.shapes import builtin_pipeline
+from latentac.runs import verbs
+from latentac.runs.preparation.rehearsal import rehearse
+from latentac.runs.resolution import resolve_all
+from latentac.runs.verbs import recipe_fields
 from latentac.store import open_store
+from latentac.system.errors import ConfigError, ResourceError, RewardError
+from latentac.worlds.shapes import builtin_pipeline
 from tests.latentac import miniatures
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

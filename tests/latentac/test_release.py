@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from latentac.backbones import load_backbone
-from latentac.config import Extension
+from latentac.config.schema import Extension
 from latentac.critic import Critic
-from latentac.errors import ArtifactNotFound, ServingError
-from latentac.incumbent import pointer, production
-from latentac.release import Candidate, candidate_key
-from latentac.run import deploy, prepare
+from latentac.runs.release.deploy import Candidate, candidate_key
+from latentac.runs.release.incumbent import pointer, production
+from latentac.runs.verbs import deploy, prepare
+from latentac.runs.workspace import open_run
 from latentac.serving.deployment import Deployment
 from latentac.serving.exported import Exported, read
-from latentac.shapes import builtin_pipeline
 from latentac.store import Store
-from latentac.workspace import open_run
+from latentac.system.errors import ArtifactNotFound, ServingError
+from latentac.worlds.shapes import builtin_pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

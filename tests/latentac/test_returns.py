@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentac.returns import combine, explained_variance, gae, group_advantages, rank_correlation, whiten
+from latentac.method.returns import combine, explained_variance, gae, group_advantages, rank_correlation, whiten
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

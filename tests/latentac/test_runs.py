@@ -15,14 +15,15 @@ from typing import Any
 
 import pytest
 
-from latentac import clearing, runs
-from latentac.clearing import plan_delete, plan_prune, remove
-from latentac.cli import main
-from latentac.errors import ConfigError, IntegrityError, ResourceError, StoreError
-from latentac.lifetime import run_lock
-from latentac.run import VERBS
-from latentac.runs import Run, list_runs, size, table
+from latentac.runs.cli import main
+from latentac.runs.housekeeping import clearing
+from latentac.runs.housekeeping import listing as runs
+from latentac.runs.housekeeping.clearing import plan_delete, plan_prune, remove
+from latentac.runs.housekeeping.listing import Run, list_runs, size, table
+from latentac.runs.verbs import VERBS
 from latentac.store import Manifest, Store, open_store
+from latentac.system.errors import ConfigError, IntegrityError, ResourceError, StoreError
+from latentac.system.lifetime import run_lock
 from tests.latentac.test_store import use, write
 
 BEFORE_GATE = ("prepare", "pretrain-value", "train", "evaluate", "steer")
@@ -240,7 +241,7 @@ def test_the_list_comes_without_torch_and_soon(here: Place) -> None:
     """A second of work at most, as text and as JSON; an empty folder is no error."""
     here.run("one")
     script = (
-        "import sys, time\nfrom latentac.cli import main\nbegan = time.process_time()\n"
+        "import sys, time\nfrom latentac.runs.cli import main\nbegan = time.process_time()\n"
         f"assert main(['runs', '--output', {str(here.output)!r}]) == 0\n"
         "assert 'torch' not in sys.modules\nassert time.process_time() - began < 1\n"
     )
@@ -366,7 +367,8 @@ def test_whoever_waited_for_the_lock_of_a_deleted_run_is_told(here: Place) -> No
     """It must not begin in a folder that is no more."""
     here.run("goes", ["prepare"])
     script = (
-        "import sys\nfrom pathlib import Path\nfrom latentac.lifetime import run_lock\nprint('ready', flush=True)\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from latentac.system.lifetime import run_lock\nprint('ready', flush=True)\n"
         "with run_lock(Path(sys.argv[1])):\n    print('began')\n"
     )
     lock = here.output / "goes" / "run.lock"
@@ -508,7 +510,7 @@ def test_a_delete_that_is_killed_is_finished_by_the_next(here: Place) -> None:
     """kill -9 at any moment, the same command again."""
     for turn in range(6):
         here.run("goes")
-        command = [sys.executable, "-m", "latentac.cli", "delete", "goes", "--yes", "--output", str(here.output)]
+        command = [sys.executable, "-m", "latentac.runs.cli", "delete", "goes", "--yes", "--output", str(here.output)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout
         process.stdout.readline()
@@ -646,7 +648,7 @@ def test_without_a_terminal_nothing_is_removed_unless_told(here: Place, capsys: 
 def test_a_person_is_asked(here: Place, answer: bytes, gone: bool) -> None:
     """On a real terminal; only yes is yes."""
     here.run("one", ["prepare"])
-    command = [sys.executable, "-m", "latentac.cli", "prune", "--keep", "0", "--output", str(here.output)]
+    command = [sys.executable, "-m", "latentac.runs.cli", "prune", "--keep", "0", "--output", str(here.output)]
     with terminal(command) as (process, controller):
         os.write(controller, answer)
         assert process.wait(60) == 0

@@ -13,10 +13,10 @@ from diffusers import StableDiffusion3Pipeline
 
 from latentac.backbones import BACKBONES
 from latentac.backbones.schedulers import FLOW, VARIANCE_PRESERVING, flow_shift, variance_preserving
-from latentac.diffusion import CPS, DDIM, forward_noise
-from latentac.errors import ConfigError
-from latentac.policy import Policy
-from latentac.rollout import rollout
+from latentac.method.diffusion import CPS, DDIM, forward_noise
+from latentac.sampling.policy import Policy
+from latentac.sampling.rollout import rollout
+from latentac.system.errors import ConfigError
 from tests.latentac import miniatures
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' own, by the thousand

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from latentac import scratch
-from latentac.errors import ResourceError
-from latentac.scratch import MAX_PATH_BYTES, temporary_files, write_whole
+from latentac.system import scratch
+from latentac.system.errors import ResourceError
+from latentac.system.scratch import MAX_PATH_BYTES, temporary_files, write_whole
 
 USUAL = "/tmp"  # noqa: S108 - where they go instead
 

@@ -6,15 +6,15 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from latentac import sizing
 from latentac.backbones import BACKBONES
-from latentac.config import Policy
+from latentac.config.schema import Policy
 from latentac.critic import BODIES, Critic
-from latentac.encoding import KEPT_BYTES
-from latentac.errors import ResourceError
-from latentac.resolution import resolve_all
-from latentac.run import recipe_fields
-from latentac.shapes import builtin_pipeline
+from latentac.runs.preparation import sizing
+from latentac.runs.resolution import resolve_all
+from latentac.runs.verbs import recipe_fields
+from latentac.sampling.encoding import KEPT_BYTES
+from latentac.system.errors import ResourceError
+from latentac.worlds.shapes import builtin_pipeline
 from tests.latentac import miniatures
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

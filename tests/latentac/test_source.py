@@ -14,8 +14,8 @@ from latentac.backbones import BACKBONES
 from latentac.backbones.layout import copy, listing
 from latentac.backbones.source import locate
 from latentac.backbones.stable_diffusion import DIT, UNET
-from latentac.distributed import pick_device
-from latentac.errors import ConfigError
+from latentac.sampling.devices import pick_device
+from latentac.system.errors import ConfigError
 from tests.latentac import miniatures
 from tests.latentac.hub import COMMIT, cached, serving
 
@@ -25,7 +25,7 @@ LOCATE = """
 import json, sys
 from latentac.backbones.source import locate
 from latentac.backbones import stable_diffusion
-from latentac.errors import ConfigError
+from latentac.system.errors import ConfigError
 for source, layout, revision in json.loads(sys.argv[1]):
     try:
         folder, commit = locate(source, getattr(stable_diffusion, layout), revision)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentac.config import EarlyStopping, Guard
-from latentac.errors import Diverged
-from latentac.stability import best_iteration, diverged, stop_early, window_means
+from latentac.config.schema import EarlyStopping, Guard
+from latentac.system.errors import Diverged
+from latentac.training.stability import best_iteration, diverged, stop_early, window_means
 from tests.latentac.extensions import Stumbling
 from tests.latentac.trainers import BRIGHTNESS, REDNESS, make_trainer, same, snapshot
 from tests.latentac.workers import prepared, train_here

@@ -9,22 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentac.arms import best_arm, best_steered, plain_arm
 from latentac.backbones.guided import guided
-from latentac.benchmark import arms
-from latentac.diffusion import GaussianTransition, broadcast
-from latentac.distributed import noise_for, uniforms_for
-from latentac.kernels import KERNELS
-from latentac.policy import Policy
-from latentac.pretraining import new_critic
-from latentac.prompts import Prompt
-from latentac.rollout import rollout, steered_rollout
+from latentac.evaluation.arms import best_arm, best_steered, plain_arm
+from latentac.evaluation.benchmark import arms
+from latentac.method.diffusion import GaussianTransition, broadcast
+from latentac.method.randomness import noise_for, uniforms_for
+from latentac.method.records import Trajectory
+from latentac.sampling.kernels import KERNELS
+from latentac.sampling.policy import Policy
+from latentac.sampling.rollout import rollout, steered_rollout
+from latentac.sampling.true_reward import TrueReward
 from latentac.steering import STEERING, Guide, Steering, SteeringState, evaluations
 from latentac.steering.resampling import Particles, Resampling, systematic
 from latentac.steering.twisted import Twisted, TwistedParticles
 from latentac.steering.value_gradient import ascent
-from latentac.true_reward import TrueReward
-from latentac.types import Trajectory
+from latentac.training.value_pretraining import new_critic
+from latentac.worlds.prompts import Prompt
 from tests.latentac.trainers import PROMPTS, SHIPPED, TRAINERS, Redness, configured, make_config, shipped
 from tests.latentac.worlds import (
     NOISY,

@@ -29,7 +29,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from latentac.errors import (
+from latentac.store import Manifest, Patience, Store, access, commit, open_store
+from latentac.store.blobs import Stream
+from latentac.store.places import connect
+from latentac.system.errors import (
     ArtifactNotFound,
     ConfigError,
     IntegrityError,
@@ -39,8 +42,6 @@ from latentac.errors import (
     StoreError,
     StoreUnavailable,
 )
-from latentac.store import Manifest, Patience, Store, access, commit, open_store
-from latentac.store.blobs import Stream, connect
 from tests.minio import Server
 
 HASTY = Patience(retries=3, back_off_seconds=0.05, back_off_max_seconds=0.2)

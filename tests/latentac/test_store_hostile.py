@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from latentac.errors import IntegrityError, StoreAccessError, StoreError
 from latentac.store import Store, open_store
-from latentac.store.blobs import Entry, Patience, Stream, connect
+from latentac.store.blobs import Entry, Patience, Stream
 from latentac.store.manifest import clashes
 from latentac.store.mirror import Mirror
+from latentac.store.places import connect
+from latentac.system.errors import IntegrityError, StoreAccessError, StoreError
 from tests.latentac.test_store import KEY, publish, write
 
 PATIENCE = Patience(retries=1, back_off_seconds=0.05, timeout_seconds=5.0, idle_seconds=5.0)

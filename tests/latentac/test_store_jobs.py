@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from latentac.errors import ConfigError, StoreAccessError, StoreUnavailable
 from latentac.store import bootstrap
-from latentac.store.blobs import Entry, Folder, Patience, Stream, connect
+from latentac.store.blobs import Entry, Folder, Patience, Stream
 from latentac.store.mirror import BLOCK_BYTES, Mirror
+from latentac.store.places import connect
+from latentac.system.errors import ConfigError, StoreAccessError, StoreUnavailable
 from tests.minio import Server, free_port
 
 BOOTSTRAP = [sys.executable, "-m", "latentac.store.bootstrap"]

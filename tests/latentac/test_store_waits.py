@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from latentac.errors import IntegrityError, StoreAccessError, StoreError, StoreUnavailable
 from latentac.store import Manifest, Store, bucket, open_store
 from latentac.store.blobs import Entry, Overrun, Patience, Stream
 from latentac.store.bootstrap import patience_of
 from latentac.store.manifest import commit, is_inside
+from latentac.system.errors import IntegrityError, StoreAccessError, StoreError, StoreUnavailable
 from tests.faults import faulty
 from tests.latentac.test_store import KEY, bulk, publish, use, write
 from tests.minio import Server

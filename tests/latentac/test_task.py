@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from latentac.calls import FOLDER
-from latentac.lifetime import OWNERS
-from latentac.task import ERROR_FILE, EVENT_MARK, EVENTS
+from latentac.runs.task import ERROR_FILE, EVENT_MARK, EVENTS
+from latentac.system.calls import FOLDER
+from latentac.system.lifetime import OWNERS
 
 MANIFEST = """
 from latentac.store import Manifest
@@ -25,7 +25,7 @@ def task(
     """Run `body` as a task of `run`."""
     indented = "\n".join(f"    {line}" for line in body.strip().splitlines())
     source = (
-        "import sys\nfrom latentac.errors import *\nfrom latentac.task import pipeline_task\n"
+        "import sys\nfrom latentac.system.errors import *\nfrom latentac.runs.task import pipeline_task\n"
         f"with pipeline_task({name!r}, {run!r}, sys.argv[1], sys.argv[2]) as publish:\n{indented}\n"
     )
     clean = {key: value for key, value in os.environ.items() if key not in (EVENTS, OWNERS, FOLDER)}
@@ -101,7 +101,9 @@ def test_a_task_of_no_run_makes_nothing(tmp_path: Path, name: str, run: str) -> 
     assert [path.name for path in tmp_path.rglob("*")] == ["output"]
 
 
-CALL = "import os\nfrom latentac.calls import in_flight\nwith in_flight('fragile', ['a red circle'], 60.0):\n    "
+CALL = (
+    "import os\nfrom latentac.system.calls import in_flight\nwith in_flight('fragile', ['a red circle'], 60.0):\n    "
+)
 
 
 @pytest.mark.parametrize("end", ["os._exit(0)", "os.kill(os.getpid(), 11)"])

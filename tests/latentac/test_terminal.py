@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from latentac.terminal import CLEAR_LINE, Guarded, printable
+from latentac.system.terminal import CLEAR_LINE, Guarded, printable
 
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 HOSTILE = "a\x1b[2J\x9b31m\r\x07\u202eb\u2066\u200f\u061c é 日本 😀"
@@ -75,17 +75,20 @@ def test_bars_of_libraries_are_drawn() -> None:
 
 DOORS = {
     # What a parser does not know, it repeats as it is; a value that is refused is mostly shown as Python writes it.
-    "latentac": (["-m", "latentac.cli", "report", "--run", "a", HOSTILE], 2),
+    "latentac": (["-m", "latentac.runs.cli", "report", "--run", "a", HOSTILE], 2),
     "pipelines": (["-m", "pipelines", "run", HOSTILE], 2),
     "the mirror": (["-m", "latentac.store.mirror", "--store", "a", "--prefix", "a", "--to", "a", HOSTILE], 2),
     "the bootstrap": (["-m", "latentac.store.bootstrap", "--store", "a", HOSTILE], 2),
     "the server": (["-m", "latentac.serving", "--model", "a", HOSTILE], 2),
-    "a place": (["-m", "latentac.cli", "run", "--resume", "a", "--output", HOSTILE], 2),
-    "options": (["-m", "latentac.cli", "report", "--run", HOSTILE], 2),
-    "the parser": (["-m", "latentac.cli", HOSTILE], 2),
-    "a field": (["-m", "latentac.cli", "config", "show", "--set", f"card.data={HOSTILE[1:3]}", "--config", HOSTILE], 2),
+    "a place": (["-m", "latentac.runs.cli", "run", "--resume", "a", "--output", HOSTILE], 2),
+    "options": (["-m", "latentac.runs.cli", "report", "--run", HOSTILE], 2),
+    "the parser": (["-m", "latentac.runs.cli", HOSTILE], 2),
+    "a field": (
+        ["-m", "latentac.runs.cli", "config", "show", "--set", f"card.data={HOSTILE[1:3]}", "--config", HOSTILE],
+        2,
+    ),
     "the pipeline": (["-m", "pipelines", "run", "--resume", HOSTILE], 2),
-    "a sweep": (["-m", "latentac.cli", "sweep", "--name", HOSTILE], 2),
+    "a sweep": (["-m", "latentac.runs.cli", "sweep", "--name", HOSTILE], 2),
     "a mirror": (["-m", "latentac.store.mirror", "--store", HOSTILE, "--prefix", "a", "--to", "a"], 2),
     "a store": (["-m", "latentac.store.bootstrap", "--store", HOSTILE], 2),
     "a server": (["-m", "latentac.serving", "--model", HOSTILE], 8),
@@ -114,7 +117,7 @@ def test_no_door_lets_it_through(tmp_path: Path, arguments: list[str], code: int
 def test_a_tracebacks_text_is_guarded_too() -> None:
     """Whoever prints: a log, a bug's traceback, a warning of a library."""
     code = (
-        "from latentac.terminal import guard_streams; guard_streams()\n"
+        "from latentac.system.terminal import guard_streams; guard_streams()\n"
         "import logging, warnings\n"
         f"logging.warning({HOSTILE!r}); warnings.warn({HOSTILE!r})\n"
         f"raise ValueError({HOSTILE!r})"

@@ -8,22 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentac import testing
-from latentac.algorithms import ALGORITHMS
-from latentac.algorithms.grpo import GRPO
-from latentac.algorithms.ppo import PPO
 from latentac.backbones import BACKBONES
 from latentac.backbones.unet import UNetBackbone
 from latentac.critic import BODIES
 from latentac.critic.bodies import FrozenTaps
-from latentac.diffusion import GaussianTransition
-from latentac.kernels import CPS, KERNELS
+from latentac.method.diffusion import GaussianTransition
+from latentac.method.records import Minibatch
 from latentac.rewards import REWARDS
-from latentac.shapes.captions import parse_caption
-from latentac.shapes.scenes import sample_pictures
+from latentac.runs import testing
+from latentac.sampling.kernels import CPS, KERNELS
 from latentac.steering import STEERING
 from latentac.steering.best_of_n import BestOfN
-from latentac.types import Minibatch
+from latentac.training.algorithms import ALGORITHMS
+from latentac.training.algorithms.grpo import GRPO
+from latentac.training.algorithms.ppo import PPO
+from latentac.worlds.shapes.captions import parse_caption
+from latentac.worlds.shapes.scenes import sample_pictures
 
 HERE = "tests.latentac.test_testing"
 

@@ -4,19 +4,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentac.config.fields import merge
+from latentac.config.recipes import RECIPES
+from latentac.config.validation import resolve
 from latentac.critic import Critic
-from latentac.diffusion import alpha_of, broadcast, forward_noise
-from latentac.fields import merge
-from latentac.kernels import KERNELS
-from latentac.losses import clipped_surrogate, guidance_loss
-from latentac.policy import Policy
-from latentac.pretraining import States, fit, predict
-from latentac.recipes import RECIPES
-from latentac.returns import explained_variance, gae
-from latentac.rollout import rollout
+from latentac.method.diffusion import alpha_of, broadcast, forward_noise
+from latentac.method.losses import clipped_surrogate, guidance_loss
+from latentac.method.records import flatten_steps
+from latentac.method.returns import explained_variance, gae
+from latentac.sampling.kernels import KERNELS
+from latentac.sampling.policy import Policy
+from latentac.sampling.rollout import rollout
 from latentac.steering import STEERING
-from latentac.types import flatten_steps
-from latentac.validation import resolve
+from latentac.training.value_pretraining import States, fit, predict
 from tests.latentac.worlds import NOISY, REWARD, STEPS, AnalyticCritic, GaussianBackbone, affine_steps
 
 

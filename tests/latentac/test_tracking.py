@@ -23,18 +23,18 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from latentac import extensions
-from latentac.config import Config
-from latentac.errors import ConfigError
-from latentac.hyperparameters import hyperparameters
-from latentac.metrics import of_evaluation, of_iteration
-from latentac.recipes import RECIPES
-from latentac.resolution import resolve_all
-from latentac.run import _track
+from latentac.config import extensions
+from latentac.config.recipes import RECIPES
+from latentac.config.schema import Config
+from latentac.config.validation import resolve
+from latentac.reporting.metrics import of_evaluation, of_iteration
+from latentac.reporting.tracking import TRACKERS, Background, make_trackers, tracking
+from latentac.reporting.tracking.tensorboard import TensorBoard, all_but_evaluation, until
+from latentac.runs.hyperparameters import hyperparameters
+from latentac.runs.resolution import resolve_all
+from latentac.runs.verbs import _track
 from latentac.store import open_store
-from latentac.tracking import TRACKERS, Background, make_trackers, tracking
-from latentac.tracking.tensorboard import TensorBoard, all_but_evaluation, until
-from latentac.validation import resolve
+from latentac.system.errors import ConfigError
 from tests.faults import faulty
 from tests.latentac.published import EVALUATION
 from tests.latentac.workers import RUN, prepared, train_here
@@ -394,8 +394,8 @@ def test_a_tracker_that_hangs_is_left_behind(caplog: pytest.LogCaptureFixture) -
 
 HANGING = """
 import logging, pathlib, sys
-from latentac.tracking import Background
-from latentac.tracking.wandb import WandB
+from latentac.reporting.tracking import Background
+from latentac.reporting.tracking.wandb import WandB
 
 logging.basicConfig()
 tracker = Background("wandb", lambda: WandB(WandB.Settings(mode="online"), pathlib.Path(sys.argv[1])), patience=8)
@@ -422,7 +422,7 @@ def test_what_a_tracker_cannot_take_fills_no_memory(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A training may last for days, and a tracker may hang or have failed on its first one."""
-    monkeypatch.setattr("latentac.tracking._MOST_CALLS", 10)
+    monkeypatch.setattr("latentac.reporting.tracking._MOST_CALLS", 10)
     release, told = threading.Event(), []
 
     class Slow(Notebook):

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from latentac.checkpoint import read_state, write_state
-from latentac.distributed import Mesh
-from latentac.errors import RewardError
-from latentac.prompts import Prompt, balanced
-from latentac.types import flatten_steps
+from latentac.method.records import flatten_steps
+from latentac.system.errors import RewardError
+from latentac.training.checkpoint import read_state, write_state
+from latentac.training.distributed import Mesh
+from latentac.worlds.prompts import Prompt, balanced
 from tests.latentac.peer import RUNS, do_run
 from tests.latentac.trainers import (
     BRIGHTNESS,

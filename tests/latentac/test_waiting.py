@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from latentac.waiting import Bounds, TimeUp, within
+from latentac.system.waiting import Bounds, TimeUp, within
 
 
 def test_what_ends_in_time_gives_what_it_gives() -> None:

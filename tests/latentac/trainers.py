@@ -8,20 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentac.algorithms import ALGORITHMS, Algorithm
 from latentac.backbones import BACKBONES, Denoiser, load_backbone
-from latentac.config import Config, Extension
-from latentac.config import Reward as RewardSettings
-from latentac.distributed import Mesh
-from latentac.fields import merge
-from latentac.kernels import KERNELS
-from latentac.policy import Policy
-from latentac.pretraining import new_critic
-from latentac.prompts import Prompt, load_prompts
+from latentac.config.fields import merge
+from latentac.config.schema import Config, Extension
+from latentac.config.schema import Reward as RewardSettings
+from latentac.config.validation import resolve
 from latentac.rewards.configured import ConfiguredReward, load_rewards
-from latentac.shapes import PIPELINES, builtin_pipeline
-from latentac.trainer import Trainer
-from latentac.validation import resolve
+from latentac.sampling.kernels import KERNELS
+from latentac.sampling.policy import Policy
+from latentac.training.algorithms import ALGORITHMS, Algorithm
+from latentac.training.distributed import Mesh
+from latentac.training.trainer import Trainer
+from latentac.training.value_pretraining import new_critic
+from latentac.worlds.prompts import Prompt, load_prompts
+from latentac.worlds.shapes import PIPELINES, builtin_pipeline
 
 CPU = torch.device("cpu")
 TRAINERS = "tests.latentac.trainers"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from latentac.run import prepare, pretrain_value
-from latentac.worker import main
-from latentac.workspace import Workspace, open_run
+from latentac.runs.verbs import prepare, pretrain_value
+from latentac.runs.workers.worker import main
+from latentac.runs.workspace import Workspace, open_run
 
 RUN = "some-run"
 _PROMPTS = {

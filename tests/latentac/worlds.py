@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latentac import diffusion
 from latentac.backbones import to_arrays
-from latentac.config import Policy as PolicySettings
-from latentac.diffusion import Kernel
-from latentac.kernels import KERNELS
-from latentac.types import Conditioning
+from latentac.config.schema import Policy as PolicySettings
+from latentac.method import diffusion
+from latentac.method.diffusion import Kernel
+from latentac.method.records import Conditioning
+from latentac.sampling.kernels import KERNELS
 
 MEAN, STD = 0.7, 0.6
 """Of the data: x0 ~ N(MEAN, STD^2)."""

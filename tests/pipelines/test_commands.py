@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from latentac import package
-from latentac.cli import main
+from latentac.runs import package
+from latentac.runs.cli import main
 from latentac.store import open_store
 from pipelines.__main__ import SETTINGS
 from pipelines.pipeline import STEPS

@@ -11,7 +11,7 @@ import yaml
 
 from components import COMPUTE
 from components.cluster.settings import Cluster, read, resolve
-from latentac.errors import ConfigError
+from latentac.system.errors import ConfigError
 from pipelines.__main__ import GOLDEN, MANIFESTS, SETTINGS, main
 from pipelines.cluster import SHARED_MEMORY, WORK, compile_manifests, compile_pipeline
 from pipelines.pipeline import STEPS

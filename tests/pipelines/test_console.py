@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from latentac.task import EVENT_MARK
+from latentac.runs.task import EVENT_MARK
 from pipelines.console import Console
 
 STEPS = ("prepare", "train")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from latentac.run import VERBS, prepare, resolve_recipe
+from latentac.runs.verbs import VERBS, prepare, resolve_recipe
 from latentac.store import Manifest, open_store
 from pipelines.console import Console
 from pipelines.driver import Way, _conclude, _done_already

@@ -26,7 +26,11 @@ from pipelines.pipeline import STEPS
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 OPTIONS = ["--recipe", "shapes-unet-smoke", "--set", "train.num_iterations=8"]
-PARTS = {"step": "kfp.dsl.executor_main", "agent": "torch.distributed.run", "worker": "latentac.supervisor"}
+PARTS = {
+    "step": "kfp.dsl.executor_main",
+    "agent": "torch.distributed.run",
+    "worker": "latentac.runs.workers.supervisor",
+}
 
 
 @dataclass

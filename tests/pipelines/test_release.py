@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from latentac.cli import main
+from latentac.runs.cli import main
 from pipelines.__main__ import SETTINGS
 from tests.cluster.control_plane import ControlPlane
 from tests.pipelines.kfp_server import Frame, Kfp, serving
@@ -92,7 +92,17 @@ def test_pods_that_may_not_be_read_do_not_end_the_following(
     settings = ["--cluster-settings", str(tmp_path / "cluster.yaml")]
 
     # In a process of its own: the client reads KUBECONFIG when it is imported.
-    command = [sys.executable, "-m", "latentac.cli", "pipeline", "follow", "run-1", *settings, "--poll-seconds", "0.05"]
+    command = [
+        sys.executable,
+        "-m",
+        "latentac.runs.cli",
+        "pipeline",
+        "follow",
+        "run-1",
+        *settings,
+        "--poll-seconds",
+        "0.05",
+    ]
     environment = {**os.environ, "KUBECONFIG": nobody}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

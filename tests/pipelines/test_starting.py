@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from latentac import package as packages
-from latentac.errors import ConfigError
-from latentac.run import resolve_recipe
-from latentac.shapes import builtin_pipeline
+from latentac.runs import package as packages
+from latentac.runs.verbs import resolve_recipe
 from latentac.store import open_store
+from latentac.system.errors import ConfigError
+from latentac.worlds.shapes import builtin_pipeline
 from pipelines.request import Request, create_run, load_run, local_sources, read_request
 from tests.pipelines.test_end_to_end import OPTIONS, Driver, come_to, run_id, weights
 from tests.test_house import FILES, PACKAGES, ROOT
@@ -44,7 +44,7 @@ def model(folder: Path) -> Path:
 
 def prompts(file: Path) -> Path:
     """Two prompts to train on and eight to hold out."""
-    from latentac.prompts import load_prompts
+    from latentac.worlds.prompts import load_prompts
 
     found = json.loads(load_prompts("builtin:shapes").to_json())
     file.write_text(json.dumps({"train": found["train"][:2], "held_out": found["held_out"][:8]}))
@@ -290,7 +290,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
             (site / path.name).symlink_to(path)
     shutil.unpack_archive(wheel, site, "zip")
     script = place / "venv" / "bin" / "latentac"
-    script.write_text(f"#!{script.with_name('python')}\nimport sys\nfrom latentac.cli import main\nsys.exit(main())\n")
+    script.write_text(
+        f"#!{script.with_name('python')}\nimport sys\nfrom latentac.runs.cli import main\nsys.exit(main())\n"
+    )
     script.chmod(0o755)
     return str(script)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from latentac.cli import main
-from latentac.errors import ConfigError
-from latentac.run import recipe_fields
+from latentac.runs.cli import main
+from latentac.runs.verbs import recipe_fields
+from latentac.system.errors import ConfigError
 from pipelines.__main__ import SETTINGS
 from pipelines.grid import Member, Sweep, load, members, read_axis, read_seeds
 from pipelines.pipeline import STEPS
@@ -35,7 +35,7 @@ def sweep(folder: Path, *arguments: str) -> int:
 
 
 def command(folder: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "latentac.cli", "sweep", "--output", str(folder / "runs"), *arguments]
+    return [sys.executable, "-m", "latentac.runs.cli", "sweep", "--output", str(folder / "runs"), *arguments]
 
 
 @pytest.mark.parametrize(

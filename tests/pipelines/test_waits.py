@@ -11,8 +11,8 @@ from pathlib import Path
 import kfp_server_api
 import pytest
 
-from latentac.errors import ClusterError, ClusterUnavailable, ResourceError
-from latentac.waiting import Bounds
+from latentac.system.errors import ClusterError, ClusterUnavailable, ResourceError
+from latentac.system.waiting import Bounds
 from pipelines import containers
 from pipelines.following import Follower
 from pipelines.service import Order, Service

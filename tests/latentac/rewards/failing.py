@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from latentac import extensions
+from latentac.config import extensions
 
 
 class Failing:

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from latentac import extensions
-from latentac.calls import FOLDER, crash_in_call, in_flight
-from latentac.config import Reward
-from latentac.errors import ConfigError, ResourceError, RewardError
-from latentac.prompts import Prompt
+from latentac.config import extensions
+from latentac.config.schema import Reward
 from latentac.rewards.configured import ConfiguredReward, load_rewards
+from latentac.system.calls import FOLDER, crash_in_call, in_flight
+from latentac.system.errors import ConfigError, ResourceError, RewardError
+from latentac.worlds.prompts import Prompt
 
 IMAGES = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)
 PROMPTS = [Prompt(text, "all", {"place": place}) for place, text in enumerate(("a", "b", "c"))]

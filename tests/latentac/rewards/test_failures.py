@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from latentac import failures
-from latentac.errors import RewardError
-from latentac.run import prepare
+from latentac.runs.verbs import prepare
+from latentac.runs.workers import failures
 from latentac.store import open_store
+from latentac.system.errors import RewardError
 from tests.latentac.test_incumbent import start
 from tests.latentac.workers import RUN, SMALL, prepared
 
@@ -21,7 +21,7 @@ USE = "tests.latentac.rewards.failing:Failing"
 
 
 def run(folder: Path, verb: str, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "latentac.cli", verb, "--run", RUN, "--output", str(folder), *words]
+    command = [sys.executable, "-m", "latentac.runs.cli", verb, "--run", RUN, "--output", str(folder), *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
 
 
@@ -110,7 +110,7 @@ def test_in_a_worker_on_a_cluster(tmp_path: Path) -> None:
     with_reward(tmp_path, "crashes")
     url = f"file://{tmp_path}/store"
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
-    command = [sys.executable, "-m", "latentac.supervisor", RUN, url, str(tmp_path)]
+    command = [sys.executable, "-m", "latentac.runs.workers.supervisor", RUN, url, str(tmp_path)]
     environment = os.environ | group | {failures.ATTEMPT: "attempt-1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 5, done.stderr
@@ -131,7 +131,7 @@ def test_in_a_worker_on_a_cluster(tmp_path: Path) -> None:
 def test_in_a_step_of_a_whole_run(how: str, words: str, tmp_path: Path) -> None:
     """The step is a process of the pipeline's; the driver reports what its end leaves."""
     changes = [argument for change in [*SMALL, *settings(how, "always", 3.0)] for argument in ("--set", change)]
-    command = [sys.executable, "-m", "latentac.cli", "run", "--recipe", "shapes-unet-smoke", *changes]
+    command = [sys.executable, "-m", "latentac.runs.cli", "run", "--recipe", "shapes-unet-smoke", *changes]
     done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 5, done.stderr
     first = done.stderr.strip().splitlines()[0]

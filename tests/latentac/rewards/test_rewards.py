@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from latentac.errors import ConfigError, RewardError
 from latentac.rewards import REWARDS
-from latentac.shapes.captions import parse_caption
-from latentac.shapes.scenes import sample_pictures
+from latentac.system.errors import ConfigError, RewardError
+from latentac.worlds.shapes.captions import parse_caption
+from latentac.worlds.shapes.scenes import sample_pictures
 
 PROMPTS = ("a red circle", "three blue squares", "a cyan square above a red circle", "a green square and a red circle")
 # The first two pictures show their prompts, the other two are of each other's prompts.

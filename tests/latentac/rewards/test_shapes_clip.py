@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from latentac.errors import RewardError
 from latentac.rewards import REWARDS
-from latentac.shapes.captions import CATEGORIES, balanced_prompts, parse_caption
-from latentac.shapes.contrastive import hard_negatives
-from latentac.shapes.scenes import sample_pictures
+from latentac.system.errors import RewardError
+from latentac.worlds.shapes.captions import CATEGORIES, balanced_prompts, parse_caption
+from latentac.worlds.shapes.contrastive import hard_negatives
+from latentac.worlds.shapes.scenes import sample_pictures
 
 SPECS = [parse_caption(prompt.text) for prompt in balanced_prompts("held_out", 96, seed=11)]
 LEAST_SHARE = {"one_object": 0.95, "counting": 0.93, "relation": 0.85, "two_objects": 0.95}

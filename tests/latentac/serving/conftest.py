@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from latentac.backbones import load_backbone
-from latentac.config import Config
+from latentac.config.schema import Config
 from latentac.critic import Critic
-from latentac.resolution import Resolved, resolve_all
+from latentac.runs.resolution import Resolved, resolve_all
 from latentac.serving.exported import FILE, add_base, export
 from latentac.serving.generator import Generator
-from latentac.shapes import builtin_pipeline
 from latentac.steering import STEERING
+from latentac.worlds.shapes import builtin_pipeline
 
 
 @pytest.fixture(scope="session")

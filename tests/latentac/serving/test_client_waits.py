@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from latentac.errors import ServingError
 from latentac.serving.client import Client
 from latentac.serving.process import ServerProcess
+from latentac.system.errors import ServingError
 from tests.faults import faulty, seconds_of
 from tests.latentac.serving.conftest import changed
 

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from latentac.backbones import load_backbone
-from latentac.config import Extension
+from latentac.config.schema import Extension
 from latentac.critic import Critic
-from latentac.errors import ResourceError, ServingError
 from latentac.serving.deployment import serve_and_check
 from latentac.serving.generator import Generator, png
 from latentac.serving.server import bind
+from latentac.system.errors import ResourceError, ServingError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

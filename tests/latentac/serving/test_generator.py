@@ -12,16 +12,16 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from safetensors.torch import load_file, save_file
 
 from latentac.backbones import BACKBONES
+from latentac.config.extensions import ALLOWED, Table
 from latentac.critic import BODIES
-from latentac.errors import ConfigError, ServingError
-from latentac.extensions import ALLOWED, Table
-from latentac.kernels import KERNELS
-from latentac.release import generate_picture
+from latentac.runs.release.deploy import generate_picture
+from latentac.sampling.kernels import KERNELS
 from latentac.serving.exported import FILE, image_size
 from latentac.serving.generator import Generator
 from latentac.serving.pipeline import LatentacPipeline
 from latentac.serving.request import parse_one
 from latentac.steering import STEERING
+from latentac.system.errors import ConfigError, ServingError
 from tests.latentac.serving.conftest import changed
 
 PROMPT = "two red squares"

@@ -8,9 +8,9 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from latentac.errors import ConfigError
 from latentac.serving.access import Access, access
 from latentac.serving.guard import Guard
+from latentac.system.errors import ConfigError
 
 TOKEN = "0123456789abcdef"
 PREDICT = "/v1/models/latentac:predict"

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from latentac.errors import ConfigError, ServingError
 from latentac.serving.generator import Generator
 from latentac.serving.pipeline import LatentacPipeline
+from latentac.system.errors import ConfigError, ServingError
 
 PROMPTS = ["two red squares", "a blue circle"]
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from latentac.config import Config, Extension, Kernel, Named
-from latentac.errors import ConfigError
+from latentac.config.schema import Config, Extension, Kernel, Named
 from latentac.serving import request
 from latentac.serving.exported import Batching, Exported, Head, Limits, Method
 from latentac.serving.openai import ImagesRequest, parse_images
 from latentac.serving.request import Request, decoded, most_values, parse, parse_one
 from latentac.serving.tensors import infer_request, instances
+from latentac.system.errors import ConfigError
 
 
 def method(name: str, strength: float) -> Method:

@@ -24,11 +24,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentac.errors import ResourceError, ServingError
 from latentac.serving.client import Client
 from latentac.serving.generator import Generator
 from latentac.serving.process import ServerProcess
 from latentac.serving.server import bind
+from latentac.system.errors import ResourceError, ServingError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

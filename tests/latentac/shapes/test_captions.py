@@ -2,7 +2,7 @@
 
 import pytest
 
-from latentac.shapes.captions import (
+from latentac.worlds.shapes.captions import (
     CATEGORIES,
     COLOURS,
     SHAPES,

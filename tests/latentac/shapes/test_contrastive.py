@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer
 
 from latentac.rewards.shapes_clip import WEIGHTS
-from latentac.shapes.captions import parse_caption
-from latentac.shapes.contrastive import ContrastiveTraining, contrastive_loss, hard_negatives, main, pretrain
+from latentac.worlds.shapes.captions import parse_caption
+from latentac.worlds.shapes.contrastive import ContrastiveTraining, contrastive_loss, hard_negatives, main, pretrain
 
 TRAINING = ContrastiveTraining(steps=2, batch=8)
 
@@ -71,8 +71,8 @@ def test_the_shipped_weights_are_those_that_are_described():
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]):
-    """`python -m latentac.shapes.contrastive --help`."""
+    """`python -m latentac.worlds.shapes.contrastive --help`."""
     with pytest.raises(SystemExit) as left:
         main(["--help"])
     assert left.value.code == 0
-    assert "example: python -m latentac.shapes.contrastive --output" in capsys.readouterr().out
+    assert "example: python -m latentac.worlds.shapes.contrastive --output" in capsys.readouterr().out

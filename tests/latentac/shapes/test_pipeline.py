@@ -10,19 +10,19 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from latentac.backbones import load_backbone
-from latentac.config import Extension
-from latentac.diffusion import Kernel
-from latentac.errors import ConfigError
-from latentac.kernels import KERNELS
-from latentac.policy import Policy
-from latentac.rollout import rollout
-from latentac.shapes import PIPELINES, builtin_pipeline
-from latentac.shapes.autoencoder import encode, to_images
-from latentac.shapes.captions import CATEGORIES, balanced_prompts, parse_caption, specifications
-from latentac.shapes.scenes import sample_pictures
-from latentac.shapes.tokens import build_tokenizer
-from latentac.shapes.transformer import KERNEL
-from latentac.shapes.verifier import verify
+from latentac.config.schema import Extension
+from latentac.method.diffusion import Kernel
+from latentac.sampling.kernels import KERNELS
+from latentac.sampling.policy import Policy
+from latentac.sampling.rollout import rollout
+from latentac.system.errors import ConfigError
+from latentac.worlds.shapes import PIPELINES, builtin_pipeline
+from latentac.worlds.shapes.autoencoder import encode, to_images
+from latentac.worlds.shapes.captions import CATEGORIES, balanced_prompts, parse_caption, specifications
+from latentac.worlds.shapes.scenes import sample_pictures
+from latentac.worlds.shapes.tokens import build_tokenizer
+from latentac.worlds.shapes.transformer import KERNEL
+from latentac.worlds.shapes.verifier import verify
 
 # What the library wants to be told: which parts are missing on purpose, and how the pipeline samples.
 LOADING = {"shapes-unet": {}, "shapes-dit": {"text_encoder_3": None, "tokenizer_3": None}}

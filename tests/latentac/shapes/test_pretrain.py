@@ -8,9 +8,9 @@ import pytest
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from latentac.shapes.autoencoder import AutoencoderTraining
-from latentac.shapes.pretrain import Settings, main, pretrain
-from latentac.shapes.training import DenoiserTraining
+from latentac.worlds.shapes.autoencoder import AutoencoderTraining
+from latentac.worlds.shapes.pretrain import Settings, main, pretrain
+from latentac.worlds.shapes.training import DenoiserTraining
 
 SETTINGS = Settings(
     seed=1,
@@ -59,8 +59,8 @@ def test_the_dit_takes_the_autoencoder_of_another_pipeline(tmp_path: Path):
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]):
-    """`python -m latentac.shapes.pretrain --help`."""
+    """`python -m latentac.worlds.shapes.pretrain --help`."""
     with pytest.raises(SystemExit) as left:
         main(["--help"])
     assert left.value.code == 0
-    assert "example: python -m latentac.shapes.pretrain --output" in capsys.readouterr().out
+    assert "example: python -m latentac.worlds.shapes.pretrain --output" in capsys.readouterr().out

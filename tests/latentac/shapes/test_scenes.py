@@ -5,8 +5,17 @@ import hashlib
 import numpy as np
 import pytest
 
-from latentac.shapes.captions import CATEGORIES, Kind, parse_caption, specifications
-from latentac.shapes.scenes import BACKGROUND, IMAGE_SIZE, PALETTE, Object, Scene, render, sample_pictures, sample_scene
+from latentac.worlds.shapes.captions import CATEGORIES, Kind, parse_caption, specifications
+from latentac.worlds.shapes.scenes import (
+    BACKGROUND,
+    IMAGE_SIZE,
+    PALETTE,
+    Object,
+    Scene,
+    render,
+    sample_pictures,
+    sample_scene,
+)
 
 PICTURES_SHA256 = "d48e82e787af4bdff7f512b00ac483464641f6f821a74b31568934a4462e7934"
 SQUARE = Scene((Object(Kind("red", "square"), 16.0, 16.0, 8.0),))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from latentac.shapes.captions import (
+from latentac.worlds.shapes.captions import (
     CATEGORIES,
     COLOURS,
     RELATIONS,
@@ -14,8 +14,8 @@ from latentac.shapes.captions import (
     parse_caption,
     specifications,
 )
-from latentac.shapes.scenes import BACKGROUND, PALETTE, render, sample_pictures, sample_scene
-from latentac.shapes.verifier import verify
+from latentac.worlds.shapes.scenes import BACKGROUND, PALETTE, render, sample_pictures, sample_scene
+from latentac.worlds.shapes.verifier import verify
 
 PICTURES = 150
 

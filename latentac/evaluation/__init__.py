@@ -1,0 +1,1 @@
+"""How good a model is: held-out prompts, measures with intervals, and the steering benchmark."""

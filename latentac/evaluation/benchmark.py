@@ -1,0 +1,118 @@
+"""The steering benchmark: reward against the number of function evaluations, at the same prompts and seeds."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from latentac.config.schema import Config
+from latentac.critic import Critic
+from latentac.evaluation.arms import best_steered
+from latentac.evaluation.held_out import Arm, gallery, sample
+from latentac.evaluation.measures import interval
+from latentac.rewards.configured import ConfiguredReward
+from latentac.sampling.policy import Policy
+from latentac.steering import STEERING, Steering, evaluations
+from latentac.system.names import PLAIN
+from latentac.system.progress import progress
+from latentac.worlds.prompts import Prompt, balanced
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One arm. method: its configured name, or `none`; candidates: rollouts per picture; steering: None where plain."""
+
+    method: str
+    strength: float
+    candidates: int
+    steering: Steering | None
+
+    @property
+    def label(self) -> str:
+        if self.steering is None:
+            return "plain"
+        return f"{self.method} {self.strength:g}" if self.candidates == 1 else f"{self.method} {self.candidates}"
+
+
+def arms(config: Config) -> list[Plan]:
+    """Plain sampling, then of each configured method its `sweep` of strengths with one candidate, and its own strength
+    with each of `candidates`. Every head counts by its reward's weight."""
+    weights = torch.tensor([reward.weight for reward in config.rewards])
+    plans = [Plan(PLAIN, 0.0, 1, None)]
+    for place, method in enumerate(config.steering.methods):
+        settings: Any = STEERING.settings(method, f"steering.methods.{place}")
+        wanted = [(float(strength), 1) for strength in settings.sweep]
+        wanted += [(settings.strength, candidates) for candidates in settings.candidates]
+        for strength, candidates in wanted:
+            plans.append(Plan(method.name, strength, candidates, STEERING.make(method, strength * weights, candidates)))
+    return plans
+
+
+def run_benchmark(
+    config: Config, policy: Policy, critic: Critic, rewards: Sequence[ConfiguredReward], prompts: Sequence[Prompt]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """One row per arm and reward, and a gallery.
+
+    A row is {method, strength, candidates, nfe, reward, mean, low, high, n, seconds}. nfe counts forwards of the
+    denoiser per image, a backward as 2; seconds are wall time for all n images, decoding and scoring included. The
+    gallery shows the arm that was best by the gate's reward, on the prompts and noise of `compare`.
+    """
+    evaluation, seed, steps, block = config.evaluation, config.seed, config.kernel.num_steps, config.train.block_images
+    chosen = [prompts[i] for i in balanced(prompts, evaluation.num_images, seed, "evaluation")]
+    wanted, shown = chosen[: config.steering.num_images], chosen[: evaluation.num_gallery_prompts]
+    rows: list[dict[str, Any]] = []
+    plans = arms(config)
+    # What an arm costs goes by its evaluations, so these are the unit: pictures would promise a wrong end. Which arm
+    # the gallery shows is not known yet: it counts as the dearest.
+    costs = [evaluations(plan.steering, steps) for plan in plans]
+    with progress(sum(costs) * len(wanted) + max(costs) * len(shown), "steer", "evaluations") as bar:
+        for number, (plan, cost) in enumerate(zip(plans, costs, strict=True), 1):
+            bar.begin(f"arm {number} of {len(plans)}: {plan.label}")
+            started = time.monotonic()
+            arm = sample(
+                policy,
+                critic,
+                rewards,
+                wanted,
+                seed,
+                steps,
+                block_images=block,
+                steering=plan.steering,
+                bar=bar,
+                units=cost,
+            )
+            rows += _rows(config, arm, time.monotonic() - started, plan)
+        best = best_steered(rows, config.gate.reward)
+        wanted_arm = (best["method"], best["strength"], best["candidates"]) if best else None
+        steering = next((p.steering for p in plans if (p.method, p.strength, p.candidates) == wanted_arm), None)
+        bar.begin("gallery")
+        arm = sample(
+            policy,
+            critic,
+            rewards,
+            shown,
+            seed,
+            steps,
+            block_images=block,
+            steering=steering,
+            bar=bar,
+            units=max(costs),
+        )
+    return rows, gallery(config, [prompt.text for prompt in shown], {"steered": arm})
+
+
+def _rows(config: Config, arm: Arm, seconds: float, plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {
+            "method": plan.method,
+            "strength": plan.strength,
+            "candidates": plan.candidates,
+            "nfe": evaluations(plan.steering, config.kernel.num_steps),
+            "reward": name,
+            **interval(arm.scores.column(name).numpy(), config.evaluation.num_bootstrap, config.seed),
+            "seconds": seconds,
+        }
+        for name in arm.scores.names
+    ]

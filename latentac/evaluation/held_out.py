@@ -1,0 +1,283 @@
+"""Fixed prompts, fixed seeds, intervals: the numbers that a run reports, and the pictures beside them."""
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentac.config.schema import Config
+from latentac.critic import Critic
+from latentac.evaluation.measures import DEFINITIONS, difference, diversity, interval, intervals, median, ratio
+from latentac.method.randomness import noise_for, uniforms_for
+from latentac.method.records import Scores, Trajectory
+from latentac.method.returns import explained_variance
+from latentac.rewards.configured import ConfiguredReward
+from latentac.sampling.devices import map_blocks
+from latentac.sampling.policy import Policy
+from latentac.sampling.rollout import rollout, score, steered_rollout
+from latentac.steering import Steering
+from latentac.system.progress import Progress, progress
+from latentac.worlds.prompts import Prompt, PromptSet, balanced
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one way of sampling gave. images: uint8 [N, H, W, 3]; scores: N rows; values: [N, K, M]."""
+
+    images: np.ndarray
+    scores: Scores
+    values: Tensor
+
+    def first(self, count: int) -> "Arm":
+        """The first `count` pictures."""
+        scores = Scores(self.scores.rewards[:count], self.scores.names)
+        return Arm(self.images[:count], scores, self.values[:count])
+
+
+def sample(
+    policy: Policy,
+    critic: Critic | None,
+    rewards: Sequence[ConfiguredReward],
+    prompts: Sequence[Prompt],
+    seed: int,
+    num_steps: int,
+    *,
+    block_images: int,
+    steering: Steering | None = None,
+    bar: Progress[Any] | None = None,
+    units: int = 1,
+) -> Arm:
+    """One picture a prompt. Image i has the same noise in every arm; its candidate 0 is the unsteered rollout.
+
+    block_images: so many go through the denoiser together, each with all its candidates. bar: of the step that this is
+    a part of; a picture counts `units` of it.
+    """
+    device = policy.backbone.device
+    blocks = [range(start, min(start + block_images, len(prompts))) for start in range(0, len(prompts), block_images)]
+
+    def run(block: range) -> tuple[np.ndarray, Scores, Tensor]:
+        own = [prompts[slot] for slot in block]
+        texts = [prompt.text for prompt in own]
+        trajectory = _roll_out(policy, critic, texts, block, seed, num_steps, steering, device)
+        images = policy.backbone.decode(trajectory.clean)
+        scores = score(rewards, images, own)
+        if bar is not None:
+            bar.update(units * len(block))
+        return images, scores, trajectory.values
+
+    parts = map_blocks(run, blocks, device)
+    return Arm(
+        images=np.concatenate([images for images, _, _ in parts]),
+        scores=Scores(torch.cat([scores.rewards for _, scores, _ in parts]), parts[0][1].names),
+        values=torch.cat([values for _, _, values in parts]),
+    )
+
+
+def _roll_out(
+    policy: Policy,
+    critic: Critic | None,
+    texts: Sequence[str],
+    slots: range,
+    seed: int,
+    num_steps: int,
+    steering: Steering | None,
+    device: torch.device,
+) -> Trajectory:
+    conditioning = policy.backbone.encode(texts)
+    candidates = steering.candidates if steering else 1
+    keys = [("evaluation", slot, candidate) for slot in slots for candidate in range(candidates)]
+    noise = noise_for(keys, seed, num_steps, policy.backbone.latent_shape).to(device)
+    if steering is None or critic is None:
+        return rollout(policy, critic, texts, conditioning, noise)
+    uniforms = uniforms_for([("evaluation", slot) for slot in slots], seed, num_steps).to(device)
+    parted = noise.unflatten(0, (-1, candidates))
+    return steered_rollout(policy, critic, texts, conditioning, parted, steering, uniforms)
+
+
+def compare(
+    config: Config,
+    policies: Mapping[str, Policy],
+    critic: Critic,
+    rewards: Sequence[ConfiguredReward],
+    prompts: PromptSet,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The policies `base`, `trained` and, where there is one, `incumbent` on held-out prompts, the categories in turn,
+    the same noise for each; and `trained` on a quarter as many training prompts.
+
+    Returns evaluation.json and the gallery with scores.json (see `picture_scores`). evaluation.json: {<arm>: reward ->
+    interval, difference (trained - base), incumbent_difference (trained - incumbent) and held_out_gap: reward ->
+    interval, units, categories, critic, and `contrasts`}. Intervals resample images; those of a difference of two
+    policies resample pairs of images with the same prompt and noise.
+    """
+    settings, seed = config.evaluation, config.seed
+    held_out = prompts.held_out
+    chosen = [held_out[index] for index in balanced(held_out, settings.num_images, seed, "evaluation")]
+    texts, steps, block = [prompt.text for prompt in chosen], config.kernel.num_steps, config.train.block_images
+    seen = [prompts.train[i] for i in balanced(prompts.train, settings.num_images // 4, seed, "evaluation")]
+    more = (settings.pictures_per_prompt - 1) * len(texts[: settings.num_diversity_prompts])
+    with progress(len(policies) * (len(texts) + more) + len(seen), "evaluate", "images") as bar:
+        arms = {}
+        for number, (name, policy) in enumerate(policies.items(), 1):
+            bar.begin(f"policy {number} of {len(policies)}: {name}")
+            watching = critic if name == "trained" else None
+            arms[name] = sample(policy, watching, rewards, chosen, seed, steps, block_images=block, bar=bar)
+        bar.begin("trained, on training prompts")
+        fitted = sample(policies["trained"], None, rewards, seen, seed, steps, block_images=block, bar=bar)
+        bar.begin("diversity and latency")
+        measured = contrasts(config, policies, texts, {name: arm.images for name, arm in arms.items()}, bar)
+    trained, main = arms["trained"], config.reward_names.index(config.gate.reward)
+    differences = {
+        key: Scores(trained.scores.rewards - arms[name].scores.rewards, trained.scores.names)
+        for name, key in (("base", "difference"), ("incumbent", "incumbent_difference"))
+        if name in arms
+    }
+    labels = np.array([prompt.category for prompt in chosen])
+    content = {
+        **{name: intervals(arm.scores, settings.num_bootstrap, seed) for name, arm in arms.items()},
+        **{key: intervals(scores, settings.num_bootstrap, seed) for key, scores in differences.items()},
+        "held_out_gap": {
+            name: difference(
+                fitted.scores.column(name).numpy(), trained.scores.column(name).numpy(), settings.num_bootstrap, seed
+            )
+            for name in trained.scores.names
+        },
+        "units": {reward.name: reward.unit for reward in rewards},
+        "categories": {
+            category: {
+                name: float(arm.scores.rewards[torch.from_numpy(labels == category), main].mean())
+                for name, arm in arms.items()
+            }
+            for category in sorted(set(labels.tolist()))
+        },
+        "critic": {
+            "explained_variance": explained_variance(
+                trained.values[..., main], trained.scores.rewards[:, main]
+            ).tolist()
+        },
+        **measured,
+    }
+    count = min(settings.num_gallery_prompts, len(texts))
+    shown = gallery(config, texts[:count], {name: arm.first(count) for name, arm in arms.items()})
+    shape = policies["trained"].backbone.latent_shape
+    return content, {**shown, "scores": picture_scores(config, texts, arms, shape)}
+
+
+def picture_scores(
+    config: Config, texts: Sequence[str], arms: Mapping[str, Arm], latent_shape: Sequence[int]
+) -> dict[str, Any]:
+    """scores.json: what each picture scored, so that two runs can be compared picture by picture.
+
+    {"prompts": texts, "noise": what it was drawn from: two runs with equal ones have the same noise for picture i,
+    "rewards": {<arm>: {<reward>: a number a picture}}}.
+    """
+    noise = {"seed": config.seed, "num_steps": config.kernel.num_steps, "latent_shape": list(latent_shape)}
+    return {"prompts": list(texts), "noise": noise, "rewards": {name: _columns(arm) for name, arm in arms.items()}}
+
+
+def _columns(arm: Arm) -> dict[str, list[float]]:
+    return {name: arm.scores.column(name).tolist() for name in arm.scores.names}
+
+
+def contrasts(
+    config: Config,
+    policies: Mapping[str, Policy],
+    texts: Sequence[str],
+    images: Mapping[str, np.ndarray],
+    bar: Progress[Any] | None = None,
+) -> dict[str, Any]:
+    """{diversity, latency, definitions} of the policies, from a few more pictures of the first prompts.
+
+    images: of each policy, those that `sample` gave for `texts`; they are the first picture of each prompt.
+    diversity: {<arm>: interval, difference and kept: of trained to each other arm, prompts resampled in pairs};
+    latency: {<arm>: median, ratio: of trained to each other arm, block_images}.
+    """
+    settings, seed = config.evaluation, config.seed
+    texts = texts[: settings.num_diversity_prompts]
+    more, seconds, block = _more_pictures(config, policies, texts, bar)
+    resampling = (settings.num_bootstrap, seed)
+    spread = {name: diversity(np.concatenate([images[name][: len(texts), None], more[name]], 1)) for name in policies}
+    others = [name for name in policies if name != "trained"]
+    trained = spread["trained"]
+    return {
+        "diversity": {
+            **{name: interval(numbers, *resampling) for name, numbers in spread.items()},
+            "difference": {name: interval(trained - spread[name], *resampling) for name in others},
+            "kept": {name: ratio(trained, spread[name], *resampling) for name in others},
+        },
+        "latency": {
+            **{name: median(numbers, *resampling) for name, numbers in seconds.items()},
+            "ratio": {name: median(seconds["trained"] / seconds[name], *resampling) for name in others},
+            "block_images": block,
+        },
+        "definitions": DEFINITIONS,
+    }
+
+
+def _more_pictures(
+    config: Config, policies: Mapping[str, Policy], texts: Sequence[str], bar: Progress[Any] | None
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], int]:
+    """The further pictures of each prompt, uint8 [P, D - 1, H, W, 3] a policy, the seconds a picture of each block of
+    them [blocks], and a block's number of pictures.
+
+    All policies do a block one after another, in turns the first first or last, so that a busy machine slows all. On a
+    CPU a block is one thread's work: its processor time leaves out what else runs there.
+    """
+    draws = range(1, config.evaluation.pictures_per_prompt)
+    size = min(config.train.block_images, max(1, len(texts) // 8))  # eight of each draw, to be compared in pairs
+    blocks = [
+        (number, draw, range(start, min(start + size, len(texts))))
+        for number, (draw, start) in enumerate(itertools.product(draws, range(0, len(texts), size)))
+    ]
+    device = next(iter(policies.values())).backbone.device
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
+
+    def run(block: tuple[int, int, range]) -> dict[str, tuple[np.ndarray, float]]:
+        number, draw, slots = block
+        prompts = [texts[slot] for slot in slots]
+        found = {}
+        for name in list(policies)[:: 1 if number % 2 else -1]:
+            policy, started = policies[name], clock()
+            keys = [("evaluation", slot, draw) for slot in slots]
+            noise = noise_for(keys, config.seed, config.kernel.num_steps, policy.backbone.latent_shape).to(device)
+            trajectory = rollout(policy, None, prompts, policy.backbone.encode(prompts), noise)
+            pictures = policy.backbone.decode(trajectory.clean)  # in the CPU's memory, so the device has finished
+            found[name] = pictures, (clock() - started) / len(slots)
+            if bar is not None:
+                bar.update(len(slots))
+        return found
+
+    parts = map_blocks(run, blocks, device)
+    images, seconds = {}, {}
+    for name in policies:
+        pictures = np.concatenate([part[name][0] for part in parts])
+        images[name] = pictures.reshape(len(draws), len(texts), *pictures.shape[1:]).swapaxes(0, 1)
+        seconds[name] = np.array([part[name][1] for part in parts])
+    return images, seconds, size
+
+
+def gallery(config: Config, texts: Sequence[str], arms: Mapping[str, Arm]) -> dict[str, Any]:
+    """Contact sheets by arm and their index: picture i of each sheet has prompt i and noise i of the run's seed.
+
+    The index has what each picture scored, {<arm>: {<reward>: a number a picture}}.
+    """
+    columns = 4
+    sheets: dict[str, Any] = {name: contact_sheet(arm.images, columns) for name, arm in arms.items()}
+    size = next(iter(arms.values())).images.shape[1]
+    index = {"prompts": list(texts), "seeds": [f"{config.seed}/{i}" for i in range(len(texts))]}
+    scores = {name: _columns(arm) for name, arm in arms.items()}
+    return {**sheets, "index": {**index, "image_size": size, "columns": columns, "rewards": scores}}
+
+
+def contact_sheet(images: np.ndarray, columns: int) -> Image.Image:
+    """Pictures uint8 [N, H, W, 3] in rows of `columns`, without margins."""
+    count, height, width, _ = images.shape
+    sheet = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")
+    for index, picture in enumerate(images):
+        sheet.paste(Image.fromarray(picture), (index % columns * width, index // columns * height))
+    return sheet

@@ -1,0 +1,160 @@
+"""The records that the layers pass to each other, and the legend of their axes.
+
+    P  prompts      G  group (rollouts of one prompt)      B = P * G  images
+    K  denoising steps      S  stochastic steps, S <= K      M  rewards
+    L  text tokens      C  text width      *latent  one latent image, for example (4, 8, 8)
+
+Latents run in the order of the decision process, from noise (index 0) to data (index K).
+Every tensor of numbers that learn or are learned from is float32.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser is conditioned on. tokens: float32 [B, L, C], the text encoder's output for each prompt;
+    pooled: float32 [B, C'], one vector a prompt, where the denoiser takes one."""
+
+    tokens: Tensor
+    pooled: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Self:
+        """The conditioning of the images that `index`, int64 [N], names; repeated rows are allowed."""
+        return replace(self, tokens=self.tokens[index], pooled=None if self.pooled is None else self.pooled[index])
+
+    def to(self, device: torch.device) -> Self:
+        """On `device`."""
+        return replace(
+            self, tokens=self.tokens.to(device), pooled=None if self.pooled is None else self.pooled.to(device)
+        )
+
+
+def join(parts: Sequence[Conditioning]) -> Conditioning:
+    """The rows of all parts, in order."""
+    pooled = [part.pooled for part in parts if part.pooled is not None]
+    return Conditioning(torch.cat([part.tokens for part in parts]), torch.cat(pooled) if pooled else None)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """The values' gradient by the latents that a stochastic step led to. gradients: [B, S, *latent], of the weighted,
+    standardised values; known: bool [B, S], where there is one. Or [N, *latent] and [N]."""
+
+    gradients: Tensor
+    known: Tensor
+
+    def rows(self, index: Tensor | tuple[Tensor, Tensor]) -> Self:
+        return replace(self, gradients=self.gradients[index], known=self.known[index])
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A batch of rollouts: all that an update needs, and nothing of the network's own state.
+
+    prompts:      B texts
+    conditioning: their conditioning, B rows
+    latents:      [B, K+1, *latent] from noise to data
+    sigmas:       [K+1] noise levels, the float values that the kernel used, descending; the last is 0
+    means:        [B, S, *latent] the acting policy's mean at each stochastic step, for exact KLs
+    log_probs:    [B, S] summed log-density of each stochastic step's next latents under the acting policy, nats
+    values:       [B, K, M] the critic's estimate at each state that was denoised; M = 0 without a critic
+    policy_version: optimizer updates that the acting policy had seen
+    features: name -> [B, K, ...], what the critic saw of each state; nothing unless it was asked for
+    guidance: where the critic would have each stochastic step's next latents; None unless it was asked for
+    """
+
+    prompts: Sequence[str]
+    conditioning: Conditioning
+    latents: Tensor
+    sigmas: Tensor
+    means: Tensor
+    log_probs: Tensor
+    values: Tensor
+    policy_version: int
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    guidance: Guidance | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """K, the number of denoising steps."""
+        return self.latents.shape[1] - 1
+
+    @property
+    def num_stochastic_steps(self) -> int:
+        """S, the number of leading steps that have a density."""
+        return self.log_probs.shape[1]
+
+    @property
+    def clean(self) -> Tensor:
+        """[B, *latent], the latents at the end of the trajectory."""
+        return self.latents[:, -1]
+
+    def rows(self, index: Tensor) -> Self:
+        """The rollouts that `index`, int64 [N], names, in that order."""
+        return replace(
+            self,
+            prompts=[self.prompts[int(row)] for row in index],
+            conditioning=self.conditioning.rows(index),
+            latents=self.latents[index],
+            means=self.means[index],
+            log_probs=self.log_probs[index],
+            values=self.values[index],
+            features={name: feature[index] for name, feature in self.features.items()},
+            guidance=None if self.guidance is None else self.guidance.rows(index),
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """rewards: float32 [B, M], each column in that reward's own unit; names: M names in column order."""
+
+    rewards: Tensor
+    names: tuple[str, ...]
+
+    def column(self, name: str) -> Tensor:
+        """[B], the rewards that `name` gave."""
+        return self.rewards[:, self.names.index(name)]
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """N denoising steps, flattened over images and steps.
+
+    latents, next_latents: [N, *latent]     sigma, sigma_next: [N]     conditioning: N rows
+    old_means: [N, *latent], old_log_probs: [N]: of the acting policy     advantages: [N], whitened
+    guidance: N rows, or None
+    """
+
+    latents: Tensor
+    next_latents: Tensor
+    sigma: Tensor
+    sigma_next: Tensor
+    conditioning: Conditioning
+    old_means: Tensor
+    old_log_probs: Tensor
+    advantages: Tensor
+    guidance: Guidance | None = None
+
+
+def flatten_steps(trajectory: Trajectory, advantages: Tensor, image: Tensor, step: Tensor) -> Minibatch:
+    """Pick the transitions (image[i], step[i]) out of a trajectory.
+
+    advantages: [B, S]; image, step: int64 [N], `step` below S.
+    """
+    return Minibatch(
+        latents=trajectory.latents[image, step],
+        next_latents=trajectory.latents[image, step + 1],
+        sigma=trajectory.sigmas[step],
+        sigma_next=trajectory.sigmas[step + 1],
+        conditioning=trajectory.conditioning.rows(image),
+        old_means=trajectory.means[image, step],
+        old_log_probs=trajectory.log_probs[image, step],
+        advantages=advantages[image, step],
+        guidance=None if trajectory.guidance is None else trajectory.guidance.rows((image, step)),
+    )

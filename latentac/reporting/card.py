@@ -1,0 +1,270 @@
+"""The model card: a run's page of Markdown, and the README.md of a folder that it exported, from the same facts.
+
+What comes from outside (names, units, prompts, settings) is escaped: it can neither end a cell nor become HTML. Only
+the texts of the configuration's section `card` are Markdown, and they are no HTML either.
+"""
+
+import html
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from latentac.system.terminal import printable
+
+_UNKNOWN = "Not known. Say it in the configuration, as"
+_TAGS = {"StableDiffusionPipeline": "stable-diffusion", "StableDiffusion3Pipeline": "stable-diffusion-3"}
+_USE = "## Draw with diffusers"
+_ADAPTER = "## The adapter alone"
+_DEFAULT_USE = """\
+Pictures from prompts like those of the training, in research on reinforcement learning of diffusion models. Judge it on
+your own prompts before you use it for anything else."""
+_DEFAULT_LIMITS = """\
+- The rewards above are all that was measured; what they do not see may have become worse.
+- No safety checker looks at the pictures, in training, in the endpoint, or in this folder.
+- Whatever the base model reproduces of its data, this one may reproduce too."""
+
+Facts = Mapping[str, Any]
+"""Of summary.json: run, recipe, seed, commit, settings, evaluation, training, steering, gate, serving, and perhaps the
+rewards' units. What is not there yet is None or empty."""
+
+
+def model_card(facts: Facts) -> str:
+    """card.md: what was trained on what, what it gained, what the gate said."""
+    return _joined([f"# {_text(facts['run'])}", *_body(facts)])
+
+
+def folder_card(facts: Facts, kind: str, use: str, adapter: str = "") -> str:
+    """README.md of an exported folder, as the hub reads it. kind: the pipeline's class; use, adapter: sections made by
+    `use_section`, or ""."""
+    return _joined([_front_matter(facts, kind, adapter != ""), f"# {_text(facts['run'])}", use, adapter, *_body(facts)])
+
+
+def use_section(code: str, adapter: bool = False) -> str:
+    """How to draw with this folder, from `latentac.sampling.snippet.usage`; adapter: with its adapters on the base."""
+    if adapter:
+        return (
+            f"{_ADAPTER}\n\n`lora/` holds what was trained, without the base, for `load_lora_weights`, which needs"
+            f" peft. Run in this folder, this draws the same picture:\n\n```python\n{code.strip()}\n```"
+            if code
+            else ""
+        )
+    if not code:
+        return (
+            f"{_USE}\n\nThe folder loads, but no scheduler of diffusers takes the steps that this model was trained"
+            " with, so its pictures differ. `latentac generate` draws the right ones."
+        )
+    return (
+        f"{_USE}\n\nRun in this folder, this draws the picture that latentac's endpoint draws without steering from the"
+        f" same prompt and seed, within one grey level of 255:\n\n```python\n{code.strip()}\n```\n\nOther numbers of"
+        " steps, another scheduler and diffusers' own guidance scale draw other pictures."
+    )
+
+
+def sections(readme: str) -> tuple[str, str]:
+    """(use, adapter): those sections of a folder's README.md, for the README.md of a copy; "" what it does not have."""
+
+    def section(heading: str) -> str:
+        start = readme.find(f"\n{heading}\n")
+        if start < 0:
+            return ""
+        end = readme.find("\n## ", start + 1 + len(heading))
+        return readme[start : end if end >= 0 else None].strip()
+
+    return section(_USE), section(_ADAPTER)
+
+
+def base_model(settings: Mapping[str, Any]) -> str:
+    """What the run began with, without a path of the machine: a hub id, `builtin:<name>`, or a folder's name."""
+    source = str(settings["backbone"]["source"])
+    named = str((settings.get("card") or {}).get("base_model") or "")
+    if named or source.startswith("builtin:") or _is_hub_id(source):
+        return named or source
+    return Path(source).name
+
+
+def _is_hub_id(source: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", source) is not None
+
+
+def _front_matter(facts: Facts, kind: str, adapter: bool) -> str:
+    """YAML, of which JSON strings and lists are a part."""
+    settings = facts["settings"]
+    told = settings.get("card") or {}
+    base = base_model(settings)
+    fields: dict[str, Any] = {"license": told.get("licence") or "unknown"}
+    if _is_hub_id(base):
+        fields |= {"base_model": base, "base_model_relation": "finetune"}
+    if told.get("datasets"):
+        fields["datasets"] = list(told["datasets"])
+    tags = ["diffusers", "latentac", "reinforcement-learning", *([_TAGS[kind]] if kind in _TAGS else [])]
+    fields |= {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": [*tags, *(["lora"] if adapter else [])],
+    }
+    # What is not printable is escaped, in JSON and in YAML alike.
+    lines = (f"{name}: {printable(json.dumps(value, ensure_ascii=False))}" for name, value in fields.items())
+    return "\n".join(["---", *lines, "---"])
+
+
+def _body(facts: Facts) -> Iterator[str]:
+    settings = facts["settings"]
+    told = settings.get("card") or {}
+    backbone, prompts, training = settings["backbone"], settings.get("prompts") or {}, facts["training"] or []
+    yield "## The run"
+    yield _table(
+        ("", ""),
+        [
+            ("recipe", f"{_text(facts['recipe'])}, seed {_text(facts['seed'])}"),
+            ("backbone", f"{_text(_name(backbone))} from {_text(_place(backbone['source']))}"),
+            ("base model", _text(base_model(settings))),
+            ("licence", _text(told.get("licence") or "not known: `card.licence`")),
+            ("prompts", _text(_place(prompts.get("source", "")))),
+            ("code", _text(facts["commit"] or "unknown")),
+            # The count is of all iterations so far, so that of the last one is the run's.
+            ("images scored in training", max((row.get("images") or 0 for row in training), default=0) or "none"),
+        ],
+    )
+    yield from _rewards(facts)
+    yield from _training(settings, training)
+    yield from _steering(facts["steering"] or [])
+    gate, serving = facts["gate"], facts["serving"]
+    if gate is None:
+        yield "Not judged: the run has not come to the gate."
+    else:
+        reasons = [f"- {_text(reason)}" for reason in gate["reasons"] or ()]
+        yield "\n".join([f"## Gate: {_text(gate['decision'])}", "", *reasons])
+        for bound in gate.get("overrides") or ():
+            new, old = _text(bound["new"]), _text(bound["old"])
+            yield f"Judged with another bound than the run's: {_code(bound['field'])} is {new}, not {old}."
+    if serving:
+        yield f"Served as version {_code(serving['version'])}."
+        if serving.get("forced"):
+            reasons = [f"- {_text(reason)}" for reason in serving["forced"]["reasons"]]
+            yield "\n".join(["Forced into production over the gate, which says:", "", *reasons])
+    elif gate is not None and gate["decision"] == "promote":
+        yield "Promoted, and not deployed."
+    yield f"## Data\n\n{_prose(told.get('data')) or _unknown('card.data')}"
+    yield f"## Intended use\n\n{_prose(told.get('intended_use')) or _DEFAULT_USE}"
+    yield f"## Limits\n\n{_prose(told.get('limits')) or _DEFAULT_LIMITS}"
+
+
+def _rewards(facts: Facts) -> Iterator[str]:
+    settings, evaluation = facts["settings"], facts["evaluation"]
+    weights = {_name(reward): reward.get("weight", 1.0) for reward in settings.get("rewards") or []}
+    if evaluation is None:
+        yield "## Rewards\n\nNot evaluated."
+        units = facts.get("units") or {}
+        listed = [(_code(name), _text(units.get(name) or ""), f"{weight:g}") for name, weight in weights.items()]
+        yield _table(("reward", "unit", "weight"), listed)
+        return
+    arms = ("base", "trained", "difference")
+    rows = [
+        (
+            _code(name),
+            _text(evaluation["units"].get(name) or ""),
+            f"{weights[name]:g}" if name in weights else "",
+            *(_interval(evaluation[arm].get(name)) for arm in arms),
+        )
+        for name in evaluation["base"]
+    ]
+    yield (
+        "## Rewards on held-out prompts\n\nMeans before and after training, and the difference, with 95 % intervals."
+        " A reward of weight 0 was watched and not trained on."
+    )
+    yield _table(("reward", "unit", "weight", *arms), rows)
+
+
+def _training(settings: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if not training:
+        return
+    policy, kernel, last = settings.get("policy") or {}, settings.get("kernel") or {}, training[-1]
+    lora = policy.get("adaptation") == "lora"
+    rank, alpha = _text(policy.get("lora_rank")), _text(policy.get("lora_alpha"))
+    what = f"LoRA of rank {rank}, alpha {alpha}" if lora else "all weights"
+    rows = [
+        ("trained", what),
+        ("algorithm", _text(_name(settings.get("algorithm") or {}))),
+        ("learning rate", _text(policy.get("learning_rate") or "")),
+        ("sampler", ", ".join(f"{_text(name)} {_text(value)}" for name, value in kernel.items())),
+        ("iterations", _text(last.get("iteration") or len(training))),
+        ("seconds", f"{sum(row.get('seconds') or 0 for row in training):.0f}"),
+        ("mean reward, first iteration and last", f"{_number(training[0], last, 'reward_mean')}"),
+    ]
+    yield "## Training"
+    yield _table(("", ""), [row for row in rows if row[1] not in (None, "")])
+
+
+def _number(first: Mapping[str, Any], last: Mapping[str, Any], name: str) -> str:
+    ends = [row.get(name) for row in (first, last)]
+    return ", ".join(f"{end:.3f}" if end is not None and math.isfinite(end) else "–" for end in ends)
+
+
+def _steering(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if not rows:
+        return
+    yield "## Steering the trained model"
+    table = [
+        (
+            _code(row["method"]),
+            "–" if row.get("strength") is None else f"{row['strength']:g}",
+            _text(row.get("candidates") or "–"),
+            _text(row["nfe"]),
+            _code(row["reward"]),
+            _interval(row),
+        )
+        for row in rows
+    ]
+    yield _table(("method", "strength", "candidates", "evaluations", "reward", "mean"), table)
+
+
+def _interval(row: Mapping[str, Any] | None) -> str:
+    values = [(row or {}).get(name) for name in ("mean", "low", "high")]
+    mean, low, high = (f"{value:.3f}" if value is not None and math.isfinite(value) else "–" for value in values)
+    return "–" if mean == "–" else f"{mean} [{low}, {high}]"
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    """Of an extension as the configuration names it."""
+    return str(row.get("name") or row.get("use") or "")
+
+
+def _place(source: object) -> str:
+    """A source without the folders of the machine that it lies on."""
+    text = str(source)
+    return text if text.startswith("builtin:") or _is_hub_id(text) or not text else Path(text).name
+
+
+def _unknown(field: str) -> str:
+    return f"{_UNKNOWN} `{field}`."
+
+
+def _prose(text: object) -> str:
+    """Markdown of the configuration, without HTML, links that run code, and headings that would end its section."""
+    prose = html.escape(printable(str(text or "").strip()), quote=False)
+    prose = re.sub(r"(\]\(\s*|\]:\s*)(javascript|vbscript|data)\\*:", r"\1\2%3A", prose, flags=re.I)
+    return re.sub(r"^( {0,3})(#+(?=\s|$)|=+\s*$|-+\s*$)", r"\1\\\2", prose, flags=re.M)
+
+
+def _text(value: object) -> str:
+    """One line of text: no HTML, and no Markdown but code; an address in it becomes no link."""
+    line = html.escape(printable(" ".join(str(value).split())), quote=False)
+    return re.sub(r"[\\*\[\]~@]|:(?=//)|(?<=www)\.|(?<!\w)_|_(?!\w)|^[#>+]|^-(?!\d)", r"\\\g<0>", line)
+
+
+def _code(name: object) -> str:
+    """A name as code."""
+    return "`" + printable(" ".join(str(name).replace("`", "'").split())) + "`"
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> str:
+    """A Markdown table; a bar in a cell would end it."""
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return "\n\n".join(part for part in parts if part) + "\n"

@@ -1,0 +1,398 @@
+"""The command line: parse, call a verb, map errors to exit codes. Nothing heavy is imported before a verb runs."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentac import __version__
+from latentac.runs.housekeeping.commands import add_verbs
+from latentac.system.errors import ConfigError, LatentacError, Problem, ResourceError, expected
+from latentac.system.reading import PORTS, SEEDS, whole
+from latentac.system.terminal import guard_streams
+
+if TYPE_CHECKING:
+    from latentac.store import Manifest
+
+_STEPS = {
+    "prepare": "resolve a recipe, check all that can be checked, fetch backbone and prompts",
+    "pretrain-value": "regress the critic on rollouts of the frozen actor",
+    "train": "train policy and critic with PPO, as an elastic TorchX app",
+    "evaluate": "base against trained on held-out prompts and fixed seeds",
+    "steer": "reward against function evaluations of each way to steer",
+    "gate": "decide whether the trained model is promoted or held",
+    "deploy": "export, serve with KServe, ask for a steered picture, make it the production model",
+    "finish": "write and publish the report of what the run has published, complete or not",
+}
+
+_FURTHER = {
+    "run": "the whole pipeline on this machine, or what it would do (--dry-run)",
+    "sweep": "a grid of settings and seeds, run one after another or on a cluster, and compared on one page",
+    "pipeline": "the pipeline on a cluster: compile, upload, submit, follow, report, cancel, schedule",
+}
+"""Commands of packages above this one, found by entry points of the group `latentac.commands`."""
+
+_EXIT_CODES = """exit codes:
+  0 done   1 unexpected   2 configuration   3 store   4 damaged artifact   5 reward
+  6 resource (disk, port, device)   7 training   8 serving   9 cluster   75 unavailable, try again   130 interrupted"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is the error's (see `latentac.system.errors`)."""
+    if arguments is None:  # else the caller is a program, whose streams, signals and import path are its own
+        guard_streams()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in _FURTHER:
+        options = argparse.Namespace(command=_run_further, words=words)
+    else:
+        options = _parser().parse_args(words)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("latentac").setLevel(logging.INFO)
+    try:
+        if arguments is None:
+            from latentac.runs.package import make_importable
+            from latentac.system.lifetime import stop_on_sigterm
+
+            stop_on_sigterm()
+            make_importable(_working_folder())  # as `python -m` does
+        options.program = arguments is None
+        command: Callable[[argparse.Namespace], int | None] = options.command
+        return command(options) or 0
+    except (LatentacError, OSError, ImportError) as error:
+        meant = expected(error)
+        if meant is None:
+            raise
+        print(f"latentac: {meant}", file=sys.stderr)
+        return meant.exit_code
+    except KeyboardInterrupt:
+        print("latentac: interrupted; the same command goes on from what is done", file=sys.stderr)
+        return 130
+
+
+def _working_folder() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise ResourceError("the working folder", "is not there any more", "Change to one that is") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _make(
+        argparse.ArgumentParser,
+        "latentac",
+        "Align diffusion models with rewards by actor-critic reinforcement learning in latent space.",
+        "latentac prepare --run first --recipe shapes-unet --set seed=1\n  latentac pretrain-value --run first",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(metavar="verb", required=True)
+    for name, summary in _STEPS.items():
+        example = f"latentac {name} --run first"
+        if name == "prepare":
+            example += " --recipe shapes-unet --set policy.learning_rate=3e-5 --set seed=1"
+        verb = _make(verbs.add_parser, name, summary, example)
+        _add_place(verb)
+        if name == "gate":
+            _add_gate(verb)
+        if name == "deploy":
+            verb.add_argument("--force", action="store_true", help="also a held run, or one that was deployed before")
+        if name == "prepare":
+            _add_settings(verb)
+            verb.add_argument("--project", default="", metavar="NAME", help="as --set project=NAME")
+        verb.set_defaults(command=_run_verb, verb=name)
+
+    for name, summary in _FURTHER.items():  # only for the list: they are called before anything is parsed
+        verbs.add_parser(name, help=summary, add_help=False)
+
+    add_verbs(_make, verbs.add_parser)
+    _add_config(verbs)
+
+    report = _make(verbs.add_parser, "report", "write report.html and summary.json", "latentac report --run first")
+    _add_place(report)
+    report.set_defaults(command=_report)
+
+    _add_compare(verbs)
+
+    _add_serve(verbs)
+
+    fetch = _make(
+        verbs.add_parser,
+        "fetch-model",
+        "copy a published model, verified, into a folder or an empty mount",
+        "latentac fetch-model --version first-0a1b2c3d --store s3://models/demo --to model",
+    )
+    fetch.add_argument(
+        "--version", required=True, metavar="V", help="the model's version, as in registry/*/production.json"
+    )
+    fetch.add_argument("--store", required=True, metavar="URL", help="file:// or s3://bucket/prefix")
+    fetch.add_argument("--to", required=True, type=Path, metavar="FOLDER", help="what to fill: empty, or not there yet")
+    fetch.set_defaults(command=_fetch)
+
+    generate = _make(
+        verbs.add_parser,
+        "generate",
+        "make pictures with a model: what was deployed last, or what a run deployed or trained",
+        'latentac generate --run first --prompt "a red circle" --seed 7 --steer shapes_verifier=2 --picture out.png',
+    )
+    _add_model(generate)
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--seed", type=whole(*SEEDS), default=0)
+    generate.add_argument(
+        "--count", type=whole(1, 1000), default=1, help="pictures, side by side (default: %(default)s)"
+    )
+    generate.add_argument("--steer", action="append", default=[], metavar="reward=strength", help="a dial; repeat it")
+    generate.add_argument(
+        "--picture", default="picture.png", metavar="FILE", help="PNG to write (default: %(default)s)"
+    )
+    generate.set_defaults(command=_generate)
+    return parser
+
+
+def _add_config(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    summary = "show the resolved settings, or explain the fields"
+    example = "latentac config show --recipe shapes-unet > mine.yaml\n  latentac config fields train"
+    commands = _make(verbs.add_parser, "config", summary, example).add_subparsers(metavar="command", required=True)
+    example = "latentac config show --recipe shapes-unet --set algorithm.use=grpo"
+    show = _make(commands.add_parser, "show", "print the resolved settings as commented YAML", example)
+    _add_settings(show)
+    show.set_defaults(command=_show_config)
+    example = "latentac config fields rewards.weight\n  latentac config fields algorithm.grpo"
+    fields = _make(
+        commands.add_parser, "fields", "explain a section, a field, a row of a table, or all of them", example
+    )
+    fields.add_argument("path", nargs="?", default="", metavar="PATH", help="such as train, or algorithm.grpo")
+    fields.set_defaults(command=_explain_fields)
+
+
+def _add_settings(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--recipe", default="shapes-unet", help="named configuration (default: %(default)s)")
+    verb.add_argument("--config", default="", metavar="FILE", help="YAML file over the recipe")
+    verb.add_argument("--set", action="append", default=[], metavar="a.b=c", help="a field over both; repeat it")
+    verb.add_argument(
+        "--package", default="", metavar="DIR", help="your own code: kept with the run, importable in each step"
+    )
+
+
+def _make(
+    factory: Callable[..., argparse.ArgumentParser], name: str, summary: str, example: str
+) -> argparse.ArgumentParser:
+    return factory(
+        name,
+        description=summary[0].upper() + summary[1:],
+        epilog=f"example:\n  {example}\n\n{_EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **({} if factory is argparse.ArgumentParser else {"help": summary}),
+    )
+
+
+def _add_compare(verbs: Any) -> None:
+    compare = _make(
+        verbs.add_parser,
+        "compare",
+        "write one page about several runs, and a table here",
+        "latentac compare first second --to compare.html",
+    )
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="two or more; the others are held against the first")
+    _add_folders(compare)
+    compare.add_argument(
+        "--to", type=Path, metavar="FILE", help="the page (default: OUTPUT/compare.html); JSON beside it"
+    )
+    compare.set_defaults(command=_compare)
+
+
+def _add_serve(verbs: Any) -> None:
+    from latentac.serving.access import add_access
+
+    serve = _make(
+        verbs.add_parser,
+        "serve",
+        "serve a model with KServe: what was deployed last, or what a run deployed or trained",
+        "latentac serve --run first\n  latentac serve --project shapes-unet --port 8081",
+    )
+    _add_model(serve)
+    serve.add_argument("--port", type=whole(*PORTS), default=8080, help="port on loopback (default: %(default)s)")
+    add_access(serve)
+    serve.set_defaults(command=_serve)
+
+
+def _add_place(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--run", required=True, metavar="ID", help="the run's id")
+    _add_folders(verb)
+
+
+def _add_model(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--run", default="", metavar="ID", help="a run that has trained, be it held or deployed")
+    verb.add_argument("--project", default="", metavar="NAME", help="or whose model in production (default: the last)")
+    _add_folders(verb)
+
+
+def _add_gate(verb: argparse.ArgumentParser) -> None:
+    text = "another bound than the run's own, for example gate.min_gain=0.02: decide again; repeat it"
+    verb.add_argument("--set", action="append", default=[], metavar="gate.b=c", help=text)
+    verb.add_argument("--dry-run", action="store_true", help="print the verdict and publish nothing")
+
+
+def _add_folders(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--store", default="", metavar="URL", help="file:// or s3://bucket/prefix (default: OUTPUT/store)"
+    )
+    verb.add_argument("--output", default="runs", metavar="FOLDER", help="working folders (default: %(default)s)")
+
+
+def _run_verb(options: argparse.Namespace) -> int | None:
+    from latentac.runs.task import LOCK_FILE
+    from latentac.runs.verbs import VERBS
+    from latentac.system.calls import CALLS, FOLDER, STEPS, supervised
+    from latentac.system.lifetime import own_descendants, run_lock
+    from latentac.system.names import working_folder
+    from latentac.system.scratch import temporary_files
+
+    own_descendants()
+    place: dict[str, Any] = {"run": options.run, "store": options.store, "output": options.output}
+    if options.verb == "gate" and options.dry_run:
+        _judge(place, options.set)
+        return None
+    if options.verb == "prepare":
+        project = [f"project={json.dumps(options.project)}"] if options.project else []
+        given = {"recipe": options.recipe, "config": options.config, "overrides": [*options.set, *project]}
+        place |= {**given, "package": options.package}
+    if options.verb == "gate":
+        place["overrides"] = options.set
+    if options.verb == "deploy":
+        place["force"] = options.force
+    folder = working_folder(options.run, options.output)
+    _check_run(options, folder, place.get("overrides", []))
+    if options.program and options.verb in STEPS and FOLDER not in os.environ:
+        ended = supervised(folder / CALLS)
+        if ended is not None:
+            code, crash = ended
+            if crash is not None:
+                raise crash
+            return code
+    with run_lock(folder / LOCK_FILE), temporary_files(folder):
+        manifest: Manifest | None = VERBS[options.verb](**place)
+        if manifest is not None and (place.get("overrides") or options.verb == "deploy") and options.verb != "prepare":
+            _tell_again(options)
+    if manifest is None:
+        print(json.dumps({"key": None, "metrics": {}}))
+    else:
+        print(json.dumps({"key": manifest.key, "metrics": manifest.metrics}, indent=2))
+    return None
+
+
+def _check_run(options: argparse.Namespace, folder: Path, overrides: Sequence[str]) -> None:
+    """What can be wrong with a run, or with a new one's settings, before a folder is made for it."""
+    from latentac.reporting.summary import prepared
+    from latentac.runs.verbs import resolve_recipe
+    from latentac.runs.workspace import default_store
+    from latentac.store import open_store
+    from latentac.system.lifetime import refuse_links
+
+    if options.verb == "prepare":
+        if not options.package:
+            resolve_recipe(options.recipe, options.config, overrides)
+    elif options.verb != "finish":  # which comes last in any case, and has nothing to tell of a run without a step
+        prepared(open_store(options.store or default_store(options.output)), [options.run])
+    refuse_links(folder)
+
+
+def _tell_again(options: argparse.Namespace) -> None:
+    """Where the run's report was published, let it say what a person has decided since."""
+    from latentac.runs.verbs import finish
+    from latentac.runs.workspace import default_store
+    from latentac.store import open_store
+
+    if f"{options.run}/finish" in open_store(options.store or default_store(options.output)).keys(options.run):
+        finish(options.run, options.store, options.output)
+
+
+def _judge(place: dict[str, str], overrides: list[str]) -> None:
+    """What the gate would say with these bounds."""
+    from latentac.runs.release.gate import markdown
+    from latentac.runs.verbs import judge
+    from latentac.runs.workspace import open_run
+
+    print(markdown(judge(open_run(**place), overrides), place["run"]), end="")
+
+
+def _run_further(options: argparse.Namespace) -> int | None:
+    from importlib.metadata import entry_points
+
+    name, *arguments = options.words
+    for found in entry_points(group="latentac.commands", name=name):
+        code: int | None = found.load()(arguments)
+        return code
+    remedy = "Install the whole package anew: `make install`, or pip install."
+    raise ConfigError([Problem(name, arguments, "this installation has no such command", remedy)])
+
+
+def _show_config(options: argparse.Namespace) -> None:
+    from latentac.runs.package import use_in_place
+    from latentac.runs.reference import commented_yaml
+    from latentac.runs.resolution import resolve_all
+    from latentac.runs.verbs import recipe_fields
+
+    if options.package:
+        use_in_place(Path(options.package))
+    sys.stdout.write(commented_yaml(resolve_all(recipe_fields(options.recipe, options.config, options.set)).config))
+
+
+def _explain_fields(options: argparse.Namespace) -> None:
+    from latentac.runs.reference import fields_text
+
+    sys.stdout.write(fields_text(options.path))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from latentac.reporting.report import write_report
+    from latentac.runs.workspace import default_store
+    from latentac.system.names import working_folder
+
+    working_folder(options.run, options.output)
+    for path in write_report(options.run, options.store or default_store(options.output), options.output):
+        print(path)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from latentac.reporting.compare import table, write_comparison
+    from latentac.runs.workspace import default_store
+
+    store = options.store or default_store(options.output)
+    made = write_comparison(options.runs, store, options.output, options.to)
+    for line in [*table(made.content), str(made.page), str(made.numbers)]:
+        print(line)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from latentac.runs.release.deploy import model_to_use
+    from latentac.serving.server import serve
+
+    with model_to_use(options.run, options.project, options.store, options.output) as (folder, told):
+        print(told, flush=True)
+        who = {"hosts": options.allow_host, "origins": options.allow_origin, "token_file": options.token_file}
+        serve(folder, options.port, **who)
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    from latentac.runs.release.deploy import fetch_version
+
+    manifest = fetch_version(options.version, options.store, options.to)
+    size = sum(file.size for file in manifest.files)
+    print(json.dumps({"key": manifest.key, "files": len(manifest.files), "bytes": size, "folder": str(options.to)}))
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from latentac.runs.release.deploy import generate_picture, model_to_use
+
+    picture = Path(options.picture)
+    with model_to_use(options.run, options.project, options.store, options.output) as (folder, told):
+        print(told, file=sys.stderr, flush=True)
+        used = generate_picture(folder, options.prompt, options.seed, options.count, options.steer, picture)
+    print(json.dumps({"picture": str(picture), **used}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

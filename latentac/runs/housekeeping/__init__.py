@@ -1,0 +1,1 @@
+"""The runs of an output folder and a store: listed, deleted, pruned."""

@@ -1,0 +1,138 @@
+"""What a run would do and need, and everything that would refuse it, found without writing anything."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from latentac.backbones import layout_of
+from latentac.backbones.layout import INDEX
+from latentac.backbones.source import locate
+from latentac.config.schema import Config
+from latentac.config.validation import resolve
+from latentac.runs import package as packages
+from latentac.runs.preparation import prepare as preparation
+from latentac.runs.preparation import sizing
+from latentac.runs.preparation.rehearsal import rehearse
+from latentac.runs.verbs import recipe_fields
+from latentac.runs.workspace import existing
+from latentac.sampling.devices import pick_device
+from latentac.store import open_store
+from latentac.system.errors import ConfigError, LatentacError, Problem, ResourceError
+
+if TYPE_CHECKING:
+    from latentac.runs.preparation.sizing import Requirements
+    from latentac.worlds.prompts import PromptSet
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """settings: None where they are refused themselves; needs: disk and memory by item, a line each, None where the
+    backbone is not on this machine; refused: one message each."""
+
+    settings: Config | None
+    needs: tuple[str, ...] | None
+    refused: tuple[str, ...]
+
+
+def plan(recipe: str, config: str, overrides: Sequence[str], package: str, store: str, output: Path) -> Plan:
+    """All that `prepare` would check, each check on its own, so that one refusal does not hide another."""
+    refused: list[str] = []
+
+    def attempt(check: Callable[[], T]) -> T | None:
+        try:
+            return check()
+        except LatentacError as error:
+            refused.extend(line for line in str(error).splitlines() if line not in refused)
+            return None
+
+    attempt(lambda: _check_output(output))
+    attempt(lambda: _check_store(store))
+    if package:
+        attempt(lambda: _check_package(Path(package)))
+    from latentac.runs.resolution import resolve_all
+    from latentac.worlds.prompts import load_prompts
+
+    fields = attempt(lambda: recipe_fields(recipe, config, overrides))
+    resolved = attempt(lambda: resolve_all(fields)) if fields is not None else None
+    # An extension that is refused hides nothing else, a field that is wrong does.
+    settings = resolved.config if resolved else attempt(lambda: resolve(fields)) if fields is not None else None
+    if settings is None:
+        return Plan(None, None, tuple(refused))
+    attempt(lambda: preparation.check_machine(settings, output))
+    prompts = attempt(lambda: load_prompts(settings.prompts))
+    if resolved is not None:
+        attempt(lambda: preparation.check_known(resolved.rewards))
+    rehearsed = None
+    folder = attempt(lambda: on_this_machine(settings.backbone.source, settings.backbone.revision))
+    needed = attempt(lambda: requirements(settings, folder, prompts)) if folder else None
+    if needed is not None:
+        attempt(lambda: sizing.check_room(needed, output, store))
+    if needed is not None and folder is not None and prompts is not None and resolved is not None:
+        device = pick_device(settings.backbone.device)
+        rehearsed = attempt(lambda: rehearse(resolved.config, folder, prompts.train[0].text, device))
+    if rehearsed is not None and prompts is not None and resolved is not None:
+        attempt(lambda: preparation.check_lengths(settings, prompts, rehearsed.backbone))
+        block = settings.train.block_images
+        attempt(lambda: preparation.check_scoring(resolved.rewards, prompts, rehearsed.pictures[0], block))
+    needs = None if needed is None else tuple(sizing.describe(needed))
+    return Plan(resolved.config if resolved else None, needs, tuple(refused))
+
+
+def requirements(settings: Config, folder: Path, prompts: "PromptSet | None") -> "Requirements":
+    """What the run needs with the pipeline in `folder`. Raises ConfigError with all that is wrong with that."""
+    layout = layout_of(settings.backbone)
+    found, _ = locate(str(folder), layout)
+    return sizing.requirements(settings, found, len(prompts.train) if prompts else 0)
+
+
+def on_this_machine(source: str, revision: str) -> Path | None:
+    """The folder of the pipeline that `source` names, or None for a hub id that is not in the cache.
+
+    Nothing is fetched. Raises ConfigError where there can be none.
+    """
+    if source.startswith(("builtin:", "/", "./", "../", "~")) or os.path.exists(source):
+        return locate(source, None)[0]
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        index = try_to_load_from_cache(source, INDEX, revision=revision or None)
+    except HFValidationError:
+        return locate(source, None)[0]  # says what is wrong with it
+    return Path(index).parent if isinstance(index, str) else None
+
+
+def settings_text(settings: Config) -> str:
+    """The resolved settings as `latentac config show` prints them."""
+    from latentac.runs.reference import commented_yaml
+
+    return commented_yaml(settings)
+
+
+def _check_package(folder: Path) -> None:
+    """Raises ConfigError where it could not be shipped; else it is importable from here on."""
+    packages.pack(folder)
+    packages.use_in_place(folder)
+
+
+def _check_output(output: Path) -> None:
+    there = existing(output)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        problem = "no folder can be made in it" if there.is_dir() else f"{there} is no folder"
+        raise ResourceError(str(output), problem, "Choose another --output, or make it one that you may write to.")
+
+
+def _check_store(store: str) -> None:
+    """Whether the store can be read, and, if it is a folder, written to."""
+    opened = open_store(store)
+    if store.startswith("file://"):
+        there = existing(Path(store.removeprefix("file://")).absolute())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            remedy = "Give this user the right to write there, or choose another place."
+            raise ConfigError([Problem("--store", store, f"nothing can be written to {there}", remedy)])
+    else:
+        opened.keys("registry")

@@ -1,0 +1,1 @@
+"""What is checked, fetched and estimated before a run begins."""

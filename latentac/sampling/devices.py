@@ -1,0 +1,41 @@
+"""Where a network computes: the device of a process, and the cores that it may use."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from latentac.system.reading import whole_variable
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the worker's own GPU where there is one, else the CPU. Raises ConfigError where LOCAL_RANK, which the
+    agent of the workers sets, names none."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    last = max(torch.cuda.device_count() - 1, 0)
+    return torch.device("cuda", whole_variable("LOCAL_RANK", 0, last, 0))
+
+
+def map_blocks(function: Callable[[Item], Result], blocks: Sequence[Item], device: torch.device) -> list[Result]:
+    """`function` of each block, in order. On a CPU, one thread a core with one arithmetic thread each: small networks
+    gain nothing from splitting a single operation, and blocks are independent of each other bitwise."""
+    if device.type != "cpu":
+        return [function(block) for block in blocks]
+    workers, threads = num_cores(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(function, blocks))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

@@ -1,0 +1,63 @@
+"""Training state as files: complete, atomic and free of pickle. Publishing and verifying is the store's part."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from latentac.store.published import read
+from latentac.system.errors import IntegrityError, LatentacError, describe
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+    """The moments and step counts of an optimizer as named tensors."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{prefix}.{index}.{name}": value.detach().cpu()
+        for index, moments in state.items()
+        for name, value in moments.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    """Undo `optimizer_tensors`. The parameters must be the same, in the same order."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(f"{prefix}."):
+            index, name = key[len(prefix) + 1 :].split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def write_state(folder: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+    """state.safetensors and progress.json into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+        folder / "state.safetensors",
+    )
+    (folder / "progress.json").write_text(json.dumps(progress) + "\n")
+
+
+@contextmanager
+def loading(where: str) -> Iterator[None]:
+    """What libraries raise of an artifact's weights that are not what they should be, as IntegrityError."""
+    try:
+        yield
+    except (LatentacError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        remedy = "Delete it from the store, and run the step that makes it"
+        raise IntegrityError(where, f"it cannot be loaded ({describe(error, 300)})", remedy) from error
+
+
+def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_state` wrote. Raises IntegrityError for anything else."""
+    with loading(str(folder / "state.safetensors")):
+        tensors = load_file(folder / "state.safetensors")
+    return tensors, read(folder / "progress.json")

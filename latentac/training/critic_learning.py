@@ -1,0 +1,184 @@
+"""How the critic learns: regression on rollouts' states, and on forward-noised states of pictures scored before."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from latentac.config.schema import Config
+from latentac.critic import Critic
+from latentac.method.diffusion import forward_noise
+from latentac.method.losses import value_loss
+from latentac.method.randomness import generator_for, seed_for
+from latentac.method.records import Conditioning, Trajectory
+from latentac.sampling.encoding import Encoded
+from latentac.sampling.policy import Policy
+from latentac.training.checkpoint import optimizer_tensors, restore_optimizer
+from latentac.training.distributed import Mesh
+
+_PREFIX = "replay."
+_FILE = "scored.safetensors"
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Scored pictures, oldest first. clean: [N, *latent]; rewards: [N, M]; prompts: int64 [N]."""
+
+    clean: Tensor
+    rewards: Tensor
+    prompts: Tensor
+
+    def extended(self, other: "Replay", most: int) -> "Replay":
+        """With `other` behind, and only the newest `most` of all."""
+        pairs = zip(self.tensors().values(), other.tensors().values(), strict=True)
+        return Replay(*map(torch.cat, pairs)).newest(most)
+
+    def newest(self, most: int) -> "Replay":
+        return Replay(self.clean[-most:], self.rewards[-most:], self.prompts[-most:])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"clean": self.clean, "rewards": self.rewards, "prompts": self.prompts}
+
+    def save(self, folder: Path) -> None:
+        """scored.safetensors in `folder`."""
+        save_file({name: tensor.cpu().contiguous() for name, tensor in self.tensors().items()}, folder / _FILE)
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device) -> "Replay | None":
+        """What `save` wrote there, if it did."""
+        file = folder / _FILE
+        return cls(**load_file(file, device=str(device))) if file.exists() else None
+
+
+class Learner:
+    """The critic, its optimizer and what it remembers. The same on every worker.
+
+    The policy's forward is asked for features only: the critic reads the actor and never shapes it.
+    """
+
+    def __init__(self, config: Config, policy: Policy, critic: Critic, conditioning: Encoded, mesh: Mesh) -> None:
+        """conditioning: of every training prompt, in their order."""
+        self.config, self.policy, self.critic, self.conditioning, self.mesh = config, policy, critic, conditioning, mesh
+        critic.train_heads()
+        self.optimizer = torch.optim.AdamW(
+            critic.parameter_groups(), betas=(0.9, 0.95), weight_decay=config.critic.weight_decay
+        )
+        self.replay: Replay | None = None
+
+    def begin_with(self, scored: Replay | None) -> None:
+        """Remember pictures that were scored before training, if anything is to be remembered."""
+        most = self.config.critic.replay_images
+        if scored is not None and most > 0:
+            self.replay = scored.newest(most)
+
+    def observe(self, clean: Tensor, rewards: Tensor, prompts: Tensor) -> None:
+        """Take in the iteration's pictures of all workers: clean latents [B, *latent], rewards [B, M], prompts [B]."""
+        self.critic.update_scale(rewards)
+        most = self.config.critic.replay_images
+        if most > 0:
+            new = Replay(clean, rewards, prompts)
+            self.replay = self.replay.extended(new, most) if self.replay else new.newest(most)
+
+    def learn(self, iteration: int, blocks: Sequence[tuple[int, Trajectory, Tensor]]) -> float:
+        """The iteration's passes over `blocks`: (index, trajectory with features, returns [B, K, M]). Returns the mean
+        loss of the last pass."""
+        settings, updates = self.config.critic, self._updates_per_pass
+        num_blocks = self.config.train.images_per_iteration // self.config.train.block_images
+        total = torch.zeros((), device=self.mesh.device)
+        self.critic.train()
+        for number in range(settings.num_passes):
+            total = torch.zeros((), device=self.mesh.device)
+            for update in range(updates):
+                self.optimizer.zero_grad(set_to_none=True)
+                for index, trajectory, returns in blocks:
+                    key = (iteration, number, update, index)
+                    torch.manual_seed(seed_for(self.config.seed, "dropout", *key))
+                    rows = self._share(trajectory, returns, key)
+                    loss = self._rollout_loss(trajectory, returns, rows) / num_blocks
+                    loss.backward()
+                    if self.replay is not None:
+                        (self._replay_loss(self.replay, len(rows), trajectory.sigmas, key) / num_blocks).backward()
+                    total += loss.detach() / updates
+                self.mesh.sum_gradients([p for p in self.critic.parameters() if p.requires_grad])
+                torch.nn.utils.clip_grad_norm_(self.critic.parameters(), settings.gradient_clip)
+                self.optimizer.step()
+        self.critic.eval()
+        return float(self.mesh.gather(total[None]).sum())
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `learn` depends on."""
+        replay = self.replay.tensors() if self.replay else {}
+        return {
+            **{f"critic.{name}": tensor for name, tensor in self.critic.state_dict().items()},
+            **{f"{_PREFIX}{name}": tensor for name, tensor in replay.items()},
+            **optimizer_tensors(self.optimizer, "critic_optimizer"),
+        }
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        self.critic.load_state_dict(_below("critic.", tensors))
+        restore_optimizer(self.optimizer, "critic_optimizer", tensors)
+        replay = {name: tensor.to(self.mesh.device) for name, tensor in _below(_PREFIX, tensors).items()}
+        self.replay = Replay(**replay) if replay else None
+
+    @property
+    def _updates_per_pass(self) -> int:
+        """No more than a block has states."""
+        return min(self.config.critic.updates_per_pass, self.config.train.block_images * self.config.kernel.num_steps)
+
+    def _share(self, trajectory: Trajectory, returns: Tensor, key: tuple[int, int, int, int]) -> Tensor:
+        """The flattened (image, step) rows of a block that belong to an update."""
+        iteration, number, update, index = key
+        generator = generator_for(self.config.seed, "order", "critic", iteration, number, index)
+        order = torch.randperm(len(returns) * trajectory.num_steps, generator=generator)
+        return order.tensor_split(self._updates_per_pass)[update].to(self.mesh.device)
+
+    def _rollout_loss(self, trajectory: Trajectory, returns: Tensor, rows: Tensor) -> Tensor:
+        image, step = rows // trajectory.num_steps, rows % trajectory.num_steps
+        features = {name: feature[image, step] for name, feature in trajectory.features.items()}
+        return self._loss(features, trajectory.sigmas[step], trajectory.conditioning.rows(image), returns[image, step])
+
+    def _replay_loss(self, replay: Replay, count: int, sigmas: Tensor, key: tuple[int, int, int, int]) -> Tensor:
+        """On as many forward-noised states, drawn anew, of pictures scored in this and earlier iterations. At low noise
+        the reward is that of the picture, whoever made it; at high noise the target is that of earlier policies too."""
+        generator = generator_for(self.config.seed, "replay", *key)
+        image = torch.randint(len(replay.clean), (count,), generator=generator).to(self.mesh.device)
+        step = torch.randint(len(sigmas) - 1, (count,), generator=generator).to(self.mesh.device)
+        clean, sigma = replay.clean[image], sigmas[step]
+        noise = torch.randn(clean.shape, generator=generator).to(self.mesh.device)
+        latents = forward_noise(clean, noise, sigma, self.policy.backbone.path)
+        conditioning = self.conditioning.rows(replay.prompts[image])
+        features = observe(self.policy, self.critic, latents, sigma, conditioning)
+        return self._loss(features, sigma, conditioning, replay.rewards[image])
+
+    def _loss(self, features: dict[str, Tensor], sigma: Tensor, conditioning: Conditioning, returns: Tensor) -> Tensor:
+        values = self.critic.standardised(features, sigma, conditioning)
+        return critic_loss(self.config, self.critic, values, returns)
+
+
+def critic_loss(config: Config, critic: Critic, values: Tensor, returns: Tensor) -> Tensor:
+    """The value loss of standardised values [N, M] for returns [N, M] in the rewards' units.
+
+    A shared head learns the trained rewards alone, by their weights; separate heads do not disturb each other.
+    """
+    weights = None
+    if config.critic.shared_head:
+        weights = torch.tensor([reward.weight for reward in config.rewards], device=values.device)
+    return value_loss(values, critic.standardise(returns), config.critic.target_clip, weights)
+
+
+@torch.no_grad()
+def observe(
+    policy: Policy, critic: Critic, latents: Tensor, sigma: Tensor, conditioning: Conditioning
+) -> dict[str, Tensor]:
+    """What the critic sees of latents that no rollout passed."""
+    prediction, taps = policy.backbone.predict(latents, sigma, conditioning)
+    return critic.features(latents, prediction, taps)
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

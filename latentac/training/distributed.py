@@ -1,0 +1,78 @@
+"""The workers of a training job: which images each computes, and the collectives between them."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from latentac.sampling.devices import pick_device
+
+
+class PeerLost(RuntimeError):
+    """Another worker went away in the middle of a collective. Nothing is wrong here: the elastic agent starts anew."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The workers of a training app. rank 0 leads: it alone writes."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device_name: str) -> "Mesh":
+        """Join the process group that the elastic agent announced (NCCL on GPUs, gloo on CPUs)."""
+        device = pick_device(device_name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        with _peers():
+            torch.distributed.init_process_group(backend, timeout=timedelta(minutes=10))
+        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def own(self, blocks: int) -> range:
+        """The blocks of this worker: consecutive, as many for each. `blocks` is a multiple of the size."""
+        share = blocks // self.size
+        return range(self.rank * share, (self.rank + 1) * share)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The workers' tensors joined along the first axis, in rank order, on every worker."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        with _peers():
+            torch.distributed.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def any(self, wanted: bool) -> bool:
+        """Whether any worker wants it; the same answer on every worker."""
+        return bool(self.gather(torch.tensor([float(wanted)], device=self.device)).any())
+
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Replace each gradient by its sum over the workers, in one message."""
+        if self.size == 1:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        with _peers():
+            torch.distributed.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+@contextlib.contextmanager
+def _peers() -> Iterator[None]:
+    """What a collective raises comes from its peers: every worker calls the same ones with the same shapes."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(str(error)) from error

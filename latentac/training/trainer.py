@@ -1,0 +1,302 @@
+"""The only training loop: roll out, score, credit, update.
+
+Images come in blocks, the unit of work. Blocks are dealt to the workers and a block's transitions are split among the
+updates, so an update sums the same transitions in the same blocks whatever the number of workers.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentac.config.schema import Config
+from latentac.critic import Critic
+from latentac.evaluation.held_out import contact_sheet
+from latentac.method.losses import prediction_kl
+from latentac.method.randomness import generator_for, noise_for
+from latentac.method.records import Minibatch, Trajectory, flatten_steps
+from latentac.method.returns import explained_variance, rank_correlation
+from latentac.rewards.configured import ConfiguredReward
+from latentac.sampling.encoding import Encoded
+from latentac.sampling.policy import Policy
+from latentac.sampling.rollout import rollout, score
+from latentac.system.errors import Diverged
+from latentac.training.algorithms import Algorithm
+from latentac.training.checkpoint import optimizer_tensors, restore_optimizer
+from latentac.training.critic_learning import Learner
+from latentac.training.distributed import Mesh
+from latentac.training.stability import best_iteration, diverged, stop_early
+from latentac.worlds.prompts import Prompt, balanced
+
+_REMEDY = "Start another run with a lower policy.learning_rate; a run keeps the configuration that it began with"
+
+
+@dataclass
+class Block:
+    """One block's rollout and what an iteration finds out about it.
+
+    prompts: int64 [B], which training prompts; rewards: [B, M]; advantages: [B, S]; returns: [B, K, M], value targets.
+    """
+
+    index: int
+    trajectory: Trajectory
+    prompts: Tensor
+    rewards: Tensor
+    advantages: Tensor = field(default_factory=lambda: torch.empty(0))
+    returns: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class Trainer:
+    """Actor and critic, their optimizers, and the iterations that improve them. The same on every worker.
+
+    critic: for an algorithm that uses one; others neither ask nor train it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        critic: Critic,
+        algorithm: Algorithm,
+        rewards: Sequence[ConfiguredReward],
+        prompts: Sequence[Prompt],
+        mesh: Mesh,
+    ) -> None:
+        self.config, self.policy, self.critic, self.algorithm = config, policy, critic, algorithm
+        self.rewards, self.prompts, self.mesh = rewards, prompts, mesh
+        self.conditioning = Encoded(policy.backbone, [prompt.text for prompt in prompts])
+        module = policy.backbone.module
+        self.actor_parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        actor = config.policy
+        self.actor_optimizer = torch.optim.AdamW(
+            self.actor_parameters.values(), actor.learning_rate, (0.9, 0.95), weight_decay=actor.weight_decay
+        )
+        self.learner = Learner(config, policy, critic, self.conditioning, mesh) if algorithm.uses_critic else None
+        weights = torch.tensor([reward.weight for reward in config.rewards], device=mesh.device)
+        self.value_weights = weights if self.learner is not None and algorithm.value_guidance > 0 else None
+        self.reference = _frozen(policy) if algorithm.prediction_kl > 0 else None
+        self.history: list[dict[str, Any]] = []
+        self.recoveries: list[dict[str, Any]] = []
+        """Each return to a checkpoint: {iteration, reason}."""
+        self.ema = self._actor_copy() if actor.ema_decay > 0 else {}
+        self.best: dict[str, Tensor] = {}
+        self._last_clean: Tensor | None = None
+
+    @property
+    def iteration(self) -> int:
+        """Iterations done."""
+        return len(self.history)
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is no iteration left to do, or early stopping says that none should be done."""
+        done = self.iteration >= self.config.train.num_iterations
+        return done or stop_early(self.config.train.early_stopping, self.history)
+
+    def iterate(self) -> dict[str, Any]:
+        """One iteration: rollouts of the present policy, then its updates. Returns its entry in the history.
+
+        Raises Diverged when an update is not finite or the iteration is beyond a bound of `train.guard`.
+        """
+        train, started = self.config.train, time.monotonic()
+        blocks = [self._roll_out(index) for index in self.mesh.own(self._num_blocks)]
+        rolled_out = time.monotonic()
+        self._last_clean = blocks[0].trajectory.clean
+        rewards, watched = self._credit(blocks)
+        metrics = [self._update_actor(blocks, update) for update in range(train.updates_per_iteration)]
+        means = {name: sum(entry[name] for entry in metrics) / len(metrics) for name in metrics[0]}
+        entry = {
+            "iteration": self.iteration + 1,
+            "images": (self.iteration + 1) * train.images_per_iteration,
+            "rewards": {name: float(rewards[:, m].mean()) for m, name in enumerate(self.config.reward_names)},
+            "reward_mean": float(rewards[:, self.config.main_reward].mean()),
+            **means,
+            **watched,
+            "first_ratio_deviation": metrics[0]["ratio_deviation"],
+            "world_size": self.mesh.size,
+            "rollout_seconds": rolled_out - started,
+        }
+        reason = diverged(train.guard, entry)
+        if reason:
+            raise Diverged(f"iteration {self.iteration + 1}", reason, _REMEDY)
+        if self.learner is not None:
+            learnt = [(block.index, block.trajectory, block.returns) for block in blocks]
+            entry["value_loss"] = self.learner.learn(self.iteration, learnt)
+        entry["seconds"] = time.monotonic() - started
+        self.history.append(entry)
+        self._remember()
+        return entry
+
+    def last_pictures(self, count: int = 32) -> np.ndarray:
+        """A contact sheet, uint8 [H, W, 3], of the first pictures of the last iteration on this worker."""
+        if self._last_clean is None:
+            raise ValueError("no iteration was done yet")
+        return np.asarray(contact_sheet(self.policy.backbone.decode(self._last_clean[:count]), 8))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the next iteration depends on."""
+        tensors: dict[str, Tensor] = {f"actor.{name}": parameter for name, parameter in self.actor_parameters.items()}
+        tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"algorithm.{name}": tensor for name, tensor in self.algorithm.memory.items()}
+        tensors |= optimizer_tensors(self.actor_optimizer, "actor_optimizer")
+        if self.learner is not None:
+            tensors |= self.learner.state()
+        return tensors, {"history": self.history, "recoveries": self.recoveries}
+
+    def load_state(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+
+        def below(prefix: str) -> dict[str, Tensor]:
+            found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            return {name: tensor.to(self.mesh.device) for name, tensor in found.items()}
+
+        self._load_actor(below("actor."))
+        self.ema, self.best, self.algorithm.memory = below("ema."), below("best."), below("algorithm.")
+        restore_optimizer(self.actor_optimizer, "actor_optimizer", tensors)
+        if self.learner is not None:
+            self.learner.load_state(tensors)
+        self.history, self.recoveries = list(progress["history"]), list(progress["recoveries"])
+
+    def publish_weights(self) -> None:
+        """Put the weights into the policy that the run is for: the best of early stopping, or the average, or the last.
+
+        Training cannot go on from them.
+        """
+        chosen = self.best if self.config.train.early_stopping else self.ema
+        if chosen:
+            self._load_actor(chosen)
+
+    @property
+    def _num_blocks(self) -> int:
+        return self.config.train.images_per_iteration // self.config.train.block_images
+
+    def _roll_out(self, index: int) -> Block:
+        """Block `index` of this iteration: G consecutive rollouts of each of its prompts."""
+        config, train, group = self.config, self.config.train, self.algorithm.group_size
+        drawn = balanced(self.prompts, train.images_per_iteration // group, config.seed, "train", self.iteration)
+        images = range(index * train.block_images, (index + 1) * train.block_images)
+        chosen = [drawn[image // group] for image in images]
+        keys = [("train", self.iteration, prompt, image) for prompt, image in zip(chosen, images, strict=True)]
+        noise = noise_for(keys, config.seed, config.kernel.num_steps, self.policy.backbone.latent_shape)
+        texts = [self.prompts[prompt].text for prompt in chosen]
+        rows = torch.tensor(chosen, device=self.mesh.device)
+        trajectory = rollout(
+            self.policy,
+            self.critic if self.learner is not None else None,
+            texts,
+            self.conditioning.rows(rows),
+            noise.to(self.mesh.device),
+            policy_version=self.iteration * train.updates_per_iteration,
+            keep_features=self.learner is not None,
+            value_weights=self.value_weights,
+        )
+        scores = score(self.rewards, self.policy.backbone.decode(trajectory.clean), [self.prompts[p] for p in chosen])
+        return Block(index, trajectory, rows, scores.rewards.to(self.mesh.device))
+
+    def _credit(self, blocks: Sequence[Block]) -> tuple[Tensor, dict[str, Any]]:
+        """Advantages over all images of all workers, so that whitening is global. Returns all rewards, and metrics of
+        the critic and the credit."""
+        rewards = self.mesh.gather(torch.cat([block.rewards for block in blocks]))
+        values = self.mesh.gather(torch.cat([block.trajectory.values for block in blocks]))
+        prompts = self.mesh.gather(torch.cat([block.prompts for block in blocks]))
+        if self.learner is not None:
+            clean = self.mesh.gather(torch.cat([block.trajectory.clean for block in blocks]))
+            self.learner.observe(clean, rewards, prompts)
+        stochastic = blocks[0].trajectory.num_stochastic_steps
+        credit = self.algorithm.credit(rewards, values[:, :stochastic], prompts)
+        size = self.config.train.block_images
+        for block in blocks:
+            rows = slice(block.index * size, (block.index + 1) * size)
+            block.advantages = credit.advantages[rows]
+            if self.learner is not None:
+                # A deterministic step changes nothing any more: from there on the reward itself is the return.
+                settled = block.rewards[:, None].expand_as(values[rows, stochastic:])
+                block.returns = torch.cat([credit.returns[rows], settled], 1)
+        watched: dict[str, Any] = dict(credit.metrics)
+        if self.learner is not None:
+            main = self.config.main_reward
+            watched["explained_variance"] = explained_variance(values[..., main], rewards[:, main]).tolist()
+            if self.algorithm.group_size > 1:
+                watched["rank_correlation"] = rank_correlation(values[..., main], rewards[:, main], prompts).tolist()
+        return rewards, watched
+
+    def _update_actor(self, blocks: Sequence[Block], update: int) -> dict[str, float]:
+        """One optimizer step of the actor on this update's share of every block's transitions."""
+        self.actor_optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        for block in blocks:
+            for name, value in self._actor_gradient(self._share(block, update)).items():
+                sums[name] = sums.get(name, torch.zeros((), device=self.mesh.device)) + value / self._num_blocks
+        parameters = list(self.actor_parameters.values())
+        self.mesh.sum_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.policy.gradient_clip)
+        self._set_rate(update)
+        self.actor_optimizer.step()
+        decay = self.config.policy.ema_decay
+        for name, average in self.ema.items():
+            average.lerp_(self.actor_parameters[name].detach(), 1 - decay)
+        totals = self.mesh.gather(torch.stack(list(sums.values()))[None]).sum(0)
+        metrics = {**dict(zip(sums, totals.tolist(), strict=True)), "gradient_norm": float(norm)}
+        if not all(map(math.isfinite, metrics.values())):
+            where = f"iteration {self.iteration + 1}, update {update + 1}"
+            raise Diverged(where, f"the update is not finite ({metrics})", _REMEDY)
+        return metrics
+
+    def _actor_gradient(self, minibatch: Minibatch) -> dict[str, Tensor]:
+        """Add a minibatch's gradient, weighted as one of the update's blocks."""
+        arguments = minibatch.latents, minibatch.sigma, minibatch.sigma_next, minibatch.conditioning
+        output = self.policy.forward(*arguments)
+        actor = self.algorithm.loss(output.transition, minibatch)
+        loss, metrics = actor.loss, {"policy_loss": actor.loss.detach(), **actor.metrics}
+        if self.reference is not None:
+            with torch.no_grad():
+                reference = self.reference.forward(*arguments).prediction
+            drift = prediction_kl(output.prediction, reference, self.policy.backbone.path)
+            loss = loss + self.algorithm.prediction_kl * drift
+            metrics["prediction_kl"] = drift.detach()
+        (loss / self._num_blocks).backward()
+        return metrics
+
+    def _share(self, block: Block, update: int) -> Minibatch:
+        """The transitions of a block that belong to `update`."""
+        steps = block.trajectory.num_stochastic_steps
+        generator = generator_for(self.config.seed, "order", "actor", self.iteration, block.index)
+        order = torch.randperm(len(block.rewards) * steps, generator=generator)
+        rows = order.tensor_split(self.config.train.updates_per_iteration)[update].to(self.mesh.device)
+        return flatten_steps(block.trajectory, block.advantages, rows // steps, rows % steps)
+
+    def _set_rate(self, update: int) -> None:
+        """Adam's first steps are sign steps: the actor's rate rises linearly over its first updates."""
+        done = self.iteration * self.config.train.updates_per_iteration + update + 1
+        factor = min(1.0, done / max(1, self.config.policy.warmup_updates))
+        factor *= self.config.train.guard.rate_factor ** len(self.recoveries)
+        for group in self.actor_optimizer.param_groups:
+            group["lr"] = factor * self.config.policy.learning_rate
+
+    def _remember(self) -> None:
+        """Keep the weights of the iteration that early stopping takes for the best."""
+        stopping = self.config.train.early_stopping
+        if stopping is not None and best_iteration(stopping, self.history) == self.iteration:
+            self.best = {name: tensor.clone() for name, tensor in (self.ema or self._actor_copy()).items()}
+
+    def _actor_copy(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.actor_parameters.items()}
+
+    @torch.no_grad()
+    def _load_actor(self, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in self.actor_parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def _frozen(policy: Policy) -> Policy:
+    """The policy as it is now, for good."""
+    backbone = policy.backbone.clone()
+    backbone.module.requires_grad_(False)
+    return Policy(backbone, copy.copy(policy.kernel))

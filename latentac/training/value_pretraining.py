@@ -1,0 +1,217 @@
+"""Value pretraining: Monte-Carlo regression of the critic on rollouts of the frozen actor.
+
+Each state of a rollout has the rollout's reward as its target. The actor does not change, so the taps of its own
+forward are kept and every further pass over the states costs the heads only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentac.config.schema import Config
+from latentac.critic import Critic
+from latentac.method.diffusion import forward_noise
+from latentac.method.randomness import generator_for, noise_for, seed_for
+from latentac.method.records import Conditioning, join
+from latentac.method.returns import explained_variance, rank_correlation
+from latentac.rewards.configured import ConfiguredReward
+from latentac.sampling.devices import map_blocks
+from latentac.sampling.policy import Policy
+from latentac.sampling.rollout import rollout, score
+from latentac.system.progress import Progress, progress
+from latentac.training.critic_learning import Replay, critic_loss, observe
+from latentac.worlds.prompts import Prompt, PromptSet, balanced
+
+
+@dataclass(frozen=True)
+class States:
+    """Rollouts of a frozen actor as the critic sees them.
+
+    features: name -> [B, K, ...]     clean: [B, *latent]     sigmas: [K]     rewards: [B, M]
+    conditioning: B rows, in the host's memory: of a large text encoder they are what takes most room
+    prompts: int64 [B], which prompt of the split
+    """
+
+    features: dict[str, Tensor]
+    clean: Tensor
+    sigmas: Tensor
+    conditioning: Conditioning
+    rewards: Tensor
+    prompts: Tensor
+
+    def inputs(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor, Conditioning]:
+        """The critic's arguments at flattened (image, step) rows."""
+        image, step = rows // len(self.sigmas), rows % len(self.sigmas)
+        features = {name: feature[image, step] for name, feature in self.features.items()}
+        return features, self.sigmas[step], self.conditioned(image)
+
+    def conditioned(self, image: Tensor) -> Conditioning:
+        """The conditioning of these images, where the rest is."""
+        return self.conditioning.rows(image.to(self.conditioning.tokens.device)).to(self.clean.device)
+
+
+def new_critic(config: Config, policy: Policy) -> Critic:
+    """A critic for the policy's backbone with a head a reward, initialised from the run's seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        critic = Critic(policy.backbone, config.reward_names, config.critic)
+    return critic.to(policy.backbone.device).eval()
+
+
+def collect(
+    config: Config,
+    policy: Policy,
+    critic: Critic,
+    rewards: Sequence[ConfiguredReward],
+    prompts: Sequence[Prompt],
+    count: int,
+    purpose: str,
+) -> States:
+    """`count` rollouts on `prompts`, the categories in turn, with what the critic sees of every state."""
+    chosen = balanced(prompts, count, config.seed, purpose)
+    size = config.train.block_images
+    blocks = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    device = policy.backbone.device
+    with progress(count, f"rollouts ({purpose})", "images") as bar:
+        parts = map_blocks(
+            lambda block: _collect_block(config, policy, critic, rewards, prompts, chosen, block, purpose, bar),
+            blocks,
+            device,
+        )
+    return States(
+        features={name: torch.cat([part.features[name] for part in parts]) for name in parts[0].features},
+        clean=torch.cat([part.clean for part in parts]),
+        sigmas=parts[0].sigmas,
+        conditioning=join([part.conditioning for part in parts]),
+        rewards=torch.cat([part.rewards for part in parts]),
+        prompts=torch.tensor(chosen, device=device),
+    )
+
+
+def _collect_block(
+    config: Config,
+    policy: Policy,
+    critic: Critic,
+    rewards: Sequence[ConfiguredReward],
+    prompts: Sequence[Prompt],
+    chosen: Sequence[int],
+    block: range,
+    purpose: str,
+    bar: Progress[Any],
+) -> States:
+    keys = [(purpose, chosen[slot], slot) for slot in block]
+    noise = noise_for(keys, config.seed, config.kernel.num_steps, policy.backbone.latent_shape)
+    texts = [prompts[chosen[slot]].text for slot in block]
+    conditioning = policy.backbone.encode(texts)
+    noise = noise.to(policy.backbone.device)
+    trajectory = rollout(policy, critic, texts, conditioning, noise, keep_features=True)
+    scores = score(rewards, policy.backbone.decode(trajectory.clean), [prompts[chosen[slot]] for slot in block])
+    bar.update(len(block))
+    return States(
+        dict(trajectory.features),
+        trajectory.clean,
+        trajectory.sigmas[:-1],
+        conditioning.to(torch.device("cpu")),
+        scores.rewards.to(noise.device),
+        torch.tensor([chosen[slot] for slot in block]),
+    )
+
+
+def predict(critic: Critic, states: States, minibatch_states: int) -> Tensor:
+    """[B, K, M] values in each reward's own unit, of so many states at once."""
+    images, steps = states.rewards.shape[0], len(states.sigmas)
+    rows = torch.arange(images * steps, device=states.rewards.device)
+    critic.eval()
+    with torch.no_grad():
+        values = [critic(*states.inputs(part)) for part in rows.split(minibatch_states)]
+    return torch.cat(values).unflatten(0, (images, steps))
+
+
+def fit(config: Config, policy: Policy, critic: Critic, states: States, held_out: States) -> list[dict[str, Any]]:
+    """Regress the critic on `states`; one entry a pass with the loss and the held-out explained variance and
+    within-prompt rank correlation of each step.
+
+    The rate falls linearly to zero, so that the last pass ends where it converges. A share `pretrain.forward_noised` of
+    the minibatches is drawn anew each time, as forward-noised states of the scored pictures.
+    """
+    settings, main = config.pretrain, config.main_reward
+    critic.update_scale(states.rewards)
+    critic.train_heads()
+    optimizer = torch.optim.AdamW(critic.parameter_groups(), betas=(0.9, 0.95), weight_decay=config.critic.weight_decay)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    total = states.rewards.shape[0] * len(states.sigmas)
+    per_pass = -(-total // settings.minibatch_states)
+    updates = settings.num_passes * per_pass
+    history: list[dict[str, Any]] = []
+    with progress(updates, "value pretraining", "updates") as bar:
+        for index in range(settings.num_passes):
+            generator = generator_for(config.seed, "value pretraining", index)
+            order = torch.randperm(total, generator=generator).to(states.rewards.device)
+            losses = []
+            critic.train()
+            torch.manual_seed(seed_for(config.seed, "value pretraining dropout", index))
+            for number, rows in enumerate(order.split(settings.minibatch_states)):
+                fraction = (index * per_pass + number) / updates
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * (1 - fraction)
+                noised = float(torch.rand((), generator=generator)) < settings.forward_noised
+                inputs = _noised(policy, critic, states, rows, generator) if noised else states.inputs(rows)
+                losses.append(_step(config, critic, optimizer, inputs, states.rewards[rows // len(states.sigmas)]))
+                bar.update()
+            values = predict(critic, held_out, settings.minibatch_states)[..., main]
+            rewards = held_out.rewards[:, main]
+            explained = explained_variance(values, rewards)
+            bar.note(f"held-out explained variance {float(explained.mean()):.3f}")
+            history.append(
+                {
+                    "pass": index + 1,
+                    "value_loss": sum(losses) / len(losses),
+                    "held_out_explained_variance": explained.tolist(),
+                    "held_out_rank_correlation": rank_correlation(values, rewards, held_out.prompts).tolist(),
+                }
+            )
+    critic.eval().requires_grad_(False)
+    return history
+
+
+def pretrain(
+    config: Config, policy: Policy, critic: Critic, rewards: Sequence[ConfiguredReward], prompts: PromptSet
+) -> tuple[list[dict[str, Any]], Replay | None]:
+    """Collect and fit. Returns the passes' history, and the scored pictures for the critic to go on from; neither where
+    no images are asked for."""
+    settings = config.pretrain
+    if settings.num_images == 0:
+        return [], None
+    states = collect(config, policy, critic, rewards, prompts.train, settings.num_images, "pretraining")
+    held_out = collect(config, policy, critic, rewards, prompts.held_out, settings.num_held_out_images, "held-out")
+    history = fit(config, policy, critic, states, held_out)
+    return history, Replay(states.clean, states.rewards, states.prompts)
+
+
+def _noised(
+    policy: Policy, critic: Critic, states: States, rows: Tensor, generator: torch.Generator
+) -> tuple[dict[str, Tensor], Tensor, Conditioning]:
+    """As `States.inputs`, of fresh noise on the pictures instead of the states that the rollouts passed."""
+    image, step = rows // len(states.sigmas), rows % len(states.sigmas)
+    clean, sigma, conditioning = states.clean[image], states.sigmas[step], states.conditioned(image)
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+    latents = forward_noise(clean, noise, sigma, policy.backbone.path)
+    return observe(policy, critic, latents, sigma, conditioning), sigma, conditioning
+
+
+def _step(
+    config: Config,
+    critic: Critic,
+    optimizer: torch.optim.Optimizer,
+    inputs: tuple[dict[str, Tensor], Tensor, Conditioning],
+    rewards: Tensor,
+) -> float:
+    loss = critic_loss(config, critic, critic.standardised(*inputs), rewards)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(critic.parameters(), config.critic.gradient_clip)
+    optimizer.step()
+    return float(loss.detach())

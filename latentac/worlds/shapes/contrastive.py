@@ -1,0 +1,336 @@
+"""Makes the weights in `weights/clip`: python -m latentac.worlds.shapes.contrastive --output FOLDER
+
+A tiny CLIP (Radford et al. 2021, arXiv 2103.00020) that learns which caption belongs to which picture from rendered
+pictures of every sentence of the language, held-out ones included, as the base does. A batch is made of groups of
+sentences that differ in one respect, so that it has to tell `left of` from `above`. It sees neither pictures of a
+diffusion model nor the verifier's answers: it is a learned reward with the blind spots of one.
+"""
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from latentac.worlds.shapes.captions import (
+    CATEGORIES,
+    COLOURS,
+    NUMBERS,
+    RELATIONS,
+    SHAPES,
+    Kind,
+    Specification,
+    balanced_prompts,
+    parse_caption,
+    specifications,
+)
+from latentac.worlds.shapes.provenance import Provenance
+from latentac.worlds.shapes.scenes import BACKGROUND, IMAGE_SIZE, sample_pictures
+from latentac.worlds.shapes.tokens import TEXT_LENGTH, build_tokenizer, tokenize
+from latentac.worlds.shapes.verifier import verify
+
+WIDTH = 64
+MOST_SCALE = 100.0  # of the logits; CLIP's own bound
+PIXEL_SCALE = 64.0  # about the standard deviation of the pixels of objects
+_EXCLUDED = -1e4  # a logit of no weight; minus infinity times a target of 0 would be no number
+_MIRRORED = {"left of": "right of", "right of": "left of"}
+
+
+@dataclass(frozen=True)
+class ContrastiveTraining:
+    """A batch has `batch` pictures in groups of `group`: a sentence and others that differ from it in one respect."""
+
+    steps: int = 4500
+    batch: int = 64
+    group: int = 4
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.02
+
+
+def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """0.36 M parameters, no dropout; 8 x 8 pixels a patch. Weights from torch's global generator."""
+    layers = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4}
+    text = {
+        "vocab_size": len(tokenizer),
+        **layers,
+        "max_position_embeddings": TEXT_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {**layers, "image_size": IMAGE_SIZE, "patch_size": 8}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
+    # CLIP's 0.02 is for large models and long trainings: places would be learned long after colours.
+    torch.nn.init.normal_(clip.vision_model.embeddings.position_embedding.weight, std=0.5)
+    return clip
+
+
+def picture_features(clip: CLIPModel, images: np.ndarray) -> Tensor:
+    """Unit vectors float32 [B, 64] of `images` uint8 [B, 32, 32, 3]."""
+    offset = torch.from_numpy(images).float() - torch.tensor(BACKGROUND)  # an empty patch is all zeros
+    pooled = clip.vision_model(pixel_values=offset.permute(0, 3, 1, 2) / PIXEL_SCALE).pooler_output
+    return functional.normalize(clip.visual_projection(pooled), dim=-1)
+
+
+def caption_features(clip: CLIPModel, token_ids: Tensor) -> Tensor:
+    """Unit vectors float32 [B, 64] of `token_ids` int64 [B, at most TEXT_LENGTH]."""
+    pooled = clip.text_model(input_ids=token_ids).pooler_output
+    return functional.normalize(clip.text_projection(pooled), dim=-1)
+
+
+@cache
+def hard_negatives(spec: Specification) -> dict[str, list[Specification]]:
+    """The sentences whose pictures differ from those of `spec` in one respect: respect -> sentences, none empty.
+
+    The respects are colour and shape of one kind, count, relation, and the exchange of the two kinds' shapes.
+    """
+    changed = {
+        "colour": [each for colour in COLOURS for each in _with_each_kind(spec, colour=colour)],
+        "shape": [each for shape in SHAPES for each in _with_each_kind(spec, shape=shape)],
+    }
+    if len(spec.kinds) == 1:
+        changed["count"] = [_counted(spec.kinds[0], count) for count in (1, *NUMBERS.values())]
+    else:
+        first, last = spec.kinds
+        changed["relation"] = [replace(spec, relation=relation) for relation in RELATIONS if spec.relation]
+        changed["exchange"] = [replace(spec, kinds=(Kind(first.colour, last.shape), Kind(last.colour, first.shape)))]
+    other = {
+        respect: [each for each in specs if each in _INDEX and each.combination != spec.combination]
+        for respect, specs in changed.items()
+    }
+    return {respect: specs for respect, specs in other.items() if specs}
+
+
+def _with_each_kind(spec: Specification, **change: str) -> Iterator[Specification]:
+    for index, kind in enumerate(spec.kinds):
+        yield replace(spec, kinds=(*spec.kinds[:index], replace(kind, **change), *spec.kinds[index + 1 :]))
+
+
+def _counted(kind: Kind, count: int) -> Specification:
+    return Specification("one_object" if count == 1 else "counting", (kind,), count)
+
+
+_LANGUAGE = specifications()
+_INDEX = {spec: index for index, spec in enumerate(_LANGUAGE)}
+
+
+class PicturePool:
+    """Rendered pictures of every sentence, equally many for each sentence of a category and for each category."""
+
+    def __init__(self, count: int, generator: np.random.Generator):
+        """About `count` pictures, at least one a sentence."""
+        sizes = Counter(spec.category for spec in _LANGUAGE)
+        share = {category: max(1, count // len(CATEGORIES) // size) for category, size in sizes.items()}
+        self._pictures = [
+            sample_pictures([spec] * share[spec.category], generator)
+            for spec in tqdm(_LANGUAGE, desc="pictures", unit="sentence")
+        ]
+
+    def draw(self, index: int, generator: np.random.Generator) -> np.ndarray:
+        """uint8 [32, 32, 3]: a picture of sentence `index`, every other time the mirror image of its mirrored one."""
+        spec, mirrored = _LANGUAGE[index], bool(generator.integers(2))
+        if mirrored:
+            index = _INDEX[replace(spec, relation=_MIRRORED.get(spec.relation or "", spec.relation))]
+        choices = self._pictures[index]
+        picture = choices[generator.integers(len(choices))]
+        return picture[:, ::-1] if mirrored else picture
+
+
+def draw_sentences(training: ContrastiveTraining, generator: np.random.Generator) -> list[int]:
+    """Indices of a batch: the categories in turn, each sentence followed by the others of its group.
+
+    Other groups have other colours, so within a group they do not change.
+    """
+    by_category = [[spec for spec in _LANGUAGE if spec.category == category] for category in CATEGORIES]
+    drawn: list[Specification] = []
+    while len(drawn) < training.batch:
+        choices = by_category[len(drawn) // training.group % len(CATEGORIES)]
+        spec = choices[generator.integers(len(choices))]
+        others = [specs for respect, specs in hard_negatives(spec).items() if respect != "colour"]
+        drawn.append(spec)
+        for _ in range(training.group - 1):
+            respect = others[generator.integers(len(others))]
+            drawn.append(respect[generator.integers(len(respect))])
+    return [_INDEX[spec] for spec in drawn[: training.batch]]
+
+
+def contrastive_loss(logits: Tensor, specs: Sequence[Specification]) -> Tensor:
+    """CLIP's loss for `logits` [B, B] of pictures (rows) and captions of `specs`, without its false negatives.
+
+    Captions of one combination are equally right. `A and B` is true of a picture of `A left of B`, though it is not its
+    caption: such a pair counts neither way.
+    """
+    combinations = [spec.combination for spec in specs]
+    contents = [(spec.count, *sorted(spec.kinds)) for spec in specs]
+    same, alike = _equal(combinations), _equal(contents)
+    implied = alike & ~_equal([spec.category for spec in specs])
+    logits = logits.masked_fill(implied, _EXCLUDED)
+    target = same.float() / same.sum(1, keepdim=True)
+    return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
+
+
+def _equal(values: Sequence[object]) -> Tensor:
+    """bool [B, B]: whether two of `values` are equal."""
+    numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    row = torch.tensor([numbers[value] for value in values])
+    return row[:, None] == row
+
+
+def train_clip(
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    pool: PicturePool,
+    training: ContrastiveTraining,
+    generator: np.random.Generator,
+    report: Callable[[int, float], None],
+) -> None:
+    """Fits `clip` in place; `report(step, loss)` is called after every step. Batches are drawn from `generator`."""
+    token_ids = tokenize(tokenizer, [spec.caption for spec in _LANGUAGE])
+    longest = int((token_ids != tokenizer.pad_token_id).sum(1).max()) + 1
+    clip.train()
+    optimizer = torch.optim.AdamW(
+        clip.parameters(), lr=training.learning_rate, betas=(0.9, 0.98), weight_decay=training.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=training.learning_rate, total_steps=training.steps, pct_start=0.1
+    )
+    for step in range(training.steps):
+        indices = draw_sentences(training, generator)
+        images = np.stack([pool.draw(index, generator) for index in indices])
+        cosines = picture_features(clip, images) @ caption_features(clip, token_ids[indices, :longest]).T
+        logits = clip.logit_scale.exp().clamp(max=MOST_SCALE) * cosines
+        loss = contrastive_loss(logits, [_LANGUAGE[index] for index in indices])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        report(step + 1, loss.item())
+    clip.eval()
+
+
+@torch.no_grad()
+def retrieval(clip: CLIPModel, tokenizer: CLIPTokenizer, count: int, seed: int) -> dict[str, dict[str, float]]:
+    """How often a fresh picture is nearer to its own caption than to its hard negatives: category -> `all` of them,
+    and respect -> share of pairs. `count` balanced prompts, the two splits in equal parts.
+    """
+    specs = _balanced(count, seed)
+    captions = caption_features(clip, tokenize(tokenizer, [spec.caption for spec in _LANGUAGE]))
+    pictures = picture_features(clip, sample_pictures(specs, np.random.default_rng(seed)))
+    won: dict[str, dict[str, list[bool]]] = {category: {"all": []} for category in CATEGORIES}
+    for spec, row in zip(specs, pictures @ captions.T, strict=True):
+        rows = won[spec.category]
+        respects = {
+            respect: [bool(row[_INDEX[spec]] > row[_INDEX[other]]) for other in others]
+            for respect, others in hard_negatives(spec).items()
+        }
+        rows["all"].append(all(map(all, respects.values())))
+        for respect, answers in respects.items():
+            rows.setdefault(respect, []).extend(answers)
+    return {
+        category: {respect: float(np.mean(answers)) for respect, answers in rows.items()}
+        for category, rows in won.items()
+    }
+
+
+@torch.no_grad()
+def verifier_correlation(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, count: int, seed: int, pictures: int = 8
+) -> dict[str, float]:
+    """Correlation of the cosine with the verifier's answer within a caption, its mean for each category and over all.
+
+    `count` captions, each with `pictures` pictures of its own and as many of its hard negatives.
+    """
+    generator = np.random.default_rng(seed)
+    found: dict[str, list[float]] = {category: [] for category in CATEGORIES}
+    for spec in _balanced(count, seed):
+        others = list(hard_negatives(spec).values())
+        respects = [others[index % len(others)] for index in range(pictures)]
+        shown = [spec] * pictures + [specs[generator.integers(len(specs))] for specs in respects]
+        images = sample_pictures(shown, generator)
+        cosines = picture_features(clip, images) @ caption_features(clip, tokenize(tokenizer, [spec.caption]))[0]
+        answers = verify(images, [spec] * len(images))
+        found[spec.category].append(float(np.corrcoef(cosines.numpy(), answers)[0, 1]))
+    everything = [each for rows in found.values() for each in rows]
+    return {"mean": float(np.mean(everything)), **{category: float(np.mean(rows)) for category, rows in found.items()}}
+
+
+def _balanced(count: int, seed: int) -> list[Specification]:
+    drawn = [balanced_prompts(split, count // 2, seed) for split in ("train", "held_out")]
+    return [parse_caption(prompt.text) for prompts in drawn for prompt in prompts]
+
+
+def pretrain(output: Path, seed: int, pictures: int, training: ContrastiveTraining, command: str) -> None:
+    """Trains a CLIP and writes its folder, `provenance.json` included, to `output`."""
+    provenance = Provenance.begin(output / "provenance.json", seed, command)
+    generator = np.random.default_rng(seed)
+    pool = PicturePool(pictures, generator)
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(output)
+    clip, began = build_clip(tokenizer), time.perf_counter()
+    curve: list[float] = []
+    with tqdm(total=training.steps, desc="clip", unit="step") as bar:
+
+        def report(step: int, loss: float) -> None:
+            curve.append(loss)
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+
+        train_clip(clip, tokenizer, pool, training, generator, report)
+    seconds = time.perf_counter() - began
+    clip.save_pretrained(output)
+    for weights in output.glob("*.safetensors"):
+        weights.chmod(0o644)  # they are written for the owner only, and would be installed so
+    record = {
+        "settings": {"pictures": pictures, **asdict(training)},
+        "parameters": sum(p.numel() for p in clip.parameters()),
+        "seconds": seconds,
+        "logit_scale": clip.logit_scale.exp().item(),
+        "loss_curve": [[end, round(float(np.mean(curve[end - 25 : end])), 5)] for end in range(25, len(curve) + 1, 25)],
+    }
+    provenance.record("clip", record)
+    provenance.record("hard_negative_retrieval", retrieval(clip, tokenizer, 1024, seed + 1))
+    provenance.record("verifier_correlation_within_caption", verifier_correlation(clip, tokenizer, 128, seed + 2))
+    provenance.finish(output)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m latentac.worlds.shapes.contrastive",
+        description="Train the tiny CLIP of the embedded world on rendered pictures and captions.",
+        epilog="example: python -m latentac.worlds.shapes.contrastive --output build/clip --threads 1",
+    )
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder of the CLIP")
+    add("--seed", type=int, default=0, help="decides pictures, weights and batches (default %(default)s)")
+    add("--pictures", type=int, default=16384, help="training pictures (default %(default)s)")
+    add("--steps", type=int, default=ContrastiveTraining.steps, help="training steps (default %(default)s)")
+    add("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
+    return parser
+
+
+def main(arguments_given: Sequence[str] | None = None) -> None:
+    arguments = _parser().parse_args(arguments_given)
+    torch.set_num_threads(arguments.threads)
+    options = {name: getattr(arguments, name) for name in ("seed", "pictures", "steps")}
+    flags = " ".join(f"--{name} {value}" for name, value in options.items())
+    pretrain(
+        arguments.output,
+        arguments.seed,
+        arguments.pictures,
+        ContrastiveTraining(steps=arguments.steps),
+        f"python -m latentac.worlds.shapes.contrastive --output FOLDER {flags}",
+    )
+
+
+if __name__ == "__main__":
+    main()
