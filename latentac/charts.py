@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from html import escape
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
+
+from latentac.terminal import printable
 
 # matplotlib draws in stand-in colours, which then become the page's CSS variables of these names.
 _COLOURS = {
@@ -49,7 +51,11 @@ _STYLE: dict[Any, Any] = {
     "grid.color": _COLOURS["faint"],
     "grid.linewidth": 0.7,
 }
+_MOST_POINTS, _MOST_MARKS, _MOST_TICKS = 2_000, 200, 16
+"""More than a chart of this size can show; what is drawn beyond that costs minutes."""
+
 Row = Mapping[str, Any]
+T = TypeVar("T")
 
 
 def draw(summary: Row, kinds: Sequence[str] = ("reward", "critic", "steering", "health")) -> dict[str, str]:
@@ -184,6 +190,7 @@ def _critic(critic: Row) -> str:
 
 def _steering(name: str, unit: str, rows: Sequence[Row]) -> str:
     """Reward against NFE, a mark a row; marks at one NFE stand beside each other, the dotted line is the cheapest."""
+    rows = _some(list(rows), _MOST_MARKS)
     methods = list(dict.fromkeys(row["method"] for row in rows))
     marks = {method: _METHODS[place % len(_METHODS)] for place, method in enumerate(methods)}
     columns = 3
@@ -202,7 +209,7 @@ def _steering(name: str, unit: str, rows: Sequence[Row]) -> str:
                     axes.annotate(words, (x, top), (0, 3), textcoords="offset points", ha="center", va="bottom")
         for method, (colour, mark) in marks.items():
             axes.plot([], [], mark, color=_COLOURS[colour], label=method, markersize=4.5)
-        ticks = sorted({row["nfe"] for row in rows})
+        ticks = _some(sorted({row["nfe"] for row in rows}), _MOST_TICKS)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.margins(x=0.08, y=0.14)
@@ -214,10 +221,15 @@ def _steering(name: str, unit: str, rows: Sequence[Row]) -> str:
 
 def _line(axes: Any, points: Any, colour: str, marks: str = "-", alpha: float = 1) -> list[tuple[float, float, str]]:
     """Draws the points that have a value; gives the last one and the colour, for its label."""
-    known = [(x, y) for x, y in points if y is not None]
+    known = _some([(x, y) for x, y in points if y is not None], _MOST_POINTS)
     if known:
         axes.plot(*zip(*known, strict=True), marks, color=_COLOURS[colour], markersize=3.5, linewidth=1.4, alpha=alpha)
     return [(*known[-1], colour)] if known else []
+
+
+def _some(values: list[T], most: int) -> list[T]:
+    """All of them, or of more than `most` so many at equal distances, the last one among them."""
+    return values[:: -max(1, math.ceil(len(values) / most))][::-1]
 
 
 def _mark(axes: Any, x: float, row: Row, colour: str, mark: str = "o") -> float:
@@ -263,4 +275,4 @@ def _inline(svg: str, mark: str, title: str) -> str:
     svg = re.sub(r" (width|height)=\"[\d.]+pt\"", "", svg, count=2)
     for colour, stand_in in _COLOURS.items():
         svg = svg.replace(stand_in, f"var(--{colour})")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+    return printable(svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1))

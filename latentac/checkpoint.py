@@ -1,13 +1,17 @@
 """Training state as files: complete, atomic and free of pickle. Publishing and verifying is the store's part."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from latentac.errors import IntegrityError, LatentacError, describe
+from latentac.published import read
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
@@ -40,6 +44,20 @@ def write_state(folder: Path, tensors: Mapping[str, Tensor], progress: Mapping[s
     (folder / "progress.json").write_text(json.dumps(progress) + "\n")
 
 
+@contextmanager
+def loading(where: str) -> Iterator[None]:
+    """What libraries raise of an artifact's weights that are not what they should be, as IntegrityError."""
+    try:
+        yield
+    except (LatentacError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        remedy = "Delete it from the store, and run the step that makes it"
+        raise IntegrityError(where, f"it cannot be loaded ({describe(error, 300)})", remedy) from error
+
+
 def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_state` wrote."""
-    return load_file(folder / "state.safetensors"), json.loads((folder / "progress.json").read_text())
+    """What `write_state` wrote. Raises IntegrityError for anything else."""
+    with loading(str(folder / "state.safetensors")):
+        tensors = load_file(folder / "state.safetensors")
+    return tensors, read(folder / "progress.json")

@@ -52,7 +52,7 @@ _MADE = {
 _ARTIFACT = r"(?:manifest\.json|files-[0-9a-f]{16}/.+)"
 _OBJECT = re.compile(
     rf"(?:(?!registry/)[^/]+/(?:{'|'.join(VERBS)})/{_ARTIFACT}|checkpoints/[^/]+/(?:LATEST|\d+/{_ARTIFACT})"
-    rf"|models/[^/]+/{_ARTIFACT}|tensorboard/[^/]+/.+|failures/[^/]+\.json)"
+    rf"|models/[^/]+/{_ARTIFACT}|tensorboard/[^/]+/(?:.+/)?events\.out\.tfevents\.[^/]+|failures/[^/]+\.json)"
 )
 """Names in a store of what a run publishes."""
 
@@ -202,7 +202,8 @@ def _compared(survey: Survey, going: Collection[str]) -> dict[str, str]:
     kept = {}
     for name, traces in survey.traces.items():
         if name not in going and "evaluate" in traces.steps:
-            version = (survey.evaluation(name).get("production") or {}).get("version")
+            production = survey.evaluation(name).get("production")
+            version = production.get("version") if isinstance(production, dict) else None
             if isinstance(version, str):
                 kept[version] = f"{name} was compared with it"
     return kept

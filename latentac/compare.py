@@ -14,8 +14,7 @@ from latentac.charts import draw_comparison
 from latentac.comparison import Read, compare, letter
 from latentac.errors import ConfigError, Problem
 from latentac.rendering import number, pictures_of, render, short
-from latentac.report import write_file
-from latentac.scratch import hidden_folder
+from latentac.scratch import hidden_folder, write_whole
 from latentac.store import Store, open_store
 from latentac.summary import Summary, fetch_run, prepared, read_timings, summarise
 
@@ -53,8 +52,8 @@ def write_comparison(
         content["notes"] += [note] if note else []
         text = _page(content, columns)
     numbers = page.with_suffix(".json")
-    write_file(numbers, json.dumps(content, indent=2, allow_nan=False) + "\n")
-    write_file(page, text)
+    write_whole(numbers, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_whole(page, text)
     return Comparison(page, numbers, content)
 
 

@@ -213,7 +213,10 @@ def _of_pictures(run: Read, reference: Read, reward: str) -> Summary | None:
     if None in scores:  # an earlier version published means alone
         return _of_intervals(run.figure(reward, "trained"), reference.figure(reward, "trained"))
     own, other = (each for each in scores if each is not None)
-    first, second = (np.array(each["rewards"]["trained"][reward]) for each in (own, other))
+    listed = [each["rewards"].get("trained", {}).get(reward) for each in (own, other)]
+    if None in listed:
+        return None
+    first, second = map(np.array, listed)
     if own["prompts"] == other["prompts"] and own["noise"] == other["noise"]:
         return {**interval(first - second, *_RESAMPLING), "how": "paired"}
     return {**difference(first, second, *_RESAMPLING), "how": "unpaired"}
@@ -224,9 +227,10 @@ def _of_intervals(first: Mapping[str, Any] | None, second: Mapping[str, Any] | N
     if first is None or second is None:
         return None
     mean = first["mean"] - second["mean"]
-    errors = [(row["high"] - row["low"]) / (2 * _UNPAIRED) for row in (first, second) if row["low"] is not None]
+    whole = [row for row in (first, second) if None not in (row["low"], row["high"])]
+    errors = [(row["high"] - row["low"]) / (2 * _UNPAIRED) for row in whole]
     half = _UNPAIRED * sum(error**2 for error in errors) ** 0.5
-    number = min(first["n"], second["n"])
+    number = min((row["n"] for row in (first, second) if row["n"] is not None), default=None)
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": number, "how": "unpaired"}
 
 

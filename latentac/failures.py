@@ -29,7 +29,8 @@ def report(store: Store, run: str, error: Exception, iteration: int) -> None:
     where = f"{type(error).__name__} in iteration {iteration}"
     # All workers of one start share the address that they met at, and no other start has it.
     start = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    starts = {start, *(before["starts"] if before.get("where") == where else ())}
+    earlier = before.get("starts") if before.get("where") == where else None
+    starts = {start, *(map(str, earlier) if isinstance(earlier, list) else ())}
     final = error if isinstance(error, LatentacError) and error.exit_code != _TRY_AGAIN else None
     if final is None and len(starts) >= SAME_FAILURES:
         final = error if isinstance(error, LatentacError) else _repeated(error, iteration, len(starts))
@@ -40,7 +41,11 @@ def report(store: Store, run: str, error: Exception, iteration: int) -> None:
 def read(store: Store, run: str, attempt: str) -> LatentacError | None:
     """The error that ended `attempt` of training `run`, if one did. Raises StoreError."""
     fields = _read(store, run, attempt).get("error")
-    return restore(fields) if fields else None
+    try:
+        return restore(fields) if fields else None
+    except (LookupError, TypeError, AttributeError):
+        remedy = "Remove it, and resume the run"
+        raise IntegrityError(f"{store.url}/{_key(run)}", "it holds no error that ends a training", remedy) from None
 
 
 def _read(store: Store, run: str, attempt: str) -> dict[str, Any]:

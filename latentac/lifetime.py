@@ -139,9 +139,9 @@ def run_lock(path: Path, wait_seconds: float = 30.0) -> Iterator[None]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises ResourceError for a run's folder that holds a link. A run writes and deletes there by fixed names, none of
-    which it makes a link; whoever made one may have pointed it anywhere."""
-    for path in folder.iterdir() if folder.is_dir() else ():
+    """Raises ResourceError for a run's folder that is a link or holds one. A run writes and deletes there by fixed
+    names, none of which it makes a link; whoever made one may have pointed it anywhere."""
+    for path in (folder, *(folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ())):
         if path.is_symlink():
             raise _link(path)
 

@@ -13,11 +13,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from latentac.reading import has_more_values
+
 MOST_BYTES = 2**20
 """Of a description in JSON."""
 MOST_VOCABULARY_BYTES = 8 * 2**20
 """Of a tokenizer's files and of an index of shards: those of CLIP have 3 MB."""
 MOST_DEPTH = 32
+MOST_VALUES = 500_000
+"""Of a file in JSON: each costs some microseconds whenever it is looked at. CLIP's tokenizer has 200,000."""
 LFS = b"version https://git-lfs"
 """What a git-lfs pointer begins with: the text file that stands where a large file was not fetched."""
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -102,6 +106,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def parse_json(content: bytes, name: str) -> dict[str, Any]:
     """The object that is written in `content`. Raises Damaged, with the field where one is at fault."""
+    if has_more_values(content.decode(errors="replace"), MOST_VALUES):
+        raise Damaged(f"{name} has more than {MOST_VALUES:,} values")
     try:
         found = json.loads(content, object_pairs_hook=_unique)
     except _Twice as error:

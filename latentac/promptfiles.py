@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from latentac.reading import has_more_values
+
 SPLITS = ("train", "held_out")
 MAX_CHARACTERS = 10_000
 """Of a prompt: far more than any text encoder reads."""
@@ -37,6 +39,9 @@ _MAX_CATEGORY = 100
 _MAX_LINE = 1_000_000
 _MAX_BYTES = 256 * 2**20
 _MAX_DEPTH = 32
+_MAX_LINES = 1_000_000
+_MAX_VALUES = 8_000_000
+"""Of all JSON, or of the cells of a table: read, each takes some 60 bytes."""
 _SOLID = re.compile(r"[^ \t\n\r]")
 _MARKS = {  # UTF-32 first: its mark begins like that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -117,8 +122,13 @@ def _text_of(path: Path) -> str:
     if encoding := _wide_encoding(raw):
         remedy = f"Convert it: iconv -f {encoding} -t UTF-8 {path.name}"
         raise _Unreadable(f"is {encoding}, and only UTF-8 is read", remedy)
+    if raw.count(b"\n") > _MAX_LINES:
+        raise _Unreadable(f"has more than {_MAX_LINES:,} lines", "Train on a part of them")
     try:
-        return raw.decode("utf-8-sig")
+        content = raw.decode("utf-8-sig")
+        if path.suffix.lower().startswith(".json") and has_more_values(content, _MAX_VALUES):
+            raise _Unreadable(f"has more than {_MAX_VALUES:,} values", "Train on a part of them")
+        return content
     except UnicodeDecodeError as error:
         line, byte = raw.count(b"\n", 0, error.start) + 1, raw[error.start]
         problem = f"is not UTF-8 (byte 0x{byte:02x}): perhaps Latin-1 or Windows-1252"
@@ -226,6 +236,8 @@ def _csv(name: str, content: str, flaws: list[Flaw]) -> dict[str, list[Row]]:
     if not content.strip():
         return {"": []}
     header, separator = _header(name, content)
+    if len(header) * content.count("\n") > _MAX_VALUES:
+        raise _Unreadable(f"has more than {_MAX_VALUES:,} cells", "Train on a part of them")
     reader = csv.reader(io.StringIO(content.rstrip("\r\n") + "\n", newline=""), delimiter=separator, strict=True)
 
     def entries() -> Iterator[tuple[str, Any]]:

@@ -224,11 +224,10 @@ def _named(settings: Prompts) -> str:
     return settings.train or settings.source
 
 
-def _problems(settings: Prompts, flaws: Iterable[Flaw]) -> list[Problem]:
+def _problems(settings: Prompts, flaws: Sequence[Flaw]) -> list[Problem]:
     path = "prompts.train, prompts.held_out" if settings.train or settings.held_out else "prompts.source"
-    problems = [Problem(path, flaw.where, flaw.problem, f"{flaw.remedy}.") for flaw in flaws]
-    more = len(problems) - _PROBLEMS
+    problems = [Problem(path, flaw.where, flaw.problem, f"{flaw.remedy}.") for flaw in flaws[:_PROBLEMS]]
+    more = len(flaws) - _PROBLEMS
     if more > 0:
-        rest = Problem(path, _named(settings), f"has {more} more problems", "Correct these first.")
-        return [*problems[:_PROBLEMS], rest]
+        problems.append(Problem(path, _named(settings), f"has {more} more problems", "Correct these first."))
     return problems

@@ -3,7 +3,9 @@
 import argparse
 import json
 import math
+import os
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,20 +15,65 @@ from latentac.errors import IntegrityError
 MOST_SECONDS = 365 * 86400.0
 SEEDS, PORTS = (0, 2**63 - 1), (0, 65535)
 
+MOST_BYTES, MOST_VALUES, MOST_DEPTH = 32 * 2**20, 3_000_000, 64
+"""Of a JSON text. A run of a hundred thousand iterations stays below; read, its values take some 100 bytes each."""
+
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Raises ValueError for what is no JSON, is nested beyond what can be read, or has half a character, which neither
-    a file nor a terminal can hold."""
+    """Raises ValueError for what is no JSON, is larger or nested deeper than what is written here, or has half a
+    character, which neither a file nor a terminal can hold."""
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
     told = text if isinstance(text, str) else text.decode()
+    if has_more_values(told, MOST_VALUES):
+        raise ValueError(f"it has more than {MOST_VALUES:,} values")
     try:
         found = json.loads(told)
+        if _depth(found) > MOST_DEPTH:
+            raise ValueError("it is nested too deep")
         if _SURROGATE.search(told):  # both halves are one character; json joins them
             json.dumps(found, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     return found
+
+
+def has_more_values(text: str, most: int) -> bool:
+    """Whether a JSON text has more than `most` values, before it is read: each comes behind one of three characters."""
+
+    def marks(text: str) -> int:
+        return sum(map(text.count, ",[{"))
+
+    return marks(text) > most and marks(_STRING.sub("", text)) > most
+
+
+def _depth(found: Any) -> int:
+    """How deep JSON is nested."""
+    depth, level = 0, [found]
+    while inner := [each for each in level if isinstance(each, dict | list)]:
+        level = [part for each in inner for part in (each.values() if isinstance(each, dict) else each)]
+        depth += 1
+    return depth
+
+
+def read_bytes(file: Path) -> bytes:
+    """A regular file of at most MOST_BYTES. Raises ValueError for anything else, OSError."""
+    # Without O_NONBLOCK a pipe would be waited for.
+    with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise ValueError("it is no regular file")
+        content = stream.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
+    return content
+
+
+def read_json(file: Path) -> Any:
+    """The JSON of a file that anybody may have written. Raises ValueError, OSError."""
+    return parse_json(read_bytes(file))
 
 
 def record(text: str | bytes, where: str) -> Any:
@@ -36,11 +83,6 @@ def record(text: str | bytes, where: str) -> Any:
     except ValueError as error:
         remedy = "Remove it and run the step that writes it"
         raise IntegrityError(where, f"it is not JSON ({error})", remedy) from None
-
-
-def read_record(file: Path) -> Any:
-    """Raises IntegrityError where the file holds no JSON."""
-    return record(file.read_bytes(), str(file))
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from latentac.card import Facts, folder_card, sections, use_section
 from latentac.errors import ArtifactNotFound
 from latentac.folders import ADAPTER, INDEX
+from latentac.published import read
 from latentac.workspace import EXTENSIONS, Workspace
 
 if TYPE_CHECKING:
@@ -68,4 +69,4 @@ def _read(space: Workspace, step: str, name: str) -> Any:
         file = space.artifact(step) / name if space.finished(step) else None
     except ArtifactNotFound:
         return None
-    return json.loads(file.read_text()) if file is not None and file.is_file() else None
+    return read(file) if file is not None and file.is_file() else None

@@ -2,18 +2,20 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latentac.arms import best_steered
-from latentac.errors import ArtifactNotFound, ConfigError, Problem, ResourceError
+from latentac.config import Config
+from latentac.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem, ResourceError
 from latentac.folders import copy_pipeline
 from latentac.incumbent import Production, chosen_production, productions, put_in_production
 from latentac.names import working_folder
-from latentac.reading import read_record
+from latentac.published import metric
+from latentac.published import read as read_published
 from latentac.readme import write_released
 from latentac.scratch import empty_folder, hidden_folder
 from latentac.serving.deployment import Deployment, serve_and_check
@@ -110,13 +112,30 @@ def _export(space: Workspace, trained: Manifest, folder: Path, notice: str = "")
     if space.config.serving.include_base:
         add_base(folder, space.artifact("prepare") / "backbone")
     examples = list(dict.fromkeys(prompt.text for prompt in space.presentable))[:_EXAMPLES]
-    extensions = read_record(space.artifact("prepare") / EXTENSIONS)
-    rows = read_record(space.artifact("steer") / "steering.json") if space.finished("steer") else []
+    extensions = read_published(space.artifact("prepare") / EXTENSIONS)
+    rows = read_published(space.artifact("steer") / "steering.json") if space.finished("steer") else []
     best = best_steered(rows, space.config.gate.reward)
+    check_agreement(space.run, space.config, extensions, best)
     told = {"examples": examples, "notice": notice, "extensions": extensions, "best": best}
     export(folder, space.config, run=space.run, version=version, **told)
     write_released(space, source, folder, "" if notice else version)
     return version
+
+
+def check_agreement(run: str, config: Config, extensions: Mapping[str, Any], best: Mapping[str, Any] | None) -> None:
+    """Raises IntegrityError where what the run has published of its rewards and methods is not of its configuration.
+
+    extensions: content of extensions.json; best: the row of steering.json that becomes the default.
+    """
+    methods = {method.name for method in config.steering.methods}
+    for file, missing in (
+        (f"prepare/{EXTENSIONS}", {*config.reward_names} - extensions["units"].keys()),
+        (f"prepare/{EXTENSIONS}", methods - extensions["methods"].keys()),
+        ("steer/steering.json", {best["method"]} - methods if best else set[str]()),
+    ):
+        if missing:
+            problem = f"it and the run's configuration do not agree on {min(missing)!r}"
+            raise IntegrityError(f"{run}/{file}", problem, "Run the step that writes it again")
 
 
 def fetch_version(version: str, store: str, folder: Path) -> Manifest:
@@ -183,7 +202,7 @@ def model_to_use(run: str, project: str, store: str, output: str) -> Iterator[tu
         with _inspected(open_run(run, store, output)) as found:
             yield found
         return
-    version = deployed.metrics["version"]
+    version = metric(deployed, "version", str)
     yield _fetched(opened, version, folder / "model"), f"{version}, {_standing(productions(opened), version)}"
 
 

@@ -5,16 +5,20 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from latentac.errors import IntegrityError
+from latentac.errors import IntegrityError, describe
 from latentac.summary import AGAIN, Files, read_json
+from latentac.terminal import printable
 
 _ARMS = {"base": "evaluate", "incumbent": "evaluate", "trained": "evaluate", "steered": "steer"}
 _INDEX = ("prompts", "seeds", "image_size", "columns")
 _MAX_PICTURE = 256  # pixels a side; larger pictures are reduced, so that a gallery stays within a few MB
+_MOST_PIXELS = 2**27
+"""Of a file: 128 pictures of 1,024 x 1,024. A PNG of a few kB can say that it has a billion."""
 
 
 def pictures_of(files: Files, gallery: Mapping[str, Any] | None) -> dict[str, list[str]]:
@@ -32,32 +36,45 @@ def pictures_of(files: Files, gallery: Mapping[str, Any] | None) -> dict[str, li
                     continue
                 pictures[arm] = _cut(folder / "gallery" / f"{arm}.png", manifest.key, gallery)
     if "deploy" in files:
-        pictures["served"] = [_uri(files["deploy"][1] / "picture.png")]
+        manifest, folder = files["deploy"]
+        with _opened(folder / "picture.png", manifest.key) as image:
+            pictures["served"] = [_uri(image.convert("RGB"))]
     return pictures
 
 
 def _cut(sheet: Path, key: str, gallery: Mapping[str, Any]) -> list[str]:
     """The pictures of a contact sheet, row by row."""
-    from PIL import Image
-
     count, columns, side = len(gallery["prompts"]), gallery["columns"], gallery["image_size"]
     expected = (columns * side, math.ceil(count / columns) * side)
-    with Image.open(sheet) as image:
+    with _opened(sheet, key) as image:
         if image.size != expected:
             problem = f"gallery/{sheet.name} is {image.size} pixels, gallery.json says {expected}"
             raise IntegrityError(key, problem, AGAIN)
         corners = [(index % columns * side, index // columns * side) for index in range(count)]
-        cells = [image.convert("RGB").crop((x, y, x + side, y + side)) for x, y in corners]
+        cells = [image.crop((x, y, x + side, y + side)).convert("RGB") for x, y in corners]
     return [_uri(cell) for cell in cells]
 
 
-def _uri(picture: Any) -> str:
-    """A data: URI of a PIL picture or of a picture's file."""
+@contextmanager
+def _opened(file: Path, key: str) -> Iterator[Any]:
+    """A PNG of an artifact as a PIL picture. Raises IntegrityError where it is none that steps write."""
     from PIL import Image
 
-    if isinstance(picture, Path):
-        with Image.open(picture) as image:
-            return _uri(image.convert("RGB"))
+    try:
+        with Image.open(file, formats=["PNG"]) as image:  # other formats' readers run programs
+            if math.prod(image.size) > _MOST_PIXELS or image.mode not in ("RGB", "L"):
+                raise ValueError(f"it has {image.size} pixels of mode {image.mode}")
+            image.load()
+            yield image
+    except (IntegrityError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever the decoder raises
+        problem = f"{file.name} is no picture that can be shown ({describe(error, 200)})"
+        raise IntegrityError(key, problem, AGAIN) from None
+
+
+def _uri(picture: Any) -> str:
+    """A data: URI of a PIL picture."""
     if max(picture.size) > _MAX_PICTURE:
         picture.thumbnail((_MAX_PICTURE, _MAX_PICTURE))
     buffer = io.BytesIO()
@@ -73,11 +90,17 @@ def render(template: str, **values: Any) -> str:
         loader=PackageLoader("latentac"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_plain,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "short": short, "flat": flat, "json": partial(json.dumps, indent=2)}
     return environment.get_template(template).render(**values) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Text without characters that turn the words behind it around; what is markup already has been made here."""
+    return printable(value) if type(value) is str else value
 
 
 def number(value: float | None, digits: int = 3, signed: bool = False) -> str:

@@ -7,7 +7,6 @@ nothing else, so whatever number it shows can be read by a program too.
 
 import json
 import math
-import os
 import re
 import shlex
 import tempfile
@@ -17,8 +16,9 @@ from typing import Any
 
 from latentac.charts import draw
 from latentac.commands import program, typed
+from latentac.lifetime import refuse_links
 from latentac.rendering import pictures_of, render
-from latentac.scratch import hidden_folder
+from latentac.scratch import hidden_folder, write_whole
 from latentac.store import Manifest, open_store
 from latentac.summary import Summary, fetch_run, prepared, read_timings, summarise
 
@@ -35,14 +35,15 @@ def write_report(run: str, store: str, output: str) -> tuple[Path, Path]:
     """
     folder = Path(output) / run
     prepared(open_store(store), [run])  # before a folder is made for it
+    refuse_links(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with hidden_folder(folder, "report") as scratch:
         files = fetch_run(open_store(store), run, scratch)
         summary = summarise(run, files, read_timings(folder / "timings.json"))
         page = _render(summary, pictures_of(files, summary["gallery"]), next_commands(run, store, output))
     report, numbers = folder / "report.html", folder / "summary.json"
-    write_file(numbers, json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    write_file(report, page)
+    write_whole(numbers, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_whole(report, page)
     return report, numbers
 
 
@@ -89,13 +90,6 @@ def next_commands(run: str, store: str, output: str) -> dict[str, str]:
         "tensorboard": f"{board} --logdir {shlex.quote(str(Path(output) / run / 'tensorboard'))}",
         "compare": compare,
     }
-
-
-def write_file(path: Path, text: str) -> None:
-    """Writes `path` whole: readers find the old text or the new."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def _render(

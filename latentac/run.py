@@ -18,10 +18,11 @@ from latentac import package as packages
 from latentac.config import Config, suggestion
 from latentac.errors import ArtifactNotFound, ConfigError, Problem, TrainingError
 from latentac.fields import merge, read_file, read_overrides
+from latentac.lifetime import refuse_links
 from latentac.names import working_folder
-from latentac.reading import read_record, record
+from latentac.published import metric, parse
 from latentac.recipes import RECIPES, default_project
-from latentac.scratch import hidden_folder
+from latentac.scratch import hidden_folder, write_whole
 from latentac.store import Manifest, Store, open_store
 from latentac.validation import resolve
 from latentac.workspace import EXTENSIONS, PACKAGE, Workspace, default_store, open_run, person
@@ -184,7 +185,7 @@ def judge(space: Workspace, overrides: Sequence[str] = ()) -> dict[str, Any]:
     # What is promoted must be what was evaluated, byte for byte.
     space.store.verify(space.store.manifest(f"{space.run}/evaluate"))
     key = f"{space.run}/evaluate"
-    evaluation = record(space.store.read(key, "evaluation.json"), key)
+    evaluation = parse(space.store.read(key, "evaluation.json"), f"{key}/evaluation.json")
     version, evaluated = in_production(space), evaluation.get("production") or {}
     compared = version is not None and not evaluated.get("problem")
     found = trouble(space, version, evaluated.get("sha256")) if version is not None and compared else ""
@@ -256,6 +257,7 @@ def finish(run: str, store: str, output: str) -> Manifest | None:
     origins = [opened.manifest(f"{run}/{step}") for step in VERBS if step != "finish" and f"{run}/{step}" in known]
     if f"{run}/prepare" not in known:
         return None
+    refuse_links(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with hidden_folder(folder, "finish") as temporary:
         scratch = temporary / "finish"
@@ -266,8 +268,7 @@ def finish(run: str, store: str, output: str) -> Manifest | None:
             done = None
             _write_finish(run, url, output, scratch)
         for file in scratch.iterdir():
-            shutil.copyfile(file, part := folder / f".{file.name}.part")
-            part.replace(folder / file.name)
+            write_whole(folder / file.name, file.read_text(encoding="utf-8"))
         return done or opened.publish(
             f"{run}/finish",
             scratch,
@@ -410,7 +411,7 @@ def _write_finish(run: str, store: str, output: str, folder: Path) -> None:
     report, summary = write_report(run, store, output)
     for path in (report, summary):
         shutil.copyfile(path, folder / path.name)
-    (folder / "card.md").write_text(model_card(read_record(summary)), encoding="utf-8")
+    (folder / "card.md").write_text(model_card(json.loads(summary.read_text())), encoding="utf-8")
 
 
 def _track(space: Workspace, scalars: Mapping[str, float]) -> None:
@@ -424,7 +425,7 @@ def _track(space: Workspace, scalars: Mapping[str, float]) -> None:
         space.store.read_files(copies, folder)
     board = TensorBoard(folder, all_but_evaluation)
     trackers: list[Tracker] = [board, *make_trackers(space.config, space.folder)]
-    iteration = int(space.store.manifest(f"{space.run}/train").metrics["iterations"])
+    iteration = metric(space.store.manifest(f"{space.run}/train"), "iterations", int)
     with tracking(trackers, space.run, hyperparameters(space.config)):
         for tracker in trackers:
             tracker.log(iteration, scalars)

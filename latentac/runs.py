@@ -14,7 +14,7 @@ from typing import Any
 from latentac.errors import ArtifactNotFound, IntegrityError, LatentacError
 from latentac.fields import read_overrides
 from latentac.lifetime import lock_holder
-from latentac.reading import parse_json
+from latentac.reading import parse_json, read_json
 from latentac.run import VERBS
 from latentac.store import Entry, Manifest, Store, open_store
 from latentac.store.pool import OBJECTS
@@ -23,6 +23,7 @@ from latentac.workspace import default_store
 
 LOCKS = ("run.lock", LOCK_FILE, "train.lock")
 _REQUEST, _SUMMARY = "request.json", "summary.json"
+_MOST = 1e100  # of a number that is shown; infinity and NaN are none either
 _log = logging.getLogger(__name__)
 _KINDS = re.compile(r"(?:(checkpoints|tensorboard|failures|models)/)?([^/]+?)(?:\.json)?(?:/|$)")
 
@@ -150,6 +151,9 @@ def list_runs(output: Path, store: str) -> list[Run]:
     for other in sorted(set(survey.elsewhere.values())) if not store else []:
         names = [name for name, url in survey.elsewhere.items() if url == other]
         try:
+            if not any(_published(other, name) for name in names):  # any folder may be named; this one is not listed
+                runs += [_describe(survey, Traces(name, output / name)) for name in names]
+                continue
             there = Survey(output, other)
             runs += [_describe(there, there.traces[name]) for name in names]
         except LatentacError as error:  # no credentials for it here, say
@@ -158,18 +162,26 @@ def list_runs(output: Path, store: str) -> list[Run]:
     return sorted(runs, key=lambda run: (run.started, run.name), reverse=True)
 
 
+def _published(store: str, run: str) -> bool:
+    try:
+        open_store(store).manifest(f"{run}/prepare")
+    except (ArtifactNotFound, IntegrityError):
+        return False
+    return True
+
+
 def store_of(folder: Path) -> str:
     """The store that the run in `folder` was started with, "" for the default one of its output."""
     try:
-        store = str(parse_json((folder / _REQUEST).read_text())["store"])
+        store = str(read_json(folder / _REQUEST)["store"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return store.replace("{output}", str(folder.parent.resolve()), 1)
 
 
 def files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Every file and link below `folder`, not following links."""
-    for place, _, names in os.walk(folder):
+    """Every file and link below `folder`, not following links, nor `folder` where it is one."""
+    for place, _, names in os.walk(folder) if not folder.is_symlink() else ():
         for name in names:
             path = Path(place) / name
             try:
@@ -255,7 +267,7 @@ def _describe(survey: Survey, traces: Traces) -> Run:
         step=step,
         project=str(settings.get("project", "")),
         recipe=str(settings.get("recipe") or request.get("recipe", "")),
-        seed=settings.get("seed", request.get("seed")),
+        seed=_seed(settings.get("seed", request.get("seed"))),
         gain=gained.get("mean"),
         gain_low=gained.get("low"),
         gain_high=gained.get("high"),
@@ -286,7 +298,7 @@ def _failed(traces: Traces) -> str:
     if traces.folder is None:
         return ""
     try:
-        left = parse_json((traces.folder / ERROR_FILE).read_text())
+        left = read_json(traces.folder / ERROR_FILE)
         step, when = str(left["task"]), (traces.folder / ERROR_FILE).stat().st_mtime
     except (OSError, ValueError, KeyError, TypeError):
         return ""
@@ -307,7 +319,11 @@ def _failure(store: Store, traces: Traces) -> bool:
 
 def _gained(evaluation: dict[str, Any], reward: str) -> dict[str, float]:
     numbers = _object(_object(evaluation.get("difference")).get(reward))
-    return {name: value for name, value in numbers.items() if isinstance(value, int | float) and math.isfinite(value)}
+    return {name: float(value) for name, value in numbers.items() if type(value) in (int, float) and abs(value) < _MOST}
+
+
+def _seed(found: Any) -> int | None:
+    return found if type(found) is int and abs(found) < _MOST else None
 
 
 def _object(found: Any) -> dict[str, Any]:
@@ -317,7 +333,7 @@ def _object(found: Any) -> dict[str, Any]:
 
 def _json(folder: Path | None, name: str) -> dict[str, Any]:
     try:
-        return _object(parse_json((folder / name).read_text()) if folder else None)
+        return _object(read_json(folder / name) if folder else None)
     except (OSError, ValueError):
         return {}
 
@@ -328,9 +344,9 @@ def _request(folder: Path | None) -> dict[str, Any]:
         return {}
     try:
         file = folder / _REQUEST
-        asked, made = parse_json(file.read_text()), file.stat().st_mtime
-        fields = read_overrides(asked["overrides"])
+        asked, made = read_json(file), file.stat().st_mtime
+        fields = read_overrides([str(each) for each in asked["overrides"]])
         started = datetime.fromtimestamp(made, UTC).isoformat(timespec="seconds")
-        return {"recipe": asked["recipe"], "seed": fields.get("seed"), "started": started}
+        return {"recipe": str(asked["recipe"]), "seed": fields.get("seed"), "started": started}
     except (OSError, ValueError, KeyError, TypeError, LatentacError):
         return {}

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +66,17 @@ def hidden_folder(place: Path, purpose: str) -> Iterator[Path]:
     """A new folder in `place` for what is still being made; it goes in the end."""
     with tempfile.TemporaryDirectory(prefix=f"{HIDDEN}{purpose}-", dir=place) as folder:
         yield Path(folder)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `path`: readers find the old text or the new. A link that lies there is replaced, and none is followed."""
+    part = path.with_name(f"{HIDDEN}{uuid.uuid4().hex}")
+    try:
+        with part.open("x", encoding="utf-8") as file:  # x: it is a new file, or an error
+            file.write(text)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def remove_hidden(place: Path) -> None:

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from latentac import published
 from latentac.arms import best_steered
 from latentac.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem
-from latentac.reading import parse_json, record
+from latentac.reading import MOST_SECONDS
 from latentac.store import Manifest, Store
 
 STEPS = ("prepare", "pretrain-value", "train", "evaluate", "steer", "gate", "deploy")
@@ -65,13 +66,10 @@ def _is_shown(path: str) -> bool:
 
 
 def read_json(artifact: tuple[Manifest, Path], name: str) -> Any:
-    return record(read_text(artifact, name), f"{artifact[0].key}/{name}")
-
-
-def read_text(artifact: tuple[Manifest, Path], name: str) -> str:
+    """What a JSON file of an artifact holds, in the shape that it must have. Raises IntegrityError."""
     manifest, folder = artifact
     try:
-        return (folder / name).read_text(encoding="utf-8")
+        return published.read(folder / name, f"{manifest.key}/{name}")
     except FileNotFoundError:
         raise IntegrityError(manifest.key, f"the artifact has no {name}", AGAIN) from None
 
@@ -199,13 +197,19 @@ def _seconds(files: Files, timings: Mapping[str, Any]) -> tuple[dict[str, float 
     where no driver ran it.
     """
     stages = dict(timings.get("stages") or {})
-    own = {step: manifest.metrics.get("seconds") for step, (manifest, _) in files.items()}
+    own = {step: _known(manifest.metrics.get("seconds")) for step, (manifest, _) in files.items()}
     seconds: dict[str, float | None] = {step: stages.get(step, own.get(step)) for step in STEPS}
     seconds |= {stage: value for stage, value in stages.items() if stage not in seconds}
     spent = sum(value for value in seconds.values() if value is not None)
     total = timings.get("total", spent)
     note = "seconds.total is less than the stages together, for the driver has not seen them all"
     return {**seconds, "total": total}, [note] if spent > 1.05 * total else []
+
+
+def _known(seconds: Any) -> float | None:
+    """Of a manifest, whose metrics may be anything."""
+    sound = type(seconds) in (int, float) and 0 <= seconds <= MOST_SECONDS  # so NaN is not
+    return seconds if sound else None
 
 
 def _finite(value: Any, path: str, dropped: Counter[str]) -> Any:
@@ -222,10 +226,5 @@ def _finite(value: Any, path: str, dropped: Counter[str]) -> Any:
 
 def read_timings(path: Path) -> Mapping[str, Any]:
     """What the driver wrote: {"stages": {step: seconds}, "total": seconds}, or nothing."""
-    try:
-        found = dict(parse_json(path.read_text())) if path.exists() else {}
-        if not all(math.isfinite(each) for each in (found.get("total", 0.0), *dict(found.get("stages", {})).values())):
-            raise ValueError("a time is not finite")
-        return found
-    except (ValueError, TypeError, OverflowError) as error:
-        raise IntegrityError(str(path), f"is not the driver's JSON ({error})", "Remove it") from None
+    found: Mapping[str, Any] = published.read(path, remedy="Remove it") if path.exists() else {}
+    return found

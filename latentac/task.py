@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from latentac.calls import CALLS, FOLDER, STEPS, supervised
-from latentac.errors import ConfigError, expected
+from latentac.errors import ConfigError, ResourceError, expected
 from latentac.lifetime import die_with_parent, refuse_links, run_lock, stop_on_sigterm
 from latentac.names import working_folder
-from latentac.scratch import remove_hidden, temporary_files
+from latentac.scratch import remove_hidden, temporary_files, write_whole
 from latentac.store import Manifest
 from latentac.terminal import guard_streams
 
@@ -64,7 +64,8 @@ def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Itera
     guard_streams()
     try:
         folder = working_folder(run, output)
-    except ConfigError as error:  # of no run, so there is no place for a file either
+        refuse_links(folder)  # before anything is written there
+    except (ConfigError, ResourceError) as error:  # of no run, or of one that is no place for a file
         raise SystemExit(_fail(name, None, error)) from None
     if name in STEPS and FOLDER not in os.environ and (ended := supervised(folder / CALLS)) is not None:
         exit_code, crash = ended
@@ -74,7 +75,6 @@ def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Itera
     _log_plainly()
     _tell(event="begin", task=name)
     try:
-        refuse_links(folder)
         with run_lock(folder / LOCK_FILE):
             remove_hidden(folder)
             with temporary_files(folder):
@@ -100,7 +100,7 @@ def _fail(name: str, folder: Path | None, error: Exception) -> int:
         # The first failure is the cause; a start of the run removes the file.
         if folder is not None and not (folder / ERROR_FILE).exists():
             told = {"task": name, "exit_code": code, "message": message}
-            (folder / ERROR_FILE).write_text(json.dumps(told, indent=2))
+            write_whole(folder / ERROR_FILE, json.dumps(told, indent=2))
         unread = folder is None or EVENTS not in os.environ
     except OSError:  # the disk that is full, perhaps
         unread = True

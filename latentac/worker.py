@@ -24,7 +24,7 @@ import torch
 
 from latentac import failures
 from latentac.algorithms import ALGORITHMS
-from latentac.checkpoint import read_state, write_state
+from latentac.checkpoint import loading, read_state, write_state
 from latentac.critic import Critic
 from latentac.distributed import Mesh, PeerLost
 from latentac.errors import ArtifactNotFound, Diverged, IntegrityError, LatentacError, StoreError, expected
@@ -32,6 +32,7 @@ from latentac.learning import Replay
 from latentac.lifetime import run_lock
 from latentac.metrics import of_iteration
 from latentac.progress import progress
+from latentac.published import checked
 from latentac.readme import write_trained
 from latentac.scratch import hidden_folder
 from latentac.store import open_store
@@ -213,15 +214,15 @@ def _make_trainer(space: Workspace, mesh: Mesh) -> Trainer:
     torch.manual_seed(space.config.seed)  # LoRA's initial matrices; everything else draws from generator_for
     policy = space.base_policy()
     pretrained = space.artifact("pretrain-value")
-    critic = Critic.load(
-        pretrained / "critic", policy.backbone, own=True
-    )  # its body may begin as the backbone, before adapters
+    with loading(f"{space.run}/pretrain-value"):  # the critic's body may begin as the backbone, before adapters
+        critic = Critic.load(pretrained / "critic", policy.backbone, own=True)
+        replay = Replay.load(pretrained, mesh.device)
     policy.backbone.adapt(space.config.policy)
     weights = torch.tensor([reward.weight for reward in space.config.rewards])
     algorithm = ALGORITHMS.make(space.config.algorithm, weights, path="algorithm")
     trainer = Trainer(space.config, policy, critic, algorithm, space.rewards(), space.prompts.train, mesh)
     if trainer.learner is not None:
-        trainer.learner.begin_with(Replay.load(pretrained, mesh.device))
+        trainer.learner.begin_with(replay)
     return trainer
 
 
@@ -249,18 +250,21 @@ def _resume(space: Workspace, trainer: Trainer) -> None:
         with hidden_folder(space.folder, "train") as folder:
             try:
                 manifest = space.store.fetch(key, folder / "state")
+                if manifest.config_hash != space.config.hash:
+                    continue
+                state = read_state(folder / "state")
             except IntegrityError as error:
                 _log.warning("checkpoint passed over: %s", error)
                 continue
-            if manifest.config_hash == space.config.hash:
-                trainer.load_state(*read_state(folder / "state"))
-                return
+            with loading(key):
+                trainer.load_state(*state)
+            return
 
 
 def _checkpoints(space: Workspace) -> list[str]:
     """Keys of the published checkpoints, oldest first."""
     try:
-        latest = space.store.read_json(f"{_prefix(space)}/LATEST")["key"]
+        latest = checked(space.store.read_json(f"{_prefix(space)}/LATEST"), f"{_prefix(space)}/LATEST")["key"]
     except ArtifactNotFound:
         return []
     # One beyond LATEST was cut off between its manifest and the pointer; it is as good as never written.

@@ -16,7 +16,7 @@ from latentac.config import Config
 from latentac.errors import ArtifactNotFound
 from latentac.names import working_folder
 from latentac.package import make_importable
-from latentac.reading import read_record, record
+from latentac.published import parse, read
 from latentac.store import Manifest, Store, open_store
 from latentac.summary import prepared
 from latentac.validation import resolve
@@ -71,7 +71,7 @@ class Workspace:
             return None
         with tempfile.TemporaryDirectory() as scratch:
             self.store.fetch(f"{self.run}/gate", Path(scratch) / "gate")
-            return dict(read_record(Path(scratch) / "gate" / "gate.json"))
+            return dict(read(Path(scratch) / "gate" / "gate.json", f"{self.run}/gate/gate.json"))
 
     @functools.cached_property
     def device(self) -> "torch.device":
@@ -91,7 +91,7 @@ class Workspace:
         from latentac.prompts import within
 
         lengths = self.artifact("prepare") / "lengths.json"
-        cut = read_record(lengths)["truncated"]["held_out"] if lengths.exists() else []
+        cut = read(lengths)["truncated"]["held_out"] if lengths.exists() else []
         return within(self.prompts.held_out, self.config.serving, cut)
 
     def rewards(self) -> "list[ConfiguredReward]":
@@ -108,9 +108,12 @@ class Workspace:
 
     def critic(self, step: str) -> "Critic":
         """The critic that `step` (`pretrain-value` or `train`) left."""
+        from latentac.checkpoint import loading
         from latentac.critic import Critic
 
-        return Critic.load(self.artifact(step) / "critic", self.base_policy().backbone, own=True)
+        folder, backbone = self.artifact(step) / "critic", self.base_policy().backbone
+        with loading(str(folder)):
+            return Critic.load(folder, backbone, own=True)
 
     def _policy(self, folder: Path) -> "Policy":
         from latentac.backbones import load_backbone
@@ -126,9 +129,8 @@ def open_run(run: str, store: str, output: str) -> Workspace:
     opened = open_store(store or default_store(output))
     folder = working_folder(run, output)
     [manifest] = prepared(opened, [run])
-    config = resolve(
-        record(opened.read(manifest.key, "config.json"), manifest.key)
-    )  # not the backbone: some steps need none
+    settings = parse(opened.read(manifest.key, "config.json"), f"{manifest.key}/config.json")
+    config = resolve(settings)  # not the backbone: some steps need none
     if any(file.path.startswith(f"{PACKAGE}/") for file in manifest.files):
         opened.fetch_files(
             manifest.key, folder / "code", lambda path: path.startswith(f"{PACKAGE}/"), cache=cache_beside(folder)

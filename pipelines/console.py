@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from latentac.progress import duration
 from latentac.reading import parse_json
+from latentac.scratch import write_whole
 from latentac.summary import read_timings
 from latentac.task import EVENT_MARK
 from latentac.terminal import Guarded
@@ -74,9 +75,7 @@ class Console(io.TextIOBase):
         self._total += seconds
         if stage is not None:
             self._stages[stage] = self._stages.get(stage, 0.0) + seconds
-        part = self._file.with_suffix(".part")
-        part.write_text(json.dumps({"stages": self._stages, "total": self._total}, indent=2))
-        part.replace(self._file)
+        write_whole(self._file, json.dumps({"stages": self._stages, "total": self._total}, indent=2))
         return seconds
 
     def skip(self, step: str) -> None:

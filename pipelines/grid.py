@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from latentac.errors import ConfigError, IntegrityError, Problem
 from latentac.fields import read_overrides
 from latentac.names import is_name
-from latentac.reading import parse_json
+from latentac.published import problem_of
+from latentac.reading import read_json
+from latentac.scratch import write_whole
 from pipelines.request import Request, located, relative
 
 _FILE = "sweep.json"
@@ -47,10 +51,8 @@ class Sweep:
         """Write it into `<output>/<name>`, which may be moved afterwards."""
         folder = output / self.name
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{_FILE}.part"
         kept = dataclasses.replace(self, request=relative(self.request, folder))
-        part.write_text(json.dumps(dataclasses.asdict(kept), indent=2) + "\n")
-        part.replace(folder / _FILE)
+        write_whole(folder / _FILE, json.dumps(dataclasses.asdict(kept), indent=2) + "\n")
 
     def exists(self, output: Path) -> bool:
         """Whether it was begun there."""
@@ -77,6 +79,9 @@ class Sweep:
             raise ConfigError(list(problems.values()))
 
 
+_SWEEP = TypeAdapter(Sweep)
+
+
 def load(name: str, output: Path) -> Sweep:
     """The sweep `name`. Raises ConfigError where there is none, IntegrityError where its file is no sweep's."""
     path = output / name / _FILE
@@ -85,14 +90,13 @@ def load(name: str, output: Path) -> Sweep:
         remedy = f"Known: {', '.join(known[:10])}." if known else "There is none: leave it out."
         raise ConfigError([Problem("--resume", name, f"no such sweep in {output}", remedy)])
     try:
-        fields = parse_json(path.read_text())
-        asked = Request(**{**fields["request"], "overrides": tuple(fields["request"]["overrides"])})
-        found = [Member(**member) for member in fields["members"]]
-        if fields["name"] != name or not all(member.run == "" or is_name(member.run) for member in found):
+        found = _SWEEP.validate_json(json.dumps(read_json(path)), strict=True)
+        if found.name != name or not all(member.run == "" or is_name(member.run) for member in found.members):
             raise ValueError("it names other places than its own")
-        return Sweep(name, located(asked, path.parent), fields["cluster"], found)
-    except (ValueError, TypeError, KeyError) as error:
-        raise IntegrityError(str(path), f"is not a sweep's JSON ({error})", "Start another sweep") from None
+        return dataclasses.replace(found, request=located(found.request, path.parent))
+    except ValueError as error:
+        told = problem_of(error) if isinstance(error, ValidationError) else str(error)
+        raise IntegrityError(str(path), f"is not a sweep's JSON ({told})", "Start another sweep") from None
 
 
 def members(grid: Sequence[str], seeds: Sequence[int]) -> list[Member]:

@@ -13,21 +13,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from latentac import package as packages
 from latentac.errors import ConfigError, Problem, ResourceError, require
 from latentac.fields import read_file, read_overrides
-from latentac.reading import parse_json
+from latentac.published import problem_of
+from latentac.reading import read_json
+from latentac.scratch import write_whole
 
 _FILE = "request.json"
 _GIVEN, _PACKAGE = "given-config", "given-package"
 _CONFIG_BEFORE = "given-config.yaml"  # what runs of earlier versions have
 _OUTPUT = "file://{output}/"
 _SOURCES = (("backbone", "source"), ("prompts", "source"), ("prompts", "train"), ("prompts", "held_out"))
-PROCESSES, CONTAINERS = "processes", "containers"
+Ways = Literal["processes", "containers"]
+PROCESSES: Final = "processes"
+CONTAINERS: Final = "containers"
 """The ways to run the steps on this machine."""
 
 _HERE = ("kfp", "jinja2", "matplotlib", "PIL", "tqdm")
@@ -47,7 +52,7 @@ class Request:
     config: str = ""
     overrides: tuple[str, ...] = ()
     store: str = ""
-    way: str = PROCESSES
+    way: Ways = PROCESSES
     folder: str = ""
     package: str = ""
 
@@ -83,8 +88,7 @@ def create_run(request: Request, output: Path) -> tuple[str, Request]:
         raise ResourceError(str(output), f"no folder can be made in it ({error.strerror})", remedy) from None
     request = with_copies(request, folder, code)
     # request.json makes a folder a run, so it comes last and whole
-    (folder / f"{_FILE}.part").write_text(json.dumps(dataclasses.asdict(relative(request, folder)), indent=2))
-    (folder / f"{_FILE}.part").rename(folder / _FILE)
+    write_whole(folder / _FILE, json.dumps(dataclasses.asdict(relative(request, folder)), indent=2))
     return folder.name, request
 
 
@@ -153,14 +157,17 @@ def load_run(run: str, output: Path, given: Mapping[str, object]) -> Request:
     return request
 
 
+_REQUEST = TypeAdapter(Request)
+
+
 def read_request(folder: Path) -> Request:
     """The request in the run's folder, its places as they are now. Raises ConfigError where it cannot be read."""
     try:
-        fields = parse_json((folder / _FILE).read_text())
-        request = Request(**{**fields, "overrides": tuple(fields["overrides"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        request = _REQUEST.validate_json(json.dumps(read_json(folder / _FILE)), strict=True)
+    except (OSError, ValueError) as error:
+        told = problem_of(error) if isinstance(error, ValidationError) else str(error)
         remedy = "Start a new run; what this one has published stays in its store."
-        raise ConfigError([Problem("--resume", folder.name, f"its {_FILE} cannot be read ({error})", remedy)]) from None
+        raise ConfigError([Problem("--resume", folder.name, f"its {_FILE} cannot be read ({told})", remedy)]) from None
     if (folder / _CONFIG_BEFORE).is_file():
         request = dataclasses.replace(request, config=_CONFIG_BEFORE)
     return located(request, folder)

@@ -69,7 +69,7 @@ def start(options: argparse.Namespace, *, containers: bool) -> int:
     """Start or resume the run that the options describe, to its end."""
     from latentac.package import make_importable, use_in_place
     from latentac.run import resolve_recipe
-    from pipelines.request import CONTAINERS, PROCESSES, Request, absolute, create_run, load_run
+    from pipelines.request import CONTAINERS, PROCESSES, Request, Ways, absolute, create_run, load_run
 
     output, run = Path(options.output), options.resume
     overrides = (*options.set, *(() if options.seed is None else (f"seed={options.seed}",)))
@@ -81,7 +81,7 @@ def start(options: argparse.Namespace, *, containers: bool) -> int:
         given |= {"package": options.package, "way": CONTAINERS if containers else ""}
         request = load_run(run, output, {name: value for name, value in given.items() if value})
     else:
-        way = CONTAINERS if containers else PROCESSES
+        way: Ways = CONTAINERS if containers else PROCESSES
         recipe, config = "shapes-unet" if options.recipe is None else options.recipe, options.config or ""
         request = Request(recipe, config, overrides, options.store or "", way, package=options.package or "")
     make_importable(Path(request.folder or Path.cwd()))

@@ -52,6 +52,10 @@ class Method(Section):
     particles: Particles
 
 
+_TOLD = ("summary", "needs_gradient", "strength", "particles")
+"""Of a method, what `prepare` writes to extensions.json."""
+
+
 class Head(Section):
     """A reward whose value the critic predicts. weight: its share in training; unit: what one unit means, or ""."""
 
@@ -141,7 +145,7 @@ def export(
     """
     serving, units = config.serving, extensions["units"]
     methods = {
-        method.name: Method(extension=method, **extensions["methods"][method.name])
+        method.name: Method(extension=method, **{name: extensions["methods"][method.name][name] for name in _TOLD})
         for method in config.steering.methods
     }
     if best is not None:

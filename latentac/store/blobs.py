@@ -193,13 +193,23 @@ class Folder:
     def __init__(self, root: Path) -> None:
         self._root, self._pool = root, Pool(root)
 
+    def _path(self, name: str) -> Path:
+        """Where `name` lies. Raises StoreError where a folder on the way is a link: it may lead out of the store, where
+        nothing is ours to write or to delete. The store's own folder may be one."""
+        path = self._root / name
+        for above in path.parents[: name.rstrip("/").count("/")]:
+            if above.is_symlink():
+                remedy = "Put the folder itself there: what a link leads to is neither read nor removed"
+                raise StoreError(str(above), f"it is a link to {os.readlink(above)!r}", remedy)
+        return path
+
     def put(self, name: str, source: Stream, size: int) -> None:
-        with disk_errors(self._root / name, size), self._partial() as partial:
+        with disk_errors(self._path(name), size), self._partial() as partial:
             _write(source, partial)
             self._place(partial, name)
 
     def keep(self, name: str, path: Path, sha256: str, size: int, moved: Callable[[int], None], owned: bool) -> str:
-        with path.open("rb") as stream, disk_errors(self._root / name, size), self._partial() as partial:
+        with path.open("rb") as stream, disk_errors(self._path(name), size), self._partial() as partial:
             if not self._pool.take(sha256, partial, moved):
                 if owned and adopt(path, partial):
                     os.fsync(stream.fileno())
@@ -217,8 +227,8 @@ class Folder:
         return False  # `keep` does the same, and checks it
 
     def get(self, name: str, sink: Stream) -> None:
-        with disk_errors(self._root / name):
-            source = _open_file(self._root / name)
+        with disk_errors(path := self._path(name)):
+            source = _open_file(path)
         if source is None:
             raise FileNotFoundError(name)
         with source:
@@ -226,13 +236,13 @@ class Folder:
                 sink.write(data)
 
     def share(self, name: str, target: Path) -> bool:
-        return link(self._root / name, target)
+        return link(self._path(name), target)
 
     def reclaim(self, digests: Collection[str] | None) -> int:
         return self._pool.sweep(digests)
 
     def names(self, prefix: str) -> list[str]:
-        below = self._root / prefix
+        below = self._path(f"{prefix}x").parent
         with disk_errors(below):
             found = [path.relative_to(self._root).as_posix() for path in below.rglob("*") if path.is_file()]
         return [name for name in found if not name.startswith((f"{PARTIAL}/", f"{OBJECTS}/"))]
@@ -255,7 +265,7 @@ class Folder:
         return found
 
     def remove(self, name: str) -> None:
-        path = self._root / name
+        path = self._path(name)
         with disk_errors(path):
             path.unlink(missing_ok=True)
         with suppress(OSError):  # up to the first folder that still holds something
@@ -265,7 +275,7 @@ class Folder:
     @contextmanager
     def _partial(self) -> Iterator[Path]:
         """Where to write what is to be placed; nothing is left there."""
-        path = self._root / PARTIAL / uuid.uuid4().hex
+        path = self._path(f"{PARTIAL}/{uuid.uuid4().hex}")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield path

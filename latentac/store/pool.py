@@ -30,7 +30,7 @@ class Pool:
         """Put the file `sha256` at `target`, which must not exist; False where there is none. One that is not what
         its name says is dropped from the pool. `moved` hears of the bytes that were checked, if they were right."""
         known = self._path(sha256)
-        if not link(known, target):
+        if self._is_linked(known) or not link(known, target):
             return False
         if hash_of(target) == sha256:
             moved(target.stat().st_size)
@@ -43,6 +43,8 @@ class Pool:
         """Share `file`, whose content has this digest, and make it read-only. One more link, no copy."""
         known, spare = self._path(sha256), self._path(f"{sha256}.{uuid.uuid4().hex}")
         with suppress(OSError):
+            if self._is_linked(known):
+                return
             known.parent.mkdir(parents=True, exist_ok=True)
             file.chmod(_READ_ONLY)
             os.link(file, spare)
@@ -55,6 +57,8 @@ class Pool:
         freed = 0
         for path in paths:
             with suppress(OSError):
+                if self._is_linked(path):
+                    continue
                 status = path.lstat()
                 if status.st_nlink == 1 or "." in path.name:  # or what a killed process left
                     path.unlink()
@@ -62,6 +66,10 @@ class Pool:
                     path.parent.rmdir()  # if it was the last
                     self._root.rmdir()
         return freed
+
+    def _is_linked(self, path: Path) -> bool:
+        """Whether a folder of the pool is a link: what it leads to is somebody else's."""
+        return self._root.is_symlink() or path.parent.is_symlink()
 
     def _path(self, sha256: str) -> Path:
         return self._root / sha256[:2] / sha256

@@ -307,6 +307,11 @@ FILES: dict[str, tuple[Change, str]] = {
         content("tokenizer/tokenizer.json",
                 json.dumps({"version": "1.0", "added_tokens": ADDED, "model": {"vocab": {"a": 0}, "merges": []}})),
         "tokens to its vocabulary"),
+    "800,000 merges": (
+        content("tokenizer/tokenizer.json",
+                '{"version": "1.0", "added_tokens": [], "model": {"vocab": {"a": 0}, "merges": ['
+                + ",".join(['["a","a"]'] * 800_000) + "]}}"),
+        "more than 500,000 values"),
     "20,000 more tokens": (content("tokenizer/added_tokens.json", json.dumps(BOMB)), "tokens to its vocabulary"),
     "30,000 special tokens": (
         fields("tokenizer/special_tokens_map.json", additional_special_tokens=[f"<{n}>" for n in range(30_000)]),

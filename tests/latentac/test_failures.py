@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 
 from latentac import failures
-from latentac.errors import ConfigError, LatentacError, Problem, RewardError, StoreUnavailable, TrainingError, restore
+from latentac.errors import (
+    ConfigError,
+    IntegrityError,
+    LatentacError,
+    Problem,
+    RewardError,
+    StoreUnavailable,
+    TrainingError,
+    restore,
+)
 from latentac.store import Store, open_store
 
 
@@ -29,6 +38,20 @@ def test_expected_error_is_final_at_once(store: Store) -> None:
     error = failures.read(store, "r", "attempt-1")
     assert isinstance(error, RewardError)
     assert error.where == "rewards.x"
+
+
+@pytest.mark.parametrize(
+    "error", [{"kind": "Nothing"}, {"kind": "RewardError"}, {"problems": [{}]}, {"problems": 5}, "x", [1], 5]
+)
+def test_an_error_of_another_shape_is_one_error(store: Store, error: object) -> None:
+    """Who may write to the store may write anything there; a worker that reports goes on from nothing."""
+    told = {"attempt": "attempt-1", "where": "RuntimeError in iteration 5", "starts": 5, "error": error}
+    store.write_json("failures/r.json", told)
+    with pytest.raises(IntegrityError, match="it holds no error"):
+        failures.read(store, "r", "attempt-1")
+    store.write_json("failures/r.json", told | {"error": None})
+    failures.report(store, "r", RuntimeError("once"), 5)
+    assert failures.read(store, "r", "attempt-1") is None
 
 
 def test_other_attempt_is_no_news(store: Store) -> None:

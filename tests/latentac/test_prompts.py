@@ -228,6 +228,12 @@ WRONG_FILES = {
         (b"prompt,metadata\na,b\n", "line 2, metadata': is text and no object"),
         (b"prompt\n", "holds no prompts"),
     ],
+    "many.txt": [(b"a\n" * 1_000_001, "has more than 1,000,000 lines. Train on a part of them")],
+    "many.jsonl": [(b'"a"\n' * 1_000_001, "has more than 1,000,000 lines")],
+    "many.json": [(b"[" + b"[]," * 4_000_001 + b"1]", "has more than 8,000,000 values")],
+    "wide.csv": [
+        (b"prompt" + b"".join(b",c%d" % i for i in range(30_000)) + b"\na\n" * 300, "has more than 8,000,000 cells")
+    ],
     "p.parquet": [(b"PAR1", "is no format that is read here: .parquet. Use a file that ends in .json")],
     "prompts": [(b"a", "is no format that is read here: no ending")],
 }

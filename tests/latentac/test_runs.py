@@ -18,7 +18,7 @@ import pytest
 from latentac import clearing, runs
 from latentac.clearing import plan_delete, plan_prune, remove
 from latentac.cli import main
-from latentac.errors import ConfigError, IntegrityError, ResourceError
+from latentac.errors import ConfigError, IntegrityError, ResourceError, StoreError
 from latentac.lifetime import run_lock
 from latentac.run import VERBS
 from latentac.runs import Run, list_runs, size, table
@@ -72,7 +72,9 @@ class Place:
             self.store.fetch(f"{name}/prepare", self.output / name / "prepare", cache=self.output)
         if "train" in steps:
             self.checkpoint(name, 2)
-            self.store.write_files(write(self.output / name / "tensorboard", {"events": b"e"}), f"tensorboard/{name}")
+            self.store.write_files(
+                write(self.output / name / "tensorboard", {"events.out.tfevents.1": b"e"}), f"tensorboard/{name}"
+            )
         if "deploy" in steps:
             self.model(name, version)
         return version
@@ -399,6 +401,79 @@ def test_nothing_outside_the_output_is_touched(here: Place, tmp_path: Path) -> N
     assert [path.name for path in (here.output / "goes").iterdir()] == ["notes.txt"]
     assert (tmp_path / "moved" / "request.json").is_file()
     assert (here.output / "store" / "goes" / "own.txt").is_file()
+
+
+@pytest.mark.parametrize("where", [".", "store"])
+@pytest.mark.parametrize("within", ["", "zz"])
+def test_a_link_in_a_pool_of_shared_files_is_not_followed(here: Place, tmp_path: Path, where: str, within: str) -> None:
+    """Whose link it is, nobody knows; what it leads to is not swept, and nothing is put there."""
+    here.run("goes")
+    here.run("stays")
+    outside = write(tmp_path / "outside", {"precious": b"p", "ab/precious": b"q"})
+    pool = here.output / where / ".objects"
+    if within:
+        pool.mkdir(exist_ok=True)
+    elif pool.exists():
+        pool.rename(pool.with_name("moved"))
+    (pool / within if within else pool).symlink_to(outside)
+    before = sorted(path.name for path in outside.rglob("*"))
+    clear(plan_delete(["goes"], here.output, ""))
+    clear(plan_prune(here.output, ""))
+    here.run("later")
+    assert sorted(path.name for path in outside.rglob("*")) == before
+
+
+def test_a_link_in_the_place_of_unfinished_writes_is_not_followed(here: Place, tmp_path: Path, later: float) -> None:
+    """However old the files are that it leads to."""
+    here.run("stays")
+    outside = write(tmp_path / "outside", {"precious": b"p"})
+    partial = here.output / "store" / ".partial"
+    partial.rmdir()
+    partial.symlink_to(outside)
+    clear(plan_prune(here.output, ""))
+    assert (outside / "precious").is_file()
+    with pytest.raises(StoreError, match="is a link to"):
+        here.run("later")
+
+
+def test_files_of_somebody_else_in_a_store_that_a_run_names_stay(here: Place, tmp_path: Path) -> None:
+    """A run's folder may name any folder as its store; what is not named as steps name it is not removed there."""
+    outside = write(tmp_path / "outside", {"tensorboard/goes/notes.md": b"p", "goes/train/notes": b"q"})
+    folder = here.output / "goes"
+    folder.mkdir(parents=True)
+    request = {"recipe": "shapes-unet", "overrides": [], "store": f"file://{outside}"}
+    (folder / "request.json").write_text(json.dumps(request))
+    assert main(["delete", "goes", "--output", str(here.output), "--yes"]) == 0
+    assert (outside / "tensorboard" / "goes" / "notes.md").is_file()
+    assert (outside / "goes" / "train" / "notes").is_file()
+
+
+def test_a_store_that_holds_nothing_of_a_run_is_not_listed(
+    here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's folder may name `/` as its store, and to list that takes minutes."""
+    here.run("sound", ["prepare"])
+    request = {"recipe": "shapes-unet", "overrides": [], "store": "file:///"}
+    (here.output / "odd").mkdir()
+    (here.output / "odd" / "request.json").write_text(json.dumps(request))
+    listed = []
+    monkeypatch.setattr(Store, "entries", lambda store: listed.append(store.url) or {})  # type: ignore[func-returns-value]
+    assert "odd" in {run.name for run in list_runs(here.output, "")}
+    assert listed == [f"file://{here.output}/store"]
+
+
+@pytest.mark.parametrize("name", ["request.json", "error.json", "summary.json"])
+def test_a_file_of_a_run_that_never_ends_hides_no_run(here: Place, name: str) -> None:
+    """100 GB, none of them on the disk, and a pipe that nobody writes to."""
+    for odd in ("large", "pipe"):
+        (here.output / odd).mkdir(parents=True)
+        (here.output / odd / "run.lock").touch()
+    with (here.output / "large" / name).open("wb") as file:
+        file.truncate(100 * 2**30)
+    if name != "request.json":
+        os.mkfifo(here.output / "pipe" / name)
+    here.run("sound", ["prepare"])
+    assert {run.name for run in list_runs(here.output, "")} == {"large", "pipe", "sound"}
 
 
 def test_a_run_named_like_a_path_is_no_run(here: Place) -> None:

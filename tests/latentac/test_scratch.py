@@ -110,6 +110,23 @@ def test_the_folder_of_a_killed_process_is_removed_and_nothing_else(tmp_path: Pa
     assert not abandoned.exists()
 
 
+def test_a_file_is_written_whole_and_through_no_link(tmp_path: Path) -> None:
+    """A link in its place is replaced, whether it leads somewhere or not; nothing else is left there."""
+    (tmp_path / "letter").write_text("mine")
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "a.json").symlink_to(tmp_path / "letter")
+    (own / "b.json").symlink_to(tmp_path / "nothing")
+    for name in ("a.json", "b.json", "c.json"):
+        scratch.write_whole(own / name, "ours")
+    assert {path.name: path.read_text() for path in own.iterdir()} == dict.fromkeys(
+        ("a.json", "b.json", "c.json"), "ours"
+    )
+    assert not any(path.is_symlink() for path in own.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["letter", "own"]
+    assert (tmp_path / "letter").read_text() == "mine"
+
+
 def test_a_link_in_the_place_of_our_own_folder_is_refused(tmp_path: Path) -> None:
     """Neither emptied nor written through."""
     (tmp_path / "documents").mkdir()

@@ -54,6 +54,19 @@ def test_task_hands_on_the_manifest_and_says_whether_it_was_there(
     assert not (tmp_path / "run-1" / ERROR_FILE).exists()
 
 
+@pytest.mark.parametrize("name", [ERROR_FILE, "reward-calls", "anything"])
+def test_a_link_in_the_runs_folder_is_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
+    """Not even the message about it goes through a link, and no file of calls is made or removed behind one."""
+    (tmp_path / "run-1").mkdir()
+    (tmp_path / "outside").mkdir()
+    target = tmp_path / "outside" / ("new" if name == ERROR_FILE else "")
+    (tmp_path / "run-1" / name).symlink_to(target)
+    failed = task("pass", tmp_path, "evaluate")
+    assert failed.returncode == 6
+    assert f"{name}: is a link to" in failed.stderr
+    assert not any((tmp_path / "outside").iterdir())
+
+
 @pytest.mark.parametrize(
     ("body", "code", "message"),
     [

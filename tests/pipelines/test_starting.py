@@ -20,7 +20,7 @@ from latentac.errors import ConfigError
 from latentac.run import resolve_recipe
 from latentac.shapes import builtin_pipeline
 from latentac.store import open_store
-from pipelines.request import Request, create_run, load_run, local_sources
+from pipelines.request import Request, create_run, load_run, local_sources, read_request
 from tests.pipelines.test_end_to_end import OPTIONS, Driver, come_to, run_id, weights
 from tests.test_house import FILES, PACKAGES, ROOT
 
@@ -162,6 +162,26 @@ def test_a_damaged_request_is_one_message(tmp_path: Path) -> None:
     failed = latentac(tmp_path, "run", "--resume", "cut", "--output", ".")
     assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
     assert "its request.json cannot be read" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[]", "its content is \\[\\]"),
+        ("null", "its content is None"),
+        ('{"recipe": 5}', "recipe is 5"),
+        ('{"recipe": "a", "overrides": [5]}', "overrides.0 is 5"),
+        ('{"recipe": "a", "config": {"b": 1}}', "config is {'b': 1}"),
+        ('{"recipe": "a", "way": "elsewhere"}', "way is 'elsewhere'"),
+        ('{"overrides": []}', "it has no field recipe"),
+        ("[" * 100_000, "nested too deep"),
+    ],
+)
+def test_a_request_of_another_shape_is_one_error(tmp_path: Path, content: str, told: str) -> None:
+    """It names the field and its value."""
+    (tmp_path / "request.json").write_text(content)
+    with pytest.raises(ConfigError, match=told):
+        read_request(tmp_path)
 
 
 # The dry run
