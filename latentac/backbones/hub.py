@@ -121,7 +121,7 @@ def main(arguments: Sequence[str]) -> int:
         told = {"answer": calls[what](**options)}
     except Exception as error:  # noqa: BLE001 - whatever the client raises is told where it was asked for
         told = {"error": f"{error}".strip() or type(error).__name__}
-    print(json.dumps(told), flush=True)
+    print(json.dumps(told), file=sys.stdout, flush=True)
     return 0
 
 

@@ -8,6 +8,7 @@ import asyncio
 import resource
 import time
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -19,24 +20,33 @@ UNREAD_SECONDS = 60.0
 """In which a caller must read something of its answer."""
 MAX_CONNECTIONS = 1024
 """At most; fewer where the process may open fewer than four times as many files. The one that has waited longest for
-its headers makes room for a new one."""
+its caller makes room for a new one."""
 _POLL_SECONDS = 1.0
 
 
 class Connection(H11Protocol):
     """uvicorn's connection, which knows since when it waits for headers (None: it does not), and how much of its
-    answer is still unread, since when. How long one may rest between requests is uvicorn's `timeout_keep_alive`."""
+    answer is still unread, since when. How long one may rest between requests is uvicorn's `timeout_keep_alive`.
+
+    state_since: when it last began to wait for its caller, or to answer; one whose request has arrived and is being
+    answered never makes room.
+    """
 
     waiting_since: float | None = None
     unread = 0
     unread_since = 0.0
+    state = "head"
+    state_since = 0.0
+    dropped = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.waiting_since = time.monotonic()
-        if len(self.connections) > _most():
-            waiting = [each for each in self.connections if each.waiting_since is not None]  # type: ignore[union-attr]
-            min(waiting, key=lambda each: each.waiting_since).transport.abort()  # type: ignore[union-attr]
+        self.waiting_since = self.state_since = time.monotonic()
+        # One that was dropped stays in the set until the event loop comes to its end.
+        held = [each for each in self.connections if isinstance(each, Connection) and not each.dropped]
+        if len(held) > most_connections():
+            idle = [each for each in held if each.turn() != "answer"]
+            min(idle, key=lambda each: each.state_since).drop()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -44,15 +54,53 @@ class Connection(H11Protocol):
             self.waiting_since = None
         elif self.waiting_since is None:
             self.waiting_since = time.monotonic()
+        self.turn()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self.turn()
+
+    def turn(self) -> str:
+        """What it waits for: its caller to send a "head" or a "body", to have "read" an answer, or to go on after a
+        "rest"; or the server to "answer"."""
+        if self.transport.get_write_buffer_size():
+            state = "read"
+        elif self.cycle is None or self.cycle.response_complete:
+            state = "rest" if self.waiting_since is None else "head"
+        else:
+            state = "body" if self.conn.their_state is h11.SEND_BODY else "answer"
+        if state != self.state:
+            self.state, self.state_since = state, time.monotonic()
+        return state
+
+    def send_400_response(self, msg: str) -> None:
+        """The answer to what is no HTTP. Where the request before it has been answered, or is being answered, there is
+        none to give: the connection ends."""
+        if self.conn.our_state is h11.SEND_RESPONSE:  # the body is damaged: its reader is told that no more comes
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
     def check(self, now: float) -> None:
         """Drop the connection where one of the times is over."""
+        self.turn()
         unread = self.transport.get_write_buffer_size()
         if not unread or unread != self.unread:
             self.unread, self.unread_since = unread, now
         late = self.waiting_since is not None and now - self.waiting_since > HEADER_SECONDS
         if late or now - self.unread_since > UNREAD_SECONDS:
-            self.transport.abort()
+            self.drop()
+
+    def drop(self) -> None:
+        """End it at once, whatever is still unread."""
+        self.dropped = True
+        self.transport.abort()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: a caller that asks for WebSockets or HTTP/2 is answered as any other."""
 
 
 def bound(config: uvicorn.Config) -> None:
@@ -71,6 +119,7 @@ async def watch(server: uvicorn.Server) -> None:
                 connection.check(now)
 
 
-def _most() -> int:
+def most_connections() -> int:
+    """MAX_CONNECTIONS, or what the process may open files for."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return min(MAX_CONNECTIONS, max(files // 4, 16))

@@ -6,15 +6,21 @@ to 127.0.0.1 (DNS rebinding). So both are checked. Programs send no `Origin`.
 """
 
 import hmac
+import re
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from latentac.serving.access import ANY, Access, is_loopback
+from latentac.serving.connections import HEADER_BYTES
 from latentac.serving.refusals import is_openai, refusal
 from latentac.serving.request import shortened
+from latentac.serving.tensors import BINARY_HEADER
 from latentac.system.errors import Problem
 
+_ONCE = ("Host", "Origin", "Authorization", "Content-Type", "Content-Encoding", BINARY_HEADER)
+"""Who finds two of them takes one; which one, programs do not agree about."""
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:[0-9]*)?", re.ASCII | re.IGNORECASE)
 _OPEN = ("/", "/metrics", "/v2/health/live", "/v2/health/ready")
 
 
@@ -26,24 +32,36 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            status, problem = self._problem(scope["path"], Headers(scope=scope))
+            status, problem = self._problem(scope, Headers(scope=scope))
             if problem is not None:
-                headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+                headers = {401: {"WWW-Authenticate": "Bearer"}, 400: {"Connection": "close"}}.get(status, {})
                 await refusal(status, [problem], headers, openai=is_openai(scope["path"]))(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _problem(self, path: str, headers: Headers) -> tuple[int, Problem | None]:
-        allowed, host = self._access, headers.get("host", "")
+    def _problem(self, scope: Scope, headers: Headers) -> tuple[int, Problem | None]:
+        if not scope["http_version"].startswith("1."):
+            return 400, Problem("HTTP", scope["http_version"], "is no version of this server", "Use HTTP/1.1.")
+        size = len(scope["raw_path"]) + sum(len(name) + len(value) + 4 for name, value in headers.raw)
+        if size > HEADER_BYTES:  # of those that came at once: the connection bounds what comes in pieces
+            return 431, Problem("headers", size, "bytes are too many", f"Send at most {HEADER_BYTES}.")
+        for twice in (name for name in _ONCE if len(headers.getlist(name)) > 1):
+            return 400, Problem(twice, len(headers.getlist(twice)), "times is once too often", "Send it once.")
+        if "content-length" in headers and "transfer-encoding" in headers:  # a proxy may believe the other one
+            told = "stands beside Content-Length"
+            return 400, Problem("Transfer-Encoding", None, told, "Send one of them.")
+        allowed, host = self._access, headers.get("host", "").lower()
         name = _name_of(host)
-        if not (is_loopback(name) or allowed.hosts & {ANY, name, host.lower()}):
-            told, remedy = "is not a name of this server", f"Allow it: --allow-host {name}"
+        if not (is_loopback(name) or allowed.hosts & {ANY, name, host}):
+            told = "is not a name of this server"
+            remedy = f"Allow it: --allow-host {shortened(name)}" if name else "Send the server's name."
             return 403, Problem("Host", shortened(host), told, remedy)
         origin = headers.get("origin")
-        if origin is not None and not (origin.partition("://")[2] == host or allowed.origins & {ANY, origin.lower()}):
+        own = {f"{scheme}://{host}" for scheme in ("http", "https")}
+        if origin is not None and not (allowed.origins | own) & {ANY, origin.lower()}:
             told, remedy = "may not use this server", "Allow it: --allow-origin with that origin"
             return 403, Problem("Origin", shortened(origin), told, remedy)
-        if allowed.token and not _is_open(path):
+        if allowed.token and not _is_open(scope["path"]):
             scheme, _, given = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), allowed.token.encode()):
                 told = "is missing" if "authorization" not in headers else "is not this server's"
@@ -57,6 +75,6 @@ def _is_open(path: str) -> bool:
 
 
 def _name_of(host: str) -> str:
-    """A Host header without its port; an IPv6 address without its brackets."""
-    name = host.partition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]
-    return name.lower().rstrip(".")
+    """A Host header in lower case without its port; an IPv6 address without its brackets. "" for what is no host."""
+    found = _HOST.fullmatch(host)
+    return found[1].strip("[]").rstrip(".") if found else ""

@@ -114,7 +114,7 @@ _OWN: dict[str, tuple[type[BaseModel], type[BaseModel] | str, type[BaseModel]]] 
 """Path of a POST -> its body, its answer (a schema or a media type), its refusal."""
 
 _REFUSALS = {
-    "400": "The body is no JSON, or is damaged",
+    "400": "The body is no JSON, or is damaged, or a header is given twice",
     "401": "The token is missing, or is another one",
     "403": "The server has no such name, or may not be used by this website",
     "404": "No such model, or no such version",
@@ -123,6 +123,7 @@ _REFUSALS = {
     "415": "The body has a form or a compression that is not read here",
     "422": "A field is wrong, or above this model's limits",
     "429": "The queue is full; Retry-After says for how long",
+    "431": "The headers are too long",
     "500": "The server failed",
     "503": "Not drawn within the time that a request may take",
 }

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from latentac.config.schema import Section, suggestion
 from latentac.serving.exported import Limits
-from latentac.serving.request import MOST_PROBLEMS, at_most, decoded, most_values, shortened, validated
+from latentac.serving.request import MOST_PROBLEMS, WHOLE, at_most, decoded, most_values, shortened, validated
 from latentac.system.errors import ConfigError, Problem
 
 INPUTS = {
@@ -55,7 +55,9 @@ class InputParameters(Section):
     """binary_data_size: bytes behind the JSON that are this tensor's; those of all inputs stand there in their order.
     content_type: a hint of some clients, which changes nothing here."""
 
-    binary_data_size: Annotated[int | None, Field(ge=0, description="Use the number of the tensor's bytes.")] = None
+    binary_data_size: Annotated[int | None, Field(ge=0, description="Use the number of the tensor's bytes."), WHOLE] = (
+        None
+    )
     content_type: Annotated[str | None, Field(description="Use a text, or leave it out.")] = None
 
 
@@ -73,15 +75,15 @@ class RequestParameters(Section):
 
     binary_data_output: Annotated[bool | None, Field(description="Use true or false, or leave it out.")] = None
     content_type: Annotated[str | None, Field(description="Use a text, or leave it out.")] = None
-    priority: Annotated[int | None, Field(description="Use a whole number, or leave it out.")] = None
-    timeout: Annotated[int | None, Field(description="Use a whole number, or leave it out.")] = None
+    priority: Annotated[int | None, Field(description="Use a whole number, or leave it out."), WHOLE] = None
+    timeout: Annotated[int | None, Field(description="Use a whole number, or leave it out."), WHOLE] = None
 
 
 class RequestInput(Section):
     """data: the elements, flat or nested as `shape` says; left out where they are bytes behind the JSON."""
 
     name: Annotated[str, Field(description="Use the name of an input.")]
-    shape: Annotated[list[int], Field(description="Use [number of elements].")]
+    shape: Annotated[list[Annotated[int, WHOLE]], Field(description="Use [number of elements].")]
     datatype: Annotated[str, Field(description="Use the input's datatype.")]
     parameters: Annotated[
         InputParameters | None, Field(description="Send binary_data_size, or leave them out; fields are inputs.")

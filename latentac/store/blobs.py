@@ -73,7 +73,7 @@ class Stream:
         limit: int | None = None,
     ) -> None:
         self._stream, self._moved, self._limit = stream, moved, limit
-        self.size, self._hash = 0, hashlib.sha256()
+        self.size, self._hash, self._written = 0, hashlib.sha256(), False
         self.moved_at = time.monotonic()
 
     @property
@@ -90,13 +90,14 @@ class Stream:
             raise Overrun
         if self._stream:
             self._stream.write(data)
+            self._written = True
         self._count(data)
 
     def rewind(self) -> None:
         """Back to the first byte for another attempt; what was written is dropped."""
         if self._stream and self.size:
             self._stream.seek(0)
-            if self._stream.writable():
+            if self._written:  # a source may be writable, too, and is to be read again
                 self._stream.truncate()
         self._moved(-self.size)
         self.size, self._hash = 0, hashlib.sha256()

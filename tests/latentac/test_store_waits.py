@@ -272,6 +272,20 @@ def test_an_object_whose_name_leads_elsewhere_is_left_out(tmp_path: Path, name: 
     assert not is_inside(name)
 
 
+def test_what_is_sent_again_is_what_was_sent() -> None:
+    """A pointer or a manifest comes from memory, which can be written to: it is not emptied for another attempt."""
+    source = Stream(BytesIO(b"abc"))
+    assert source.read() == b"abc"
+    source.rewind()
+    assert source.read() == b"abc"
+    sink = BytesIO()
+    stream = Stream(sink)
+    stream.write(b"abc")
+    stream.rewind()
+    stream.write(b"d")
+    assert sink.getvalue() == b"d"
+
+
 def test_a_git_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commit is `unknown` then, or what LATENTAC_COMMIT says."""
     (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 20\n")

@@ -1,7 +1,9 @@
 """Callers that keep connections idle, send headers without an end, or do not read: others are answered."""
 
 import asyncio
+import contextlib
 import http.client
+import resource
 import socket
 import threading
 import time
@@ -11,17 +13,30 @@ from contextlib import ExitStack, closing
 import pytest
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from latentac.serving import connections
+from latentac.serving import bodies, connections
+from latentac.serving.refusals import Refused
 
 LARGE = 50_000_000
+MIDDLE = 8_000_000
+"""More than the system keeps for a connection."""
 
 
 async def answer(request: Request) -> Response:
-    return PlainTextResponse("x" * (LARGE if request.url.path == "/large" else 1))
+    if request.url.path == "/body":
+        with contextlib.suppress(ClientDisconnect):
+            await request.body()
+    if request.url.path == "/read":
+        try:
+            await bodies.body_of(request, LARGE)
+        except Refused as refused:
+            return PlainTextResponse(str(refused), refused.status)
+    if request.url.path == "/slow":
+        await asyncio.sleep(2)
+    return PlainTextResponse("x" * {"/large": LARGE, "/middle": MIDDLE}.get(request.url.path, 1))
 
 
 @pytest.fixture
@@ -34,7 +49,12 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         "MAX_CONNECTIONS": 20,
     }.items():
         monkeypatch.setattr(connections, name, value)
-    config = uvicorn.Config(Starlette(routes=[Route("/{path:path}", answer)]), log_config=None, timeout_keep_alive=2)
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.5)
+    config = uvicorn.Config(
+        Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST"])]),
+        log_config=None,
+        timeout_keep_alive=2,
+    )
     connections.bound(config)
     server = uvicorn.Server(config)
 
@@ -147,3 +167,76 @@ def test_a_connection_may_rest_between_requests(port: int) -> None:
             connection.request("GET", "/")
             assert connection.getresponse().read() == b"x"
             time.sleep(1)
+
+
+HEAD = b" HTTP/1.1\r\nHost: x\r\n"
+RESTING = b"GET /" + HEAD + b"\r\n"
+UNFINISHED = b"POST /body" + HEAD + b"Content-Length: 10\r\n\r\nabc"
+UNREAD = b"GET /middle" + HEAD + b"\r\n"
+
+
+@pytest.mark.parametrize("sent", [RESTING, UNFINISHED, UNREAD, UNREAD.replace(b"x\r", b"x\r\nConnection: close\r", 1)])
+def test_whoever_lets_the_server_wait_makes_room(port: int, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    """Four times as many as are allowed rest after an answer, leave a body unfinished or an answer unread, all within
+    their times: each probe is answered."""
+    monkeypatch.setattr(connections, "UNREAD_SECONDS", 60.0)
+    with ExitStack() as stack:
+        for _ in range(80):
+            held = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            held.sendall(sent)
+            if sent == RESTING:
+                assert held.recv(65_536)
+        assert max(probe(port) for _ in range(30)) < 1
+
+
+def test_who_waits_for_an_answer_does_not_make_room(port: int) -> None:
+    """Whatever others do."""
+    with socket.create_connection(("127.0.0.1", port)) as patient, ExitStack() as stack:
+        patient.sendall(b"GET /slow" + HEAD + b"Connection: close\r\n\r\n")
+        time.sleep(0.2)
+        for _ in range(80):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        patient.settimeout(10)
+        assert read_until_closed(patient) > 0
+
+
+@pytest.mark.parametrize("path", ["/", "/body", "/slow", "/large"])
+def test_a_body_that_is_none_ends_the_connection(port: int, path: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Be it before the answer, while it is written or after it: one answer at most, and no fault of the server."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as end:
+        end.sendall(b"POST " + path.encode() + HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n")
+        time.sleep(0.2)
+        end.sendall(b"no size\r\n\r\n")
+        got = b""
+        while data := end.recv(2**20):
+            got += data
+    assert got.count(b"HTTP/1.1 ") == 1
+    assert got.startswith(b"HTTP/1.1 200" if path in ("/", "/large") else b"HTTP/1.1 400")
+    time.sleep(0.2)
+    assert [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
+    assert probe(port) < 1
+
+
+def test_an_upgrade_is_not_made_and_not_worth_a_line_in_the_log(port: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The request is answered as if it did not ask for it."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as end:
+        end.sendall(b"GET /" + HEAD + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+        assert end.recv(65_536).startswith(b"HTTP/1.1 200")
+    assert caplog.records == []
+
+
+def test_a_body_that_dribbles_is_refused(port: int) -> None:
+    """Each byte in time, the whole not."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as end:
+        end.sendall(b"POST /read" + HEAD + b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n")
+        for _ in range(12):
+            end.sendall(b" ")
+            time.sleep(0.05)
+        assert end.recv(65_536).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize(("files", "most"), [(10, 16), (1024, 256), (1_048_576, 1024)])
+def test_connections_leave_files_for_others(files: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of those that the process may open, within bounds."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    assert connections.most_connections() == most

@@ -44,6 +44,14 @@ NAMED = access("0.0.0.0", ["Draw.Example.com"], ["https://App.example.com"], Non
         (LOOPBACK, "localhost:8080", "http://localhost:3000", 403),
         (LOOPBACK, "localhost:8080", "null", 403),
         (LOOPBACK, "localhost:8080", "", 403),
+        (LOOPBACK, "localhost:8080", "https://localhost:8080", 200),
+        (LOOPBACK, "localhost:8080", "evil://localhost:8080", 403),
+        (LOOPBACK, "LocalHost:8080", "http://localhost:8080", 200),
+        (LOOPBACK, "localhost:1@evil.example", None, 403),
+        (LOOPBACK, "localhost:1@evil.example", "http://localhost:1@evil.example", 403),
+        (LOOPBACK, "[::1]evil.example", None, 403),
+        (LOOPBACK, "localhost:80:80", None, 403),
+        (LOOPBACK, "localhost, evil.example", None, 403),
         (ANYWHERE, "10.0.0.7:8080", None, 200),
         (ANYWHERE, "draw.team.example", "https://draw.team.example", 200),
         (ANYWHERE, "draw.team.example", "https://evil.example", 403),
@@ -102,3 +110,39 @@ def test_what_cannot_be_allowed_is_refused(tmp_path: Path) -> None:
     file.write_text(f"{TOKEN}\n")
     assert access("127.0.0.1", [], [], file).token == TOKEN
     assert TOKEN not in repr(access("127.0.0.1", [], [], file))
+
+
+def told(*headers: tuple[str, str], path: str = PREDICT) -> tuple[int, str]:
+    """Status of a POST with these headers, and which one is wrong."""
+    app = Starlette(routes=[Route("/{path:path}", lambda request: PlainTextResponse("drawn"), methods=["POST"])])
+    app.add_middleware(Guard, access=LOOPBACK)
+    with TestClient(app, base_url="http://localhost:8080") as client:
+        answer = client.post(path, headers=list(headers))
+    return answer.status_code, answer.json()["problems"][0]["field"] if answer.status_code != 200 else ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Host", "Origin", "Authorization", "Content-Type", "Content-Encoding", "Inference-Header-Content-Length"],
+)
+def test_a_header_that_decides_stands_there_once(name: str) -> None:
+    """Of two, a proxy may have believed the other one; also where both say the same."""
+    value = {"Host": "localhost:8080", "Origin": "http://localhost:8080"}.get(name, "x")
+    assert told((name, value)) == (200, "")
+    assert told((name, value), (name, value)) == (400, name)
+    assert told((name, value), (name.lower(), "other")) == (400, name)
+    assert told(("Accept", "a"), ("Accept", "b")) == (200, "")
+
+
+def test_a_length_is_told_in_one_way() -> None:
+    """Content-Length beside Transfer-Encoding is how requests are smuggled past a proxy: refused, and the connection
+    ends."""
+    assert told(("Content-Length", "3"), ("Transfer-Encoding", "chunked")) == (400, "Transfer-Encoding")
+
+
+def test_headers_have_a_size() -> None:
+    """Also where they come at once."""
+    assert told(("X", "a" * 60_000)) == (200, "")
+    assert told(("X", "a" * 66_000)) == (431, "headers")
+    assert told(*((f"X{index}", "a") for index in range(8_000))) == (431, "headers")
+    assert told(("X", "a" * 30_000), path="/" + "a" * 40_000) == (431, "headers")

@@ -66,6 +66,11 @@ def test_defaults_and_all_fields() -> None:
         ({"prompt": "a", "seed": -1}, "instances.0.seed = -1: input should be greater than or equal to 0."),
         ({"prompt": "a", "seed": 2**63}, "Use a whole number from 0 to 2^63 - 1."),
         ({"prompt": "a", "seed": "1"}, "instances.0.seed = '1': input should be a valid integer."),
+        (
+            {"prompt": "a", "seed": 2.0**53 + 2},
+            "instances.0.seed = 9007199254740994.0: input should be a valid integer.",
+        ),
+        ({"prompt": "a", "seed": 1.5}, "instances.0.seed = 1.5: input should be a valid integer."),
         ({"prompt": "a", "count": 9}, "instances.0.count = 9: is above this model's limit. Use at most 8."),
         ({"prompt": "a", "count": True}, "instances.0.count = True: input should be a valid integer."),
         ({"prompt": "a", "num_steps": 1}, "Use at least 2 steps, or leave it out."),

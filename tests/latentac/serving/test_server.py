@@ -110,11 +110,12 @@ def test_no_website_can_make_the_server_draw(
             assert (caught.value.code, json.load(caught.value)["problems"][0]["field"]) == (expected, field)
 
 
-def test_a_token_and_a_website_can_be_allowed(exported_folder: Path, tmp_path: Path) -> None:
+def test_a_token_a_name_and_a_website_can_be_allowed(exported_folder: Path, tmp_path: Path) -> None:
     """By the command line. A browser's question before the request is answered for that website alone."""
     (tmp_path / "token").write_text("0123456789abcdef\n")
     command = [sys.executable, "-m", "latentac.serving", "--model", str(exported_folder), "--port", "0"]
     command += ["--token-file", str(tmp_path / "token"), "--allow-origin", "https://app.example.com"]
+    command += ["--allow-host", "draw.example.com"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -134,6 +135,8 @@ def test_a_token_and_a_website_can_be_allowed(exported_folder: Path, tmp_path: P
             assert answer("GET", path) == (401, None)
             assert answer("GET", path, Authorization="Bearer 0123456789abcdef") == (200, None)
             assert answer("GET", "/v2/health/live") == (200, None)
+            assert answer("GET", "/v2/health/live", Host="draw.example.com:8080") == (200, None)
+            assert answer("GET", "/v2/health/live", Host="other.example.com:8080") == (403, None)
             request = {"prompt": "a", "num_steps": 2}
             assert Client(address, token="0123456789abcdef").predict(request)["seed"] == 0
             with pytest.raises(ServingError, match="answered 401: Authorization"):
