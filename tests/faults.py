@@ -47,11 +47,16 @@ def _body(client: socket.socket, ended: threading.Event) -> None:
         client.sendall(b" ")
 
 
+def _cut(client: socket.socket, ended: threading.Event) -> None:
+    """It ends in the middle of its body."""
+    client.sendall(_HEAD + b"Content-Length: 1000\r\n\r\nsome")
+
+
 def _reset(client: socket.socket, ended: threading.Event) -> None:
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-FAULTS = {"silent": _silent, "head": _head, "body": _body, "reset": _reset}
+FAULTS = {"silent": _silent, "head": _head, "body": _body, "cut": _cut, "reset": _reset}
 
 
 @contextlib.contextmanager

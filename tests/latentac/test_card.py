@@ -96,13 +96,14 @@ def test_what_comes_from_outside_is_neither_html_nor_markdown() -> None:
     changed = facts(gate={"decision": "hold", "reasons": [evil]}, run=evil, commit=evil)
     changed["evaluation"]["units"]["shapes_verifier"] = evil
     for arm in ("base", "trained", "difference"):
-        changed["evaluation"][arm]["<b>`|name"] = None
-    changed["evaluation"]["units"]["<b>`|name"] = None
+        changed["evaluation"][arm]["<b>`|na\x1bme"] = None
+    changed["evaluation"]["units"]["<b>`|na\x1bme"] = None
     changed["settings"]["prompts"]["source"] = "folder/<i>" + evil
     changed["settings"]["policy"]["learning_rate"] = changed["seed"] = evil
     changed["steering"][0] |= {"nfe": evil, "candidates": evil}
     changed["training"][-1]["iteration"] = evil
     for text in (model_card(changed), folder_card(changed, "StableDiffusionPipeline", "", "")):
+        assert "| `<b>'\\|na\\x1bme` |" in text
         without_code = re.sub(r"`[^`\n]*`", "", text)
         assert not re.search(r"<(?!/?!--)\w", without_code)
         assert not re.search(r"(?<!\\)\[big", text)

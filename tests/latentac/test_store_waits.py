@@ -119,6 +119,16 @@ def test_an_answer_of_single_bytes_is_given_up_within_the_bound(
         assert time.monotonic() - began < SHORT.bound_seconds + MARGIN_SECONDS
 
 
+def test_an_answer_that_breaks_off_again_and_again_is_asked_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No attempt begins later than what may pass without a byte."""
+    with faulty("cut") as server:
+        store, began = asked(server.address, monkeypatch), time.monotonic()
+        with pytest.raises(StoreUnavailable, match=r"no answer \(ProtocolError\), given up after"):
+            store.keys()
+        assert time.monotonic() - began < SHORT.idle_seconds + MARGIN_SECONDS
+        assert server.accepted > 2
+
+
 PAGES: dict[str, Callable[[], Iterator[str]]] = {
     "the same again": lambda: itertools.repeat("store/a"),
     "always another": lambda: (f"store/{number:09}" for number in itertools.count()),
