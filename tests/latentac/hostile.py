@@ -290,13 +290,9 @@ FILES: dict[str, tuple[Change, str]] = {
     "tensors that share bytes": (header(WEIGHTS, SHARED, 2**26), "one after another"),
     "tensors of negative size": (
         header(WEIGHTS, {"a": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}}, 8), "damaged header"),
-<<<<<<< ours
     "a tensor of another size than its shape": (
         header(WEIGHTS, {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 8]}}, 8), "damaged header"),
-    "100,000 tensors": (header(WEIGHTS, MANY), "100,000 tensors"),
-=======
     "30,000 tensors": (header(WEIGHTS, MANY), "30,000 tensors"),
->>>>>>> theirs
     "a header nested deep": (content(WEIGHTS, struct.pack("<Q", 200_000) + b"[" * 100_000 + b"]" * 100_000),
                              "damaged header"),
     "a header of 9 MB": (content(WEIGHTS, struct.pack("<Q", 9 * 2**20) + b"{}".ljust(9 * 2**20)),
