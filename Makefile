@@ -164,9 +164,10 @@ chaos-store: install minio ## 50 faults of a store: partial artifacts that are v
 #: FAULTS=50 SEED=0
 	@$(PY) -m tests.bench.chaos $(call option,FAULTS,faults) $(call option,SEED,seed)
 
-fuzz: install ## 10,000 requests that are made from the endpoint's own OpenAPI document (minutes)
-#: EXAMPLES=1200 for each operation
-	@$(PARALLEL) LATENTAC_FUZZ_EXAMPLES=$(or $(EXAMPLES),1200) $(TEST) -s -k made_from_the_document tests/latentac/serving
+fuzz: install ## the endpoint: requests made from its OpenAPI document, odd numbers and headers, misused connections (minutes)
+#: EXAMPLES=1200 for each operation; SEED=0
+	@$(PARALLEL) LATENTAC_FUZZ_EXAMPLES=$(or $(EXAMPLES),1200) LATENTAC_FUZZ_SEED=$(or $(SEED),0) \
+		$(TEST) -s -m fuzz tests/latentac/serving $(ARGS)
 
 lock: install ## resolve requirements/*.in anew; versions move only where a pin in them moved
 #: UPGRADE=1 lets everything that is not pinned there move

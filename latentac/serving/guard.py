@@ -42,6 +42,8 @@ class Guard:
     def _problem(self, scope: Scope, headers: Headers) -> tuple[int, Problem | None]:
         if not scope["http_version"].startswith("1."):
             return 400, Problem("HTTP", scope["http_version"], "is no version of this server", "Use HTTP/1.1.")
+        if scope["method"] == "CONNECT":  # for a proxy in front, what follows is no HTTP
+            return 400, Problem("method", "CONNECT", "opens no tunnel here", "Use GET or POST.")
         size = len(scope["raw_path"]) + sum(len(name) + len(value) + 4 for name, value in headers.raw)
         if size > HEADER_BYTES:  # of those that came at once: the connection bounds what comes in pieces
             return 431, Problem("headers", size, "bytes are too many", f"Send at most {HEADER_BYTES}.")

@@ -98,11 +98,11 @@ class ServerProcess:
         """The exit code, once the process has ended by itself. Raises subprocess.TimeoutExpired."""
         return self._process.wait(seconds)
 
-    def log(self) -> str:
-        """The end of what it has written so far, stdout and stderr together."""
+    def log(self, most: int = TAIL_BYTES) -> str:
+        """The end of what it has written so far, stdout and stderr together; at most so many bytes."""
         # pread, because the child writes at the offset that it shares with this descriptor.
         descriptor = self._log.fileno()
-        tail = os.pread(descriptor, TAIL_BYTES, max(0, os.fstat(descriptor).st_size - TAIL_BYTES))
+        tail = os.pread(descriptor, most, max(0, os.fstat(descriptor).st_size - most))
         return tail.decode(errors="replace")
 
     def _client(self) -> Client:

@@ -15,6 +15,7 @@ import numpy as np
 from fastapi import FastAPI, HTTPException
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from latentac.serving import observing
@@ -231,7 +232,7 @@ class Routes:
             body = read(await body_of(http, most_bytes(limits)), most_values(limits))
             response = await _unless_gone(http, handle(body, record))
             status = response.status_code
-        except _Gone:
+        except (_Gone, ClientDisconnect):  # the second before the whole body had come
             response = Response(status_code=499)
         except Exception as error:  # noqa: BLE001 - every failure is an answer
             response = _refusal(error, openai=protocol == "openai")

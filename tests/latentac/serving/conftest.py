@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,17 @@ from latentac.critic import Critic
 from latentac.runs.resolution import Resolved, resolve_all
 from latentac.serving.exported import FILE, add_base, export
 from latentac.serving.generator import Generator
+<<<<<<< HEAD
 from latentac.steering import STEERING
 from latentac.worlds.shapes import builtin_pipeline
+=======
+from latentac.serving.process import ServerProcess
+from latentac.worlds.shapes import builtin_pipeline
+from latentac.steering import STEERING
+from tests.latentac.serving import fuzzing
+
+READY_SECONDS = 240.0
+>>>>>>> main
 
 
 @pytest.fixture(scope="session")
@@ -69,3 +79,23 @@ def changed(exported_folder: Path, folder: Path, **sections: dict[str, Any]) -> 
         described[name] |= fields
     (folder / FILE).write_text(json.dumps(described))
     return folder
+
+
+@pytest.fixture(scope="session")
+def small(exported_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server whose limits are so low that the largest request takes a moment. It cuts long prompts: how many tokens a
+    text has no JSON schema can tell. For all tests that only ask it."""
+    limits = {"max_images": 2, "max_steps": 3, "max_particles": 3, "allow_truncation": True}
+    quick = {"batch_rows": 6, "batch_wait_seconds": 0.0}
+    folder = tmp_path_factory.mktemp("small")
+    changed(exported_folder, folder, limits=limits, kernel={"num_steps": 2}, batching=quick)
+    with ServerProcess(folder, ready_seconds=READY_SECONDS) as server:
+        yield server
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was fuzzed in this process."""
+    if lines := list(fuzzing.told()):
+        terminalreporter.section(f"fuzzed from seed {fuzzing.SEED}")
+        for line in lines:
+            terminalreporter.line(line)

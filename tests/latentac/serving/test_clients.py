@@ -20,7 +20,8 @@ from kserve.protocol.infer_type import RequestedOutput
 from kserve.utils.numpy_codec import from_np_dtype
 
 from latentac.serving.process import ServerProcess
-from tests.latentac.serving.test_protocols import ASKED, READY_SECONDS, ask, tensor
+from tests.latentac.serving.conftest import READY_SECONDS
+from tests.latentac.serving.test_protocols import ASKED, ask, tensor
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -112,12 +112,13 @@ def test_what_cannot_be_allowed_is_refused(tmp_path: Path) -> None:
     assert TOKEN not in repr(access("127.0.0.1", [], [], file))
 
 
-def told(*headers: tuple[str, str], path: str = PREDICT) -> tuple[int, str]:
-    """Status of a POST with these headers, and which one is wrong."""
+def told(*headers: tuple[str, str], path: str = PREDICT, method: str = "POST") -> tuple[int, str]:
+    """Status of a request with these headers, and which one is wrong."""
     app = Starlette(routes=[Route("/{path:path}", lambda request: PlainTextResponse("drawn"), methods=["POST"])])
     app.add_middleware(Guard, access=LOOPBACK)
     with TestClient(app, base_url="http://localhost:8080") as client:
-        answer = client.post(path, headers=list(headers))
+        answer = client.request(method, path, headers=list(headers))
+    assert (answer.headers.get("connection") == "close") == (answer.status_code == 400)
     return answer.status_code, answer.json()["problems"][0]["field"] if answer.status_code != 200 else ""
 
 
@@ -146,3 +147,8 @@ def test_headers_have_a_size() -> None:
     assert told(("X", "a" * 66_000)) == (431, "headers")
     assert told(*((f"X{index}", "a") for index in range(8_000))) == (431, "headers")
     assert told(("X", "a" * 30_000), path="/" + "a" * 40_000) == (431, "headers")
+
+
+def test_a_tunnel_is_not_opened() -> None:
+    """And the connection ends: what follows was meant for somebody else."""
+    assert told(method="CONNECT") == (400, "method")

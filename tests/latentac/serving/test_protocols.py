@@ -20,11 +20,10 @@ from fastapi import FastAPI
 from latentac.serving.model import SteeredDiffusion
 from latentac.serving.process import ServerProcess
 from latentac.serving.routes import Routes
-from tests.latentac.serving.conftest import changed
+from tests.latentac.serving.conftest import READY_SECONDS, changed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-READY_SECONDS = 240.0
 ASKED: dict[str, Any] = {"prompt": "a red circle", "seed": 7, "num_steps": 3}
 
 
