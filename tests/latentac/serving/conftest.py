@@ -16,17 +16,12 @@ from latentac.critic import Critic
 from latentac.runs.resolution import Resolved, resolve_all
 from latentac.serving.exported import FILE, add_base, export
 from latentac.serving.generator import Generator
-<<<<<<< HEAD
-from latentac.steering import STEERING
-from latentac.worlds.shapes import builtin_pipeline
-=======
 from latentac.serving.process import ServerProcess
-from latentac.worlds.shapes import builtin_pipeline
 from latentac.steering import STEERING
+from latentac.worlds.shapes import builtin_pipeline
 from tests.latentac.serving import fuzzing
 
 READY_SECONDS = 240.0
->>>>>>> main
 
 
 @pytest.fixture(scope="session")
