@@ -85,11 +85,14 @@ class _Stream(StreamingResponse):
         while not (self._drawing.done() and self._steps.empty()):
             told = asyncio.ensure_future(self._steps.get())
             either: set[asyncio.Future[Any]] = {told, self._drawing}
-            await asyncio.wait(either, timeout=_ALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            if told.done():
-                yield _event("step", told.result())
-            elif told.cancel() and not self._drawing.done():
-                yield ": alive\n\n"
+            try:
+                await asyncio.wait(either, timeout=_ALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if told.done():
+                    yield _event("step", told.result())
+                elif told.cancel() and not self._drawing.done():
+                    yield ": alive\n\n"
+            finally:
+                told.cancel()  # the caller may have left while it waited
         _, name, content = self._drawing.result()
         yield _event(name, content)
 

@@ -312,7 +312,7 @@ def test_whoever_goes_away_has_its_work_ended(server: ServerProcess) -> None:
     for path, body in ((f"/v1/models/{server.name}:predict", {"instances": [long]}), ("/v1/images/stream", long)):
         for _ in range(4):
             connection = http.client.HTTPConnection(place, timeout=60)
-            connection.request("POST", path, json.dumps(body))
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
             time.sleep(0.3)
             connection.close()
     began = time.monotonic()
@@ -321,10 +321,12 @@ def test_whoever_goes_away_has_its_work_ended(server: ServerProcess) -> None:
     assert "latentac_queued_pictures 0.0" in ask(server, "GET", "/metrics")[2]
 
 
-def test_whoever_leaves_a_stream_before_its_first_event_has_its_work_ended(
-    exported_folder: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("reads", [False, True], ids=["before its first event", "while it waits for the next"])
+def test_whoever_leaves_a_stream_has_its_work_ended(
+    exported_folder: Path, caplog: pytest.LogCaptureFixture, reads: bool
 ) -> None:
-    """Not one byte could be sent: the pictures are given up all the same, and the operator is told 499."""
+    """Also where not one byte could be sent: the pictures are given up, the operator is told 499, and nothing goes on
+    waiting."""
     model = SteeredDiffusion("latentac", exported_folder, "cpu")
     model.load()
     app = FastAPI()
@@ -340,12 +342,18 @@ def test_whoever_leaves_a_stream_before_its_first_event_has_its_work_ended(
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
-        await asyncio.Event().wait()
+        if not reads:
+            await asyncio.Event().wait()
+
+    async def left() -> list[Any]:
+        await asyncio.wait_for(app(scope, receive, send), 60)
+        await asyncio.sleep(0.2)
+        return [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
 
     scope = {"type": "http", "method": "POST", "path": "/v1/images/stream", "query_string": b""}
     scope |= {"headers": [(b"content-type", b"application/json")]}
     with caplog.at_level(logging.INFO, "latentac.requests"):
-        asyncio.run(asyncio.wait_for(app(scope, receive, send), 60))
+        assert asyncio.run(left()) == []
     began = time.monotonic()
     model.close()
     assert time.monotonic() - began < 30  # 8 pictures of 32 particles, 100 steps, take longer
