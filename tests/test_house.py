@@ -193,7 +193,8 @@ def test_what_comes_from_elsewhere_is_read_in_few_places() -> None:
     readers = {
         *(
             "latentac/system/reading.py",
-            "latentac/backbones/modelfiles.py",
+            "latentac/system/hub.py",
+            "latentac/system/modelfiles.py",
             "latentac/worlds/promptfiles.py",
             "latentac/config/fields.py",
         ),

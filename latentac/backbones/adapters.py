@@ -8,8 +8,8 @@ from typing import Any
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from latentac.backbones import folders
 from latentac.config.schema import Policy
+from latentac.system import folders
 
 
 def adapt(module: Any, settings: Policy, attention: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from latentac.backbones.modelfiles import walk
+from latentac.system.modelfiles import walk
 
 _LAYERS = (1, 128)
 _BLOCKS = (1, 16)

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from latentac.backbones import adapters, count_tokens, folders, to_arrays
+from latentac.backbones import adapters, count_tokens, to_arrays
 from latentac.backbones.loading import load, load_tokenizer
 from latentac.backbones.schedulers import flow_shift
 from latentac.backbones.stable_diffusion import DIT
 from latentac.config.schema import Policy
 from latentac.method import diffusion
 from latentac.method.records import Conditioning
+from latentac.system import folders
 
 _CLIP_LENGTH = 77  # tokens of Stable Diffusion 3's CLIP encoders,
 _T5_LENGTH = 256  # and the zero tokens that it puts after them where T5 would be

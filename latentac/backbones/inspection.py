@@ -11,9 +11,9 @@ from typing import Any
 
 from latentac.backbones.bounds import beyond, unheld
 from latentac.backbones.layout import INDEX, Layout, Part, Rule, unreadable
-from latentac.backbones.modelfiles import Damaged, read_bytes, read_json, shorten
 from latentac.backbones.weights import Weights, shapes
 from latentac.system.errors import ConfigError, Problem
+from latentac.system.modelfiles import Damaged, read_bytes, read_json, shorten
 
 SUPPORTED = (
     "Supported: Stable Diffusion 1.x and 2.x (StableDiffusionPipeline, backbone.use=unet) and Stable Diffusion 3 and "

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from latentac.backbones.modelfiles import ADAPTERS, faults, plain, read_json
 from latentac.backbones.weights import Weights, choose, shard_map
+from latentac.system.modelfiles import ADAPTERS, faults, plain, read_json
 
 INDEX = "model_index.json"
 _TOKENIZER_FILES = {

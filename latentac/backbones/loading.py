@@ -20,9 +20,9 @@ from transformers.utils import logging as transformers_logging
 from latentac.backbones.bounds import beyond
 from latentac.backbones.inspection import weights_of
 from latentac.backbones.layout import Part, place
-from latentac.backbones.modelfiles import ADAPTERS, Damaged, check, read_json
 from latentac.backbones.weights import shapes
 from latentac.system.errors import ConfigError, Problem
+from latentac.system.modelfiles import ADAPTERS, Damaged, check, read_json
 
 _TOKENIZER = "tokenizer.json"
 _TOKENIZER_FIELDS = (

@@ -14,8 +14,8 @@ from typing import Any
 
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-from latentac.backbones.modelfiles import Damaged, plain, read_json
 from latentac.system.errors import ConfigError, Problem
+from latentac.system.modelfiles import Damaged, plain, read_json
 
 VARIANCE_PRESERVING = {
     "DDIMScheduler": "scheduling_ddim",

@@ -6,12 +6,12 @@ import logging
 import os
 from pathlib import Path
 
-from latentac.backbones.hub import names as hub_names
-from latentac.backbones.hub import offline, snapshot
 from latentac.backbones.inspection import SUPPORTED, conversion, inspect
 from latentac.backbones.layout import INDEX, Layout, listing
-from latentac.backbones.modelfiles import faults
 from latentac.system.errors import ConfigError, Problem
+from latentac.system.hub import names as hub_names
+from latentac.system.hub import offline, snapshot
+from latentac.system.modelfiles import faults
 
 _log = logging.getLogger(__name__)
 

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from latentac.backbones import adapters, count_tokens, folders, to_arrays
+from latentac.backbones import adapters, count_tokens, to_arrays
 from latentac.backbones.loading import load, load_tokenizer
 from latentac.backbones.schedulers import variance_preserving
 from latentac.backbones.stable_diffusion import UNET
 from latentac.config.schema import Policy
 from latentac.method import diffusion
 from latentac.method.records import Conditioning
+from latentac.system import folders
 
 _PARTS: dict[str, tuple[str | None, str | None]] = {
     "scheduler": ("diffusers", "DDIMScheduler"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentac.backbones.modelfiles import LFS, Damaged, parse_json, pointer, read_json
+from latentac.system.modelfiles import LFS, Damaged, parse_json, pointer, read_json
 
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _QUANTISED = {"I8", "U8", "I16"}

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latentac.backbones import Denoiser
-from latentac.backbones.modelfiles import Damaged, check, read_json
 from latentac.backbones.weights import header
 from latentac.config.extensions import Table
 from latentac.config.schema import Critic as CriticSettings
 from latentac.method.diffusion import Prediction
 from latentac.method.records import Conditioning
+from latentac.system.modelfiles import Damaged, check, read_json
 
 BODIES = Table(
     "critic body",

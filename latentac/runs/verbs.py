@@ -408,12 +408,13 @@ def _prepare(run: str, store: Store, output: Path, fields: dict[str, Any], code:
 def _write_finish(run: str, store: str, output: str, folder: Path) -> None:
     from latentac.reporting.card import model_card
     from latentac.reporting.report import write_report
+    from latentac.system.reading import read_json
 
     folder.mkdir()
     report, summary = write_report(run, store, output)
     for path in (report, summary):
         shutil.copyfile(path, folder / path.name)
-    (folder / "card.md").write_text(model_card(json.loads(summary.read_text())), encoding="utf-8")
+    (folder / "card.md").write_text(model_card(read_json(summary)), encoding="utf-8")
 
 
 def _track(space: Workspace, scalars: Mapping[str, float]) -> None:

@@ -10,8 +10,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from latentac.backbones import folders
-from latentac.backbones.modelfiles import Damaged, check, read_json, shorten
 from latentac.config.schema import (
     Characters,
     Config,
@@ -27,7 +25,9 @@ from latentac.config.schema import (
     Section,
     Wait,
 )
+from latentac.system import folders
 from latentac.system.errors import ServingError
+from latentac.system.modelfiles import Damaged, check, read_json, shorten
 from latentac.system.names import PLAIN
 
 FILE = "latentac.json"

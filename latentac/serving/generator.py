@@ -16,7 +16,6 @@ from latentac.backbones import BACKBONES, Denoiser, load_backbone
 from latentac.backbones.guided import guided
 from latentac.backbones.layout import Part
 from latentac.backbones.loading import load
-from latentac.backbones.modelfiles import faults, shorten
 from latentac.critic import Critic
 from latentac.method.randomness import noise_for, uniforms_for
 from latentac.sampling.devices import map_blocks
@@ -27,6 +26,7 @@ from latentac.serving import exported
 from latentac.serving.request import Request, parse_one, shortened
 from latentac.steering import STEERING, Steering, evaluations
 from latentac.system.errors import ConfigError, Problem, ServingError
+from latentac.system.modelfiles import faults, shorten
 from latentac.system.names import PLAIN
 
 Observe = Callable[[int, np.ndarray], None]

@@ -1,1 +1,1 @@
-"""What a process needs of its machine: files, terminals, signals, progress, and the errors that it raises. No torch."""
+"""What a process needs of its machine: files, terminals, signals, progress, errors. No torch."""

@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from PIL import Image
 from safetensors.torch import load_file
 
-from latentac.backbones import Denoiser, folders, load_backbone
+from latentac.backbones import Denoiser, load_backbone
 from latentac.config.schema import Extension
 from latentac.config.schema import Policy as PolicySettings
 from latentac.critic import Critic
@@ -33,6 +33,7 @@ from latentac.sampling.snippet import base_of, usage
 from latentac.serving.deployment import Deployment
 from latentac.serving.exported import add_base, export, image_size
 from latentac.serving.generator import Generator
+from latentac.system import folders
 from latentac.system.errors import IntegrityError, ResourceError
 from latentac.system.terminal import printable
 from latentac.worlds.shapes import builtin_pipeline

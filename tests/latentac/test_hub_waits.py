@@ -10,9 +10,9 @@ import pytest
 from filelock import FileLock
 from huggingface_hub import constants
 
-from latentac.backbones import hub
 from latentac.backbones.source import locate
 from latentac.backbones.stable_diffusion import UNET
+from latentac.system import hub
 from latentac.system.errors import ConfigError
 from latentac.system.lifetime import children
 from latentac.system.waiting import TimeUp
@@ -60,7 +60,7 @@ def test_no_answer_is_given_up_within_the_bound(cache: Path, fault: str, monkeyp
         assert seconds_of(began) < SECONDS + MARGIN_SECONDS
         assert server.accepted
     assert NAME in str(caught.value)
-    assert not [command for _, command in children() if "latentac.backbones.hub" in command]
+    assert not [command for _, command in children() if "latentac.system.hub" in command]
 
 
 def test_what_the_cache_holds_is_used_where_nobody_answers(

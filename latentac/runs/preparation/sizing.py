@@ -13,12 +13,12 @@ from typing import Any
 from latentac.backbones import layout_of
 from latentac.backbones.inspection import weights_of
 from latentac.backbones.layout import Layout, listing, used
-from latentac.backbones.modelfiles import read_json
 from latentac.backbones.weights import header, shapes
 from latentac.config.schema import Config, Extension
 from latentac.sampling.encoding import KEPT_BYTES, WHOLE_BYTES
 from latentac.steering import STEERING
 from latentac.system.errors import ConfigError, ResourceError
+from latentac.system.modelfiles import read_json
 
 COPIES = 2
 """Of each artifact on a file:// store: the published one, and the working copy beside it. One on a bucket's machine."""

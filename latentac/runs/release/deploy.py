@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentac.backbones.folders import copy_pipeline
 from latentac.config.schema import Config
 from latentac.evaluation.arms import best_steered
 from latentac.runs.release.incumbent import Production, chosen_production, productions, put_in_production
@@ -21,6 +20,7 @@ from latentac.store.blobs import disk_errors
 from latentac.store.published import metric
 from latentac.store.published import read as read_published
 from latentac.system.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem, ResourceError
+from latentac.system.folders import copy_pipeline
 from latentac.system.names import working_folder
 from latentac.system.scratch import empty_folder, hidden_folder
 

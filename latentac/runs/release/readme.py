@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentac.backbones.folders import ADAPTER, INDEX
 from latentac.reporting.card import Facts, folder_card, sections, use_section
 from latentac.runs.workspace import EXTENSIONS, Workspace
 from latentac.store.published import read
 from latentac.system.errors import ArtifactNotFound
+from latentac.system.folders import ADAPTER, INDEX
 from latentac.system.reading import read_record
 
 if TYPE_CHECKING:

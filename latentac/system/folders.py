@@ -12,8 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from latentac.backbones.modelfiles import Damaged, check, plain, read_json
 from latentac.system.errors import IntegrityError, ResourceError
+from latentac.system.modelfiles import Damaged, check, plain, read_json
 
 INDEX = "model_index.json"
 ADAPTER = "lora/pytorch_lora_weights.safetensors"

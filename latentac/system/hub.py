@@ -55,7 +55,7 @@ def offline() -> bool:
 
 
 def _asked(what: str, source: str, arguments: dict[str, Any]) -> Any:
-    command = [sys.executable, "-m", "latentac.backbones.hub", json.dumps([what, arguments])]
+    command = [sys.executable, "-m", "latentac.system.hub", json.dumps([what, arguments])]
     if _endpoint() in _SILENT:
         raise TimeUp(f"{_endpoint()}: did not answer before")
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
