@@ -20,6 +20,9 @@ ANSWER_SECONDS = 60.0
 BYTES_PER_SECOND = 16_384.0
 """A hub that sends less, on average over ANSWER_SECONDS, counts as one that does not answer."""
 
+_CHUNK_BYTES = 2**18
+"""Of what the client keeps in memory before it writes. Its own 10 MiB would look like silence on a slow line."""
+
 _SILENT = set[str]()
 """Hubs that did not answer: they are not asked again in this process."""
 
@@ -102,8 +105,9 @@ def _endpoint() -> str:
 
 
 def _snapshot(source: str, revision: str | None, patterns: list[str], *, local: bool = False) -> str:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
+    constants.DOWNLOAD_CHUNK_SIZE = _CHUNK_BYTES
     return str(snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=local))
 
 
