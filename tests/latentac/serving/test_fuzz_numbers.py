@@ -159,9 +159,13 @@ def _number(text: str) -> Decimal:
         return Decimal("-1E+500000" if text.startswith("-") else "1E+500000") if "-" not in text[1:] else Decimal(0)
 
 
+class _Double(Decimal):
+    """A number that was written with a fraction or an exponent, which most programs read as a double."""
+
+
 def strict(text: str) -> Any:
     """JSON with exact numbers. Raises ValueError where RFC 8259 knows no such text."""
-    return json.loads(text, parse_float=_number, parse_int=_number, parse_constant=_refuse)
+    return json.loads(text, parse_float=lambda text: _Double(_number(text)), parse_int=_number, parse_constant=_refuse)
 
 
 def _plain(number: Any, *, rounded: bool) -> Any:
@@ -178,14 +182,19 @@ def _numbers(value: Any) -> list[Decimal]:
     return [value] if isinstance(value, Decimal) else [each for part in inner for each in _numbers(part)]
 
 
+def _most(number: Decimal) -> int:
+    """The largest power of ten that is read: a double's, or that of a whole number of 4,300 digits."""
+    return 300 if isinstance(number, _Double) else 4290
+
+
 def expected(place: Place, content: str) -> set[int]:
     """The statuses that are right for this body."""
     try:
         found: Any = strict(content)
     except (ValueError, RecursionError):
         return {400}
-    if any(number and number.adjusted() > 300 for number in _numbers(found)) or content.count("[") > 50:
-        return {400, 422}  # beyond a double, or beyond the depth that is read
+    if content.count("[") > 50 or any(number and number.adjusted() > _most(number) for number in _numbers(found)):
+        return {400, 422}  # beyond what is read
     if place.schema is None:
         return {200, 422}
     try:
