@@ -414,7 +414,7 @@ def test_runtime_that_is_missing_is_told(world: World) -> None:
                 world.admin.delete(SERVING_RUNTIMES, body["spec"]["predictor"]["model"]["runtime"])
             return super().apply(kind, body) if kind == INFERENCE_SERVICES else dict(body)
 
-    losing = Losing(world.api.client, world.namespace)
+    losing = Losing(world.api.client.configuration, world.namespace)
     with pytest.raises(ServingError, match="RuntimeNotRecognized: Specified runtime does not exist"):
         Rollout(losing, world.settings, world.address)(world.candidate("v1"))
     assert gone(world, "latentac-green")
@@ -470,7 +470,7 @@ class Cut(Api):
 
 
 def kill_after(world: World, last: str, version: str) -> None:
-    cut = Cut(world.api.client, world.namespace)
+    cut = Cut(world.api.client.configuration, world.namespace)
     cut.last = last
     with pytest.raises(Killed):
         Rollout(cut, world.settings, world.address)(world.candidate(version))
