@@ -266,7 +266,7 @@ def test_stable_one_that_cannot_roll_comes_back(place: Place, first: Any) -> Non
                 body = {**body, "spec": {"predictor": predictor}}
             return super().apply(kind, body)
 
-    selective = Selective(place.api.client, place.api.namespace)
+    selective = Selective(place.api.client.configuration, place.api.namespace)
     with pytest.raises(ServingError, match=rf"PodScheduled|node.*version {before} is back and ready"):
         Rollout(selective, place.settings, place.address)(place.candidate(other))
     assert place.serves() == before
