@@ -10,14 +10,14 @@ to a host that nobody named. An answer and a listing have bounds. Nothing is dec
 asked for. What the client cannot read of an answer is an error of ours.
 """
 
-import http.client
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypeVar, cast
+from typing import BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 from xml.etree.ElementTree import ParseError
 
@@ -25,104 +25,21 @@ import certifi
 from minio import Minio
 from minio.commonconfig import CopySource
 from minio.error import MinioException, S3Error, ServerError
-from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager, Retry, Timeout
-from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3 import Timeout
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 
 from latentac.store.access import ENDPOINT, Kind, kind_of, read
 from latentac.store.blobs import CHUNK_BYTES, Entry, Patience, Stream
+from latentac.store.transport import Bounded, Pace, Pools, TooSlow, Unbounded
 from latentac.system.errors import ConfigError, Problem, StoreAccessError, StoreError, StoreUnavailable
-from latentac.system.waiting import TimeUp, within
 
 T = TypeVar("T")
 ENDPOINT_REMEDY = f"Check {ENDPOINT}, http or https, and that an S3 server runs there, then run again"
 MOST_OBJECTS = 1_000_000
 """Of a listing."""
 _REPEATED = (429, 500, 502, 503, 504)
-_MOST_ANSWER_BYTES = 8 * 2**20
-"""Of an answer that is kept in memory. A page of a listing has up to 1,000 objects, and less than 4 MiB."""
 _UNREADABLE = (ArithmeticError, AttributeError, LookupError, ParseError, TypeError, ValueError)
 """What the minio client raises for an answer with other contents than it expects."""
-
-
-class Unbounded(HTTPError):
-    """An answer or a listing is longer than any that an S3 server gives."""
-
-
-class TooSlow(HTTPError):
-    """Bytes arrive, but too few."""
-
-
-class _Pace:
-    """Raises TooSlow for a download that is slower than the patience allows, measured over its window."""
-
-    def __init__(self, patience: Patience) -> None:
-        self._patience, self._began, self._bytes = patience, time.monotonic(), 0
-
-    def moved(self, count: int) -> None:
-        self._bytes += count
-        passed = time.monotonic() - self._began
-        if passed >= self._patience.idle_seconds:
-            if self._bytes < passed * self._patience.bytes_per_second:
-                raise TooSlow(f"only {self._bytes} bytes came within {passed:.0f} s")
-            self._began, self._bytes = time.monotonic(), 0
-
-
-class _Answer(http.client.HTTPResponse):
-    """What is read at once has a bound; objects are read in pieces, whose sum is the reader's to bound."""
-
-    def read(self, amt: int | None = None) -> bytes:
-        if amt is not None or (self.length is not None and self.length <= _MOST_ANSWER_BYTES):
-            return super().read(amt)
-        data = b"" if self.length is not None else super().read(_MOST_ANSWER_BYTES + 1)
-        if self.length is not None or len(data) > _MOST_ANSWER_BYTES:
-            raise Unbounded(f"an answer has more than {_MOST_ANSWER_BYTES >> 20} MiB")
-        return data
-
-
-class _Connection(HTTPConnection):
-    response_class = _Answer
-
-
-class _TLSConnection(HTTPSConnection):
-    response_class = _Answer
-
-
-class _Pool(HTTPConnectionPool):
-    ConnectionCls = _Connection
-
-
-class _TLSPool(HTTPSConnectionPool):
-    ConnectionCls = _TLSConnection
-
-
-class _Pools(PoolManager):
-    """Follows no redirect and decompresses nothing."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
-
-    def urlopen(self, method: str, url: str, redirect: bool = False, **options: Any) -> Any:  # type: ignore[override]
-        return super().urlopen(method, url, redirect=False, decode_content=False, **options)
-
-
-class _Retry(Retry):
-    """No attempt begins later than `idle_seconds` after the last byte. moved_at: when that was."""
-
-    idle_seconds = 0.0
-    moved_at: Callable[[], float] = time.monotonic
-    _since: float | None = None
-
-    def new(self, **changes: Any) -> Self:
-        made = super().new(**changes)
-        made.idle_seconds, made.moved_at = self.idle_seconds, self.moved_at
-        made._since = self.moved_at() if self._since is None else self._since  # asked for the first time at a failure
-        return made
-
-    def is_exhausted(self) -> bool:
-        end = (self._since or 0.0) + self.idle_seconds
-        return super().is_exhausted() or time.monotonic() + self.get_backoff_time() > end
 
 
 @dataclass(eq=False)
@@ -147,7 +64,7 @@ class Bucket:
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         self._bucket, self._prefix, self._patience = bucket, prefix, patience
         self._where = f"{access.endpoint}, bucket {bucket}"
-        retry = _Retry(
+        retry = Bounded(
             total=patience.retries,
             other=0,  # a certificate that is not trusted will not be trusted in a second either
             allowed_methods=None,  # the POSTs here start or complete an upload, and may be repeated too
@@ -160,10 +77,13 @@ class Bucket:
         )
         retry.idle_seconds, retry.moved_at = patience.idle_seconds, self._moved_at
         self._operations: set[_Operation] = set()
+        self._here = threading.local()
         # urllib3 sends a body under the timeout for connecting, and one part of an upload has 5 MiB.
         timeout = Timeout(connect=patience.timeout_seconds, read=patience.timeout_seconds)
         trusted = access.authorities or certifi.where()
-        pool = _Pools(maxsize=10, timeout=timeout, retries=retry, ca_certs=trusted)
+        pool = Pools(
+            self._check, 2 * patience.timeout_seconds, maxsize=10, timeout=timeout, retries=retry, ca_certs=trusted
+        )
         try:
             self._client = Minio(
                 urlsplit(access.endpoint).netloc,
@@ -188,7 +108,7 @@ class Bucket:
         def receive() -> None:
             sink.rewind()
             response = self._client.get_object(self._bucket, self._prefix + name)
-            pace = _Pace(self._patience)
+            pace = Pace(self._patience)
             try:
                 while data := response.read1(CHUNK_BYTES):  # what has arrived: a slow server would never fill a chunk
                     sink.write(data)
@@ -269,22 +189,26 @@ class Bucket:
         operation: says when something last moved, which starts the time that may pass until the next."""
         operation = operation or _Operation(time.monotonic(), None)
         self._operations.add(operation)
+        self._here.operation = operation
         try:
-            # Its own attempts end before that, unless the server sends some of an answer's head, or empty pages, again
-            # and again.
-            return within(
-                self._patience.bound_seconds,
-                lambda: self._tried(action, name, operation),
-                lambda: operation.moved_at,
-            )
-        except TimeUp as error:
-            raise self._silent(name, "no answer that says anything", operation) from error
+            return self._tried(action, name, operation)
         finally:
+            self._here.operation = None
             self._operations.discard(operation)
 
     def _moved_at(self) -> float:
-        """When an operation in progress moved its last byte, or began."""
+        """When the operation of this thread moved its last byte, or began. A thread of the minio client, which sends a
+        part of an upload, has none: there it is the last byte of any operation."""
+        operation: _Operation | None = getattr(self._here, "operation", None)
+        if operation:
+            return operation.moved_at
         return max((each.moved_at for each in list(self._operations)), default=time.monotonic())
+
+    def _check(self) -> None:
+        """Raises TimeoutError where an answer is read although nothing has moved for `idle_seconds`: the server sends
+        single bytes of an answer's head, or empty pages, again and again."""
+        if time.monotonic() > self._moved_at() + self._patience.idle_seconds:
+            raise TimeoutError(f"nothing moved for {self._patience.idle_seconds:g} s")
 
     def _tried(self, action: Callable[[], T], name: str, operation: _Operation) -> T:
         patience = self._patience

@@ -6,7 +6,6 @@ looking up a name has no timeout at all. So a call that talks to somebody else r
 
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,9 +57,8 @@ class _Worker:
 os.register_at_fork(after_in_child=_Worker.idle.clear)  # their threads stayed in the parent
 
 
-def within(seconds: float, call: Callable[[], T], moved_at: Callable[[], float] | None = None) -> T:
-    """What `call` returns or raises. Raises TimeUp once it has taken `seconds`, or once `seconds` have passed since
-    `moved_at()` (by `time.monotonic`), the last time that something moved.
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """What `call` returns or raises. Raises TimeUp once it has taken `seconds`.
 
     The call runs in a daemon thread. One that is given up stays there until its own timeouts end it, and what it asked
     for may still be done.
@@ -70,18 +68,11 @@ def within(seconds: float, call: Callable[[], T], moved_at: Callable[[], float] 
         worker = _Worker.idle.pop()
     except IndexError:
         worker = _Worker()
-    began = time.monotonic()
-    until = began + seconds
     worker.calls.put((call, outcome))
-    while True:
-        try:
-            result, error = outcome.get(timeout=max(0.0, until - time.monotonic()))
-        except Empty:
-            if moved_at is not None:
-                until = max(began, moved_at()) + seconds
-            if time.monotonic() >= until:
-                raise TimeUp(f"no answer within {seconds:g} s") from None
-            continue
-        if error is not None:
-            raise error
-        return cast(T, result)
+    try:
+        result, error = outcome.get(timeout=seconds)
+    except Empty:
+        raise TimeUp(f"no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return cast(T, result)

@@ -69,8 +69,8 @@ def test_a_store_that_stays_silent_is_given_up_within_the_bound(
 
 @pytest.mark.minio
 def test_a_fetch_that_dribbles_is_given_up(proxy: Proxy, published: Store, tmp_path: Path) -> None:
-    """Each byte that arrives is an answer, but 4 MiB at 1 kB/s take more than an hour. No folder appears."""
-    proxy.bytes_per_second = 1_000
+    """Each byte that arrives is an answer, but 4 MiB at 8 kB/s take nine minutes. No folder appears."""
+    proxy.bytes_per_second = 8_000
     began = time.monotonic()
     with pytest.raises(StoreUnavailable, match=r"only \d+ bytes came within \d+ s, given up after"):
         published.fetch(KEY, tmp_path / "out")
@@ -177,7 +177,7 @@ def test_a_list_without_an_end_is_refused(pages: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(bucket, "MOST_OBJECTS", 20)
     with endless_list(PAGES[pages]()) as address:
         store, began = asked(address, monkeypatch), time.monotonic()
-        with pytest.raises(StoreError, match=r"comes twice|over 20 objects|no answer that says anything, given up"):
+        with pytest.raises(StoreError, match=r"comes twice|over 20 objects|no answer.*given up"):
             store.keys()
         assert time.monotonic() - began < SHORT.bound_seconds + MARGIN_SECONDS
 

@@ -32,21 +32,6 @@ def test_what_does_not_end_is_given_up() -> None:
     assert 0.2 <= time.monotonic() - began < 2
 
 
-def test_what_moves_is_waited_for() -> None:
-    """Longer than its silence may last, and not longer once it stops."""
-    began = time.monotonic()
-
-    def moved_at() -> float:
-        return min(time.monotonic(), began + 1.0)
-
-    within(0.3, lambda: time.sleep(0.9), moved_at)
-    never = threading.Event()
-    with pytest.raises(TimeUp):
-        within(0.3, never.wait, moved_at)
-    never.set()
-    assert 1.3 <= time.monotonic() - began < 4
-
-
 def test_calls_within_calls_have_threads_of_their_own() -> None:
     """And one that is given up keeps its own until it ends."""
     assert within(5, lambda: within(5, lambda: within(5, lambda: 7))) == 7

@@ -75,12 +75,10 @@ class WandB:
             self._run.log({name: wandb.Image(picture)}, step=step)
 
     def finish(self) -> None:
-        import wandb
-
         self._run.finish()
         _OPEN.discard(self)
         if not _OPEN:
-            wandb.teardown()  # `finish` returns before the service has written the file of an offline run
+            _tear_down()  # `finish` returns before the service has written the file of an offline run
 
     def abandon(self) -> None:
         """End the process that wandb has started: when the interpreter ends, wandb waits for it without a bound."""
@@ -91,7 +89,15 @@ class WandB:
             if "wandb-core" in command:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        import wandb
-
         with suppress(Exception):  # it finds its process gone, and leaves nothing to do for the end
-            within(_TEARDOWN_SECONDS, wandb.teardown)
+            within(_TEARDOWN_SECONDS, _tear_down)
+
+
+def _tear_down() -> None:
+    """Raises RuntimeError where wandb's process has failed. wandb itself ends the interpreter with that exit code."""
+    import wandb
+
+    try:
+        wandb.teardown()
+    except SystemExit as error:
+        raise RuntimeError(f"wandb's process ended with exit code {error.code}") from None
