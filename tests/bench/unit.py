@@ -47,6 +47,7 @@ from tests.bench.plan import ARMS, FAILURE, MEASURED, RESULT, ROOT, Unit
 _CURVE_SHARE = 4  # of the held-out pictures one in so many is enough for a point of the curve
 _CURVE_POINTS = 8
 _PICTURES = 8  # in the row that is kept to look at, before and after
+_RECORD = "unit-progress.json"  # in a checkpoint, beside what the trainer writes
 _SOURCES = (
     *("algorithms/**/*.py", "backbones/**/*.py", "critic/**/*.py", "rewards/**/*", "shapes/**/*"),
     *(f"{name}.py" for name in ("diffusion", "distributed", "evaluation", "learning", "losses", "policy")),
@@ -177,9 +178,8 @@ class Run:
         policy = base_policy(self.config, self.device)
         if checkpoint is not None:
             trainer = self._trainer(policy, self._critic(policy), None)
-            tensors, progress = read_state(checkpoint)
-            self.progress = progress["unit"]
-            trainer.load_state(tensors, progress["trainer"])
+            self.progress = json.loads((checkpoint / _RECORD).read_text())["unit"]
+            trainer.load_state(*read_state(checkpoint))
             return trainer
         with self.timed("evaluation"):
             base = self.held_out.sample(policy, None, self.config.evaluation.num_images)
@@ -299,8 +299,8 @@ class Run:
         part = self.folder / f".{target.name}"
         for left in (part, target):
             shutil.rmtree(left, ignore_errors=True)
-        tensors, state = trainer.state()
-        write_state(part, tensors, {**self.stamp, "unit": self.progress, "trainer": state})
+        write_state(part, *trainer.state())
+        _write(part / _RECORD, {**self.stamp, "unit": self.progress})
         part.rename(target)
         for older in sorted(self.folder.glob("checkpoint-*"))[:-1]:
             shutil.rmtree(older)
@@ -310,7 +310,7 @@ class Run:
         found = sorted(self.folder.glob("checkpoint-*"))
         if not found:
             return None
-        progress = json.loads((found[-1] / "progress.json").read_text())
+        progress = json.loads((found[-1] / _RECORD).read_text())
         return found[-1] if all(progress[name] == value for name, value in self.stamp.items()) else None
 
 
