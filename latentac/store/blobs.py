@@ -202,8 +202,9 @@ class Folder:
         return False  # `keep` does the same, and checks it
 
     def get(self, name: str, sink: Stream) -> None:
-        with disk_errors(self._at(name)):
-            source = _open_file(self._root / name)
+        path = self._at(name)
+        with disk_errors(path):
+            source = _open_file(path)
         if source is None:
             raise FileNotFoundError(name)
         with source:
@@ -249,12 +250,12 @@ class Folder:
 
     def _at(self, name: str) -> Path:
         """The path of `name`. Raises StoreError where a folder on the way is a link."""
-        place = self._root
+        place = str(self._root)  # text, not Path: this runs for each part of each name
         for part in name.split("/")[:-1]:
-            place /= part
-            if place.is_symlink():
+            place = f"{place}/{part}"
+            if os.path.islink(place):
                 remedy = "Put the folder itself in its place; the store's own folder may be a link"
-                raise StoreError(str(place), "it is a link, and a store follows none", remedy)
+                raise StoreError(place, "it is a link, and a store follows none", remedy)
         return self._root / name
 
     @contextmanager

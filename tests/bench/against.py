@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.against", description=__doc__.partition("\n")[0])
     parser.add_argument("commit", help="the earlier version; its dependencies must be those of this one")
     parser.add_argument("--recipe", default="shapes-unet")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument(
         "--output", type=Path, default=FULL.results / "against" / "throughput.json", help="file of the figures"
     )
