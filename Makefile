@@ -25,7 +25,7 @@ endif
 TEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 TEST_WORKERS ?= 2
 PARALLEL := OMP_NUM_THREADS=1
-CHECKED := $(wildcard latentac components pipelines tests helm)
+CHECKED := $(wildcard latentac images tests helm)
 LOCK := compile -q --universal --fork-strategy fewest --generate-hashes --python-version 3.11 \
 	--no-emit-index-url --no-emit-find-links --no-header
 
@@ -47,7 +47,7 @@ help: ## this list
 
 install: $(STAMP) ## make .venv from the lock (every other target does so by itself)
 
-$(STAMP): requirements/dev.lock requirements/runtime.in requirements/installer.lock pyproject.toml
+$(STAMP): requirements/dev.lock requirements/installer.lock pyproject.toml
 	@bash requirements/install.sh $(VENV) '$(PYTHON)'
 	touch $@
 
@@ -87,7 +87,7 @@ format: install ## sort imports, fix what can be fixed, format
 	$(VENV)/bin/ruff format .
 
 compile: install ## write the pipeline's golden files anew, and say what changed
-	@$(PY) -m pipelines compile
+	@$(PY) -m latentac.pipelines compile
 	git --no-pager diff --stat -- pipelines
 
 minio: install ## a MinIO server for the tests: MINIO_BIN, or the one on PATH, or built once into the cache
@@ -169,10 +169,11 @@ fuzz: install ## the endpoint: requests made from its OpenAPI document, odd numb
 	@$(PARALLEL) LATENTAC_FUZZ_EXAMPLES=$(or $(EXAMPLES),1200) LATENTAC_FUZZ_SEED=$(or $(SEED),0) \
 		$(TEST) -s -m fuzz tests/latentac/serving $(ARGS)
 
-lock: install ## resolve requirements/*.in anew; versions move only where a pin in them moved
-#: UPGRADE=1 lets everything that is not pinned there move
+lock: install ## resolve pyproject.toml and requirements/*.in; versions move only where a bound or a pin asks for it
+#: UPGRADE=1 moves every version that no pin holds
 	@uv=$$(bash requirements/install.sh --uv '$(PYTHON)')
-	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) --override requirements/overrides.in requirements/dev.in -o requirements/dev.lock
+	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) --override requirements/overrides.in --all-extras \
+		pyproject.toml requirements/dev.in -o requirements/dev.lock
 	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) requirements/installer.in -o requirements/installer.lock
 	for name in tools sbom torch train serve pipeline kfp; do
 		options=(-c ../dev.lock $(if $(UPGRADE),--upgrade))

@@ -18,7 +18,6 @@ RUN python3 -m venv /opt/tools && \
 
 FROM tools AS wheel
 COPY pyproject.toml README.md LICENSE /source/
-COPY requirements/runtime.in /source/requirements/
 COPY pipelines /source/pipelines
 COPY components /source/components
 COPY latentac /source/latentac
@@ -36,7 +35,7 @@ COPY --from=wheel /wheels /wheels
 COPY images/added.sh /locks/
 RUN sh /locks/added.sh /opt/code sh -ec "\
 /opt/tools/bin/uv pip install -q --python /opt/latentac --no-deps /wheels/*.whl;\
-cd /opt/latentac/lib/python3*/site-packages && ../../../bin/python -m compileall -q latentac components pipelines"
+cd /opt/latentac/lib/python3*/site-packages && ../../../bin/python -m compileall -q latentac"
 
 FROM ${BASE}
 RUN command -v tini || { apt-get update -q && apt-get install -q -y --no-install-recommends tini && \

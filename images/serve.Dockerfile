@@ -18,7 +18,6 @@ RUN python3 -m venv /opt/tools && \
 
 FROM tools AS wheel
 COPY pyproject.toml README.md LICENSE /source/
-COPY requirements/runtime.in /source/requirements/
 COPY pipelines /source/pipelines
 COPY components /source/components
 COPY latentac /source/latentac
@@ -41,7 +40,7 @@ FROM packages AS code
 COPY --from=wheel /wheels /wheels
 RUN sh /locks/added.sh /opt/code sh -ec "\
 /opt/tools/bin/uv pip install -q --python /opt/latentac --no-deps /wheels/*.whl;\
-cd /opt/latentac/lib/python3*/site-packages && python -m compileall -q latentac components pipelines"
+cd /opt/latentac/lib/python3*/site-packages && python -m compileall -q latentac"
 
 FROM ${TORCH_IMAGE}
 COPY --from=packages /opt/packages /

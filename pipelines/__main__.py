@@ -1,21 +1,21 @@
-"""`python -m pipelines compile`, and `run` as `latentac run`. Imports are lazy: the help must come at once."""
+"""`python -m latentac.pipelines compile`, and `run` as `latentac run`. Imports are lazy: the help must come at once."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from pipelines.starting import add_options, flush, start
+from latentac.pipelines.starting import add_options, flush, start
 
 _HERE = Path(__file__).parent / "compiled"
 GOLDEN, MANIFESTS, SETTINGS = (_HERE / name for name in ("latentac.yaml", "latentac.kubernetes.yaml", "cluster.yaml"))
 
 _EXAMPLES = """\
 examples:
-  python -m pipelines run
-  python -m pipelines run --recipe shapes-unet-smoke --seed 1 --set train.num_iterations=8
-  python -m pipelines run --resume shapes-unet-20260131-120000
-  python -m pipelines run-containers --recipe shapes-unet-smoke
-  python -m pipelines compile
+  python -m latentac.pipelines run
+  python -m latentac.pipelines run --recipe shapes-unet-smoke --seed 1 --set train.num_iterations=8
+  python -m latentac.pipelines run --resume shapes-unet-20260131-120000
+  python -m latentac.pipelines run-containers --recipe shapes-unet-smoke
+  python -m latentac.pipelines compile
 """
 
 
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m latentac.pipelines", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="The pipeline prepare, pretrain-value, train, evaluate, steer, gate, deploy.",
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -66,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compile(target: Path, manifests: Path) -> int:
-    from components.cluster.settings import read
-    from pipelines.cluster import compile_manifests, compile_pipeline
+    from latentac.components.cluster.settings import read
+    from latentac.pipelines.cluster import compile_manifests, compile_pipeline
 
     settings = read(SETTINGS)
     compile_pipeline(settings, target)

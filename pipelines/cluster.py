@@ -12,12 +12,12 @@ from pathlib import Path
 from kfp import compiler, dsl, kubernetes
 from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
-from components import COMPUTE
-from components.cluster.settings import KEY as FILE
-from components.cluster.settings import MOUNT, SETTINGS, Cluster, Placement
+from latentac.components import COMPUTE
+from latentac.components.cluster.settings import KEY as FILE
+from latentac.components.cluster.settings import MOUNT, SETTINGS, Cluster, Placement
+from latentac.pipelines.pipeline import NAME, compose
 from latentac.serving.client import TOKEN
 from latentac.system.errors import ConfigError, Problem
-from pipelines.pipeline import NAME, compose
 
 WORK = "/work"
 """`output` on a cluster: scratch space that goes with the pod."""

@@ -18,9 +18,9 @@ from latentac.system.errors import ClusterError, ConfigError, Problem
 from latentac.system.reading import seconds, whole
 
 if TYPE_CHECKING:
-    from components.cluster.settings import Cluster
-    from pipelines.following import Follower
-    from pipelines.service import Order, Service
+    from latentac.components.cluster.settings import Cluster
+    from latentac.pipelines.following import Follower
+    from latentac.pipelines.service import Order, Service
 
 _PROGRAM = "latentac pipeline"
 _HOST = "--host http://localhost:8888"
@@ -137,7 +137,7 @@ def _add_bounds(verb: argparse.ArgumentParser) -> None:
 
 
 def _compile(options: argparse.Namespace) -> None:
-    from pipelines.cluster import compile_manifests, compile_pipeline
+    from latentac.pipelines.cluster import compile_manifests, compile_pipeline
 
     settings = _settings(options)
     print(compile_pipeline(settings, options.to))
@@ -179,7 +179,7 @@ def _schedule(options: argparse.Namespace) -> None:
 def _order(
     options: argparse.Namespace, settings: "Cluster", name: str, version: tuple[str, str], parameters: dict[str, Any]
 ) -> "Order":
-    from pipelines.service import Order
+    from latentac.pipelines.service import Order
 
     return Order(name, version, parameters, settings.steps.service_account, options.experiment, options.pipeline_root)
 
@@ -233,25 +233,25 @@ def _finish(state: str, run_id: str) -> None:
 
 
 def _service(options: argparse.Namespace) -> "Service":
-    from pipelines.service import ENDPOINT, Service
+    from latentac.pipelines.service import ENDPOINT, Service
 
     return Service(options.host or os.environ.get(ENDPOINT, "").strip(), options.namespace, options.ca)
 
 
 def _named(options: argparse.Namespace) -> bool:
-    from components.cluster.settings import SETTINGS
+    from latentac.components.cluster.settings import SETTINGS
 
     return bool(options.cluster_settings or options.release or os.environ.get(SETTINGS))
 
 
 def _settings(options: argparse.Namespace) -> "Cluster":
     """The settings of the release that is named: a file, a release of the chart, or the environment's file."""
-    from components.cluster.settings import KEY, here, parse, read
+    from latentac.components.cluster.settings import KEY, here, parse, read
 
     if options.cluster_settings:
         return read(options.cluster_settings)
     if options.release:
-        from components.cluster.api import CONFIG_MAPS, connect
+        from latentac.components.cluster.api import CONFIG_MAPS, connect
 
         name, namespace = f"{options.release}-cluster", options.kube_namespace or "default"
         found = connect(namespace).get(CONFIG_MAPS, name)
@@ -273,8 +273,8 @@ def cluster_settings(words: list[str]) -> "Cluster":
 
 
 def _uploaded(service: "Service", settings: "Cluster", *, own_id: bool = False) -> tuple[str, str]:
-    from pipelines.cluster import compile_pipeline
-    from pipelines.pipeline import NAME
+    from latentac.pipelines.cluster import compile_pipeline
+    from latentac.pipelines.pipeline import NAME
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{NAME}.yaml"
@@ -286,7 +286,7 @@ def _uploaded(service: "Service", settings: "Cluster", *, own_id: bool = False) 
 
 def _parameters(options: argparse.Namespace, settings: "Cluster") -> dict[str, Any]:
     """What the run is asked to do, checked here, where a mistake costs nothing. A file stays here, its fields go."""
-    from components.deploy.inference_service import check_project
+    from latentac.components.deploy.inference_service import check_project
     from latentac.config.fields import read_file
     from latentac.runs.package import inline, pack, use_in_place
     from latentac.runs.verbs import resolve_recipe
@@ -313,7 +313,7 @@ def _leaves(fields: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]
 
 
 def _places(settings: "Cluster") -> dict[str, str]:
-    from pipelines.cluster import WORK
+    from latentac.pipelines.cluster import WORK
 
     return {"store": settings.store.url, "output": WORK}
 
@@ -328,8 +328,8 @@ def _new_id(recipe: str) -> str:
 
 
 def _follower(options: argparse.Namespace, service: "Service", settings: "Cluster | None") -> "Follower":
-    from pipelines.following import Follower
-    from pipelines.pipeline import STEPS
+    from latentac.pipelines.following import Follower
+    from latentac.pipelines.pipeline import STEPS
 
     follower = Follower(
         service,
@@ -340,7 +340,7 @@ def _follower(options: argparse.Namespace, service: "Service", settings: "Cluste
         total_seconds=options.total_seconds,
     )
     if settings is not None:
-        from pipelines.pods import Pods
+        from latentac.pipelines.pods import Pods
 
         pods = Pods(settings.steps.namespace, _say)
         follower.troubles, follower.last_words = pods.troubles, pods.last_words

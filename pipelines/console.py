@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from latentac.reporting.summary import read_timings
+from latentac.runs.reporting.summary import read_timings
 from latentac.runs.task import EVENT_MARK
 from latentac.system.progress import duration
 from latentac.system.reading import parse_json

@@ -26,6 +26,8 @@ import docker
 from docker.errors import DockerException, ImageNotFound
 from docker.types import Mount
 
+from latentac.pipelines.request import Request, local_sources
+from latentac.pipelines.ways import Way
 from latentac.runs.task import EVENTS
 from latentac.store import access
 from latentac.system.calls import CALLS
@@ -34,8 +36,6 @@ from latentac.system.errors import ConfigError, Problem, ResourceError
 from latentac.system.lifetime import run_lock
 from latentac.system.scratch import empty_folder
 from latentac.system.waiting import TimeUp, within
-from pipelines.driver import Way
-from pipelines.request import Request, local_sources
 
 RUN_LABEL, DRIVER_LABEL = "latentac.run", "latentac.driver"
 USER = 65532
@@ -303,7 +303,7 @@ def _free_port() -> int:
 @contextlib.contextmanager
 def _keeper(driver: str) -> Iterator[None]:
     """A process that removes the containers of `driver` when this one ends, killed or not: it reads from a pipe."""
-    command = [sys.executable, "-m", "pipelines.containers", driver]
+    command = [sys.executable, "-m", "latentac.pipelines.containers", driver]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=environment)
     try:

@@ -6,11 +6,11 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from latentac.pipelines.console import Console
+from latentac.pipelines.request import CONTAINERS, Request
+from latentac.pipelines.ways import Way
 from latentac.runs.task import ERROR_FILE, EVENTS
 from latentac.system.calls import CALLS, crash_in_call, fresh_calls
 from latentac.system.calls import FOLDER as REWARD_CALLS
@@ -18,26 +18,9 @@ from latentac.system.errors import LatentacError, ServingError
 from latentac.system.lifetime import own_descendants, refuse_links, run_lock, stop_on_sigterm
 from latentac.system.reading import read_json
 from latentac.system.terminal import Guarded
-from pipelines.console import Console
-from pipelines.request import CONTAINERS, Request
 
 _STOPPED = 130
 _CONFIG_ERROR = 2
-
-
-@dataclass(frozen=True)
-class Way:
-    """How the steps run. runner: kfp.local's; store, output, config: as the steps see them; place: called with each
-    task of the graph. keep: whether the artifacts can be served when the run has ended. errors: what the runner may
-    raise where a step does not come to run."""
-
-    runner: Any
-    store: str
-    output: Path
-    config: str
-    place: Callable[[Any], object] | None = None
-    keep: bool = True
-    errors: tuple[type[Exception], ...] = ()
 
 
 class StepFailed(Exception):
@@ -53,7 +36,7 @@ def run_pipeline(run: str, request: Request, output: Path, *, fresh: bool) -> in
 
     `fresh`: the folder was made for this call, and goes again if the configuration turns out wrong.
     """
-    from pipelines.pipeline import STEPS  # imports kfp, a second
+    from latentac.pipelines.pipeline import STEPS  # imports kfp, a second
 
     folder = output / run
     stop_on_sigterm()
@@ -93,10 +76,10 @@ def run_pipeline(run: str, request: Request, output: Path, *, fresh: bool) -> in
 
 def _way(run: str, request: Request, output: Path) -> contextlib.AbstractContextManager[Way]:
     if request.way == CONTAINERS:
-        from pipelines.containers import containers
+        from latentac.pipelines.containers import containers
 
         return containers(run, request, output)
-    from pipelines.embedded import processes
+    from latentac.pipelines.embedded import processes
 
     return processes(run, request, output)
 
@@ -140,7 +123,7 @@ def _execute(run: str, request: Request, way: Way, folder: Path, console: Consol
     """Hand the graph to kfp.local. Raises StepFailed."""
     from kfp import local
 
-    from pipelines.pipeline import compose, compose_last
+    from latentac.pipelines.pipeline import compose, compose_last
 
     root = folder.resolve() / "kfp"
     local.init(way.runner, pipeline_root=str(root), workspace_root=str(root / "workspace"), raise_on_error=True)
@@ -190,10 +173,10 @@ def _failure(folder: Path, console: Console) -> StepFailed:
 
 def _conclude(run: str, request: Request, output: Path, way: Way, console: Console) -> None:
     """Check that the graph did what the gate decided, write the report anew with all timings, print where to look."""
-    from latentac.reporting.report import next_commands, write_report
+    from latentac.pipelines.request import known_runs
+    from latentac.runs.reporting.report import next_commands, write_report
     from latentac.store import open_store
     from latentac.system.commands import typed
-    from pipelines.request import known_runs
 
     decision = open_store(way.store).manifest(f"{run}/gate").metrics["decision"]
     # kfp.local calls a pipeline successful that skipped a branch for a reason of its own

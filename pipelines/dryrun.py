@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from latentac.pipelines.request import Request
 from latentac.runs.task import LOCK_FILE
 from latentac.system.calls import supervised
 from latentac.system.errors import ConfigError, StoreError
 from latentac.system.lifetime import lock_holder
-from pipelines.request import Request
 
 if TYPE_CHECKING:
     from latentac.runs.plan import Plan

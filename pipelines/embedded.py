@@ -7,10 +7,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from latentac.pipelines.request import Request
+from latentac.pipelines.ways import Way
 from latentac.system.progress import TERMINAL
 from latentac.system.scratch import empty_folder, remove_abandoned, temporary_files
-from pipelines.driver import Way
-from pipelines.request import Request
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from latentac.pipelines.service import Service
 from latentac.system.errors import ClusterError, ClusterUnavailable
-from pipelines.service import Service
 
 SUCCEEDED, FAILED, SKIPPED, PENDING, RUNNING = "SUCCEEDED", "FAILED", "SKIPPED", "PENDING", "RUNNING"
 CANCELED = "CANCELED"

@@ -13,12 +13,12 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from latentac.config.fields import read_overrides
+from latentac.pipelines.request import Request, located, relative
 from latentac.store.published import problem_of
 from latentac.system.errors import ConfigError, IntegrityError, Problem
 from latentac.system.names import is_name
 from latentac.system.reading import read_json
 from latentac.system.scratch import write_whole
-from pipelines.request import Request, located, relative
 
 _FILE = "sweep.json"
 MAX_MEMBERS = 10_000

@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 from kfp import dsl
 
-from components.deploy.component import deploy
-from components.evaluate.component import evaluate
-from components.finish.component import finish
-from components.gate.component import gate
-from components.prepare.component import prepare
-from components.pretrain_value.component import pretrain_value
-from components.steer.component import steer
-from components.train.component import train
+from latentac.components.deploy.component import deploy
+from latentac.components.evaluate.component import evaluate
+from latentac.components.finish.component import finish
+from latentac.components.gate.component import gate
+from latentac.components.prepare.component import prepare
+from latentac.components.pretrain_value.component import pretrain_value
+from latentac.components.steer.component import steer
+from latentac.components.train.component import train
 
 STEPS = ("prepare", "pretrain-value", "train", "evaluate", "steer", "gate", "deploy", "finish")
 """The nodes, in the order in which they run."""

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from components.cluster import pods as seen
-from components.cluster.api import PODS, Api, connect
+from latentac.components.cluster import pods as seen
+from latentac.components.cluster.api import PODS, Api, connect
 from latentac.system.errors import LatentacError
 
 _RUN_LABEL = "pipeline/runid"

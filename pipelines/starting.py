@@ -1,4 +1,4 @@
-"""`latentac run`: the whole pipeline on this machine, from any folder. `python -m pipelines run` is the same.
+"""`latentac run`: the whole pipeline on this machine, from any folder. `python -m latentac.pipelines run` is the same.
 
 Imports are lazy: the help must come at once.
 """
@@ -67,9 +67,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def start(options: argparse.Namespace, *, containers: bool) -> int:
     """Start or resume the run that the options describe, to its end."""
+    from latentac.pipelines.request import CONTAINERS, PROCESSES, Request, Ways, absolute, create_run, load_run
     from latentac.runs.package import make_importable, use_in_place
     from latentac.runs.verbs import resolve_recipe
-    from pipelines.request import CONTAINERS, PROCESSES, Request, Ways, absolute, create_run, load_run
 
     output, run = Path(options.output), options.resume
     overrides = (*options.set, *(() if options.seed is None else (f"seed={options.seed}",)))
@@ -86,7 +86,7 @@ def start(options: argparse.Namespace, *, containers: bool) -> int:
         request = Request(recipe, config, overrides, options.store or "", way, package=options.package or "")
     make_importable(Path(request.folder or Path.cwd()))
     if options.dry_run:
-        from pipelines.dryrun import print_plan
+        from latentac.pipelines.dryrun import print_plan
 
         return print_plan(absolute(request), output, run or "")
     if run is None:
@@ -94,7 +94,7 @@ def start(options: argparse.Namespace, *, containers: bool) -> int:
             use_in_place(Path(request.package))
         resolve_recipe(request.recipe, request.config, request.overrides)  # a typing error: before anything starts
         run, request = create_run(request, output)
-    from pipelines.driver import run_pipeline
+    from latentac.pipelines.driver import run_pipeline
 
     return run_pipeline(run, request, output, fresh=options.resume is None)
 

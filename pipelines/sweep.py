@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from latentac.pipelines.grid import Member, Sweep, left, load, members, read_seeds, tally
+from latentac.pipelines.request import Request, absolute, create_run, known_runs, packed, with_copies
 from latentac.system.errors import ConfigError, Problem
 from latentac.system.names import RULE, is_name, working_folder
-from pipelines.grid import Member, Sweep, left, load, members, read_seeds, tally
-from pipelines.request import Request, absolute, create_run, known_runs, packed, with_copies
 
 _POLL_SECONDS = 0.2
 _STOPPED = 130
@@ -192,7 +192,7 @@ def _stop(sweep: Sweep, output: Path, running: Sequence[tuple[Member, "subproces
 
 
 def _conclude(sweep: Sweep, output: Path) -> int:
-    from latentac.reporting.compare import table, write_comparison
+    from latentac.runs.reporting.compare import table, write_comparison
 
     counts = tally(sweep)
     _say(", ".join(f"{count} {state}" for state, count in counts.items()))
@@ -238,7 +238,7 @@ def _store(sweep: Sweep, output: Path) -> str:
 
     if sweep.request.store or not sweep.cluster:
         return sweep.request.store or default_store(str(output))
-    from pipelines.commands import cluster_settings
+    from latentac.pipelines.commands import cluster_settings
 
     return cluster_settings(sweep.cluster).store.url
 

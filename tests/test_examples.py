@@ -25,7 +25,7 @@ from tests.latentac.serving.conftest import exported_folder, resolved  # noqa: F
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
     *("README.md", "CONTRIBUTING.md", "images/README.md"),
-    *("latentac/rewards/README.md", "latentac/serving/README.md", "latentac/reporting/tracking/README.md"),
+    *("latentac/rewards/README.md", "latentac/serving/README.md", "latentac/runs/reporting/tracking/README.md"),
 )
 WRITTEN, RUN, SHOWN = {"python", "yaml", "jsonl", "dockerfile"}, {"sh"}, {"text"}
 FENCE = re.compile(
@@ -182,14 +182,14 @@ def test_each_document_works_as_it_is_written(document: str, tmp_path: Path, exp
 
 
 def test_the_table_of_layers_is_the_contract() -> None:
-    """README's table has the layers of the linter's contract, in its order."""
+    """The table of latentac/README.md has the layers of the linter's contract, in its order."""
     (contract,) = [
         found
         for found in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
         if found["type"] == "layers"
     ]
     held = [set(re.findall(r"\w+", layer)) for layer in contract["layers"]]
-    table = (ROOT / "README.md").read_text().partition("| Layer | Folder |")[2].partition("\n\n")[0]
+    table = (ROOT / "latentac" / "README.md").read_text().partition("| Layer | Folder |")[2].partition("\n\n")[0]
     rows = [(int(level), name) for level, name in re.findall(r"^\| (\d+) \| \[?`(\w+)`", table, re.MULTILINE)]
     levels = sorted({level for level, _ in rows}, reverse=True)
     assert [{name for level, name in rows if level == each} for each in levels] == held

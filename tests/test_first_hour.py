@@ -80,8 +80,8 @@ class Sign(Algorithm):
         return policy_loss(self.settings, transition, minibatch)
 ''',
     "mine/steering.py": '''
-from latentac.steering import SteeringSettings, weighted
-from latentac.steering.best_of_n import BestOfN
+from latentac.sampling.steering import SteeringSettings, weighted
+from latentac.sampling.steering.best_of_n import BestOfN
 
 
 class Second(BestOfN):

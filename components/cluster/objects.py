@@ -4,7 +4,7 @@ import hashlib
 import re
 from typing import Any
 
-from components.cluster.settings import Cluster, Security
+from latentac.components.cluster.settings import Cluster, Security
 
 RUN = "latentac.io/run"
 """Label of what a run made; the same as an annotation holds the run's id as it is."""

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from components.cluster.api import Api
+from latentac.components.cluster.api import Api
 
 LAST_LINES = 20
 

@@ -2,7 +2,7 @@
 
 from kfp.dsl import Artifact, Input, Output, component
 
-from components import PIPELINE
+from latentac.components import PIPELINE
 
 
 @component(base_image=PIPELINE, install_kfp_package=False)
@@ -21,12 +21,12 @@ def deploy(run: str, store: str, output: str, trained: Input[Artifact], manifest
     from latentac.runs.task import pipeline_task
 
     with pipeline_task("deploy", run, output, manifest.path) as publish:
-        from components.cluster.settings import here
+        from latentac.components.cluster.settings import here
         from latentac.runs.verbs import deploy
 
         cluster, prove = here(), None
         if cluster is not None:
-            from components.deploy.rollout import rollout
+            from latentac.components.deploy.rollout import rollout
 
             prove = rollout(cluster)
         publish(deploy(run=run, store=store, output=output, prove=prove))

@@ -11,8 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from components.cluster.objects import CONTAINER_SECURITY, RUN, ca_volume, labels, pod_security, store_environment
-from components.cluster.settings import Cluster
+from latentac.components.cluster.objects import (
+    CONTAINER_SECURITY,
+    RUN,
+    ca_volume,
+    labels,
+    pod_security,
+    store_environment,
+)
+from latentac.components.cluster.settings import Cluster
 from latentac.system.errors import ConfigError, Problem
 
 REVISION = "latentac.io/revision"

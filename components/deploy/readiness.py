@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from components.cluster.api import DEPLOYMENTS, INFERENCE_SERVICES, PODS, Api
-from components.cluster.pods import Trouble, last_words, troubles
-from components.cluster.settings import Deploy
-from components.deploy.inference_service import REVISION, predictor, revision
+from latentac.components.cluster.api import DEPLOYMENTS, INFERENCE_SERVICES, PODS, Api
+from latentac.components.cluster.pods import Trouble, last_words, troubles
+from latentac.components.cluster.settings import Deploy
+from latentac.components.deploy.inference_service import REVISION, predictor, revision
 from latentac.system.errors import ServingError
 
 POLL_SECONDS = 0.5

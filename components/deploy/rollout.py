@@ -17,13 +17,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from components.cluster.api import INFERENCE_SERVICES, SERVING_RUNTIMES, Api, connect
-from components.cluster.objects import RUN, label
-from components.cluster.settings import Cluster
-from components.deploy import inference_service as objects
-from components.deploy.readiness import wait_ready
-from components.deploy.shadow import ask, compare, reasons_against, shadow_requests
-from components.deploy.traffic import traffic_of
+from latentac.components.cluster.api import INFERENCE_SERVICES, SERVING_RUNTIMES, Api, connect
+from latentac.components.cluster.objects import RUN, label
+from latentac.components.cluster.settings import Cluster
+from latentac.components.deploy import inference_service as objects
+from latentac.components.deploy.readiness import wait_ready
+from latentac.components.deploy.shadow import ask, compare, reasons_against, shadow_requests
+from latentac.components.deploy.traffic import traffic_of
 from latentac.runs.release.deploy import Candidate
 from latentac.serving.client import TOKEN, Client
 from latentac.serving.deployment import Deployment, check, proof

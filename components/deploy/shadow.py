@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from components.cluster.settings import Deploy
+from latentac.components.cluster.settings import Deploy
 from latentac.config.schema import Reward as RewardSettings
 from latentac.rewards.configured import ConfiguredReward, load_rewards
 from latentac.runs.workspace import Workspace

@@ -6,10 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from components.cluster.api import HTTP_ROUTES, Api
-from components.cluster.settings import Cluster, Gateway
-from components.deploy.inference_service import green_name, predictor
-from components.deploy.shadow import ask
+from latentac.components.cluster.api import HTTP_ROUTES, Api
+from latentac.components.cluster.settings import Cluster, Gateway
+from latentac.components.deploy.inference_service import green_name, predictor
+from latentac.components.deploy.shadow import ask
 from latentac.serving.client import TOKEN, Client
 from latentac.system.errors import ServingError
 

@@ -2,7 +2,7 @@
 
 from kfp.dsl import HTML, Artifact, Input, Metrics, Output, component
 
-from components import TRAIN
+from latentac.components import TRAIN
 
 
 @component(base_image=TRAIN, install_kfp_package=False)
@@ -31,7 +31,7 @@ def evaluate(
     from latentac.runs.task import pipeline_task
 
     with pipeline_task("evaluate", run, output, manifest.path) as publish:
-        from latentac.reporting.report import numbers, step_page
+        from latentac.runs.reporting.report import numbers, step_page
         from latentac.runs.verbs import evaluate
         from latentac.runs.workspace import default_store
 

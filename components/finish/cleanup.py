@@ -6,13 +6,13 @@ def clear(run: str) -> None:
 
     A step that is cancelled gets no time to do it itself, and this task runs after a cancel too.
     """
-    from components.cluster.settings import here
+    from latentac.components.cluster.settings import here
 
     settings = here()
     if settings is None:
         return
-    from components.deploy.rollout import abandon
-    from components.train.volcano import abort
+    from latentac.components.deploy.rollout import abandon
+    from latentac.components.train.volcano import abort
 
     try:
         abort(settings, run)

@@ -2,7 +2,7 @@
 
 from kfp.dsl import HTML, Artifact, Markdown, Output, component
 
-from components import PIPELINE
+from latentac.components import PIPELINE
 
 
 @component(base_image=PIPELINE, install_kfp_package=False)
@@ -22,7 +22,7 @@ def finish(
     import shutil
     from pathlib import Path
 
-    from components.finish.cleanup import clear
+    from latentac.components.finish.cleanup import clear
     from latentac.runs.task import pipeline_task
 
     with pipeline_task("finish", run, output, manifest.path) as publish:

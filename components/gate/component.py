@@ -2,7 +2,7 @@
 
 from kfp.dsl import Artifact, Input, Markdown, Metrics, Output, component
 
-from components import PIPELINE
+from latentac.components import PIPELINE
 
 
 @component(base_image=PIPELINE, install_kfp_package=False)
@@ -35,7 +35,7 @@ def gate(
     from latentac.runs.task import pipeline_task
 
     with pipeline_task("gate", run, output, manifest.path) as publish:
-        from latentac.reporting.report import gate_reasons, numbers
+        from latentac.runs.reporting.report import gate_reasons, numbers
         from latentac.runs.verbs import gate
         from latentac.runs.workspace import default_store
 

@@ -2,7 +2,7 @@
 
 from kfp.dsl import Artifact, Output, component
 
-from components import TRAIN
+from latentac.components import TRAIN
 
 
 @component(base_image=TRAIN, install_kfp_package=False)

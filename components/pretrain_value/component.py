@@ -2,7 +2,7 @@
 
 from kfp.dsl import Artifact, Input, Metrics, Output, component
 
-from components import TRAIN
+from latentac.components import TRAIN
 
 
 @component(base_image=TRAIN, install_kfp_package=False)
@@ -27,7 +27,7 @@ def pretrain_value(
     from latentac.runs.task import pipeline_task
 
     with pipeline_task("pretrain-value", run, output, manifest.path) as publish:
-        from latentac.reporting.report import numbers
+        from latentac.runs.reporting.report import numbers
         from latentac.runs.verbs import pretrain_value
 
         published = publish(pretrain_value(run=run, store=store, output=output))

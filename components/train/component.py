@@ -2,7 +2,7 @@
 
 from kfp.dsl import Artifact, Input, Output, component
 
-from components import PIPELINE
+from latentac.components import PIPELINE
 
 
 @component(base_image=PIPELINE, install_kfp_package=False)
@@ -19,12 +19,12 @@ def train(run: str, store: str, output: str, pretrained: Input[Artifact], manife
     from latentac.runs.task import pipeline_task
 
     with pipeline_task("train", run, output, manifest.path) as publish:
-        from components.cluster.settings import here
+        from latentac.components.cluster.settings import here
         from latentac.runs.verbs import train
 
         launch, settings = None, here()
         if settings is not None:
-            from components.train.volcano import Volcano
+            from latentac.components.train.volcano import Volcano
 
             launch = Volcano(settings)
         publish(train(run=run, store=store, output=output, launch=launch))

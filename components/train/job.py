@@ -15,7 +15,7 @@ from torchx import specs
 from torchx.components import dist
 from torchx.specs.overlays import PUT, set_overlay
 
-from components.cluster.objects import (
+from latentac.components.cluster.objects import (
     CONTAINER_SECURITY,
     RUN,
     ca_volume,
@@ -23,7 +23,7 @@ from components.cluster.objects import (
     pod_security,
     store_environment,
 )
-from components.cluster.settings import Cluster, Train
+from latentac.components.cluster.settings import Cluster, Train
 from latentac.config.schema import Config
 from latentac.runs.workers.failures import ATTEMPT as ATTEMPT_VARIABLE
 from latentac.system.errors import ConfigError, Problem

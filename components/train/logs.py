@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from components.cluster.api import PODS, Api
-from components.cluster.pods import LAST_LINES
+from latentac.components.cluster.api import PODS, Api
+from latentac.components.cluster.pods import LAST_LINES
 from latentac.system.errors import ClusterError, ClusterUnavailable
 
 _AGAIN_SECONDS = 1.0

@@ -16,10 +16,10 @@ from typing import Any
 
 from torchx.runner import get_runner
 
-from components.cluster.api import EVENTS, PODS, VOLCANO_JOBS, Api, connect
-from components.cluster.objects import RUN, label
-from components.cluster.settings import Cluster
-from components.train.job import (
+from latentac.components.cluster.api import EVENTS, PODS, VOLCANO_JOBS, Api, connect
+from latentac.components.cluster.objects import RUN, label
+from latentac.components.cluster.settings import Cluster
+from latentac.components.train.job import (
     ATTEMPT,
     CONFIG,
     JOB_NAME,
@@ -31,8 +31,8 @@ from components.train.job import (
     options,
     shape,
 )
-from components.train.logs import Logs
-from components.train.waiting import Waiting
+from latentac.components.train.logs import Logs
+from latentac.components.train.waiting import Waiting
 from latentac.runs.workers import failures
 from latentac.runs.workspace import Workspace
 from latentac.system.errors import ClusterError, ClusterUnavailable, StoreError, StoreUnavailable, TrainingError

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from components.cluster.pods import Trouble, refusals, troubles
+from latentac.components.cluster.pods import Trouble, refusals, troubles
 
 HOPELESS_SECONDS = 20.0
 """How long what does not pass by itself (a missing Secret, a refused pod) is watched: somebody may be repairing it."""

@@ -14,7 +14,7 @@ from latentac.evaluation.held_out import Arm, gallery, sample
 from latentac.evaluation.measures import interval
 from latentac.rewards.configured import ConfiguredReward
 from latentac.sampling.policy import Policy
-from latentac.steering import STEERING, Steering, evaluations
+from latentac.sampling.steering import STEERING, Steering, evaluations
 from latentac.system.names import PLAIN
 from latentac.system.progress import progress
 from latentac.worlds.prompts import Prompt, balanced

@@ -21,7 +21,7 @@ from latentac.rewards.configured import ConfiguredReward
 from latentac.sampling.devices import map_blocks
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout, score, steered_rollout
-from latentac.steering import Steering
+from latentac.sampling.steering import Steering
 from latentac.system.progress import Progress, progress
 from latentac.worlds.prompts import Prompt, PromptSet, balanced
 

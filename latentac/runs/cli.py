@@ -285,7 +285,7 @@ def _run_verb(options: argparse.Namespace) -> int | None:
 
 def _check_run(options: argparse.Namespace, folder: Path, overrides: Sequence[str]) -> None:
     """What can be wrong with a run, or with a new one's settings, before a folder is made for it."""
-    from latentac.reporting.summary import prepared
+    from latentac.runs.reporting.summary import prepared
     from latentac.runs.verbs import resolve_recipe
     from latentac.runs.workspace import default_store
     from latentac.store import open_store
@@ -347,7 +347,7 @@ def _explain_fields(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from latentac.reporting.report import write_report
+    from latentac.runs.reporting.report import write_report
     from latentac.runs.workspace import default_store
     from latentac.system.names import working_folder
 
@@ -357,7 +357,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from latentac.reporting.compare import table, write_comparison
+    from latentac.runs.reporting.compare import table, write_comparison
     from latentac.runs.workspace import default_store
 
     store = options.store or default_store(options.output)

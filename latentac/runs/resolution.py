@@ -16,11 +16,11 @@ from latentac.config.extensions import Table
 from latentac.config.schema import Config, Extension
 from latentac.config.validation import examine
 from latentac.critic import BODIES
-from latentac.reporting.tracking import TRACKERS, missing_packages
 from latentac.rewards import REWARDS
 from latentac.rewards.configured import ConfiguredReward, load_rewards
+from latentac.runs.reporting.tracking import TRACKERS, missing_packages
 from latentac.sampling.kernels import KERNELS
-from latentac.steering import STEERING, SteeringSettings
+from latentac.sampling.steering import STEERING, SteeringSettings
 from latentac.system.errors import ConfigError, LatentacError, Problem, RewardError, describe
 from latentac.training.algorithms import ALGORITHMS
 
@@ -213,7 +213,7 @@ class _Resolver:
                 continue
             settings = STEERING.settings(method, path)
             if not isinstance(settings, SteeringSettings):
-                remedy = "Give it a class `Settings` that derives from latentac.steering.SteeringSettings."
+                remedy = "Give it a class `Settings` that derives from latentac.sampling.steering.SteeringSettings."
                 self.problems.append(Problem(f"{path}.use", method.use, "has no settings of a method", remedy))
                 continue
             build = partial(STEERING.make, method, torch.ones(len(config.rewards)), 1, path=path)

@@ -30,7 +30,7 @@ from latentac.rewards.configured import ConfiguredReward, load_rewards
 from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout, steered_rollout
-from latentac.steering import STEERING, Steering, SteeringSettings
+from latentac.sampling.steering import STEERING, Steering, SteeringSettings
 from latentac.training.algorithms import ALGORITHMS, Algorithm
 from latentac.worlds.prompts import Prompt
 from latentac.worlds.shapes import builtin_pipeline
@@ -126,7 +126,9 @@ def check_steering(use: str, **own: Any) -> Steering:
     """At weight 0 the picture is bitwise the plain one; steered, an image does not depend on the others of its batch;
     it acts at the steps that it names."""
     settings = STEERING.settings(Extension.model_validate({"use": use, **own}))
-    _holds(isinstance(settings, SteeringSettings), "its Settings derive from latentac.steering.SteeringSettings")
+    _holds(
+        isinstance(settings, SteeringSettings), "its Settings derive from latentac.sampling.steering.SteeringSettings"
+    )
     backbone = _shipped("variance_preserving")
     policy, critic = Policy(backbone, KERNELS.build("ddim")), _opinionated(backbone)
     conditioning, uniforms = backbone.encode(PROMPTS), torch.full((len(PROMPTS), _STEPS), 0.5)

@@ -111,8 +111,8 @@ def evaluate(run: str, store: str, output: str) -> Manifest:
 
     def work(space: Workspace, folder: Path) -> dict[str, Any]:
         from latentac.evaluation.held_out import compare
-        from latentac.reporting.metrics import of_evaluation
         from latentac.runs.release.incumbent import load_incumbent
+        from latentac.runs.reporting.metrics import of_evaluation
 
         policies = {"base": space.base_policy(), "trained": space.trained_policy()}
         incumbent = load_incumbent(space, policies["base"])
@@ -406,8 +406,8 @@ def _prepare(run: str, store: Store, output: Path, fields: dict[str, Any], code:
 
 
 def _write_finish(run: str, store: str, output: str, folder: Path) -> None:
-    from latentac.reporting.card import model_card
-    from latentac.reporting.report import write_report
+    from latentac.runs.reporting.card import model_card
+    from latentac.runs.reporting.report import write_report
     from latentac.system.reading import read_json
 
     folder.mkdir()
@@ -419,9 +419,9 @@ def _write_finish(run: str, store: str, output: str, folder: Path) -> None:
 
 def _track(space: Workspace, scalars: Mapping[str, float]) -> None:
     """The numbers of the evaluation, to where those of the training are, at the last iteration."""
-    from latentac.reporting.tracking import Tracker, make_trackers, tracking
-    from latentac.reporting.tracking.tensorboard import TensorBoard, all_but_evaluation
     from latentac.runs.hyperparameters import hyperparameters
+    from latentac.runs.reporting.tracking import Tracker, make_trackers, tracking
+    from latentac.runs.reporting.tracking.tensorboard import TensorBoard, all_but_evaluation
 
     folder, copies = space.folder / "tensorboard", f"tensorboard/{space.run}"
     if not folder.exists():  # another machine has trained

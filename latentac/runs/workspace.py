@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from latentac.config.schema import Config
 from latentac.config.validation import resolve
-from latentac.reporting.summary import prepared
 from latentac.runs.package import make_importable
+from latentac.runs.reporting.summary import prepared
 from latentac.store import Manifest, Store, open_store
 from latentac.store.published import parse, read
 from latentac.system.errors import ArtifactNotFound

@@ -11,7 +11,7 @@ from latentac.method.diffusion import GaussianTransition, num_stochastic_steps
 from latentac.method.records import Conditioning, Guidance, Scores, Trajectory
 from latentac.rewards.configured import ConfiguredReward
 from latentac.sampling.policy import Policy
-from latentac.steering import Guide, Steering, SteeringState
+from latentac.sampling.steering import Guide, Steering, SteeringState
 from latentac.worlds.prompts import Prompt
 
 Observer = Callable[[int, Tensor], None]

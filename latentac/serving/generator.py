@@ -22,9 +22,9 @@ from latentac.sampling.devices import map_blocks
 from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout, steered_rollout
+from latentac.sampling.steering import STEERING, Steering, evaluations
 from latentac.serving import exported
 from latentac.serving.request import Request, parse_one, shortened
-from latentac.steering import STEERING, Steering, evaluations
 from latentac.system.errors import ConfigError, Problem, ServingError
 from latentac.system.modelfiles import faults, shorten
 from latentac.system.names import PLAIN

@@ -174,7 +174,6 @@ class ClusterUnavailable(ClusterError):
     exit_code = 75
 
 
-_OURS = ("latentac", "components", "pipelines")
 _PACKAGES = {"yaml": "pyyaml", "PIL": "pillow", "torchx": "torchx-nightly", "kfp_server_api": "kfp-server-api"}
 """Whose modules are not named as they are."""
 
@@ -230,7 +229,7 @@ def _missing(error: ImportError) -> ResourceError | None:
     library = re.match(r"(lib\S+\.so\S*): cannot open shared object", str(error))
     if library:
         return ResourceError(library[1], "this library is not installed", "Install your system's package that has it")
-    if not isinstance(error, ModuleNotFoundError) or not module or module in _OURS:
+    if not isinstance(error, ModuleNotFoundError) or not module or module == "latentac":
         return None
     return _not_installed(module)
 
@@ -242,9 +241,13 @@ def _not_installed(module: str) -> ResourceError:
 
 
 def _requirement(package: str) -> str:
-    """`package` in the version that latentac was tested with, where its installation says so."""
+    """What to install for `package`: the extra of latentac that has it, or `package` in the versions allowed here."""
     try:
         asked = metadata.requires("latentac") or []
     except metadata.PackageNotFoundError:
         asked = []
-    return next((row for row in asked if re.match(rf"{re.escape(package)}(?![\w-])", row, re.IGNORECASE)), package)
+    rows = [row for row in asked if re.match(rf"{re.escape(package)}(?![\w-])", row, re.IGNORECASE)]
+    if not rows:
+        return package
+    extra = re.search(r"extra == ['\"](\w+)['\"]", rows[0])
+    return f"latentac[{extra[1]}]" if extra else rows[0]

@@ -36,8 +36,8 @@ from latentac.runs.workspace import default_store
 from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout, score
+from latentac.sampling.steering import STEERING, Steering, evaluations
 from latentac.sampling.true_reward import TrueReward
-from latentac.steering import STEERING, Steering, evaluations
 from latentac.store import open_store
 from latentac.system.progress import progress
 from latentac.worlds.prompts import Prompt, balanced, load_prompts

@@ -40,7 +40,7 @@ from typing import Any
 
 import yaml
 
-from components.cluster.settings import KEY, Cluster, resolve
+from latentac.components.cluster.settings import KEY, Cluster, resolve
 from latentac.serving.client import Client
 from latentac.system.errors import LatentacError
 from tests.cluster.binaries import program

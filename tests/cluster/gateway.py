@@ -8,7 +8,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
-from components.cluster.api import HTTP_ROUTES, Api
+from latentac.components.cluster.api import HTTP_ROUTES, Api
 from tests.cluster.kserve import patch_status
 
 POLL_SECONDS = 0.2

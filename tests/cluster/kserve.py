@@ -13,7 +13,7 @@ from typing import Any
 
 from kubernetes import client
 
-from components.cluster.api import DEPLOYMENTS, INFERENCE_SERVICES, PODS, SERVING_RUNTIMES, Api, Kind
+from latentac.components.cluster.api import DEPLOYMENTS, INFERENCE_SERVICES, PODS, SERVING_RUNTIMES, Api, Kind
 from latentac.system.errors import ClusterError
 
 SERVICES = Kind("", "v1", "services")

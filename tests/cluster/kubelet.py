@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from components.cluster.api import PODS, Api
+from latentac.components.cluster.api import PODS, Api
 from latentac.system.errors import ClusterError
 from tests.cluster.kserve import patch_status
 

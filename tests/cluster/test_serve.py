@@ -20,9 +20,9 @@ import pytest
 import torch
 import yaml
 
-from components.cluster.api import INFERENCE_SERVICES, PODS, SERVING_RUNTIMES, Api, Kind
-from components.cluster.settings import Cluster, resolve
-from components.deploy.rollout import Rollout
+from latentac.components.cluster.api import INFERENCE_SERVICES, PODS, SERVING_RUNTIMES, Api, Kind
+from latentac.components.cluster.settings import Cluster, resolve
+from latentac.components.deploy.rollout import Rollout
 from latentac.critic import Critic
 from latentac.runs.release.deploy import Candidate
 from latentac.runs.verbs import prepare

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
-from components.cluster.api import VOLCANO_JOBS
-from components.cluster.objects import CONTAINER_SECURITY
-from components.cluster.settings import KEY, Cluster, resolve
+from latentac.components.cluster.api import VOLCANO_JOBS
+from latentac.components.cluster.objects import CONTAINER_SECURITY
+from latentac.components.cluster.settings import KEY, Cluster, resolve
+from latentac.pipelines.cluster import compile_pipeline
+from latentac.pipelines.pipeline import STEPS
 from latentac.serving.client import Client
-from pipelines.cluster import compile_pipeline
-from pipelines.pipeline import STEPS
 from tests.cluster import kserve, volcano
 from tests.cluster.node import Node
 from tests.cluster.releases import helm

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from kubernetes import client, config
 
-from components.cluster.api import PODS, VOLCANO_JOBS, Api
-from components.cluster.settings import Cluster, resolve
-from components.train.job import job_name
-from components.train.volcano import Volcano, abort
+from latentac.components.cluster.api import PODS, VOLCANO_JOBS, Api
+from latentac.components.cluster.settings import Cluster, resolve
+from latentac.components.train.job import job_name
+from latentac.components.train.volcano import Volcano, abort
 from latentac.runs import verbs
 from latentac.runs.workspace import Workspace, open_run
 from latentac.system.errors import TrainingError

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from components.cluster.api import CONFIG_MAPS, PODS, VOLCANO_JOBS, Api, Kind
+from latentac.components.cluster.api import CONFIG_MAPS, PODS, VOLCANO_JOBS, Api, Kind
 from latentac.system.errors import ClusterError
 
 SERVICES = Kind("", "v1", "services")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.__main__ import SETTINGS
+from latentac.pipelines.__main__ import SETTINGS
 from tests.cluster.control_plane import ControlPlane
 from tests.latentac.test_finish import published
 
 STEP = """\
 import sys
 from types import SimpleNamespace as Place
-from components.finish.component import finish
+from latentac.components.finish.component import finish
 run, store, output = sys.argv[1:]
 places = {name: Place(path=f"{output}/artifacts/{name}") for name in ("manifest", "report", "card")}
 finish.python_func(run=run, store=store, output=output, **places)

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import torch
 
-from components.cluster.api import DEPLOYMENTS, INFERENCE_SERVICES, SERVING_RUNTIMES, Api
-from components.cluster.settings import Cluster, resolve
-from components.deploy import inference_service as objects
-from components.deploy.rollout import BEFORE, PROMOTES, Rollout, abandon
 from latentac.backbones import load_backbone
+from latentac.components.cluster.api import DEPLOYMENTS, INFERENCE_SERVICES, SERVING_RUNTIMES, Api
+from latentac.components.cluster.settings import Cluster, resolve
+from latentac.components.deploy import inference_service as objects
+from latentac.components.deploy.rollout import BEFORE, PROMOTES, Rollout, abandon
 from latentac.config.schema import Config
 from latentac.critic import Critic
 from latentac.runs.release.deploy import Candidate

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from components.cluster.settings import Deploy
-from components.deploy.shadow import Answers, compare, reasons_against, shadow_requests
+from latentac.components.cluster.settings import Deploy
+from latentac.components.deploy.shadow import Answers, compare, reasons_against, shadow_requests
 from latentac.runs.verbs import prepare
 from latentac.runs.workspace import Workspace, open_run
 from latentac.worlds.shapes.captions import parse_caption

@@ -15,13 +15,13 @@ import pytest
 from kubernetes import client, config
 from torchx.runner import get_runner
 
-from components.cluster import settings as cluster_settings
-from components.cluster.api import PODS, VOLCANO_JOBS, Api
-from components.cluster.settings import Cluster
-from components.train import job as jobs
-from components.train.logs import _Seen
-from components.train.volcano import LAST_WORDS, Volcano, abort
-from components.train.waiting import Waiting
+from latentac.components.cluster import settings as cluster_settings
+from latentac.components.cluster.api import PODS, VOLCANO_JOBS, Api
+from latentac.components.cluster.settings import Cluster
+from latentac.components.train import job as jobs
+from latentac.components.train.logs import _Seen
+from latentac.components.train.volcano import LAST_WORDS, Volcano, abort
+from latentac.components.train.waiting import Waiting
 from latentac.runs.verbs import resolve_recipe
 from latentac.runs.workers import failures
 from latentac.runs.workspace import Workspace

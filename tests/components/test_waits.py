@@ -12,9 +12,9 @@ import pytest
 import yaml
 from kubernetes import client
 
-from components.cluster import api as cluster
-from components.cluster.api import CONFIG_MAPS, PODS, Api, connect
-from components.train.volcano import Volcano
+from latentac.components.cluster import api as cluster
+from latentac.components.cluster.api import CONFIG_MAPS, PODS, Api, connect
+from latentac.components.train.volcano import Volcano
 from latentac.system.errors import ClusterError, ClusterUnavailable, ConfigError
 from latentac.system.waiting import Bounds
 from tests.components.test_volcano import settings_of, workspace
@@ -149,7 +149,7 @@ def refusing() -> Iterator[Faulty]:
 @pytest.mark.timeout(60)
 def test_a_job_that_is_never_there_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused because it is there, and it is not there when it is looked at. The server gets its rest between."""
-    monkeypatch.setattr("components.train.volcano._ROOM_SECONDS", 0.5)
+    monkeypatch.setattr("latentac.components.train.volcano._ROOM_SECONDS", 0.5)
     with refusing() as server:
         train = Volcano(settings_of("latentac", grace_seconds=1), api_of(server), poll_seconds=0.2)
         began = time.monotonic()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from components.cluster.objects import labels
+from latentac.components.cluster.objects import labels
 from tests.helm.chart import BUNDLED_EVERYTHING, EVERYTHING, NAMESPACE, Object, find, of_kind, pods, render
 
 KFP, WEB, PROMETHEUS, GATEWAYS, ELSEWHERE = "kubeflow", "web", "monitoring", "gateways", "elsewhere"

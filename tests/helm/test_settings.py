@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from components.cluster.settings import Cluster, resolve
+from latentac.components.cluster.settings import Cluster, resolve
 from tests.helm.chart import BUNDLED, CI, EVERYTHING, NAMESPACE, find, render, settings_of
 
 

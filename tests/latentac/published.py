@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from latentac.reporting.report import write_report
+from latentac.runs.reporting.report import write_report
 from latentac.store import Manifest, Store, open_store
 
 SECONDS = {"prepare": 4.2, "pretrain-value": 38.5, "train": 331.0, "evaluate": 41.7, "steer": 48.9, "gate": 0.9}

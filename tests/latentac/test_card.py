@@ -10,8 +10,8 @@ import yaml
 
 from latentac.config.recipes import RECIPES
 from latentac.config.schema import Card, Config
-from latentac.reporting.card import base_model, folder_card, model_card, sections, use_section
 from latentac.runs.release.gate import markdown
+from latentac.runs.reporting.card import base_model, folder_card, model_card, sections, use_section
 from latentac.runs.resolution import resolve_all
 from tests.latentac.published import PROMPTS, STEPS, contents, publish
 

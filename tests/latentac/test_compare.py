@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentac.reporting.charts import draw_comparison
-from latentac.reporting.compare import Comparison, table, write_comparison
-from latentac.reporting.comparison import letter
 from latentac.runs.cli import main
+from latentac.runs.reporting.charts import draw_comparison
+from latentac.runs.reporting.compare import Comparison, table, write_comparison
+from latentac.runs.reporting.comparison import letter
 from latentac.system.errors import ConfigError
 from tests.latentac.published import EVALUATION, PROMPTS, SETTINGS, Page, history, interval, leaves, publish_until
 

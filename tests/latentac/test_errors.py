@@ -11,45 +11,46 @@ import pytest
 from latentac.system.errors import ConfigError, LatentacError, Problem, ResourceError, expected, require
 
 
-def without(module: str, command: str, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """`python -m command arguments` in an environment that has no such module."""
+def without(module: str, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """`latentac <arguments>` in an environment that has no such module."""
     hidden = "import runpy, sys; sys.modules[sys.argv[1]] = None; del sys.argv[:2]; "
-    code = hidden + "runpy.run_module(sys.argv[0], {}, '__main__')"
+    code = hidden + "runpy.run_module('latentac.runs.cli', {}, '__main__')"
     s3 = {"LATENTAC_S3_ENDPOINT": "http://127.0.0.1:1", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
     return subprocess.run(
-        [sys.executable, "-c", code, module, command, *arguments],
+        [sys.executable, "-c", code, module, "latentac", *arguments],
         env={**os.environ, **s3}, cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("module", "package", "command", "arguments"),
+    ("module", "package", "install", "arguments"),
     [
-        ("docker", "docker==", "pipelines", ["run-containers"]),
-        ("kfp", "kfp==", "pipelines", ["run"]),
-        ("torchx", "torchx-nightly==", "pipelines", ["run"]),
-        ("kserve", "kserve==", "pipelines", ["run"]),
-        ("tensorboard", "tensorboard==", "pipelines", ["run"]),
-        ("minio", "minio==", "latentac.runs.cli", ["prepare", "--run", "a", "--store", "s3://bucket/x"]),
-        ("kfp_server_api", "kfp-server-api", "latentac.runs.cli", ["pipeline", "runs", "--host", "http://127.0.0.1:1"]),
+        ("docker", "docker", "'latentac[pipeline]'", ["run", "--containers"]),
+        ("kfp", "kfp", "'latentac[pipeline]'", ["run"]),
+        ("torchx", "torchx-nightly", "'torchx-nightly>=", ["run"]),
+        ("kserve", "kserve", "'latentac[serve]'", ["run"]),
+        ("tensorboard", "tensorboard", "'tensorboard>=", ["run"]),
+        ("minio", "minio", "'minio<8,>=", ["prepare", "--run", "a", "--store", "s3://bucket/x"]),
+        ("kfp_server_api", "kfp-server-api", "kfp-server-api", ["pipeline", "runs", "--host", "http://127.0.0.1:1"]),
         (
             "kubernetes",
-            "kubernetes==",
-            "latentac.runs.cli",
+            "kubernetes",
+            "'latentac[cluster]'",
             ["pipeline", "compile", "--release", "a", "--to", "a.yaml"],
         ),
-        ("jinja2", "jinja2==", "pipelines", ["run-containers"]),
+        ("jinja2", "jinja2", "'jinja2>=", ["run", "--containers"]),
     ],
 )
 def test_a_package_that_is_not_installed_is_named(
-    tmp_path: Path, module: str, package: str, command: str, arguments: list[str]
+    tmp_path: Path, module: str, package: str, install: str, arguments: list[str]
 ) -> None:
-    """Before a run has a folder; with the version that belongs to this one; exit code 6, no traceback."""
-    failed = without(module, command, tmp_path, *arguments)
+    """Before a run has a folder; with the extra that has it, or the versions that are allowed; exit code 6, no
+    traceback."""
+    failed = without(module, tmp_path, *arguments)
 
     assert failed.returncode == 6, failed.stderr
-    assert f"package {package.rstrip('=')}: is not installed" in failed.stderr
-    assert f" -m pip install {package}" in failed.stderr
+    assert f"package {package}: is not installed" in failed.stderr
+    assert f" -m pip install {install}" in failed.stderr
     assert len(failed.stderr.splitlines()) == 1
     assert not list((tmp_path / "runs").glob("shapes*"))
 

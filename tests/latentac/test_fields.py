@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from components.cluster.settings import read
+from latentac.components.cluster.settings import read
 from latentac.config.fields import read_file, read_overrides, read_yaml
 from latentac.config.recipes import RECIPES
 from latentac.config.validation import resolve
+from latentac.pipelines.__main__ import SETTINGS
 from latentac.runs.resolution import resolve_all
 from latentac.runs.verbs import recipe_fields
 from latentac.system.errors import ConfigError
-from pipelines.__main__ import SETTINGS
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from latentac.reporting.card import model_card
 from latentac.runs.cli import main
+from latentac.runs.reporting.card import model_card
 from latentac.runs.verbs import finish
 from latentac.store import Store
 from tests.latentac.published import PROMPTS, STEPS, contents, publish

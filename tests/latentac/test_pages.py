@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser
 
-from latentac.reporting.compare import write_comparison
+from latentac.runs.reporting.compare import write_comparison
 from tests.browser import browser as started
 from tests.golang import Unavailable
 from tests.latentac.published import make, publish_until, with_incumbent

@@ -10,7 +10,7 @@ from latentac.method.records import flatten_steps
 from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout
-from latentac.steering import STEERING
+from latentac.sampling.steering import STEERING
 from tests.latentac.trainers import PAIRS, PROMPTS, SHIPPED, make_config, shipped
 
 

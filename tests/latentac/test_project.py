@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from latentac.reporting.report import write_report
 from latentac.runs import verbs
 from latentac.runs.cli import main
 from latentac.runs.release.deploy import Candidate, model_to_use
 from latentac.runs.release.incumbent import pointer, production, put_in_production
+from latentac.runs.reporting.report import write_report
 from latentac.runs.workspace import Workspace, open_run
 from latentac.serving.deployment import Deployment
 from tests.latentac import test_release

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from latentac.config.validation import resolve
-from latentac.reporting.card import model_card
-from latentac.reporting.compare import write_comparison
-from latentac.reporting.report import write_report
 from latentac.runs.release.deploy import check_agreement
+from latentac.runs.reporting.card import model_card
+from latentac.runs.reporting.compare import write_comparison
+from latentac.runs.reporting.report import write_report
 from latentac.runs.verbs import finish
 from latentac.store import published
 from latentac.system.errors import IntegrityError, LatentacError, ResourceError

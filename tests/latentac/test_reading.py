@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from components.cluster import settings
+from latentac.components.cluster import settings
 from latentac.config import fields
 from latentac.sampling.devices import pick_device
 from latentac.system import reading

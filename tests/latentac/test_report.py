@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from latentac.reporting import charts
-from latentac.reporting.report import gate_reasons, next_commands, numbers, step_page, write_report
+from latentac.runs.reporting import charts
+from latentac.runs.reporting.report import gate_reasons, next_commands, numbers, step_page, write_report
 from latentac.store import open_store
 from latentac.system.errors import ArtifactNotFound, ConfigError, IntegrityError
 from tests.latentac.published import (
@@ -159,7 +159,7 @@ def test_every_number_that_the_page_shows_is_in_the_summary(complete: tuple[str,
 
 def test_charts_are_drawn_from_the_summary_alone(complete: tuple[str, dict[str, Any]]) -> None:
     """They can be drawn again from summary.json, to the same bytes, and follow the page's colours."""
-    from latentac.reporting.charts import draw
+    from latentac.runs.reporting.charts import draw
 
     text, summary = complete
     charts = draw(summary)
@@ -447,7 +447,7 @@ def test_tensorboard_and_the_comparison_are_named_as_they_are_typed(tmp_path: Pa
     assert f" compare run-1 ANOTHER-RUN --output {tmp_path}/runs</pre>" in page
     commands = next_commands("run-1", "s3://bucket/prefix", "runs")
     assert commands["tensorboard"].endswith("tensorboard --logdir runs/run-1/tensorboard")
-    documented = Path(__file__).resolve().parents[2] / "latentac" / "reporting" / "tracking" / "README.md"
+    documented = Path(__file__).resolve().parents[2] / "latentac" / "runs" / "reporting" / "tracking" / "README.md"
     assert "tensorboard --logdir runs/<run>/tensorboard" in documented.read_text()
     assert commands["compare"].endswith(" compare run-1 ANOTHER-RUN --store s3://bucket/prefix")
 

@@ -18,11 +18,11 @@ from latentac.method.records import Trajectory
 from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout, steered_rollout
+from latentac.sampling.steering import STEERING, Guide, Steering, SteeringState, evaluations
+from latentac.sampling.steering.resampling import Particles, Resampling, systematic
+from latentac.sampling.steering.twisted import Twisted, TwistedParticles
+from latentac.sampling.steering.value_gradient import ascent
 from latentac.sampling.true_reward import TrueReward
-from latentac.steering import STEERING, Guide, Steering, SteeringState, evaluations
-from latentac.steering.resampling import Particles, Resampling, systematic
-from latentac.steering.twisted import Twisted, TwistedParticles
-from latentac.steering.value_gradient import ascent
 from latentac.training.value_pretraining import new_critic
 from latentac.worlds.prompts import Prompt
 from tests.latentac.trainers import PROMPTS, SHIPPED, TRAINERS, Redness, configured, make_config, shipped

@@ -76,7 +76,7 @@ def test_bars_of_libraries_are_drawn() -> None:
 DOORS = {
     # What a parser does not know, it repeats as it is; a value that is refused is mostly shown as Python writes it.
     "latentac": (["-m", "latentac.runs.cli", "report", "--run", "a", HOSTILE], 2),
-    "pipelines": (["-m", "pipelines", "run", HOSTILE], 2),
+    "pipelines": (["-m", "latentac.pipelines", "run", HOSTILE], 2),
     "the mirror": (["-m", "latentac.store.mirror", "--store", "a", "--prefix", "a", "--to", "a", HOSTILE], 2),
     "the bootstrap": (["-m", "latentac.store.bootstrap", "--store", "a", HOSTILE], 2),
     "the server": (["-m", "latentac.serving", "--model", "a", HOSTILE], 2),
@@ -87,7 +87,7 @@ DOORS = {
         ["-m", "latentac.runs.cli", "config", "show", "--set", f"card.data={HOSTILE[1:3]}", "--config", HOSTILE],
         2,
     ),
-    "the pipeline": (["-m", "pipelines", "run", "--resume", HOSTILE], 2),
+    "the pipeline": (["-m", "latentac.pipelines", "run", "--resume", HOSTILE], 2),
     "a sweep": (["-m", "latentac.runs.cli", "sweep", "--name", HOSTILE], 2),
     "a mirror": (["-m", "latentac.store.mirror", "--store", HOSTILE, "--prefix", "a", "--to", "a"], 2),
     "a store": (["-m", "latentac.store.bootstrap", "--store", HOSTILE], 2),

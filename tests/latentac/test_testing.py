@@ -17,8 +17,8 @@ from latentac.method.records import Minibatch
 from latentac.rewards import REWARDS
 from latentac.runs import testing
 from latentac.sampling.kernels import CPS, KERNELS
-from latentac.steering import STEERING
-from latentac.steering.best_of_n import BestOfN
+from latentac.sampling.steering import STEERING
+from latentac.sampling.steering.best_of_n import BestOfN
 from latentac.training.algorithms import ALGORITHMS
 from latentac.training.algorithms.grpo import GRPO
 from latentac.training.algorithms.ppo import PPO

@@ -15,7 +15,7 @@ from latentac.method.returns import explained_variance, gae
 from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout
-from latentac.steering import STEERING
+from latentac.sampling.steering import STEERING
 from latentac.training.value_pretraining import States, fit, predict
 from tests.latentac.worlds import NOISY, REWARD, STEPS, AnalyticCritic, GaussianBackbone, affine_steps
 

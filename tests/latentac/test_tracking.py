@@ -26,10 +26,10 @@ from latentac.config import extensions
 from latentac.config.recipes import RECIPES
 from latentac.config.schema import Config
 from latentac.config.validation import resolve
-from latentac.reporting.metrics import of_evaluation, of_iteration
-from latentac.reporting.tracking import TRACKERS, Background, make_trackers, tracking
-from latentac.reporting.tracking.tensorboard import TensorBoard, all_but_evaluation, until
 from latentac.runs.hyperparameters import hyperparameters
+from latentac.runs.reporting.metrics import of_evaluation, of_iteration
+from latentac.runs.reporting.tracking import TRACKERS, Background, make_trackers, tracking
+from latentac.runs.reporting.tracking.tensorboard import TensorBoard, all_but_evaluation, until
 from latentac.runs.resolution import resolve_all
 from latentac.runs.verbs import _track
 from latentac.store import open_store
@@ -393,8 +393,8 @@ def test_a_tracker_that_hangs_is_left_behind(caplog: pytest.LogCaptureFixture) -
 
 HANGING = """
 import logging, pathlib, sys
-from latentac.reporting.tracking import Background
-from latentac.reporting.tracking.wandb import WandB
+from latentac.runs.reporting.tracking import Background
+from latentac.runs.reporting.tracking.wandb import WandB
 
 logging.basicConfig()
 tracker = Background("wandb", lambda: WandB(WandB.Settings(mode="online"), pathlib.Path(sys.argv[1])), patience=8)
@@ -421,7 +421,7 @@ def test_what_a_tracker_cannot_take_fills_no_memory(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A training may last for days, and a tracker may hang or have failed on its first one."""
-    monkeypatch.setattr("latentac.reporting.tracking._MOST_CALLS", 10)
+    monkeypatch.setattr("latentac.runs.reporting.tracking._MOST_CALLS", 10)
     release, told = threading.Event(), []
 
     class Slow(Notebook):

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from latentac.pipelines.__main__ import SETTINGS
+from latentac.pipelines.pipeline import STEPS
 from latentac.runs import package
 from latentac.runs.cli import main
 from latentac.store import open_store
-from pipelines.__main__ import SETTINGS
-from pipelines.pipeline import STEPS
 from tests.pipelines.kfp_server import Frame, Kfp, serving
 
 ALL = dict.fromkeys(STEPS, "SUCCEEDED")

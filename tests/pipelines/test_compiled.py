@@ -9,12 +9,12 @@ import jsonschema
 import pytest
 import yaml
 
-from components import COMPUTE
-from components.cluster.settings import Cluster, read, resolve
+from latentac.components import COMPUTE
+from latentac.components.cluster.settings import Cluster, read, resolve
+from latentac.pipelines.__main__ import GOLDEN, MANIFESTS, SETTINGS, main
+from latentac.pipelines.cluster import SHARED_MEMORY, WORK, compile_manifests, compile_pipeline
+from latentac.pipelines.pipeline import STEPS
 from latentac.system.errors import ConfigError
-from pipelines.__main__ import GOLDEN, MANIFESTS, SETTINGS, main
-from pipelines.cluster import SHARED_MEMORY, WORK, compile_manifests, compile_pipeline
-from pipelines.pipeline import STEPS
 
 CRDS = "LATENTAC_CRDS"
 

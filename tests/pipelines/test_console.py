@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from latentac.pipelines.console import Console
 from latentac.runs.task import EVENT_MARK
-from pipelines.console import Console
 
 STEPS = ("prepare", "train")
 

@@ -23,12 +23,12 @@ from typing import Any
 import pytest
 from docker.errors import DockerException
 
+from latentac.pipelines import containers
+from latentac.pipelines.pipeline import STEPS
 from latentac.runs import package
 from latentac.store import access
 from latentac.system.errors import ConfigError, ResourceError
 from latentac.worlds.shapes import builtin_pipeline
-from pipelines import containers
-from pipelines.pipeline import STEPS
 from tests.docker import Docker
 from tests.golang import Unavailable
 from tests.test_examples import Reader, blocks
@@ -59,7 +59,7 @@ class Lightness:
         return images.mean((1, 2, 3)) - self.origin
 ''',
     "mine/steering.py": '''
-from latentac.steering.best_of_n import BestOfN
+from latentac.sampling.steering.best_of_n import BestOfN
 
 
 class Pick(BestOfN):
@@ -363,7 +363,7 @@ def test_a_missing_image_is_told_before_anything_starts(images: Docker, tmp_path
     """With what builds it, and without a folder of a run that never was."""
     environment = {**os.environ, **images.environment, "LATENTAC_IMAGE_TRAIN": "latentac/nowhere:dev"}
     failed = subprocess.run(
-        [sys.executable, "-m", "pipelines", "run-containers", "--output", str(tmp_path / "runs"), *RECIPE],
+        [sys.executable, "-m", "latentac.pipelines", "run-containers", "--output", str(tmp_path / "runs"), *RECIPE],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -380,7 +380,10 @@ def test_a_missing_image_is_told_before_anything_starts(images: Docker, tmp_path
 def test_what_cannot_work_is_one_message(tmp_path: Path, options: list[str], code: int, words: str) -> None:
     """No daemon, or a store that containers do not reach: told at once, and no run is made."""
     failed = subprocess.run(
-        [sys.executable, "-m", "pipelines", "run-containers", "--output", str(tmp_path / "runs"), *RECIPE, *options],
+        [
+            sys.executable, "-m", "latentac.pipelines", "run-containers", "--output", str(tmp_path / "runs"),
+            *RECIPE, *options,
+        ],
         env={**os.environ, "DOCKER_HOST": f"unix://{tmp_path}/none.sock"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
 

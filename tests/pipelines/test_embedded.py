@@ -1,4 +1,4 @@
-"""The driver `python -m pipelines run` as a person calls it: wrong input, a busy run, the help."""
+"""The driver `python -m latentac.pipelines run` as a person calls it: wrong input, a busy run, the help."""
 
 import fcntl
 import io
@@ -11,18 +11,19 @@ from pathlib import Path
 
 import pytest
 
+from latentac.pipelines.console import Console
+from latentac.pipelines.driver import _conclude, _done_already
+from latentac.pipelines.embedded import processes
+from latentac.pipelines.pipeline import STEPS
+from latentac.pipelines.request import Request, create_run, load_run
+from latentac.pipelines.ways import Way
 from latentac.runs.verbs import VERBS, prepare, resolve_recipe
 from latentac.store import Manifest, open_store
-from pipelines.console import Console
-from pipelines.driver import Way, _conclude, _done_already
-from pipelines.embedded import processes
-from pipelines.pipeline import STEPS
-from pipelines.request import Request, create_run, load_run
 from tests.latentac.test_finish import published
 
 
 def pipelines(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "pipelines", *arguments]
+    command = [sys.executable, "-m", "latentac.pipelines", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -37,7 +38,7 @@ def test_help_has_examples_and_comes_at_once(arguments: list[str]) -> None:
 
     assert helped.returncode == 0
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
-    assert arguments[0] == "compile" or "python -m pipelines run --recipe shapes-unet-smoke" in helped.stdout
+    assert arguments[0] == "compile" or "python -m latentac.pipelines run --recipe shapes-unet-smoke" in helped.stdout
 
 
 @pytest.mark.parametrize(

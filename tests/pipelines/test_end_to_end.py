@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
+from latentac.pipelines.pipeline import STEPS
 from latentac.store import Manifest, Store, open_store
-from pipelines.pipeline import STEPS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -35,7 +35,7 @@ PARTS = {
 
 @dataclass
 class Driver:
-    """A `python -m pipelines run` under way, its output in a file."""
+    """A `python -m latentac.pipelines run` under way, its output in a file."""
 
     process: "subprocess.Popen[bytes]"
     log: Path
@@ -91,7 +91,7 @@ def start(output: Path, *options: str) -> Driver:
     )  # a background job is started deaf to it, and so its children
     log = output.parent / f"{time.time_ns()}.log"
     with log.open("wb") as file:
-        command = [sys.executable, "-m", "pipelines", "run", "--output", str(output), *options]
+        command = [sys.executable, "-m", "latentac.pipelines", "run", "--output", str(output), *options]
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     return Driver(process, log)
 

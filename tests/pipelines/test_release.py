@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from latentac.pipelines.__main__ import SETTINGS
 from latentac.runs.cli import main
-from pipelines.__main__ import SETTINGS
 from tests.cluster.control_plane import ControlPlane
 from tests.pipelines.kfp_server import Frame, Kfp, serving
 

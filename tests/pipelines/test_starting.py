@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from latentac.pipelines.request import Request, create_run, load_run, local_sources, read_request
 from latentac.runs import package as packages
 from latentac.runs.verbs import resolve_recipe
 from latentac.store import open_store
 from latentac.system.errors import ConfigError
 from latentac.worlds.shapes import builtin_pipeline
-from pipelines.request import Request, create_run, load_run, local_sources, read_request
 from tests.pipelines.test_end_to_end import OPTIONS, Driver, come_to, run_id, weights
 from tests.test_house import FILES, PACKAGES, ROOT
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import kfp_server_api
 import pytest
 
+from latentac.pipelines import containers
+from latentac.pipelines.following import Follower
+from latentac.pipelines.service import Order, Service
 from latentac.system.errors import ClusterError, ClusterUnavailable, ResourceError
 from latentac.system.waiting import Bounds
-from pipelines import containers
-from pipelines.following import Follower
-from pipelines.service import Order, Service
 from tests.faults import faulty, seconds_of
 
 SHORT = Bounds(answer_seconds=0.8, retry_seconds=0.8)
@@ -63,7 +63,7 @@ def test_following_ends_when_nobody_answers() -> None:
 @pytest.mark.parametrize("again", [True, False], ids=["round and round", "on and on"])
 def test_a_list_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
     """Each page names a next one: the same, or always another."""
-    monkeypatch.setattr("pipelines.service._MOST_PAGES", 5)
+    monkeypatch.setattr("latentac.pipelines.service._MOST_PAGES", 5)
     service, pages = Service("http://127.0.0.1:9"), iter(range(10**6))
 
     def page(**options: object) -> kfp_server_api.V2beta1ListExperimentsResponse:

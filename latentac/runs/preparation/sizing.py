@@ -16,7 +16,7 @@ from latentac.backbones.layout import Layout, listing, used
 from latentac.backbones.weights import header, shapes
 from latentac.config.schema import Config, Extension
 from latentac.sampling.encoding import KEPT_BYTES, WHOLE_BYTES
-from latentac.steering import STEERING
+from latentac.sampling.steering import STEERING
 from latentac.system.errors import ConfigError, ResourceError
 from latentac.system.modelfiles import read_json
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentac.reporting.card import Facts, folder_card, sections, use_section
+from latentac.runs.reporting.card import Facts, folder_card, sections, use_section
 from latentac.runs.workspace import EXTENSIONS, Workspace
 from latentac.store.published import read
 from latentac.system.errors import ArtifactNotFound

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from latentac.critic import Critic
-from latentac.reporting.metrics import of_iteration
 from latentac.runs.release.readme import write_trained
+from latentac.runs.reporting.metrics import of_iteration
 from latentac.runs.workers import failures
 from latentac.runs.workspace import Workspace, open_run
 from latentac.store import open_store
@@ -41,7 +41,7 @@ from latentac.training.distributed import Mesh, PeerLost
 from latentac.training.trainer import Trainer
 
 if TYPE_CHECKING:
-    from latentac.reporting.tracking import Background, Tracker
+    from latentac.runs.reporting.tracking import Background, Tracker
 
 STOPPED = 143
 """Exit code of a worker that was asked to end and wrote its checkpoint first; the agent starts it anew or ends too."""
@@ -166,8 +166,8 @@ class Log:
     @classmethod
     @contextlib.contextmanager
     def open(cls, space: Workspace, trainer: Trainer) -> "Iterator[Log]":
-        from latentac.reporting.tracking import make_trackers, tracking
         from latentac.runs.hyperparameters import hyperparameters
+        from latentac.runs.reporting.tracking import make_trackers, tracking
 
         trackers = make_trackers(space.config, space.folder)
         log = cls(space, trackers)
@@ -203,7 +203,7 @@ class Log:
         return [self._board, *self._trackers]
 
     def _open_board(self, trainer: Trainer) -> None:
-        from latentac.reporting.tracking.tensorboard import TensorBoard, until
+        from latentac.runs.reporting.tracking.tensorboard import TensorBoard, until
 
         self._board = TensorBoard(self._folder, until(trainer.iteration))
         for entry in trainer.history:  # a kill may have lost what the checkpoint has

@@ -14,10 +14,10 @@ from latentac.backbones import load_backbone
 from latentac.config.schema import Config
 from latentac.critic import Critic
 from latentac.runs.resolution import Resolved, resolve_all
+from latentac.sampling.steering import STEERING
 from latentac.serving.exported import FILE, add_base, export
 from latentac.serving.generator import Generator
 from latentac.serving.process import ServerProcess
-from latentac.steering import STEERING
 from latentac.worlds.shapes import builtin_pipeline
 from tests.latentac.serving import fuzzing
 

@@ -16,11 +16,11 @@ from latentac.config.extensions import ALLOWED, Table
 from latentac.critic import BODIES
 from latentac.runs.release.deploy import generate_picture
 from latentac.sampling.kernels import KERNELS
+from latentac.sampling.steering import STEERING
 from latentac.serving.exported import FILE, image_size
 from latentac.serving.generator import Generator
 from latentac.serving.pipeline import LatentacPipeline
 from latentac.serving.request import parse_one
-from latentac.steering import STEERING
 from latentac.system.errors import ConfigError, ServingError
 from tests.latentac.serving.conftest import changed
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentac.reporting.charts import draw
-from latentac.reporting.rendering import pictures_of, render
-from latentac.reporting.summary import Summary, fetch_run, prepared, read_timings, summarise
+from latentac.runs.reporting.charts import draw
+from latentac.runs.reporting.rendering import pictures_of, render
+from latentac.runs.reporting.summary import Summary, fetch_run, prepared, read_timings, summarise
 from latentac.store import Manifest, open_store
 from latentac.system.commands import program, typed
 from latentac.system.lifetime import refuse_links

@@ -29,8 +29,8 @@ from latentac.system.errors import ConfigError, Problem, without_password
 TRACKERS = Table(
     "tracker",
     {
-        "mlflow": "latentac.reporting.tracking.mlflow:MLflow",
-        "wandb": "latentac.reporting.tracking.wandb:WandB",
+        "mlflow": "latentac.runs.reporting.tracking.mlflow:MLflow",
+        "wandb": "latentac.runs.reporting.tracking.wandb:WandB",
     },
 )
 

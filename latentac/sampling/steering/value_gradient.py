@@ -5,8 +5,8 @@ from torch import Tensor
 
 from latentac.config.schema import Positive, Rate
 from latentac.method.diffusion import GaussianTransition, broadcast
-from latentac.steering import Guide, SteeringSettings, SteeringState, per_row, weighted
-from latentac.steering.best_of_n import BestOfN
+from latentac.sampling.steering import Guide, SteeringSettings, SteeringState, per_row, weighted
+from latentac.sampling.steering.best_of_n import BestOfN
 
 
 class ValueGradient(BestOfN):

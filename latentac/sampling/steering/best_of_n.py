@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from latentac.steering import Guide, SteeringSettings, weighted
+from latentac.sampling.steering import Guide, SteeringSettings, weighted
 
 
 class BestOfN:

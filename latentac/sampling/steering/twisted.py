@@ -4,9 +4,9 @@ from torch import Tensor
 
 from latentac.config.schema import Positive, Rate
 from latentac.method.diffusion import GaussianTransition
-from latentac.steering import Guide, SteeringState
-from latentac.steering.resampling import Particles, Resampling
-from latentac.steering.value_gradient import ascent
+from latentac.sampling.steering import Guide, SteeringState
+from latentac.sampling.steering.resampling import Particles, Resampling
+from latentac.sampling.steering.value_gradient import ascent
 
 
 class Twisted(Resampling):

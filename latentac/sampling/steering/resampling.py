@@ -8,8 +8,8 @@ from torch import Tensor
 
 from latentac.config.schema import Fraction, NonNegative, Rate
 from latentac.method.diffusion import GaussianTransition
-from latentac.steering import Guide, SteeringSettings, SteeringState, weighted
-from latentac.steering.best_of_n import BestOfN
+from latentac.sampling.steering import Guide, SteeringSettings, SteeringState, weighted
+from latentac.sampling.steering.best_of_n import BestOfN
 
 
 class Resampling(BestOfN):

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from latentac.reporting.summary import AGAIN, Files, read_json
+from latentac.runs.reporting.summary import AGAIN, Files, read_json
 from latentac.system.errors import IntegrityError, describe
 from latentac.system.terminal import printable
 
@@ -87,7 +87,7 @@ def render(template: str, **values: Any) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("latentac.reporting"),
+        loader=PackageLoader("latentac.runs.reporting"),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_plain,

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentac.reporting.charts import draw_comparison
-from latentac.reporting.comparison import Read, compare, letter
-from latentac.reporting.rendering import number, pictures_of, render, short
-from latentac.reporting.summary import Summary, fetch_run, prepared, read_timings, summarise
+from latentac.runs.reporting.charts import draw_comparison
+from latentac.runs.reporting.comparison import Read, compare, letter
+from latentac.runs.reporting.rendering import number, pictures_of, render, short
+from latentac.runs.reporting.summary import Summary, fetch_run, prepared, read_timings, summarise
 from latentac.store import Store, open_store
 from latentac.system.errors import ConfigError, Problem
 from latentac.system.scratch import hidden_folder, write_whole

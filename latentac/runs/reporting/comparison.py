@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from latentac.evaluation.measures import difference, interval, over_seeds
-from latentac.reporting.rendering import flat
-from latentac.reporting.summary import Files, Summary, read_json, read_scores
+from latentac.runs.reporting.rendering import flat
+from latentac.runs.reporting.summary import Files, Summary, read_json, read_scores
 
 _STEPS = ("prepare", "pretrain-value", "train", "evaluate", "steer", "gate")
 _FIGURES = {"base": "base", "trained": "trained", "gain": "difference"}

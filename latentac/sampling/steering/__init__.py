@@ -106,11 +106,11 @@ class Steering(Protocol):
 STEERING = Table(
     "method of steering",
     {
-        "value_gradient": "latentac.steering.value_gradient:ValueGradient",
-        "best_of_n": "latentac.steering.best_of_n:BestOfN",
-        "resampling": "latentac.steering.resampling:Resampling",
-        "twisted": "latentac.steering.twisted:Twisted",
-        "svdd": "latentac.steering.svdd:SVDD",
+        "value_gradient": "latentac.sampling.steering.value_gradient:ValueGradient",
+        "best_of_n": "latentac.sampling.steering.best_of_n:BestOfN",
+        "resampling": "latentac.sampling.steering.resampling:Resampling",
+        "twisted": "latentac.sampling.steering.twisted:Twisted",
+        "svdd": "latentac.sampling.steering.svdd:SVDD",
     },
 )
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from latentac.steering import Guide, SteeringState, weighted
-from latentac.steering.best_of_n import BestOfN
+from latentac.sampling.steering import Guide, SteeringState, weighted
+from latentac.sampling.steering.best_of_n import BestOfN
 
 
 class SVDD(BestOfN):

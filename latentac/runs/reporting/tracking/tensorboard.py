@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from latentac.reporting.metrics import GAIN, GROUPS
+from latentac.runs.reporting.metrics import GAIN, GROUPS
 
 _HPARAMS = "_hparams_/"
 Keep = Callable[[str, int], bool]
