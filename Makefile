@@ -38,7 +38,7 @@ RUN_OPTIONS = $(call option,RECIPE,recipe) $(call option,SEED,seed) $(call optio
 EVIDENCE_OPTIONS = $(call option,ONLY,only) $(call option,RECIPE,recipe) $(call option,MINUTES,budget-minutes) \
 	$(call option,WORKERS,workers) $(if $(ANEW),--anew)
 
-.PHONY: help install run run-containers serve test test-fast lint format compile minio images sbom release-images chart reference
+.PHONY: help install run run-containers serve test test-fast test-wheel lint format compile minio images sbom release-images chart reference
 .PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering bench-serving
 .PHONY: bench-against chaos-store fuzz lock clean
 
@@ -70,6 +70,9 @@ test: install minio ## every test (up to 40 minutes on two busy cores)
 	$(PARALLEL) $(TEST) -m "not slow and not cluster" -n $(TEST_WORKERS) $(ARGS) || status=$$?
 	$(TEST) -m "slow and not cluster" -n $(TEST_WORKERS) --dist loadfile $(ARGS) || status=$$?
 	exit $$status
+
+test-wheel: install ## the wheel in fresh environments, with the oldest and the newest allowed versions: a small run in each
+	@bash requirements/test-wheel.sh '$(PYTHON)'
 
 test-fast: install ## the fast tier (up to 9 minutes on two busy cores)
 	@$(PARALLEL) $(TEST) -m "not slow and not cluster" -n $(TEST_WORKERS) $(ARGS)
