@@ -23,13 +23,14 @@ from latentac.method.randomness import generator_for, noise_for
 from latentac.method.records import Minibatch, Trajectory, flatten_steps
 from latentac.method.returns import explained_variance, rank_correlation
 from latentac.rewards.configured import ConfiguredReward
+from latentac.sampling.devices import map_blocks
 from latentac.sampling.encoding import Encoded
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout, score
 from latentac.system.errors import Diverged
-from latentac.training.algorithms import Algorithm
+from latentac.training.algorithms import ALGORITHMS, Algorithm
 from latentac.training.checkpoint import optimizer_tensors, restore_optimizer
-from latentac.training.critic_learning import Learner
+from latentac.training.critic_learning import Learner, Replay
 from latentac.training.distributed import Mesh
 from latentac.training.stability import best_iteration, diverged, stop_early
 from latentac.worlds.prompts import Prompt, balanced
@@ -105,7 +106,10 @@ class Trainer:
         Raises Diverged when an update is not finite or the iteration is beyond a bound of `train.guard`.
         """
         train, started = self.config.train, time.monotonic()
-        blocks = [self._roll_out(index) for index in self.mesh.own(self._num_blocks)]
+        own = self.mesh.own(self._num_blocks)
+        # Several workers share the cores already.
+        alone = self.mesh.size == 1
+        blocks = map_blocks(self._roll_out, own, self.mesh.device) if alone else [self._roll_out(i) for i in own]
         rolled_out = time.monotonic()
         self._last_clean = blocks[0].trajectory.clean
         rewards, watched = self._credit(blocks)
@@ -293,6 +297,27 @@ class Trainer:
     def _load_actor(self, tensors: dict[str, Tensor]) -> None:
         for name, parameter in self.actor_parameters.items():
             parameter.copy_(tensors[name])
+
+
+def new_trainer(
+    config: Config,
+    policy: Policy,
+    critic: Critic,
+    rewards: Sequence[ConfiguredReward],
+    prompts: Sequence[Prompt],
+    mesh: Mesh,
+    scored: Replay | None = None,
+) -> Trainer:
+    """A trainer at iteration 0. `policy` becomes trainable in place. scored: images of value pretraining, from which
+    the critic goes on learning."""
+    torch.manual_seed(config.seed)  # for LoRA's initial matrices; everything else draws from generator_for
+    policy.backbone.adapt(config.policy)
+    weights = torch.tensor([reward.weight for reward in config.rewards])
+    algorithm = ALGORITHMS.make(config.algorithm, weights, path="algorithm")
+    trainer = Trainer(config, policy, critic, algorithm, rewards, prompts, mesh)
+    if trainer.learner is not None:
+        trainer.learner.begin_with(scored)
+    return trainer
 
 
 def _frozen(policy: Policy) -> Policy:
