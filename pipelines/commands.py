@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentac.system.errors import ClusterError, ConfigError, Problem
 from latentac.system.reading import seconds, whole
+from latentac.system.steps import NAMES
 
 if TYPE_CHECKING:
     from latentac.components.cluster.settings import Cluster
@@ -329,11 +330,10 @@ def _new_id(recipe: str) -> str:
 
 def _follower(options: argparse.Namespace, service: "Service", settings: "Cluster | None") -> "Follower":
     from latentac.pipelines.following import Follower
-    from latentac.pipelines.pipeline import STEPS
 
     follower = Follower(
         service,
-        STEPS,
+        NAMES,
         _say,
         pending_seconds=options.pending_seconds,
         poll_seconds=options.poll_seconds,

@@ -13,21 +13,11 @@ from latentac import __version__
 from latentac.runs.housekeeping.commands import add_verbs
 from latentac.system.errors import ConfigError, LatentacError, Problem, ResourceError, expected
 from latentac.system.reading import PORTS, SEEDS, whole
+from latentac.system.steps import SCORING, STEPS
 from latentac.system.terminal import guard_streams
 
 if TYPE_CHECKING:
     from latentac.store import Manifest
-
-_STEPS = {
-    "prepare": "resolve a recipe, check all that can be checked, fetch backbone and prompts",
-    "pretrain-value": "regress the critic on rollouts of the frozen actor",
-    "train": "train policy and critic with PPO, as an elastic TorchX app",
-    "evaluate": "base against trained on held-out prompts and fixed seeds",
-    "steer": "reward against function evaluations of each way to steer",
-    "gate": "decide whether the trained model is promoted or held",
-    "deploy": "export, serve with KServe, ask for a steered picture, make it the production model",
-    "finish": "write and publish the report of what the run has published, complete or not",
-}
 
 _FURTHER = {
     "run": "the whole pipeline on this machine, or what it would do (--dry-run)",
@@ -89,11 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(metavar="verb", required=True)
-    for name, summary in _STEPS.items():
-        example = f"latentac {name} --run first"
+    for step in STEPS:
+        name, example = step.name, f"latentac {step.name} --run first"
         if name == "prepare":
             example += " --recipe shapes-unet --set policy.learning_rate=3e-5 --set seed=1"
-        verb = _make(verbs.add_parser, name, summary, example)
+        verb = _make(verbs.add_parser, name, step.summary, example)
         _add_place(verb)
         if name == "gate":
             _add_gate(verb)
@@ -245,7 +235,7 @@ def _add_folders(verb: argparse.ArgumentParser) -> None:
 def _run_verb(options: argparse.Namespace) -> int | None:
     from latentac.runs.task import LOCK_FILE
     from latentac.runs.verbs import VERBS
-    from latentac.system.calls import CALLS, FOLDER, STEPS, supervised
+    from latentac.system.calls import CALLS, FOLDER, supervised
     from latentac.system.lifetime import own_descendants, run_lock
     from latentac.system.names import working_folder
     from latentac.system.scratch import temporary_files
@@ -265,7 +255,7 @@ def _run_verb(options: argparse.Namespace) -> int | None:
         place["force"] = options.force
     folder = working_folder(options.run, options.output)
     _check_run(options, folder, place.get("overrides", []))
-    if options.program and options.verb in STEPS and FOLDER not in os.environ:
+    if options.program and options.verb in SCORING and FOLDER not in os.environ:
         ended = supervised(folder / CALLS)
         if ended is not None:
             code, crash = ended

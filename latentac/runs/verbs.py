@@ -26,6 +26,7 @@ from latentac.system.errors import ArtifactNotFound, ConfigError, Problem, Train
 from latentac.system.lifetime import refuse_links
 from latentac.system.names import working_folder
 from latentac.system.scratch import hidden_folder, write_whole
+from latentac.system.steps import STEPS, needs
 
 if TYPE_CHECKING:
     from latentac.runs.release.deploy import Prove
@@ -38,6 +39,7 @@ def prepare(
     store: str,
     output: str,
     recipe: str,
+    *,
     config: str = "",
     overrides: Sequence[str] = (),
     package: str = "",
@@ -79,7 +81,7 @@ def pretrain_value(run: str, store: str, output: str) -> Manifest:
         _write(folder / "metrics.json", {"explained_variance": explained, "history": history})
         return {"explained_variance": explained}
 
-    return _step(run, store, output, "pretrain-value", ["prepare"], work)
+    return _step(run, store, output, "pretrain-value", work)
 
 
 def train(run: str, store: str, output: str, *, launch: Callable[[Workspace], None] | None = None) -> Manifest:
@@ -132,7 +134,7 @@ def evaluate(run: str, store: str, output: str) -> Manifest:
             figures[f"latency_ratio_{arm}"] = content["latency"]["ratio"][arm]["median"]
         return {name: value for name, value in sorted(figures.items()) if math.isfinite(value)}
 
-    return _step(run, store, output, "evaluate", ["prepare", "train"], work)
+    return _step(run, store, output, "evaluate", work)
 
 
 def steer(run: str, store: str, output: str) -> Manifest:
@@ -151,7 +153,7 @@ def steer(run: str, store: str, output: str) -> Manifest:
         plain, best = plain_arm(rows, reward), best_arm(rows, reward)
         return {"arms": len(rows), "plain": plain["mean"], "best": best["mean"], "best_nfe": best["nfe"]}
 
-    return _step(run, store, output, "steer", ["prepare", "train"], work)
+    return _step(run, store, output, "steer", work)
 
 
 def gate(run: str, store: str, output: str, *, overrides: Sequence[str] = ()) -> Manifest:
@@ -173,7 +175,7 @@ def gate(run: str, store: str, output: str, *, overrides: Sequence[str] = ()) ->
         passed = sum(check["passed"] for check in verdict["checks"])
         return {"decision": verdict["decision"], "passed": passed, "failed": len(verdict["checks"]) - passed}
 
-    return _step(run, store, output, "gate", ["evaluate", "steer"], work, again=bool(overrides))
+    return _step(run, store, output, "gate", work, again=bool(overrides))
 
 
 def judge(space: Workspace, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -218,7 +220,7 @@ def deploy(run: str, store: str, output: str, *, prove: "Prove | None" = None, f
         (folder / "picture.png").write_bytes(picture)
         return {"version": content["version"], "picture_sha256": content["picture_sha256"]}
 
-    return _step(run, store, output, "deploy", ["gate", "train"], work, again=force or not current)
+    return _step(run, store, output, "deploy", work, again=force or not current)
 
 
 def _reasons_against(space: Workspace, force: bool) -> list[str]:
@@ -281,16 +283,7 @@ def finish(run: str, store: str, output: str) -> Manifest | None:
         )
 
 
-VERBS: dict[str, Callable[..., Manifest | None]] = {
-    "prepare": prepare,
-    "pretrain-value": pretrain_value,
-    "train": train,
-    "evaluate": evaluate,
-    "steer": steer,
-    "gate": gate,
-    "deploy": deploy,
-    "finish": finish,
-}
+VERBS: dict[str, Callable[..., Manifest | None]] = {step.name: globals()[step.function] for step in STEPS}
 
 
 def _step(
@@ -298,7 +291,6 @@ def _step(
     store: str,
     output: str,
     step: str,
-    parents: Sequence[str],
     work: Callable[[Workspace, Path], dict[str, Any]],
     *,
     again: bool = False,
@@ -312,7 +304,7 @@ def _step(
     done = None if again else space.finished(step)
     if done is not None:
         return done
-    origins = [space.store.manifest(f"{run}/{parent}") for parent in parents]
+    origins = [space.store.manifest(f"{run}/{parent}") for parent in needs(step)]
     with hidden_folder(space.folder, step) as folder:
         metrics = work(space, folder)
         metrics["seconds"] = time.monotonic() - started

@@ -86,7 +86,7 @@ class Experiment:
         if self._trainer is None:
             mesh = Mesh.single(self.policy.backbone.device)
             self._trainer = new_trainer(
-                self.config, self.policy, self.critic, self.rewards, self.prompts.train, mesh, self._scored
+                self.config, self.policy, self.critic, self.rewards, self.prompts.train, mesh=mesh, scored=self._scored
             )
         trainer = self._trainer
         left = self.config.train.num_iterations - trainer.iteration

@@ -121,7 +121,7 @@ def _trainer(config: Config) -> Timed:
     weights = torch.tensor([reward.weight for reward in config.rewards])
     prompts = load_prompts(config.prompts.source).train
     algorithm = ALGORITHMS.make(config.algorithm, weights)
-    return Timed(config, policy, critic, algorithm, rewards, prompts, Mesh(0, 1, device))
+    return Timed(config, policy, critic, algorithm, rewards, prompts, mesh=Mesh.single(device))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

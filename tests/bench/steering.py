@@ -307,7 +307,7 @@ def trained(config: Config, run: str, folder: Path) -> tuple[Path, Record]:
     place = Path(run) if run else folder / f"{config.recipe}-{config.hash[:8]}"
     name, output = place.name, str(place.parent)
     if not run:
-        verbs.prepare(name, "", output, config.recipe, "", ["train.num_workers=1"])
+        verbs.prepare(name, "", output, config.recipe, overrides=["train.num_workers=1"])
         verbs.pretrain_value(name, "", output)
         verbs.train(name, "", output)
     store = open_store(default_store(output))

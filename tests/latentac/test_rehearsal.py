@@ -144,7 +144,7 @@ JPEG = ("rewards=[{use: jpeg_compressibility}]", "gate.reward=jpeg_compressibili
 
 
 def prepare(tmp_path, *overrides, recipe="shapes-unet-smoke"):
-    verbs.prepare("run", "", str(tmp_path / "runs"), recipe, "", overrides)
+    verbs.prepare("run", "", str(tmp_path / "runs"), recipe, overrides=overrides)
     store = open_store(f"file://{tmp_path}/runs/store")
     store.fetch("run/prepare", tmp_path / "prepared")
     return tmp_path / "prepared"

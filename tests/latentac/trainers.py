@@ -126,7 +126,7 @@ def make_trainer(
     critic = new_critic(config, policy)
     policy.backbone.adapt(config.policy)
     used = scorers or load_rewards(config.rewards)
-    return Trainer(config, policy, critic, algorithm_of(config), used, prompts(), mesh or Mesh(0, 1, CPU))
+    return Trainer(config, policy, critic, algorithm_of(config), used, prompts(), mesh=mesh or Mesh.single(CPU))
 
 
 def snapshot(trainer: Trainer) -> dict[str, Tensor]:
