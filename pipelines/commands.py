@@ -289,8 +289,8 @@ def _parameters(options: argparse.Namespace, settings: "Cluster") -> dict[str, A
     """What the run is asked to do, checked here, where a mistake costs nothing. A file stays here, its fields go."""
     from latentac.components.deploy.inference_service import check_project
     from latentac.config.fields import read_file
+    from latentac.runs.configuration import resolve_recipe
     from latentac.runs.package import inline, pack, use_in_place
-    from latentac.runs.verbs import resolve_recipe
 
     code = {"package": inline(pack(options.package))} if options.package else {}
     if options.package:

@@ -275,8 +275,8 @@ def _run_verb(options: argparse.Namespace) -> int | None:
 
 def _check_run(options: argparse.Namespace, folder: Path, overrides: Sequence[str]) -> None:
     """What can be wrong with a run, or with a new one's settings, before a folder is made for it."""
+    from latentac.runs.configuration import resolve_recipe
     from latentac.runs.reporting.summary import prepared
-    from latentac.runs.verbs import resolve_recipe
     from latentac.runs.workspace import default_store
     from latentac.store import open_store
     from latentac.system.lifetime import refuse_links
@@ -320,10 +320,10 @@ def _run_further(options: argparse.Namespace) -> int | None:
 
 
 def _show_config(options: argparse.Namespace) -> None:
+    from latentac.runs.configuration import recipe_fields
     from latentac.runs.package import use_in_place
     from latentac.runs.reference import commented_yaml
     from latentac.runs.resolution import resolve_all
-    from latentac.runs.verbs import recipe_fields
 
     if options.package:
         use_in_place(Path(options.package))

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from latentac.backbones.unet import UNetBackbone
 from latentac.runs import verbs
+from latentac.runs.configuration import recipe_fields
 from latentac.runs.preparation.rehearsal import rehearse
 from latentac.runs.resolution import resolve_all
-from latentac.runs.verbs import recipe_fields
 from latentac.store import open_store
 from latentac.system.errors import ConfigError, ResourceError, RewardError
 from latentac.worlds.shapes import builtin_pipeline

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from latentac.backbones import BACKBONES, Denoiser, load_backbone
 from latentac.config.fields import merge
-from latentac.config.schema import Config, Extension
+from latentac.config.schema import Config
 from latentac.config.schema import Reward as RewardSettings
+from latentac.config.sections import Extension
 from latentac.config.validation import resolve
 from latentac.rewards.configured import ConfiguredReward, load_rewards
 from latentac.sampling.kernels import KERNELS
