@@ -258,14 +258,13 @@ def _settings(options: argparse.Namespace) -> "Cluster":
         found = connect(namespace).get(CONFIG_MAPS, name)
         if found is None or KEY not in (found.get("data") or {}):
             remedy = "Name the chart's release and its namespace: `helm list -A` shows them."
-            where = f"ConfigMap {namespace}/{name}"
-            raise ConfigError([Problem("--release", options.release, f"there is no {where} with {KEY}", remedy)])
+            problem = f"there is no ConfigMap {namespace}/{name} with {KEY}"
+            raise ConfigError([Problem("--release", options.release, problem, remedy)])
         return parse(found["data"][KEY], f"{name}/{KEY}")
-    settings = here()
-    if settings is None:
-        remedy = "Name its file, or --release and --kube-namespace."
-        raise ConfigError([Problem("--cluster-settings", None, "no cluster is named", remedy)])
-    return settings
+    if settings := here():
+        return settings
+    remedy = "Name its file, or --release and --kube-namespace."
+    raise ConfigError([Problem("--cluster-settings", None, "no cluster is named", remedy)])
 
 
 def cluster_settings(words: list[str]) -> "Cluster":
