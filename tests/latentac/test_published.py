@@ -130,6 +130,7 @@ def test_numbers_that_are_not_finite_are_told_as_before(tmp_path: Path) -> None:
 LARGE = {
     "bytes": '"' + "x" * MOST_BYTES + '"',
     "values": "[" + "[]," * MOST_VALUES + "1]",
+    "numbers": "[" + "1," * MOST_VALUES + "1]",
     "levels": "[" * (MOST_DEPTH + 1) + "]" * (MOST_DEPTH + 1),
 }
 
