@@ -1,6 +1,7 @@
 """A body is read within bounds of size, time and memory, and in no other form than the documented ones."""
 
 import asyncio
+import functools
 import gzip
 import tracemalloc
 import zlib
@@ -15,6 +16,8 @@ from latentac.serving.bodies import binary_of, body_of, json_of
 from latentac.serving.refusals import Refused
 
 MOST = 100_000
+# The time of compression is part of gzip's header. Test names hold these bytes and must be equal in every worker.
+zipped = functools.partial(gzip.compress, mtime=0)
 JSON = b'{"prompt": "a"}'
 
 
@@ -41,7 +44,9 @@ def refused(*parts: bytes, **options: object) -> tuple[int, str]:
     """Status and field of the refusal."""
     with pytest.raises(Refused) as caught:
         read(*parts, **options)  # type: ignore[arg-type]
-    return caught.value.status, caught.value.problem.path
+    problem = caught.value.problem
+    assert len(str(problem.value)) < 100, "an answer is no longer than its cause"
+    return caught.value.status, problem.path
 
 
 @pytest.mark.parametrize("kind", ["application/json", "Application/JSON; charset=utf-8", "application/octet-stream"])
@@ -56,6 +61,7 @@ def test_the_documented_content_types_are_read(kind: str) -> None:
 def test_what_a_browser_sends_for_any_website_is_not_read(kind: str) -> None:
     """A form and a text need no question before; JSON does."""
     assert refused(JSON, kind=kind) == (415, "Content-Type")
+    assert refused(JSON, kind=f"{kind}{'x' * 10_000}") == (415, "Content-Type")
 
 
 def test_a_body_ends_at_its_bound() -> None:
@@ -77,20 +83,21 @@ def _deflated(parts: Iterable[bytes]) -> bytes:
 
 @pytest.mark.parametrize("coding", ["gzip", "x-gzip", "deflate", "GZIP, identity"])
 def test_a_compressed_body_is_read(coding: str) -> None:
-    content = zlib.compress(JSON) if coding == "deflate" else gzip.compress(JSON)
+    content = zlib.compress(JSON) if coding == "deflate" else zipped(JSON)
     assert read(content, coding=coding) == JSON
 
 
 @pytest.mark.parametrize(
     ("content", "coding", "expected"),
     [
-        (gzip.compress(gzip.compress(JSON)), "gzip, gzip", (415, "Content-Encoding")),
+        (zipped(zipped(JSON)), "gzip, gzip", (415, "Content-Encoding")),
         (JSON, "br", (415, "Content-Encoding")),
+        (JSON, "x" * 10_000, (415, "Content-Encoding")),
         (JSON, "gzip", (400, "body")),
         (b"", "gzip", (400, "body")),
-        (gzip.compress(JSON)[:-9], "gzip", (400, "body")),
-        (gzip.compress(JSON) + b"x", "gzip", (400, "body")),
-        (gzip.compress(b"x" * (MOST + 1)), "gzip", (413, "body")),
+        (zipped(JSON)[:-9], "gzip", (400, "body")),
+        (zipped(JSON) + b"x", "gzip", (400, "body")),
+        (zipped(b"x" * (MOST + 1)), "gzip", (413, "body")),
     ],
 )
 def test_what_is_no_compressed_body_is_refused(content: bytes, coding: str, expected: tuple[int, str]) -> None:
@@ -108,12 +115,13 @@ def test_a_body_that_grows_without_end_fills_no_memory() -> None:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("length", ["", "-1", "+1", "1.0", "x", "\N{ARABIC-INDIC DIGIT ONE}", "16", "9" * 5000])
+@pytest.mark.parametrize("length", ["", "-1", "+1", "1.0", "x", "\u00b2", "\u0661", "16", "9" * 5000])
 def test_the_length_of_the_json_is_a_number_within_the_body(length: str) -> None:
     """A short message, whatever was sent."""
     with pytest.raises(Refused) as caught:
         binary_of(JSON, 10, length)
-    assert (caught.value.status, len(str(caught.value.problem)) < 300) == (400, True)
+    assert (caught.value.status, caught.value.problem.path) == (400, "Inference-Header-Content-Length")
+    assert len(str(caught.value.problem.value)) < 100
 
 
 def test_the_json_and_what_is_behind_it_are_parted() -> None:
