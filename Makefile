@@ -25,7 +25,7 @@ endif
 TEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 TEST_WORKERS ?= 2
 PARALLEL := OMP_NUM_THREADS=1
-CHECKED := $(wildcard latentac images tests helm)
+CHECKED := $(wildcard latentac images helm benchmarks tools tests)
 LOCK := compile -q --universal --fork-strategy fewest --generate-hashes --python-version 3.11 \
 	--no-emit-index-url --no-emit-find-links --no-header
 
@@ -94,7 +94,7 @@ compile: install ## write the pipeline's golden files anew, and say what changed
 	git --no-pager diff --stat -- pipelines
 
 minio: install ## a MinIO server for the tests: MINIO_BIN, or the one on PATH, or built once into the cache
-	@$(PY) -m tests.minio build
+	@$(PY) -m tools.minio build
 
 images: install ## build the images with docker; without a registry the base is made here (root, debootstrap)
 #: IMAGES="train serve" BASE=<image with Python> PREFIX=latentac TAG=dev TORCH_BACKEND=cpu TORCH_IMAGE=<image>
@@ -119,7 +119,7 @@ reference: install ## write docs/configuration.md from the classes, and say what
 	git --no-pager diff --stat -- docs
 
 node-build: install ## the programs of the test node, built once into the cache (a quarter of an hour on two cores)
-	@$(PY) -m tests.cluster.binaries
+	@$(PY) -m tools.binaries
 
 node-up: install ## a Kubernetes node of our own in the background (as root); prints what to export
 #: CRDs of KServe, Volcano, KFP and Argo come from the folder in LATENTAC_CRDS
@@ -140,32 +140,32 @@ e2e: install ## chart, pipeline, endpoint and report on the cluster of KUBECONFI
 	@$(PY) -m tests.cluster.e2e
 
 evidence: install ## arms x seeds x backbones at equal pictures and updates; stop and start it at will (hours)
-#: ONLY="main ablations hacking critic" RECIPE=shapes-unet MINUTES=120 WORKERS=2 ANEW=1; writes tests/bench/results and README.md
-	@$(PARALLEL) $(PY) -m tests.bench.evidence run $(EVIDENCE_OPTIONS)
+#: ONLY="main ablations hacking critic" RECIPE=shapes-unet MINUTES=120 WORKERS=2 ANEW=1; writes benchmarks/results and README.md
+	@$(PARALLEL) $(PY) -m benchmarks.evidence run $(EVIDENCE_OPTIONS)
 
 evidence-quick: install ## a small version in 20 minutes on two cores, into build/evidence-quick
 #: as make evidence
-	@$(PARALLEL) $(PY) -m tests.bench.evidence run --quick $(EVIDENCE_OPTIONS)
+	@$(PARALLEL) $(PY) -m benchmarks.evidence run --quick $(EVIDENCE_OPTIONS)
 
 bench-critic: install ## what the critic costs: iterations of DDPO and of ours in turns, in one process
 #: RECIPE=shapes-unet PAIRS=12
-	@$(PARALLEL) $(PY) -m tests.bench.critic_cost $(call option,RECIPE,recipe) $(call option,PAIRS,pairs)
+	@$(PARALLEL) $(PY) -m benchmarks.critic_cost $(call option,RECIPE,recipe) $(call option,PAIRS,pairs)
 
 bench-steering: install ## reward against evaluations of every way to steer, and what a particle and a gradient cost
 #: RECIPE=shapes-unet RUN=runs/<run that has trained; else it trains> PROMPTS=384; goes on where it was stopped
-	@$(PARALLEL) $(PY) -m tests.bench.steering $(call option,RECIPE,recipe) $(call option,RUN,run) $(call option,PROMPTS,prompts)
+	@$(PARALLEL) $(PY) -m benchmarks.steering $(call option,RECIPE,recipe) $(call option,RUN,run) $(call option,PROMPTS,prompts)
 
 bench-serving: install ## the endpoint: batching against one by one, the way through HTTP, probes under load
 #: RECIPE=shapes-unet ROUNDS=6
-	@$(PARALLEL) $(PY) -m tests.bench.serving $(call option,RECIPE,recipe) $(call option,ROUNDS,rounds)
+	@$(PARALLEL) $(PY) -m benchmarks.serving $(call option,RECIPE,recipe) $(call option,ROUNDS,rounds)
 
 bench-against: install minio ## throughput of endpoint and store: this version and an earlier commit in turns (minutes)
 #: COMMIT=966fe4c ROUNDS=12; the commit needs the same dependencies
-	@$(PARALLEL) $(PY) -m tests.bench.against $(or $(COMMIT),HEAD~1) $(call option,ROUNDS,rounds)
+	@$(PARALLEL) $(PY) -m benchmarks.against $(or $(COMMIT),HEAD~1) $(call option,ROUNDS,rounds)
 
 chaos-store: install minio ## 50 faults of a store: partial artifacts that are visible, and waits above their bound (minutes)
 #: FAULTS=50 SEED=0
-	@$(PY) -m tests.bench.chaos $(call option,FAULTS,faults) $(call option,SEED,seed)
+	@$(PY) -m benchmarks.chaos $(call option,FAULTS,faults) $(call option,SEED,seed)
 
 fuzz: install ## the endpoint: requests made from its OpenAPI document, odd numbers and headers, misused connections (minutes)
 #: EXAMPLES=1200 for each operation; SEED=0
@@ -186,4 +186,4 @@ lock: install ## resolve pyproject.toml and requirements/*.in; versions move onl
 
 clean: ## remove the environment and all caches; runs/ stays
 	@rm -rf $(VENV) .installer build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
-	find latentac components pipelines tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find latentac components pipelines benchmarks tools tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

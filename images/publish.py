@@ -29,9 +29,9 @@ from images import sbom
 from images.build import NAMES, OCI, OUTPUT, ROOT, revision
 from images.provenance import provenance
 from latentac import __version__
-from tests.cluster.binaries import program
-from tests.docker import Docker, daemon
-from tests.golang import Unavailable
+from tools.binaries import program
+from tools.docker import Docker, daemon
+from tools.golang import Unavailable
 
 RELEASED = tuple(name for name in NAMES if name != "torch")
 # What cosign calls a type, and the predicate that a verifier finds.

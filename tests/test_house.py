@@ -17,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("latentac", "components", "pipelines", "images", "helm", "tests")
+ROOMS = ("latentac", "components", "pipelines", "images", "helm", "tests", "benchmarks", "tools")
 PACKAGES = ("latentac", "components", "pipelines")
 MAX_BYTES = 16 * 2**20
 MAX_MODULE_LINES = 350

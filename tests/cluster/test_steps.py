@@ -24,8 +24,8 @@ from latentac.system.steps import NAMES as STEPS
 from tests.cluster import kserve, volcano
 from tests.cluster.node import Node
 from tests.cluster.releases import helm
-from tests.docker import Docker
 from tests.helm.chart import CHART, CI
+from tools.docker import Docker
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
 

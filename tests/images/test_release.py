@@ -16,11 +16,11 @@ from docker.errors import APIError, ImageNotFound
 from images import publish, sbom
 from images.build import OCI, revision
 from images.publish import Signer, missing, push, release, verify
-from tests.docker import Docker
-from tests.golang import Unavailable
 from tests.images.conftest import Images
-from tests.minio import free_port
 from tests.registry import Registry
+from tools.docker import Docker
+from tools.golang import Unavailable
+from tools.minio import free_port
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -42,7 +42,7 @@ from latentac.system.errors import (
     StoreError,
     StoreUnavailable,
 )
-from tests.minio import Server
+from tools.minio import Server
 
 HASTY = Patience(retries=3, back_off_seconds=0.05, back_off_max_seconds=0.2)
 STUBBORN = Patience(retries=80, back_off_seconds=0.1, back_off_max_seconds=0.5, idle_seconds=60.0)

@@ -21,8 +21,8 @@ from latentac.store.manifest import commit, is_inside
 from latentac.system.errors import ArtifactNotFound, IntegrityError, StoreAccessError, StoreError, StoreUnavailable
 from tests.faults import faulty
 from tests.latentac.test_store import KEY, bulk, publish, use, write
-from tests.minio import Server
 from tests.proxy import Proxy
+from tools.minio import Server
 
 SHORT = Patience(retries=6, back_off_seconds=0.1, timeout_seconds=1.0, idle_seconds=2.0, bytes_per_second=65_536)
 MARGIN_SECONDS = 1.0

@@ -1,4 +1,4 @@
-"""One of two versions that `tests.bench.against` compares: it runs in that version's tree and obeys lines of JSON.
+"""One of two versions that `benchmarks.against` compares: it runs in that version's tree and obeys lines of JSON.
 
 It imports only what both versions have. Each line is `[operation, argument, ...]`; each answer is one line of JSON.
 """
@@ -17,7 +17,7 @@ from latentac.serving.process import ServerProcess
 from latentac.store import open_store
 
 # Looked up when it runs: where `resolve_recipe` lies differs between versions, and this module imports it in each.
-_bench: Any = import_module("tests.bench.serving")
+_bench: Any = import_module("benchmarks.serving" if Path("benchmarks").is_dir() else "tests.bench.serving")
 
 
 def main() -> None:

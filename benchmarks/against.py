@@ -24,14 +24,14 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from benchmarks.plan import FULL, require_clean_tree
 from latentac.evaluation.measures import median
 from latentac.runs.preparation.prepare import environment
 from latentac.serving.client import Client
 from latentac.system.progress import progress
-from tests.bench.plan import FULL
-from tests.minio import Server
+from tools.minio import Server
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 BOUND = 0.97
 """A ratio from here on counts as unchanged."""
 CALLERS = 8
@@ -192,7 +192,7 @@ def measure(commit: str, recipe: str, rounds: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.against", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.against", description=__doc__.partition("\n")[0])
     parser.add_argument("commit", help="the earlier version; its dependencies must be those of this one")
     parser.add_argument("--recipe", default="shapes-unet")
     parser.add_argument("--rounds", type=int, default=40)
@@ -200,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--output", type=Path, default=FULL.results / "against" / "throughput.json", help="file of the figures"
     )
     options = parser.parse_args(arguments)
+    require_clean_tree(options.output)
     found = measure(options.commit, options.recipe, options.rounds)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(found, indent=2) + "\n")

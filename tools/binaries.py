@@ -1,4 +1,4 @@
-"""The programs of the test node, of pinned versions: `python -m tests.cluster.binaries` builds them into the cache.
+"""The programs of the test node, of pinned versions: `python -m tools.binaries` builds them into the cache.
 
 Kubernetes' and etcd's modules have replace lines, which `go install` refuses: a small module of ours requires them and
 says the same replacements. CoreDNS gets the few plugins that a node of tests needs.
@@ -9,8 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from tests import minio
-from tests.golang import Unavailable, build, cached, module_files
+from tools import minio
+from tools.golang import Unavailable, build, cached, module_files
 
 KUBERNETES = "v1.34.4"
 ETCD = "v3.6.16"
@@ -186,7 +186,7 @@ def build_all() -> None:
 
 
 def build_kyverno() -> None:
-    """Kyverno's command: `python -m tests.cluster.binaries --kyverno`. Not part of the others, for it takes as long as
+    """Kyverno's command: `python -m tools.binaries --kyverno`. Not part of the others, for it takes as long as
     they do. Raises Unavailable."""
     replaced = "k8s.io/pod-security-admission => github.com/kyverno/pod-security-admission " + KYVERNO_POD_SECURITY
     module = _module("kyverno", {"github.com/kyverno/kyverno": KYVERNO}) + f"\nreplace {replaced}\n"
@@ -235,7 +235,7 @@ def _stamp(version: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.cluster.binaries", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.binaries", description=__doc__.partition("\n")[0])
     parser.add_argument("--kyverno", action="store_true", help="build Kyverno's command alone, for tests/images")
     options = parser.parse_args()
     try:

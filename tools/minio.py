@@ -1,9 +1,9 @@
 """A real MinIO server for the tests of the S3 path, and for a person who wants one at a desk.
 
-    python -m tests.minio build     make the pinned server and print where it is
-    python -m tests.minio serve     run it on loopback with a bucket, print what to export, stop with Ctrl-C
+    python -m tools.minio build     make the pinned server and print where it is
+    python -m tools.minio serve     run it on loopback with a bucket, print what to export, stop with Ctrl-C
 
-The binary is `MINIO_BIN`, else `minio` on PATH, else it is built once into the cache of `tests.golang`: upstream
+The binary is `MINIO_BIN`, else `minio` on PATH, else it is built once into the cache of `tools.golang`: upstream
 publishes no images any more, so the last release is built from the Go module proxy. A build takes minutes, later
 calls nothing.
 """
@@ -24,7 +24,7 @@ from minio import Minio
 from minio.error import MinioException
 from urllib3.exceptions import HTTPError
 
-from tests.golang import Unavailable, build, cached
+from tools.golang import Unavailable, build, cached
 
 # RELEASE.2025-09-07T16-13-09Z. Go accepts no tag of that form as a module version, so the commit names it.
 RELEASE = "v0.0.0-20250907161309-07c3a429bfed"
@@ -152,7 +152,7 @@ def serve(folder: Path, port: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.minio", description="MinIO for tests and for trying s3://")
+    parser = argparse.ArgumentParser(prog="python -m tools.minio", description="MinIO for tests and for trying s3://")
     parser.add_argument("verb", choices=["build", "serve"])
     parser.add_argument("--folder", type=Path, default=Path("runs/minio"), help="data of serve (default runs/minio)")
     parser.add_argument("--port", type=int, default=9000, help="port of serve (default 9000)")

@@ -1,7 +1,7 @@
 """Run the plan's units, as many at once as the machine bears, and write results as they come.
 
-    python -m tests.bench.evidence run [--quick] [--only main,ablations] [--recipe NAME] [--budget-minutes 60]
-    python -m tests.bench.evidence report [--quick]
+    python -m benchmarks.evidence run [--quick] [--only main,ablations] [--recipe NAME] [--budget-minutes 60]
+    python -m benchmarks.evidence report [--quick]
 
 Finished units are skipped, those that the results have from another machine too, and stopped ones go on: it can be
 ended at any time (Ctrl-C, kill) and started again. With --anew what others recorded is run here.
@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from benchmarks.aggregate import aggregate, recorded
+from benchmarks.plan import EXPERIMENTS, RESULT, ROOT, SCALES, Scale, Unit, require_clean_tree, units
+from benchmarks.report import write_report
 from latentac.sampling.devices import num_cores
 from latentac.system.lifetime import own_descendants, run_lock
 from latentac.system.progress import Progress, duration, progress
-from tests.bench.aggregate import aggregate, recorded
-from tests.bench.plan import EXPERIMENTS, RESULT, ROOT, SCALES, Scale, Unit, units
-from tests.bench.report import write_report
 
 _GIB_A_UNIT = 3
 """A unit of the embedded recipes holds 1 GiB, that of ten times the rollouts 6 for some minutes."""
@@ -69,7 +69,7 @@ class Schedule:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "unit.json").write_text(unit.to_json())
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "tests.bench.unit", str(folder)]
+        command = [sys.executable, "-m", "benchmarks.unit", str(folder)]
         # A session of its own: Ctrl-C is for the scheduler, which then ends its units.
         with (folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
@@ -130,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = 0
     with run_lock(scale.folder / "lock"):
         if options.action == "run":
+            require_clean_tree(scale.results)
             schedule = Schedule(scale, planned, options.workers or default_workers(), anew=options.anew)
             began, budget = time.monotonic(), 60 * options.budget_minutes if options.budget_minutes else float("inf")
             try:
@@ -149,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.evidence", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__.partition("\n")[0])
     parser.add_argument("action", choices=("run", "report"))
     parser.add_argument("--quick", action="store_true", help="the small version: nothing of it is committed")
     parser.add_argument("--only", default="", type=_names, help=f"experiments, of {', '.join(EXPERIMENTS)}")

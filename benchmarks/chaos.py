@@ -1,6 +1,6 @@
 """Faults of a store, in numbers: is a partial artifact ever visible, and does every wait end within its bound?
 
-    python -m tests.bench.chaos [--faults 50] [--seed 0]
+    python -m benchmarks.chaos [--faults 50] [--seed 0]
 
 A real MinIO behind a proxy, on loopback. Each fault meets a publish or a fetch of 12 MiB while it moves. Afterwards the
 store is whole again, a reader with fresh eyes verifies every artifact that is listed, and the same operation is done
@@ -23,14 +23,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plan import FULL, require_clean_tree
 from latentac.runs.preparation.prepare import environment
 from latentac.store import Store, open_store
 from latentac.store.blobs import Patience
 from latentac.system.errors import ResourceError, StoreError
 from latentac.system.progress import progress
-from tests.bench.plan import FULL
-from tests.minio import Server
 from tests.proxy import Proxy
+from tools.minio import Server
 
 PATIENCE = Patience(back_off_seconds=0.1, timeout_seconds=2.0, idle_seconds=4.0, bytes_per_second=1_000_000)
 MARGIN_SECONDS = 1.0
@@ -236,11 +236,12 @@ def measure(faults: int, seed: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.chaos", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__.partition("\n")[0])
     parser.add_argument("--faults", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=FULL.results / "chaos" / "store.json")
     options = parser.parse_args(arguments)
+    require_clean_tree(options.output)
     found = measure(options.faults, options.seed)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(found, indent=2) + "\n")

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tests.bench.claims import MULTIPLES, Results, series
+from benchmarks.claims import MULTIPLES, Results, series
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",

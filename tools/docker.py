@@ -1,7 +1,7 @@
 """A docker daemon for building images and for running containers in tests.
 
-    python -m tests.docker exec -- docker images     run a command with DOCKER_HOST set
-    python -m tests.docker serve                     hold the daemon until Ctrl-C, print what to export
+    python -m tools.docker exec -- docker images     run a command with DOCKER_HOST set
+    python -m tools.docker serve                     hold the daemon until Ctrl-C, print what to export
 
 A daemon that answers already is used: the one of DOCKER_HOST, or the machine's. Where there is none, root starts one
 from the installed `dockerd`. Its images stay in `${XDG_CACHE_HOME:-~/.cache}/latentac/docker`; it makes no bridge and
@@ -29,7 +29,7 @@ from typing import IO
 import docker
 from docker.errors import DockerException
 
-from tests.golang import Unavailable
+from tools.golang import Unavailable
 
 ROOT = Path(__file__).parents[1]
 MACHINES_OWN = "unix:///var/run/docker.sock"
@@ -121,7 +121,7 @@ def _start_keeper(host: str) -> None:
     log = data_folder().parent / "docker.log"
     with log.open("wb") as sink:
         keeper = subprocess.Popen(
-            [sys.executable, "-m", "tests.docker", "keep"],
+            [sys.executable, "-m", "tools.docker", "keep"],
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=sink,
@@ -182,7 +182,7 @@ def _remove(server: subprocess.Popen[bytes], state: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.docker", description="a docker daemon for images and tests")
+    parser = argparse.ArgumentParser(prog="python -m tools.docker", description="a docker daemon for images and tests")
     verbs = parser.add_subparsers(dest="verb", required=True)
     execute = verbs.add_parser("exec", help="run a command with DOCKER_HOST set")
     execute.add_argument("command", nargs=argparse.REMAINDER)

@@ -1,6 +1,6 @@
 """What the critic costs: iterations of DDPO and of ours with frozen taps, values alone and the whole recipe, in turns.
 
-    python -m tests.bench.critic_cost [--recipe shapes-unet] [--pairs 12]
+    python -m benchmarks.critic_cost [--recipe shapes-unet] [--pairs 12]
 
 All do the same pictures, denoising steps and actor updates in one process. `values` asks the critic at every state and
 trains it on them; `recipe` does what the recipe says besides: takes the values' gradient by the latents at every step,
@@ -17,6 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.aggregate import dump
+from benchmarks.claims import verdicts
+from benchmarks.plan import FULL, require_clean_tree
+from benchmarks.unit import base_policy
 from latentac.config.schema import Config
 from latentac.evaluation.measures import median
 from latentac.rewards.configured import load_rewards
@@ -29,10 +33,6 @@ from latentac.training.algorithms import ALGORITHMS
 from latentac.training.distributed import Mesh
 from latentac.training.trainer import Block, CreditedBlock, Trainer
 from latentac.worlds.prompts import load_prompts
-from tests.bench.aggregate import dump
-from tests.bench.claims import verdicts
-from tests.bench.plan import FULL
-from tests.bench.unit import base_policy
 
 _BOOTSTRAP = 2000
 _ARMS = {
@@ -125,12 +125,13 @@ def _trainer(config: Config) -> Timed:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.critic_cost", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.critic_cost", description=__doc__.partition("\n")[0])
     parser.add_argument("--recipe", default="shapes-unet")
     parser.add_argument("--pairs", type=int, default=12, help="iterations of each arm")
     parser.add_argument("--set", action="append", default=[], help="path=value over the recipe")
     parser.add_argument("--output", type=Path, default=FULL.results, help="folder of cost-<recipe>.json")
     options = parser.parse_args(arguments)
+    require_clean_tree(options.output)
     torch.set_num_threads(1)
     found = measure(options.recipe, ["train.num_workers=1", *options.set], options.pairs)
     options.output.mkdir(parents=True, exist_ok=True)

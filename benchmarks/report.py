@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.bench.aggregate import load
-from tests.bench.claims import CLAIMS, MIN_SEEDS, MULTIPLES, Results, near, series
-from tests.bench.plan import ARMS, EXPERIMENTS, Scale
+from benchmarks.aggregate import load
+from benchmarks.claims import CLAIMS, MIN_SEEDS, MULTIPLES, Results, near, series
+from benchmarks.plan import ARMS, EXPERIMENTS, Scale
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 NOTHING = "Nothing has been recorded yet: `make evidence` writes this section."
@@ -30,7 +30,7 @@ File = Mapping[str, Any]
 
 def write_report(scale: Scale) -> list[Path]:
     """Draw the figures and write the section between the markers of the scale's README. Returns what was written."""
-    from tests.bench import figures  # matplotlib, which the section alone does without
+    from benchmarks import figures  # matplotlib, which the section alone does without
 
     results = load(scale)
     written = figures.draw(results, scale.results)

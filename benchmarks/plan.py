@@ -7,6 +7,7 @@ arm that pretrains its critic pays for the pictures of that. Held-out pictures o
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ from latentac.config.schema import Config
 from latentac.rewards import REWARDS
 from latentac.runs.configuration import recipe_fields
 from latentac.runs.resolution import resolve_all
+from latentac.store import commit
+from latentac.system.errors import ResourceError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 RESULT, FAILURE = "result.json", "failed.json"
 """What a unit leaves in its folder: its numbers, or why there are none."""
 
@@ -103,6 +106,16 @@ QUICK = Scale(
     readme=ROOT / "build" / "evidence-quick" / "README.md",
 )
 SCALES = {scale.name: scale for scale in (FULL, QUICK)}
+
+
+def require_clean_tree(output: Path) -> None:
+    """Committed results must name the code that made them. Ends the program where `output` is among them and the tree
+    has changes that are not committed, or is no git checkout."""
+    if output.resolve().is_relative_to(FULL.results) and (commit() == "unknown" or commit().endswith("-dirty")):
+        remedy = "Commit the changes, or write elsewhere with --output"
+        error = ResourceError(str(output), f"is for results of one commit, and this tree is {commit()}", remedy)
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 @dataclass(frozen=True)

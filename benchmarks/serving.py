@@ -1,6 +1,6 @@
 """What the endpoint costs and gains: batching against one by one, the way through HTTP, and probes under load.
 
-    python -m tests.bench.serving [--recipe shapes-unet] [--rounds 6]
+    python -m benchmarks.serving [--recipe shapes-unet] [--rounds 6]
 
 Two servers of one model run beside each other, and take turns: one puts pictures together, the other draws each by
 itself; both have a worker a core. The critic is not trained: its values cost what a trained one's do.
@@ -22,6 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.aggregate import dump
+from benchmarks.claims import verdicts
+from benchmarks.plan import FULL, require_clean_tree
+from benchmarks.unit import base_policy
 from latentac.config.schema import Config
 from latentac.evaluation.measures import median
 from latentac.runs.configuration import resolve_recipe
@@ -35,10 +39,6 @@ from latentac.serving.process import ServerProcess
 from latentac.system.progress import progress
 from latentac.training import value_pretraining as pretraining
 from latentac.worlds.shapes import builtin_pipeline
-from tests.bench.aggregate import dump
-from tests.bench.claims import verdicts
-from tests.bench.plan import FULL
-from tests.bench.unit import base_policy
 
 CALLERS = 8
 _BOOTSTRAP = 2000
@@ -174,13 +174,14 @@ def measure(recipe: str, rounds: int, requests: int, alone_requests: int) -> dic
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.serving", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__.partition("\n")[0])
     parser.add_argument("--recipe", default="shapes-unet")
     parser.add_argument("--rounds", type=int, default=6, help="turns of both servers")
     parser.add_argument("--requests", type=int, default=64, help="of a turn")
     parser.add_argument("--alone", type=int, default=24, help="of a turn with one caller")
     parser.add_argument("--output", type=Path, default=FULL.results, help="folder of serving-<recipe>.json")
     options = parser.parse_args(arguments)
+    require_clean_tree(options.output)
     torch.set_num_threads(1)
     found = measure(options.recipe, options.rounds, options.requests, options.alone)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from tests.bench.plan import ARMS, EXPERIMENTS, FAILURE, RESULT, Scale, Unit, units
+from benchmarks.plan import ARMS, EXPERIMENTS, FAILURE, FULL, RESULT, Scale, Unit, units
+from latentac.system.errors import ResourceError
 
 Record = dict[str, Any]
 Interval = dict[str, Any]
@@ -46,23 +47,28 @@ def aggregate(scale: Scale, experiment: str, recipe: str) -> Path | None:
     planned = units(scale, [experiment], [recipe])
     path = scale.results / f"{experiment}-{recipe}.json"
     known = recorded(scale)
-    records, environments = [], []
+    records, environments, fresh = [], [], False
     for unit in planned:
         result = scale.folder / unit.name / RESULT
         if result.exists():
             known[unit.hash] = _compact(json.loads(result.read_text()))
+            fresh = True
         if unit.hash in known:
             records.append({**known[unit.hash], "arm": unit.arm, "seed": unit.seed})
             environments.append(known[unit.hash]["environment"])
     summary = summarise(experiment, records)
     if not summary["differences"]:
         return None
+    commits = sorted({environment["commit"] for environment in environments})
+    if scale is FULL and fresh and len(commits) > 1:
+        remedy = "Run all of its units at one commit: make evidence ANEW=1, in a worktree of that commit"
+        raise ResourceError(str(path), f"would have units of several commits ({', '.join(commits)})", remedy)
     content = {
         "experiment": experiment,
         "recipe": recipe,
         "scale": scale.name,
         "command": scale.command,
-        "commits": sorted({environment["commit"] for environment in environments}),
+        "commits": commits,
         "machines": _distinct(environment["machine"] for environment in environments),
         "versions": _distinct(environment["versions"] for environment in environments),
         "sources": sorted({record["sources"] for record in records}),

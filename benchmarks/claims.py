@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tests.bench.plan import ARMS
+from benchmarks.plan import ARMS
 
 Results = Mapping[str, Mapping[str, Any]]
 """<experiment>-<recipe> -> its aggregated file."""

@@ -1,6 +1,6 @@
 """What steering gives for its evaluations, on base and trained weights, against best-of-N by the true reward.
 
-    python -m tests.bench.steering [--recipe shapes-unet] [--run FOLDER] [--prompts 384]
+    python -m benchmarks.steering [--recipe shapes-unet] [--run FOLDER] [--prompts 384]
 
 Every way to steer makes N candidates a picture, and one of them is chosen twice: by the critic and by the true reward.
 All ways have the same held-out prompts and noise. One process, one thread; what was measured is in build/steering and
@@ -22,6 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import figures, report
+from benchmarks.aggregate import dump
+from benchmarks.claims import MULTIPLES, verdicts
+from benchmarks.plan import FULL, ROOT, require_clean_tree
+from benchmarks.unit import measured, sources
 from latentac.backbones import load_backbone
 from latentac.backbones.guided import guided
 from latentac.config.schema import Config
@@ -44,11 +49,6 @@ from latentac.store import open_store
 from latentac.system.progress import progress
 from latentac.worlds.prompts import Prompt, balanced, load_prompts
 from latentac.worlds.shapes import builtin_pipeline
-from tests.bench import figures, report
-from tests.bench.aggregate import dump
-from tests.bench.claims import MULTIPLES, verdicts
-from tests.bench.plan import FULL, ROOT
-from tests.bench.unit import measured, sources
 
 GUIDANCE_SCALE = 2.0
 FOLDER = ROOT / "build" / "steering"
@@ -320,7 +320,7 @@ def measure(recipe: str, run: str, num_prompts: int, folder: Path) -> Record:
     """The record of a recipe: settings, cost and points on both weights."""
     config = resolve_all(recipe_fields(recipe)).config
     place, artifacts = trained(config, run, folder)
-    stamp = {"sources": sources("steering/**/*.py", "true_reward.py"), "artifacts": artifacts, "prompts": num_prompts}
+    stamp = {"sources": sources(), "artifacts": artifacts, "prompts": num_prompts}
     stamp |= {"steering": config.steering.model_dump(), "scale": GUIDANCE_SCALE}
     costs, found = {}, []
     for weights in ("base", "trained"):
@@ -373,13 +373,14 @@ def _once(folder: Path, stamp: Record, name: str, work: Callable[[], Any]) -> An
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.steering", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.steering", description=__doc__.partition("\n")[0])
     parser.add_argument("--recipe", default="shapes-unet")
     parser.add_argument("--run", default="", help="<output>/<id> of a run that has trained; else it is trained here")
     parser.add_argument("--prompts", type=int, default=_PROMPTS, help="held-out prompts, one picture each")
     parser.add_argument("--output", type=Path, default=FULL.results, help="folder of steering-<recipe>.json and .svg")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where what is measured is kept")
     options = parser.parse_args(arguments)
+    require_clean_tree(options.output)
     torch.set_num_threads(1)
     found = measure(options.recipe, options.run, options.prompts, options.folder)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -16,11 +16,25 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks import aggregate, claims, report
+from benchmarks.claims import CLAIMS, judge
+from benchmarks.evidence import Schedule, refresh
+from benchmarks.plan import (
+    ARMS,
+    EXPERIMENTS,
+    FAILURE,
+    FULL,
+    QUICK,
+    RESULT,
+    ROOT,
+    SCALES,
+    Scale,
+    Unit,
+    require_clean_tree,
+    units,
+)
+from benchmarks.unit import _SOURCES
 from latentac.config.recipes import RECIPES
-from tests.bench import aggregate, claims, report
-from tests.bench.claims import CLAIMS, judge
-from tests.bench.evidence import Schedule, refresh
-from tests.bench.plan import ARMS, EXPERIMENTS, FAILURE, FULL, QUICK, RESULT, ROOT, SCALES, Scale, Unit, units
 
 TINY = (
     *("kernel.num_steps=4", "evaluation.num_images=16", "evaluation.num_bootstrap=100"),
@@ -191,7 +205,7 @@ def test_the_readme_tells_the_recorded_results() -> None:
     """The section is what the committed files generate, and its figures are there."""
     text = FULL.readme.read_text()
     found = report.section(aggregate.load(FULL), os.path.relpath(FULL.results, FULL.readme.parent))
-    assert report.replaced(text, found) == text, "run `python -m tests.bench.evidence report`"
+    assert report.replaced(text, found) == text, "run `python -m benchmarks.evidence report`"
 
 
 def test_a_report_is_drawn_from_the_files_alone(tmp_path: Path) -> None:
@@ -275,7 +289,7 @@ def test_a_failed_unit_is_told_and_stops_nobody(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_the_cost_of_the_critic_is_measured_in_turns(tmp_path: Path) -> None:
     """One process gives both ratios with their intervals and each arm's seconds by part."""
-    from tests.bench import critic_cost
+    from benchmarks import critic_cost
 
     settings = [f"--set={setting}" for setting in TINY]
     assert critic_cost.main(["--pairs=2", f"--output={tmp_path}", *settings]) == 0
@@ -293,7 +307,7 @@ def test_the_cost_of_the_critic_is_measured_in_turns(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_the_endpoint_is_measured_in_turns(tmp_path: Path) -> None:
     """Two real servers: each method's ratio, one caller's seconds, every probe; and the file says so."""
-    from tests.bench import serving
+    from benchmarks import serving
 
     options = ["--rounds=2", "--requests=8", "--alone=2", f"--output={tmp_path}"]
     assert serving.main(options) == 0
@@ -310,7 +324,7 @@ def test_the_endpoint_is_measured_in_turns(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_two_versions_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This version against its own last commit: a ratio for each measurement, and no checkout is left."""
-    from tests.bench import against
+    from benchmarks import against
 
     for name, number in {"PICTURES": 4, "QUESTIONS": 16, "LARGE_BYTES": 10_000, "SMALL_FILES": 2, "BOUND": 0}.items():
         monkeypatch.setattr(against, name, number)
@@ -340,13 +354,13 @@ def test_ways_to_steer_are_measured_on_the_same_candidates(tmp_path: Path) -> No
     was measured is not measured again."""
     import torch
 
+    from benchmarks import steering
     from latentac.backbones import load_backbone
     from latentac.runs.configuration import resolve_recipe
     from latentac.sampling.kernels import KERNELS
     from latentac.sampling.policy import Policy
     from latentac.training.value_pretraining import new_critic
     from latentac.worlds.shapes import builtin_pipeline
-    from tests.bench import steering
 
     config = resolve_recipe("shapes-dit-smoke", "", [])
     backbone = load_backbone(config.backbone, builtin_pipeline("shapes-dit"), torch.device("cpu"))
@@ -376,7 +390,7 @@ def test_ways_to_steer_are_measured_on_the_same_candidates(tmp_path: Path) -> No
 
 def _start(folder: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, "-m", "tests.bench.unit", str(folder)], cwd=ROOT, env=environment)
+    return subprocess.Popen([sys.executable, "-m", "benchmarks.unit", str(folder)], cwd=ROOT, env=environment)
 
 
 def _leave(scale: Scale, unit: Unit, record: Mapping[str, Any]) -> None:
@@ -514,3 +528,19 @@ def _steering_world(truth: int) -> dict[str, Any]:
     cost = {"rows": 64, "resampling": ratio(particle, 0.03), "value_gradient": ratio(gradient, 0.03)}
     told = {"experiment": "steering", "reward": "shapes_verifier", "steps": 10, "prompts": 256}
     return {**told, "cost": {"base": cost, "trained": cost}, "points": points}
+
+
+def test_results_of_a_dirty_tree_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They could not be made again. Elsewhere they may be written."""
+    for tree in ("0123abc-dirty", "unknown"):
+        monkeypatch.setattr("benchmarks.plan.commit", lambda tree=tree: tree)
+        with pytest.raises(SystemExit, match="6"):
+            require_clean_tree(FULL.results / "serving.json")
+        require_clean_tree(tmp_path / "serving.json")
+    monkeypatch.setattr("benchmarks.plan.commit", lambda: "0123abc")
+    require_clean_tree(FULL.results / "serving.json")
+
+
+def test_the_sources_of_a_unit_are_there() -> None:
+    """A pattern without files would let results of other code count as the same."""
+    assert all(any((ROOT / "latentac").glob(pattern)) for pattern in _SOURCES)

@@ -1,4 +1,4 @@
-"""One unit of the evidence in one process: `python -m tests.bench.unit FOLDER`, which holds its unit.json.
+"""One unit of the evidence in one process: `python -m benchmarks.unit FOLDER`, which holds its unit.json.
 
 It writes checkpoints into the folder and at the end result.json, atomically. Killed at any moment and started again, it
 comes to bitwise the same numbers; only the seconds differ.
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.plan import ARMS, FAILURE, MEASURED, RESULT, ROOT, Unit
 from latentac.backbones import load_backbone
 from latentac.config.schema import Config
 from latentac.config.schema import Reward as RewardSettings
@@ -41,25 +42,23 @@ from latentac.training.distributed import Mesh
 from latentac.training.trainer import Trainer, new_trainer
 from latentac.worlds.prompts import Prompt, balanced, load_prompts
 from latentac.worlds.shapes import builtin_pipeline
-from tests.bench.plan import ARMS, FAILURE, MEASURED, RESULT, ROOT, Unit
 
 _CURVE_SHARE = 4  # of the held-out pictures one in so many is enough for a point of the curve
 _CURVE_POINTS = 8
 _PICTURES = 8  # in the row that is kept to look at, before and after
 _RECORD = "unit-progress.json"  # in a checkpoint, beside what the trainer writes
-_SOURCES = (
-    *("algorithms/**/*.py", "backbones/**/*.py", "critic/**/*.py", "rewards/**/*", "shapes/**/*"),
-    *(f"{name}.py" for name in ("diffusion", "distributed", "evaluation", "learning", "losses", "policy")),
-    *(f"{name}.py" for name in ("pretraining", "prompts", "returns", "rollout", "trainer", "types")),
+_SOURCES = tuple(
+    f"{folder}/**/*"
+    for folder in ("backbones", "critic", "evaluation", "method", "rewards", "sampling", "training", "worlds")
 )
 
 Record = dict[str, Any]
 
 
-def sources(*more: str) -> str:
-    """sha256 of the sources and weights that numbers depend on; more: patterns of others below latentac/."""
+def sources() -> str:
+    """sha256 of the sources and weights that numbers depend on."""
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in (*_SOURCES, *more) for path in (ROOT / "latentac").glob(pattern)}):
+    for path in sorted({path for pattern in _SOURCES for path in (ROOT / "latentac").glob(pattern)}):
         if path.is_file() and path.suffix in {".py", ".json", ".safetensors", ".txt"}:
             digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
