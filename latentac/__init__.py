@@ -1,6 +1,10 @@
 """latentac: actor-critic reinforcement learning for diffusion models in latent space.
 
+The public names are in `__init__.pyi`. A name is imported when it is first used, so `import latentac` costs no torch.
 Start reading at `latentac.runs.verbs`: every verb of the command line is a function there.
 """
 
+import lazy_loader
+
 __version__ = "0.1.0"
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -365,7 +365,7 @@ def test_what_is_asked_for_is_what_is_locked() -> None:
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     assert build == [f"setuptools=={pins('dev.lock')['setuptools']}"]
     locked = pins("dev.lock")
-    outside = [str(row) for row in ASKED if locked.get(row.name) not in row.specifier]
+    outside = [str(row) for row in ASKED if locked[row.name] not in row.specifier]
     assert not outside, "not what requirements/dev.lock has: run `make lock`"
 
 

@@ -57,26 +57,22 @@ class Guidance:
 class Trajectory:
     """A batch of rollouts: all that an update needs, and nothing of the network's own state.
 
-    prompts:      B texts
-    conditioning: their conditioning, B rows
+    conditioning: of the B prompts, B rows
     latents:      [B, K+1, *latent] from noise to data
     sigmas:       [K+1] noise levels, the float values that the kernel used, descending; the last is 0
     means:        [B, S, *latent] the acting policy's mean at each stochastic step, for exact KLs
     log_probs:    [B, S] summed log-density of each stochastic step's next latents under the acting policy, nats
     values:       [B, K, M] the critic's estimate at each state that was denoised; M = 0 without a critic
-    policy_version: optimizer updates that the acting policy had seen
     features: name -> [B, K, ...], what the critic saw of each state; nothing unless it was asked for
     guidance: where the critic would have each stochastic step's next latents; None unless it was asked for
     """
 
-    prompts: Sequence[str]
     conditioning: Conditioning
     latents: Tensor
     sigmas: Tensor
     means: Tensor
     log_probs: Tensor
     values: Tensor
-    policy_version: int
     features: Mapping[str, Tensor] = field(default_factory=dict)
     guidance: Guidance | None = None
 
@@ -99,7 +95,6 @@ class Trajectory:
         """The rollouts that `index`, int64 [N], names, in that order."""
         return replace(
             self,
-            prompts=[self.prompts[int(row)] for row in index],
             conditioning=self.conditioning.rows(index),
             latents=self.latents[index],
             means=self.means[index],

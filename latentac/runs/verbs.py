@@ -328,6 +328,16 @@ def _step(
         )
 
 
+def load_config(recipe: str = "shapes-unet", overrides: Sequence[str] = (), *, file: str = "") -> Config:
+    """The complete configuration of a recipe, a YAML file over it, and `path=value` overrides, for scripts.
+
+    Raises ConfigError with every problem, those of extensions included.
+    """
+    from latentac.runs.resolution import resolve_all
+
+    return resolve_all(recipe_fields(recipe, file, overrides)).config
+
+
 def resolve_recipe(recipe: str, config: str = "", overrides: Sequence[str] = ()) -> Config:
     """The configuration that `recipe_fields` make, with the settings of extensions as they were given.
 

@@ -1,8 +1,9 @@
 """Where a network computes: the device of a process, and the cores that it may use."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -32,6 +33,20 @@ def map_blocks(function: Callable[[Item], Result], blocks: Sequence[Item], devic
     try:
         with ThreadPoolExecutor(workers) as pool:
             return list(pool.map(function, blocks))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def few_threads() -> Iterator[None]:
+    """One arithmetic thread on the CPU, or as many as OMP_NUM_THREADS says, while the body runs.
+
+    An operation of a small network is too short to split: on a busy machine two threads can take twenty times as long.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(whole_variable("OMP_NUM_THREADS", 1, 1024, 1))
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
 

@@ -35,6 +35,11 @@ class Mesh:
             torch.distributed.init_process_group(backend, timeout=timedelta(minutes=10))
         return cls(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
+    @classmethod
+    def single(cls, device: torch.device) -> "Mesh":
+        """The mesh of one process that trains alone."""
+        return cls(0, 1, device)
+
     @property
     def leads(self) -> bool:
         return self.rank == 0

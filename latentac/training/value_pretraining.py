@@ -20,7 +20,7 @@ from latentac.method.returns import explained_variance, rank_correlation
 from latentac.rewards.configured import ConfiguredReward
 from latentac.sampling.devices import map_blocks
 from latentac.sampling.policy import Policy
-from latentac.sampling.rollout import rollout, score
+from latentac.sampling.rollout import Keep, rollout, score
 from latentac.system.progress import Progress, progress
 from latentac.training.critic_learning import Replay, critic_loss, observe
 from latentac.worlds.prompts import Prompt, PromptSet, balanced
@@ -107,7 +107,7 @@ def _collect_block(
     texts = [prompts[chosen[slot]].text for slot in block]
     conditioning = policy.backbone.encode(texts)
     noise = noise.to(policy.backbone.device)
-    trajectory = rollout(policy, critic, texts, conditioning, noise, keep_features=True)
+    trajectory = rollout(policy, critic, conditioning, noise, keep=Keep(features=True))
     scores = score(rewards, policy.backbone.decode(trajectory.clean), [prompts[chosen[slot]] for slot in block])
     bar.update(len(block))
     return States(

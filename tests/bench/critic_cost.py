@@ -27,7 +27,7 @@ from latentac.system.progress import progress
 from latentac.training import value_pretraining as pretraining
 from latentac.training.algorithms import ALGORITHMS
 from latentac.training.distributed import Mesh
-from latentac.training.trainer import Block, Trainer
+from latentac.training.trainer import Block, CreditedBlock, Trainer
 from latentac.worlds.prompts import load_prompts
 from tests.bench.aggregate import dump
 from tests.bench.claims import verdicts
@@ -49,15 +49,16 @@ class Timed(Trainer):
     """Tells an iteration's seconds by part. On a CPU they are the processor's, so what else runs does not count."""
 
     actor_seconds = 0.0
+    rollout_seconds: list[float]
 
     def seconds(self) -> dict[str, float]:
         """Of one more iteration: rollout and scoring, actor updates, critic updates and credit, and all."""
         began = self.clock()
-        self.actor_seconds = self.rollout_seconds = 0.0
+        self.actor_seconds, self.rollout_seconds = 0.0, []
         self.iterate()
-        total = self.clock() - began
-        rest = total - self.rollout_seconds - self.actor_seconds
-        return {"rollout": self.rollout_seconds, "actor": self.actor_seconds, "critic": rest, "all": total}
+        total, rollouts = self.clock() - began, sum(self.rollout_seconds)
+        rest = total - rollouts - self.actor_seconds
+        return {"rollout": rollouts, "actor": self.actor_seconds, "critic": rest, "all": total}
 
     def clock(self) -> float:
         if self.mesh.device.type == "cpu":
@@ -66,12 +67,13 @@ class Timed(Trainer):
         return time.perf_counter()
 
     def _roll_out(self, index: int) -> Block:
-        began = self.clock()
+        clock = time.thread_time if self.mesh.device.type == "cpu" else self.clock  # on a CPU, one thread per block
+        began = clock()
         block = super()._roll_out(index)
-        self.rollout_seconds += self.clock() - began
+        self.rollout_seconds.append(clock() - began)
         return block
 
-    def _update_actor(self, blocks: Sequence[Block], update: int) -> dict[str, float]:
+    def _update_actor(self, blocks: Sequence[CreditedBlock], update: int) -> dict[str, float]:
         began = self.clock()
         metrics = super()._update_actor(blocks, update)
         self.actor_seconds += self.clock() - began

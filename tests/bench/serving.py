@@ -112,7 +112,7 @@ def alone(
         began = time.monotonic()
         noise = torch.randn(1, steps + 1, *policy.backbone.latent_shape)
         conditioning = policy.backbone.encode([fields["prompt"]])
-        policy.backbone.decode(rollout(policy, None, [fields["prompt"]], conditioning, noise).clean)
+        policy.backbone.decode(rollout(policy, None, conditioning, noise).clean)
         spent["bare"].append(time.monotonic() - began)
     return {name: statistics.median(seconds) for name, seconds in spent.items()}
 

@@ -37,6 +37,7 @@ from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout, score
 from latentac.sampling.steering import STEERING, Steering, evaluations
+from latentac.sampling.steering.run import SteeringRun
 from latentac.sampling.true_reward import TrueReward
 from latentac.store import open_store
 from latentac.system.progress import progress
@@ -182,14 +183,13 @@ def _sample(world: World, way: Way, candidates: int, block: range, prompts: Sequ
         world.backbone.latent_shape,
     )
     rewards = world.rewards[: len(config.rewards)]
+    method, uniforms = world.steering(way, candidates), uniforms_for(keys, config.seed, steps)
     return rollout(
         policy,
         TrueReward(world.backbone, rewards, prompts, world.critic) if way.truth else world.critic,
-        texts,
         world.backbone.encode(texts),
         noise,
-        steering=world.steering(way, candidates),
-        uniforms=uniforms_for(keys, config.seed, steps),
+        steering=SteeringRun(method, uniforms) if method else None,
     )
 
 
@@ -246,7 +246,7 @@ def cost(world: World, pictures: int = _ROWS) -> Record:
             uniforms = torch.full((len(texts) // (method.candidates if method else 1), steps), 0.5)
             critic = world.critic if method else None
             began = time.process_time()
-            rollout(policy, critic, texts, conditioning, noise, steering=method, uniforms=uniforms)
+            rollout(policy, critic, conditioning, noise, steering=SteeringRun(method, uniforms) if method else None)
             seconds[name].append(time.process_time() - began)
     warm = {name: np.array(each[1:]) for name, each in seconds.items()}
     return {

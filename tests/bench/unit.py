@@ -35,11 +35,10 @@ from latentac.sampling.policy import Policy
 from latentac.system.errors import Diverged, LatentacError
 from latentac.system.lifetime import die_with_parent, run_lock
 from latentac.training import value_pretraining as pretraining
-from latentac.training.algorithms import ALGORITHMS
 from latentac.training.checkpoint import read_state, write_state
 from latentac.training.critic_learning import Replay
 from latentac.training.distributed import Mesh
-from latentac.training.trainer import Trainer
+from latentac.training.trainer import Trainer, new_trainer
 from latentac.worlds.prompts import Prompt, balanced, load_prompts
 from latentac.worlds.shapes import builtin_pipeline
 from tests.bench.plan import ARMS, FAILURE, MEASURED, RESULT, ROOT, Unit
@@ -195,14 +194,8 @@ class Run:
         return trainer
 
     def _trainer(self, policy: Policy, critic: Critic, scored: Replay | None) -> Trainer:
-        torch.manual_seed(self.config.seed)  # LoRA's initial matrices; everything else draws from generator_for
-        policy.backbone.adapt(self.config.policy)
-        weights = torch.tensor([reward.weight for reward in self.config.rewards])
-        mesh, algorithm = Mesh(0, 1, self.device), ALGORITHMS.make(self.config.algorithm, weights)
-        trainer = Trainer(self.config, policy, critic, algorithm, self.rewards, self.prompts.train, mesh)
-        if trainer.learner is not None:
-            trainer.learner.begin_with(scored)
-        return trainer
+        mesh = Mesh.single(self.device)
+        return new_trainer(self.config, policy, critic, self.rewards, self.prompts.train, mesh, scored)
 
     def _go_back(self, trainer: Trainer, error: Diverged) -> Trainer:
         """As the product does: to the last checkpoint at a lower rate, once. What was scored in vain is told."""

@@ -78,7 +78,7 @@ def served(policy: Policy, num_steps: int, seed: int = 5, index: int = 0) -> np.
     """What the endpoint draws without steering, as integers."""
     backbone = policy.backbone
     noise = noise_for([("serving", index, 0)], seed, num_steps, backbone.latent_shape)
-    clean = rollout(policy, None, [PROMPT], backbone.encode([PROMPT]), noise).clean
+    clean = rollout(policy, None, backbone.encode([PROMPT]), noise).clean
     return backbone.decode(clean)[0].astype(int)
 
 

@@ -18,7 +18,7 @@ from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
 from latentac.training.algorithms import ALGORITHMS, Algorithm
 from latentac.training.distributed import Mesh
-from latentac.training.trainer import Trainer
+from latentac.training.trainer import Block, CreditedBlock, Trainer
 from latentac.training.value_pretraining import new_critic
 from latentac.worlds.prompts import Prompt, load_prompts
 from latentac.worlds.shapes import PIPELINES, builtin_pipeline
@@ -108,6 +108,12 @@ def make_config(backbone: str = SHIPPED[0], **sections: Any) -> Config:
         "train": {"images_per_iteration": 4, "block_images": 2, "updates_per_iteration": 2, "num_workers": 1},
     }
     return resolve(merge(fields, sections))
+
+
+def credited(block: Block, advantage: float = 0.0) -> CreditedBlock:
+    """`block` with this advantage at each step, and nothing for a critic to learn."""
+    advantages = torch.full_like(block.trajectory.log_probs, advantage)
+    return CreditedBlock(block.index, block.trajectory, block.prompts, block.rewards, advantages, None)
 
 
 def make_trainer(

@@ -34,11 +34,10 @@ from latentac.system.lifetime import run_lock
 from latentac.system.progress import progress
 from latentac.system.reading import whole_variable
 from latentac.system.scratch import hidden_folder
-from latentac.training.algorithms import ALGORITHMS
 from latentac.training.checkpoint import loading, read_state, write_state
 from latentac.training.critic_learning import Replay
 from latentac.training.distributed import Mesh, PeerLost
-from latentac.training.trainer import Trainer
+from latentac.training.trainer import Trainer, new_trainer
 
 if TYPE_CHECKING:
     from latentac.runs.reporting.tracking import Background, Tracker
@@ -212,19 +211,12 @@ class Log:
 
 
 def _make_trainer(space: Workspace, mesh: Mesh) -> Trainer:
-    torch.manual_seed(space.config.seed)  # LoRA's initial matrices; everything else draws from generator_for
     policy = space.base_policy()
     pretrained = space.artifact("pretrain-value")
     with loading(f"{space.run}/pretrain-value"):  # the critic's body may begin as the backbone, before adapters
         critic = Critic.load(pretrained / "critic", policy.backbone, own=True)
         replay = Replay.load(pretrained, mesh.device)
-    policy.backbone.adapt(space.config.policy)
-    weights = torch.tensor([reward.weight for reward in space.config.rewards])
-    algorithm = ALGORITHMS.make(space.config.algorithm, weights, path="algorithm")
-    trainer = Trainer(space.config, policy, critic, algorithm, space.rewards(), space.prompts.train, mesh)
-    if trainer.learner is not None:
-        trainer.learner.begin_with(replay)
-    return trainer
+    return new_trainer(space.config, policy, critic, space.rewards(), space.prompts.train, mesh, replay)
 
 
 def _go_back(space: Workspace, mesh: Mesh, trainer: Trainer, error: Diverged) -> Trainer:

@@ -81,7 +81,7 @@ def test_it_does_what_it_is_asked_sometimes(name, folder):
     backbone = load_backbone(Extension(use=name.removeprefix("shapes-")), folder, torch.device("cpu"))
     texts = [prompt.text for prompt in balanced_prompts("held_out", 128, seed=1)]
     noise = torch.randn(128, 11, *backbone.latent_shape, generator=torch.Generator().manual_seed(1))
-    clean = rollout(Policy(backbone, SAMPLED[name]), None, texts, backbone.encode(texts), noise).clean
+    clean = rollout(Policy(backbone, SAMPLED[name]), None, backbone.encode(texts), noise).clean
     accepted = verify(backbone.decode(clean), [parse_caption(text) for text in texts])
     assert 0.25 <= accepted.mean() <= 0.65
 
