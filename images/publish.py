@@ -232,7 +232,7 @@ def values(signer: Signer, prefix: str, digests: Mapping[str, str]) -> dict[str,
 
 
 def release(
-    docker: Docker, client: DockerClient, signer: Signer, names: Sequence[str], prefix: str, tag: str, builder: str
+    docker: Docker, client: DockerClient, signer: Signer, names: Sequence[str], *, prefix: str, tag: str, builder: str
 ) -> None:
     """Push, sign, attest, verify; then write what was released. Raises Unavailable."""
     digests, about = {}, {}
@@ -281,7 +281,7 @@ def main() -> None:
         signer.public_key()  # opens the key before anything is pushed
         with daemon() as docker, contextlib.closing(docker.client()) as client:
             refuse(missing(client, names, options.prefix, options.tag))
-            release(docker, client, signer, names, options.prefix, options.tag, options.builder)
+            release(docker, client, signer, names, prefix=options.prefix, tag=options.tag, builder=options.builder)
     except (Unavailable, subprocess.SubprocessError) as error:
         sys.exit(f"make release-images: {error}")
 

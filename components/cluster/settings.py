@@ -13,7 +13,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from latentac.config.fields import MAX_CHARACTERS, DuplicateKey, read_yaml
-from latentac.config.schema import Fraction, NonNegative, Positive, Rate, Section
+from latentac.config.sections import Fraction, NonNegative, Positive, Rate, Section
 from latentac.system.errors import ConfigError, Problem
 from latentac.system.reading import read_given
 

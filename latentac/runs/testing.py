@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from latentac.backbones import BACKBONES, Denoiser, load_backbone
-from latentac.config.schema import Critic as CriticSettings
-from latentac.config.schema import Extension, Reward
-from latentac.config.schema import Policy as PolicySettings
+from latentac.config.learning import Critic as CriticSettings
+from latentac.config.learning import Policy as PolicySettings
+from latentac.config.schema import Reward
+from latentac.config.sections import Extension
 from latentac.critic import Critic
 from latentac.method.diffusion import GaussianTransition, Kernel, forward_noise, num_stochastic_steps
 from latentac.method.randomness import noise_for

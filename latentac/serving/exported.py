@@ -10,11 +10,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from latentac.config.schema import (
+from latentac.config.schema import Config, Kernel
+from latentac.config.sections import (
     Characters,
-    Config,
     Extension,
-    Kernel,
     Named,
     NonNegative,
     Particles,

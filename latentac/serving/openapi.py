@@ -9,13 +9,13 @@ from kserve.protocol.rest.v2_datamodels import InferenceResponse
 from pydantic import BaseModel
 
 import latentac
-from latentac.config.schema import Section
+from latentac.config.sections import Section
 from latentac.serving.exported import Exported
 from latentac.serving.openai import ImagesRequest
 from latentac.serving.request import MAX_WEIGHT, Body, Request
 from latentac.serving.tensors import BINARY_HEADER, DATATYPES, INPUTS, OUTPUTS, InferenceRequest
 from latentac.system.names import PLAIN
-from latentac.worlds.promptfiles import PATTERN
+from latentac.worlds.prompttext import PATTERN
 
 _REF = "#/components/schemas/{model}"
 

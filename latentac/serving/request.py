@@ -9,11 +9,12 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from pydantic.fields import FieldInfo
 from pydantic_core import from_json
 
-from latentac.config.schema import Number, Section, suggestion
+from latentac.config.schema import suggestion
+from latentac.config.sections import Number, Section
 from latentac.serving.exported import Exported, Limits
 from latentac.system.errors import ConfigError, Problem
 from latentac.system.names import PLAIN
-from latentac.worlds.promptfiles import text_problem
+from latentac.worlds.prompttext import text_problem
 
 
 def _whole(value: object) -> object:

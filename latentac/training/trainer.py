@@ -73,6 +73,7 @@ class Trainer:
         algorithm: Algorithm,
         rewards: Sequence[ConfiguredReward],
         prompts: Sequence[Prompt],
+        *,
         mesh: Mesh,
     ) -> None:
         self.config, self.policy, self.critic, self.algorithm = config, policy, critic, algorithm
@@ -313,6 +314,7 @@ def new_trainer(
     critic: Critic,
     rewards: Sequence[ConfiguredReward],
     prompts: Sequence[Prompt],
+    *,
     mesh: Mesh,
     scored: Replay | None = None,
 ) -> Trainer:
@@ -322,7 +324,7 @@ def new_trainer(
     policy.backbone.adapt(config.policy)
     weights = torch.tensor([reward.weight for reward in config.rewards])
     algorithm = ALGORITHMS.make(config.algorithm, weights, path="algorithm")
-    trainer = Trainer(config, policy, critic, algorithm, rewards, prompts, mesh)
+    trainer = Trainer(config, policy, critic, algorithm, rewards, prompts, mesh=mesh)
     if trainer.learner is not None:
         trainer.learner.begin_with(scored)
     return trainer

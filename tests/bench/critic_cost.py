@@ -20,8 +20,8 @@ import torch
 from latentac.config.schema import Config
 from latentac.evaluation.measures import median
 from latentac.rewards.configured import load_rewards
+from latentac.runs.configuration import resolve_recipe
 from latentac.runs.preparation.prepare import environment
-from latentac.runs.verbs import resolve_recipe
 from latentac.sampling.devices import pick_device
 from latentac.system.progress import progress
 from latentac.training import value_pretraining as pretraining
@@ -121,7 +121,7 @@ def _trainer(config: Config) -> Timed:
     weights = torch.tensor([reward.weight for reward in config.rewards])
     prompts = load_prompts(config.prompts.source).train
     algorithm = ALGORITHMS.make(config.algorithm, weights)
-    return Timed(config, policy, critic, algorithm, rewards, prompts, Mesh(0, 1, device))
+    return Timed(config, policy, critic, algorithm, rewards, prompts, mesh=Mesh.single(device))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,8 +15,8 @@ from typing import Any
 from latentac.config.recipes import RECIPES
 from latentac.config.schema import Config
 from latentac.rewards import REWARDS
+from latentac.runs.configuration import recipe_fields
 from latentac.runs.resolution import resolve_all
-from latentac.runs.verbs import recipe_fields
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT, FAILURE = "result.json", "failed.json"

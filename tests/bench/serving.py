@@ -24,9 +24,9 @@ import torch
 
 from latentac.config.schema import Config
 from latentac.evaluation.measures import median
+from latentac.runs.configuration import resolve_recipe
 from latentac.runs.preparation.prepare import environment
 from latentac.runs.resolution import resolve_all
-from latentac.runs.verbs import resolve_recipe
 from latentac.sampling.rollout import rollout
 from latentac.serving.client import Client
 from latentac.serving.exported import add_base, export

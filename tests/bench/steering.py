@@ -30,6 +30,7 @@ from latentac.evaluation.measures import diversity, interval, median
 from latentac.method.randomness import noise_for, uniforms_for
 from latentac.method.records import Trajectory
 from latentac.runs import verbs
+from latentac.runs.configuration import recipe_fields
 from latentac.runs.preparation.prepare import environment
 from latentac.runs.resolution import resolve_all
 from latentac.runs.workspace import default_store
@@ -307,7 +308,7 @@ def trained(config: Config, run: str, folder: Path) -> tuple[Path, Record]:
     place = Path(run) if run else folder / f"{config.recipe}-{config.hash[:8]}"
     name, output = place.name, str(place.parent)
     if not run:
-        verbs.prepare(name, "", output, config.recipe, "", ["train.num_workers=1"])
+        verbs.prepare(name, "", output, config.recipe, overrides=["train.num_workers=1"])
         verbs.pretrain_value(name, "", output)
         verbs.train(name, "", output)
     store = open_store(default_store(output))
@@ -317,7 +318,7 @@ def trained(config: Config, run: str, folder: Path) -> tuple[Path, Record]:
 
 def measure(recipe: str, run: str, num_prompts: int, folder: Path) -> Record:
     """The record of a recipe: settings, cost and points on both weights."""
-    config = resolve_all(verbs.recipe_fields(recipe)).config
+    config = resolve_all(recipe_fields(recipe)).config
     place, artifacts = trained(config, run, folder)
     stamp = {"sources": sources("steering/**/*.py", "true_reward.py"), "artifacts": artifacts, "prompts": num_prompts}
     stamp |= {"steering": config.steering.model_dump(), "scale": GUIDANCE_SCALE}

@@ -341,7 +341,7 @@ def test_ways_to_steer_are_measured_on_the_same_candidates(tmp_path: Path) -> No
     import torch
 
     from latentac.backbones import load_backbone
-    from latentac.runs.verbs import resolve_recipe
+    from latentac.runs.configuration import resolve_recipe
     from latentac.sampling.kernels import KERNELS
     from latentac.sampling.policy import Policy
     from latentac.training.value_pretraining import new_critic

@@ -140,9 +140,13 @@ class Run:
         policy = base_policy(self.config, self.device)
         critic, fits = self._critic(policy), {}
         with self.timed("pretraining"):
-            parts = [(self.prompts.train, self.config.pretrain.num_images, "pretraining")]
-            parts += [(self.prompts.held_out, self.config.pretrain.num_held_out_images, "held-out")]
-            states, held_out = (pretraining.collect(self.config, policy, critic, self.rewards, *part) for part in parts)
+            settings = self.config.pretrain
+            parts = [(self.prompts.train, settings.num_images, "pretraining")]
+            parts += [(self.prompts.held_out, settings.num_held_out_images, "held-out")]
+            states, held_out = (
+                pretraining.collect(self.config, policy, critic, self.rewards, prompts, count=count, purpose=purpose)
+                for prompts, count, purpose in parts
+            )
             for passes in ARMS[self.unit.arm].passes or (self.config.pretrain.num_passes,):
                 settings = self.config.pretrain.model_copy(update={"num_passes": passes})
                 config = self.config.model_copy(update={"pretrain": settings})
@@ -195,7 +199,7 @@ class Run:
 
     def _trainer(self, policy: Policy, critic: Critic, scored: Replay | None) -> Trainer:
         mesh = Mesh.single(self.device)
-        return new_trainer(self.config, policy, critic, self.rewards, self.prompts.train, mesh, scored)
+        return new_trainer(self.config, policy, critic, self.rewards, self.prompts.train, mesh=mesh, scored=scored)
 
     def _go_back(self, trainer: Trainer, error: Diverged) -> Trainer:
         """As the product does: to the last checkpoint at a lower rate, once. What was scored in vain is told."""

@@ -95,7 +95,7 @@ def test_a_release_names_what_is_in_the_registry(
     monkeypatch.setattr(sbom, "write", lambda *_: predicates["cyclonedx"])
     built(client, f"{prefix}/pipeline", revision())
     signer = Signer(str(key("ours")), log=False)
-    release(docker_daemon, client, signer, ["pipeline"], prefix, TAG, "")
+    release(docker_daemon, client, signer, ["pipeline"], prefix=prefix, tag=TAG, builder="")
     check(registry, signer, output, prefix, "pipeline")
 
 
@@ -113,7 +113,7 @@ def test_a_built_image_is_released(
     for name in ("pipeline", "base"):
         images.image(name).tag(f"{prefix}/{name}", TAG)
     signer = Signer(str(key("ours")), log=False)
-    release(docker_daemon, client, signer, ["pipeline"], prefix, TAG, "")
+    release(docker_daemon, client, signer, ["pipeline"], prefix=prefix, tag=TAG, builder="")
     check(registry, signer, output, prefix, "pipeline")
 
 

@@ -11,8 +11,8 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from latentac.backbones import BACKBONES, load_backbone
 from latentac.backbones.guided import Guided, guided
-from latentac.config.schema import Extension
-from latentac.config.schema import Policy as PolicySettings
+from latentac.config.learning import Policy as PolicySettings
+from latentac.config.sections import Extension
 from latentac.method.diffusion import forward_noise
 from latentac.method.randomness import noise_for
 from latentac.sampling.kernels import KERNELS

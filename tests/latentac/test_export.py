@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from latentac.backbones import Denoiser, load_backbone
-from latentac.config.schema import Extension
-from latentac.config.schema import Policy as PolicySettings
+from latentac.config.learning import Policy as PolicySettings
+from latentac.config.sections import Extension
 from latentac.critic import Critic
 from latentac.method.diffusion import CPS, DDIM, DanceSDE, FlowSDE, GaussianTransition
 from latentac.method.randomness import generator_for, noise_for

@@ -9,8 +9,8 @@ from latentac.config.fields import read_file, read_overrides, read_yaml
 from latentac.config.recipes import RECIPES
 from latentac.config.validation import resolve
 from latentac.pipelines.__main__ import SETTINGS
+from latentac.runs.configuration import recipe_fields
 from latentac.runs.resolution import resolve_all
-from latentac.runs.verbs import recipe_fields
 from latentac.system.errors import ConfigError
 
 

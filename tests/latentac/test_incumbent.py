@@ -205,7 +205,7 @@ def test_a_model_of_another_project_judges_nobody(copy: Workspace, caplog: pytes
     mine = copy.folder.parent / "mine.yaml"
     mine.write_text("evaluation: {num_images: 8}\n")
     named = again(copy, "named", "project=mine")
-    verbs.prepare("filed", "", str(copy.folder.parent), "shapes-unet-smoke", str(mine), SMALL)
+    verbs.prepare("filed", "", str(copy.folder.parent), "shapes-unet-smoke", config=str(mine), overrides=SMALL)
     filed = open_run("filed", "", str(copy.folder.parent))
     aimed = again(copy, "aimed", "gate.reward=jpeg_compressibility")
     names = [space.config.project for space in (copy, named, filed, aimed)]

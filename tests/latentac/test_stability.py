@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentac.config.schema import EarlyStopping, Guard
+from latentac.config.learning import EarlyStopping, Guard
 from latentac.system.errors import Diverged
 from latentac.training.stability import best_iteration, diverged, stop_early, window_means
 from tests.latentac.extensions import Stumbling

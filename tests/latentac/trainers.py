@@ -10,8 +10,9 @@ from torch import Tensor
 
 from latentac.backbones import BACKBONES, Denoiser, load_backbone
 from latentac.config.fields import merge
-from latentac.config.schema import Config, Extension
+from latentac.config.schema import Config
 from latentac.config.schema import Reward as RewardSettings
+from latentac.config.sections import Extension
 from latentac.config.validation import resolve
 from latentac.rewards.configured import ConfiguredReward, load_rewards
 from latentac.sampling.kernels import KERNELS
@@ -126,7 +127,7 @@ def make_trainer(
     critic = new_critic(config, policy)
     policy.backbone.adapt(config.policy)
     used = scorers or load_rewards(config.rewards)
-    return Trainer(config, policy, critic, algorithm_of(config), used, prompts(), mesh or Mesh(0, 1, CPU))
+    return Trainer(config, policy, critic, algorithm_of(config), used, prompts(), mesh=mesh or Mesh.single(CPU))
 
 
 def snapshot(trainer: Trainer) -> dict[str, Tensor]:

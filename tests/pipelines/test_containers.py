@@ -24,10 +24,10 @@ import pytest
 from docker.errors import DockerException
 
 from latentac.pipelines import containers
-from latentac.pipelines.pipeline import STEPS
 from latentac.runs import package
 from latentac.store import access
 from latentac.system.errors import ConfigError, ResourceError
+from latentac.system.steps import NAMES as STEPS
 from latentac.worlds.shapes import builtin_pipeline
 from tests.docker import Docker
 from tests.golang import Unavailable

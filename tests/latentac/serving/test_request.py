@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from latentac.config.schema import Config, Extension, Kernel, Named
+from latentac.config.schema import Config, Kernel
+from latentac.config.sections import Extension, Named
 from latentac.serving import request
 from latentac.serving.exported import Batching, Exported, Head, Limits, Method
 from latentac.serving.openai import ImagesRequest, parse_images

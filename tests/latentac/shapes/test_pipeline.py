@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from latentac.backbones import load_backbone
-from latentac.config.schema import Extension
+from latentac.config.sections import Extension
 from latentac.method.diffusion import Kernel
 from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
