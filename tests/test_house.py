@@ -244,7 +244,7 @@ def test_the_library_does_not_print() -> None:
     """Only a command line prints. The library logs, and what must reach a stream all the same names it (`file=`)."""
     found = []
     for path in PRODUCT:
-        if path.relative_to(ROOT).parts[0] != "latentac" or path.name in {"cli.py", "__main__.py"}:
+        if path.relative_to(ROOT).parts[0] != "latentac" or path.name in {"cli.py", "running.py", "__main__.py"}:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             printing = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"

@@ -1,6 +1,5 @@
 """What a caller may ask for. Everything wrong with a request is told at once, each with its path and remedy."""
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_args
@@ -118,7 +117,7 @@ def _values(found: Any, most: int) -> int:
         value = pending.pop()
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         count += len(inner)
-        pending += itertools.islice(inner, most)
+        pending += inner
     return count
 
 

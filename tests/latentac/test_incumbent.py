@@ -65,7 +65,14 @@ def promote(space: Workspace, version: str) -> None:
 
 
 def put(space: Workspace, version: str, folder: Path) -> None:
-    space.store.publish(f"models/{version}", folder, run=space.run, step="deploy", config_hash=space.config.hash)
+    space.store.publish(
+        f"models/{version}",
+        folder,
+        run=space.run,
+        step="deploy",
+        config_hash=space.config.hash,
+        parents=[space.store.manifest(f"{space.run}/train")],
+    )
     put_in_production(space, version)
 
 
