@@ -140,7 +140,7 @@ e2e: install ## chart, pipeline, endpoint and report on the cluster of KUBECONFI
 	@$(PY) -m tests.cluster.e2e
 
 evidence: install ## arms x seeds x backbones at equal pictures and updates; stop and start it at will (hours)
-#: ONLY="main ablations hacking critic" RECIPE=shapes-unet MINUTES=120 WORKERS=2 ANEW=1; writes benchmarks/results and README.md
+#: ONLY="main ablations hacking critic" RECIPE=shapes-unet MINUTES=120 WORKERS=2 ANEW=1; writes benchmarks/results
 	@$(PARALLEL) $(PY) -m benchmarks.evidence run $(EVIDENCE_OPTIONS)
 
 evidence-quick: install ## a small version in 20 minutes on two cores, into build/evidence-quick

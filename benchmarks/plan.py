@@ -89,7 +89,7 @@ FULL = Scale(
     },
     folder=ROOT / "build" / "evidence",
     results=Path(__file__).resolve().parent / "results",
-    readme=ROOT / "README.md",
+    readme=Path(__file__).resolve().parent / "results" / "README.md",
 )
 QUICK = Scale(
     name="quick",

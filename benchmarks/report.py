@@ -1,4 +1,4 @@
-"""The README's section of results, and its figures, from the aggregated files and from nothing else."""
+"""The result tables and their figures, from the aggregated files and from nothing else."""
 
 import itertools
 import os
@@ -23,7 +23,7 @@ _TITLES = {
     "serving": "the endpoint",
 }
 _SHOWN = ("best_of_n", "resampling", "value_gradient", "fk_true", "best_of_n_cfg")
-"""Ways to steer that the README tells of; the file has all."""
+"""Ways to steer that the tables show. The file has all of them."""
 
 File = Mapping[str, Any]
 

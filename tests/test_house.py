@@ -291,18 +291,26 @@ def test_each_verb_is_documented() -> None:
 
 
 def test_links_and_make_targets_in_documents_exist() -> None:
-    """A relative link leads to a file of the checkout, and a `make` target that a document names is in the Makefile."""
+    """A relative link leads to a file of the checkout, and to a heading that the file has. Each `make` target that a
+    document names is in the Makefile."""
     targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     broken = []
     for path in (path for path in FILES if path.suffix == ".md"):
         text = path.read_text()
-        for link in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", text):
-            if not (path.parent / link).exists():
-                broken.append(f"{at(path)}: {link}")
-        for target in re.findall(r"(?:`|^ {4,}|^\$ )make ((?!-)[a-z0-9-]+)", text, re.MULTILINE):
-            if target not in targets:
-                broken.append(f"{at(path)}: make {target}")
+        for link, heading in re.findall(r"\]\((?!\w+:)([^)#\s]*)#?([^)\s]*)\)", text):
+            target = path.parent / link if link else path
+            if not target.exists() or (heading and heading not in headings(target)):
+                broken.append(f"{at(path)}: {link}#{heading}")
+        for goal in re.findall(r"(?:`|^ {4,}|^\$ )make ((?!-)[a-z0-9-]+)", text, re.MULTILINE):
+            if goal not in targets:
+                broken.append(f"{at(path)}: make {goal}")
     assert not broken, "\n".join(broken)
+
+
+def headings(document: Path) -> set[str]:
+    """The names by which links reach the headings of a Markdown file, as GitHub makes them."""
+    found = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in found}
 
 
 def test_make_help_lists_every_target() -> None:
