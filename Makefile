@@ -9,6 +9,7 @@ MAKEFLAGS += --no-print-directory
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+DOCS := build/docs-venv
 # The interpreter that the environment is made with.
 PYTHON ?= python3
 
@@ -25,7 +26,7 @@ endif
 TEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 TEST_WORKERS ?= 2
 PARALLEL := OMP_NUM_THREADS=1
-CHECKED := $(wildcard latentac images tests helm)
+CHECKED := $(wildcard latentac images tests helm docs)
 LOCK := compile -q --universal --fork-strategy fewest --generate-hashes --python-version 3.11 \
 	--no-emit-index-url --no-emit-find-links --no-header
 
@@ -38,7 +39,7 @@ RUN_OPTIONS = $(call option,RECIPE,recipe) $(call option,SEED,seed) $(call optio
 EVIDENCE_OPTIONS = $(call option,ONLY,only) $(call option,RECIPE,recipe) $(call option,MINUTES,budget-minutes) \
 	$(call option,WORKERS,workers) $(if $(ANEW),--anew)
 
-.PHONY: help install run run-containers serve test test-fast test-wheel lint format compile minio images sbom release-images chart reference
+.PHONY: help install run run-containers serve test test-wheel test-fast lint format compile minio images sbom release-images chart reference docs
 .PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering bench-serving
 .PHONY: bench-against chaos-store fuzz lock clean
 
@@ -118,6 +119,15 @@ reference: install ## write docs/configuration.md from the classes, and say what
 	@$(PY) -c 'from pathlib import Path; from latentac.runs.reference import fields_markdown as f; Path("docs/configuration.md").write_text(f())'
 	git --no-pager diff --stat -- docs
 
+docs: $(DOCS)/.installed ## the site of documents and reference, into build/site; a warning fails it
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+
+$(DOCS)/.installed: requirements/docs.lock requirements/installer.lock
+	@uv=$$(bash requirements/install.sh --uv '$(PYTHON)')
+	$$uv venv -q --clear --python '$(PYTHON)' $(DOCS)
+	$$uv pip sync -q --python $(DOCS) --require-hashes requirements/docs.lock
+	touch $@
+
 node-build: install ## the programs of the test node, built once into the cache (a quarter of an hour on two cores)
 	@$(PY) -m tests.cluster.binaries
 
@@ -178,6 +188,7 @@ lock: install ## resolve pyproject.toml and requirements/*.in; versions move onl
 	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) --override requirements/overrides.in --all-extras \
 		pyproject.toml requirements/dev.in -o requirements/dev.lock
 	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) requirements/installer.in -o requirements/installer.lock
+	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) -c requirements/dev.lock requirements/docs.in -o requirements/docs.lock
 	for name in tools sbom torch train serve pipeline kfp; do
 		options=(-c ../dev.lock $(if $(UPGRADE),--upgrade))
 		[[ $$name != kfp ]] || options+=(--no-deps)
