@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN = (".md", ".png", ".svg")
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)")
+MODULE = "      show_root_full_path: true\n      show_source: false\n      show_if_no_docstring: false\n"
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -67,11 +68,13 @@ def reference() -> dict[str, str]:
         pages[f"reference/{layer}.md"] = text + "\n".join(f"::: {path}\n" for path in names.values())
     index += "\n\n## Modules\n\nWhat is not exported may change from version to version.\n\n"
     for folder, members in modules().items():
-        index += f"- [`{folder}`]({page_of(folder).removeprefix('reference/')})\n"
+        content = ast.get_docstring(ast.parse((ROOT / folder.replace(".", "/") / "__init__.py").read_text()))
+        index += f"- [`{folder}`]({page_of(folder).removeprefix('reference/')})"
+        index += f": {content.splitlines()[0]}\n" if content else "\n"
         text = f"---\nsearch:\n  boost: 0.5\n---\n\n# {folder}\n\n"
         for module in members:
             hidden = "".join(f', "!^{name}$"' for name, place in exported.items() if place == module)
-            text += f"::: {module}\n    options:\n      show_root_full_path: true\n      show_source: false\n"
+            text += f"::: {module}\n    options:\n{MODULE}"
             text += f'      show_root_heading: {str(module != folder).lower()}\n      filters: ["!^_"{hidden}]\n\n'
         pages[page_of(folder)] = text
     return {"reference/index.md": index, **pages}
