@@ -34,8 +34,7 @@ def documents() -> list[str]:
 
 def public() -> dict[str, str]:
     """Public name -> its module, of the imports in `latentac/__init__.pyi`."""
-    stub = ROOT / "latentac" / "__init__.pyi"
-    lines = ast.parse(stub.read_text()).body if stub.is_file() else []
+    lines = ast.parse((ROOT / "latentac" / "__init__.pyi").read_text()).body
     imported = [line for line in lines if isinstance(line, ast.ImportFrom) and line.level == 1]
     return {name.asname or name.name: f"latentac.{line.module}" for line in imported for name in line.names}
 
