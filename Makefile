@@ -39,9 +39,9 @@ RUN_OPTIONS = $(call option,RECIPE,recipe) $(call option,SEED,seed) $(call optio
 EVIDENCE_OPTIONS = $(call option,ONLY,only) $(call option,RECIPE,recipe) $(call option,MINUTES,budget-minutes) \
 	$(call option,WORKERS,workers) $(if $(ANEW),--anew)
 
-.PHONY: help install run run-containers serve test test-wheel test-fast lint format compile minio images sbom release-images chart reference docs
+.PHONY: help install run run-containers serve test test-wheel test-fast lint format compile minio images sbom release-images chart reference
 .PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering bench-serving
-.PHONY: bench-against chaos-store fuzz lock clean
+.PHONY: bench-against chaos-store fuzz docs lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 } /^#:/ { print "      " substr($$0, 4) }' Makefile
@@ -119,15 +119,6 @@ reference: install ## write docs/configuration.md from the classes, and say what
 	@$(PY) -c 'from pathlib import Path; from latentac.runs.reference import fields_markdown as f; Path("docs/configuration.md").write_text(f())'
 	git --no-pager diff --stat -- docs
 
-docs: $(DOCS)/.installed ## the site of documents and reference, into build/site; a warning fails it
-	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
-
-$(DOCS)/.installed: requirements/docs.lock requirements/installer.lock
-	@uv=$$(bash requirements/install.sh --uv '$(PYTHON)')
-	$$uv venv -q --clear --python '$(PYTHON)' $(DOCS)
-	$$uv pip sync -q --python $(DOCS) --require-hashes requirements/docs.lock
-	touch $@
-
 node-build: install ## the programs of the test node, built once into the cache (a quarter of an hour on two cores)
 	@$(PY) -m tests.cluster.binaries
 
@@ -181,6 +172,15 @@ fuzz: install ## the endpoint: requests made from its OpenAPI document, odd numb
 #: EXAMPLES=1200 for each operation; SEED=0
 	@$(PARALLEL) LATENTAC_FUZZ_EXAMPLES=$(or $(EXAMPLES),1200) LATENTAC_FUZZ_SEED=$(or $(SEED),0) \
 		$(TEST) -s -m fuzz tests/latentac/serving $(ARGS)
+
+docs: $(DOCS)/.installed ## the site of documents and reference, into build/site; a warning fails it
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+
+$(DOCS)/.installed: requirements/docs.lock requirements/installer.lock
+	@uv=$$(bash requirements/install.sh --uv '$(PYTHON)')
+	$$uv venv -q --clear --python '$(PYTHON)' $(DOCS)
+	$$uv pip sync -q --python $(DOCS) --require-hashes requirements/docs.lock
+	touch $@
 
 lock: install ## resolve pyproject.toml and requirements/*.in; versions move only where a bound or a pin asks for it
 #: UPGRADE=1 moves every version that no pin holds
