@@ -9,6 +9,7 @@ MAKEFLAGS += --no-print-directory
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+DOCS := build/docs-venv
 # The interpreter that the environment is made with.
 PYTHON ?= python3
 
@@ -25,7 +26,7 @@ endif
 TEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 TEST_WORKERS ?= 2
 PARALLEL := OMP_NUM_THREADS=1
-CHECKED := $(wildcard latentac images helm benchmarks tools tests)
+CHECKED := $(wildcard latentac images helm benchmarks tools docs tests)
 LOCK := compile -q --universal --fork-strategy fewest --generate-hashes --python-version 3.11 \
 	--no-emit-index-url --no-emit-find-links --no-header
 
@@ -40,7 +41,7 @@ EVIDENCE_OPTIONS = $(call option,ONLY,only) $(call option,RECIPE,recipe) $(call 
 
 .PHONY: help install run run-containers serve test test-wheel test-fast lint format compile minio images sbom release-images chart reference
 .PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering bench-serving
-.PHONY: bench-against chaos-store fuzz lock clean
+.PHONY: bench-against chaos-store fuzz docs lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 } /^#:/ { print "      " substr($$0, 4) }' Makefile
@@ -172,12 +173,22 @@ fuzz: install ## the endpoint: requests made from its OpenAPI document, odd numb
 	@$(PARALLEL) LATENTAC_FUZZ_EXAMPLES=$(or $(EXAMPLES),1200) LATENTAC_FUZZ_SEED=$(or $(SEED),0) \
 		$(TEST) -s -m fuzz tests/latentac/serving $(ARGS)
 
+docs: $(DOCS)/.installed ## the site of documents and reference, into build/site; a warning fails it
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+
+$(DOCS)/.installed: requirements/docs.lock requirements/installer.lock
+	@uv=$$(bash requirements/install.sh --uv '$(PYTHON)')
+	$$uv venv -q --clear --python '$(PYTHON)' $(DOCS)
+	$$uv pip sync -q --python $(DOCS) --require-hashes requirements/docs.lock
+	touch $@
+
 lock: install ## resolve pyproject.toml and requirements/*.in; versions move only where a bound or a pin asks for it
 #: UPGRADE=1 moves every version that no pin holds
 	@uv=$$(bash requirements/install.sh --uv '$(PYTHON)')
 	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) --override requirements/overrides.in --all-extras \
 		pyproject.toml requirements/dev.in -o requirements/dev.lock
 	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) requirements/installer.in -o requirements/installer.lock
+	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) -c requirements/dev.lock requirements/docs.in -o requirements/docs.lock
 	for name in tools sbom torch train serve pipeline kfp; do
 		options=(-c ../dev.lock $(if $(UPGRADE),--upgrade))
 		[[ $$name != kfp ]] || options+=(--no-deps)

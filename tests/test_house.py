@@ -373,7 +373,7 @@ ASKED = [
 
 def test_what_is_asked_for_is_what_is_locked() -> None:
     """Every row of the .in files is an exact pin, and the lock has that version, with hashes and without addresses."""
-    for source, lock in (("dev.in", "dev.lock"), ("installer.in", "installer.lock")):
+    for source, lock in ((f"{name}.in", f"{name}.lock") for name in ("dev", "installer", "docs")):
         locked = pins(lock)
         assert {name: locked.get(name) for name in pins(source)} == pins(source), f"{source}: run `make lock`"
         text = (ROOT / "requirements" / lock).read_text()
