@@ -2,7 +2,8 @@
 
 In a document, from top to bottom: a Python, YAML, JSONL or Dockerfile block is written to the file that its first line
 (`# name`), or `<!-- file: name -->` above it, names; a Python block without a name is a script; a shell block is run.
-`<!-- not run: why, and which test runs it -->` stands above a block that is not run. A `text` block is only shown.
+`<!-- not run: why, and which test runs it -->` stands above a block that is not run. A `text`
+or `math` block is only shown.
 """
 
 import json
@@ -33,7 +34,7 @@ def documents() -> list[str]:
 
 
 DOCUMENTS = documents()
-WRITTEN, RUN, SHOWN = {"python", "yaml", "jsonl", "dockerfile"}, {"sh"}, {"text"}
+WRITTEN, RUN, SHOWN = {"python", "yaml", "jsonl", "dockerfile"}, {"sh"}, {"text", "math"}
 FENCE = re.compile(
     r"(?P<comments>(?:^<!-- (?:file|not run): [^>]* -->\n)*)^```(?P<language>\S*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
