@@ -146,7 +146,7 @@ def one(scene: Scene, kind: str, number: int, choice: random.Random, folder: Pat
         error = None
         try:
             work(store, key, source if publishes else None, target)
-        except StoreError as caught:
+        except (StoreError, ResourceError) as caught:
             error = caught
         ended.append((time.monotonic(), error))
 

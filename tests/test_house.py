@@ -25,7 +25,7 @@ MAX_POSITIONAL = 6
 
 # Tables whose keys a user writes in a configuration or on the command line, beside those of "module:Class" rows.
 TABLES = {"KERNELS", "PIPELINES", "RECIPES", "VERBS"}
-METHOD_MAY_IMPORT = {"collections.abc", "dataclasses", "enum", "hashlib", "math", "typing", "torch"}
+METHOD_MAY_IMPORT = {"collections.abc", "dataclasses", "enum", "hashlib", "jaxtyping", "math", "typing", "torch"}
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 NO_NAMES = {"utils", "common", "base", "core", "registry", "helpers", "misc"}
 UNSAFE_KEYWORD = re.compile(r"(trust_remote_code|allow_pickle)=(?!False)")
