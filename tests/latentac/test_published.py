@@ -196,6 +196,7 @@ PICTURES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("step", ["evaluate", "deploy"])
 @pytest.mark.parametrize("picture", PICTURES.values(), ids=PICTURES)
 def test_a_picture_that_is_none_is_one_error(tmp_path: Path, picture: bytes, step: str) -> None:

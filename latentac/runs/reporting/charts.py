@@ -7,6 +7,7 @@ import io
 import math
 import re
 import textwrap
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -268,7 +269,9 @@ def _axes(name: str, title: str, x: str, y: str, pad: float = 6) -> Iterator[tup
         axes.set(xlabel=x, ylabel=textwrap.fill(y, 38, max_lines=2, placeholder="…"))
         axes.set_title(title, loc="left", fontsize=9, fontweight="bold", pad=pad)
         yield axes, page
-        figure.savefig(drawing, format="svg", transparent=True, metadata={"Date": None})
+        with warnings.catch_warnings():  # about a letter that the font lacks, and about labels with little room
+            warnings.simplefilter("ignore", UserWarning)
+            figure.savefig(drawing, format="svg", transparent=True, metadata={"Date": None})
     page.write(_inline(drawing.getvalue(), re.sub(r"\W", "-", name), title))
 
 
