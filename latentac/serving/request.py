@@ -9,8 +9,8 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from pydantic.fields import FieldInfo
 from pydantic_core import from_json
 
-from latentac.config.schema import Number, Section, suggestion
-from latentac.serving.exported import Exported, Limits
+from latentac.config.schema import Limits, Number, Section, suggestion
+from latentac.serving.exported import Exported
 from latentac.system.errors import ConfigError, Problem
 from latentac.system.names import PLAIN
 from latentac.worlds.promptfiles import text_problem

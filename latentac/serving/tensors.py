@@ -14,8 +14,7 @@ from kserve.protocol.infer_type import InferOutput, RequestedOutput
 from kserve.utils.numpy_codec import to_np_dtype
 from pydantic import Field
 
-from latentac.config.schema import Section, suggestion
-from latentac.serving.exported import Limits
+from latentac.config.schema import Limits, Section, suggestion
 from latentac.serving.request import MOST_PROBLEMS, WHOLE, at_most, decoded, most_values, shortened, validated
 from latentac.system.errors import ConfigError, Problem
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from latentac.config.schema import Batching
 from latentac.serving.batching import Batcher, Busy
-from latentac.serving.exported import Batching
 from latentac.serving.generator import Generator
 from latentac.serving.request import parse_one
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from latentac.config.schema import Config, Extension, Kernel, Named
+from latentac.config.schema import Batching, Config, Extension, Kernel, Limits, Named
 from latentac.serving import request
-from latentac.serving.exported import Batching, Exported, Head, Limits, Method
+from latentac.serving.exported import Exported, Head, Method
 from latentac.serving.openai import ImagesRequest, parse_images
 from latentac.serving.request import Request, decoded, most_values, parse, parse_one
 from latentac.serving.tensors import infer_request, instances
