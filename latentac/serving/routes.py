@@ -23,17 +23,11 @@ from latentac.serving.batching import Busy, Job
 from latentac.serving.bodies import binary_of, body_of, json_of, most_bytes
 from latentac.serving.model import SteeredDiffusion, TooLong
 from latentac.serving.observing import Record
-from latentac.serving.openai import parse_images
+from latentac.serving.options import options_of
 from latentac.serving.refusals import Refused, refusal, unknown
-from latentac.serving.request import (
-    MAX_WEIGHT,
-    Request,
-    most_values,
-    parse_one,
-)
+from latentac.serving.request import Request, most_values, validated
 from latentac.serving.tensors import BINARY_HEADER, infer_request
 from latentac.system.errors import ConfigError, Problem
-from latentac.system.names import PLAIN
 
 _ALIVE_SECONDS = 15.0
 _PAGE = {"page.css": "text/css", "page.js": "text/javascript"}
@@ -131,7 +125,7 @@ class Routes:
 
     async def options(self) -> Response:
         """What may be asked for, with the defaults."""
-        return JSONResponse(described(self._model))
+        return JSONResponse(options_of(self._model))
 
     async def predict(self, model_name: str, request: HTTPRequest) -> Response:
         """KServe's V1 protocol."""
@@ -168,7 +162,7 @@ class Routes:
         """OpenAI's `images/generations`."""
 
         async def handle(body: Any, record: Record) -> Response:
-            asked = parse_images(body, self._model.generator.exported)
+            asked = validated(self._model.generator.forms.images, body)
             if asked.model not in (None, self._model.name):
                 raise unknown("model", asked.model or "", self._model.name)
             self._model.generator.check([("prompt", asked)])
@@ -184,7 +178,7 @@ class Routes:
         """One request's pictures, and the critic's values while they are drawn, as server-sent events."""
 
         async def handle(body: Any, record: Record) -> Response:
-            asked = parse_one(body, self._model.generator.exported)
+            asked = validated(self._model.generator.forms.request, body)
             self._model.generator.check([("prompt", asked)])
             loop, steps = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any]]()
 
@@ -245,57 +239,6 @@ class Routes:
                 record.answered(status)
         response.headers["X-Request-Id"] = record.id
         return response
-
-
-def described(model: SteeredDiffusion) -> dict[str, Any]:
-    """What may be asked of `model`, for a page or a program to offer."""
-    exported, critic = model.generator.exported, model.generator.critic
-    default = exported.default_method
-    plain = {"name": PLAIN, "summary": "no steering: the policy alone", "gradient": False, "several": False}
-    return {
-        "name": model.name,
-        "version": exported.version,
-        "run": exported.run,
-        "notice": exported.notice,
-        "size": list(exported.size),
-        "policies": exported.policies,
-        "methods": [
-            {
-                "name": name,
-                "summary": method.summary,
-                "gradient": method.needs_gradient,
-                "several": True,
-                "particles": method.particles,
-            }
-            for name, method in exported.methods.items()
-        ]
-        + [{**plain, "particles": 1}],
-        "rewards": [
-            {
-                "name": reward.name,
-                "unit": reward.unit,
-                "default_weight": exported.default_weights(default).get(reward.name, 0.0),
-                "mean": float(critic.mean[head]),
-                "std": float(critic.std[head]),
-            }
-            for head, reward in enumerate(exported.rewards)
-        ],
-        "defaults": {
-            "num_steps": exported.kernel.num_steps,
-            "guidance_scale": 1.0,
-            "method": default,
-            "particles": exported.methods[default].particles if default in exported.methods else 1,
-            "count": 1,
-            "seed": 0,
-            "strengths": {name: method.strength for name, method in exported.methods.items()},
-        },
-        "limits": {
-            **exported.limits.model_dump(),
-            "max_weight": MAX_WEIGHT,
-            "max_tokens": model.generator.max_tokens,
-        },
-        "examples": exported.examples,
-    }
 
 
 async def _unless_gone(http: HTTPRequest, work: Awaitable[Response]) -> Response:

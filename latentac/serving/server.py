@@ -120,7 +120,7 @@ def serve_on(
                 Routes(model, prompts=log_prompts).register(app)
                 written = int((folder / exported.FILE).stat().st_mtime)
                 State(self.dataplane, name, generator.exported, written).register(app)
-                document = openapi.document(app, generator.exported, name)
+                document = openapi.document(app, generator.forms, name, generator.exported.version)
                 app.openapi = lambda: document  # type: ignore[method-assign]
                 may = allowed or Access()
                 app.add_middleware(Guard, access=may)
