@@ -30,7 +30,7 @@ def application(
     app = FastAPI(docs_url=None, redoc_url=None)
     Routes(model, prompts=log_prompts).register(app)
     State(dataplane, model.name, generator.exported, created).register(app)
-    document = openapi.document(app, generator.forms, model.name, generator.exported.version)
+    document = openapi.document(app, model.name, generator.exported.version)
     app.openapi = lambda: document  # type: ignore[method-assign]
     app.add_middleware(Guard, access=access)
     if access.origins:  # a browser asks before it sends JSON for another website

@@ -4,14 +4,14 @@ from typing import Any, Literal
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from kserve.protocol.rest.v2_datamodels import InferenceResponse
 from pydantic import BaseModel
 
 import latentac
 from latentac.config.schema import Section
-from latentac.serving.forms import Forms
 from latentac.serving.request import Json
-from latentac.serving.tensors import BINARY_HEADER, INPUTS, InferenceRequest
+from latentac.serving.tensors import BINARY_HEADER
 
 _REF = "#/components/schemas/{model}"
 
@@ -98,21 +98,15 @@ class Images(Section):
     latentac: Metadata
 
 
-Operation = tuple[type[BaseModel], type[BaseModel] | str, type[BaseModel]]
-"""Of a POST: its body, its answer (a schema or a media type), its refusal."""
-
-
-def _own(forms: Forms) -> dict[str, Operation]:
-    """Path of a POST -> what it takes and answers."""
-    infer = InferenceRequest, InferenceResponse, Refusal
-    return {
-        "/v1/models/{model_name}:predict": (forms.body, Predictions, Refusal),
-        "/v2/models/{model_name}/infer": infer,
-        "/v2/models/{model_name}/versions/{model_version}/infer": infer,
-        "/v1/images/generations": (forms.images, Images, OpenAIRefusal),
-        "/v1/images/stream": (forms.request, "text/event-stream", Refusal),
-    }
-
+_INFER = InferenceResponse, Refusal
+_OWN: dict[str, tuple[type[BaseModel] | str, type[BaseModel]]] = {
+    "/v1/models/{model_name}:predict": (Predictions, Refusal),
+    "/v2/models/{model_name}/infer": _INFER,
+    "/v2/models/{model_name}/versions/{model_version}/infer": _INFER,
+    "/v1/images/generations": (Images, OpenAIRefusal),
+    "/v1/images/stream": ("text/event-stream", Refusal),
+}
+"""Path of a POST -> its answer (a schema or a media type), its refusal. FastAPI tells its body."""
 
 _REFUSALS = {
     "400": "The body is no JSON, or is damaged, or a header is given twice",
@@ -168,15 +162,17 @@ _BYTES: Json = {"application/octet-stream": {"schema": {"type": "string", "forma
 _COMPRESSED = "The body may be compressed: Content-Encoding gzip or deflate"
 
 
-def document(app: FastAPI, forms: Forms, name: str, version: str) -> Json:
+def document(app: FastAPI, name: str, version: str) -> Json:
     """The whole document, for the routes that `app` has. name, version: of the model that is served."""
     found = get_openapi(
         title="latentac", version=latentac.__version__, routes=app.routes, summary="Pictures, steered by a critic"
     )
     schemas: Json = {}
-    for path, (asked, answered, refused) in _own(forms).items():
+    # FastAPI's own copy of the forms has lost their nulls, and has floats for all whole numbers.
+    for form in (route.body_field for route in app.routes if isinstance(route, APIRoute)):
+        schemas |= _schemas(form.field_info.annotation, "validation") if form else {}
+    for path, (answered, refused) in _OWN.items():
         operation = found["paths"][path]["post"]
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(asked)}}}
         operation["description"] = _COMPRESSED
         given = {"text/event-stream": {"schema": _EVENT}}
         operation["responses"] = {
@@ -185,7 +181,7 @@ def document(app: FastAPI, forms: Forms, name: str, version: str) -> Json:
             else {"description": "Events: queued, step, picture, error", "content": given},
             **_errors(_REFUSALS, refused),
         }
-        schemas |= _schemas(asked, "validation") | _schemas(refused)
+        schemas |= _schemas(refused)
         schemas |= {} if isinstance(answered, str) else _schemas(answered)
     for path, errors in _KSERVE.items():
         responses = found["paths"][path]["get"]["responses"]
@@ -208,8 +204,6 @@ def document(app: FastAPI, forms: Forms, name: str, version: str) -> Json:
     found.setdefault("components", {}).setdefault("schemas", {}).update(schemas | _schemas(KServeError))
     found["components"]["schemas"].pop("HTTPValidationError", None)
     found["components"]["schemas"].pop("ValidationError", None)
-    example = {"inputs": [{"name": "prompt", "datatype": INPUTS["prompt"], "shape": [1], "data": ["two red squares"]}]}
-    schemas["InferenceRequest"]["example"] = {**example, "outputs": [{"name": "image"}]}
     return found
 
 
@@ -225,7 +219,7 @@ def _errors(codes: dict[str, str], model: type[BaseModel]) -> Json:
     return {code: _response(told, _ref(model)) for code, told in codes.items()}
 
 
-def _schemas(model: type[BaseModel], mode: Literal["validation", "serialization"] = "serialization") -> Json:
+def _schemas(model: Any, mode: Literal["validation", "serialization"] = "serialization") -> Json:
     """The model's schema and those that it names, each under its name."""
     schema = model.model_json_schema(ref_template=_REF, mode=mode)
     return {**schema.pop("$defs", {}), model.__name__: schema}

@@ -56,6 +56,7 @@ POLICIES = ("trained", "base")
 """Whose weights denoise: those that were trained, or the untouched ones, where they were exported."""
 MOST_PROBLEMS = 20
 """Told of one request; a longer list helps nobody."""
+_NO_OBJECT = ("model_type", "model_attributes_type")
 REFUSED = "refused"
 """Type of an error of ours in pydantic's list; its context has the words: see `refused`."""
 UNUSED = f'does nothing with method "{PLAIN}"'
@@ -194,12 +195,15 @@ def validated(root: type[Root], fields: object) -> Root:
     try:
         return root.model_validate(fields)
     except ValidationError as error:
-        details = error.errors(include_url=False)[:MOST_PROBLEMS]
-        raise ConfigError([_problem(detail, root) for detail in details]) from None
+        raise ConfigError(problems_of(error.errors(include_url=False), root)) from None
+
+
+def problems_of(details: Sequence[Mapping[str, Any]], root: type[Section]) -> list[Problem]:
+    """The first of pydantic's findings about a `root`, in our words."""
+    return [_problem(detail, root) for detail in details[:MOST_PROBLEMS]]
 
 
 def _problem(detail: Mapping[str, Any], root: type[Section]) -> Problem:
-    """One of pydantic's findings about a `root`, in our words."""
     path = ".".join(shortened(str(part)) for part in detail["loc"]) or "body"
     if detail["type"] == REFUSED:
         told = detail["ctx"]
@@ -215,7 +219,7 @@ def _problem(detail: Mapping[str, Any], root: type[Section]) -> Problem:
         return Problem(path, shortened(detail["input"]), "unknown field", remedy)
     if detail["type"] == "missing":
         return Problem(path, None, "is required", remedy)
-    message = "is no JSON object" if detail["type"] == "model_type" else detail["msg"][0].lower() + detail["msg"][1:]
+    message = "is no JSON object" if detail["type"] in _NO_OBJECT else detail["msg"][0].lower() + detail["msg"][1:]
     return Problem(path, shortened(detail["input"]), message, remedy)
 
 

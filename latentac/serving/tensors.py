@@ -12,7 +12,7 @@ import numpy as np
 from kserve import InferInput, InferRequest, InferResponse
 from kserve.protocol.infer_type import InferOutput, RequestedOutput
 from kserve.utils.numpy_codec import to_np_dtype
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from latentac.config.schema import Limits, Section, suggestion
 from latentac.serving.request import (
@@ -52,6 +52,11 @@ _SHAPE: Json = {
     "maxItems": 2,
     "items": {"type": "integer", "minimum": 1},
     "description": "[number of elements]: that of the prompts, or 1 for all of them",
+}
+
+_EXAMPLE: Json = {
+    "inputs": [{"name": "prompt", "datatype": INPUTS["prompt"], "shape": [1], "data": ["two red squares"]}],
+    "outputs": [{"name": "image"}],
 }
 
 _LENGTH = struct.Struct("<I")
@@ -106,6 +111,8 @@ class RequestOutput(Section):
 
 class InferenceRequest(Section):
     """The V2 form of a request. model_name: sent by KServe's client, and not read: the address has it."""
+
+    model_config = ConfigDict(json_schema_extra={"example": _EXAMPLE})
 
     id: Annotated[str | None, Field(description="Use a text, or leave it out.")] = None
     model_name: Annotated[str | None, Field(description="Use a text, or leave it out.")] = None
