@@ -9,6 +9,7 @@ MAKEFLAGS += --no-print-directory
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+DOCS := build/docs-venv
 # The interpreter that the environment is made with.
 PYTHON ?= python3
 
@@ -25,7 +26,7 @@ endif
 TEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 TEST_WORKERS ?= 2
 PARALLEL := OMP_NUM_THREADS=1
-CHECKED := $(wildcard latentac images tests helm)
+CHECKED := $(wildcard latentac images helm benchmarks tools docs tests)
 LOCK := compile -q --universal --fork-strategy fewest --generate-hashes --python-version 3.11 \
 	--no-emit-index-url --no-emit-find-links --no-header
 
@@ -38,9 +39,9 @@ RUN_OPTIONS = $(call option,RECIPE,recipe) $(call option,SEED,seed) $(call optio
 EVIDENCE_OPTIONS = $(call option,ONLY,only) $(call option,RECIPE,recipe) $(call option,MINUTES,budget-minutes) \
 	$(call option,WORKERS,workers) $(if $(ANEW),--anew)
 
-.PHONY: help install run run-containers serve test test-fast test-wheel lint format compile minio images sbom release-images chart reference
+.PHONY: help install run run-containers serve test test-wheel test-fast lint format compile minio images sbom release-images chart reference
 .PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering bench-serving
-.PHONY: bench-against chaos-store fuzz lock clean
+.PHONY: bench-against chaos-store fuzz docs lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 } /^#:/ { print "      " substr($$0, 4) }' Makefile
@@ -94,7 +95,7 @@ compile: install ## write the pipeline's golden files anew, and say what changed
 	git --no-pager diff --stat -- pipelines
 
 minio: install ## a MinIO server for the tests: MINIO_BIN, or the one on PATH, or built once into the cache
-	@$(PY) -m tests.minio build
+	@$(PY) -m tools.minio build
 
 images: install ## build the images with docker; without a registry the base is made here (root, debootstrap)
 #: IMAGES="train serve" BASE=<image with Python> PREFIX=latentac TAG=dev TORCH_BACKEND=cpu TORCH_IMAGE=<image>
@@ -119,7 +120,7 @@ reference: install ## write docs/configuration.md from the classes, and say what
 	git --no-pager diff --stat -- docs
 
 node-build: install ## the programs of the test node, built once into the cache (a quarter of an hour on two cores)
-	@$(PY) -m tests.cluster.binaries
+	@$(PY) -m tools.binaries
 
 node-up: install ## a Kubernetes node of our own in the background (as root); prints what to export
 #: CRDs of KServe, Volcano, KFP and Argo come from the folder in LATENTAC_CRDS
@@ -140,37 +141,46 @@ e2e: install ## chart, pipeline, endpoint and report on the cluster of KUBECONFI
 	@$(PY) -m tests.cluster.e2e
 
 evidence: install ## arms x seeds x backbones at equal pictures and updates; stop and start it at will (hours)
-#: ONLY="main ablations hacking critic" RECIPE=shapes-unet MINUTES=120 WORKERS=2 ANEW=1; writes tests/bench/results and README.md
-	@$(PARALLEL) $(PY) -m tests.bench.evidence run $(EVIDENCE_OPTIONS)
+#: ONLY="main ablations hacking critic" RECIPE=shapes-unet MINUTES=120 WORKERS=2 ANEW=1; writes benchmarks/results
+	@$(PARALLEL) $(PY) -m benchmarks.evidence run $(EVIDENCE_OPTIONS)
 
 evidence-quick: install ## a small version in 20 minutes on two cores, into build/evidence-quick
 #: as make evidence
-	@$(PARALLEL) $(PY) -m tests.bench.evidence run --quick $(EVIDENCE_OPTIONS)
+	@$(PARALLEL) $(PY) -m benchmarks.evidence run --quick $(EVIDENCE_OPTIONS)
 
 bench-critic: install ## what the critic costs: iterations of DDPO and of ours in turns, in one process
 #: RECIPE=shapes-unet PAIRS=12
-	@$(PARALLEL) $(PY) -m tests.bench.critic_cost $(call option,RECIPE,recipe) $(call option,PAIRS,pairs)
+	@$(PARALLEL) $(PY) -m benchmarks.critic_cost $(call option,RECIPE,recipe) $(call option,PAIRS,pairs)
 
 bench-steering: install ## reward against evaluations of every way to steer, and what a particle and a gradient cost
 #: RECIPE=shapes-unet RUN=runs/<run that has trained; else it trains> PROMPTS=384; goes on where it was stopped
-	@$(PARALLEL) $(PY) -m tests.bench.steering $(call option,RECIPE,recipe) $(call option,RUN,run) $(call option,PROMPTS,prompts)
+	@$(PARALLEL) $(PY) -m benchmarks.steering $(call option,RECIPE,recipe) $(call option,RUN,run) $(call option,PROMPTS,prompts)
 
 bench-serving: install ## the endpoint: batching against one by one, the way through HTTP, probes under load
 #: RECIPE=shapes-unet ROUNDS=6
-	@$(PARALLEL) $(PY) -m tests.bench.serving $(call option,RECIPE,recipe) $(call option,ROUNDS,rounds)
+	@$(PARALLEL) $(PY) -m benchmarks.serving $(call option,RECIPE,recipe) $(call option,ROUNDS,rounds)
 
 bench-against: install minio ## throughput of endpoint and store: this version and an earlier commit in turns (minutes)
 #: COMMIT=966fe4c ROUNDS=12; the commit needs the same dependencies
-	@$(PARALLEL) $(PY) -m tests.bench.against $(or $(COMMIT),HEAD~1) $(call option,ROUNDS,rounds)
+	@$(PARALLEL) $(PY) -m benchmarks.against $(or $(COMMIT),HEAD~1) $(call option,ROUNDS,rounds)
 
 chaos-store: install minio ## 50 faults of a store: partial artifacts that are visible, and waits above their bound (minutes)
 #: FAULTS=50 SEED=0
-	@$(PY) -m tests.bench.chaos $(call option,FAULTS,faults) $(call option,SEED,seed)
+	@$(PY) -m benchmarks.chaos $(call option,FAULTS,faults) $(call option,SEED,seed)
 
 fuzz: install ## the endpoint: requests made from its OpenAPI document, odd numbers and headers, misused connections (minutes)
 #: EXAMPLES=1200 for each operation; SEED=0
 	@$(PARALLEL) LATENTAC_FUZZ_EXAMPLES=$(or $(EXAMPLES),1200) LATENTAC_FUZZ_SEED=$(or $(SEED),0) \
 		$(TEST) -s -m fuzz tests/latentac/serving $(ARGS)
+
+docs: $(DOCS)/.installed ## the site of documents and reference, into build/site; a warning fails it
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+
+$(DOCS)/.installed: requirements/docs.lock requirements/installer.lock
+	@uv=$$(bash requirements/install.sh --uv '$(PYTHON)')
+	$$uv venv -q --clear --python '$(PYTHON)' $(DOCS)
+	$$uv pip sync -q --python $(DOCS) --require-hashes requirements/docs.lock
+	touch $@
 
 lock: install ## resolve pyproject.toml and requirements/*.in; versions move only where a bound or a pin asks for it
 #: UPGRADE=1 moves every version that no pin holds
@@ -178,6 +188,7 @@ lock: install ## resolve pyproject.toml and requirements/*.in; versions move onl
 	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) --override requirements/overrides.in --all-extras \
 		pyproject.toml requirements/dev.in -o requirements/dev.lock
 	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) requirements/installer.in -o requirements/installer.lock
+	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) -c requirements/dev.lock requirements/docs.in -o requirements/docs.lock
 	for name in tools sbom torch train serve pipeline kfp; do
 		options=(-c ../dev.lock $(if $(UPGRADE),--upgrade))
 		[[ $$name != kfp ]] || options+=(--no-deps)
@@ -186,4 +197,4 @@ lock: install ## resolve pyproject.toml and requirements/*.in; versions move onl
 
 clean: ## remove the environment and all caches; runs/ stays
 	@rm -rf $(VENV) .installer build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
-	find latentac components pipelines tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find latentac components pipelines benchmarks tools tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

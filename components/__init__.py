@@ -9,6 +9,3 @@ PIPELINE = os.environ.get("LATENTAC_IMAGE_PIPELINE") or _DEFAULT.format("pipelin
 TRAIN = os.environ.get("LATENTAC_IMAGE_TRAIN") or _DEFAULT.format("train")
 SERVE = os.environ.get("LATENTAC_IMAGE_SERVE") or _DEFAULT.format("serve")
 """Image references, read when the pipeline is compiled. Embedded runs use none."""
-
-COMPUTE = ("prepare", "pretrain-value", "evaluate", "steer")
-"""The steps that need torch, in the train image. On a cluster the others launch and decide, in the pipeline image."""

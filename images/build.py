@@ -1,6 +1,6 @@
 """Build the images with docker: `make images`, which says what can be set.
 
-The daemon is that of tests/docker.py. The base is `BASE`; without it the Dockerfiles' own default where a registry can
+The daemon is that of tools/docker.py. The base is `BASE`; without it the Dockerfiles' own default where a registry can
 be reached or has been, else a Debian made here by debootstrap. What comes from a registry is used by its digest. Names,
 ids, bases and sizes go to build/images/images.json.
 """
@@ -24,9 +24,9 @@ from docker import DockerClient
 from docker.errors import ImageNotFound
 
 from latentac import __version__
-from tests import minio
-from tests.docker import Docker, daemon
-from tests.golang import Unavailable, cache_folder, run
+from tools import minio
+from tools.docker import Docker, daemon
+from tools.golang import Unavailable, cache_folder, run
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "build" / "images"

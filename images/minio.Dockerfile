@@ -1,5 +1,5 @@
 # The MinIO server for evaluation and tests. Upstream publishes no images any more, so `make images` builds the program
-# from the Go module proxy (tests/minio.py) and this puts it on the base.
+# from the Go module proxy (tools/minio.py) and this puts it on the base.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
 FROM ${BASE}

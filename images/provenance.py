@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from images.build import BACKEND, OCI, ON_TORCH, ROOT, revision
-from tests import minio
+from tools import minio
 
 # One job of a CI, by the variables that the common ones set.
 JOB = ("CI_JOB_URL", "BUILD_URL", "BUILDKITE_BUILD_URL")
@@ -74,5 +74,5 @@ def _locks(name: str) -> list[dict[str, Any]]:
 
 
 def _modules(name: str) -> list[dict[str, Any]]:
-    """MinIO is a published Go module, built by tests/minio.py."""
+    """MinIO is a published Go module, built by tools/minio.py."""
     return [{"uri": f"pkg:golang/github.com/minio/minio@{minio.RELEASE}"}] if name == "minio" else []

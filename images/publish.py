@@ -29,9 +29,9 @@ from images import sbom
 from images.build import NAMES, OCI, OUTPUT, ROOT, revision
 from images.provenance import provenance
 from latentac import __version__
-from tests.cluster.binaries import program
-from tests.docker import Docker, daemon
-from tests.golang import Unavailable
+from tools.binaries import program
+from tools.docker import Docker, daemon
+from tools.golang import Unavailable
 
 RELEASED = tuple(name for name in NAMES if name != "torch")
 # What cosign calls a type, and the predicate that a verifier finds.
@@ -232,7 +232,7 @@ def values(signer: Signer, prefix: str, digests: Mapping[str, str]) -> dict[str,
 
 
 def release(
-    docker: Docker, client: DockerClient, signer: Signer, names: Sequence[str], prefix: str, tag: str, builder: str
+    docker: Docker, client: DockerClient, signer: Signer, names: Sequence[str], *, prefix: str, tag: str, builder: str
 ) -> None:
     """Push, sign, attest, verify; then write what was released. Raises Unavailable."""
     digests, about = {}, {}
@@ -281,7 +281,7 @@ def main() -> None:
         signer.public_key()  # opens the key before anything is pushed
         with daemon() as docker, contextlib.closing(docker.client()) as client:
             refuse(missing(client, names, options.prefix, options.tag))
-            release(docker, client, signer, names, options.prefix, options.tag, options.builder)
+            release(docker, client, signer, names, prefix=options.prefix, tag=options.tag, builder=options.builder)
     except (Unavailable, subprocess.SubprocessError) as error:
         sys.exit(f"make release-images: {error}")
 

@@ -20,9 +20,9 @@ from docker import DockerClient
 from docker.errors import ImageNotFound, NotFound
 
 from images.build import NAMES, ROOT, SETTINGS, network
-from tests import minio
-from tests.docker import Docker, daemon
-from tests.golang import Unavailable, go, run
+from tools import minio
+from tools.docker import Docker, daemon
+from tools.golang import Unavailable, go, run
 
 OUTPUT = ROOT / "build" / "sbom"
 REVISION = "org.opencontainers.image.revision"

@@ -15,9 +15,9 @@ from .method.records import Scores as Scores
 from .method.records import Trajectory as Trajectory
 from .rewards import REWARDS as REWARDS
 from .rewards import Reward as Reward
+from .runs.configuration import load_config as load_config
 from .runs.reporting.tracking import TRACKERS as TRACKERS
 from .runs.reporting.tracking import Tracker as Tracker
-from .runs.verbs import load_config as load_config
 from .sampling.kernels import KERNELS as KERNELS
 from .sampling.policy import Policy as Policy
 from .sampling.rollout import rollout as rollout

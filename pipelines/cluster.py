@@ -12,12 +12,12 @@ from pathlib import Path
 from kfp import compiler, dsl, kubernetes
 from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
-from latentac.components import COMPUTE
 from latentac.components.cluster.settings import KEY as FILE
 from latentac.components.cluster.settings import MOUNT, SETTINGS, Cluster, Placement
 from latentac.pipelines.pipeline import NAME, compose
 from latentac.serving.client import TOKEN
 from latentac.system.errors import ConfigError, Problem
+from latentac.system.steps import SCORING
 
 WORK = "/work"
 """`output` on a cluster: scratch space that goes with the pod."""
@@ -81,7 +81,7 @@ def _version(file: Path) -> str:
 def platform(task: dsl.PipelineTask, settings: Cluster) -> None:
     """Everything that a step's pod needs on the cluster of `settings`. Raises ConfigError for resources that KFP
     cannot ask for."""
-    compute = task.name in COMPUTE
+    compute = task.name in SCORING
     task.set_container_image(settings.images.train if compute else settings.images.pipeline)
     kubernetes.set_image_pull_policy(task, settings.images.pull_policy)
     if settings.images.pull_secrets:

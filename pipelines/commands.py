@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentac.system.errors import ClusterError, ConfigError, Problem
 from latentac.system.reading import seconds, whole
+from latentac.system.steps import NAMES
 
 if TYPE_CHECKING:
     from latentac.components.cluster.settings import Cluster
@@ -257,14 +258,13 @@ def _settings(options: argparse.Namespace) -> "Cluster":
         found = connect(namespace).get(CONFIG_MAPS, name)
         if found is None or KEY not in (found.get("data") or {}):
             remedy = "Name the chart's release and its namespace: `helm list -A` shows them."
-            where = f"ConfigMap {namespace}/{name}"
-            raise ConfigError([Problem("--release", options.release, f"there is no {where} with {KEY}", remedy)])
+            problem = f"there is no ConfigMap {namespace}/{name} with {KEY}"
+            raise ConfigError([Problem("--release", options.release, problem, remedy)])
         return parse(found["data"][KEY], f"{name}/{KEY}")
-    settings = here()
-    if settings is None:
-        remedy = "Name its file, or --release and --kube-namespace."
-        raise ConfigError([Problem("--cluster-settings", None, "no cluster is named", remedy)])
-    return settings
+    if settings := here():
+        return settings
+    remedy = "Name its file, or --release and --kube-namespace."
+    raise ConfigError([Problem("--cluster-settings", None, "no cluster is named", remedy)])
 
 
 def cluster_settings(words: list[str]) -> "Cluster":
@@ -288,8 +288,8 @@ def _parameters(options: argparse.Namespace, settings: "Cluster") -> dict[str, A
     """What the run is asked to do, checked here, where a mistake costs nothing. A file stays here, its fields go."""
     from latentac.components.deploy.inference_service import check_project
     from latentac.config.fields import read_file
+    from latentac.runs.configuration import resolve_recipe
     from latentac.runs.package import inline, pack, use_in_place
-    from latentac.runs.verbs import resolve_recipe
 
     code = {"package": inline(pack(options.package))} if options.package else {}
     if options.package:
@@ -329,11 +329,10 @@ def _new_id(recipe: str) -> str:
 
 def _follower(options: argparse.Namespace, service: "Service", settings: "Cluster | None") -> "Follower":
     from latentac.pipelines.following import Follower
-    from latentac.pipelines.pipeline import STEPS
 
     follower = Follower(
         service,
-        STEPS,
+        NAMES,
         _say,
         pending_seconds=options.pending_seconds,
         poll_seconds=options.poll_seconds,

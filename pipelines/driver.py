@@ -7,6 +7,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from latentac.pipelines.console import Console
 from latentac.pipelines.request import CONTAINERS, Request
@@ -17,6 +18,7 @@ from latentac.system.calls import FOLDER as REWARD_CALLS
 from latentac.system.errors import LatentacError, ServingError
 from latentac.system.lifetime import own_descendants, refuse_links, run_lock, stop_on_sigterm
 from latentac.system.reading import read_json
+from latentac.system.steps import NAMES, OPTIONAL
 from latentac.system.terminal import Guarded
 
 _STOPPED = 130
@@ -36,7 +38,6 @@ def run_pipeline(run: str, request: Request, output: Path, *, fresh: bool) -> in
 
     `fresh`: the folder was made for this call, and goes again if the configuration turns out wrong.
     """
-    from latentac.pipelines.pipeline import STEPS  # imports kfp, a second
 
     folder = output / run
     stop_on_sigterm()
@@ -46,7 +47,7 @@ def run_pipeline(run: str, request: Request, output: Path, *, fresh: bool) -> in
         (folder / ERROR_FILE).unlink(missing_ok=True)
         # A pipe is block-buffered otherwise.
         os.environ |= {EVENTS: "1", "PYTHONUNBUFFERED": "1", REWARD_CALLS: str(fresh_calls(folder.resolve()))}
-        console = Console(STEPS, sys.stdout, folder / "timings.json", optional=("deploy",))
+        console = Console(NAMES, sys.stdout, folder / "timings.json", optional=OPTIONAL)
         try:
             with _way(run, request, output) as way:
                 console.say(f"run {run}, recipe {request.recipe}, in {folder}")
@@ -94,8 +95,13 @@ def _done_already(run: str, request: Request, way: Way, console: Console) -> boo
         known = set(store.keys(run))
         if not {f"{run}/prepare", f"{run}/finish"} <= known:
             return False
-        given = (request.recipe, request.config, request.overrides, request.package)
-        config_hash = prepare(run, way.store, str(way.output), *given).config_hash  # it is done: it only compares
+        given: dict[str, Any] = {
+            "config": request.config,
+            "overrides": request.overrides,
+            "package": request.package,
+        }
+        prepared = prepare(run, way.store, str(way.output), request.recipe, **given)  # it is done: it only compares
+        config_hash = prepared.config_hash
         steps = [step for step in VERBS if f"{run}/{step}" in known]
         found = {step: store.manifest(f"{run}/{step}") for step in steps}
     except LatentacError:  # the step that meets it says so

@@ -55,8 +55,8 @@ def print_plan(request: Request, output: Path, run: str) -> int:
 def _without_classes(request: Request, problem: str) -> "Plan":
     """What can be told without importing what the settings name."""
     from latentac.config.validation import resolve
+    from latentac.runs.configuration import recipe_fields
     from latentac.runs.plan import Plan
-    from latentac.runs.verbs import recipe_fields
 
     try:
         settings = resolve(recipe_fields(request.recipe, request.config, request.overrides))

@@ -60,9 +60,9 @@ class Sweep:
 
     def check(self) -> None:
         """Raises ConfigError with what is wrong with any point, before a member is started."""
+        from latentac.runs.configuration import recipe_fields
         from latentac.runs.package import make_importable, use_in_place
         from latentac.runs.resolution import resolve_all
-        from latentac.runs.verbs import recipe_fields
 
         asked = self.request
         if asked.folder and Path(asked.folder) != Path.cwd():  # gone on with from elsewhere

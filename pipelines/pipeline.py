@@ -13,7 +13,6 @@ from latentac.components.pretrain_value.component import pretrain_value
 from latentac.components.steer.component import steer
 from latentac.components.train.component import train
 
-STEPS = ("prepare", "pretrain-value", "train", "evaluate", "steer", "gate", "deploy", "finish")
 """The nodes, in the order in which they run."""
 
 NAME = "latentac"

@@ -224,7 +224,7 @@ def _absolute_sources(fields: dict[str, Any]) -> dict[str, Any]:
 def local_sources(request: Request) -> list[str]:
     """The files and folders of this machine, by their absolute paths, that backbone and prompts come from. Those that
     are gone are left out: a run that goes on may do without."""
-    from latentac.runs.verbs import recipe_fields
+    from latentac.runs.configuration import recipe_fields
 
     fields = recipe_fields(request.recipe, request.config, request.overrides)
     named = [str(fields[section].get(name) or "") for section, name in _SOURCES]

@@ -68,8 +68,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def start(options: argparse.Namespace, *, containers: bool) -> int:
     """Start or resume the run that the options describe, to its end."""
     from latentac.pipelines.request import CONTAINERS, PROCESSES, Request, Ways, absolute, create_run, load_run
+    from latentac.runs.configuration import resolve_recipe
     from latentac.runs.package import make_importable, use_in_place
-    from latentac.runs.verbs import resolve_recipe
 
     output, run = Path(options.output), options.resume
     overrides = (*options.set, *(() if options.seed is None else (f"seed={options.seed}",)))

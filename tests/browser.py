@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from playwright.sync_api import Browser, sync_playwright
 
-from tests.golang import Unavailable
+from tools.golang import Unavailable
 
 # Root may not use the sandbox; and a browser of the tests shall talk to nobody but the page's server.
 OPTIONS = [

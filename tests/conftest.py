@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.fixtures import control_plane, crds, node  # noqa: F401  # for every folder of tests
-from tests.docker import Docker, daemon
-from tests.golang import Unavailable
-from tests.minio import Server, find
+from tools.docker import Docker, daemon
+from tools.golang import Unavailable
+from tools.minio import Server, find
 
 
 def pytest_configure(config: pytest.Config) -> None:

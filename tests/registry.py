@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.binaries import program
-from tests.golang import Unavailable
-from tests.minio import free_port
+from tools.binaries import program
+from tools.golang import Unavailable
+from tools.minio import free_port
 
 START_SECONDS = 30.0
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"

@@ -2,8 +2,8 @@
 
 In a document, from top to bottom: a Python, YAML, JSONL or Dockerfile block is written to the file that its first line
 (`# name`), or `<!-- file: name -->` above it, names; a Python block without a name is a script; a shell block is run.
-Above a block that is not run stands `<!-- not run: why, and which test runs it -->`. A `text` block is no example, but
-a figure.
+`<!-- not run: why, and which test runs it -->` stands above a block that is not run. A `text`
+or `math` block is only shown.
 """
 
 import json
@@ -23,11 +23,18 @@ from latentac.worlds.shapes import builtin_pipeline
 from tests.latentac.serving.conftest import exported_folder, resolved  # noqa: F401  # the folder that a server reads
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (
-    *("README.md", "CONTRIBUTING.md", "images/README.md"),
-    *("latentac/rewards/README.md", "latentac/serving/README.md", "latentac/runs/reporting/tracking/README.md"),
-)
-WRITTEN, RUN, SHOWN = {"python", "yaml", "jsonl", "dockerfile"}, {"sh"}, {"text"}
+SCHEMA = "latentac/runs/reporting/README.md"
+
+
+def documents() -> list[str]:
+    """Every document of the repository that has a fenced block. The chart's README is generated from its template."""
+    listing = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "*.md"]
+    names = subprocess.run(listing, capture_output=True, check=True, text=True).stdout.splitlines()
+    return [name for name in sorted(set(names)) if (ROOT / name).is_file() and "```" in (ROOT / name).read_text()]
+
+
+DOCUMENTS = documents()
+WRITTEN, RUN, SHOWN = {"python", "yaml", "jsonl", "dockerfile"}, {"sh"}, {"text", "math"}
 FENCE = re.compile(
     r"(?P<comments>(?:^<!-- (?:file|not run): [^>]* -->\n)*)^```(?P<language>\S*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
@@ -85,8 +92,8 @@ class Reader:
 
 
 def rows() -> list[str]:
-    """The keys in README's table of summary.json, as paths: `gate.decision`, `training[].rewards.<reward>`."""
-    table = (ROOT / "README.md").read_text().partition("| Key | Type |")[2].partition("\n\n")[0]
+    """The keys in the table of summary.json, as paths: `gate.decision`, `training[].rewards.<reward>`."""
+    table = (ROOT / SCHEMA).read_text().partition("| Key | Type |")[2].partition("\n\n")[0]
     found = []
     for line in table.splitlines()[2:]:
         first, *others = re.findall(r"`([^`]+)`", line.split(" | ")[0])
@@ -126,6 +133,11 @@ def table_faults(summary: dict[str, Any]) -> list[str]:
     return [*unknown(summary, ""), *stale]
 
 
+def is_run(block: Block) -> bool:
+    """Whether the test of whole documents writes or runs it."""
+    return not block.reason and block.language not in SHOWN and not is_contract(block)
+
+
 def is_contract(block: Block) -> bool:
     """Whether it runs tests, which takes seconds."""
     return block.language in RUN and block.text.startswith("python -m pytest")
@@ -133,8 +145,8 @@ def is_contract(block: Block) -> bool:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_each_block_is_run_or_says_why_not(document: str) -> None:
-    """Nothing is skipped in silence: a fence that the tests below do not understand is found, and so is a reason that
-    names no test, and a file that no example uses."""
+    """Nothing is skipped silently. This finds a fence that the tests below do not understand, a reason that names no
+    test, and a file that no example uses."""
     found, problems = blocks(document), []
     assert len(found) == (ROOT / document).read_text().count("\n```") // 2, "a fence that is not read"
     for block in found:
@@ -167,15 +179,13 @@ def test_extensions_of_the_documents_keep_the_contracts(document: str, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if any(map(is_run, blocks(name)))])
 def test_each_document_works_as_it_is_written(document: str, tmp_path: Path, exported_folder: Path) -> None:  # noqa: F811
     """From top to bottom: files are written, scripts and commands end well. `my-model` is a pipeline to begin with,
     `model` an exported one."""
     shutil.copytree(exported_folder, tmp_path / "model")
     reader = Reader(tmp_path)
-    for block in blocks(document):
-        if block.reason or block.language in SHOWN or is_contract(block):
-            continue
+    for block in filter(is_run, blocks(document)):
         reader.write(block) if block.file else reader.run(block)
     for summary in sorted(tmp_path.glob("runs/*/summary.json")):
         assert not table_faults(json.loads(summary.read_text()))

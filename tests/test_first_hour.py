@@ -26,8 +26,8 @@ PACKAGE = {
 import json
 from pathlib import Path
 
-from latentac.config.schema import Positive
 from latentac.config.extensions import Settings
+from latentac.config.sections import Positive
 
 TARGETS = json.loads((Path(__file__).parent / "targets.json").read_text())
 

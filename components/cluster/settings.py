@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from latentac.config.fields import MAX_CHARACTERS, DuplicateKey, read_yaml
-from latentac.config.schema import Fraction, NonNegative, Positive, Rate, Section
+from latentac.config.fields import MAX_CHARACTERS, DuplicateKey, read_yaml, reason_of
+from latentac.config.sections import Fraction, NonNegative, Positive, Rate, Section
 from latentac.system.errors import ConfigError, Problem
 from latentac.system.reading import read_given
 
@@ -178,8 +178,8 @@ def parse(text: str, where: str) -> Cluster:
     except DuplicateKey as error:
         raise ConfigError([Problem(SETTINGS, where, str(error), "Keep one of them.")]) from None
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError([Problem(SETTINGS, where, f"is not YAML: {reason}", "Name the chart's file.")]) from None
+        told = f"is not YAML: {reason_of(error)}"
+        raise ConfigError([Problem(SETTINGS, where, told, "Name the chart's file.")]) from None
 
 
 def read(path: Path) -> Cluster:

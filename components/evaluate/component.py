@@ -7,6 +7,7 @@ from latentac.components import TRAIN
 
 @component(base_image=TRAIN, install_kfp_package=False)
 def evaluate(
+    *,
     run: str,
     store: str,
     output: str,

@@ -7,6 +7,7 @@ from latentac.components import PIPELINE
 
 @component(base_image=PIPELINE, install_kfp_package=False)
 def gate(
+    *,
     run: str,
     store: str,
     output: str,

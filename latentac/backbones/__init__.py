@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from latentac.backbones.layout import Layout
 from latentac.config.extensions import Table
-from latentac.config.schema import Extension
-from latentac.config.schema import Policy as PolicySettings
+from latentac.config.learning import Policy as PolicySettings
+from latentac.config.sections import Extension
 from latentac.method import diffusion
 from latentac.method.records import Conditioning
 from latentac.system.errors import ConfigError

@@ -8,7 +8,7 @@ from typing import Any
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from latentac.config.schema import Policy
+from latentac.config.learning import Policy
 from latentac.system import folders
 
 

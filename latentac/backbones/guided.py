@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latentac.backbones import Denoiser
-from latentac.config.schema import Policy
+from latentac.config.learning import Policy
 from latentac.method import diffusion
 from latentac.method.records import Conditioning, join
 

@@ -19,7 +19,7 @@ from latentac.backbones import adapters, count_tokens, to_arrays
 from latentac.backbones.loading import load, load_tokenizer
 from latentac.backbones.schedulers import variance_preserving
 from latentac.backbones.stable_diffusion import UNET
-from latentac.config.schema import Policy
+from latentac.config.learning import Policy
 from latentac.method import diffusion
 from latentac.method.records import Conditioning
 from latentac.system import folders

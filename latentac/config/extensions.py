@@ -20,7 +20,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from latentac.config.schema import Extension, Section, suggestion
+from latentac.config.schema import suggestion
+from latentac.config.sections import Extension, Section
 from latentac.system.errors import ConfigError, Problem, describe
 
 ALLOWED = "LATENTAC_ALLOW_EXTENSIONS"

@@ -109,7 +109,8 @@ _PATH = r"[A-Za-z_]\w*(?:\.\w+){0,20}"
 _NEXT = re.compile(rf"\s+(?=['\"]?{_PATH}=)")
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """What PyYAML says, in one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 
@@ -144,7 +145,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except ValueError:  # a zero in its name
         raise _single("--config", str(path), "cannot be the name of a file", "Name a YAML file.") from None
     except yaml.YAMLError as error:
-        raise _single("--config", str(path), f"is not YAML: {_reason(error)}", "Correct the file.") from error
+        raise _single("--config", str(path), f"is not YAML: {reason_of(error)}", "Correct the file.") from error
     if not isinstance(content, dict):
         raise _single("--config", str(path), "does not hold fields", "Write `section:` and its fields below.")
     return content
@@ -198,7 +199,7 @@ def read_overrides(assignments: Sequence[str]) -> dict[str, Any]:
             raise _single("--set", assignment, str(error), "Keep one of them.") from None
         except yaml.YAMLError as error:
             raise _single(
-                "--set", assignment, f"has a value that is not YAML: {_reason(error)}", "Quote it."
+                "--set", assignment, f"has a value that is not YAML: {reason_of(error)}", "Quote it."
             ) from error
         for name in reversed(path.split(".")):
             nested = {name: nested}

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from latentac.config.schema import Config, Named, suggestion
+from latentac.config.schema import Config, suggestion
+from latentac.config.sections import Named
 from latentac.system.errors import ConfigError, Problem
 from latentac.system.names import PLAIN, RULE
 

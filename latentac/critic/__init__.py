@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from latentac.backbones import Denoiser
 from latentac.backbones.weights import header
 from latentac.config.extensions import Table
-from latentac.config.schema import Critic as CriticSettings
+from latentac.config.learning import Critic as CriticSettings
 from latentac.method.diffusion import Prediction
 from latentac.method.records import Conditioning
 from latentac.system.modelfiles import Damaged, check, read_json

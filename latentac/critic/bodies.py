@@ -8,8 +8,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from latentac.backbones import Denoiser
-from latentac.config.schema import Policy as PolicySettings
-from latentac.config.schema import Positive, Rate
+from latentac.config.learning import Policy as PolicySettings
+from latentac.config.sections import Positive, Rate
 from latentac.critic.reader import Reader, ReaderSettings
 from latentac.method.diffusion import Prediction
 from latentac.method.records import Conditioning

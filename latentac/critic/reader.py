@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentac.config.extensions import Settings
-from latentac.config.schema import Positive
+from latentac.config.sections import Positive
 from latentac.method.records import Conditioning
 
 

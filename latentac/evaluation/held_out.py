@@ -15,13 +15,14 @@ from latentac.config.schema import Config
 from latentac.critic import Critic
 from latentac.evaluation.measures import DEFINITIONS, difference, diversity, interval, intervals, median, ratio
 from latentac.method.randomness import noise_for, uniforms_for
-from latentac.method.records import Scores, Trajectory
+from latentac.method.records import Conditioning, Scores, Trajectory
 from latentac.method.returns import explained_variance
 from latentac.rewards.configured import ConfiguredReward
 from latentac.sampling.devices import map_blocks
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout, score, steered_rollout
 from latentac.sampling.steering import Steering
+from latentac.sampling.steering.run import SteeringRun
 from latentac.system.progress import Progress, progress
 from latentac.worlds.prompts import Prompt, PromptSet, balanced
 
@@ -63,8 +64,8 @@ def sample(
 
     def run(block: range) -> tuple[np.ndarray, Scores, Tensor]:
         own = [prompts[slot] for slot in block]
-        texts = [prompt.text for prompt in own]
-        trajectory = _roll_out(policy, critic, texts, block, seed, num_steps, steering, device)
+        conditioning = policy.backbone.encode([prompt.text for prompt in own])
+        trajectory = _roll_out(policy, critic, conditioning, block, seed, num_steps=num_steps, steering=steering)
         images = policy.backbone.decode(trajectory.clean)
         scores = score(rewards, images, own)
         if bar is not None:
@@ -82,22 +83,22 @@ def sample(
 def _roll_out(
     policy: Policy,
     critic: Critic | None,
-    texts: Sequence[str],
+    conditioning: Conditioning,
     slots: range,
     seed: int,
+    *,
     num_steps: int,
     steering: Steering | None,
-    device: torch.device,
 ) -> Trajectory:
-    conditioning = policy.backbone.encode(texts)
+    device = policy.backbone.device
     candidates = steering.candidates if steering else 1
     keys = [("evaluation", slot, candidate) for slot in slots for candidate in range(candidates)]
     noise = noise_for(keys, seed, num_steps, policy.backbone.latent_shape).to(device)
     if steering is None or critic is None:
-        return rollout(policy, critic, texts, conditioning, noise)
+        return rollout(policy, critic, conditioning, noise)
     uniforms = uniforms_for([("evaluation", slot) for slot in slots], seed, num_steps).to(device)
     parted = noise.unflatten(0, (-1, candidates))
-    return steered_rollout(policy, critic, texts, conditioning, parted, steering, uniforms)
+    return steered_rollout(policy, critic, conditioning, parted, SteeringRun(steering, uniforms))
 
 
 def compare(
@@ -245,7 +246,7 @@ def _more_pictures(
             policy, started = policies[name], clock()
             keys = [("evaluation", slot, draw) for slot in slots]
             noise = noise_for(keys, config.seed, config.kernel.num_steps, policy.backbone.latent_shape).to(device)
-            trajectory = rollout(policy, None, prompts, policy.backbone.encode(prompts), noise)
+            trajectory = rollout(policy, None, policy.backbone.encode(prompts), noise)
             pictures = policy.backbone.decode(trajectory.clean)  # in the CPU's memory, so the device has finished
             found[name] = pictures, (clock() - started) / len(slots)
             if bar is not None:

@@ -8,9 +8,10 @@ the distribution of the next, less noisy latents. Everything here is float32 and
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 Path = Literal["variance_preserving", "flow"]
@@ -21,21 +22,23 @@ class Prediction:
     """What a denoiser says of noisy latents. clean (x0) and noise (n): float32 [B, *latent], with
     x = alpha x0 + sigma n."""
 
-    clean: Tensor
-    noise: Tensor
+    clean: Float[Tensor, "B *latent"]
+    noise: Float[Tensor, "B *latent"]
 
 
-def alpha_of(sigma: Tensor, path: Path) -> Tensor:
+def alpha_of(sigma: Float[Tensor, "*axes"], path: Path) -> Float[Tensor, "*axes"]:
     """The signal's coefficient at noise level `sigma`, same shape."""
     return (1 - sigma**2).clamp(min=0).sqrt() if path == "variance_preserving" else 1 - sigma
 
 
-def broadcast(per_image: Tensor, like: Tensor) -> Tensor:
+def broadcast(per_image: Float[Tensor, "B"], like: Float[Tensor, "B *latent"]) -> Float[Tensor, "B *ones"]:
     """[B] -> [B, 1, ...] with as many axes as `like`."""
     return per_image.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def forward_noise(clean: Tensor, noise: Tensor, sigma: Tensor, path: Path) -> Tensor:
+def forward_noise(
+    clean: Float[Tensor, "B *latent"], noise: Float[Tensor, "B *latent"], sigma: Float[Tensor, "B"], path: Path
+) -> Float[Tensor, "B *latent"]:
     """x = alpha(sigma) x0 + sigma n; clean, noise: [B, *latent]; sigma: [B]."""
     return broadcast(alpha_of(sigma, path), clean) * clean + broadcast(sigma, clean) * noise
 
@@ -48,14 +51,14 @@ class DeterministicTransition(ValueError):
 class GaussianTransition:
     """The next latents are N(mean, std^2 I). mean: float32 [B, *latent]; std: float32 [B], 0 where deterministic."""
 
-    mean: Tensor
-    std: Tensor
+    mean: Float[Tensor, "B *latent"]
+    std: Float[Tensor, "B"]
 
-    def sample(self, noise: Tensor) -> Tensor:
+    def sample(self, noise: Float[Tensor, "B *latent"]) -> Float[Tensor, "B *latent"]:
         """mean + std * noise; noise: standard normal, shaped as the mean."""
         return self.mean + broadcast(self.std, self.mean) * noise
 
-    def log_prob(self, next_latents: Tensor) -> Tensor:
+    def log_prob(self, next_latents: Float[Tensor, "B *latent"]) -> Float[Tensor, "B"]:
         """[B], the log-density of `next_latents` in nats, *summed* over the D latent dimensions.
 
         Raises DeterministicTransition where std is 0: there is no density, and a placeholder would train on nothing.
@@ -67,15 +70,16 @@ class GaussianTransition:
         squares = deviation.flatten(1).square().sum(1)
         return -0.5 * squares - dimensions * (self.std.log() + 0.5 * math.log(2 * math.pi))
 
-    def rows(self, index: Tensor) -> "GaussianTransition":
+    def rows(self, index: Int64[Tensor, "N"]) -> "GaussianTransition":
         """The transitions of the images that `index`, int64 [N], names."""
         return GaussianTransition(self.mean[index], self.std[index])
 
-    def shifted(self, offset: Tensor) -> "GaussianTransition":
+    def shifted(self, offset: Float[Tensor, "B *latent"]) -> "GaussianTransition":
         """The same transition with `offset`, [B, *latent], added to its mean."""
         return GaussianTransition(self.mean + offset, self.std)
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """One stochastic sampler step: from the prediction at `sigma` to the distribution at `sigma_next` < `sigma`.
 
@@ -86,12 +90,16 @@ class Kernel(Protocol):
     def path(self) -> Path: ...
 
     def transition(
-        self, latents: Tensor, prediction: Prediction, sigma: Tensor, sigma_next: Tensor
+        self,
+        latents: Float[Tensor, "B *latent"],
+        prediction: Prediction,
+        sigma: Float[Tensor, "B"],
+        sigma_next: Float[Tensor, "B"],
     ) -> GaussianTransition:
         """latents: [B, *latent] at `sigma`; sigma, sigma_next: [B]."""
         ...
 
-    def std(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    def std(self, sigma: Float[Tensor, "B"], sigma_next: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
         """[B], the transition's standard deviation; it does not depend on the latents."""
         ...
 
@@ -104,12 +112,16 @@ class DDIM:
     noise: float
     path: Path = "variance_preserving"
 
-    def std(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    def std(self, sigma: Float[Tensor, "B"], sigma_next: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
         alpha, alpha_next = alpha_of(sigma, self.path), alpha_of(sigma_next, self.path)
         return self.noise * (sigma_next / sigma) * (1 - (alpha / alpha_next) ** 2).clamp(min=0).sqrt()
 
     def transition(
-        self, latents: Tensor, prediction: Prediction, sigma: Tensor, sigma_next: Tensor
+        self,
+        latents: Float[Tensor, "B *latent"],
+        prediction: Prediction,
+        sigma: Float[Tensor, "B"],
+        sigma_next: Float[Tensor, "B"],
     ) -> GaussianTransition:
         std = self.std(sigma, sigma_next)
         direction = (sigma_next**2 - std**2).clamp(min=0).sqrt()
@@ -128,15 +140,19 @@ class FlowSDE:
     noise: float
     path: Path = "flow"
 
-    def _diffusion(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    def _diffusion(self, sigma: Float[Tensor, "B"], sigma_next: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
         level = torch.where(sigma >= 1, sigma_next, sigma)
         return self.noise * (sigma / (1 - level)).sqrt()
 
-    def std(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    def std(self, sigma: Float[Tensor, "B"], sigma_next: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
         return self._diffusion(sigma, sigma_next) * (sigma - sigma_next).sqrt()
 
     def transition(
-        self, latents: Tensor, prediction: Prediction, sigma: Tensor, sigma_next: Tensor
+        self,
+        latents: Float[Tensor, "B *latent"],
+        prediction: Prediction,
+        sigma: Float[Tensor, "B"],
+        sigma_next: Float[Tensor, "B"],
     ) -> GaussianTransition:
         dt = broadcast(sigma_next - sigma, latents)
         s, half = broadcast(sigma, latents), broadcast(self._diffusion(sigma, sigma_next) ** 2 / (2 * sigma), latents)
@@ -155,11 +171,15 @@ class DanceSDE:
     noise: float
     path: Path = "flow"
 
-    def std(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    def std(self, sigma: Float[Tensor, "B"], sigma_next: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
         return self.noise * (sigma - sigma_next).sqrt()
 
     def transition(
-        self, latents: Tensor, prediction: Prediction, sigma: Tensor, sigma_next: Tensor
+        self,
+        latents: Float[Tensor, "B *latent"],
+        prediction: Prediction,
+        sigma: Float[Tensor, "B"],
+        sigma_next: Float[Tensor, "B"],
     ) -> GaussianTransition:
         dt, half = broadcast(sigma_next - sigma, latents), broadcast(self.noise**2 / (2 * sigma), latents)
         velocity = prediction.noise - prediction.clean
@@ -177,11 +197,15 @@ class CPS:
     noise: float
     path: Path = "flow"
 
-    def std(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    def std(self, sigma: Float[Tensor, "B"], sigma_next: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
         return sigma_next * math.sin(self.noise * math.pi / 2)
 
     def transition(
-        self, latents: Tensor, prediction: Prediction, sigma: Tensor, sigma_next: Tensor
+        self,
+        latents: Float[Tensor, "B *latent"],
+        prediction: Prediction,
+        sigma: Float[Tensor, "B"],
+        sigma_next: Float[Tensor, "B"],
     ) -> GaussianTransition:
         std = self.std(sigma, sigma_next)
         direction = (sigma_next**2 - std**2).clamp(min=0).sqrt()
@@ -189,7 +213,7 @@ class CPS:
         return GaussianTransition(mean, std)
 
 
-def num_stochastic_steps(kernel: Kernel, sigmas: Tensor) -> int:
+def num_stochastic_steps(kernel: Kernel, sigmas: Float[Tensor, "levels"]) -> int:
     """How many leading steps of the schedule `sigmas`, [K+1] descending, have a density.
 
     The stochastic steps must come first and without a gap, or credit would pass through steps that no one chose.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from latentac.method.diffusion import GaussianTransition, Path, Prediction, broadcast
@@ -13,12 +14,12 @@ from latentac.method.records import Guidance
 class Surrogate:
     """loss: [] to minimise; ratio: [N] detached; clip_share: [] share of terms that were given no gradient."""
 
-    loss: Tensor
-    ratio: Tensor
-    clip_share: Tensor
+    loss: Float[Tensor, ""]
+    ratio: Float[Tensor, "N"]
+    clip_share: Float[Tensor, ""]
 
 
-def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip: float) -> Surrogate:
+def clipped_surrogate(log_ratio: Float[Tensor, "N"], advantages: Float[Tensor, "N"], clip: float) -> Surrogate:
     """PPO's pessimistic surrogate (Schulman et al. 2017, eq. 7): mean max(-A r, -A clip(r, 1-e, 1+e)), r = exp.
 
     log_ratio, advantages: [N]. The caller chooses the ratio's scale; `clip` is in the same unit.
@@ -30,7 +31,9 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip: float) -> Sur
     return Surrogate(loss, ratio.detach(), outside.float().mean())
 
 
-def masked_surrogate(log_ratio: Tensor, advantages: Tensor, divergence: Tensor, bound: float) -> Surrogate:
+def masked_surrogate(
+    log_ratio: Float[Tensor, "N"], advantages: Float[Tensor, "N"], divergence: Float[Tensor, "N"], bound: float
+) -> Surrogate:
     """The trust region of Flow-DPPO: mean -A r over all terms, without those whose divergence is beyond the bound and
     whose ratio would be driven still further from 1.
 
@@ -43,7 +46,9 @@ def masked_surrogate(log_ratio: Tensor, advantages: Tensor, divergence: Tensor, 
     return Surrogate(loss, ratio.detach(), dropped.float().mean())
 
 
-def guarded_log_ratio(transition: GaussianTransition, old_mean: Tensor, next_latents: Tensor) -> Tensor:
+def guarded_log_ratio(
+    transition: GaussianTransition, old_mean: Float[Tensor, "N *latent"], next_latents: Float[Tensor, "N *latent"]
+) -> Float[Tensor, "N"]:
     """[N], GRPO-Guard's log-ratio: mean over the latent dimensions of n (mu - mu_old), with n = (x' - mu_old) / std.
 
     The likelihood ratio's quadratic part, whose mean is below 0 and grows as std falls, is left out, and so is the
@@ -53,7 +58,12 @@ def guarded_log_ratio(transition: GaussianTransition, old_mean: Tensor, next_lat
     return (noise * (transition.mean - old_mean)).flatten(1).mean(1)
 
 
-def value_loss(values: Tensor, returns: Tensor, target_clip: float, weights: Tensor | None = None) -> Tensor:
+def value_loss(
+    values: Float[Tensor, "N M"],
+    returns: Float[Tensor, "N M"],
+    target_clip: float,
+    weights: Float[Tensor, "M"] | None = None,
+) -> Float[Tensor, ""]:
     """0.5 mean (V - clamp(G, -c, c))^2, with V and G in units of the reward's running scale.
 
     values, returns: [N, M]; target_clip: c; weights: [M], how much each reward counts, by default all the same. The
@@ -63,7 +73,9 @@ def value_loss(values: Tensor, returns: Tensor, target_clip: float, weights: Ten
     return squares.mean() if weights is None else (squares * weights).sum(1).mean() / weights.sum()
 
 
-def guidance_loss(transition: GaussianTransition, old_mean: Tensor, guidance: Guidance, strength: float) -> Tensor:
+def guidance_loss(
+    transition: GaussianTransition, old_mean: Float[Tensor, "N *latent"], guidance: Guidance, strength: float
+) -> Float[Tensor, ""]:
     """[], mean KL in nats a step to the acting policy steered uphill on the critic, N(mean_old + w std^2 g, std^2).
 
     old_mean: [N, *latent]; guidance: N rows, g its gradients, rows without one count 0; strength: w.
@@ -77,13 +89,13 @@ def guidance_loss(transition: GaussianTransition, old_mean: Tensor, guidance: Gu
     return (transition_kl(steered, transition) * guidance.known).mean()
 
 
-def transition_kl(p: GaussianTransition, q: GaussianTransition) -> Tensor:
+def transition_kl(p: GaussianTransition, q: GaussianTransition) -> Float[Tensor, "B"]:
     """[B], KL(p || q) in nats between two transitions with the same std: ||mean_p - mean_q||^2 / (2 std^2)."""
     difference = (p.mean - q.mean) / broadcast(p.std, p.mean)
     return 0.5 * difference.flatten(1).square().sum(1)
 
 
-def prediction_kl(prediction: Prediction, reference: Prediction, path: Path) -> Tensor:
+def prediction_kl(prediction: Prediction, reference: Prediction, path: Path) -> Float[Tensor, ""]:
     """[], mean over images and dimensions of (prediction - reference)^2, of the noise for variance-preserving models
     and of the velocity n - x0 for flows: the KL of two transitions but for a factor of each noise level."""
     difference = prediction.noise - reference.noise

@@ -10,9 +10,9 @@ Every tensor of numbers that learn or are learned from is float32.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
 
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 
@@ -21,14 +21,14 @@ class Conditioning:
     """What the denoiser is conditioned on. tokens: float32 [B, L, C], the text encoder's output for each prompt;
     pooled: float32 [B, C'], one vector a prompt, where the denoiser takes one."""
 
-    tokens: Tensor
-    pooled: Tensor | None = None
+    tokens: Float[Tensor, "B L C"]
+    pooled: Float[Tensor, "B width"] | None = None
 
-    def rows(self, index: Tensor) -> Self:
+    def rows(self, index: Int64[Tensor, "N"]) -> "Conditioning":
         """The conditioning of the images that `index`, int64 [N], names; repeated rows are allowed."""
         return replace(self, tokens=self.tokens[index], pooled=None if self.pooled is None else self.pooled[index])
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "Conditioning":
         """On `device`."""
         return replace(
             self, tokens=self.tokens.to(device), pooled=None if self.pooled is None else self.pooled.to(device)
@@ -46,10 +46,10 @@ class Guidance:
     """The values' gradient by the latents that a stochastic step led to. gradients: [B, S, *latent], of the weighted,
     standardised values; known: bool [B, S], where there is one. Or [N, *latent] and [N]."""
 
-    gradients: Tensor
-    known: Tensor
+    gradients: Float[Tensor, "..."]
+    known: Bool[Tensor, "..."]
 
-    def rows(self, index: Tensor | tuple[Tensor, Tensor]) -> Self:
+    def rows(self, index: Tensor | tuple[Tensor, Tensor]) -> "Guidance":
         return replace(self, gradients=self.gradients[index], known=self.known[index])
 
 
@@ -57,26 +57,22 @@ class Guidance:
 class Trajectory:
     """A batch of rollouts: all that an update needs, and nothing of the network's own state.
 
-    prompts:      B texts
-    conditioning: their conditioning, B rows
+    conditioning: of the B prompts, B rows
     latents:      [B, K+1, *latent] from noise to data
     sigmas:       [K+1] noise levels, the float values that the kernel used, descending; the last is 0
     means:        [B, S, *latent] the acting policy's mean at each stochastic step, for exact KLs
     log_probs:    [B, S] summed log-density of each stochastic step's next latents under the acting policy, nats
     values:       [B, K, M] the critic's estimate at each state that was denoised; M = 0 without a critic
-    policy_version: optimizer updates that the acting policy had seen
     features: name -> [B, K, ...], what the critic saw of each state; nothing unless it was asked for
     guidance: where the critic would have each stochastic step's next latents; None unless it was asked for
     """
 
-    prompts: Sequence[str]
     conditioning: Conditioning
-    latents: Tensor
-    sigmas: Tensor
-    means: Tensor
-    log_probs: Tensor
-    values: Tensor
-    policy_version: int
+    latents: Float[Tensor, "B levels *latent"]
+    sigmas: Float[Tensor, "levels"]
+    means: Float[Tensor, "B S *latent"]
+    log_probs: Float[Tensor, "B S"]
+    values: Float[Tensor, "B K M"]
     features: Mapping[str, Tensor] = field(default_factory=dict)
     guidance: Guidance | None = None
 
@@ -95,11 +91,10 @@ class Trajectory:
         """[B, *latent], the latents at the end of the trajectory."""
         return self.latents[:, -1]
 
-    def rows(self, index: Tensor) -> Self:
+    def rows(self, index: Int64[Tensor, "N"]) -> "Trajectory":
         """The rollouts that `index`, int64 [N], names, in that order."""
         return replace(
             self,
-            prompts=[self.prompts[int(row)] for row in index],
             conditioning=self.conditioning.rows(index),
             latents=self.latents[index],
             means=self.means[index],
@@ -114,10 +109,10 @@ class Trajectory:
 class Scores:
     """rewards: float32 [B, M], each column in that reward's own unit; names: M names in column order."""
 
-    rewards: Tensor
+    rewards: Float[Tensor, "B M"]
     names: tuple[str, ...]
 
-    def column(self, name: str) -> Tensor:
+    def column(self, name: str) -> Float[Tensor, "B"]:
         """[B], the rewards that `name` gave."""
         return self.rewards[:, self.names.index(name)]
 
@@ -131,18 +126,20 @@ class Minibatch:
     guidance: N rows, or None
     """
 
-    latents: Tensor
-    next_latents: Tensor
-    sigma: Tensor
-    sigma_next: Tensor
+    latents: Float[Tensor, "N *latent"]
+    next_latents: Float[Tensor, "N *latent"]
+    sigma: Float[Tensor, "N"]
+    sigma_next: Float[Tensor, "N"]
     conditioning: Conditioning
-    old_means: Tensor
-    old_log_probs: Tensor
-    advantages: Tensor
+    old_means: Float[Tensor, "N *latent"]
+    old_log_probs: Float[Tensor, "N"]
+    advantages: Float[Tensor, "N"]
     guidance: Guidance | None = None
 
 
-def flatten_steps(trajectory: Trajectory, advantages: Tensor, image: Tensor, step: Tensor) -> Minibatch:
+def flatten_steps(
+    trajectory: Trajectory, advantages: Float[Tensor, "B S"], image: Int64[Tensor, "N"], step: Int64[Tensor, "N"]
+) -> Minibatch:
     """Pick the transitions (image[i], step[i]) out of a trajectory.
 
     advantages: [B, S]; image, step: int64 [N], `step` below S.

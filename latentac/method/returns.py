@@ -1,10 +1,13 @@
 """Credit: generalised advantage estimation, group baselines, whitening. Pure functions on float32 tensors."""
 
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 
-def gae(reward: Tensor, values: Tensor, discount: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+def gae(
+    reward: Float[Tensor, "B M"], values: Float[Tensor, "B S M"], discount: float, gae_lambda: float
+) -> tuple[Float[Tensor, "B S M"], Float[Tensor, "B S M"]]:
     """Generalised advantage estimation with a reward at the last step only (Schulman et al. 2016, eq. 16).
 
     d_k = 1[k = S-1] R + discount V_{k+1} - V_k,  A_k = d_k + discount lambda A_{k+1},  V_S = 0,  G_k = A_k + V_k.
@@ -23,7 +26,9 @@ def gae(reward: Tensor, values: Tensor, discount: float, gae_lambda: float) -> t
     return advantages, advantages + values
 
 
-def group_advantages(reward: Tensor, group_size: int, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
+def group_advantages(
+    reward: Float[Tensor, "B M"], group_size: int, epsilon: float = 1e-6
+) -> tuple[Float[Tensor, "B M"], Bool[Tensor, "B M"]]:
     """Group-relative advantages (GRPO, Shao et al. 2024): (R - mean of the group) / (std of the group + epsilon).
 
     reward: [B, M] with the G = `group_size` rollouts of a prompt in consecutive rows. Returns ([B, M], bool [B, M]): a
@@ -39,7 +44,7 @@ def group_advantages(reward: Tensor, group_size: int, epsilon: float = 1e-6) -> 
     return (advantages * told).flatten(0, 1), told.flatten(0, 1)
 
 
-def whiten(x: Tensor, epsilon: float = 1e-8, dim: int | None = None) -> Tensor:
+def whiten(x: Float[Tensor, "*axes"], epsilon: float = 1e-8, dim: int | None = None) -> Float[Tensor, "*axes"]:
     """(x - mean) / std over all entries, or along `dim`; what is constant becomes zeros."""
     if dim is None:
         return (x - x.mean()) / (x.std(correction=0) + epsilon)
@@ -47,8 +52,13 @@ def whiten(x: Tensor, epsilon: float = 1e-8, dim: int | None = None) -> Tensor:
 
 
 def combine(
-    advantages: Tensor, weights: Tensor, clip: float, *, per_step: bool = False, by_head: bool = True
-) -> Tensor:
+    advantages: Float[Tensor, "B S M"],
+    weights: Float[Tensor, "M"],
+    clip: float,
+    *,
+    per_step: bool = False,
+    by_head: bool = True,
+) -> Float[Tensor, "B S"]:
     """One advantage a step out of one a reward: A = clip(whiten(sum_m w_m whiten(A_m))).
 
     advantages: [B, S, M]; weights: [M]; clip: bound on |A| in standard deviations. Returns [B, S].
@@ -61,7 +71,7 @@ def combine(
     return whiten(advantages @ weights, dim=dim).clamp(-clip, clip)
 
 
-def explained_variance(values: Tensor, reward: Tensor) -> Tensor:
+def explained_variance(values: Float[Tensor, "B K"], reward: Float[Tensor, "B"]) -> Float[Tensor, "K"]:
     """1 - Var(R - V) / Var(R) at each step: 1 is perfect, 0 is no better than a constant, below 0 is worse.
 
     values: [B, K]; reward: [B]. Returns [K]; zeros where every reward is equal, for then there is nothing to explain.
@@ -71,7 +81,9 @@ def explained_variance(values: Tensor, reward: Tensor) -> Tensor:
     return torch.where(total > 0, 1 - residual / total.clamp(min=1e-12), torch.zeros_like(residual))
 
 
-def rank_correlation(values: Tensor, reward: Tensor, groups: Tensor) -> Tensor:
+def rank_correlation(
+    values: Float[Tensor, "B K"], reward: Float[Tensor, "B"], groups: Int64[Tensor, "B"]
+) -> Float[Tensor, "K"]:
     """Kendall's tau-b of values and rewards over the pairs within a group, at each step: does the critic know which of
     two pictures of one prompt is better, and not only which prompt is easy?
 

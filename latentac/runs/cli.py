@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,23 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from latentac import __version__
 from latentac.runs.housekeeping.commands import add_verbs
+from latentac.runs.running import run_verb
 from latentac.system.errors import ConfigError, LatentacError, Problem, ResourceError, expected
 from latentac.system.reading import PORTS, SEEDS, whole
+from latentac.system.steps import STEPS
 from latentac.system.terminal import guard_streams
 
 if TYPE_CHECKING:
-    from latentac.store import Manifest
-
-_STEPS = {
-    "prepare": "resolve a recipe, check all that can be checked, fetch backbone and prompts",
-    "pretrain-value": "regress the critic on rollouts of the frozen actor",
-    "train": "train policy and critic with PPO, as an elastic TorchX app",
-    "evaluate": "base against trained on held-out prompts and fixed seeds",
-    "steer": "reward against function evaluations of each way to steer",
-    "gate": "decide whether the trained model is promoted or held",
-    "deploy": "export, serve with KServe, ask for a steered picture, make it the production model",
-    "finish": "write and publish the report of what the run has published, complete or not",
-}
+    pass
 
 _FURTHER = {
     "run": "the whole pipeline on this machine, or what it would do (--dry-run)",
@@ -89,11 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(metavar="verb", required=True)
-    for name, summary in _STEPS.items():
-        example = f"latentac {name} --run first"
+    for step in STEPS:
+        name, example = step.name, f"latentac {step.name} --run first"
         if name == "prepare":
             example += " --recipe shapes-unet --set policy.learning_rate=3e-5 --set seed=1"
-        verb = _make(verbs.add_parser, name, summary, example)
+        verb = _make(verbs.add_parser, name, step.summary, example)
         _add_place(verb)
         if name == "gate":
             _add_gate(verb)
@@ -102,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "prepare":
             _add_settings(verb)
             verb.add_argument("--project", default="", metavar="NAME", help="as --set project=NAME")
-        verb.set_defaults(command=_run_verb, verb=name)
+        verb.set_defaults(command=run_verb, verb=name)
 
     for name, summary in _FURTHER.items():  # only for the list: they are called before anything is parsed
         verbs.add_parser(name, help=summary, add_help=False)
@@ -242,82 +232,6 @@ def _add_folders(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--output", default="runs", metavar="FOLDER", help="working folders (default: %(default)s)")
 
 
-def _run_verb(options: argparse.Namespace) -> int | None:
-    from latentac.runs.task import LOCK_FILE
-    from latentac.runs.verbs import VERBS
-    from latentac.system.calls import CALLS, FOLDER, STEPS, supervised
-    from latentac.system.lifetime import own_descendants, run_lock
-    from latentac.system.names import working_folder
-    from latentac.system.scratch import temporary_files
-
-    own_descendants()
-    place: dict[str, Any] = {"run": options.run, "store": options.store, "output": options.output}
-    if options.verb == "gate" and options.dry_run:
-        _judge(place, options.set)
-        return None
-    if options.verb == "prepare":
-        project = [f"project={json.dumps(options.project)}"] if options.project else []
-        given = {"recipe": options.recipe, "config": options.config, "overrides": [*options.set, *project]}
-        place |= {**given, "package": options.package}
-    if options.verb == "gate":
-        place["overrides"] = options.set
-    if options.verb == "deploy":
-        place["force"] = options.force
-    folder = working_folder(options.run, options.output)
-    _check_run(options, folder, place.get("overrides", []))
-    if options.program and options.verb in STEPS and FOLDER not in os.environ:
-        ended = supervised(folder / CALLS)
-        if ended is not None:
-            code, crash = ended
-            if crash is not None:
-                raise crash
-            return code
-    with run_lock(folder / LOCK_FILE), temporary_files(folder):
-        manifest: Manifest | None = VERBS[options.verb](**place)
-        if manifest is not None and (place.get("overrides") or options.verb == "deploy") and options.verb != "prepare":
-            _tell_again(options)
-    if manifest is None:
-        print(json.dumps({"key": None, "metrics": {}}))
-    else:
-        print(json.dumps({"key": manifest.key, "metrics": manifest.metrics}, indent=2))
-    return None
-
-
-def _check_run(options: argparse.Namespace, folder: Path, overrides: Sequence[str]) -> None:
-    """What can be wrong with a run, or with a new one's settings, before a folder is made for it."""
-    from latentac.runs.reporting.summary import prepared
-    from latentac.runs.verbs import resolve_recipe
-    from latentac.runs.workspace import default_store
-    from latentac.store import open_store
-    from latentac.system.lifetime import refuse_links
-
-    if options.verb == "prepare":
-        if not options.package:
-            resolve_recipe(options.recipe, options.config, overrides)
-    elif options.verb != "finish":  # which comes last in any case, and has nothing to tell of a run without a step
-        prepared(open_store(options.store or default_store(options.output)), [options.run])
-    refuse_links(folder)
-
-
-def _tell_again(options: argparse.Namespace) -> None:
-    """Where the run's report was published, let it say what a person has decided since."""
-    from latentac.runs.verbs import finish
-    from latentac.runs.workspace import default_store
-    from latentac.store import open_store
-
-    if f"{options.run}/finish" in open_store(options.store or default_store(options.output)).keys(options.run):
-        finish(options.run, options.store, options.output)
-
-
-def _judge(place: dict[str, str], overrides: list[str]) -> None:
-    """What the gate would say with these bounds."""
-    from latentac.runs.release.gate import markdown
-    from latentac.runs.verbs import judge
-    from latentac.runs.workspace import open_run
-
-    print(markdown(judge(open_run(**place), overrides), place["run"]), end="")
-
-
 def _run_further(options: argparse.Namespace) -> int | None:
     from importlib.metadata import entry_points
 
@@ -330,10 +244,10 @@ def _run_further(options: argparse.Namespace) -> int | None:
 
 
 def _show_config(options: argparse.Namespace) -> None:
+    from latentac.runs.configuration import recipe_fields
     from latentac.runs.package import use_in_place
     from latentac.runs.reference import commented_yaml
     from latentac.runs.resolution import resolve_all
-    from latentac.runs.verbs import recipe_fields
 
     if options.package:
         use_in_place(Path(options.package))

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from latentac.config.extensions import declared_settings
-from latentac.config.schema import Config, Extension
+from latentac.config.schema import Config
+from latentac.config.sections import Extension
 from latentac.runs.resolution import TABLES
 
 _SECRET = re.compile(r"(^|_)(key|token|secret|password|credential)s?($|_)", re.IGNORECASE)

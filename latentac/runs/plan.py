@@ -12,10 +12,10 @@ from latentac.backbones.source import locate
 from latentac.config.schema import Config
 from latentac.config.validation import resolve
 from latentac.runs import package as packages
+from latentac.runs.configuration import recipe_fields
 from latentac.runs.preparation import prepare as preparation
 from latentac.runs.preparation import sizing
 from latentac.runs.preparation.rehearsal import rehearse
-from latentac.runs.verbs import recipe_fields
 from latentac.runs.workspace import existing
 from latentac.sampling.devices import pick_device
 from latentac.store import open_store

@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 
 from latentac.config.extensions import declared_settings
-from latentac.config.schema import Config, Extension, suggestion
+from latentac.config.schema import Config, suggestion
+from latentac.config.sections import Extension
 from latentac.config.validation import section_of
 from latentac.runs.resolution import TABLES
 from latentac.system.errors import ConfigError, Problem

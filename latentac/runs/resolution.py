@@ -13,7 +13,8 @@ import torch
 
 from latentac.backbones import BACKBONES
 from latentac.config.extensions import Table
-from latentac.config.schema import Config, Extension
+from latentac.config.schema import Config
+from latentac.config.sections import Extension
 from latentac.config.validation import examine
 from latentac.critic import BODIES
 from latentac.rewards import REWARDS

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from latentac.store import Manifest
-from latentac.system.calls import CALLS, FOLDER, STEPS, supervised
+from latentac.system.calls import CALLS, FOLDER, supervised
 from latentac.system.errors import LatentacError, expected
 from latentac.system.lifetime import die_with_parent, refuse_links, run_lock, stop_on_sigterm
 from latentac.system.names import working_folder
 from latentac.system.scratch import remove_hidden, temporary_files, write_whole
+from latentac.system.steps import SCORING
 from latentac.system.terminal import guard_streams
 
 EVENTS = "LATENTAC_EVENTS"
@@ -67,7 +68,7 @@ def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Itera
         refuse_links(folder)  # before anything is written there
     except LatentacError as error:  # of no run, or of one that is not written to, so there is no file either
         raise SystemExit(_fail(name, None, error)) from None
-    if name in STEPS and FOLDER not in os.environ and (ended := supervised(folder / CALLS)) is not None:
+    if name in SCORING and FOLDER not in os.environ and (ended := supervised(folder / CALLS)) is not None:
         exit_code, crash = ended
         raise SystemExit(exit_code if crash is None else _fail(name, folder, crash))
     stop_on_sigterm()

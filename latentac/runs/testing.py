@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from latentac.backbones import BACKBONES, Denoiser, load_backbone
-from latentac.config.schema import Critic as CriticSettings
-from latentac.config.schema import Extension, Reward
-from latentac.config.schema import Policy as PolicySettings
+from latentac.config.learning import Critic as CriticSettings
+from latentac.config.learning import Policy as PolicySettings
+from latentac.config.schema import Reward
+from latentac.config.sections import Extension
 from latentac.critic import Critic
 from latentac.method.diffusion import GaussianTransition, Kernel, forward_noise, num_stochastic_steps
 from latentac.method.randomness import noise_for
@@ -31,6 +32,7 @@ from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout, steered_rollout
 from latentac.sampling.steering import STEERING, Steering, SteeringSettings
+from latentac.sampling.steering.run import SteeringRun
 from latentac.training.algorithms import ALGORITHMS, Algorithm
 from latentac.worlds.prompts import Prompt
 from latentac.worlds.shapes import builtin_pipeline
@@ -137,11 +139,10 @@ def check_steering(use: str, **own: Any) -> Steering:
         steering: Steering = STEERING.build(use, torch.full((1,), weight), candidates, **own)
         noise = torch.stack([_noise(backbone, seed=seed) for seed in range(candidates)], 1)[images]
         rows = torch.arange(len(PROMPTS))[images]
-        chosen = [PROMPTS[int(row)] for row in rows]
-        arguments = policy, critic, chosen, conditioning.rows(rows), noise, steering, uniforms[images]
-        return steered_rollout(*arguments).latents
+        run = SteeringRun(steering, uniforms[images])
+        return steered_rollout(policy, critic, conditioning.rows(rows), noise, run).latents
 
-    plain = rollout(policy, critic, PROMPTS, conditioning, _noise(backbone)).latents
+    plain = rollout(policy, critic, conditioning, _noise(backbone)).latents
     for candidates in (1, 3):
         _holds(torch.equal(steered(0.0, candidates), plain), "weight 0 is bitwise the plain rollout")
     together, apart = steered(5.0, 2), torch.cat([steered(5.0, 2, slice(place, place + 1)) for place in range(4)])

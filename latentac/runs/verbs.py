@@ -5,27 +5,25 @@ the steps before from the store, does its work, publishes `<run>/<step>` and ret
 artifact is there already, for the same configuration, returns it at once.
 """
 
-import json
 import logging
 import math
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentac.config.fields import merge, read_file, read_overrides
-from latentac.config.recipes import RECIPES, default_project
-from latentac.config.schema import Config, suggestion
-from latentac.config.validation import resolve
 from latentac.runs import package as packages
-from latentac.runs.workspace import EXTENSIONS, PACKAGE, Workspace, default_store, open_run, person
-from latentac.store import Manifest, Store, open_store
-from latentac.store.published import metric, parse
+from latentac.runs.configuration import recipe_fields
+from latentac.runs.preparation.publication import given_settings, publish_prepared
+from latentac.runs.publishing import track, write_gallery, write_json, write_report_artifact
+from latentac.runs.workspace import Workspace, default_store, open_run, person
+from latentac.store import Manifest, open_store
+from latentac.store.published import parse
 from latentac.system.errors import ArtifactNotFound, ConfigError, Problem, TrainingError
 from latentac.system.lifetime import refuse_links
 from latentac.system.names import working_folder
 from latentac.system.scratch import hidden_folder, write_whole
+from latentac.system.steps import STEPS, needs
 
 if TYPE_CHECKING:
     from latentac.runs.release.deploy import Prove
@@ -38,6 +36,7 @@ def prepare(
     store: str,
     output: str,
     recipe: str,
+    *,
     config: str = "",
     overrides: Sequence[str] = (),
     package: str = "",
@@ -55,8 +54,8 @@ def prepare(
     try:
         published = opened.manifest(f"{run}/prepare")
     except ArtifactNotFound:
-        return _prepare(run, opened, Path(output), fields, code, started)
-    if published.metrics.get("given") != _given(fields, code):
+        return publish_prepared(run, opened, Path(output), fields, code, started)
+    if published.metrics.get("given") != given_settings(fields, code):
         remedy = "Resume it with the options and the version that it was started with, or choose another run id"
         raise ConfigError([Problem("run", run, "exists with another configuration", remedy)])
     return published
@@ -76,10 +75,10 @@ def pretrain_value(run: str, store: str, output: str) -> Manifest:
         if replay is not None:
             replay.save(folder)
         explained = history[-1]["held_out_explained_variance"] if history else [0.0] * space.config.kernel.num_steps
-        _write(folder / "metrics.json", {"explained_variance": explained, "history": history})
+        write_json(folder / "metrics.json", {"explained_variance": explained, "history": history})
         return {"explained_variance": explained}
 
-    return _step(run, store, output, "pretrain-value", ["prepare"], work)
+    return _step(run, store, output, "pretrain-value", work)
 
 
 def train(run: str, store: str, output: str, *, launch: Callable[[Workspace], None] | None = None) -> Manifest:
@@ -121,10 +120,10 @@ def evaluate(run: str, store: str, output: str) -> Manifest:
         if incumbent.problem:
             _log.warning("no comparison with the model in production: %s", incumbent.problem)
         content, sheets = compare(space.config, policies, space.critic("train"), space.rewards(), space.prompts)
-        _write(folder / "evaluation.json", {**content, "production": incumbent.to_dict()})
-        _write_gallery(folder, sheets)
+        write_json(folder / "evaluation.json", {**content, "production": incumbent.to_dict()})
+        write_gallery(folder, sheets)
         reward = space.config.gate.reward
-        _track(space, of_evaluation(content, reward))
+        track(space, of_evaluation(content, reward))
         figures = {arm: content[arm][reward]["mean"] for arm in policies}
         figures |= {"gain": content["difference"][reward]["mean"], "gain_low": content["difference"][reward]["low"]}
         for arm in policies.keys() - {"trained"}:
@@ -132,7 +131,7 @@ def evaluate(run: str, store: str, output: str) -> Manifest:
             figures[f"latency_ratio_{arm}"] = content["latency"]["ratio"][arm]["median"]
         return {name: value for name, value in sorted(figures.items()) if math.isfinite(value)}
 
-    return _step(run, store, output, "evaluate", ["prepare", "train"], work)
+    return _step(run, store, output, "evaluate", work)
 
 
 def steer(run: str, store: str, output: str) -> Manifest:
@@ -145,13 +144,13 @@ def steer(run: str, store: str, output: str) -> Manifest:
         rows, sheets = run_benchmark(
             space.config, space.trained_policy(), space.critic("train"), space.rewards(), space.prompts.held_out
         )
-        _write(folder / "steering.json", rows)
-        _write_gallery(folder, sheets)
+        write_json(folder / "steering.json", rows)
+        write_gallery(folder, sheets)
         reward = space.config.gate.reward
         plain, best = plain_arm(rows, reward), best_arm(rows, reward)
         return {"arms": len(rows), "plain": plain["mean"], "best": best["mean"], "best_nfe": best["nfe"]}
 
-    return _step(run, store, output, "steer", ["prepare", "train"], work)
+    return _step(run, store, output, "steer", work)
 
 
 def gate(run: str, store: str, output: str, *, overrides: Sequence[str] = ()) -> Manifest:
@@ -166,14 +165,14 @@ def gate(run: str, store: str, output: str, *, overrides: Sequence[str] = ()) ->
         from latentac.runs.release.gate import markdown
 
         verdict = judge(space, overrides)
-        _write(folder / "gate.json", verdict)
+        write_json(folder / "gate.json", verdict)
         (folder / "reasons.md").write_text(markdown(verdict, run), encoding="utf-8")
         for reason in verdict["reasons"]:
             _log.info("%s: %s", verdict["decision"], reason)
         passed = sum(check["passed"] for check in verdict["checks"])
         return {"decision": verdict["decision"], "passed": passed, "failed": len(verdict["checks"]) - passed}
 
-    return _step(run, store, output, "gate", ["evaluate", "steer"], work, again=bool(overrides))
+    return _step(run, store, output, "gate", work, again=bool(overrides))
 
 
 def judge(space: Workspace, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -214,11 +213,11 @@ def deploy(run: str, store: str, output: str, *, prove: "Prove | None" = None, f
         from latentac.runs.release.deploy import on_loopback, release
 
         content, picture = release(space, prove or on_loopback, reasons)
-        _write(folder / "deployment.json", content)
+        write_json(folder / "deployment.json", content)
         (folder / "picture.png").write_bytes(picture)
         return {"version": content["version"], "picture_sha256": content["picture_sha256"]}
 
-    return _step(run, store, output, "deploy", ["gate", "train"], work, again=force or not current)
+    return _step(run, store, output, "deploy", work, again=force or not current)
 
 
 def _reasons_against(space: Workspace, force: bool) -> list[str]:
@@ -266,7 +265,7 @@ def finish(run: str, store: str, output: str) -> Manifest | None:
             opened.fetch(f"{run}/finish", scratch)
         else:
             done = None
-            _write_finish(run, url, output, scratch)
+            write_report_artifact(run, url, output, scratch)
         for file in scratch.iterdir():
             write_whole(folder / file.name, file.read_bytes())
         return done or opened.publish(
@@ -281,16 +280,7 @@ def finish(run: str, store: str, output: str) -> Manifest | None:
         )
 
 
-VERBS: dict[str, Callable[..., Manifest | None]] = {
-    "prepare": prepare,
-    "pretrain-value": pretrain_value,
-    "train": train,
-    "evaluate": evaluate,
-    "steer": steer,
-    "gate": gate,
-    "deploy": deploy,
-    "finish": finish,
-}
+VERBS: dict[str, Callable[..., Manifest | None]] = {step.name: globals()[step.function] for step in STEPS}
 
 
 def _step(
@@ -298,7 +288,6 @@ def _step(
     store: str,
     output: str,
     step: str,
-    parents: Sequence[str],
     work: Callable[[Workspace, Path], dict[str, Any]],
     *,
     again: bool = False,
@@ -312,7 +301,7 @@ def _step(
     done = None if again else space.finished(step)
     if done is not None:
         return done
-    origins = [space.store.manifest(f"{run}/{parent}") for parent in parents]
+    origins = [space.store.manifest(f"{run}/{parent}") for parent in needs(step)]
     with hidden_folder(space.folder, step) as folder:
         metrics = work(space, folder)
         metrics["seconds"] = time.monotonic() - started
@@ -326,136 +315,3 @@ def _step(
             metrics=metrics,
             owned=True,
         )
-
-
-def load_config(recipe: str = "shapes-unet", overrides: Sequence[str] = (), *, file: str = "") -> Config:
-    """The complete configuration of a recipe, a YAML file over it, and `path=value` overrides, for scripts.
-
-    Raises ConfigError with every problem, those of extensions included.
-    """
-    from latentac.runs.resolution import resolve_all
-
-    return resolve_all(recipe_fields(recipe, file, overrides)).config
-
-
-def resolve_recipe(recipe: str, config: str = "", overrides: Sequence[str] = ()) -> Config:
-    """The configuration that `recipe_fields` make, with the settings of extensions as they were given.
-
-    Raises ConfigError with every problem, of extensions too: where something is wrong, everything is looked at.
-    """
-    fields = recipe_fields(recipe, config, overrides)
-    try:
-        return resolve(fields)
-    except ConfigError:
-        from latentac.runs.resolution import (
-            resolve_all,  # imports torch, which a right configuration can do without here
-        )
-
-        resolve_all(fields)
-        raise
-
-
-def recipe_fields(recipe: str, config: str = "", overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What a recipe, a YAML file over it ("" for none) and `path=value` overrides make together, not validated yet.
-
-    Raises ConfigError.
-    """
-    if recipe not in RECIPES:
-        raise ConfigError([Problem("recipe", recipe, "does not exist", suggestion(recipe, list(RECIPES)))])
-    named = RECIPES[recipe]
-    if config:
-        named = merge(named, read_file(Path(config)))
-    fields = merge(named, read_overrides(overrides))
-    return {"project": default_project(recipe, config, named, fields), **fields}
-
-
-def _given(fields: dict[str, Any], code: bytes) -> dict[str, str]:
-    """What decides whether a run is the same: the configuration as it was given, and the user's own code."""
-    return {"config": resolve(fields).hash, "package": packages.digest(code) if code else ""}
-
-
-def _prepare(run: str, store: Store, output: Path, fields: dict[str, Any], code: bytes, started: float) -> Manifest:
-    from latentac.runs.preparation import prepare as preparation
-    from latentac.runs.preparation.rehearsal import rehearse
-    from latentac.runs.resolution import resolve_all
-    from latentac.sampling.devices import pick_device
-    from latentac.worlds.prompts import load_prompts
-
-    (output / run).mkdir(parents=True, exist_ok=True)
-    with hidden_folder(output / run, "prepare") as temporary:
-        folder = temporary
-        if code:
-            packages.unpack(code, folder / PACKAGE)
-            packages.make_importable(folder / PACKAGE)
-        extensions = resolve_all(fields)
-        settings = extensions.config
-        preparation.check_machine(settings, output)
-        store.probe()
-        prompts = load_prompts(settings.prompts)
-        preparation.check_known(extensions.rewards)
-        described = preparation.fetch_backbone(settings, folder / "backbone", output, store.url, len(prompts.train))
-        rehearsed = rehearse(
-            settings, folder / "backbone", prompts.train[0].text, pick_device(settings.backbone.device)
-        )
-        preparation.check_scoring(extensions.rewards, prompts, rehearsed.pictures[0], settings.train.block_images)
-        _write(folder / "backbone.json", {**described, **rehearsed.to_dict()})
-        _write(folder / "lengths.json", preparation.check_lengths(settings, prompts, rehearsed.backbone))
-        _write(folder / "config.json", settings.model_dump())
-        _write(folder / EXTENSIONS, extensions.described())
-        (folder / "prompts.json").write_text(prompts.to_json())
-        _write(folder / "environment.json", preparation.environment())
-        return store.publish(
-            f"{run}/prepare",
-            folder,
-            run=run,
-            step="prepare",
-            config_hash=settings.hash,
-            metrics={"seconds": time.monotonic() - started, "given": _given(fields, code)},
-            owned=True,
-        )
-
-
-def _write_finish(run: str, store: str, output: str, folder: Path) -> None:
-    from latentac.runs.reporting.card import model_card
-    from latentac.runs.reporting.report import write_report
-    from latentac.system.reading import read_json
-
-    folder.mkdir()
-    report, summary = write_report(run, store, output)
-    for path in (report, summary):
-        shutil.copyfile(path, folder / path.name)
-    (folder / "card.md").write_text(model_card(read_json(summary)), encoding="utf-8")
-
-
-def _track(space: Workspace, scalars: Mapping[str, float]) -> None:
-    """The numbers of the evaluation, to where those of the training are, at the last iteration."""
-    from latentac.runs.hyperparameters import hyperparameters
-    from latentac.runs.reporting.tracking import Tracker, make_trackers, tracking
-    from latentac.runs.reporting.tracking.tensorboard import TensorBoard, all_but_evaluation
-
-    folder, copies = space.folder / "tensorboard", f"tensorboard/{space.run}"
-    if not folder.exists():  # another machine has trained
-        space.store.read_files(copies, folder)
-    board = TensorBoard(folder, all_but_evaluation)
-    trackers: list[Tracker] = [board, *make_trackers(space.config, space.folder)]
-    iteration = metric(space.store.manifest(f"{space.run}/train"), "iterations", int)
-    with tracking(trackers, space.run, hyperparameters(space.config)):
-        for tracker in trackers:
-            tracker.log(iteration, scalars)
-    space.store.write_files(folder, copies, exact=board.rewritten)
-
-
-def _write(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _write_gallery(folder: Path, sheets: dict[str, Any]) -> None:
-    """`sheets`: arm -> contact sheet, "index" -> what gallery.json says of them, and "scores" -> scores.json."""
-    (folder / "gallery").mkdir()
-    for name, sheet in sheets.items():
-        if name == "index":
-            _write(folder / "gallery" / "gallery.json", sheet)
-        elif name == "scores":
-            _write(folder / "scores.json", sheet)
-        else:
-            sheet.save(folder / "gallery" / f"{name}.png")

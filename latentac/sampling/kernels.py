@@ -3,7 +3,7 @@
 from typing import Any
 
 from latentac.config.extensions import Settings, Table
-from latentac.config.schema import Fraction
+from latentac.config.sections import Fraction
 from latentac.method import diffusion
 
 KERNELS = Table(

@@ -1,4 +1,4 @@
-"""How a request for pictures is read, checked, told to the operator and answered, whichever its protocol.
+"""How a request for images is read, validated, logged, and answered, in every protocol.
 
 FastAPI validates a body by the type of its handler's argument `body`. The body is read here, because FastAPI bounds
 neither its size nor its time, and takes numbers that JSON does not have.
@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
-from latentac.config.schema import Section
+from latentac.config.sections import Section
 from latentac.serving import observing
 from latentac.serving.batching import Busy
 from latentac.serving.bodies import binary_of, body_of, most_bytes
@@ -44,7 +44,7 @@ class _Gone(Exception):
 
 
 class Read(HTTPRequest):
-    """A request whose body has been read: its JSON, and the bytes behind it. record: what the operator is told."""
+    """A request whose body has been read: its JSON, and the bytes behind it. record: what is logged of it."""
 
     def __init__(self, http: HTTPRequest, content: Any, binary: bytes, record: Record) -> None:
         others = [(name, value) for name, value in http.scope["headers"] if name != b"content-type"]
@@ -59,13 +59,13 @@ class Read(HTTPRequest):
 
 
 class Answering:
-    """Of requests for pictures of one model. prompts: whether they are logged."""
+    """Routes that read, validate, and answer requests for images of one model. prompts: whether they are logged."""
 
     def __init__(self, model: SteeredDiffusion, *, prompts: bool) -> None:
         self._model, self._prompts = model, prompts
 
     def add(self, app: FastAPI, path: str, protocol: str, handler: Handler, form: type[Section]) -> None:
-        """A route to `handler`, whose argument `body` is a `form`. What goes wrong is answered as `protocol` has it."""
+        """A route to `handler`, whose argument `body` is a `form`. Errors are answered in the form of `protocol`."""
         answered = self._answered
 
         class Route(APIRoute):
@@ -84,7 +84,7 @@ class Answering:
         app.router.add_api_route(path, _taking(handler, form), methods=["POST"], route_class_override=Route)
 
     async def _answered(self, protocol: str, handle: Handler, http: HTTPRequest) -> Response:
-        """The response of `handle` to what is read in the request's body, or a refusal; told to the operator."""
+        """The response of `handle` to the body that was read, or an error answer; both are logged."""
         record = Record(protocol, _request_id(http), self._prompts)
         observing.CURRENT.set(record)
         status = 499
@@ -112,7 +112,7 @@ class Answering:
 
 
 def _taking(handler: Handler, form: type[Section]) -> Handler:
-    """`handler`, whose argument `body` is a `form`: FastAPI validates it, and has it in the document."""
+    """`handler` with the type `form` for its argument `body`, for FastAPI to validate and to document."""
 
     @functools.wraps(handler)
     async def take(**given: Any) -> Response:

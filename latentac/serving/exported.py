@@ -10,12 +10,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from latentac.config.schema import (
-    Batching,
-    Config,
+from latentac.config.schema import Batching, Config, Kernel, Limits
+from latentac.config.sections import (
     Extension,
-    Kernel,
-    Limits,
     Named,
     NonNegative,
     Particles,

@@ -18,7 +18,8 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
-from latentac.config.schema import Number, suggestion
+from latentac.config.schema import suggestion
+from latentac.config.sections import Number
 from latentac.serving.exported import Exported
 from latentac.serving.openai import ImagesRequest
 from latentac.serving.request import (
@@ -32,7 +33,7 @@ from latentac.serving.request import (
     too_many,
 )
 from latentac.system.names import PLAIN
-from latentac.worlds.promptfiles import PATTERN, text_problem
+from latentac.worlds.prompttext import PATTERN, text_problem
 
 MAX_WEIGHT = 100.0
 """A weight is a number of standard deviations; far above this the latents leave everything the decoder has seen."""
@@ -42,8 +43,8 @@ AnyRequest = TypeVar("AnyRequest", bound=Request)
 
 @dataclass(frozen=True)
 class Forms:
-    """The models of one exported model: request, of a single one; body, of KServe's V1 protocol, which V2 is turned
-    into; images, of OpenAI's `images/generations`."""
+    """The pydantic models for one exported model: request, of a single request; body, of KServe's V1 protocol, into which
+    V2 requests are converted; images, of OpenAI's `images/generations`."""
 
     request: type[Request]
     body: type[Body]
@@ -79,12 +80,12 @@ def request_model(exported: Exported, base: type[AnyRequest]) -> type[AnyRequest
 
 
 def _body_model(request: type[Request], most: int) -> type[Body]:
-    """A body of at most `most` pictures over all its requests."""
+    """A body of at most `most` images over all its requests."""
 
     def rows(given: Any) -> Any:  # before the requests are looked at: a long list of wrong ones would be told at length
         return _few(given, len(given)) if isinstance(given, list) else given
 
-    def pictures(given: list[Request]) -> list[Request]:
+    def in_all(given: list[Request]) -> list[Request]:
         return _few(given, sum(one.count for one in given))
 
     def _few(given: Any, images: int) -> Any:
@@ -95,7 +96,7 @@ def _body_model(request: type[Request], most: int) -> type[Body]:
     requests: Any = list[request]  # type: ignore[valid-type]
     extra = Field(json_schema_extra={"maxItems": most})
     field = Body.model_fields["instances"]
-    listed = Annotated[requests, field, BeforeValidator(rows), AfterValidator(pictures), extra]
+    listed = Annotated[requests, field, BeforeValidator(rows), AfterValidator(in_all), extra]
     return create_model(Body.__name__, __base__=Body, __doc__=Body.__doc__, instances=(listed, ...))
 
 

@@ -23,6 +23,7 @@ from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout, steered_rollout
 from latentac.sampling.steering import STEERING, Steering, evaluations
+from latentac.sampling.steering.run import SteeringRun
 from latentac.serving import exported
 from latentac.serving.forms import forms_of
 from latentac.serving.request import Request, shortened, validated
@@ -233,11 +234,11 @@ class Generator:
             weights = torch.tensor([slot.weights for slot in filled], device=self.device)
             steering = self._steering(kind, weights)
             uniforms = torch.cat([uniforms_for([_key(slot)], slot.seed, kind.num_steps) for slot in filled])
-            trajectory = steered_rollout(
-                policy, self.critic, prompts, conditioning, noise, steering, uniforms.to(self.device), observe=told
-            )
+            run = SteeringRun(steering, uniforms.to(self.device), callback=told)
+            trajectory = steered_rollout(policy, self.critic, conditioning, noise, run)
         else:
-            trajectory = rollout(policy, self.critic, prompts, conditioning, noise.flatten(0, 1), observe=told)
+            run = SteeringRun(callback=told)
+            trajectory = rollout(policy, self.critic, conditioning, noise.flatten(0, 1), steering=run)
         images, values = backbone.decode(trajectory.clean), trajectory.values.cpu().numpy()
         return [Drawn(images[row], values[row]) for row in range(len(slots))]
 

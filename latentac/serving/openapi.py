@@ -9,7 +9,7 @@ from kserve.protocol.rest.v2_datamodels import InferenceResponse
 from pydantic import BaseModel
 
 import latentac
-from latentac.config.schema import Section
+from latentac.config.sections import Section
 from latentac.serving.request import Json
 from latentac.serving.tensors import BINARY_HEADER
 
@@ -106,7 +106,7 @@ _OWN: dict[str, tuple[type[BaseModel] | str, type[BaseModel]]] = {
     "/v1/images/generations": (Images, OpenAIRefusal),
     "/v1/images/stream": ("text/event-stream", Refusal),
 }
-"""Path of a POST -> its answer (a schema or a media type), its refusal. FastAPI tells its body."""
+"""Path of a POST -> its answer (a schema or a media type), its error answer. FastAPI documents its body."""
 
 _REFUSALS = {
     "400": "The body is no JSON, or is damaged, or a header is given twice",
@@ -168,7 +168,7 @@ def document(app: FastAPI, name: str, version: str) -> Json:
         title="latentac", version=latentac.__version__, routes=app.routes, summary="Pictures, steered by a critic"
     )
     schemas: Json = {}
-    # FastAPI's own copy of the forms has lost their nulls, and has floats for all whole numbers.
+    # FastAPI's own copy of these schemas drops defaults of null and turns whole numbers into floats.
     for form in (route.body_field for route in app.routes if isinstance(route, APIRoute)):
         schemas |= _schemas(form.field_info.annotation, "validation") if form else {}
     for path, (answered, refused) in _OWN.items():

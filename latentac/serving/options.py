@@ -1,4 +1,4 @@
-"""What may be asked of a served model; `fields` is the schema of a request, from the form that validates it."""
+"""What a client of a served model may choose. `fields` is the JSON schema of the model that validates a request."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from latentac.system.names import PLAIN
 
 
 def options_of(model: SteeredDiffusion) -> dict[str, Any]:
-    """What may be asked of `model`, for a page or a program to offer."""
+    """What a client of `model` may choose."""
     exported, critic = model.generator.exported, model.generator.critic
     fields = model.generator.forms.request.model_json_schema()["properties"]
     default = exported.default_method

@@ -1,6 +1,5 @@
 """What a caller may ask for. Everything wrong with a request is told at once, each with its path and remedy."""
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_args
@@ -19,7 +18,8 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, from_json
 
-from latentac.config.schema import Limits, Number, Section, suggestion
+from latentac.config.schema import Limits, suggestion
+from latentac.config.sections import Number, Section
 from latentac.system.errors import ConfigError, Problem
 from latentac.system.names import PLAIN
 
@@ -160,7 +160,7 @@ def _values(found: Any, most: int) -> int:
         value = pending.pop()
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         count += len(inner)
-        pending += itertools.islice(inner, most)
+        pending += inner
     return count
 
 

@@ -24,7 +24,7 @@ from kserve.protocol.rest.v2_endpoints import V2Endpoints
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from latentac.config.schema import Section
+from latentac.config.sections import Section
 from latentac.serving.exported import Exported
 from latentac.serving.refusals import is_openai, refusal, unknown
 from latentac.serving.request import shortened

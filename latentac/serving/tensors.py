@@ -14,7 +14,8 @@ from kserve.protocol.infer_type import InferOutput, RequestedOutput
 from kserve.utils.numpy_codec import to_np_dtype
 from pydantic import ConfigDict, Field
 
-from latentac.config.schema import Limits, Section, suggestion
+from latentac.config.schema import Limits, suggestion
+from latentac.config.sections import Section
 from latentac.serving.request import (
     MOST_PROBLEMS,
     WHOLE,

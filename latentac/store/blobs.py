@@ -30,6 +30,8 @@ from latentac.system.errors import (
 
 CHUNK_BYTES = 2**20
 PARTIAL = ".partial"
+_PLACINGS = 100
+"""How often a file is placed anew where others remove the folder that it is to lie in."""
 
 
 @dataclass(frozen=True)
@@ -218,9 +220,12 @@ class Folder:
         return self._pool.sweep(digests)
 
     def names(self, prefix: str) -> list[str]:
-        below = self._at(prefix)
+        below, found = self._at(prefix), list[str]()
         with disk_errors(below):
-            found = [path.relative_to(self._root).as_posix() for path in below.rglob("*") if path.is_file()]
+            for folder, _, files in os.walk(below, onerror=_unless_gone):
+                place = Path(folder).relative_to(self._root).as_posix()
+                start = "" if place == "." else f"{place}/"
+                found += [f"{start}{file}" for file in files if os.path.isfile(f"{folder}/{file}")]
         return [name for name in found if not name.startswith((f"{PARTIAL}/", f"{OBJECTS}/"))]
 
     def entries(self, prefix: str) -> dict[str, Entry]:
@@ -228,7 +233,7 @@ class Folder:
         for name in self.names(prefix):
             with suppress(FileNotFoundError):  # removed meanwhile
                 path = self._root / name
-                status = path.lstat() if path.is_symlink() else path.stat()
+                status = path.lstat()
                 stamp, inode = str(status.st_mtime_ns), f"{status.st_dev}:{status.st_ino}"
                 found[name] = Entry(
                     status.st_size,
@@ -270,19 +275,25 @@ class Folder:
 
     def _place(self, partial: Path, name: str) -> None:
         target = self._root / name
-        for last in (False, False, True):
-            target.parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, _PLACINGS + 1):
             try:
+                target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(partial, target)  # does nothing if both are one file already
                 break
-            except FileNotFoundError:  # a delete beside it just removed the empty folder
-                if last:
+            except (FileNotFoundError, FileExistsError):  # a delete beside it just removed the empty folder
+                if attempt == _PLACINGS:
                     raise
         entry = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(entry)  # else the name itself may be lost with the power
         finally:
             os.close(entry)
+
+
+def _unless_gone(error: OSError) -> None:
+    """Raises the error, unless it is that a folder is none, or none any more."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def _open_file(path: Path) -> BinaryIO | None:

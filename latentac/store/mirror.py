@@ -15,8 +15,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
-from latentac.store.artifacts import below
 from latentac.store.blobs import CHUNK_BYTES, Blobs, Entry, Overrun, Patience, Stream, disk_errors
+from latentac.store.objects import below
 from latentac.store.places import connect
 from latentac.system.errors import ConfigError, LatentacError
 from latentac.system.reading import seconds, whole

@@ -27,9 +27,6 @@ FOLDER = "LATENTAC_REWARD_CALLS"
 CALLS = "reward-calls"
 """Name of that folder in a run's working folder."""
 
-STEPS = ("prepare", "pretrain-value", "evaluate", "steer")
-"""Steps that call rewards in their own process."""
-
 _STOPPED_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
 
 _GRACE_SECONDS = 10.0

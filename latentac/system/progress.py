@@ -106,6 +106,7 @@ class _Lines:
         description: str,
         unit: str,
         file: TextIO,
+        *,
         done: int = 0,
         every: float = _LINE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
@@ -207,7 +208,7 @@ class _Bar:
 def _display(total: int | None, description: str, unit: str, done: int) -> _Lines | _Bar:
     terminal = _terminal()
     if terminal is None:
-        return _Lines(total, description, unit, sys.stderr, done)
+        return _Lines(total, description, unit, sys.stderr, done=done)
     return _Bar(total, description, unit, terminal, done)
 
 

@@ -80,7 +80,7 @@ def _depth(found: Any) -> int:
 def read_bytes(file: Path) -> bytes:
     """A regular file of at most MOST_BYTES. Raises ValueError for anything else, OSError."""
     # Without O_NONBLOCK a pipe would be waited for.
-    with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+    with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             raise ValueError("it is no regular file")
         content = stream.read(MOST_BYTES + 1)

@@ -57,8 +57,8 @@ def remove_abandoned(folder: Path, own: Path) -> None:
     """Remove a folder that `temporary_files(own)` made in a process that was killed. Anything else stays: the path may
     have been read from a file or a link that somebody else wrote."""
     with contextlib.suppress(OSError, ValueError):
-        if not folder.is_symlink() and (folder / _OWNER).read_text() == str(own.resolve()):
-            shutil.rmtree(folder, ignore_errors=True)
+        if (folder / _OWNER).read_text() == str(own.resolve()):
+            shutil.rmtree(folder, ignore_errors=True)  # which does nothing where it is a link
 
 
 @contextlib.contextmanager
@@ -86,8 +86,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def remove_hidden(place: Path) -> None:
     """Remove the hidden folders that killed processes left in `place`."""
     for left in place.glob(f"{HIDDEN}*/"):
-        if not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(left, ignore_errors=True)  # which does nothing where it is a link
 
 
 def empty_folder(folder: Path) -> None:

@@ -13,8 +13,9 @@ import torch
 
 from latentac.backbones import layout_of, load_backbone
 from latentac.backbones.source import locate
-from latentac.config.schema import Config, Named
+from latentac.config.schema import Config
 from latentac.config.schema import Reward as RewardSettings
+from latentac.config.sections import Named
 from latentac.evaluation.held_out import sample
 from latentac.evaluation.measures import intervals
 from latentac.rewards.configured import ConfiguredReward, load_rewards
@@ -86,7 +87,7 @@ class Experiment:
         if self._trainer is None:
             mesh = Mesh.single(self.policy.backbone.device)
             self._trainer = new_trainer(
-                self.config, self.policy, self.critic, self.rewards, self.prompts.train, mesh, self._scored
+                self.config, self.policy, self.critic, self.rewards, self.prompts.train, mesh=mesh, scored=self._scored
             )
         trainer = self._trainer
         left = self.config.train.num_iterations - trainer.iteration

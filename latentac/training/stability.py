@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from latentac.config.schema import EarlyStopping, Guard
+from latentac.config.learning import EarlyStopping, Guard
 
 
 def window_means(stopping: EarlyStopping, history: Sequence[Mapping[str, Any]]) -> list[float]:

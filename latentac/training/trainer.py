@@ -8,7 +8,7 @@ import copy
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from latentac.rewards.configured import ConfiguredReward
 from latentac.sampling.devices import map_blocks
 from latentac.sampling.encoding import Encoded
 from latentac.sampling.policy import Policy
-from latentac.sampling.rollout import rollout, score
+from latentac.sampling.rollout import Keep, rollout, score
 from latentac.system.errors import Diverged
 from latentac.training.algorithms import ALGORITHMS, Algorithm
 from latentac.training.checkpoint import optimizer_tensors, restore_optimizer
@@ -38,19 +38,25 @@ from latentac.worlds.prompts import Prompt, balanced
 _REMEDY = "Start another run with a lower policy.learning_rate; a run keeps the configuration that it began with"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Block:
-    """One block's rollout and what an iteration finds out about it.
+    """The rollouts of one block.
 
-    prompts: int64 [B], which training prompts; rewards: [B, M]; advantages: [B, S]; returns: [B, K, M], value targets.
+    prompts: int64 [B], indices of the training prompts; rewards: [B, M].
     """
 
     index: int
     trajectory: Trajectory
     prompts: Tensor
     rewards: Tensor
-    advantages: Tensor = field(default_factory=lambda: torch.empty(0))
-    returns: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass(frozen=True)
+class CreditedBlock(Block):
+    """advantages: [B, S]; returns: [B, K, M], the critic's targets, None where no critic learns."""
+
+    advantages: Tensor
+    returns: Tensor | None
 
 
 class Trainer:
@@ -67,6 +73,7 @@ class Trainer:
         algorithm: Algorithm,
         rewards: Sequence[ConfiguredReward],
         prompts: Sequence[Prompt],
+        *,
         mesh: Mesh,
     ) -> None:
         self.config, self.policy, self.critic, self.algorithm = config, policy, critic, algorithm
@@ -109,10 +116,10 @@ class Trainer:
         own = self.mesh.own(self._num_blocks)
         # Several workers share the cores already.
         alone = self.mesh.size == 1
-        blocks = map_blocks(self._roll_out, own, self.mesh.device) if alone else [self._roll_out(i) for i in own]
+        drawn = map_blocks(self._roll_out, own, self.mesh.device) if alone else [self._roll_out(i) for i in own]
         rolled_out = time.monotonic()
-        self._last_clean = blocks[0].trajectory.clean
-        rewards, watched = self._credit(blocks)
+        self._last_clean = drawn[0].trajectory.clean
+        blocks, rewards, watched = self._credit(drawn)
         metrics = [self._update_actor(blocks, update) for update in range(train.updates_per_iteration)]
         means = {name: sum(entry[name] for entry in metrics) / len(metrics) for name in metrics[0]}
         entry = {
@@ -130,7 +137,7 @@ class Trainer:
         if reason:
             raise Diverged(f"iteration {self.iteration + 1}", reason, _REMEDY)
         if self.learner is not None:
-            learnt = [(block.index, block.trajectory, block.returns) for block in blocks]
+            learnt = [(block.index, block.trajectory, block.returns) for block in blocks if block.returns is not None]
             entry["value_loss"] = self.learner.learn(self.iteration, learnt)
         entry["seconds"] = time.monotonic() - started
         self.history.append(entry)
@@ -189,24 +196,20 @@ class Trainer:
         chosen = [drawn[image // group] for image in images]
         keys = [("train", self.iteration, prompt, image) for prompt, image in zip(chosen, images, strict=True)]
         noise = noise_for(keys, config.seed, config.kernel.num_steps, self.policy.backbone.latent_shape)
-        texts = [self.prompts[prompt].text for prompt in chosen]
         rows = torch.tensor(chosen, device=self.mesh.device)
         trajectory = rollout(
             self.policy,
             self.critic if self.learner is not None else None,
-            texts,
             self.conditioning.rows(rows),
             noise.to(self.mesh.device),
-            policy_version=self.iteration * train.updates_per_iteration,
-            keep_features=self.learner is not None,
-            value_weights=self.value_weights,
+            keep=Keep(features=self.learner is not None, value_gradient=self.value_weights),
         )
         scores = score(self.rewards, self.policy.backbone.decode(trajectory.clean), [self.prompts[p] for p in chosen])
         return Block(index, trajectory, rows, scores.rewards.to(self.mesh.device))
 
-    def _credit(self, blocks: Sequence[Block]) -> tuple[Tensor, dict[str, Any]]:
-        """Advantages over all images of all workers, so that whitening is global. Returns all rewards, and metrics of
-        the critic and the credit."""
+    def _credit(self, blocks: Sequence[Block]) -> tuple[list[CreditedBlock], Tensor, dict[str, Any]]:
+        """Advantages over all images of all workers, so that whitening is global. Returns the blocks with their credit,
+        all rewards [images, M], and metrics of the critic and the credit."""
         rewards = self.mesh.gather(torch.cat([block.rewards for block in blocks]))
         values = self.mesh.gather(torch.cat([block.trajectory.values for block in blocks]))
         prompts = self.mesh.gather(torch.cat([block.prompts for block in blocks]))
@@ -216,22 +219,28 @@ class Trainer:
         stochastic = blocks[0].trajectory.num_stochastic_steps
         credit = self.algorithm.credit(rewards, values[:, :stochastic], prompts)
         size = self.config.train.block_images
+        credited = []
         for block in blocks:
             rows = slice(block.index * size, (block.index + 1) * size)
-            block.advantages = credit.advantages[rows]
+            returns = None
             if self.learner is not None:
                 # A deterministic step changes nothing any more: from there on the reward itself is the return.
                 settled = block.rewards[:, None].expand_as(values[rows, stochastic:])
-                block.returns = torch.cat([credit.returns[rows], settled], 1)
+                returns = torch.cat([credit.returns[rows], settled], 1)
+            credited.append(
+                CreditedBlock(
+                    block.index, block.trajectory, block.prompts, block.rewards, credit.advantages[rows], returns
+                )
+            )
         watched: dict[str, Any] = dict(credit.metrics)
         if self.learner is not None:
             main = self.config.main_reward
             watched["explained_variance"] = explained_variance(values[..., main], rewards[:, main]).tolist()
             if self.algorithm.group_size > 1:
                 watched["rank_correlation"] = rank_correlation(values[..., main], rewards[:, main], prompts).tolist()
-        return rewards, watched
+        return credited, rewards, watched
 
-    def _update_actor(self, blocks: Sequence[Block], update: int) -> dict[str, float]:
+    def _update_actor(self, blocks: Sequence[CreditedBlock], update: int) -> dict[str, float]:
         """One optimizer step of the actor on this update's share of every block's transitions."""
         self.actor_optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
@@ -268,7 +277,7 @@ class Trainer:
         (loss / self._num_blocks).backward()
         return metrics
 
-    def _share(self, block: Block, update: int) -> Minibatch:
+    def _share(self, block: CreditedBlock, update: int) -> Minibatch:
         """The transitions of a block that belong to `update`."""
         steps = block.trajectory.num_stochastic_steps
         generator = generator_for(self.config.seed, "order", "actor", self.iteration, block.index)
@@ -305,6 +314,7 @@ def new_trainer(
     critic: Critic,
     rewards: Sequence[ConfiguredReward],
     prompts: Sequence[Prompt],
+    *,
     mesh: Mesh,
     scored: Replay | None = None,
 ) -> Trainer:
@@ -314,7 +324,7 @@ def new_trainer(
     policy.backbone.adapt(config.policy)
     weights = torch.tensor([reward.weight for reward in config.rewards])
     algorithm = ALGORITHMS.make(config.algorithm, weights, path="algorithm")
-    trainer = Trainer(config, policy, critic, algorithm, rewards, prompts, mesh)
+    trainer = Trainer(config, policy, critic, algorithm, rewards, prompts, mesh=mesh)
     if trainer.learner is not None:
         trainer.learner.begin_with(scored)
     return trainer

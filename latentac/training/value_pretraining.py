@@ -20,7 +20,7 @@ from latentac.method.returns import explained_variance, rank_correlation
 from latentac.rewards.configured import ConfiguredReward
 from latentac.sampling.devices import map_blocks
 from latentac.sampling.policy import Policy
-from latentac.sampling.rollout import rollout, score
+from latentac.sampling.rollout import Keep, rollout, score
 from latentac.system.progress import Progress, progress
 from latentac.training.critic_learning import Replay, critic_loss, observe
 from latentac.worlds.prompts import Prompt, PromptSet, balanced
@@ -67,17 +67,19 @@ def collect(
     critic: Critic,
     rewards: Sequence[ConfiguredReward],
     prompts: Sequence[Prompt],
+    *,
     count: int,
     purpose: str,
 ) -> States:
     """`count` rollouts on `prompts`, the categories in turn, with what the critic sees of every state."""
     chosen = balanced(prompts, count, config.seed, purpose)
     size = config.train.block_images
-    blocks = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    keys = [(purpose, prompt, slot) for slot, prompt in enumerate(chosen)]
+    blocks = [keys[start : start + size] for start in range(0, count, size)]
     device = policy.backbone.device
     with progress(count, f"rollouts ({purpose})", "images") as bar:
         parts = map_blocks(
-            lambda block: _collect_block(config, policy, critic, rewards, prompts, chosen, block, purpose, bar),
+            lambda keys: _collect_block(config, policy, critic, rewards, prompts, keys=keys, bar=bar),
             blocks,
             device,
         )
@@ -97,26 +99,25 @@ def _collect_block(
     critic: Critic,
     rewards: Sequence[ConfiguredReward],
     prompts: Sequence[Prompt],
-    chosen: Sequence[int],
-    block: range,
-    purpose: str,
+    *,
+    keys: Sequence[tuple[str, int, int]],
     bar: Progress[Any],
 ) -> States:
-    keys = [(purpose, chosen[slot], slot) for slot in block]
+    """keys: of each image's noise: (purpose, index of its prompt, place)."""
     noise = noise_for(keys, config.seed, config.kernel.num_steps, policy.backbone.latent_shape)
-    texts = [prompts[chosen[slot]].text for slot in block]
-    conditioning = policy.backbone.encode(texts)
+    own = [prompts[index] for _, index, _ in keys]
+    conditioning = policy.backbone.encode([prompt.text for prompt in own])
     noise = noise.to(policy.backbone.device)
-    trajectory = rollout(policy, critic, texts, conditioning, noise, keep_features=True)
-    scores = score(rewards, policy.backbone.decode(trajectory.clean), [prompts[chosen[slot]] for slot in block])
-    bar.update(len(block))
+    trajectory = rollout(policy, critic, conditioning, noise, keep=Keep(features=True))
+    scores = score(rewards, policy.backbone.decode(trajectory.clean), own)
+    bar.update(len(keys))
     return States(
         dict(trajectory.features),
         trajectory.clean,
         trajectory.sigmas[:-1],
         conditioning.to(torch.device("cpu")),
         scores.rewards.to(noise.device),
-        torch.tensor([chosen[slot] for slot in block]),
+        torch.tensor([index for _, index, _ in keys]),
     )
 
 
@@ -185,8 +186,10 @@ def pretrain(
     settings = config.pretrain
     if settings.num_images == 0:
         return [], None
-    states = collect(config, policy, critic, rewards, prompts.train, settings.num_images, "pretraining")
-    held_out = collect(config, policy, critic, rewards, prompts.held_out, settings.num_held_out_images, "held-out")
+    states = collect(config, policy, critic, rewards, prompts.train, count=settings.num_images, purpose="pretraining")
+    held_out = collect(
+        config, policy, critic, rewards, prompts.held_out, count=settings.num_held_out_images, purpose="held-out"
+    )
     history = fit(config, policy, critic, states, held_out)
     return history, Replay(states.clean, states.rewards, states.prompts)
 

@@ -16,29 +16,27 @@ import contextlib
 import csv
 import io
 import json
-import math
 import re
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from latentac.system.reading import has_more_values
+from latentac.worlds.prompttext import (
+    MAX_CATEGORY,
+    MAX_CHARACTERS,
+    MAX_DEPTH,
+    Repeated,
+    kind_of,
+    shown,
+    text_problem,
+    value_problem,
+)
 
 SPLITS = ("train", "held_out")
-MAX_CHARACTERS = 10_000
-"""Of a prompt: far more than any text encoder reads."""
-_CONTROLS = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff"
-_BLANKS = r"\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f"
-_VISIBLE = re.compile(f"[^{_BLANKS}]")
-_TEXTS = rf"(?:[^\r{_CONTROLS}]|\r\n)*"
-PATTERN = f"^{_TEXTS}[^{_BLANKS}{_CONTROLS}]{_TEXTS}$"
-"""A prompt as a regular expression, for other programs: what `text_problem` accepts, apart from the length."""
-_MAX_CATEGORY = 100
 _MAX_LINE = 1_000_000
 _MAX_BYTES = 256 * 2**20
-_MAX_DEPTH = 32
 _MAX_LINES = 1_000_000
 _MAX_VALUES = 8_000_000
 """Of all JSON, or of the cells of a table: read, each takes some 60 bytes."""
@@ -52,7 +50,6 @@ _MARKS = {  # UTF-32 first: its mark begins like that of UTF-16
 _ZEROS = {"x0x0": "UTF-16LE", "0x0x": "UTF-16BE", "x000": "UTF-32LE", "000x": "UTF-32BE"}
 """Of four bytes in a row, those that are mostly zero in Latin text -> the encoding."""
 _TEXT, _CATEGORY = ("prompt", "text"), ("category", "tag")
-_KINDS = {str: "text", bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
 @dataclass(frozen=True)
@@ -83,13 +80,6 @@ class _Unreadable(Exception):
     def __init__(self, problem: str, remedy: str, where: str = "") -> None:
         super().__init__(problem)
         self.problem, self.remedy, self.where = problem, remedy, where
-
-
-class _Repeated:
-    """Stands in for a JSON object in which a key is given twice."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
 
 
 def read_file(path: Path) -> tuple[dict[str, list[Row]], list[Flaw]]:
@@ -155,12 +145,12 @@ def _json(name: str, content: str, flaws: list[Flaw]) -> dict[str, list[Row]]:
     if isinstance(found, list):
         return {"": _entries(name, "", found, _item_lines(content, ""), flaws)}
     form = 'Use {"train": [...], "held_out": [...]}, or one list'
-    if isinstance(found, _Repeated):
-        raise _Unreadable(f"has {_shown(found.key)} twice", form)
+    if isinstance(found, Repeated):
+        raise _Unreadable(f"has {shown(found.key)} twice", form)
     if not isinstance(found, dict):
-        raise _Unreadable(f"holds {_kind(found)}, and no prompts", form)
+        raise _Unreadable(f"holds {kind_of(found)}, and no prompts", form)
     flaws += [
-        Flaw(f"{name}, {_shown(key)}", "is no key of a file of prompts", form) for key in found if key not in SPLITS
+        Flaw(f"{name}, {shown(key)}", "is no key of a file of prompts", form) for key in found if key not in SPLITS
     ]
     rows = {}
     for split in SPLITS:
@@ -168,7 +158,7 @@ def _json(name: str, content: str, flaws: list[Flaw]) -> dict[str, list[Row]]:
         if isinstance(entries, list):
             rows[split] = _entries(name, split, entries, _item_lines(content, split), flaws)
         else:
-            problem = "is missing" if split not in found else f"is {_kind(entries)} and no list"
+            problem = "is missing" if split not in found else f"is {kind_of(entries)} and no list"
             flaws.append(Flaw(f"{name}, {split}", problem, form))
     return rows
 
@@ -314,10 +304,10 @@ def _rows(entries: Iterator[tuple[str, Any]], flaws: list[Flaw]) -> list[Row]:
 def _row(where: str, entry: Any) -> Row | Flaw:
     if isinstance(entry, str):
         entry = {"text": entry}
-    if isinstance(entry, _Repeated):
-        return Flaw(where, f"has {_shown(entry.key)} twice")
+    if isinstance(entry, Repeated):
+        return Flaw(where, f"has {shown(entry.key)} twice")
     if not isinstance(entry, dict):
-        return Flaw(where, f"is {_kind(entry)}, and neither text nor an object")
+        return Flaw(where, f"is {kind_of(entry)}, and neither text nor an object")
     rest = dict(entry)
     text_key = next((key for key in _TEXT if key in rest), None)
     if text_key is None:
@@ -327,73 +317,27 @@ def _row(where: str, entry: Any) -> Row | Flaw:
         return Flaw(f"{where}, {text_key}" if len(entry) > 1 else where, problem)
     category_key = next((key for key in _CATEGORY if key in rest), None)
     category = rest.pop(category_key) if category_key else "all"
-    if problem := text_problem(category, _MAX_CATEGORY, "\t\n\r"):
+    if problem := text_problem(category, MAX_CATEGORY, "\t\n\r"):
         return Flaw(f"{where}, {category_key}", problem)
     nested = rest.pop("metadata", {})
-    if isinstance(nested, _Repeated):
-        return Flaw(f"{where}, metadata", f"has {_shown(nested.key)} twice")
+    if isinstance(nested, Repeated):
+        return Flaw(f"{where}, metadata", f"has {shown(nested.key)} twice")
     if not isinstance(nested, dict):
-        return Flaw(f"{where}, metadata", f"is {_kind(nested)} and no object")
+        return Flaw(f"{where}, metadata", f"is {kind_of(nested)} and no object")
     if shared := rest.keys() & nested.keys():
-        return Flaw(where, f"has {_shown(min(shared))} twice: beside the text and in `metadata`")
+        return Flaw(where, f"has {shown(min(shared))} twice: beside the text and in `metadata`")
     metadata = {**rest, **nested}
     for key, value in metadata.items():
-        if found := _value_problem(key, value):
-            return Flaw(f"{where}, {_shown(key)}", found)
+        if found := value_problem(key, value):
+            return Flaw(f"{where}, {shown(key)}", found)
     return Row(where, text, category, metadata)
-
-
-def text_problem(text: Any, most: int, forbidden: str = "") -> str:
-    """Why `text` can be no prompt, or "". Tabs and line breaks are text, unless they are `forbidden`."""
-    if text is None:
-        return "is null"
-    if not isinstance(text, str):
-        return f"is {_kind(text)} and no text"
-    if not text:
-        return "is empty"
-    if len(text) > most:
-        return f"has {len(text)} characters, above {most}"
-    if text.isascii() and text.isprintable():
-        return "" if text.strip() else "is nothing but white space"
-    for place, character in enumerate(text, 1):
-        kind = unicodedata.category(character)
-        if kind == "Cs":
-            return f"has a lone surrogate (U+{ord(character):04X}) at character {place}"
-        if character == "\ufeff":
-            return f"has a byte order mark at character {place}"
-        broken = character == "\r" and text[place : place + 1] != "\n"
-        if kind == "Cc" and (character not in "\t\n\r" or character in forbidden or broken):
-            return f"has a control character (U+{ord(character):04X}) at character {place}"
-    return "" if _VISIBLE.search(text) else "is nothing but white space"
-
-
-def _value_problem(key: str, value: Any) -> str:
-    """Why metadata cannot be kept as JSON, or "". Not recursive: what is nested deeply is what it looks for."""
-    pending: list[tuple[Any, int]] = [(key, 0), (value, 0)]
-    while pending:
-        item, depth = pending.pop()
-        if depth > _MAX_DEPTH:
-            return f"is nested more than {_MAX_DEPTH} deep"
-        if isinstance(item, _Repeated):
-            return f"has {_shown(item.key)} twice"
-        if isinstance(item, float) and not math.isfinite(item):
-            return f"holds {item}, which is no number of JSON"
-        if isinstance(item, str) and not item.isascii() and any("\ud800" <= each <= "\udfff" for each in item):
-            return "has a lone surrogate"
-        if isinstance(item, str) and "\0" in item:
-            return "has a control character (U+0000)"
-        if isinstance(item, dict):
-            pending += [(each, depth + 1) for pair in item.items() for each in pair]
-        elif isinstance(item, list):
-            pending += [(each, depth + 1) for each in item]
-    return ""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Any:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            return _Repeated(key)
+            return Repeated(key)
         found[key] = value
     return found
 
@@ -401,13 +345,5 @@ def _object(pairs: list[tuple[str, Any]]) -> Any:
 def _undecodable(error: Exception) -> str:
     """Of what is JSON by its grammar, and cannot be held."""
     if isinstance(error, RecursionError):
-        return f"is nested more than {_MAX_DEPTH} deep"
+        return f"is nested more than {MAX_DEPTH} deep"
     return f"cannot be read as JSON: {' '.join(str(error).split())[:100]}"
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else _KINDS.get(type(value), "an object")
-
-
-def _shown(key: str) -> str:
-    return f"`{key[:40]}`".encode(errors="backslashreplace").decode()

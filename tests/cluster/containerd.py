@@ -16,12 +16,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.binaries import PAUSE, program
 from tests.cluster.layers import Layers
 from tests.cluster.processes import Program
 from tests.cluster.sandbox import Sandbox
-from tests.docker import Docker
-from tests.golang import Unavailable
+from tools.binaries import PAUSE, program
+from tools.docker import Docker
+from tools.golang import Unavailable
 
 SOCKET = "/run/containerd/containerd.sock"
 PAUSE_IMAGE = f"docker.io/latentac/pause:{PAUSE}"

@@ -16,10 +16,10 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.cluster.binaries import gateway_crds, program
 from tests.cluster.pki import Authority
 from tests.cluster.processes import Program, free_ports
-from tests.golang import Unavailable
+from tools.binaries import gateway_crds, program
+from tools.golang import Unavailable
 
 CRDS = "LATENTAC_CRDS"
 """Environment variable: the folder with the CRDs of KServe, Volcano, Kubeflow Pipelines and Argo."""

@@ -43,8 +43,8 @@ import yaml
 from latentac.components.cluster.settings import KEY, Cluster, resolve
 from latentac.serving.client import Client
 from latentac.system.errors import LatentacError
-from tests.cluster.binaries import program
-from tests.golang import Unavailable
+from tools.binaries import program
+from tools.golang import Unavailable
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "latentac"

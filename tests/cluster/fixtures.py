@@ -13,7 +13,7 @@ import pytest
 
 from tests.cluster.control_plane import CRDS, NEED_CRDS, ControlPlane
 from tests.cluster.node import Node, Record, lacking
-from tests.golang import Unavailable
+from tools.golang import Unavailable
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.docker import Docker
+from tools.docker import Docker
 
 _CHUNK = 2**20
 _FILE = 1

@@ -23,12 +23,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.cluster.binaries import missing, program
 from tests.cluster.containerd import SOCKET, Containerd
 from tests.cluster.control_plane import ControlPlane, answers
 from tests.cluster.sandbox import Sandbox
-from tests.docker import Docker, daemon
-from tests.golang import Unavailable, cache_folder
+from tools.binaries import missing, program
+from tools.docker import Docker, daemon
+from tools.golang import Unavailable, cache_folder
 
 NAME = "latentac-node"
 _TOOLS = "containerd ctr runc iptables iptables-restore conntrack ip unshare nsenter".split()

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.binaries import program
 from tests.cluster.control_plane import Cluster
-from tests.golang import Unavailable
+from tools.binaries import program
+from tools.golang import Unavailable
 
 LEFT_BY_KUBERNETES = ("configmap/kube-root-ca.crt", "serviceaccount/default", "event")
 

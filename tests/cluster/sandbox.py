@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.cluster.processes import Program
-from tests.golang import Unavailable
+from tools.golang import Unavailable
 
 _PLACES = 8
 

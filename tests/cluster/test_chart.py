@@ -19,9 +19,9 @@ from latentac.store import open_store
 from tests.cluster.control_plane import KubectlError
 from tests.cluster.node import Node
 from tests.cluster.releases import helm, objects_in
-from tests.docker import Docker
-from tests.golang import Unavailable
 from tests.helm.chart import CHART, CI
+from tools.docker import Docker
+from tools.golang import Unavailable
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 

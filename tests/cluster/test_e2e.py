@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import e2e
-from tests.cluster.binaries import program
 from tests.cluster.control_plane import ControlPlane
+from tools.binaries import program
 
 
 @pytest.mark.parametrize(

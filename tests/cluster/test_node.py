@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.binaries import program
 from tests.cluster.containerd import full_name
 from tests.cluster.control_plane import ControlPlane, KubectlError
 from tests.cluster.layers import Layers
 from tests.cluster.node import Node, lacking
-from tests.docker import Docker
+from tools.binaries import program
+from tools.docker import Docker
 
 PROBE = "latentac/probe:v2"
 RESTRICTED = {

@@ -31,11 +31,11 @@ from latentac.serving.client import Client
 from latentac.serving.exported import export
 from latentac.system.errors import ServingError
 from latentac.worlds.shapes import builtin_pipeline
-from tests.cluster.binaries import program
 from tests.cluster.kserve import SERVICES, Controller, administrator
 from tests.cluster.node import Node
-from tests.docker import Docker
-from tests.minio import Server
+from tools.binaries import program
+from tools.docker import Docker
+from tools.minio import Server
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 

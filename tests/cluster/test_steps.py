@@ -19,13 +19,13 @@ from latentac.components.cluster.api import VOLCANO_JOBS
 from latentac.components.cluster.objects import CONTAINER_SECURITY
 from latentac.components.cluster.settings import KEY, Cluster, resolve
 from latentac.pipelines.cluster import compile_pipeline
-from latentac.pipelines.pipeline import STEPS
 from latentac.serving.client import Client
+from latentac.system.steps import NAMES as STEPS
 from tests.cluster import kserve, volcano
 from tests.cluster.node import Node
 from tests.cluster.releases import helm
-from tests.docker import Docker
 from tests.helm.chart import CHART, CI
+from tools.docker import Docker
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
 

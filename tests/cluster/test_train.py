@@ -26,8 +26,8 @@ from latentac.runs.workspace import Workspace, open_run
 from latentac.system.errors import TrainingError
 from tests.cluster.node import Node
 from tests.cluster.volcano import Controller
-from tests.docker import Docker
-from tests.minio import Server
+from tools.docker import Docker
+from tools.minio import Server
 
 IMAGE = "latentac/train:dev"
 ITERATIONS = 10

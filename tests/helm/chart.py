@@ -11,8 +11,8 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from tests.cluster.binaries import program
-from tests.golang import Unavailable
+from tools.binaries import program
+from tools.golang import Unavailable
 
 CHART = Path(__file__).parents[2] / "helm" / "latentac"
 CI = {path.name.removesuffix("-values.yaml"): path for path in sorted((CHART / "ci").glob("*.yaml"))}

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.cluster.binaries import kyverno_crd
 from tests.helm.chart import (
     BUNDLED,
     CHART,
@@ -19,6 +18,7 @@ from tests.helm.chart import (
     render,
     strict_problems,
 )
+from tools.binaries import kyverno_crd
 
 KIND = "NamespacedImageValidatingPolicy"
 PEM = "-----BEGIN PUBLIC KEY-----\nMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE\n-----END PUBLIC KEY-----\n"

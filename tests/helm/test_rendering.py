@@ -64,7 +64,7 @@ def test_custom_objects_are_valid(name: str) -> None:
     """Each object of a custom kind fits its CRD, and no field of it is unknown there."""
     folder = os.environ.get("LATENTAC_CRDS")
     if not folder:
-        pytest.skip("LATENTAC_CRDS names no folder of CRDs: CONTRIBUTING.md says where to get them")
+        pytest.skip("LATENTAC_CRDS names no folder of CRDs: tests/cluster/README.md says where to get them")
     paths = (*Path(folder).rglob("*servingruntimes.yaml"), *Path(folder).rglob("*queues.yaml"))
     crds = [yaml.load(path.read_text(), yaml.CSafeLoader) for path in paths]
     custom = [each for each in render(SETS[name]) if each["kind"] in ("ServingRuntime", "Queue")]

@@ -16,10 +16,10 @@ from docker.models.images import Image
 
 from images.provenance import provenance
 from images.publish import cosign_program
-from tests.docker import Docker
-from tests.golang import Unavailable
 from tests.latentac.serving.conftest import config, exported_folder  # noqa: F401  # a model to serve
 from tests.registry import Registry
+from tools.docker import Docker
+from tools.golang import Unavailable
 
 RUN_SECONDS = 240
 PASSWORD = "marker-password"

@@ -15,9 +15,9 @@ from docker.errors import APIError, ImageNotFound
 
 from images import build
 from images.build import Base, make, repository, wanted
-from tests.docker import Docker
-from tests.golang import Unavailable
 from tests.registry import Registry
+from tools.docker import Docker
+from tools.golang import Unavailable
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

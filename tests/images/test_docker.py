@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker import MACHINES_OWN, ROOT, answers
+from tools.docker import MACHINES_OWN, ROOT, answers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -18,7 +18,7 @@ def user(cache: Path, *command: str) -> "subprocess.Popen[str]":
     """A process that uses the daemon for as long as `command` runs."""
     environment = {key: text for key, text in os.environ.items() if key != "DOCKER_HOST"}
     environment["XDG_CACHE_HOME"] = str(cache)
-    line = [sys.executable, "-m", "tests.docker", "exec", "--", *command]
+    line = [sys.executable, "-m", "tools.docker", "exec", "--", *command]
     return subprocess.Popen(line, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

@@ -13,7 +13,7 @@ import pytest
 from docker.models.containers import Container
 
 from tests.images.conftest import INIT, Images
-from tests.minio import Server, free_port
+from tools.minio import Server, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

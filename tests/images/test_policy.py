@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from images.publish import Signer, sign, values
-from tests.cluster.binaries import program
-from tests.golang import Unavailable
 from tests.helm.chart import BUNDLED, NAMESPACE, of_kind, render
 from tests.registry import Registry
+from tools.binaries import program
+from tools.golang import Unavailable
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -21,7 +21,7 @@ def kyverno() -> str:
     try:
         return str(program("kyverno"))
     except Unavailable:
-        pytest.skip("Kyverno's command is not here: `python -m tests.cluster.binaries --kyverno` builds it")
+        pytest.skip("Kyverno's command is not here: `python -m tools.binaries --kyverno` builds it")
 
 
 class Judge:

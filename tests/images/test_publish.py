@@ -16,10 +16,10 @@ from images import publish
 from images.build import OCI, ROOT
 from images.provenance import provenance
 from images.publish import ATTESTED, Signer, cosign, sign, split, verify
-from tests.golang import Unavailable
 from tests.images.conftest import PASSWORD
-from tests.minio import free_port
 from tests.registry import Registry
+from tools.golang import Unavailable
+from tools.minio import free_port
 
 BASE = {f"{OCI}base.name": "registry.example.com/python:3.11", f"{OCI}base.digest": f"sha256:{'ab' * 32}"}
 KEYLESS = Signer(identity="https://ci.example.com/release", issuer="https://issuer.example.com")

@@ -16,11 +16,11 @@ from docker.errors import APIError, ImageNotFound
 from images import publish, sbom
 from images.build import OCI, revision
 from images.publish import Signer, missing, push, release, verify
-from tests.docker import Docker
-from tests.golang import Unavailable
 from tests.images.conftest import Images
-from tests.minio import free_port
 from tests.registry import Registry
+from tools.docker import Docker
+from tools.golang import Unavailable
+from tools.minio import free_port
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -95,7 +95,7 @@ def test_a_release_names_what_is_in_the_registry(
     monkeypatch.setattr(sbom, "write", lambda *_: predicates["cyclonedx"])
     built(client, f"{prefix}/pipeline", revision())
     signer = Signer(str(key("ours")), log=False)
-    release(docker_daemon, client, signer, ["pipeline"], prefix, TAG, "")
+    release(docker_daemon, client, signer, ["pipeline"], prefix=prefix, tag=TAG, builder="")
     check(registry, signer, output, prefix, "pipeline")
 
 
@@ -113,7 +113,7 @@ def test_a_built_image_is_released(
     for name in ("pipeline", "base"):
         images.image(name).tag(f"{prefix}/{name}", TAG)
     signer = Signer(str(key("ours")), log=False)
-    release(docker_daemon, client, signer, ["pipeline"], prefix, TAG, "")
+    release(docker_daemon, client, signer, ["pipeline"], prefix=prefix, tag=TAG, builder="")
     check(registry, signer, output, prefix, "pipeline")
 
 

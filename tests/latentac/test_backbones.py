@@ -11,8 +11,8 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from latentac.backbones import BACKBONES, load_backbone
 from latentac.backbones.guided import Guided, guided
-from latentac.config.schema import Extension
-from latentac.config.schema import Policy as PolicySettings
+from latentac.config.learning import Policy as PolicySettings
+from latentac.config.sections import Extension
 from latentac.method.diffusion import forward_noise
 from latentac.method.randomness import noise_for
 from latentac.sampling.kernels import KERNELS
@@ -96,7 +96,7 @@ def test_a_rollout_without_noise_is_what_plain_diffusers_samples():
     backbone = load("unet")
     noise = noise_of(backbone)
     policy = Policy(backbone, KERNELS.build("ddim", noise=0.0))
-    ours = rollout(policy, None, PROMPTS, backbone.encode(PROMPTS), noise).clean
+    ours = rollout(policy, None, backbone.encode(PROMPTS), noise).clean
     pipeline = StableDiffusionPipeline.from_pretrained(builtin_pipeline("shapes-unet"))
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
@@ -118,7 +118,7 @@ def test_a_flow_rollout_without_noise_is_what_plain_diffusers_samples(shift, tmp
     backbone = load_backbone(Extension(use="dit"), tmp_path, CPU)
     noise = noise_of(backbone)
     policy = Policy(backbone, KERNELS.build("cps", noise=0.0))
-    ours = rollout(policy, None, PROMPTS, backbone.encode(PROMPTS), noise).clean
+    ours = rollout(policy, None, backbone.encode(PROMPTS), noise).clean
     settings = {
         "latents": noise[:, 0],
         "sigmas": np.linspace(1, 1 / 5, 5).tolist(),

@@ -13,8 +13,8 @@ from latentac.config.fields import merge, read_file, read_overrides
 from latentac.config.recipes import RECIPES
 from latentac.config.schema import Config
 from latentac.config.validation import resolve
+from latentac.runs.configuration import resolve_recipe
 from latentac.runs.resolution import TABLES, resolve_all
-from latentac.runs.verbs import resolve_recipe
 from latentac.system.errors import ConfigError
 from latentac.system.names import as_name, is_name
 

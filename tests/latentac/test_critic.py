@@ -8,7 +8,7 @@ from latentac.method.randomness import noise_for
 from latentac.method.records import Conditioning
 from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
-from latentac.sampling.rollout import rollout
+from latentac.sampling.rollout import Keep, rollout
 from latentac.training.critic_learning import Learner, Replay
 from latentac.training.distributed import Mesh
 from latentac.training.value_pretraining import new_critic
@@ -57,7 +57,7 @@ def lesson(policy, critic):
     """Four rollouts with features, the prompt of each, and two rewards on different scales that the latents decide."""
     prompts = torch.arange(4)
     noise = noise_for([(i,) for i in range(4)], 0, 2, policy.backbone.latent_shape)
-    trajectory = rollout(policy, critic, PROMPTS, policy.backbone.encode(PROMPTS), noise, keep_features=True)
+    trajectory = rollout(policy, critic, policy.backbone.encode(PROMPTS), noise, keep=Keep(features=True))
     mean = trajectory.clean.flatten(1).mean(1)
     return trajectory, prompts, torch.stack([mean, 1000 * mean + 5], 1)
 

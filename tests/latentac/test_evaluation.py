@@ -34,7 +34,7 @@ def lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     def every_time(total: int | None, description: str, unit: str, done: int) -> Any:
         import sys
 
-        return plain(total, description, unit, sys.stderr, done, every=0.0)
+        return plain(total, description, unit, sys.stderr, done=done, every=0.0)
 
     monkeypatch.setattr(progress, "_display", every_time)
     return lambda: capsys.readouterr().err.splitlines()

@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from latentac.backbones import Denoiser, load_backbone
-from latentac.config.schema import Extension
-from latentac.config.schema import Policy as PolicySettings
+from latentac.config.learning import Policy as PolicySettings
+from latentac.config.sections import Extension
 from latentac.critic import Critic
 from latentac.method.diffusion import CPS, DDIM, DanceSDE, FlowSDE, GaussianTransition
 from latentac.method.randomness import generator_for, noise_for
@@ -78,7 +78,7 @@ def served(policy: Policy, num_steps: int, seed: int = 5, index: int = 0) -> np.
     """What the endpoint draws without steering, as integers."""
     backbone = policy.backbone
     noise = noise_for([("serving", index, 0)], seed, num_steps, backbone.latent_shape)
-    clean = rollout(policy, None, [PROMPT], backbone.encode([PROMPT]), noise).clean
+    clean = rollout(policy, None, backbone.encode([PROMPT]), noise).clean
     return backbone.decode(clean)[0].astype(int)
 
 

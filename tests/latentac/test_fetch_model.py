@@ -9,7 +9,7 @@ import pytest
 from latentac.runs.cli import main
 from latentac.runs.release.deploy import UNFINISHED, fetch_version
 from latentac.store import Store, open_store
-from latentac.system.errors import ResourceError
+from latentac.system.errors import ResourceError, StoreError
 
 FILES = {
     "latentac.json": json.dumps(
@@ -89,6 +89,27 @@ def test_the_marker_of_a_killed_call_gives_no_right_to_other_files(store: Store,
     with pytest.raises(ResourceError):
         fetch_version("v1", store.url, target)
     assert found(target)[name] == "mine"
+    if name == "mine":
+        assert sorted(path.name for path in target.iterdir()) == [UNFINISHED, "mine"], "nothing was put beside it"
+
+
+def test_a_link_in_the_place_of_a_part_is_not_replaced(store: Store, tmp_path: Path) -> None:
+    """Also one that leads nowhere."""
+    target = tmp_path / "to"
+    (target / UNFINISHED).mkdir(parents=True)
+    (target / "latentac.json").symlink_to(tmp_path / "nowhere")
+    with pytest.raises((ResourceError, StoreError)):
+        fetch_version("v1", store.url, target)
+    assert (target / "latentac.json").is_symlink()
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_the_root_of_a_volume_is_filled(store: Store, tmp_path: Path) -> None:
+    """A new file system has a folder of its own there. Again changes nothing."""
+    (tmp_path / "to" / "lost+found").mkdir(parents=True)
+    for _ in range(2):
+        fetch_version("v1", store.url, tmp_path / "to")
+        assert found(tmp_path / "to") == FILES
 
 
 def test_a_marker_that_is_a_link_is_not_followed(store: Store, tmp_path: Path) -> None:

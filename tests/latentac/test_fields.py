@@ -9,8 +9,8 @@ from latentac.config.fields import read_file, read_overrides, read_yaml
 from latentac.config.recipes import RECIPES
 from latentac.config.validation import resolve
 from latentac.pipelines.__main__ import SETTINGS
+from latentac.runs.configuration import recipe_fields
 from latentac.runs.resolution import resolve_all
-from latentac.runs.verbs import recipe_fields
 from latentac.system.errors import ConfigError
 
 
@@ -100,6 +100,7 @@ HOSTILE = {
     "an empty number": ("seed: !!float ''", "is not what it says"),
     "no truth": ("seed: !!bool x", "is not what it says"),
     "no date": ("seed: !!timestamp x", "is not what it says"),
+    "a long tag": (f"seed: !{'x' * 100_000} 1", "could not determine a constructor"),
     "no such day": ("seed: 2001-99-99", "is not what it says"),
     "no bytes": ("seed: !!binary a", "failed to decode base64"),
     "an object of Python": ("seed: !!python/object/apply:os.system [id]", "could not determine a constructor"),
@@ -163,3 +164,17 @@ def test_a_file_in_another_encoding_is_told_as_such(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("seed: 3\n", encoding="utf-16")
     with pytest.raises(ConfigError, match=r"is not UTF-8 text .*iconv"):
         read_file(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("text", ["- seed\n", "3"])
+def test_a_file_without_fields_is_told_as_such(tmp_path: Path, text: str) -> None:
+    """A list and a number are YAML too."""
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="does not hold fields"):
+        read_file(tmp_path / "mine.yaml")
+
+
+def test_a_name_that_no_file_can_have_is_told_as_such() -> None:
+    """The parameter of a step is any text."""
+    with pytest.raises(ConfigError, match="cannot be the name of a file"):
+        read_file(Path("mine\0.yaml"))

@@ -65,7 +65,14 @@ def promote(space: Workspace, version: str) -> None:
 
 
 def put(space: Workspace, version: str, folder: Path) -> None:
-    space.store.publish(f"models/{version}", folder, run=space.run, step="deploy", config_hash=space.config.hash)
+    space.store.publish(
+        f"models/{version}",
+        folder,
+        run=space.run,
+        step="deploy",
+        config_hash=space.config.hash,
+        parents=[space.store.manifest(f"{space.run}/train")],
+    )
     put_in_production(space, version)
 
 
@@ -205,7 +212,7 @@ def test_a_model_of_another_project_judges_nobody(copy: Workspace, caplog: pytes
     mine = copy.folder.parent / "mine.yaml"
     mine.write_text("evaluation: {num_images: 8}\n")
     named = again(copy, "named", "project=mine")
-    verbs.prepare("filed", "", str(copy.folder.parent), "shapes-unet-smoke", str(mine), SMALL)
+    verbs.prepare("filed", "", str(copy.folder.parent), "shapes-unet-smoke", config=str(mine), overrides=SMALL)
     filed = open_run("filed", "", str(copy.folder.parent))
     aimed = again(copy, "aimed", "gate.reward=jpeg_compressibility")
     names = [space.config.project for space in (copy, named, filed, aimed)]

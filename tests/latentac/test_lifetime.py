@@ -179,3 +179,16 @@ def test_lock_comes_free_when_its_holder_ends(start: Start, tmp_path: Path, ends
 
     with run_lock(lock, wait_seconds=20):
         assert lock.read_text() == str(os.getpid())
+
+
+def test_a_lock_that_is_a_link_is_neither_held_nor_written_through(tmp_path: Path) -> None:
+    """What it leads to, or would, stays as it is."""
+    (tmp_path / "letter").write_text("mine")
+    for name in ("letter", "nowhere"):
+        lock = tmp_path / "run" / f"{name}.lock"
+        lock.parent.mkdir(exist_ok=True)
+        lock.symlink_to(tmp_path / name)
+        with pytest.raises(ResourceError, match="is a link to"), run_lock(lock, wait_seconds=0):
+            pass
+    assert (tmp_path / "letter").read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()

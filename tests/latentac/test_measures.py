@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from latentac.config.recipes import RECIPES
-from latentac.config.schema import Extension, Reward
+from latentac.config.schema import Reward
+from latentac.config.sections import Extension
 from latentac.config.validation import resolve
 from latentac.evaluation.measures import DEFINITIONS, difference, diversity, interval, median, ratio
 

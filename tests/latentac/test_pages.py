@@ -8,8 +8,8 @@ from playwright.sync_api import Browser
 
 from latentac.runs.reporting.compare import write_comparison
 from tests.browser import browser as started
-from tests.golang import Unavailable
 from tests.latentac.published import make, publish_until, with_incumbent
+from tools.golang import Unavailable
 
 LONG = "shapes-unet-with-a-rather-long-name-20260131-120000"
 _WIDE = "[...document.querySelectorAll('.wide')].filter(e => e.scrollWidth > e.clientWidth).map(e => e.textContent)"

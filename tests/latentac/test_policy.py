@@ -11,6 +11,7 @@ from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout
 from latentac.sampling.steering import STEERING
+from latentac.sampling.steering.run import SteeringRun
 from tests.latentac.trainers import PAIRS, PROMPTS, SHIPPED, make_config, shipped
 
 
@@ -29,7 +30,9 @@ def roll(name, kernel, critic, noise_level=0.7, num_steps=4, steering=None):
     backbone = shipped(name)
     policy = Policy(backbone, KERNELS.build(kernel, noise=noise_level))
     noise = noise_for([(i,) for i in range(len(PROMPTS))], 0, num_steps, backbone.latent_shape)
-    return policy, rollout(policy, critic, PROMPTS, backbone.encode(PROMPTS), noise, steering=steering)
+    return policy, rollout(
+        policy, critic, backbone.encode(PROMPTS), noise, steering=SteeringRun(steering) if steering else None
+    )
 
 
 @pytest.mark.parametrize(("name", "kernel"), PAIRS)
@@ -112,8 +115,8 @@ def test_noise_depends_on_the_image_alone(name, critics):
     backbone, prompts = shipped(name), PROMPTS * 8
     noise = noise_for([(i,) for i in range(32)], 0, 3, backbone.latent_shape)
     policy = Policy(backbone, KERNELS.build(dict(PAIRS)[name], noise=0.7))
-    whole = rollout(policy, critics[name], prompts, backbone.encode(prompts), noise)
-    part = rollout(policy, critics[name], prompts[16:], backbone.encode(prompts[16:]), noise[16:])
+    whole = rollout(policy, critics[name], backbone.encode(prompts), noise)
+    part = rollout(policy, critics[name], backbone.encode(prompts[16:]), noise[16:])
     assert torch.equal(part.latents, whole.latents[16:])
     torch.testing.assert_close(part.values, whole.values[16:], atol=1e-5, rtol=1e-5)
 

@@ -15,7 +15,7 @@ from latentac.store import Manifest, Store, copy_folder, open_store, pool
 from latentac.store.pool import OBJECTS, Pool
 from latentac.system.errors import IntegrityError, ResourceError
 from tests.latentac.test_store import CONTENT, KEY, bulk, publish, read, use, write
-from tests.minio import Server
+from tools.minio import Server
 
 WEIGHTS = "policy/weights.safetensors"
 

@@ -52,7 +52,7 @@ def test_log_of_work_without_a_known_end_counts() -> None:
 def test_what_was_done_before_a_resume_does_not_count_for_the_time_left() -> None:
     """30 of 40 iterations are done already; 2 s each leaves 10 s after five more, not two seconds."""
     out, now = io.StringIO(), [0.0]
-    lines = _Lines(40, "train", "iterations", out, 30, clock=lambda: now[0])
+    lines = _Lines(40, "train", "iterations", out, done=30, clock=lambda: now[0])
     for _ in range(5):
         now[0] += 2.0
         lines.update(1)

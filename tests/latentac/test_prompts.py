@@ -17,8 +17,8 @@ from latentac.config.schema import Prompts
 from latentac.runs.verbs import prepare
 from latentac.runs.workspace import open_run
 from latentac.system.errors import ConfigError, IntegrityError
-from latentac.worlds.promptfiles import PATTERN, text_problem
 from latentac.worlds.prompts import Prompt, balanced, load_prompts
+from latentac.worlds.prompttext import PATTERN, text_problem
 
 GENEVAL = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},

@@ -1,5 +1,6 @@
 """What steps have published is read only in the shape that they give it: all else is one error that says where."""
 
+import io
 import json
 import os
 import struct
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from latentac.config.validation import resolve
 from latentac.runs.release.deploy import check_agreement
@@ -130,6 +132,7 @@ def test_numbers_that_are_not_finite_are_told_as_before(tmp_path: Path) -> None:
 LARGE = {
     "bytes": '"' + "x" * MOST_BYTES + '"',
     "values": "[" + "[]," * MOST_VALUES + "1]",
+    "numbers": "[" + "1," * MOST_VALUES + "1]",
     "levels": "[" * (MOST_DEPTH + 1) + "]" * (MOST_DEPTH + 1),
 }
 
@@ -173,12 +176,21 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
+def drawn(form: str, mode: str) -> bytes:
+    """A small sound picture of another kind than steps write."""
+    buffer = io.BytesIO()
+    Image.new(mode, (32, 32)).save(buffer, form)
+    return buffer.getvalue()
+
+
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n"
 PICTURES = {
     "no picture": b"x",
     "nothing": b"",
     "cut off": png(32, 32)[:60],
     "PostScript, which a program would read": POSTSCRIPT,
+    "another format": drawn("JPEG", "RGB"),
+    "a palette": drawn("PNG", "P"),
     "140 million pixels": png(20_000, 7_000),
     "a text of 100 MB": png(32, 32, (b"zTXt", b"a\0\0" + zlib.compress(b"\0" * 100 * 2**20))),
 }

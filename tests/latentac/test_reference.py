@@ -9,9 +9,9 @@ from latentac.config.recipes import RECIPES
 from latentac.config.schema import Config
 from latentac.config.validation import section_of
 from latentac.runs.cli import main
+from latentac.runs.configuration import recipe_fields
 from latentac.runs.reference import _sections, commented_yaml, fields_markdown, fields_text
 from latentac.runs.resolution import resolve_all
-from latentac.runs.verbs import recipe_fields
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from latentac.backbones.unet import UNetBackbone
 from latentac.runs import verbs
+from latentac.runs.configuration import recipe_fields
 from latentac.runs.preparation.rehearsal import rehearse
 from latentac.runs.resolution import resolve_all
-from latentac.runs.verbs import recipe_fields
 from latentac.store import open_store
 from latentac.system.errors import ConfigError, ResourceError, RewardError
 from latentac.worlds.shapes import builtin_pipeline
@@ -144,7 +144,7 @@ JPEG = ("rewards=[{use: jpeg_compressibility}]", "gate.reward=jpeg_compressibili
 
 
 def prepare(tmp_path, *overrides, recipe="shapes-unet-smoke"):
-    verbs.prepare("run", "", str(tmp_path / "runs"), recipe, "", overrides)
+    verbs.prepare("run", "", str(tmp_path / "runs"), recipe, overrides=overrides)
     store = open_store(f"file://{tmp_path}/runs/store")
     store.fetch("run/prepare", tmp_path / "prepared")
     return tmp_path / "prepared"

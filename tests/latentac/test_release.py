@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from latentac.backbones import load_backbone
-from latentac.config.schema import Extension
+from latentac.config.sections import Extension
 from latentac.critic import Critic
 from latentac.runs.release.deploy import Candidate, candidate_key
 from latentac.runs.release.incumbent import pointer, production

@@ -19,7 +19,8 @@ from latentac.runs.cli import main
 from latentac.runs.housekeeping import clearing
 from latentac.runs.housekeeping import listing as runs
 from latentac.runs.housekeeping.clearing import plan_delete, plan_prune, remove
-from latentac.runs.housekeeping.listing import Run, list_runs, size, table
+from latentac.runs.housekeeping.listing import Run, list_runs
+from latentac.runs.housekeeping.table import size, table
 from latentac.runs.verbs import VERBS
 from latentac.store import Manifest, Store, open_store
 from latentac.system.errors import ConfigError, IntegrityError, ResourceError, StoreError

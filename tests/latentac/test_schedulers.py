@@ -146,7 +146,7 @@ def test_zero_terminal_snr_with_v_prediction_starts_from_noise_alone(tmp_path, n
         velocity = backbone.module(noise[:, 0], 999, conditioning.tokens).sample
     torch.testing.assert_close(prediction.clean, -velocity, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(prediction.noise, noise[:, 0], rtol=1e-4, atol=1e-4)
-    trajectory = rollout(Policy(backbone, DDIM(1.0)), None, ["a red circle"], conditioning, noise)
+    trajectory = rollout(Policy(backbone, DDIM(1.0)), None, conditioning, noise)
     assert bool(trajectory.latents.isfinite().all())
     assert bool(trajectory.log_probs.isfinite().all())
 

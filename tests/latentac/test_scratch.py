@@ -137,6 +137,18 @@ def test_a_link_in_the_place_of_our_own_folder_is_refused(tmp_path: Path) -> Non
     assert os.listdir(tmp_path / "documents") == ["letter"]
 
 
+def test_a_link_among_what_killed_processes_left_is_not_followed(tmp_path: Path) -> None:
+    """What it leads to stays; a folder goes."""
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "letter").touch()
+    own = tmp_path / "own"
+    (own / ".latentac-train-a").mkdir(parents=True)
+    (own / ".latentac-train-b").symlink_to(tmp_path / "documents")
+    scratch.remove_hidden(own)
+    assert not (own / ".latentac-train-a").exists()
+    assert (tmp_path / "documents" / "letter").exists()
+
+
 def test_a_file_is_written_whole_or_not_at_all(tiny: Path) -> None:
     """On a full disk what was there before is there still, and nothing beside it takes the room that is left."""
     (tiny / "report.html").write_text("before")

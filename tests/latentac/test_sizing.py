@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from latentac.backbones import BACKBONES
-from latentac.config.schema import Policy
+from latentac.config.learning import Policy
 from latentac.critic import BODIES, Critic
-from latentac.runs.preparation import sizing
+from latentac.runs.configuration import recipe_fields
+from latentac.runs.preparation import memory, sizing
 from latentac.runs.resolution import resolve_all
-from latentac.runs.verbs import recipe_fields
 from latentac.sampling.encoding import KEPT_BYTES
 from latentac.system.errors import ResourceError
 from latentac.worlds.shapes import builtin_pipeline
@@ -188,11 +188,11 @@ def test_memory_that_is_too_small_is_refused_with_the_sum(tmp_path, monkeypatch)
     """All workers together, where they share it."""
     found = needed()
     assert found.memory_bytes == found.workers * sum(found.memory.values())
-    monkeypatch.setattr(sizing, "_free_memory", lambda device: found.memory_bytes - 1)
+    monkeypatch.setattr(sizing, "free_memory", lambda device: found.memory_bytes - 1)
     store = f"file://{tmp_path}/store"
     with pytest.raises(ResourceError, match=r"memory \(cpu\): has .*weights .*in each of 2 workers.*block_images"):
         sizing.check_room(found, tmp_path, store)
-    monkeypatch.setattr(sizing, "_free_memory", lambda device: found.memory_bytes)
+    monkeypatch.setattr(sizing, "free_memory", lambda device: found.memory_bytes)
     sizing.check_room(found, tmp_path, store)
 
 
@@ -200,10 +200,10 @@ def test_with_a_store_elsewhere_only_this_step_counts(tmp_path, monkeypatch):
     """The workers of a cluster have machines of their own."""
     found = needed()
     step = found.memory["weights"] + found.memory["process"]
-    monkeypatch.setattr(sizing, "_free_memory", lambda device: step)
+    monkeypatch.setattr(sizing, "free_memory", lambda device: step)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(found.disk["base"]))
     sizing.check_room(found, tmp_path, "s3://bucket")
-    monkeypatch.setattr(sizing, "_free_memory", lambda device: step - 1)
+    monkeypatch.setattr(sizing, "free_memory", lambda device: step - 1)
     with pytest.raises(ResourceError, match="this step needs"):
         sizing.check_room(found, tmp_path, "s3://bucket")
 
@@ -213,10 +213,10 @@ def test_a_containers_own_limit_counts(tmp_path):
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("600000\n")
     (tmp_path / "memory.stat").write_text("anon 1\nfile 200000\n")
-    assert sizing._control_group(tmp_path) == 600000
+    assert memory._control_group(tmp_path) == 600000
     (tmp_path / "memory.max").write_text("max\n")
-    assert sizing._control_group(tmp_path) is None
-    assert (sizing._free_memory("cpu") or 0) > 2**20
+    assert memory._control_group(tmp_path) is None
+    assert (memory.free_memory("cpu") or 0) > 2**20
 
 
 def test_it_is_described_for_a_person():

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentac.config.schema import EarlyStopping, Guard
+from latentac.config.learning import EarlyStopping, Guard
 from latentac.system.errors import Diverged
 from latentac.training.stability import best_iteration, diverged, stop_early, window_means
 from tests.latentac.extensions import Stumbling
-from tests.latentac.trainers import BRIGHTNESS, REDNESS, make_trainer, same, snapshot
+from tests.latentac.trainers import BRIGHTNESS, REDNESS, credited, make_trainer, same, snapshot
 from tests.latentac.workers import prepared, train_here
 
 STUMBLING = "algorithm.use=tests.latentac.extensions:Stumbling"
@@ -149,9 +149,7 @@ def test_an_update_that_is_not_a_number_is_told_with_its_place():
     trainer = make_trainer()
     with torch.no_grad():
         next(iter(trainer.actor_parameters.values())).fill_(float("inf"))
-    blocks = [make_trainer()._roll_out(index) for index in range(2)]
-    for block in blocks:
-        block.advantages = torch.ones_like(block.trajectory.log_probs)
+    blocks = [credited(make_trainer()._roll_out(index), 1.0) for index in range(2)]
     with pytest.raises(Diverged, match="iteration 1, update 1: the update is not finite"):
         trainer._update_actor(blocks, 0)
 

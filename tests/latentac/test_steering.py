@@ -17,9 +17,10 @@ from latentac.method.randomness import noise_for, uniforms_for
 from latentac.method.records import Trajectory
 from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
-from latentac.sampling.rollout import rollout, steered_rollout
+from latentac.sampling.rollout import Keep, rollout, steered_rollout
 from latentac.sampling.steering import STEERING, Guide, Steering, SteeringState, evaluations
 from latentac.sampling.steering.resampling import Particles, Resampling, systematic
+from latentac.sampling.steering.run import SteeringRun
 from latentac.sampling.steering.twisted import Twisted, TwistedParticles
 from latentac.sampling.steering.value_gradient import ascent
 from latentac.sampling.true_reward import TrueReward
@@ -63,13 +64,18 @@ def world(kernel):
     return policy, AnalyticCritic(policy.backbone, kernel)
 
 
-def sample(policy, critic, steering, images: int, seed: int = 0, observe=None):
+def told_to(told: list[Tensor]) -> SteeringRun:
+    """It steers nothing and collects each step's values."""
+    return SteeringRun(callback=lambda _, values: told.append(values))
+
+
+def sample(policy, critic, steering, images: int, seed: int = 0, callback=None):
     """One steered trajectory an image."""
     noise = torch.randn(images, steering.candidates, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(seed))
     uniforms = torch.rand(images, STEPS, generator=torch.Generator().manual_seed(seed + 1))
     prompts = [""] * images
     conditioning = policy.backbone.encode(prompts)
-    return steered_rollout(policy, critic, prompts, conditioning, noise, steering, uniforms, observe)
+    return steered_rollout(policy, critic, conditioning, noise, SteeringRun(steering, uniforms, callback=callback))
 
 
 @pytest.mark.parametrize("kernel", NOISY, ids=repr)
@@ -98,8 +104,8 @@ def test_strength_0_is_bitwise_the_plain_rollout(name, kernel, candidates):
     noise = torch.randn(16, candidates, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(3))
     prompts = [""] * 16
     conditioning = policy.backbone.encode(prompts)
-    steered = steered_rollout(policy, critic, prompts, conditioning, noise, steering, torch.full((16, STEPS), 0.5))
-    plain = rollout(policy, critic, prompts, conditioning, noise[:, 0])
+    steered = steered_rollout(policy, critic, conditioning, noise, SteeringRun(steering, torch.full((16, STEPS), 0.5)))
+    plain = rollout(policy, critic, conditioning, noise[:, 0])
     assert torch.equal(steered.latents, plain.latents)
     assert torch.equal(steered.log_probs, plain.log_probs)
 
@@ -118,9 +124,9 @@ def test_strength_0_is_bitwise_the_plain_rollout_with_guidance(name, backbone):
     steering = build(name, torch.zeros(len(config.rewards)), 2, whole())
     uniforms = torch.full((2, 3), 0.5)
     parted = noise.unflatten(0, (2, 2))
-    steered = steered_rollout(policy, critic, PROMPTS[:2], conditioning, parted, steering, uniforms)
+    steered = steered_rollout(policy, critic, conditioning, parted, SteeringRun(steering, uniforms))
     rows = torch.arange(2).repeat_interleave(2)
-    plain = rollout(policy, critic, [PROMPTS[row] for row in rows], conditioning.rows(rows), noise)
+    plain = rollout(policy, critic, conditioning.rows(rows), noise)
     assert torch.equal(steered.latents, plain.latents[::2])
 
 
@@ -146,8 +152,10 @@ def test_an_observer_is_told_each_steps_values(name):
     """All candidates' values, in the reward's own unit and cut off from any graph, before some go on from others; the
     one that is kept has them in its trajectory."""
     policy, critic = world(DDIM)
-    told = []
-    trajectory = sample(policy, critic, build(name, torch.tensor([4.0]), 4), 3, observe=lambda *args: told.append(args))
+    told: list[tuple[int, Tensor]] = []
+    trajectory = sample(
+        policy, critic, build(name, torch.tensor([4.0]), 4), 3, callback=lambda *args: told.append(args)
+    )
     assert [step for step, _ in told] == list(range(STEPS))
     assert all(values.shape == (3, 4, 1) and not values.requires_grad for _, values in told)
     last = told[-1][1][..., 0]
@@ -159,15 +167,16 @@ def test_a_plain_rollout_may_be_observed():
     without a critic there are none."""
     policy, critic = world(DDIM)
     noise = torch.randn(5, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(3))
-    prompts, told = [""] * 5, []
+    told: list[Tensor] = []
+    prompts = [""] * 5
     conditioning = policy.backbone.encode(prompts)
-    plain = rollout(policy, critic, prompts, conditioning, noise)
-    seen = rollout(policy, critic, prompts, conditioning, noise, observe=lambda _, values: told.append(values))
+    plain = rollout(policy, critic, conditioning, noise)
+    seen = rollout(policy, critic, conditioning, noise, steering=told_to(told))
     assert torch.equal(seen.latents, plain.latents)
     assert torch.equal(torch.stack(told, 1)[:, :, :, 0], seen.values)
     torch.testing.assert_close(seen.values, plain.values)
     told.clear()
-    rollout(policy, None, prompts, conditioning, noise, observe=lambda _, values: told.append(values))
+    rollout(policy, None, conditioning, noise, steering=told_to(told))
     assert [values.shape for values in told] == [(5, 1, 0)] * STEPS
 
 
@@ -176,13 +185,13 @@ def test_an_observer_may_end_the_rollout():
     policy, critic = world(DDIM)
     told = []
 
-    def observe(step: int, values: Tensor) -> None:
+    def callback(step: int, values: Tensor) -> None:
         told.append(step)
         if step == 2:
             raise TimeoutError("nobody waits any more")
 
     with pytest.raises(TimeoutError, match="nobody waits"):
-        sample(policy, critic, build("svdd", torch.ones(1), 2), 2, observe=observe)
+        sample(policy, critic, build("svdd", torch.ones(1), 2), 2, callback=callback)
     assert told == [0, 1, 2]
 
 
@@ -260,7 +269,7 @@ def test_particles_have_the_tilted_law_and_its_normaliser(schedule, make, kernel
     uniforms = torch.rand(images, STEPS, generator=torch.Generator().manual_seed(6))
     prompts = [""] * len(noise)
     conditioning = policy.backbone.encode(prompts)
-    trajectory = rollout(policy, critic, prompts, conditioning, noise, steering=steering, uniforms=uniforms)
+    trajectory = rollout(policy, critic, conditioning, noise, steering=SteeringRun(steering, uniforms))
     if schedule["resample_below"] == OFTEN:
         assert float((steering.made.log_normaliser != 0).float().mean()) > 0.05
     # The transitions after that state add their own p / q to the weights, 1 in expectation.
@@ -296,8 +305,8 @@ def test_outside_its_window_a_method_does_nothing(name):
     noise = torch.randn(8 * 4, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(3))
     prompts, uniforms = [""] * 32, torch.full((8, STEPS), 0.5)
     conditioning = policy.backbone.encode(prompts)
-    plain = rollout(policy, critic, prompts, conditioning, noise)
-    found = rollout(policy, critic, prompts, conditioning, noise, steering=steering, uniforms=uniforms)
+    plain = rollout(policy, critic, conditioning, noise)
+    found = rollout(policy, critic, conditioning, noise, steering=SteeringRun(steering, uniforms))
     origin = (found.latents[:, None, 0] == plain.latents[None, :, 0]).flatten(2).all(2).float().argmax(1)
     assert torch.equal(found.latents[:, :5], plain.latents[origin, :5])
     assert not torch.equal(found.latents[:, 6], plain.latents[:, 6])
@@ -369,7 +378,7 @@ def test_the_exact_twist_gives_constant_weights(kernel):
     noise = torch.randn(200 * CANDIDATES, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(5))
     prompts, uniforms = [""] * len(noise), torch.full((200, STEPS), 0.5)
     conditioning = policy.backbone.encode(prompts)
-    trajectory = rollout(policy, critic, prompts, conditioning, noise, steering=steering, uniforms=uniforms)
+    trajectory = rollout(policy, critic, conditioning, noise, steering=SteeringRun(steering, uniforms))
     first = critic.values[0](trajectory.latents[:, 0].reshape(200, CANDIDATES))
     torch.testing.assert_close(steering.made.log_weights, first, atol=2e-3, rtol=1e-3)
 
@@ -398,7 +407,7 @@ def test_a_resampled_row_has_the_past_of_the_row_that_it_goes_on_from():
     conditioning = policy.backbone.encode(prompts)
     steering = Watched(made_settings(Watched, whole(resample_below=OFTEN)), torch.tensor([8.0]), 8)
     trajectory = rollout(
-        policy, critic, prompts, conditioning, noise, steering=steering, uniforms=uniforms, keep_features=True
+        policy, critic, conditioning, noise, steering=SteeringRun(steering, uniforms), keep=Keep(features=True)
     )
     assert len(trajectory.latents[:, 0].unique()) < 32, "nobody was resampled"
     for step in range(trajectory.num_stochastic_steps):
@@ -439,8 +448,8 @@ def test_many_candidates_without_uniforms_are_refused():
     prompts = [""] * 2
     with pytest.raises(ValueError, match="need uniforms"):
         rollout(
-            *(policy, critic, prompts, policy.backbone.encode(prompts), torch.zeros(2, STEPS + 1, 1, 1, 1)),
-            steering=build("twisted", torch.ones(1), 2),
+            *(policy, critic, policy.backbone.encode(prompts), torch.zeros(2, STEPS + 1, 1, 1, 1)),
+            steering=SteeringRun(build("twisted", torch.ones(1), 2)),
         )
 
 
@@ -511,13 +520,13 @@ def test_the_true_reward_may_steer_and_choose(backbone):
     weights = torch.tensor([50.0])
     schedule = whole(resample_below=0.9)
     steering = build("resampling", weights, 4, schedule)
-    found = steered_rollout(policy, truth, prompts, conditioning, noise, steering, uniforms)
+    found = steered_rollout(policy, truth, conditioning, noise, SteeringRun(steering, uniforms))
     pictures = policy.backbone.decode(found.clean)
     torch.testing.assert_close(found.values[:, -1, 0], torch.from_numpy(Redness()(pictures, prompts)))
     plain = build("best_of_n", torch.ones(1), 4)
-    best = steered_rollout(policy, scale, prompts, conditioning, noise, plain, uniforms, judge=truth.judge)
+    best = steered_rollout(policy, scale, conditioning, noise, SteeringRun(plain, uniforms), judge=truth.judge)
     each = [
-        Redness()(policy.backbone.decode(rollout(policy, None, prompts, conditioning, part).clean), prompts)
+        Redness()(policy.backbone.decode(rollout(policy, None, conditioning, part).clean), prompts)
         for part in noise.unbind(1)
     ]
     highest = torch.from_numpy(np.stack(each, 1)).max(1).values

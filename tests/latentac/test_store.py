@@ -42,7 +42,7 @@ from latentac.system.errors import (
     StoreError,
     StoreUnavailable,
 )
-from tests.minio import Server
+from tools.minio import Server
 
 HASTY = Patience(retries=3, back_off_seconds=0.05, back_off_max_seconds=0.2)
 STUBBORN = Patience(retries=80, back_off_seconds=0.1, back_off_max_seconds=0.5, idle_seconds=60.0)
@@ -297,6 +297,7 @@ def entry(path: str, **fields: object) -> dict[str, object]:
         pytest.param(changed(files=[entry("a", size=-1)]), "files.0.size", id="negative-size"),
         pytest.param(changed(files=[entry("a", size="1")]), "files.0.size", id="size-as-text"),
         pytest.param(changed(files=[entry("a", sha256="123")]), "files.0.sha256", id="no-sha256"),
+        pytest.param(changed(files=[entry("a", sha256="G" * 64)]), "files.0.sha256", id="no-hexadecimal"),
         pytest.param(changed(parents=[{"key": "../up", "sha256": "0" * 64}]), "parents.0.key", id="parent-climbs-out"),
     ],
 )
@@ -420,8 +421,22 @@ def test_probe_leaves_nothing(store: Store, url: str) -> None:
     assert connect(url, HASTY).names("") == []
 
 
+def test_a_damaged_manifest_is_told_in_few_words(tmp_path: Path, artifact: Path) -> None:
+    """However long the value is that is wrong."""
+    store = open_store(f"file://{tmp_path}/store")
+    damage = changed(files=[entry("a", sha256="x" * 100_000)])
+    overwrite(store.url, f"{KEY}/manifest.json", damage(publish(store, artifact).to_json()))
+    with pytest.raises(IntegrityError, match=r"files\.0\.sha256") as caught:
+        store.manifest(KEY)
+    assert len(str(caught.value)) < 1000
+
+
 @pytest.mark.parametrize(
-    "key", ["", "/run", "run/", "../run", "run/../x", "run//x", ".partial/x", "a b", "run/files-x/y"]
+    "key",
+    [
+        *("", "/run", "run/", "../run", "run/../x", "run//x", ".partial/x", "a b", "run/files-x/y", "run\n"),
+        *("run/manifest.json", "manifest.json/x", "x" * 251, "/".join("a" * 11)),
+    ],
 )
 def test_an_unsafe_key_is_refused(tmp_path: Path, artifact: Path, key: str) -> None:
     """A run's name becomes a path: it cannot lead anywhere else."""
@@ -485,6 +500,56 @@ def test_a_folder_that_changes_while_it_is_published(tmp_path: Path) -> None:
     says(caught.value, str(folder / "b"), "changed while it was published")
     with pytest.raises(ArtifactNotFound):
         store.manifest(KEY)
+
+
+def test_what_is_deleted_in_part_is_there_no_more(tmp_path: Path, artifact: Path) -> None:
+    """No reader starts on files that are going; and what is published below it stays."""
+    store = open_store(f"file://{tmp_path}/store")
+    below = publish(store, artifact, "run-1/train")
+    publish(store, artifact, "run-1")
+    backend, left = store._backend, [1]
+
+    class Ending:
+        """Whose process is killed after the first removal."""
+
+        def remove(self, name: str) -> None:
+            if not left:
+                raise StoreAccessError(name, "killed", "Run it again")
+            left.pop()
+            backend.remove(name)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(backend, name)
+
+    store._backend = Ending()
+    with pytest.raises(StoreAccessError):
+        store.delete("run-1")
+    store = open_store(store.url)
+    with pytest.raises(ArtifactNotFound):
+        store.manifest("run-1")
+    store.delete("run-1")
+    store.verify(below)
+
+
+def test_what_fails_leaves_the_files_of_the_artifact_before(tmp_path: Path, artifact: Path) -> None:
+    """They are the same ones: a new manifest that could not be written costs the old one nothing."""
+    store = open_store(f"file://{tmp_path}/store")
+    before = publish(store, artifact)
+    backend = store._backend
+
+    class Refusing:
+        """Takes no manifest."""
+
+        def put(self, name: str, *arguments: Any) -> None:
+            raise StoreAccessError(name, "no", "Ask")
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(backend, name)
+
+    store._backend = Refusing()
+    with pytest.raises(StoreAccessError):
+        publish(store, artifact, metrics={"other": 1})
+    open_store(store.url).verify(before)
 
 
 def drawn(terminal: int, within_seconds: float) -> str:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import threading
+import time
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
@@ -249,7 +250,20 @@ def mirrored(folder: Path, listed: dict[str, int], most: int = 2**20) -> list[st
 
 @pytest.mark.parametrize(
     "name",
-    ["", "run/", "a//b", "../evil", "/evil", "a/./b", "a\\..\\b", "a\nb", "x" * 256, "d/" * 600 + "f", "run"],
+    [
+        "",
+        "run/",
+        "a//b",
+        "../evil",
+        "/evil",
+        "a/./b",
+        "a\\..\\b",
+        "a\nb",
+        "x" * 256,
+        "\u00e4" * 200,
+        "d/" * 600 + "f",
+        "run",
+    ],
 )
 def test_a_mirror_copies_what_can_be_files_of_one_folder(tmp_path: Path, name: str) -> None:
     """A bucket has names that no folder has, and one name can be another's folder. The others are copied all the
@@ -437,6 +451,49 @@ def test_plain_objects_have_the_bytes_that_are_listed(
     with pytest.raises(IntegrityError, match=r"more (bytes )?than"):
         store.read_files("tensorboard", tmp_path / "out")
     assert sum(len(data) for data in content(tmp_path / "out").values()) <= 1
+
+
+def test_a_pointer_of_hostile_json_is_one_error(tmp_path: Path) -> None:
+    """Nested without end, and with half a character."""
+    place = tmp_path / "store" / "registry"
+    place.mkdir(parents=True)
+    for text in ("[" * 100_000, '{"a": "\\ud800"}'):
+        (place / "p.json").write_text(text)
+        with pytest.raises(IntegrityError, match="it is not JSON"):
+            store_of(tmp_path).read_json("registry/p.json")
+
+
+def test_what_no_pointer_can_be_called_is_none(tmp_path: Path) -> None:
+    """Whoever may write to a store may name a file anything."""
+    for name in ("p.json", "a b", "\x1b[2J", ".hidden"):
+        write(tmp_path / "store" / "registry", {name: b"{}"})
+    assert store_of(tmp_path).pointers("registry") == ["registry/p.json"]
+
+
+def test_an_artifact_with_many_ways_to_one_parent_reads_it_once(tmp_path: Path) -> None:
+    """Each names the one before twice: two to the power of their number are the ways."""
+    store, folder = store_of(tmp_path), write(tmp_path / "artifact", {"weights": b"x"})
+    last = publish(store, folder, "run-1/0")
+    for number in range(1, 30):
+        last = publish(store, folder, f"run-1/{number}", parents=[last, last])
+    began = time.monotonic()
+    store.verify(last, files=False)
+    assert time.monotonic() - began < 10
+
+
+def test_a_size_below_nothing_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum is what bounds the disk."""
+    store = store_of(tmp_path)
+    monkeypatch.setattr(store, "_backend", Lies(large=2**40, negative=-(2**50)))
+    with pytest.raises(IntegrityError, match="there are more than 4 GiB"):
+        store.read_files("tensorboard", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_store_that_gives_back_other_bytes_is_found_out(ask: Callable[[Answer], Store]) -> None:
+    """By the probe, before a run begins."""
+    with pytest.raises(IntegrityError, match="gives back other bytes"):
+        ask(says(200, b"other")).probe()
 
 
 def test_names_of_a_listing_are_taken_once(ask: Callable[[Answer], Store]) -> None:

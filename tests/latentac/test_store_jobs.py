@@ -15,7 +15,7 @@ from latentac.store.blobs import Entry, Folder, Patience, Stream
 from latentac.store.mirror import BLOCK_BYTES, Mirror
 from latentac.store.places import connect
 from latentac.system.errors import ConfigError, StoreAccessError, StoreUnavailable
-from tests.minio import Server, free_port
+from tools.minio import Server, free_port
 
 BOOTSTRAP = [sys.executable, "-m", "latentac.store.bootstrap"]
 

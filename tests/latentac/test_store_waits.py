@@ -5,7 +5,9 @@ import itertools
 import os
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -13,14 +15,14 @@ from pathlib import Path
 import pytest
 
 from latentac.store import Manifest, Store, bucket, open_store
-from latentac.store.blobs import Entry, Overrun, Patience, Stream
+from latentac.store.blobs import Entry, Folder, Overrun, Patience, Stream
 from latentac.store.bootstrap import patience_of
 from latentac.store.manifest import commit, is_inside
-from latentac.system.errors import IntegrityError, StoreAccessError, StoreError, StoreUnavailable
+from latentac.system.errors import ArtifactNotFound, IntegrityError, StoreAccessError, StoreError, StoreUnavailable
 from tests.faults import faulty
 from tests.latentac.test_store import KEY, bulk, publish, use, write
-from tests.minio import Server
 from tests.proxy import Proxy
+from tools.minio import Server
 
 SHORT = Patience(retries=6, back_off_seconds=0.1, timeout_seconds=1.0, idle_seconds=2.0, bytes_per_second=65_536)
 MARGIN_SECONDS = 1.0
@@ -190,14 +192,16 @@ def test_a_long_list_is_waited_for_while_names_come(monkeypatch: pytest.MonkeyPa
         assert time.monotonic() - began > SHORT.bound_seconds
 
 
-def test_a_probe_is_less_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", ["silent", "head"])
+def test_a_probe_is_less_patient(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """A run that could not publish is to end before it begins, within seconds."""
     monkeypatch.setattr("latentac.store.artifacts._PROBE_SECONDS", (0.3, 0.6))
-    with faulty("silent") as server:
-        store, began = asked(server.address, monkeypatch), time.monotonic()
+    with faulty(fault) as server:
+        asked(server.address, monkeypatch)
+        store, began = open_store("s3://bucket/store", Patience(timeout_seconds=4, idle_seconds=8)), time.monotonic()
         with pytest.raises(StoreUnavailable, match="given up after"):
             store.probe()
-        assert time.monotonic() - began < 0.6 + 2 * 0.3 + MARGIN_SECONDS < SHORT.bound_seconds
+        assert time.monotonic() - began < 0.6 + 2 * 0.3 + MARGIN_SECONDS < 4
 
 
 def test_a_list_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +271,44 @@ def test_no_more_is_read_than_was_claimed(tmp_path: Path, kind: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_no_more_is_kept_in_memory_than_was_claimed(tmp_path: Path) -> None:
+    """A file of one byte that has a hundred million now: neither is all of it read, by whoever only checks it."""
+    store, manifest, file = claimed(tmp_path)
+    file.unlink()
+    file.write_bytes(bytes(10**8))
+    tracemalloc.start()
+    try:
+        with pytest.raises(IntegrityError, match="found a larger file"):
+            store.read(KEY, "weights")
+        with pytest.raises(IntegrityError, match="found a larger file"):
+            store.verify(manifest)
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_pipe_in_a_store_is_no_object(tmp_path: Path) -> None:
+    """It is not there, for whoever reads: neither waited for, nor an empty file."""
+    store, *_ = claimed(tmp_path)
+    (tmp_path / "store" / "registry").mkdir()
+    os.mkfifo(tmp_path / "store" / "registry" / "x.json")
+    with pytest.raises(ArtifactNotFound):
+        store.read_json("registry/x.json")
+    assert store.pointers("registry") == []
+
+
+def test_the_list_of_a_folder_has_neither_what_is_being_written_nor_what_links_lead_to(tmp_path: Path) -> None:
+    """A killed writer leaves the first; of a link the list tells its own size, for that is what goes with it."""
+    store, *_ = claimed(tmp_path)
+    (tmp_path / "store" / ".partial").mkdir(exist_ok=True)
+    (tmp_path / "store" / ".partial" / "a").write_bytes(b"x")
+    (tmp_path / "large").write_bytes(bytes(10**6))
+    (tmp_path / "store" / "link").symlink_to(tmp_path / "large")
+    found = store.entries()
+    assert not [name for name in found if name.startswith(".")]
+    assert found["link"].size < 1000
+
+
 def test_a_manifest_without_an_end_is_refused(tmp_path: Path) -> None:
     """Nobody's memory is filled by it."""
     store, *_ = claimed(tmp_path)
@@ -296,9 +338,10 @@ def test_what_is_sent_again_is_what_was_sent() -> None:
     assert sink.getvalue() == b"d"
 
 
-def test_a_git_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", ["ls-files", "describe"])
+def test_a_git_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     """The commit is `unknown` then, or what LATENTAC_COMMIT says."""
-    (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 20\n")
+    (tmp_path / "git").write_text(f'#!/bin/sh\ncase "$*" in *{command}*) exec sleep 20;; esac\n')
     (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("LATENTAC_COMMIT", "c0ffee")
@@ -316,3 +359,37 @@ def test_a_stream_stops_at_its_limit() -> None:
     with pytest.raises(Overrun):
         stream.write(b"e")
     assert sink.getvalue() == b"abcd"
+
+
+def test_a_stream_tells_when_its_last_byte_passed() -> None:
+    """That nothing came, or that the end was reached, is no movement: the server is given up by it."""
+    stream = Stream(BytesIO(b"ab"))
+    moved = stream.moved_at
+    time.sleep(0.01)
+    stream.read(0)
+    assert stream.moved_at == moved
+    stream.read(2)
+    assert stream.moved_at > moved
+    moved = stream.moved_at
+    time.sleep(0.01)
+    assert (stream.read(), stream.moved_at) == (b"", moved)
+
+
+def test_a_folder_is_written_and_listed_while_others_empty_it(tmp_path: Path) -> None:
+    """Several runs in one store: a folder that another one just removed, being empty, is made again, and is no error
+    for who lists."""
+    blobs, end = Folder(tmp_path), time.monotonic() + 1.5
+
+    def write_and_remove(name: str) -> None:
+        while time.monotonic() < end:
+            blobs.put(f"a/b/{name}", Stream(BytesIO(b"x")), 1)
+            blobs.remove(f"a/b/{name}")
+
+    def look() -> None:
+        while time.monotonic() < end:
+            assert set(blobs.names("")) <= {f"a/b/{name}" for name in "0123"}
+
+    with ThreadPoolExecutor(5) as pool:
+        tasks = [*(pool.submit(write_and_remove, name) for name in "0123"), pool.submit(look)]
+        for task in tasks:
+            task.result()

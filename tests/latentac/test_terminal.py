@@ -25,6 +25,7 @@ HOSTILE = "a\x1b[2J\x9b31m\r\x07\u202eb\u2066\u200f\u061c é 日本 😀"
         ("done\rfailed", "done\\rfailed"),
         ("\x00\x07\x08\x7f\x85\x9b", "\\x00\\x07\\x08\\x7f\\x85\\x9b"),
         ("a\u202eb\u2066c\u061c\u200e", "a\\u202eb\\u2066c\\u061c\\u200e"),
+        ("a\u2028b\u2029c\u200f", r"a\u2028b\u2029c\u200f"),
         ("half \ud800", "half \\ud800"),
     ],
 )

@@ -14,8 +14,9 @@ from latentac.method.records import flatten_steps
 from latentac.method.returns import explained_variance, gae
 from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
-from latentac.sampling.rollout import rollout
+from latentac.sampling.rollout import Keep, rollout
 from latentac.sampling.steering import STEERING
+from latentac.sampling.steering.run import SteeringRun
 from latentac.training.value_pretraining import States, fit, predict
 from tests.latentac.worlds import NOISY, REWARD, STEPS, AnalyticCritic, GaussianBackbone, affine_steps
 
@@ -27,12 +28,19 @@ def noise(count: int, seed: int) -> Tensor:
 def roll(policy: Policy, critic, count: int, seed: int, steering=None, **settings):
     prompts = [""] * count
     conditioning = policy.backbone.encode(prompts)
-    return rollout(policy, critic, prompts, conditioning, noise(count, seed), steering=steering, **settings)
+    return rollout(
+        policy,
+        critic,
+        conditioning,
+        noise(count, seed),
+        steering=SteeringRun(steering) if steering else None,
+        **settings,
+    )
 
 
 def states(policy: Policy, critic: Critic, count: int, seed: int) -> States:
     """Rollouts as value pretraining collects them."""
-    trajectory = roll(policy, critic, count, seed, keep_features=True)
+    trajectory = roll(policy, critic, count, seed, keep=Keep(features=True))
     rewards = REWARD(trajectory.clean.flatten(1))
     return States(
         dict(trajectory.features),
@@ -151,7 +159,7 @@ def test_the_values_gradient_is_the_policy_gradient_without_its_noise(kernel):
     best likelihood-ratio estimate's. Its optimum is the steered policy, where it has no gradient left."""
     policy, count = Policy(GaussianBackbone(kernel.path), kernel), 20000
     critic = AnalyticCritic(policy.backbone, kernel)
-    trajectory = roll(policy, critic, count, seed=5, value_weights=torch.ones(1))
+    trajectory = roll(policy, critic, count, seed=5, keep=Keep(value_gradient=torch.ones(1)))
     stochastic = trajectory.num_stochastic_steps
     assert trajectory.guidance is not None
     guided = trajectory.guidance.known[0]

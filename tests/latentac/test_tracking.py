@@ -27,11 +27,11 @@ from latentac.config.recipes import RECIPES
 from latentac.config.schema import Config
 from latentac.config.validation import resolve
 from latentac.runs.hyperparameters import hyperparameters
+from latentac.runs.publishing import track
 from latentac.runs.reporting.metrics import of_evaluation, of_iteration
 from latentac.runs.reporting.tracking import TRACKERS, Background, make_trackers, tracking
 from latentac.runs.reporting.tracking.tensorboard import TensorBoard, all_but_evaluation, until
 from latentac.runs.resolution import resolve_all
-from latentac.runs.verbs import _track
 from latentac.store import open_store
 from latentac.system.errors import ConfigError
 from tests.faults import faulty
@@ -513,7 +513,7 @@ def test_a_training_and_its_evaluation_are_tracked(tmp_path: Path, monkeypatch: 
         ("finish",),
     ]
     HERE.clear()
-    _track(space, {"evaluation/gain": 0.5})
+    track(space, {"evaluation/gain": 0.5})
     assert HERE[2:] == [("log", 2, "evaluation/gain"), ("finish",)]
     found = written(tmp_path / RUN / "tensorboard")
     assert set(found.values()) == {1}

@@ -25,6 +25,7 @@ from tests.latentac.trainers import (
     SHIPPED,
     Brightness,
     configured,
+    credited,
     make_trainer,
     same,
     snapshot,
@@ -100,8 +101,7 @@ def test_the_result_does_not_depend_on_how_blocks_are_dealt():
         (index,) = half.mesh.own(2)
         expected, found = one._roll_out(index), half._roll_out(index)
         assert torch.equal(expected.trajectory.latents, found.trajectory.latents)
-        expected.advantages = found.advantages = torch.zeros_like(found.trajectory.log_probs)
-        first, second = one._share(expected, 1), half._share(found, 1)
+        first, second = one._share(credited(expected), 1), half._share(credited(found), 1)
         assert torch.equal(first.latents, second.latents)
         assert torch.equal(first.old_log_probs, second.old_log_probs)
 
@@ -120,8 +120,7 @@ def test_blocks_and_steps_add_up_to_one_batch(name):
     for block_images in (2, 4):
         train = {"block_images": block_images, "updates_per_iteration": 1}
         trainer = make_trainer(name, train=train, algorithm={"value_guidance": 2.0})
-        blocks = [trainer._roll_out(index) for index in range(4 // block_images)]
-        trainer._credit(blocks)
+        blocks, *_ = trainer._credit([trainer._roll_out(index) for index in range(4 // block_images)])
         for block in blocks:
             trainer._actor_gradient(trainer._share(block, 0))
         found.append(gradient(trainer))
@@ -177,10 +176,11 @@ def test_actor_and_critic_do_not_shape_each_other(name):
     assert trainer.learner is not None
     reference = trainer.reference.backbone.module
     weights = {key: tensor.clone() for key, tensor in reference.state_dict().items()}
-    blocks = [trainer._roll_out(index) for index in range(2)]
-    trainer._credit(blocks)
+    blocks, *_ = trainer._credit([trainer._roll_out(index) for index in range(2)])
     before = snapshot(trainer)
-    trainer.learner.learn(0, [(block.index, block.trajectory, block.returns) for block in blocks])
+    trainer.learner.learn(
+        0, [(block.index, block.trajectory, block.returns) for block in blocks if block.returns is not None]
+    )
     assert same(before, snapshot(trainer), "actor")
     assert all(parameter.grad is None for parameter in trainer.actor_parameters.values())
     assert not same(before, snapshot(trainer), "critic.heads")
@@ -194,10 +194,8 @@ def test_actor_and_critic_do_not_shape_each_other(name):
     assert all(parameter.grad is None for parameter in reference.parameters())
 
     plain = make_trainer(name)
-    blocks = [plain._roll_out(index) for index in range(2)]
-    for block in blocks:
-        block.advantages = torch.zeros_like(block.trajectory.log_probs)
-        plain._actor_gradient(plain._share(block, 0))
+    for index in range(2):
+        plain._actor_gradient(plain._share(credited(plain._roll_out(index)), 0))
     assert float(gradient(plain).abs().max()) == 0
 
 
@@ -205,8 +203,7 @@ def test_actor_and_critic_do_not_shape_each_other(name):
 def test_the_prediction_kl_pulls_back(name):
     """It is 0 with a gradient of 0 at the base, and away from it steps down its gradient lead back."""
     trainer = make_trainer(name, algorithm={"prediction_kl": 1.0})
-    block = trainer._roll_out(0)
-    block.advantages = torch.zeros_like(block.trajectory.log_probs)
+    block = credited(trainer._roll_out(0))
     minibatch = trainer._share(block, 0)
     assert float(trainer._actor_gradient(minibatch)["prediction_kl"]) == 0
     assert float(gradient(trainer).abs().max()) == 0
@@ -236,12 +233,12 @@ def test_guidance_leads_uphill_on_the_critic(name):
     for weight in (1.0, -1.0):
         trainer = make_trainer(name, algorithm={"value_guidance": 5.0}, critic={"num_passes": 8, "learning_rate": 5e-3})
         assert trainer.learner is not None
-        blocks = [trainer._roll_out(index) for index in range(2)]
-        trainer._credit(blocks)
-        trainer.learner.learn(0, [(block.index, block.trajectory, block.returns) for block in blocks])
+        blocks, *_ = trainer._credit([trainer._roll_out(index) for index in range(2)])
+        trainer.learner.learn(
+            0, [(block.index, block.trajectory, block.returns) for block in blocks if block.returns is not None]
+        )
         trainer.value_weights = torch.tensor([weight])
-        block = trainer._roll_out(0)
-        block.advantages = torch.zeros_like(block.trajectory.log_probs)
+        block = credited(trainer._roll_out(0))
         minibatch, distances = trainer._share(block, 0), []
         scale = minibatch.latents[0].numel() * 2  # of the loss: a mean over dimensions and blocks
         for _ in range(3):
@@ -290,8 +287,6 @@ def test_a_group_shares_its_prompt():
     critic ranks them."""
     trainer = make_trainer(algorithm={"group_size": 2})
     block = trainer._roll_out(0)
-    prompts = list(block.trajectory.prompts)
-    assert prompts[0::2] == prompts[1::2]
     assert torch.equal(block.prompts[0::2], block.prompts[1::2])
     assert not torch.equal(block.trajectory.latents[0, 0], block.trajectory.latents[1, 0])
     assert len(trainer.iterate()["rank_correlation"]) == 3

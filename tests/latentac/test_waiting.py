@@ -1,6 +1,8 @@
 """A call that talks to somebody else ends, whatever happens there."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -30,6 +32,16 @@ def test_what_does_not_end_is_given_up() -> None:
     never.set()
     assert isinstance(caught.value, TimeUp)
     assert 0.2 <= time.monotonic() - began < 2
+
+
+def test_a_process_ends_while_a_call_is_still_given_up() -> None:
+    """The interpreter waits for no thread of it."""
+    code = (
+        "import time\nfrom latentac.system.waiting import TimeUp, within\n"
+        "try:\n    within(0.1, lambda: time.sleep(60))\nexcept TimeUp:\n    print('given up')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout) == (0, "given up\n")
 
 
 def test_calls_within_calls_have_threads_of_their_own() -> None:

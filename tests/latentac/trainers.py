@@ -10,15 +10,16 @@ from torch import Tensor
 
 from latentac.backbones import BACKBONES, Denoiser, load_backbone
 from latentac.config.fields import merge
-from latentac.config.schema import Config, Extension
+from latentac.config.schema import Config
 from latentac.config.schema import Reward as RewardSettings
+from latentac.config.sections import Extension
 from latentac.config.validation import resolve
 from latentac.rewards.configured import ConfiguredReward, load_rewards
 from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
 from latentac.training.algorithms import ALGORITHMS, Algorithm
 from latentac.training.distributed import Mesh
-from latentac.training.trainer import Trainer
+from latentac.training.trainer import Block, CreditedBlock, Trainer
 from latentac.training.value_pretraining import new_critic
 from latentac.worlds.prompts import Prompt, load_prompts
 from latentac.worlds.shapes import PIPELINES, builtin_pipeline
@@ -110,6 +111,12 @@ def make_config(backbone: str = SHIPPED[0], **sections: Any) -> Config:
     return resolve(merge(fields, sections))
 
 
+def credited(block: Block, advantage: float = 0.0) -> CreditedBlock:
+    """`block` with this advantage at each step, and nothing for a critic to learn."""
+    advantages = torch.full_like(block.trajectory.log_probs, advantage)
+    return CreditedBlock(block.index, block.trajectory, block.prompts, block.rewards, advantages, None)
+
+
 def make_trainer(
     backbone: str = SHIPPED[0], scorers: Sequence[ConfiguredReward] = (), mesh: Mesh | None = None, **sections: Any
 ) -> Trainer:
@@ -120,7 +127,7 @@ def make_trainer(
     critic = new_critic(config, policy)
     policy.backbone.adapt(config.policy)
     used = scorers or load_rewards(config.rewards)
-    return Trainer(config, policy, critic, algorithm_of(config), used, prompts(), mesh or Mesh(0, 1, CPU))
+    return Trainer(config, policy, critic, algorithm_of(config), used, prompts(), mesh=mesh or Mesh.single(CPU))
 
 
 def snapshot(trainer: Trainer) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from latentac.backbones import to_arrays
-from latentac.config.schema import Policy as PolicySettings
+from latentac.config.learning import Policy as PolicySettings
 from latentac.method import diffusion
 from latentac.method.diffusion import Kernel
 from latentac.method.records import Conditioning

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from latentac.pipelines.__main__ import SETTINGS
-from latentac.pipelines.pipeline import STEPS
 from latentac.runs import package
 from latentac.runs.cli import main
 from latentac.store import open_store
+from latentac.system.steps import NAMES as STEPS
 from tests.pipelines.kfp_server import Frame, Kfp, serving
 
 ALL = dict.fromkeys(STEPS, "SUCCEEDED")

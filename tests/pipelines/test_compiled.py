@@ -9,12 +9,12 @@ import jsonschema
 import pytest
 import yaml
 
-from latentac.components import COMPUTE
 from latentac.components.cluster.settings import Cluster, read, resolve
 from latentac.pipelines.__main__ import GOLDEN, MANIFESTS, SETTINGS, main
 from latentac.pipelines.cluster import SHARED_MEMORY, WORK, compile_manifests, compile_pipeline
-from latentac.pipelines.pipeline import STEPS
 from latentac.system.errors import ConfigError
+from latentac.system.steps import NAMES as STEPS
+from latentac.system.steps import SCORING
 
 CRDS = "LATENTAC_CRDS"
 
@@ -129,8 +129,8 @@ def test_only_the_steps_that_compute_get_the_image_with_torch(pipeline: dict[str
     names = read(SETTINGS).images
 
     assert sorted(images) == sorted(STEPS)
-    assert {step for step, image in images.items() if image == names.train} == set(COMPUTE)
-    assert {image for step, image in images.items() if step not in COMPUTE} == {names.pipeline}
+    assert {step for step, image in images.items() if image == names.train} == set(SCORING)
+    assert {image for step, image in images.items() if step not in SCORING} == {names.pipeline}
 
 
 def test_only_the_run_has_no_default(pipeline: dict[str, Any]) -> None:
@@ -182,7 +182,7 @@ def test_each_pod_knows_cluster_and_store_and_holds_no_secret(pipeline: dict[str
             "AWS_REGION": "us-east-1",
         }
         volumes = {volume["mountPath"] for volume in pod["emptyDirMounts"]}
-        assert volumes == ({WORK, SHARED_MEMORY} if step in COMPUTE else {WORK})
+        assert volumes == ({WORK, SHARED_MEMORY} if step in SCORING else {WORK})
         assert pod["podMetadata"]["labels"]["app.kubernetes.io/component"] == "pipeline"
         assert int(pod["activeDeadlineSeconds"]) >= 6 * 3600
 

@@ -24,14 +24,14 @@ import pytest
 from docker.errors import DockerException
 
 from latentac.pipelines import containers
-from latentac.pipelines.pipeline import STEPS
 from latentac.runs import package
 from latentac.store import access
 from latentac.system.errors import ConfigError, ResourceError
+from latentac.system.steps import NAMES as STEPS
 from latentac.worlds.shapes import builtin_pipeline
-from tests.docker import Docker
-from tests.golang import Unavailable
 from tests.test_examples import Reader, blocks
+from tools.docker import Docker
+from tools.golang import Unavailable
 
 PROGRAM = str(Path(sys.executable).with_name("latentac"))
 RECIPE = ["--recipe", "shapes-unet-smoke"]

@@ -14,11 +14,12 @@ import pytest
 from latentac.pipelines.console import Console
 from latentac.pipelines.driver import _conclude, _done_already
 from latentac.pipelines.embedded import processes
-from latentac.pipelines.pipeline import STEPS
 from latentac.pipelines.request import Request, create_run, load_run
 from latentac.pipelines.ways import Way
-from latentac.runs.verbs import VERBS, prepare, resolve_recipe
+from latentac.runs.configuration import resolve_recipe
+from latentac.runs.verbs import VERBS, prepare
 from latentac.store import Manifest, open_store
+from latentac.system.steps import NAMES as STEPS
 from tests.latentac.test_finish import published
 
 

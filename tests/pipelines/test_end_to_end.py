@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from latentac.pipelines.pipeline import STEPS
 from latentac.store import Manifest, Store, open_store
+from latentac.system.steps import NAMES as STEPS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

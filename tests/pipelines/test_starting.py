@@ -17,7 +17,7 @@ import pytest
 
 from latentac.pipelines.request import Request, create_run, load_run, local_sources, read_request
 from latentac.runs import package as packages
-from latentac.runs.verbs import resolve_recipe
+from latentac.runs.configuration import resolve_recipe
 from latentac.store import open_store
 from latentac.system.errors import ConfigError
 from latentac.worlds.shapes import builtin_pipeline

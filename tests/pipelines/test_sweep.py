@@ -11,11 +11,11 @@ import pytest
 
 from latentac.pipelines.__main__ import SETTINGS
 from latentac.pipelines.grid import Member, Sweep, load, members, read_axis, read_seeds
-from latentac.pipelines.pipeline import STEPS
 from latentac.pipelines.request import Request, absolute, load_run, packed, with_copies
 from latentac.runs.cli import main
-from latentac.runs.verbs import recipe_fields
+from latentac.runs.configuration import recipe_fields
 from latentac.system.errors import ConfigError
+from latentac.system.steps import NAMES as STEPS
 from tests.latentac.published import publish_until
 from tests.pipelines.kfp_server import Frame, serving
 

@@ -7,16 +7,15 @@ followed: a file of somebody else's in a run's folder stays, and so does the fol
 
 import contextlib
 import re
-import shutil
 import time
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from latentac.runs.housekeeping.listing import LOCKS, Run, Survey, Traces, files, list_runs, pooled, size
+from latentac.runs.housekeeping.listing import LOCKS, Run, Survey, Traces, files, list_runs
+from latentac.runs.housekeeping.removal import Removal, measured, ordered, remove_one
+from latentac.runs.housekeeping.table import size
 from latentac.runs.task import ERROR_FILE
 from latentac.runs.verbs import VERBS
 from latentac.runs.workspace import SHARED
@@ -55,18 +54,6 @@ _OBJECT = re.compile(
     rf"|models/[^/]+/{_ARTIFACT}|tensorboard/[^/]+/(?:.+/)?events\.out\.tfevents\.[^/]+|failures/[^/]+\.json)"
 )
 """Names in a store of what a run publishes."""
-
-
-@dataclass(frozen=True)
-class Removal:
-    """One thing to remove: title; objects: names in the store, in the order in which they go; paths: here; folder: the
-    run's, to be locked meanwhile and removed if nothing is left in it; bytes: that become free."""
-
-    title: str
-    objects: tuple[str, ...]
-    paths: tuple[Path, ...]
-    folder: Path | None
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -155,7 +142,7 @@ def remove(plan: Plan) -> Iterator[Removal]:
                         stack.enter_context(run_lock(removal.folder / name, wait_seconds=0))
             plan.survey.store.remove(removal.objects)
             for path in removal.paths:
-                _remove(path)
+                remove_one(path)
             if removal.folder is not None:
                 with contextlib.suppress(OSError):  # it still has something of somebody else's
                     removal.folder.rmdir()
@@ -217,7 +204,7 @@ def _plan(survey: Survey, going: list[str], leftovers: list[Removal], kept: dict
         staying = [version for version in traces.models if version in compared]
         kept |= {f"models/{version}": compared[version] for version in staying}
         removals.append(_whole_run(survey, traces, staying))
-    return Plan(survey, tuple(_measured(survey, [*removals, *leftovers])), kept)
+    return Plan(survey, tuple(measured(survey, [*removals, *leftovers])), kept)
 
 
 def _whole_run(survey: Survey, traces: Traces, staying: Collection[str]) -> Removal:
@@ -238,7 +225,7 @@ def _whole_run(survey: Survey, traces: Traces, staying: Collection[str]) -> Remo
         paths.sort(key=lambda path: path.name in LOCKS)  # while they are there, nobody else begins
         foreign = [path.name for path in found if path not in paths]
         title += f" (not of latentac, stays: {', '.join(foreign[:3])})" if foreign else ""
-    return Removal(title, _ordered(objects), tuple(paths), folder, 0)
+    return Removal(title, ordered(objects), tuple(paths), folder, 0)
 
 
 def _leftovers(survey: Survey, going: Collection[str]) -> list[Removal]:
@@ -248,7 +235,7 @@ def _leftovers(survey: Survey, going: Collection[str]) -> list[Removal]:
     made = []
 
     def add(title: str, objects: Iterable[str] = (), paths: Iterable[Path] = ()) -> None:
-        names, places = _ordered(objects), tuple(paths)
+        names, places = ordered(objects), tuple(paths)
         if names or places:
             made.append(Removal(title, names, places, None, 0))
 
@@ -296,50 +283,6 @@ def _unnamed(survey: Survey, objects: Iterable[str]) -> list[str]:
             if not named and time.time() - survey.entries[name].moved > _DAY:
                 found.append(name)
     return found
-
-
-def _measured(survey: Survey, removals: list[Removal]) -> Iterator[Removal]:
-    """With the bytes that become free: a shared file counts where its last name outside the pools goes."""
-    pools = Counter(pooled(survey.output))
-    if survey.store.url.startswith("file://"):
-        pools.update(pooled(Path(survey.store.url.removeprefix("file://"))))
-    gone: Counter[str] = Counter()
-    for removal in removals:
-        freed = 0
-        for name in removal.objects:
-            entry = survey.entries[name]
-            gone[entry.inode] += 1
-            freed += entry.size if not entry.inode or gone[entry.inode] + pools[entry.inode] >= entry.links else 0
-        for path, status in (each for place in removal.paths for each in _all_files(place)):
-            inode = f"{status.st_dev}:{status.st_ino}"
-            gone[inode] += 1
-            freed += status.st_size if gone[inode] + pools[inode] >= status.st_nlink else 0
-            del path
-        yield Removal(removal.title, removal.objects, removal.paths, removal.folder, freed)
-
-
-def _all_files(path: Path) -> Iterator[Any]:
-    if path.is_dir() and not path.is_symlink():
-        yield from files(path)
-    else:
-        with contextlib.suppress(FileNotFoundError):
-            yield path, path.lstat()
-
-
-def _ordered(objects: Iterable[str]) -> tuple[str, ...]:
-    """Pointers, then manifests, then files: what is not whole any more cannot be found any more."""
-
-    def rank(name: str) -> tuple[int, str]:
-        return (0 if name.endswith("/LATEST") else 1 if name.endswith("/manifest.json") else 2), name
-
-    return tuple(sorted(set(objects), key=rank))
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _old(path: Path) -> bool:

@@ -45,7 +45,8 @@ def add_verbs(make: Make, add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _runs(options: argparse.Namespace) -> None:
-    from latentac.runs.housekeeping.listing import list_runs, table
+    from latentac.runs.housekeeping.listing import list_runs
+    from latentac.runs.housekeeping.table import table
 
     found = list_runs(Path(options.output), options.store)
     if options.json:
@@ -77,7 +78,7 @@ def _prune(options: argparse.Namespace) -> None:
 def _carry_out(plans: "list[Plan]", agreed: bool) -> None:
     """Show the plans, ask, and do them."""
     from latentac.runs.housekeeping.clearing import remove, told
-    from latentac.runs.housekeeping.listing import size
+    from latentac.runs.housekeeping.table import size
 
     for plan in plans:
         print(told(plan), file=sys.stdout, flush=True)

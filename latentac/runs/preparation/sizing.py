@@ -14,7 +14,9 @@ from latentac.backbones import layout_of
 from latentac.backbones.inspection import weights_of
 from latentac.backbones.layout import Layout, listing, used
 from latentac.backbones.weights import header, shapes
-from latentac.config.schema import Config, Extension
+from latentac.config.schema import Config
+from latentac.config.sections import Extension
+from latentac.runs.preparation.memory import compute_device, free_memory
 from latentac.sampling.encoding import KEPT_BYTES, WHOLE_BYTES
 from latentac.sampling.steering import STEERING
 from latentac.system.errors import ConfigError, ResourceError
@@ -116,7 +118,7 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
     """
     layout = layout_of(config.backbone)
     network = layout.network if layout is not None else "unet"
-    return count(config, _read(folder, layout, config), network, num_prompts, device or _device(config))
+    return count(config, _read(folder, layout, config), network, num_prompts, device or compute_device(config))
 
 
 def count(config: Config, model: Model, network: str, num_prompts: int, device: str) -> Requirements:
@@ -246,13 +248,13 @@ def check_room(needed: Requirements, output: Path, store: str) -> None:
             remedy = "Free some space, or set another --output, train.keep_checkpoints or serving.include_base=false"
             raise ResourceError(str(place), f"has {_size(free)} free, and {whose} needs {_sum(disk)}{here}", remedy)
     shared = workers if needed.device == "cpu" else 1
-    free_memory = _free_memory(needed.device)
-    if free_memory is not None and free_memory < sum(memory.values()) * shared:
+    available = free_memory(needed.device)
+    if available is not None and available < sum(memory.values()) * shared:
         each = f" in each of {shared} workers" if shared > 1 else ""
         remedy = "Use a smaller train.block_images or pretrain.minibatch_states, policy.adaptation=lora, "
         remedy += "fewer train.num_workers or more memory"
         total = _size(sum(memory.values()) * shared)
-        problem = f"has {_size(free_memory)} free, and {whose} needs {total}: {_sum(memory)}{each}"
+        problem = f"has {_size(available)} free, and {whose} needs {total}: {_sum(memory)}{each}"
         raise ResourceError(f"memory ({needed.device})", problem, remedy)
 
 
@@ -322,44 +324,6 @@ def _maps(layout: Layout, settings: dict[str, Any]) -> dict[str, int]:
 
 def _count(tensors: dict[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in tensors.values())
-
-
-def _device(config: Config) -> str:
-    if config.backbone.device != "auto":
-        return config.backbone.device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _free_memory(device: str) -> int | None:
-    """Bytes that a process may still take: of the GPU, or of the machine and of the control group that it is in."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
-    limits = [_meminfo(), _control_group()]
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known else None
-
-
-def _meminfo() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _control_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What is left of a container's own limit."""
-    try:
-        limit, used = (root / "memory.max").read_text().strip(), int((root / "memory.current").read_text())
-        statistics = (root / "memory.stat").read_text().splitlines()
-        cached = next(int(line.split()[1]) for line in statistics if line.startswith("file "))
-    except (OSError, ValueError, StopIteration):
-        return None
-    return None if limit == "max" else int(limit) - used + cached
 
 
 def _existing(path: Path) -> Path:

@@ -91,13 +91,17 @@ def draw_comparison(comparison: Row) -> dict[str, str]:
             return found
 
         if any(value(row) is not None for _, rows in runs for row in rows):
-            charts[f"reward:{name}"] = _lines(f"reward:{name}", name, images, unit, series, runs, value, held_out[name])
+            charts[f"reward:{name}"] = _lines(
+                f"reward:{name}", name, images, unit,
+                series=series, runs=runs, value=value, held_out=held_out[name],
+            )  # fmt: skip
+
     for name, title, unit in (
         ("kl", "KL divergence a step", "nats"),
         ("explained_variance", "Explained variance, mean over steps", "share"),
     ):
         if any(row[name] is not None for _, rows in runs for row in rows):
-            charts[name] = _lines(name, title, images, unit, series, runs, itemgetter(name))
+            charts[name] = _lines(name, title, images, unit, series=series, runs=runs, value=itemgetter(name))
     critics = [
         (place, [{"images": step, "value": share} for step, share in enumerate(each["critic"], 1)])
         for place, each in enumerate(series)
@@ -105,7 +109,7 @@ def draw_comparison(comparison: Row) -> dict[str, str]:
     ]
     if critics:
         title, x = "Explained variance after training", "denoising step, from noise to picture"
-        charts["critic"] = _lines("critic", title, x, "share", series, critics, itemgetter("value"))
+        charts["critic"] = _lines("critic", title, x, "share", series=series, runs=critics, value=itemgetter("value"))
     return charts
 
 
@@ -114,6 +118,7 @@ def _lines(
     title: str,
     x: str,
     y: str,
+    *,
     series: Sequence[Row],
     runs: Sequence[tuple[int, Sequence[Row]]],
     value: Callable[[Row], float | None],

@@ -15,8 +15,9 @@ import numpy as np
 from latentac.evaluation.measures import difference, interval, over_seeds
 from latentac.runs.reporting.rendering import flat
 from latentac.runs.reporting.summary import Files, Summary, read_json, read_scores
+from latentac.system.steps import up_to
 
-_STEPS = ("prepare", "pretrain-value", "train", "evaluate", "steer", "gate")
+_STEPS = up_to("gate")
 _FIGURES = {"base": "base", "trained": "trained", "gain": "difference"}
 _RESAMPLING = 2000, 0  # bootstrap samples and their seed
 _UNPAIRED = 1.96  # standard errors to an end of a 95 % interval, where only two intervals are known

@@ -13,8 +13,9 @@ from latentac.evaluation.arms import best_steered
 from latentac.store import Manifest, Store, published
 from latentac.system.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem
 from latentac.system.reading import MOST_SECONDS
+from latentac.system.steps import up_to
 
-STEPS = ("prepare", "pretrain-value", "train", "evaluate", "steer", "gate", "deploy")
+STEPS = up_to("deploy")
 AGAIN = "Run this step again with this version of latentac"
 _INTERVAL = ("mean", "low", "high", "n")
 _STEERED = ("method", "strength", "candidates", "nfe", "reward", *_INTERVAL, "seconds", "diversity")

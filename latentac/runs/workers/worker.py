@@ -216,7 +216,7 @@ def _make_trainer(space: Workspace, mesh: Mesh) -> Trainer:
     with loading(f"{space.run}/pretrain-value"):  # the critic's body may begin as the backbone, before adapters
         critic = Critic.load(pretrained / "critic", policy.backbone, own=True)
         replay = Replay.load(pretrained, mesh.device)
-    return new_trainer(space.config, policy, critic, space.rewards(), space.prompts.train, mesh, replay)
+    return new_trainer(space.config, policy, critic, space.rewards(), space.prompts.train, mesh=mesh, scored=replay)
 
 
 def _go_back(space: Workspace, mesh: Mesh, trainer: Trainer, error: Diverged) -> Trainer:

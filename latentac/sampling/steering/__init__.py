@@ -14,7 +14,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from latentac.config.extensions import Settings, Table
-from latentac.config.schema import Fraction, Positive, Rate
+from latentac.config.sections import Fraction, Positive, Rate
 from latentac.method.diffusion import GaussianTransition
 
 

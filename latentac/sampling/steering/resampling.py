@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from latentac.config.schema import Fraction, NonNegative, Rate
+from latentac.config.sections import Fraction, NonNegative, Rate
 from latentac.method.diffusion import GaussianTransition
 from latentac.sampling.steering import Guide, SteeringSettings, SteeringState, weighted
 from latentac.sampling.steering.best_of_n import BestOfN

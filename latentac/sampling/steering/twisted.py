@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from latentac.config.schema import Positive, Rate
+from latentac.config.sections import Positive, Rate
 from latentac.method.diffusion import GaussianTransition
 from latentac.sampling.steering import Guide, SteeringState
 from latentac.sampling.steering.resampling import Particles, Resampling

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from latentac.config.schema import Positive, Rate
+from latentac.config.sections import Positive, Rate
 from latentac.method.diffusion import GaussianTransition, broadcast
 from latentac.sampling.steering import Guide, SteeringSettings, SteeringState, per_row, weighted
 from latentac.sampling.steering.best_of_n import BestOfN

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from latentac.config.schema import Positive
+from latentac.config.sections import Positive
 from latentac.method.diffusion import GaussianTransition
 from latentac.method.records import Minibatch
 from latentac.method.returns import whiten

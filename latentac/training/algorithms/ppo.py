@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from latentac.config.schema import Fraction, NonNegative
+from latentac.config.sections import Fraction, NonNegative
 from latentac.method.diffusion import GaussianTransition
 from latentac.method.losses import guidance_loss
 from latentac.method.records import Minibatch

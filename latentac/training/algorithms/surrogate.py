@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 
 from latentac.config.extensions import Settings
-from latentac.config.schema import NonNegative, Positive, Rate
+from latentac.config.sections import NonNegative, Positive, Rate
 from latentac.method.diffusion import GaussianTransition
 from latentac.method.losses import Surrogate, clipped_surrogate, guarded_log_ratio, masked_surrogate, transition_kl
 from latentac.method.records import Minibatch

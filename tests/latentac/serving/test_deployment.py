@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from latentac.backbones import load_backbone
-from latentac.config.schema import Extension
+from latentac.config.sections import Extension
 from latentac.critic import Critic
 from latentac.serving.deployment import serve_and_check
 from latentac.serving.generator import Generator, png

@@ -7,7 +7,8 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
-from latentac.config.schema import Limits, Section
+from latentac.config.schema import Limits
+from latentac.config.sections import Section
 from latentac.serving.forms import forms_of
 from latentac.serving.request import validated
 from latentac.serving.tensors import INPUTS

@@ -7,6 +7,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
 
 from latentac.serving.access import Access, access
 from latentac.serving.guard import Guard
@@ -26,6 +27,7 @@ def status(allowed: Access, headers: dict[str, str], path: str = PREDICT) -> int
 
 LOOPBACK, ANYWHERE = access("127.0.0.1", [], [], None), access("0.0.0.0", [], [], None)  # noqa: S104 - nothing listens
 NAMED = access("0.0.0.0", ["Draw.Example.com"], ["https://App.example.com"], None)  # noqa: S104
+ONE_PORT = access("127.0.0.1", ["draw.example.com:8443"], [], None)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,8 @@ NAMED = access("0.0.0.0", ["Draw.Example.com"], ["https://App.example.com"], Non
         (LOOPBACK, "evil.example:8080", "http://evil.example:8080", 403),
         (LOOPBACK, "localhost.evil.example", None, 403),
         (LOOPBACK, "127.0.0.1.evil.example", None, 403),
+        (LOOPBACK, "evillocalhost", None, 403),
+        (LOOPBACK, "a.localhost", None, 200),
         (LOOPBACK, "", None, 403),
         (LOOPBACK, "localhost:8080", "https://evil.example", 403),
         (LOOPBACK, "localhost:8080", "http://localhost:3000", 403),
@@ -60,6 +64,9 @@ NAMED = access("0.0.0.0", ["Draw.Example.com"], ["https://App.example.com"], Non
         (NAMED, "draw.example.com.", None, 200),
         (NAMED, "other.example.com", None, 403),
         (NAMED, "draw.example.com", "http://app.example.com", 403),
+        (NAMED, "draw.example.com", "HTTPS://APP.example.com", 200),
+        (ONE_PORT, "draw.example.com:8443", None, 200),
+        (ONE_PORT, "draw.example.com", None, 403),
         (access("127.0.0.1", ["*"], ["*"], None), "any.example", "https://evil.example", 200),
     ],
 )
@@ -82,6 +89,7 @@ def test_hosts_and_origins(allowed: Access, host: str, origin: str | None, expec
         (None, "/metrics", 200),
         (None, "/openapi.json", 401),
         (None, "/v2/models/latentac", 401),
+        (None, "/v1/images/ready", 401),
         (None, "/v2/models/latentac/ready", 200),
         (None, "/v2/health/live", 200),
         (None, "/", 200),
@@ -102,7 +110,14 @@ def test_what_cannot_be_allowed_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "token"
     with pytest.raises(ConfigError, match=r"--token-file = .* cannot be read: No such file"):
         access("127.0.0.1", [], [], file)
-    for content in ("", "short", "two words of enough length", "t\u00f6ken of enough length"):
+    for content in (
+        "",
+        "short",
+        "two words of enough length",
+        "t\u00f6ken-of-enough-length",
+        TOKEN[:-1],
+        f"{TOKEN}\x00",
+    ):
         file.write_text(content)
         with pytest.raises(ConfigError, match="--token-file = ") as caught:
             access("127.0.0.1", [], [], file)
@@ -147,6 +162,31 @@ def test_headers_have_a_size() -> None:
     assert told(("X", "a" * 66_000)) == (431, "headers")
     assert told(*((f"X{index}", "a") for index in range(8_000))) == (431, "headers")
     assert told(("X", "a" * 30_000), path="/" + "a" * 40_000) == (431, "headers")
+
+
+def test_another_version_of_http_is_refused() -> None:
+    """Its requests end elsewhere than those of HTTP/1; nothing behind the guard sees them."""
+    guard = Guard(PlainTextResponse("drawn"), LOOPBACK)
+    for version, expected in (("1.1", 200), ("1.0", 200), ("0.9", 400), ("2", 400), ("9.9", 400)):
+
+        async def app(scope: Scope, receive: Receive, send: Send, version: str = version) -> None:
+            await guard({**scope, "http_version": version}, receive, send)
+
+        assert TestClient(app, base_url="http://localhost").post(PREDICT).status_code == expected, version
+
+
+@pytest.mark.parametrize("name", ["Host", "Origin"])
+def test_a_refusal_is_short_whatever_was_sent(name: str) -> None:
+    """An answer is no larger than a few lines."""
+    app = Guard(PlainTextResponse("drawn"), LOOPBACK)
+    answer = TestClient(app, base_url="http://localhost").post(PREDICT, headers={name: "a" * 10_000})
+    assert (answer.status_code, len(answer.content) < 1000) == (403, True)
+
+
+def test_whoever_lacks_the_token_is_told_how_to_give_it() -> None:
+    """By the header that HTTP asks for beside 401."""
+    answer = TestClient(Guard(PlainTextResponse("drawn"), Access(token=TOKEN)), base_url="http://localhost").get("/v2")
+    assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
 
 
 def test_a_tunnel_is_not_opened() -> None:

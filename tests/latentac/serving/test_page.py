@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator
 
 from latentac.serving.process import ServerProcess
 from tests.browser import browser as started
-from tests.golang import Unavailable
+from tools.golang import Unavailable
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -1,6 +1,7 @@
 """What a caller may ask for, and what they read when it is wrong."""
 
 import json
+import math
 import re
 import tracemalloc
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from latentac.config.schema import Batching, Config, Extension, Kernel, Limits, Named
+from latentac.config.schema import Batching, Config, Kernel, Limits
+from latentac.config.sections import Extension, Named
 from latentac.serving import request
 from latentac.serving.exported import Exported, Head, Method
 from latentac.serving.forms import forms_of
@@ -87,6 +89,9 @@ def test_defaults_and_all_fields() -> None:
         ),
         ({"prompt": "a", "seed": 1.5}, "instances.0.seed = 1.5: input should be a valid integer."),
         ({"prompt": "a", "count": 9}, "instances.0.count = 9: is above this model's limit. Use at most 8."),
+        ({"prompt": "a", "count": 0}, "instances.0.count = 0: input should be greater than or equal to 1."),
+        ({"prompt": "a", "guidance_scale": math.nan}, "instances.0.guidance_scale = nan: "),
+        ({"prompt": "a", "steering": {"shapes_verifier": math.nan}}, "instances.0.steering.shapes_verifier = nan: "),
         ({"prompt": "a", "count": True}, "instances.0.count = True: input should be a valid integer."),
         ({"prompt": "a", "num_steps": 1}, "Use at least 2 steps, or leave it out."),
         ({"prompt": "a", "num_steps": 101}, "instances.0.num_steps = 101: is above this model's limit."),
@@ -154,6 +159,21 @@ def test_a_byte_order_mark_is_no_mistake() -> None:
 def test_what_is_not_json_is_told(body: bytes) -> None:
     """So are numbers that JSON does not have, and what is nested without end."""
     with pytest.raises(ConfigError, match="is not JSON"):
+        decoded(body, 10)
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [
+        (b"1e999", "body"),
+        (b"-1e400", "body"),
+        (b'{"a": 1E+309}', "a"),
+        (b'{"a": [1, [2, {"b": 1e999}]]}', "a.1.1.b"),
+    ],
+)
+def test_a_number_beyond_those_of_a_computer_is_told_with_its_path(body: bytes, path: str) -> None:
+    """JSON can write it, and no answer can repeat it."""
+    with pytest.raises(ConfigError, match=rf"^{path} = '1e309 or more': is beyond the numbers"):
         decoded(body, 10)
 
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from latentac.backbones import load_backbone
-from latentac.config.schema import Extension
+from latentac.config.sections import Extension
 from latentac.method.diffusion import Kernel
 from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
@@ -81,7 +81,7 @@ def test_it_does_what_it_is_asked_sometimes(name, folder):
     backbone = load_backbone(Extension(use=name.removeprefix("shapes-")), folder, torch.device("cpu"))
     texts = [prompt.text for prompt in balanced_prompts("held_out", 128, seed=1)]
     noise = torch.randn(128, 11, *backbone.latent_shape, generator=torch.Generator().manual_seed(1))
-    clean = rollout(Policy(backbone, SAMPLED[name]), None, texts, backbone.encode(texts), noise).clean
+    clean = rollout(Policy(backbone, SAMPLED[name]), None, backbone.encode(texts), noise).clean
     accepted = verify(backbone.decode(clean), [parse_caption(text) for text in texts])
     assert 0.25 <= accepted.mean() <= 0.65
 

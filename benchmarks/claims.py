@@ -1,0 +1,323 @@
+"""What is claimed, the comparison that decides each claim, and its verdict.
+
+A verdict needs an interval over at least three seeds. A claim holds when the whole interval is on its side of the
+bound, does not hold when the whole interval is on the other side, and is undecided otherwise. Each interval is a 95 %
+one for itself: among many claims one or another is wrong by chance.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from benchmarks.plan import ARMS
+
+Results = Mapping[str, Mapping[str, Any]]
+"""<experiment>-<recipe> -> its aggregated file."""
+
+Word = Literal["holds", "does not hold", "undecided"]
+MIN_SEEDS = 3
+EXPLAINED_VARIANCE_MARGIN = 0.05
+COST_BOUND = 1.10
+PARTICLE_BOUND, GRADIENT_BOUND = 1.10, 2.5
+BATCHING_BOUND, PROBE_SECONDS, MIN_PROBES = 1.5, 0.1, 100
+MULTIPLES = (1, 2, 4, 8, 16)
+"""Of K: the evaluations a picture at which ways to steer are compared, or as near as their candidates come."""
+BODY_MARGIN = 0.03
+"""How much of the verifier's share a dearer critic body may be better by before the cheap one counts as worse."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """word; reason: the numbers and why they decide, one line."""
+
+    word: Word
+    reason: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """sentence: what is claimed; experiment: whose results decide it; decide: how."""
+
+    sentence: str
+    experiment: str
+    decide: Callable[[Mapping[str, Any]], Verdict]
+
+    def verdict(self, results: Results, recipe: str) -> Verdict:
+        found = results.get(f"{self.experiment}-{recipe}")
+        return self.decide(found) if found else Verdict("undecided", "not run yet")
+
+
+def judge(
+    interval: Mapping[str, Any] | None, bound: float, *, above: bool = True, unit: str = "seeds", sign: str = "+"
+) -> Verdict:
+    """Is the number above (or below) the bound? Decided by the interval {mean, low, high, n}."""
+    if interval is None:
+        return Verdict("undecided", "not run yet")
+    if interval["low"] is None or (unit == "seeds" and interval["n"] < MIN_SEEDS):
+        return Verdict("undecided", f"{interval['mean']:{sign}.3f}, only {_count(interval['n'], unit)}")
+    numbers = f"{_told(interval, sign)}, {_count(interval['n'], unit)}"
+    low, high = (
+        (interval["low"] - bound, interval["high"] - bound)
+        if above
+        else (bound - interval["high"], bound - interval["low"])
+    )
+    if low > 0:
+        return Verdict("holds", numbers)
+    if high < 0:
+        return Verdict("does not hold", numbers)
+    return Verdict("undecided", f"{numbers}: the interval contains {bound:g}")
+
+
+def better(
+    arm: str, metric: str = "final.shapes_verifier", bound: float = 0.0, *, above: bool = True
+) -> Callable[..., Verdict]:
+    """The reference is above (or below) `arm` by more than `bound`."""
+    return lambda found: judge(found["differences"].get(arm, {}).get(metric), bound, above=above)
+
+
+def above(arm: str, metric: str, bound: float = 0.0) -> Callable[..., Verdict]:
+    """A number of one arm is above `bound`; `metric.last` is the last denoising step."""
+
+    def decide(found: Mapping[str, Any]) -> Verdict:
+        numbers = found["arms"].get(arm, {})
+        steps = series(numbers, metric)
+        return judge(steps[-1] if steps else numbers.get(metric), bound)
+
+    return decide
+
+
+def within(margin: float) -> Callable[..., Verdict]:
+    """At each step the best of ten times the rollouts explains at most `margin` more than the pretrained critic."""
+
+    def decide(found: Mapping[str, Any]) -> Verdict:
+        gaps = found.get("gaps", [])
+        verdicts = [judge(gap, margin, above=False) for gap in gaps]
+        if not verdicts:
+            return Verdict("undecided", "not run yet")
+        word: Word = "holds"
+        for worse in ("undecided", "does not hold"):
+            word = worse if any(verdict.word == worse for verdict in verdicts) else word
+        worst = max(range(len(gaps)), key=lambda step: gaps[step]["mean"])
+        return Verdict(word, f"largest gap at step {worst + 1} of {len(gaps)}: {verdicts[worst].reason}")
+
+    return decide
+
+
+def cheap(found: Mapping[str, Any]) -> Verdict:
+    """One iteration with the critic against one of DDPO."""
+    ratio = found["ratio"]
+    interval = {**ratio, "mean": ratio["median"]}
+    return judge(interval, COST_BOUND, above=False, unit="pairs of iterations", sign="")
+
+
+def near(found: Mapping[str, Any], weights: str, multiple: int) -> list[Mapping[str, Any]]:
+    """The points of these weights whose evaluations are nearest to `multiple` K, and not far above."""
+    target = multiple * found["steps"]
+    return [
+        point
+        for point in found["points"]
+        if point["weights"] == weights
+        and min(MULTIPLES, key=lambda each: abs(math.log(each * found["steps"] / point["nfe"]))) == multiple
+        and point["nfe"] <= 1.05 * target
+    ]
+
+
+def steered_best(weights: str) -> Callable[..., Verdict]:
+    """At each number of evaluations from 2 K on, the best way that a critic steers against best-of-N by the reward."""
+
+    def decide(found: Mapping[str, Any]) -> Verdict:
+        verdicts = []
+        for multiple in MULTIPLES[1:]:
+            points = [point for point in near(found, weights, multiple) if point["critic"]]
+            if points:
+                best = max(points, key=lambda point: point["minus_control"]["mean"])
+                verdict = judge(best["minus_control"], 0.0, unit="prompts")
+                verdicts.append((verdict.word, f"{multiple} K: {best['label']} {_told(best['minus_control'], '+')}"))
+        words = [word for word, _ in verdicts]
+        word: Word = "holds"
+        for worse in ("undecided", "does not hold"):
+            word = worse if worse in words or not words else word
+        return Verdict(word, "; ".join(reason for _, reason in verdicts) or "not run yet")
+
+    return decide
+
+
+def over_plain(weights: str, way: str, candidates: int, choice: str) -> Callable[..., Verdict]:
+    """One way to steer against plain sampling."""
+
+    def decide(found: Mapping[str, Any]) -> Verdict:
+        points = [
+            point
+            for point in found["points"]
+            if (point["weights"], point["way"], point["candidates"], point["choice"])
+            == (weights, way, candidates, choice)
+        ]
+        return judge(points[0]["minus_plain"] if points else None, 0.0, unit="prompts")
+
+    return decide
+
+
+def step_cost(kind: str, bound: float) -> Callable[..., Verdict]:
+    """A steered rollout against a plain one of as many rows."""
+
+    def decide(found: Mapping[str, Any]) -> Verdict:
+        ratio = found["cost"]["base"][kind]
+        return judge({**ratio, "mean": ratio["median"]}, bound, above=False, unit="turns", sign="")
+
+    return decide
+
+
+def batched(method: str) -> Callable[..., Verdict]:
+    """Pictures a second of a server that batches over those of one that does not."""
+
+    def decide(found: Mapping[str, Any]) -> Verdict:
+        ratio = found["throughput"][method]
+        return judge({**ratio, "mean": ratio["median"]}, BATCHING_BOUND, unit="rounds", sign="")
+
+    return decide
+
+
+def probed(found: Mapping[str, Any]) -> Verdict:
+    """The slowest of all probes; a few say nothing."""
+    probes = found["probes"]
+    word: Word = "holds" if probes["max"] <= PROBE_SECONDS else "does not hold"
+    if probes["n"] < MIN_PROBES:
+        word = "undecided"
+    times = ", ".join(f"{name} {probes[name] * 1000:.0f} ms" for name in ("median", "p99", "max"))
+    return Verdict(word, f"{times} of {probes['n']:,} probes")
+
+
+def series(numbers: Mapping[str, Any], metric: str) -> list[Mapping[str, Any]]:
+    """The intervals `<metric>.0`, `<metric>.1` ... of an arm, one a denoising step."""
+    found: list[Mapping[str, Any]] = []
+    while f"{metric}.{len(found)}" in numbers:
+        found.append(numbers[f"{metric}.{len(found)}"])
+    return found
+
+
+def _versus(arm: str) -> str:
+    return ARMS[arm].label
+
+
+CLAIMS: Sequence[Claim] = (
+    *(
+        Claim(
+            f"At equal pictures and updates ours is right on more held-out prompts than {_versus(arm)}",
+            "main",
+            better(arm),
+        )
+        for arm in ("ddpo", "grpo", "pixel", "latent_cnn")
+    ),
+    Claim(
+        "The critic tells which of two pictures of one prompt will be right (rank correlation above 0, last step)",
+        "main",
+        above("ours", "rank_correlation"),
+    ),
+    Claim("Guidance by the critic's gradient helps", "ablations", better("unguided")),
+    Claim("Time conditioning of the head helps", "ablations", better("no_time")),
+    Claim("Value pretraining helps, paid for in pictures", "ablations", better("no_pretraining")),
+    *(
+        Claim(f"{_versus(arm).capitalize()} is better than 0.9", "ablations", better(arm, above=False))
+        for arm in ("lambda_1", "lambda_095")
+    ),
+    Claim(
+        "It helps that the critic goes on learning from remembered pictures", "ablations", better("replay", above=False)
+    ),
+    Claim("Both together, which is ours, help", "ablations", better("ours", above=False)),
+    *(
+        Claim(
+            f"Frozen taps reach what {_versus(arm)} reaches, but for {BODY_MARGIN:g}",
+            "ablations",
+            better(arm, bound=-BODY_MARGIN),
+        )
+        for arm in ("lora", "copy")
+    ),
+    Claim(
+        "With three rewards, a head each gains more than one shared head (mean gain in standard deviations)",
+        "ablations",
+        better("shared_head", "score"),
+    ),
+    Claim(
+        "Trained on `shapes_clip` alone, more of the verifier is lost than with three rewards, of which it is one",
+        "hacking",
+        better("clip_alone"),
+    ),
+    Claim(
+        "Diversity, which neither is trained on, is kept better with three rewards than with `shapes_clip` alone",
+        "hacking",
+        better("clip_alone", "diversity_kept"),
+    ),
+    Claim(
+        "Colourfulness, which neither is trained on, moves less from the base with three rewards",
+        "hacking",
+        better("clip_alone", "drift.colourfulness", above=False),
+    ),
+    Claim(
+        f"The critic is within {EXPLAINED_VARIANCE_MARGIN:g} of what ten times the rollouts explain, at each step",
+        "critic",
+        within(EXPLAINED_VARIANCE_MARGIN),
+    ),
+    Claim(f"With `frozen_taps` an iteration takes at most {COST_BOUND:.2f} times one of DDPO", "cost", cheap),
+    *(
+        Claim(
+            f"On {weights} weights the best way that a critic steers is right more often than best-of-N by the true "
+            "reward, at each number of evaluations from 2 K on",
+            "steering",
+            steered_best(weights),
+        )
+        for weights in ("base", "trained")
+    ),
+    *(
+        Claim(
+            f"On {weights} weights one candidate up the value gradient is right more often than plain sampling",
+            "steering",
+            over_plain(weights, "value_gradient", 1, "none"),
+        )
+        for weights in ("base", "trained")
+    ),
+    *(
+        Claim(
+            f"On {weights} weights resampling with 4 particles and the critic's choice, which asks no reward, is right "
+            "more often than plain sampling",
+            "steering",
+            over_plain(weights, "resampling", 4, "critic"),
+        )
+        for weights in ("base", "trained")
+    ),
+    Claim(
+        f"A particle costs at most {PARTICLE_BOUND:.2f} times a plain sample in a batch of the same size",
+        "steering",
+        step_cost("resampling", PARTICLE_BOUND),
+    ),
+    Claim(
+        f"A rollout with a gradient at every step costs at most {GRADIENT_BOUND:g} times a plain one",
+        "steering",
+        step_cost("value_gradient", GRADIENT_BOUND),
+    ),
+    *(
+        Claim(
+            f"Batching gives at least {BATCHING_BOUND:g} times the pictures a second at eight callers, {told}",
+            "serving",
+            batched(method),
+        )
+        for method, told in (("none", "plain"), ("value_gradient", "steered by the gradient"))
+    ),
+    Claim(f"Under that load every probe is answered within {PROBE_SECONDS * 1000:.0f} ms", "serving", probed),
+)
+
+
+def verdicts(experiment: str, found: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each claim that the file of an experiment decides."""
+    for claim in CLAIMS:
+        if claim.experiment == experiment:
+            verdict = claim.decide(found)
+            yield f"{verdict.word}: {claim.sentence} ({verdict.reason})"
+
+
+def _told(interval: Mapping[str, Any], sign: str) -> str:
+    return f"{interval['mean']:{sign}.3f} [{interval['low']:{sign}.3f}, {interval['high']:{sign}.3f}]"
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number} {unit}" if number != 1 else f"1 {unit.removesuffix('s')}"

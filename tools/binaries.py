@@ -1,0 +1,248 @@
+"""The programs of the test node, of pinned versions: `python -m tools.binaries` builds them into the cache.
+
+Kubernetes' and etcd's modules have replace lines, which `go install` refuses: a small module of ours requires them and
+says the same replacements. CoreDNS gets the few plugins that a node of tests needs.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from tools import minio
+from tools.golang import Unavailable, build, cached, module_files
+
+KUBERNETES = "v1.34.4"
+ETCD = "v3.6.16"
+HELM_3 = "v3.19.5"
+HELM_4 = "v4.3.1"
+COREDNS = "v1.14.3"
+PAUSE = "v1"
+PROBE = "v2"
+GATEWAY_API = "v1.4.1"
+REGISTRY = "v3.1.2"
+COSIGN = "v3.1.3"
+KYVERNO = "v1.19.1"
+KYVERNO_POD_SECURITY = "v0.0.0-20251031094455-46f20778634f"
+
+_KUBERNETES_PROGRAMS = (
+    "kube-apiserver",
+    "kube-controller-manager",
+    "kube-scheduler",
+    "kubelet",
+    "kube-proxy",
+    "kubectl",
+)
+_STAGING = """
+    api apiextensions-apiserver apimachinery apiserver cli-runtime client-go cloud-provider
+    cluster-bootstrap code-generator component-base component-helpers controller-manager cri-api
+    cri-client csi-translation-lib dynamic-resource-allocation endpointslice externaljwt kms
+    kube-aggregator kube-controller-manager kube-proxy kube-scheduler kubectl kubelet metrics
+    mount-utils pod-security-admission sample-apiserver sample-cli-plugin sample-controller
+""".split()
+_PLUGINS = ("errors", "hosts", "kubernetes", "ready")
+
+_SLEEP = """\
+package main
+
+import (
+	"os"
+	"os/signal"
+	"syscall"
+)
+
+func main() {
+	ended := make(chan os.Signal, 1)
+	signal.Notify(ended, syscall.SIGINT, syscall.SIGTERM)
+	<-ended
+}
+"""
+
+# For tests of the node itself: `probe serve :8080 TEXT` answers TEXT until it is told to end, then takes its time;
+# `probe get URL` prints what is answered; names and addresses of a new Service take a moment, so it asks for a while;
+# `probe file PATH` prints a file.
+_PROBE = """\
+package main
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+)
+
+func main() {
+	if os.Args[1] == "file" {
+		content, _ := os.ReadFile(os.Args[2])
+		os.Stdout.Write(content)
+		return
+	}
+	if os.Args[1] == "get" {
+		for tried := 0; tried < 60; tried++ {
+			answer, err := (&http.Client{Timeout: 5 * time.Second}).Get(os.Args[2])
+			if err == nil {
+				io.Copy(os.Stdout, answer.Body)
+				return
+			}
+			fmt.Fprintln(os.Stderr, err)
+			time.Sleep(500 * time.Millisecond)
+		}
+		os.Exit(1)
+	}
+	ended := make(chan os.Signal, 1)
+	signal.Notify(ended, syscall.SIGTERM)
+	http.HandleFunc("/", func(to http.ResponseWriter, _ *http.Request) { fmt.Fprintln(to, os.Args[3]) })
+	go http.ListenAndServe(os.Args[2], nil)
+	fmt.Println("serving")
+	<-ended
+	fmt.Println("told to end")
+	time.Sleep(2 * time.Second)
+	fmt.Println("ended in order")
+}
+"""
+
+_DNS = """\
+package main
+
+import (
+	"github.com/coredns/coredns/core/dnsserver"
+	"github.com/coredns/coredns/coremain"
+{imports}
+)
+
+func main() {{
+	dnsserver.Directives = []string{{{directives}}}
+	coremain.Run()
+}}
+"""
+
+_NODE = {
+    **dict.fromkeys(_KUBERNETES_PROGRAMS, KUBERNETES),
+    "etcd": ETCD,
+    "helm": HELM_4,
+    "helm3": HELM_3,
+    "coredns": COREDNS,
+    "pause": PAUSE,
+    "probe": PROBE,
+}
+# What the tests of signed images need, and the node does not.
+_VERSIONS = {**_NODE, "registry": REGISTRY, "cosign": COSIGN, "kyverno": KYVERNO}
+
+
+def program(name: str) -> Path:
+    """Path of a program in the cache. Raises Unavailable if it is not built; no test builds one, that takes minutes."""
+    path = cached(name, _VERSIONS[name])
+    if not path.exists():
+        raise Unavailable(f"{path} is not there: `make node-build` builds it")
+    return path
+
+
+def missing() -> list[str]:
+    """Names of the node's programs that are not in the cache."""
+    return [name for name, version in _NODE.items() if not cached(name, version).exists()]
+
+
+def gateway_crds() -> Path | None:
+    """Folder with the Gateway API's CRDs; None if it was not built."""
+    folder = cached("gateway-api", GATEWAY_API)
+    return folder if folder.exists() else None
+
+
+def kyverno_crd() -> Path | None:
+    """The CRD of Kyverno's policy on images of one namespace; None if it was not fetched."""
+    path = cached("kyverno-crd", KYVERNO)
+    return path if path.exists() else None
+
+
+def build_all() -> None:
+    """Build what is missing. Raises Unavailable."""
+    build({"pause": "."}, PAUSE, module="module latentac/pause\n\ngo 1.24\n", files={"main.go": _SLEEP})
+    build({"probe": "."}, PROBE, module="module latentac/probe\n\ngo 1.24\n", files={"main.go": _PROBE})
+    build(
+        {name: f"k8s.io/kubernetes/cmd/{name}" for name in _KUBERNETES_PROGRAMS},
+        KUBERNETES,
+        module=_kubernetes_module(),
+        flags=["-ldflags", _stamp(KUBERNETES)],
+    )
+    build({"etcd": "go.etcd.io/etcd/server/v3"}, ETCD, module=_module("etcd", {"go.etcd.io/etcd/server/v3": ETCD}))
+    build({"helm": "helm.sh/helm/v4/cmd/helm"}, HELM_4)
+    build({"helm3": "helm.sh/helm/v3/cmd/helm"}, HELM_3)
+    build({"registry": "github.com/distribution/distribution/v3/cmd/registry"}, REGISTRY)
+    build({"cosign": "github.com/sigstore/cosign/v3/cmd/cosign"}, COSIGN)
+    imports = "\n".join(f'\t_ "github.com/coredns/coredns/plugin/{name}"' for name in _PLUGINS)
+    directives = ", ".join(f'"{name}"' for name in _PLUGINS)
+    build(
+        {"coredns": "."},
+        COREDNS,
+        module=_module("coredns", {"github.com/coredns/coredns": COREDNS}),
+        files={"main.go": _DNS.format(imports=imports, directives=directives)},
+    )
+    _fetch_gateway_crds()
+    _fetch_kyverno_crd()
+    minio.binary()
+
+
+def build_kyverno() -> None:
+    """Kyverno's command: `python -m tools.binaries --kyverno`. Not part of the others, for it takes as long as
+    they do. Raises Unavailable."""
+    replaced = "k8s.io/pod-security-admission => github.com/kyverno/pod-security-admission " + KYVERNO_POD_SECURITY
+    module = _module("kyverno", {"github.com/kyverno/kyverno": KYVERNO}) + f"\nreplace {replaced}\n"
+    build({"kyverno": "github.com/kyverno/kyverno/cmd/cli/kubectl-kyverno"}, KYVERNO, module=module)
+
+
+def _fetch_kyverno_crd() -> None:
+    path = cached("kyverno-crd", KYVERNO)
+    if not path.exists():
+        group = "policies.kyverno.io"
+        folder = module_files("github.com/kyverno/kyverno", KYVERNO) / "config" / "crds" / group
+        shutil.copyfile(folder / f"{group}_namespacedimagevalidatingpolicies.yaml", path)
+
+
+def _fetch_gateway_crds() -> None:
+    folder = cached("gateway-api", GATEWAY_API)
+    if not folder.exists():
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        standard = module_files("sigs.k8s.io/gateway-api", GATEWAY_API) / "config" / "crd" / "standard"
+        for kind in ("gatewayclasses", "gateways", "httproutes", "referencegrants"):
+            shutil.copyfile(standard / f"gateway.networking.k8s.io_{kind}.yaml", partial / f"{kind}.yaml")
+        partial.rename(folder)
+
+
+def _module(name: str, requirements: dict[str, str]) -> str:
+    lines = [f"require {path} {version}" for path, version in requirements.items()]
+    return "\n".join([f"module latentac/{name}", "", "go 1.25.0", "", *lines, ""])
+
+
+def _kubernetes_module() -> str:
+    """What Kubernetes' own go.mod replaces by folders of its repository, replaced by the published modules."""
+    published = KUBERNETES.replace("v1.", "v0.")
+    replacements = [f"replace k8s.io/{name} => k8s.io/{name} {published}" for name in _STAGING]
+    return _module("kubernetes", {"k8s.io/kubernetes": KUBERNETES}) + "\n".join([*replacements, ""])
+
+
+def _stamp(version: str) -> str:
+    """Linker flags: without a version in them, clients stumble over v0.0.0-master."""
+    major, minor, _ = version.removeprefix("v").split(".")
+    fields = {"gitVersion": version, "gitMajor": major, "gitMinor": minor, "gitTreeState": "clean"}
+    places = ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version")
+    settings = [f"-X {place}.{field}={value}" for place in places for field, value in fields.items()]
+    return " ".join(["-s -w", *settings])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.binaries", description=__doc__.partition("\n")[0])
+    parser.add_argument("--kyverno", action="store_true", help="build Kyverno's command alone, for tests/images")
+    options = parser.parse_args()
+    try:
+        build_kyverno() if options.kyverno else build_all()
+    except Unavailable as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
