@@ -43,8 +43,8 @@ AnyRequest = TypeVar("AnyRequest", bound=Request)
 
 @dataclass(frozen=True)
 class Forms:
-    """The pydantic models for one exported model: request, of a single request; body, of KServe's V1 protocol, into which
-    V2 requests are converted; images, of OpenAI's `images/generations`."""
+    """The pydantic models for one exported model: request, of a single request; body, of KServe's V1 protocol, into
+    which V2 requests are converted; images, of OpenAI's `images/generations`."""
 
     request: type[Request]
     body: type[Body]
