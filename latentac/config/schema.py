@@ -136,13 +136,9 @@ class Gate(Section):
     """Largest high end of the ratio of the seconds per picture, to the base and to the incumbent."""
 
 
-class Serving(Section):
-    """The endpoint, and what one request may ask of it."""
+class Limits(Section):
+    """What one request to the endpoint may ask for."""
 
-    port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port of the proof that `deploy` makes; 0 for any free one."""
-    ready_seconds: Seconds = 120.0
-    """How long a server may take until it is ready, in seconds."""
     max_images: Pictures = 8
     """Pictures per request, over all its prompts."""
     max_steps: Annotated[int, Field(ge=2, le=1000)] = 100
@@ -156,8 +152,11 @@ class Serving(Section):
     allow_truncation: bool = False
     """Draw a prompt of more tokens than the text encoder reads by its first ones, and say so in the answer; by default
     it is refused."""
-    include_base: bool = True
-    """Export the untouched denoiser too, to compare with. With a large one it doubles the folder."""
+
+
+class Batching(Section):
+    """How requests to the endpoint share the denoiser."""
+
     batch_rows: Rows = 4
     """Rollouts that go through the denoiser together. A batch that is not full is filled up, so that a picture's bytes
     do not depend on who shares it: more rows give more pictures per second, and each alone takes longer."""
@@ -167,6 +166,17 @@ class Serving(Section):
     """Pictures that may wait; beyond that requests are answered 429."""
     request_seconds: Seconds = 300.0
     """The longest that a request may take, waiting included, in seconds."""
+
+
+class Serving(Batching, Limits):
+    """The endpoint, and what one request may ask of it."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of the proof that `deploy` makes; 0 for any free one."""
+    ready_seconds: Seconds = 120.0
+    """How long a server may take until it is ready, in seconds."""
+    include_base: bool = True
+    """Export the untouched denoiser too, to compare with. With a large one it doubles the folder."""
 
 
 class Tracker(Named):

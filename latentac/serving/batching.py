@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from latentac.serving.exported import Batching
+from latentac.config.schema import Batching
 from latentac.serving.generator import Drawn, Generator, Slot
 
 Tell = Callable[[int, int, np.ndarray], None]

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import Request as HTTPRequest
 
-from latentac.serving.exported import Limits
+from latentac.config.schema import Limits
 from latentac.serving.refusals import Refused
 from latentac.serving.request import decoded, shortened
 from latentac.system.errors import ConfigError, Problem

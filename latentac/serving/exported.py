@@ -10,19 +10,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from latentac.config.schema import Config, Kernel
+from latentac.config.schema import Batching, Config, Kernel, Limits
 from latentac.config.sections import (
-    Characters,
     Extension,
     Named,
     NonNegative,
     Particles,
-    Pictures,
     Rate,
-    Rows,
-    Seconds,
     Section,
-    Wait,
 )
 from latentac.system import folders
 from latentac.system.errors import ServingError
@@ -61,26 +56,6 @@ class Head(Section):
     name: str
     weight: NonNegative
     unit: str
-
-
-class Limits(Section):
-    """What one request may ask for, as `config.Serving` has it; `max_images` is over all its instances."""
-
-    max_images: Pictures
-    max_steps: Annotated[int, Field(gt=0, le=1000)] = 100
-    max_particles: Particles = 32
-    max_prompt_characters: Characters = 1000
-    max_guidance_scale: Rate = 20.0
-    allow_truncation: bool = False
-
-
-class Batching(Section):
-    """How requests share the denoiser; the fields are those of `config.Serving`."""
-
-    batch_rows: Rows = 4
-    batch_wait_seconds: Wait = 0.005
-    max_queued_images: Pictures = 64
-    request_seconds: Seconds = 300.0
 
 
 class Exported(Section):
@@ -143,6 +118,7 @@ def export(
     configured method.
     """
     serving, units = config.serving, extensions["units"]
+    limits = serving.model_dump(include=set(Limits.model_fields))
     methods = {
         method.name: Method(extension=method, **{name: extensions["methods"][method.name][name] for name in _TOLD})
         for method in config.steering.methods
@@ -162,15 +138,8 @@ def export(
         notice=notice,
         methods=methods,
         default_method=best["method"] if best else next(iter(methods), "none"),
-        limits=Limits(
-            max_images=serving.max_images,
-            max_steps=max(serving.max_steps, config.kernel.num_steps),
-            max_particles=serving.max_particles,
-            max_prompt_characters=serving.max_prompt_characters,
-            max_guidance_scale=serving.max_guidance_scale,
-            allow_truncation=serving.allow_truncation,
-        ),
-        batching=Batching(**{name: getattr(serving, name) for name in Batching.model_fields}),
+        limits=Limits.model_validate(limits | {"max_steps": max(serving.max_steps, config.kernel.num_steps)}),
+        batching=Batching.model_validate(serving.model_dump(include=set(Batching.model_fields))),
     )
     (folder / FILE).write_text(exported.model_dump_json(indent=2) + "\n")
     return exported

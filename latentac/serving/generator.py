@@ -25,7 +25,8 @@ from latentac.sampling.rollout import rollout, steered_rollout
 from latentac.sampling.steering import STEERING, Steering, evaluations
 from latentac.sampling.steering.run import SteeringRun
 from latentac.serving import exported
-from latentac.serving.request import Request, parse_one, shortened
+from latentac.serving.forms import forms_of
+from latentac.serving.request import Request, shortened, validated
 from latentac.system.errors import ConfigError, Problem, ServingError
 from latentac.system.modelfiles import faults, shorten
 from latentac.system.names import PLAIN
@@ -95,6 +96,7 @@ class Generator:
     def __init__(self, folder: Path, device: torch.device) -> None:
         """Raises ServingError if `folder` is no exported model, or is damaged."""
         self.exported = exported.read(folder)
+        self.forms = forms_of(self.exported)
         self.device = device
         try:
             _check_rows(self.exported, folder)
@@ -124,21 +126,22 @@ class Generator:
     def generate(
         self,
         prompt: str,
-        seed: int = 0,
-        count: int = 1,
+        seed: int | None = None,
+        count: int | None = None,
+        *,
         num_steps: int | None = None,
         method: str | None = None,
         steering: dict[str, float] | None = None,
         particles: int | None = None,
-        guidance_scale: float = 1.0,
-        policy: str = "trained",
+        guidance_scale: float | None = None,
+        policy: str | None = None,
     ) -> Pictures:
         """`count` pictures of `prompt`. Picture i depends on (seed, i), not on `count` or on the number of cores.
 
-        num_steps, method: the exported defaults if None. steering: reward name -> weight in standard deviations of that
-        reward, the exported defaults if None; a reward that is not named has weight 0; all at 0 do not steer.
-        particles: rollouts a picture, the method's default if None. guidance_scale: of classifier-free guidance, 1 is
-        none. policy: `trained` weights, or `base`. Raises ConfigError with every problem.
+        What is None has the default of a request: see `latentac.serving.request.Request`. steering: reward name ->
+        weight in standard deviations of that reward; a reward that is not named has weight 0; all at 0 do not steer.
+        particles: rollouts per picture. guidance_scale: of classifier-free guidance, 1 is none. policy: `trained`
+        weights, or `base`. Raises ConfigError with every problem.
         """
         fields = {
             "prompt": prompt,
@@ -151,7 +154,7 @@ class Generator:
             "guidance_scale": guidance_scale,
             "policy": policy,
         }
-        request = parse_one(fields, self.exported)
+        request = validated(self.forms.request, fields)
         self.check([("prompt", request)])
         slots = self.slots(request)
         room = self.room(slots[0].kind)

@@ -16,7 +16,7 @@ from latentac.serving import observing
 from latentac.serving.batching import Batcher, Job, Tell
 from latentac.serving.generator import Drawn, Generator, png
 from latentac.serving.observing import Record
-from latentac.serving.request import Request, parse
+from latentac.serving.request import Request, validated
 from latentac.serving.tensors import INPUTS, OUTPUTS, described, infer_response, instances
 
 
@@ -95,7 +95,7 @@ class SteeredDiffusion(Model):
         """The body's requests. Raises ConfigError with every problem, before any of them is drawn."""
         infer = payload if isinstance(payload, InferRequest) else None
         fields = instances(infer, self.generator.exported.limits) if infer else payload
-        requests = parse(fields, self.generator.exported)
+        requests = validated(self.generator.forms.body, fields).instances
         self.generator.check([(f"instances.{index}.prompt", request) for index, request in enumerate(requests)])
         return Asked(requests, infer)
 

@@ -1,15 +1,12 @@
 """The body of OpenAI's `images/generations`: our own fields, and what its clients send beside them."""
 
 import secrets
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, field_validator
+from pydantic_core import CoreSchema, PydanticCustomError
 
-from latentac.serving.exported import Exported
-from latentac.serving.request import WHOLE, Request, beyond, validated
+from latentac.serving.request import WHOLE, Json, Request
 
 _NO_PLAN = "Leave it out: this model plans nothing. num_steps and particles are what takes longer."
 _NO_SVG = "Leave it out: the pictures are PNG files."
@@ -74,20 +71,15 @@ class ImagesRequest(Request):
     user: Annotated[str, Field(max_length=256, description="Use at most 256 characters.")] = ""
     safety_identifier: Annotated[str, Field(max_length=256, description="Use at most 256 characters.")] = ""
 
+    @field_validator("size", mode="before")
+    @classmethod
+    def _own_size(cls, size: Any) -> Any:
+        """Size `auto` is that of the model, as where it is left out."""
+        return None if size == "auto" else size
 
-def parse_images(body: object, exported: Exported) -> ImagesRequest:
-    """OpenAI's form of a request. Raises ConfigError with every problem."""
-    asked = _without_auto(body) if isinstance(body, dict) else body
-    ours = _as_ours(asked) if isinstance(asked, dict) else asked
-    limits = [replace(p, path="n") if p.path == "count" else p for p in beyond(ours, exported)]
-    return validated(ImagesRequest, asked, limits)
-
-
-def _as_ours(body: Mapping[str, Any]) -> dict[str, Any]:
-    """With `n` under our name for it; `count` itself is none of OpenAI's fields."""
-    return {"count" if name == "n" else name: value for name, value in body.items() if name != "count"}
-
-
-def _without_auto(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Size `auto` is that of the model, as where it is left out."""
-    return {name: value for name, value in body.items() if (name, value) != ("size", "auto")}
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> Json:
+        schema = super().__get_pydantic_json_schema__(core, handler)
+        size = schema["properties"]["size"]["anyOf"][0]
+        size |= {"enum": [*size["enum"], "auto"]} if "enum" in size else {}
+        return schema

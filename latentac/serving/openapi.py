@@ -1,25 +1,19 @@
 """The OpenAPI document: the routes, schemas and errors that this server has, with this model's own limits in them."""
 
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from kserve.protocol.rest.v2_datamodels import InferenceResponse
 from pydantic import BaseModel
 
 import latentac
 from latentac.config.sections import Section
-from latentac.serving.exported import Exported
-from latentac.serving.openai import ImagesRequest
-from latentac.serving.request import MAX_WEIGHT, Body, Request
-from latentac.serving.tensors import BINARY_HEADER, DATATYPES, INPUTS, OUTPUTS, InferenceRequest
-from latentac.system.names import PLAIN
-from latentac.worlds.prompttext import PATTERN
+from latentac.serving.request import Json
+from latentac.serving.tensors import BINARY_HEADER
 
 _REF = "#/components/schemas/{model}"
-
-Json = dict[str, Any]
 
 
 class Told(Section):
@@ -104,14 +98,15 @@ class Images(Section):
     latentac: Metadata
 
 
-_OWN: dict[str, tuple[type[BaseModel], type[BaseModel] | str, type[BaseModel]]] = {
-    "/v1/models/{model_name}:predict": (Body, Predictions, Refusal),
-    "/v2/models/{model_name}/infer": (InferenceRequest, InferenceResponse, Refusal),
-    "/v2/models/{model_name}/versions/{model_version}/infer": (InferenceRequest, InferenceResponse, Refusal),
-    "/v1/images/generations": (ImagesRequest, Images, OpenAIRefusal),
-    "/v1/images/stream": (Request, "text/event-stream", Refusal),
+_INFER = InferenceResponse, Refusal
+_OWN: dict[str, tuple[type[BaseModel] | str, type[BaseModel]]] = {
+    "/v1/models/{model_name}:predict": (Predictions, Refusal),
+    "/v2/models/{model_name}/infer": _INFER,
+    "/v2/models/{model_name}/versions/{model_version}/infer": _INFER,
+    "/v1/images/generations": (Images, OpenAIRefusal),
+    "/v1/images/stream": ("text/event-stream", Refusal),
 }
-"""Path of a POST -> its body, its answer (a schema or a media type), its refusal."""
+"""Path of a POST -> its answer (a schema or a media type), its error answer. FastAPI documents its body."""
 
 _REFUSALS = {
     "400": "The body is no JSON, or is damaged, or a header is given twice",
@@ -166,27 +161,18 @@ _BYTES: Json = {"application/octet-stream": {"schema": {"type": "string", "forma
 """JSON, and behind it the outputs for which binary data were asked for."""
 _COMPRESSED = "The body may be compressed: Content-Encoding gzip or deflate"
 
-_UNSTEERED: Json = {
-    "if": {"properties": {"method": {"const": "none"}}, "required": ["method"]},
-    "then": {
-        "properties": {
-            "steering": {"type": ["object", "null"], "additionalProperties": {"const": 0}},
-            "particles": {"type": ["integer", "null"], "maximum": 1},
-        }
-    },
-}
-"""Weights and particles that would do nothing are refused."""
 
-
-def document(app: FastAPI, exported: Exported, name: str) -> Json:
-    """The whole document, for the routes that `app` has."""
+def document(app: FastAPI, name: str, version: str) -> Json:
+    """The whole document, for the routes that `app` has. name, version: of the model that is served."""
     found = get_openapi(
         title="latentac", version=latentac.__version__, routes=app.routes, summary="Pictures, steered by a critic"
     )
     schemas: Json = {}
-    for path, (asked, answered, refused) in _OWN.items():
+    # FastAPI's own copy of these schemas drops defaults of null and turns whole numbers into floats.
+    for form in (route.body_field for route in app.routes if isinstance(route, APIRoute)):
+        schemas |= _schemas(form.field_info.annotation, "validation") if form else {}
+    for path, (answered, refused) in _OWN.items():
         operation = found["paths"][path]["post"]
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(asked)}}}
         operation["description"] = _COMPRESSED
         given = {"text/event-stream": {"schema": _EVENT}}
         operation["responses"] = {
@@ -195,8 +181,8 @@ def document(app: FastAPI, exported: Exported, name: str) -> Json:
             else {"description": "Events: queued, step, picture, error", "content": given},
             **_errors(_REFUSALS, refused),
         }
-        for model in (asked, refused, *([] if isinstance(answered, str) else [answered])):
-            schemas |= _schemas(model)
+        schemas |= _schemas(refused)
+        schemas |= {} if isinstance(answered, str) else _schemas(answered)
     for path, errors in _KSERVE.items():
         responses = found["paths"][path]["get"]["responses"]
         responses.pop("422", None)
@@ -207,7 +193,7 @@ def document(app: FastAPI, exported: Exported, name: str) -> Json:
     }
     options = _response("Methods, rewards, defaults and limits", {"type": "object"})
     found["paths"]["/v1/images/options"]["get"]["responses"] = {"200": options}
-    values = {"model_name": name, "model_version": exported.version}
+    values = {"model_name": name, "model_version": version}
     for path, operations in found["paths"].items():
         for operation in operations.values():
             for parameter in operation.get("parameters", []):
@@ -218,13 +204,6 @@ def document(app: FastAPI, exported: Exported, name: str) -> Json:
     found.setdefault("components", {}).setdefault("schemas", {}).update(schemas | _schemas(KServeError))
     found["components"]["schemas"].pop("HTTPValidationError", None)
     found["components"]["schemas"].pop("ValidationError", None)
-    _name_tensors(found["components"]["schemas"])
-    for form in ("Request", "ImagesRequest"):
-        schema = found["components"]["schemas"][form]
-        _limit(schema["properties"], exported)
-        _allow_null(schema)
-        schema |= _UNSTEERED
-    found["components"]["schemas"]["Body"]["properties"]["instances"]["maxItems"] = exported.limits.max_images
     return found
 
 
@@ -240,55 +219,7 @@ def _errors(codes: dict[str, str], model: type[BaseModel]) -> Json:
     return {code: _response(told, _ref(model)) for code, told in codes.items()}
 
 
-def _schemas(model: type[BaseModel]) -> Json:
+def _schemas(model: Any, mode: Literal["validation", "serialization"] = "serialization") -> Json:
     """The model's schema and those that it names, each under its name."""
-    mode: Any = "validation" if model in _bodies() else "serialization"
     schema = model.model_json_schema(ref_template=_REF, mode=mode)
     return {**schema.pop("$defs", {}), model.__name__: schema}
-
-
-def _bodies() -> Iterable[type[BaseModel]]:
-    return [asked for asked, _, _ in _OWN.values()]
-
-
-def _name_tensors(schemas: Json) -> None:
-    """What KServe's general form of a V2 request is filled with here."""
-    inputs, outputs = schemas["RequestInput"]["properties"], schemas["RequestOutput"]["properties"]
-    inputs["name"]["enum"], outputs["name"]["enum"] = list(INPUTS), list(OUTPUTS)
-    inputs["datatype"]["enum"] = DATATYPES
-    inputs["shape"] |= {"maxItems": 2, "items": {"type": "integer", "minimum": 1}}
-    inputs["shape"]["description"] = "[number of elements]: that of the prompts, or 1 for all of them"
-    prompt = {"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["two red squares"]}
-    schemas["InferenceRequest"]["example"] = {"inputs": [prompt], "outputs": [{"name": "image"}]}
-
-
-def _limit(properties: Json, exported: Exported) -> None:
-    """What this model allows, in the schema of a request's fields."""
-    limits = exported.limits
-    _narrow(properties["prompt"], maxLength=limits.max_prompt_characters, pattern=PATTERN)
-    _narrow(properties["n" if "n" in properties else "count"], maximum=limits.max_images)
-    _narrow(properties["num_steps"], maximum=limits.max_steps)
-    _narrow(properties["particles"], maximum=limits.max_particles)
-    _narrow(properties["guidance_scale"], maximum=limits.max_guidance_scale)
-    _narrow(properties["size"], enum=[exported.size_name, *(["auto"] if "n" in properties else [])])
-    _narrow(properties["policy"], enum=list(exported.policies))
-    _narrow(properties["method"], enum=[*exported.methods, PLAIN])
-    weight = {"type": "number", "minimum": -MAX_WEIGHT, "maximum": MAX_WEIGHT}
-    heads = {reward.name: weight for reward in exported.rewards}
-    properties["steering"]["anyOf"][0] = {"type": "object", "properties": heads, "additionalProperties": False}
-
-
-def _allow_null(schema: Json) -> None:
-    """What may be left out may be null."""
-    properties = schema["properties"]
-    for name in properties.keys() - set(schema["required"]):
-        if "anyOf" in properties[name] or properties[name].get("type") == "null":
-            continue
-        about = {key: value for key, value in properties[name].items() if key in ("default", "description", "title")}
-        form = {key: value for key, value in properties[name].items() if key not in about}
-        properties[name] = {"anyOf": [form, {"type": "null"}], **about}
-
-
-def _narrow(schema: Json, **bounds: Any) -> None:
-    """Add `bounds` to a field's schema; to the first of its kinds where it may be null as well."""
-    schema.get("anyOf", [schema])[0].update(bounds)

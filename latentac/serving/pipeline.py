@@ -51,8 +51,8 @@ class LatentacPipeline:
         steering: dict[str, float] | None = None,
         method: str | None = None,
         particles: int | None = None,
-        guidance_scale: float = 1.0,
-        policy: str = "trained",
+        guidance_scale: float | None = None,
+        policy: str | None = None,
         num_inference_steps: int | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | None = None,
@@ -61,8 +61,9 @@ class LatentacPipeline:
 
         steering: reward name -> weight in standard deviations of that reward, the exported defaults if None.
         method: one of the model's, or `none`; its default if None. particles: rollouts per picture, the method's
-        default if None. policy: `trained` weights, or `base`. generator: decides the noise; without one each call draws
-        another. Raises ConfigError with every problem of the request.
+        default if None. guidance_scale: of classifier-free guidance; 1, the default, is none. policy: `trained`
+        weights, the default, or `base`. generator: decides the noise; without one each call draws another. Raises
+        ConfigError with every problem of the request.
         """
         found = [
             self._generator.generate(

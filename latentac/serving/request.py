@@ -4,16 +4,24 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
-from pydantic_core import from_json
+from pydantic_core import CoreSchema, PydanticCustomError, from_json
 
-from latentac.config.schema import suggestion
+from latentac.config.schema import Limits, suggestion
 from latentac.config.sections import Number, Section
-from latentac.serving.exported import Exported, Limits
 from latentac.system.errors import ConfigError, Problem
 from latentac.system.names import PLAIN
-from latentac.worlds.prompttext import text_problem
 
 
 def _whole(value: object) -> object:
@@ -25,8 +33,9 @@ def _whole(value: object) -> object:
 WHOLE = BeforeValidator(_whole)
 
 Root = TypeVar("Root", bound=Section)
+Json = dict[str, Any]
 
-_PROMPT = "Write what the picture shall show."
+PROMPT_REMEDY = "Write what the picture shall show."
 _OBJECT = "Send an object of the documented fields."
 _ELSEWHERE = {
     "n": ("count",),
@@ -47,12 +56,35 @@ POLICIES = ("trained", "base")
 """Whose weights denoise: those that were trained, or the untouched ones, where they were exported."""
 MOST_PROBLEMS = 20
 """Told of one request; a longer list helps nobody."""
-MAX_WEIGHT = 100.0
-"""A weight is a number of standard deviations; far above this the latents leave everything the decoder has seen."""
+_NO_OBJECT = ("model_type", "model_attributes_type")
+REFUSED = "refused"
+"""Type of an error of ours in pydantic's list; its context has the words: see `refused`."""
+UNUSED = f'does nothing with method "{PLAIN}"'
+_UNSTEERED: Json = {
+    "if": {"properties": {"method": {"const": PLAIN}}, "required": ["method"]},
+    "then": {
+        "properties": {
+            "steering": {"type": ["object", "null"], "additionalProperties": {"const": 0}},
+            "particles": {"type": ["integer", "null"], "maximum": 1},
+        }
+    },
+}
+"""As JSON schema: weights and particles that would do nothing are refused."""
 
 
 class Optionals(Section):
     """A section in which null is the same as a field that is left out: what many clients send for what is not set."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> Json:
+        schema = handler.resolve_ref_schema(handler(core))
+        for name, field in schema["properties"].items():
+            if name in schema.get("required", ()) or "anyOf" in field or field.get("type") == "null":
+                continue
+            about = {key: field[key] for key in ("default", "description", "title") if key in field}
+            form = {key: value for key, value in field.items() if key not in about}
+            schema["properties"][name] = {"anyOf": [form, {"type": "null"}], **about}
+        return schema
 
     @model_validator(mode="before")
     @classmethod
@@ -66,7 +98,11 @@ class Optionals(Section):
 class Request(Optionals):
     """One prompt's pictures. The descriptions are the remedies that a caller reads."""
 
-    prompt: Annotated[str, Field(min_length=1, description=_PROMPT)]
+    # Of any model: `forms.request_model` adds the limits of one.
+
+    model_config = ConfigDict(json_schema_extra=_UNSTEERED)
+
+    prompt: Annotated[str, Field(min_length=1, description=PROMPT_REMEDY)]
     seed: Annotated[int, Field(ge=0, lt=2**63, description="Use a whole number from 0 to 2^63 - 1."), WHOLE] = 0
     count: Annotated[int, Field(ge=1, description="Use a whole number of pictures, at least 1."), WHOLE] = 1
     num_steps: Annotated[int | None, Field(ge=2, description="Use at least 2 steps, or leave it out."), WHOLE] = None
@@ -80,6 +116,13 @@ class Request(Optionals):
     particles: Annotated[
         int | None, Field(ge=1, description="Use a whole number, at least 1, or leave it out."), WHOLE
     ] = None
+
+    @field_validator("particles")
+    @classmethod
+    def _are_used(cls, particles: int | None, info: ValidationInfo) -> int | None:
+        if info.data.get("method") == PLAIN and (particles or 0) > 1:
+            raise refused(UNUSED, "Choose a method that steers, or leave it out.")
+        return particles
 
 
 class Body(Section):
@@ -130,98 +173,41 @@ def _infinite(value: Any, path: str = "") -> str | None:
     return next((each for each in found if each is not None), None)
 
 
-def parse(body: object, exported: Exported) -> list[Request]:
-    """The requests of a V1 body, decoded JSON. Raises ConfigError with every problem."""
-    given, most = body.get("instances") if isinstance(body, dict) else None, exported.limits.max_images
-    listed = given if isinstance(given, list) else []
-    at_most(most, len(listed))  # first: a long list of wrong ones would be told at length
-    limits = [problem for index, fields in enumerate(listed) for problem in beyond(fields, exported, index)]
-    requests = validated(Body, body, limits).instances
-    at_most(most, sum(request.count for request in requests))
-    return requests
-
-
 def at_most(most: int, images: int) -> None:
     """Raises ConfigError for more than `most` pictures in one request."""
-    if images > most:
-        told = f"is the number of pictures asked for, above the limit of {most}"
-        raise ConfigError([Problem("instances", images, told, "Send several requests.")])
+    if problem := too_many(most, images):
+        raise ConfigError([problem])
 
 
-def parse_one(body: object, exported: Exported) -> Request:
-    """One request from decoded JSON. Raises ConfigError with every problem."""
-    return validated(Request, body, beyond(body, exported))
+def too_many(most: int, images: int) -> Problem | None:
+    """What is wrong with a request for more than `most` pictures."""
+    told = f"is the number of pictures asked for, above the limit of {most}"
+    return Problem("instances", images, told, "Send several requests.") if images > most else None
 
 
-def validated(root: type[Root], fields: object, limits: Sequence[Problem] = ()) -> Root:
-    """`fields` as a `root`. Raises ConfigError with the problems of its form and those in `limits` together."""
+def refused(problem: str, remedy: str, **value: Any) -> PydanticCustomError:
+    """For a validator to raise: what is wrong, what to do, and the value to show where that is not the field's own."""
+    return PydanticCustomError(REFUSED, "{problem}", {"problem": problem, "remedy": remedy, **value})
+
+
+def validated(root: type[Root], fields: object) -> Root:
+    """`fields` as a `root`. Raises ConfigError with every problem."""
     try:
-        valid = root.model_validate(fields)
+        return root.model_validate(fields)
     except ValidationError as error:
-        form = [_problem(detail, root) for detail in error.errors(include_url=False)[:MOST_PROBLEMS]]
-        raise ConfigError([*form, *limits]) from None
-    if limits:
-        raise ConfigError(limits)
-    return valid
+        raise ConfigError(problems_of(error.errors(include_url=False), root)) from None
 
 
-def beyond(fields: object, exported: Exported, instance: int | None = None) -> list[Problem]:
-    """What is well-formed in a request, but not for this model; the rest is left to the form."""
-    if not isinstance(fields, dict):
-        return []
-    limits, problems = exported.limits, []
-    at = "" if instance is None else f"instances.{instance}."
-    for name, most in (
-        ("count", limits.max_images),
-        ("num_steps", limits.max_steps),
-        ("particles", limits.max_particles),
-        ("guidance_scale", limits.max_guidance_scale),
-    ):
-        value = fields.get(name)
-        if isinstance(value, (int, float)) and value > most:
-            told = shortened(value)
-            problems.append(Problem(f"{at}{name}", told, "is above this model's limit", f"Use at most {most:g}."))
-    prompt, most = fields.get("prompt"), limits.max_prompt_characters
-    if isinstance(prompt, str) and prompt and (told := text_problem(prompt, most)):
-        remedy = f"Use at most {most}." if len(prompt) > most else _PROMPT
-        problems.append(Problem(f"{at}prompt", shortened(prompt), told, remedy))
-    method, particles = fields.get("method"), fields.get("particles")
-    if method == PLAIN and isinstance(particles, (int, float)) and particles > 1:
-        told, remedy = 'does nothing with method "none"', "Choose a method that steers, or leave it out."
-        problems.append(Problem(f"{at}particles", shortened(particles), told, remedy))
-    for name, known, told in (
-        ("method", [*exported.methods, PLAIN], "this model has no such steering method"),
-        ("policy", exported.policies, "this model has no such policy"),
-        ("size", [exported.size_name], "this model draws no such size"),
-    ):
-        value = fields.get(name)
-        if isinstance(value, str) and value not in known:
-            problems.append(Problem(f"{at}{name}", shortened(value), told, suggestion(shortened(value), known)))
-    weights = fields.get("steering")
-    if isinstance(weights, dict):
-        problems += _weight_problems(weights, method == PLAIN, [reward.name for reward in exported.rewards], at)
-    return problems
-
-
-def _weight_problems(weights: Mapping[str, Any], unsteered: bool, known: Sequence[str], at: str) -> list[Problem]:
-    problems = []
-    for name, weight in weights.items():
-        path, number = f"{at}steering.{shortened(name)}", isinstance(weight, (int, float))
-        if name not in known:
-            remedy = suggestion(shortened(name), known)
-            problems.append(Problem(path, shortened(weight), "the critic has no head for this reward", remedy))
-        elif number and abs(weight) > MAX_WEIGHT:
-            remedy = f"Use a number of standard deviations from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}."
-            problems.append(Problem(path, weight, "is too strong", remedy))
-        elif number and weight and unsteered:
-            remedy = "Choose a method that steers, or leave the weights out."
-            problems.append(Problem(path, weight, 'does nothing with method "none"', remedy))
-    return problems
+def problems_of(details: Sequence[Mapping[str, Any]], root: type[Section]) -> list[Problem]:
+    """The first of pydantic's findings about a `root`, in our words."""
+    return [_problem(detail, root) for detail in details[:MOST_PROBLEMS]]
 
 
 def _problem(detail: Mapping[str, Any], root: type[Section]) -> Problem:
-    """One of pydantic's findings about a `root`, in our words."""
     path = ".".join(shortened(str(part)) for part in detail["loc"]) or "body"
+    if detail["type"] == REFUSED:
+        told = detail["ctx"]
+        return Problem(path, shortened(told.get("value", detail["input"])), told["problem"], told["remedy"])
     section, field = _place(root, detail["loc"])
     remedy = str(field.description) if field is not None and field.description else _OBJECT
     if detail["type"] == "extra_forbidden":
@@ -233,7 +219,7 @@ def _problem(detail: Mapping[str, Any], root: type[Section]) -> Problem:
         return Problem(path, shortened(detail["input"]), "unknown field", remedy)
     if detail["type"] == "missing":
         return Problem(path, None, "is required", remedy)
-    message = "is no JSON object" if detail["type"] == "model_type" else detail["msg"][0].lower() + detail["msg"][1:]
+    message = "is no JSON object" if detail["type"] in _NO_OBJECT else detail["msg"][0].lower() + detail["msg"][1:]
     return Problem(path, shortened(detail["input"]), message, remedy)
 
 

@@ -3,11 +3,8 @@
 import asyncio
 import contextlib
 import json
-import logging
-import re
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -15,25 +12,16 @@ import numpy as np
 from fastapi import FastAPI, HTTPException
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from latentac.serving import observing
-from latentac.serving.batching import Busy, Job
-from latentac.serving.bodies import binary_of, body_of, json_of, most_bytes
-from latentac.serving.model import SteeredDiffusion, TooLong
-from latentac.serving.observing import Record
-from latentac.serving.openai import parse_images
-from latentac.serving.refusals import Refused, refusal, unknown
-from latentac.serving.request import (
-    MAX_WEIGHT,
-    Request,
-    most_values,
-    parse_one,
-)
-from latentac.serving.tensors import BINARY_HEADER, infer_request
-from latentac.system.errors import ConfigError, Problem
-from latentac.system.names import PLAIN
+from latentac.serving.answering import Answering, Read, refusal_of
+from latentac.serving.batching import Job
+from latentac.serving.model import SteeredDiffusion
+from latentac.serving.openai import ImagesRequest
+from latentac.serving.options import options_of
+from latentac.serving.refusals import unknown
+from latentac.serving.request import Body, Request
+from latentac.serving.tensors import BINARY_HEADER, InferenceRequest, infer_request
 
 _ALIVE_SECONDS = 15.0
 _PAGE = {"page.css": "text/css", "page.js": "text/javascript"}
@@ -44,16 +32,9 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-_log = logging.getLogger(__name__)
-
-Handle = Callable[[Any, Record], Awaitable[Response]]
 
 _Last = tuple[int, str, dict[str, Any]]
 """Status, name and content of a stream's last event."""
-
-
-class _Gone(Exception):
-    """The caller closed the connection."""
 
 
 class _Stream(StreamingResponse):
@@ -108,13 +89,16 @@ class Routes:
         app.add_api_route("/", self.page, methods=["GET"], include_in_schema=False)
         app.add_api_route("/page/{name}", self.part, methods=["GET"], include_in_schema=False)
         app.add_api_route("/v1/images/options", self.options, methods=["GET"])
-        app.add_api_route("/v1/images/generations", self.images, methods=["POST"])
-        app.add_api_route("/v1/images/stream", self.stream, methods=["POST"])
-        app.add_api_route("/v1/models/{model_name}:predict", self.predict, methods=["POST"])
-        app.add_api_route("/v2/models/{model_name}/infer", self.infer, methods=["POST"])
-        app.add_api_route(
-            "/v2/models/{model_name}/versions/{model_version}/infer", self.infer_version, methods=["POST"]
-        )
+        answering, forms = Answering(self._model, prompts=self._prompts), self._model.generator.forms
+        version = "/v2/models/{model_name}/versions/{model_version}/infer"
+        for path, protocol, handler, form in (
+            ("/v1/images/generations", "openai", self.images, forms.images),
+            ("/v1/images/stream", "stream", self.stream, forms.request),
+            ("/v1/models/{model_name}:predict", "v1", self.predict, forms.body),
+            ("/v2/models/{model_name}/infer", "v2", self.infer, InferenceRequest),
+            (version, "v2", self.infer_version, InferenceRequest),
+        ):
+            answering.add(app, path, protocol, handler, form)
 
     async def page(self, request: HTTPRequest) -> Response:
         """What a person sees; a program that does not ask for HTML is KServe's V1 client, which asks whether this
@@ -131,81 +115,59 @@ class Routes:
 
     async def options(self) -> Response:
         """What may be asked for, with the defaults."""
-        return JSONResponse(described(self._model))
+        return JSONResponse(options_of(self._model))
 
-    async def predict(self, model_name: str, request: HTTPRequest) -> Response:
+    async def predict(self, body: Body, model_name: str) -> Response:
         """KServe's V1 protocol."""
+        answer, _ = await self._model(body)
+        return JSONResponse(answer)
 
-        async def handle(body: Any, record: Record) -> Response:
-            answer, _ = await self._model(body)
-            return JSONResponse(answer)
-
-        return await self._answered(request, "v1", handle, model_name)
-
-    async def infer(self, model_name: str, request: HTTPRequest) -> Response:
+    async def infer(self, body: InferenceRequest, request: Read, model_name: str) -> Response:
         """KServe's V2 protocol, with the tensors' data in the JSON or as bytes behind it."""
-        return await self._inferred(request, model_name)
+        answer, _ = await self._model(infer_request(body, self._model.name, request.binary))
+        content, length = answer.to_rest()
+        if length is None:
+            return JSONResponse(content)
+        return Response(content, headers={BINARY_HEADER: str(length)}, media_type="application/octet-stream")
 
-    async def infer_version(self, model_name: str, model_version: str, request: HTTPRequest) -> Response:
+    async def infer_version(
+        self, body: InferenceRequest, request: Read, model_name: str, model_version: str
+    ) -> Response:
         """The same, of one version: there is no other than that which is served."""
-        return await self._inferred(request, model_name, model_version)
+        return await self.infer(body, request, model_name)
 
-    async def _inferred(self, request: HTTPRequest, name: str, version: str | None = None) -> Response:
-        async def handle(body: tuple[Any, bytes], record: Record) -> Response:
-            served = self._model.generator.exported.version
-            if version not in (None, served):
-                raise unknown("version", version or "", served)
-            answer, _ = await self._model(infer_request(body[0], self._model.name, body[1]))
-            content, length = answer.to_rest()
-            if length is None:
-                return JSONResponse(content)
-            return Response(content, headers={BINARY_HEADER: str(length)}, media_type="application/octet-stream")
-
-        length = request.headers.get(BINARY_HEADER)
-        return await self._answered(request, "v2", handle, name, read=lambda body, most: binary_of(body, most, length))
-
-    async def images(self, request: HTTPRequest) -> Response:
+    async def images(self, body: ImagesRequest) -> Response:
         """OpenAI's `images/generations`."""
+        if body.model not in (None, self._model.name):
+            raise unknown("model", body.model or "", self._model.name)
+        self._model.generator.check([("prompt", body)])
+        [prediction] = await self._model.finish([body], self._model.submit([body]))
+        told = {name: value for name, value in prediction.items() if name != "images"}
+        data = [{"b64_json": image} for image in prediction["images"]]
+        form = {"background": "opaque", "output_format": "png", "size": self._model.generator.exported.size_name}
+        return JSONResponse({"created": int(time.time()), **form, "data": data, "latentac": told})
 
-        async def handle(body: Any, record: Record) -> Response:
-            asked = parse_images(body, self._model.generator.exported)
-            if asked.model not in (None, self._model.name):
-                raise unknown("model", asked.model or "", self._model.name)
-            self._model.generator.check([("prompt", asked)])
-            [prediction] = await self._model.finish([asked], self._model.submit([asked]))
-            told = {name: value for name, value in prediction.items() if name != "images"}
-            data = [{"b64_json": image} for image in prediction["images"]]
-            form = {"background": "opaque", "output_format": "png", "size": self._model.generator.exported.size_name}
-            return JSONResponse({"created": int(time.time()), **form, "data": data, "latentac": told})
-
-        return await self._answered(request, "openai", handle)
-
-    async def stream(self, request: HTTPRequest) -> Response:
+    async def stream(self, body: Request, request: Read) -> Response:
         """One request's pictures, and the critic's values while they are drawn, as server-sent events."""
+        self._model.generator.check([("prompt", body)])
+        loop, steps = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any]]()
 
-        async def handle(body: Any, record: Record) -> Response:
-            asked = parse_one(body, self._model.generator.exported)
-            self._model.generator.check([("prompt", asked)])
-            loop, steps = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any]]()
+        def tell(index: int, step: int, values: np.ndarray) -> None:
+            event = self._step(body, index, step, values)
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
+                loop.call_soon_threadsafe(steps.put_nowait, event)
 
-            def tell(index: int, step: int, values: np.ndarray) -> None:
-                event = self._step(asked, index, step, values)
-                with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
-                    loop.call_soon_threadsafe(steps.put_nowait, event)
-
-            jobs = self._model.submit([asked], tell)
-            drawing = asyncio.ensure_future(self._finished(asked, jobs))
-            queued = _event("queued", {"id": record.id, "ahead": jobs[0].ahead})
-            return _Stream(queued, drawing, steps, record.answered)
-
-        return await self._answered(request, "stream", handle)
+        jobs = self._model.submit([body], tell)
+        drawing = asyncio.ensure_future(self._finished(body, jobs))
+        queued = _event("queued", {"id": request.record.id, "ahead": jobs[0].ahead})
+        return _Stream(queued, drawing, steps, request.record.answered)
 
     async def _finished(self, asked: Request, jobs: Sequence[Job]) -> _Last:
         """What the last event says."""
         try:
             [prediction] = await self._model.finish([asked], jobs)
         except Exception as error:  # noqa: BLE001 - the stream has begun: its last event says what went wrong
-            refusal = _refusal(error)
+            refusal = refusal_of(error)
             return refusal.status_code, "error", json.loads(bytes(refusal.body))
         return 200, "picture", prediction
 
@@ -215,132 +177,6 @@ class Routes:
         best = int((values @ (np.array(slot.weights) / critic.std.cpu().numpy())).argmax())
         told = {name: [float(value)] for name, value in zip(critic.reward_names, values[best], strict=True)}
         return {"step": step, "num_steps": slot.kind.num_steps, "pictures": [index], "values": told}
-
-    async def _answered(
-        self,
-        http: HTTPRequest,
-        protocol: str,
-        handle: Handle,
-        name: str = "",
-        read: Callable[[bytes, int], Any] = json_of,
-    ) -> Response:
-        """The response of `handle` to what is read in the request's body, or a refusal; told to the operator."""
-        record = Record(protocol, _request_id(http), self._prompts)
-        observing.CURRENT.set(record)
-        status = 499
-        try:
-            if name and name != self._model.name:
-                raise unknown("model", name, self._model.name)
-            limits = self._model.generator.exported.limits
-            body = read(await body_of(http, most_bytes(limits)), most_values(limits))
-            response = await _unless_gone(http, handle(body, record))
-            status = response.status_code
-        except (_Gone, ClientDisconnect):  # the second before the whole body had come
-            response = Response(status_code=499)
-        except Exception as error:  # noqa: BLE001 - every failure is an answer
-            response = _refusal(error, openai=protocol == "openai")
-            status = response.status_code
-        finally:
-            if protocol != "stream" or status != 200:  # a stream that has begun tells its own end
-                record.answered(status)
-        response.headers["X-Request-Id"] = record.id
-        return response
-
-
-def described(model: SteeredDiffusion) -> dict[str, Any]:
-    """What may be asked of `model`, for a page or a program to offer."""
-    exported, critic = model.generator.exported, model.generator.critic
-    default = exported.default_method
-    plain = {"name": PLAIN, "summary": "no steering: the policy alone", "gradient": False, "several": False}
-    return {
-        "name": model.name,
-        "version": exported.version,
-        "run": exported.run,
-        "notice": exported.notice,
-        "size": list(exported.size),
-        "policies": exported.policies,
-        "methods": [
-            {
-                "name": name,
-                "summary": method.summary,
-                "gradient": method.needs_gradient,
-                "several": True,
-                "particles": method.particles,
-            }
-            for name, method in exported.methods.items()
-        ]
-        + [{**plain, "particles": 1}],
-        "rewards": [
-            {
-                "name": reward.name,
-                "unit": reward.unit,
-                "default_weight": exported.default_weights(default).get(reward.name, 0.0),
-                "mean": float(critic.mean[head]),
-                "std": float(critic.std[head]),
-            }
-            for head, reward in enumerate(exported.rewards)
-        ],
-        "defaults": {
-            "num_steps": exported.kernel.num_steps,
-            "guidance_scale": 1.0,
-            "method": default,
-            "particles": exported.methods[default].particles if default in exported.methods else 1,
-            "count": 1,
-            "seed": 0,
-            "strengths": {name: method.strength for name, method in exported.methods.items()},
-        },
-        "limits": {
-            **exported.limits.model_dump(),
-            "max_weight": MAX_WEIGHT,
-            "max_tokens": model.generator.max_tokens,
-        },
-        "examples": exported.examples,
-    }
-
-
-async def _unless_gone(http: HTTPRequest, work: Awaitable[Response]) -> Response:
-    """The result of `work`, which is cancelled if the caller goes away. Raises _Gone then."""
-    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(http))
-    try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise _Gone
-        return working.result()
-    finally:
-        working.cancel()
-        gone.cancel()
-
-
-async def _disconnected(http: HTTPRequest) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _refusal(error: Exception, *, openai: bool = False) -> JSONResponse:
-    """The answer to a request that failed with `error`."""
-    headers: dict[str, str] = {}
-    match error:
-        case ConfigError():
-            status, problems = 422, list(error.problems)
-        case Refused():
-            status, problems = error.status, [error.problem]
-        case Busy():
-            status, headers = 429, {"Retry-After": str(error.seconds)}
-            remedy = f"Ask again in {error.seconds} s."
-            problems = [Problem("queue", error.queued, "pictures wait already, and there is no room for more", remedy)]
-        case TooLong():
-            status, headers = 503, {"Retry-After": "10"}
-            problems = [Problem("request", None, str(error), "Ask for less, or later.")]
-        case _:
-            _log.error("a request failed", exc_info=error)
-            status, problems = 500, [Problem("request", None, "the server failed", "Look at its log.")]
-    return refusal(status, problems, headers, openai=openai)
-
-
-def _request_id(http: HTTPRequest) -> str:
-    """The caller's, if it is one that may stand in a header and a log; else a new one."""
-    given = http.headers.get("x-request-id", "")
-    return given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
 
 
 def _event(name: str, content: dict[str, Any]) -> str:

@@ -9,9 +9,7 @@ import shlex
 import signal
 import socket
 import sys
-import warnings
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,48 +91,43 @@ def serve_on(
     described = exported.read(folder)
     # Imported late: torch and kserve take seconds, and kserve parses the command line anew, by its own rules.
     sys.argv = sys.argv[:1]
-    from fastapi import FastAPI
-    from kserve.model_server import ModelServer
-    from starlette.middleware.cors import CORSMiddleware
+    import uvicorn
+    from kserve import ModelServer
 
-    from latentac.serving import connections, observing, openapi
-    from latentac.serving.guard import Guard
+    from latentac.serving import connections, observing
+    from latentac.serving.application import application
     from latentac.serving.model import SteeredDiffusion
-    from latentac.serving.routes import Routes
-    from latentac.serving.state import State
 
     class LoopbackServer(ModelServer):
-        """ModelServer listens on every address of the machine; this one on the socket that it is given. And it offers
-        what its OpenAPI document says, no more."""
+        """ModelServer listens on every address of the machine, with every route that KServe knows. This one listens on
+        the socket that it is given, and offers what its OpenAPI document says."""
+
+        def start(self, models: list[SteeredDiffusion]) -> None:
+            for each in models:
+                self.register_model(each)
+            written = int((folder / exported.FILE).stat().st_mtime)
+            may = allowed or Access()
+            app = application(self.dataplane, model, written, may, log_prompts=log_prompts)
+            config = uvicorn.Config(
+                app,
+                log_config=None,
+                timeout_keep_alive=self.timeout_keep_alive,
+                timeout_graceful_shutdown=self.grace_period,
+            )
+            connections.bound(config)
+            self.server = uvicorn.Server(config)
+            self.register_signal_handler()
+            asyncio.run(self.serve())
 
         def register_signal_handler(self) -> None:
             """ModelServer's own handlers lose a signal that comes before uvicorn has put its in their place."""
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
-                signal.signal(number, self._rest_server._server.handle_exit)
+                signal.signal(number, self.server.handle_exit)
 
-        async def _serve(self) -> None:
-            rest, generator = self._rest_server, model.generator
-            rest._server.serve = partial(rest._server.serve, sockets=[listener])
-
-            def register(app: FastAPI) -> None:
-                Routes(model, prompts=log_prompts).register(app)
-                written = int((folder / exported.FILE).stat().st_mtime)
-                State(self.dataplane, name, generator.exported, written).register(app)
-                document = openapi.document(app, generator.exported, name)
-                app.openapi = lambda: document  # type: ignore[method-assign]
-                may = allowed or Access()
-                app.add_middleware(Guard, access=may)
-                if may.origins:  # a browser asks before it sends JSON for another website
-                    methods, named = ["GET", "POST"], ["Content-Type", "Authorization", "X-Request-Id"]
-                    app.add_middleware(
-                        CORSMiddleware, allow_origins=list(may.origins), allow_methods=methods, allow_headers=named
-                    )
-
-            rest._register_endpoints = register
-            connections.bound(rest.config)
-            watching = asyncio.ensure_future(connections.watch(rest._server))
+        async def serve(self) -> None:
+            watching = asyncio.ensure_future(connections.watch(self.server))
             try:
-                await super()._serve()
+                await self.server.serve(sockets=[listener])
             finally:
                 watching.cancel()
 
@@ -142,7 +135,7 @@ def serve_on(
     observing.log_requests()
     model = SteeredDiffusion(name, folder, device)
     model.load()
-    server = LoopbackServer(workers=1, enable_grpc=False, enable_latency_logging=False, grace_period=GRACE_SECONDS)
+    server = LoopbackServer(workers=1, enable_grpc=False, grace_period=GRACE_SECONDS)
     _listen(listener)
     if told:
         print(_example(address_of(listener), name, described), file=sys.stdout, flush=True)
@@ -178,7 +171,7 @@ def _example(address: str, name: str, described: "Exported") -> str:
 
 
 def _log_plainly() -> None:
-    """Warnings and errors on stderr, one line each; no line a request, and no traceback for a caller's mistake."""
+    """Warnings and errors on stderr, one line each; no line a request."""
     import transformers
 
     handler = logging.StreamHandler()
@@ -187,14 +180,4 @@ def _log_plainly() -> None:
     kserve_logger = logging.getLogger("kserve")  # has a handler of its own, or ModelServer installs noisier ones
     kserve_logger.handlers, kserve_logger.propagate = [handler], False
     kserve_logger.setLevel(logging.WARNING)
-    kserve_logger.addFilter(_is_ours)
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="ORJSONResponse is deprecated")  # kserve's own, with every answer
-
-
-def _is_ours(record: logging.LogRecord) -> bool:
-    """False for the traceback that kserve logs when it answers 4xx or 501: the caller has been told."""
-    from kserve import errors
-
-    mistakes = (errors.InvalidInput, errors.ModelNotFound, errors.UnsupportedProtocol, NotImplementedError)
-    return not (record.exc_info and isinstance(record.exc_info[1], mistakes))

@@ -12,27 +12,27 @@ import numpy as np
 from kserve import InferInput, InferRequest, InferResponse
 from kserve.protocol.infer_type import InferOutput, RequestedOutput
 from kserve.utils.numpy_codec import to_np_dtype
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
-from latentac.config.schema import suggestion
+from latentac.config.schema import Limits, suggestion
 from latentac.config.sections import Section
-from latentac.serving.exported import Limits
-from latentac.serving.request import MOST_PROBLEMS, WHOLE, at_most, decoded, most_values, shortened, validated
+from latentac.serving.request import (
+    MOST_PROBLEMS,
+    WHOLE,
+    Json,
+    Request,
+    at_most,
+    decoded,
+    most_values,
+    shortened,
+    validated,
+)
 from latentac.system.errors import ConfigError, Problem
 
-INPUTS = {
-    "prompt": "BYTES",
-    "seed": "INT64",
-    "count": "INT64",
-    "num_steps": "INT64",
-    "size": "BYTES",
-    "guidance_scale": "FP32",
-    "policy": "BYTES",
-    "method": "BYTES",
-    "steering": "BYTES",
-    "particles": "INT64",
-}
-"""Name of an input -> its datatype. `steering` is the text of a JSON object."""
+_DATATYPES = {"string": "BYTES", "integer": "INT64", "number": "FP32", "object": "BYTES"}
+_FIELDS = Request.model_json_schema()["properties"]
+INPUTS = {name: _DATATYPES[field.get("anyOf", [field])[0]["type"]] for name, field in _FIELDS.items()}
+"""Name of an input -> its datatype: each field of a request. `steering` is the text of a JSON object."""
 
 OUTPUTS = {"image": "BYTES", "metadata": "BYTES"}
 """image: a PNG in base64 a picture, those of a prompt one after another; metadata: JSON a prompt."""
@@ -48,6 +48,17 @@ _ALIKE = {"FP32": ("FP32", "FP64", "FP16", *_INTEGERS), "INT64": _INTEGERS}
 """Datatype of an input -> those that hold the same numbers."""
 
 DATATYPES = sorted({"BYTES", *_ALIKE["FP32"]})
+
+_SHAPE: Json = {
+    "maxItems": 2,
+    "items": {"type": "integer", "minimum": 1},
+    "description": "[number of elements]: that of the prompts, or 1 for all of them",
+}
+
+_EXAMPLE: Json = {
+    "inputs": [{"name": "prompt", "datatype": INPUTS["prompt"], "shape": [1], "data": ["two red squares"]}],
+    "outputs": [{"name": "image"}],
+}
 
 _LENGTH = struct.Struct("<I")
 
@@ -83,9 +94,11 @@ class RequestParameters(Section):
 class RequestInput(Section):
     """data: the elements, flat or nested as `shape` says; left out where they are bytes behind the JSON."""
 
-    name: Annotated[str, Field(description="Use the name of an input.")]
-    shape: Annotated[list[Annotated[int, WHOLE]], Field(description="Use [number of elements].")]
-    datatype: Annotated[str, Field(description="Use the input's datatype.")]
+    name: Annotated[str, Field(description="Use the name of an input.", json_schema_extra={"enum": [*INPUTS]})]
+    shape: Annotated[
+        list[Annotated[int, WHOLE]], Field(description="Use [number of elements].", json_schema_extra=_SHAPE)
+    ]
+    datatype: Annotated[str, Field(description="Use the input's datatype.", json_schema_extra={"enum": [*DATATYPES]})]
     parameters: Annotated[
         InputParameters | None, Field(description="Send binary_data_size, or leave them out; fields are inputs.")
     ] = None
@@ -93,12 +106,14 @@ class RequestInput(Section):
 
 
 class RequestOutput(Section):
-    name: Annotated[str, Field(description="Use the name of an output.")]
+    name: Annotated[str, Field(description="Use the name of an output.", json_schema_extra={"enum": [*OUTPUTS]})]
     parameters: Annotated[OutputParameters | None, Field(description="Send binary_data, or leave them out.")] = None
 
 
 class InferenceRequest(Section):
     """The V2 form of a request. model_name: sent by KServe's client, and not read: the address has it."""
+
+    model_config = ConfigDict(json_schema_extra={"example": _EXAMPLE})
 
     id: Annotated[str | None, Field(description="Use a text, or leave it out.")] = None
     model_name: Annotated[str | None, Field(description="Use a text, or leave it out.")] = None

@@ -14,6 +14,7 @@ const MAX_STORED_CHARACTERS = 2_000_000; // sessionStorage takes about 5 million
 const STORED_HISTORY = "latentac.history";
 // A website may open any link, and change the one of a page that it has opened. So a link fills in and draws nothing.
 const LINKED = "The link's settings are filled in: press Draw, or Enter in any field.";
+const LIMITED = { particles: "Tries for each picture, at most", num_steps: "At most", guidance_scale: "1 is off, at most" };
 const REACHES = [5, 10, 20, 50, 100]; // of a dial; a hundredth is one step of it
 
 let options = null; // what the server offers
@@ -88,6 +89,8 @@ const sameSettings = (one, other) => JSON.stringify(one) === JSON.stringify(othe
 
 const methodOf = (name) => options.methods.find((method) => method.name === name);
 
+const schemaOf = (field) => (field.anyOf ?? [field])[0]; // without null
+const strongestAllowed = () => Object.values(schemaOf(options.fields.steering).properties).map((weight) => weight.maximum);
 const defaultParticles = (method) => String(methodOf(method)?.particles ?? options.defaults.particles);
 
 function showMethod() {
@@ -96,7 +99,7 @@ function showMethod() {
   $("method-hint").textContent = method?.summary ?? "";
   $("particles-field").hidden = !method?.several;
   const strongest = Math.max(...Object.values(defaultWeights(methodShown)).map(Math.abs), 0);
-  const reach = Math.min(REACHES.find((each) => each >= 2 * strongest) ?? Infinity, options.limits.max_weight);
+  const reach = Math.min(REACHES.find((each) => each >= 2 * strongest) ?? Infinity, ...strongestAllowed());
   for (const dial of dials()) {
     Object.assign(rangeOf(dial), { min: -reach, max: reach, step: reach / 100 });
     followNumber(dial);
@@ -737,7 +740,7 @@ function makeExample(prompt) {
 }
 
 function furnish() {
-  const { name, version, run, notice, size, limits, methods, rewards, examples } = options;
+  const { name, version, run, notice, size, fields, methods, rewards, examples } = options;
   const option = (text) => element("option", { value: text, textContent: text });
   document.title = name;
   $("model").textContent = [version, run && `from ${run}`].filter(Boolean).join(", ");
@@ -751,9 +754,11 @@ function furnish() {
   $("method").replaceChildren(...methods.filter((method) => method.name !== "none").map((method) => option(method.name)));
   $("reward").replaceChildren(...rewards.map((reward) => option(reward.name)));
   $("reward-choice").hidden = rewards.length < 2;
-  $("particles-hint").textContent = `Tries for each picture, at most ${limits.max_particles}.`;
-  $("num_steps-hint").textContent = `At most ${limits.max_steps}.`;
-  $("guidance_scale-hint").textContent = `1 is off, at most ${limits.max_guidance_scale}.`;
+  for (const [field, words] of Object.entries(LIMITED)) {
+    const { type, minimum, maximum } = schemaOf(fields[field]);
+    Object.assign($(field), { min: minimum, max: maximum, step: type === "integer" ? 1 : "any" });
+    $(`${field}-hint`).textContent = `${words} ${maximum}.`;
+  }
   $("examples").replaceChildren(...examples.map(makeExample));
   $("examples").hidden = !examples.length;
   for (const id of ["draw", "draw-dials", "reset"]) $(id).disabled = false;

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from latentac.config.schema import Batching
 from latentac.serving.batching import Batcher, Busy
-from latentac.serving.exported import Batching
 from latentac.serving.generator import Generator
-from latentac.serving.request import parse_one
+from latentac.serving.request import validated
 
 SECONDS = 60.0
 
@@ -26,7 +26,7 @@ class World:
     def submit(self, *seeds: int, tell: Any = None, **fields: Any) -> list[Any]:
         """A job for each seed."""
         fields = {"prompt": "a red circle", "method": "none", "num_steps": 2} | fields
-        requests = [parse_one(fields | {"seed": seed}, self.generator.exported) for seed in seeds]
+        requests = [validated(self.generator.forms.request, fields | {"seed": seed}) for seed in seeds]
         return self.batcher.submit([(self.generator.slots(request), tell) for request in requests])
 
 

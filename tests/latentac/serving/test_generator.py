@@ -20,7 +20,7 @@ from latentac.sampling.steering import STEERING
 from latentac.serving.exported import FILE, image_size
 from latentac.serving.generator import Generator
 from latentac.serving.pipeline import LatentacPipeline
-from latentac.serving.request import parse_one
+from latentac.serving.request import validated
 from latentac.system.errors import ConfigError, ServingError
 from tests.latentac.serving.conftest import changed
 
@@ -137,10 +137,10 @@ def test_a_picture_is_the_same_in_any_batch(generator: Generator, method: str) -
     weights = {} if method == "none" else {"shapes_verifier": 3.0}
     particles = None if method == "none" else 2
     fields: dict[str, Any] = {"method": method, "num_steps": 3, "particles": particles, "steering": weights or None}
-    mine = parse_one({"prompt": PROMPT, "seed": 5, **fields}, generator.exported)
+    mine = validated(generator.forms.request, {"prompt": PROMPT, "seed": 5, **fields})
     if weights:
         fields["steering"] = {"jpeg_compressibility": -7.0}
-    theirs = parse_one({"prompt": "three blue circles", "seed": 8, **fields}, generator.exported)
+    theirs = validated(generator.forms.request, {"prompt": "three blue circles", "seed": 8, **fields})
     own, other = generator.slots(mine), generator.slots(theirs)
     [alone] = generator.draw(own)
     room = generator.room(own[0].kind)

@@ -251,6 +251,10 @@ def test_the_options_are_what_may_be_asked_for(server: ServerProcess) -> None:
     for method in options["methods"]:
         fields = {"prompt": "a", "num_steps": 2, "method": method["name"], "size": "32x32"}
         assert server.predict(fields)["particles"] == method["particles"]
+    fields = options["fields"]
+    assert fields == ask(server, "GET", "/openapi.json")[2]["components"]["schemas"]["Request"]["properties"]
+    assert fields["num_steps"]["anyOf"][0]["maximum"] == options["limits"]["max_steps"] == 100
+    assert all(options["defaults"][name] == fields[name]["default"] for name in ("count", "seed", "guidance_scale"))
     too_many = {"prompt": "a", "num_steps": options["limits"]["max_steps"] + 1}
     assert ask(server, "POST", "/v1/images/stream", too_many)[0] == 422
 

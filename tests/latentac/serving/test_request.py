@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from latentac.config.schema import Config, Kernel
+from latentac.config.schema import Batching, Config, Kernel, Limits
 from latentac.config.sections import Extension, Named
 from latentac.serving import request
-from latentac.serving.exported import Batching, Exported, Head, Limits, Method
-from latentac.serving.openai import ImagesRequest, parse_images
-from latentac.serving.request import Request, decoded, most_values, parse, parse_one
+from latentac.serving.exported import Exported, Head, Method
+from latentac.serving.forms import forms_of
+from latentac.serving.openai import ImagesRequest
+from latentac.serving.request import Request, decoded, most_values, validated
 from latentac.serving.tensors import infer_request, instances
 from latentac.system.errors import ConfigError
 
@@ -38,12 +39,26 @@ EXPORTED = Exported(
     limits=Limits(max_images=8, max_prompt_characters=100),
     batching=Batching(),
 )
+FORMS = forms_of(EXPORTED)
+
+
+def parse(body: object) -> list[Request]:
+    """The requests of a V1 body."""
+    return validated(FORMS.body, body).instances
+
+
+def parse_one(body: object) -> Request:
+    return validated(FORMS.request, body)
+
+
+def parse_images(body: object) -> ImagesRequest:
+    return validated(FORMS.images, body)
 
 
 def told(body: object) -> list[str]:
     """The problems of a body, one line each."""
     with pytest.raises(ConfigError) as caught:
-        parse(body, EXPORTED)
+        parse(body)
     return str(caught.value).splitlines()
 
 
@@ -52,9 +67,9 @@ def test_defaults_and_all_fields() -> None:
     full = {"prompt": "b", "seed": 2**63 - 1, "count": 7, "num_steps": 2, "method": "best_of_n", "particles": 32}
     full |= {"steering": {"jpeg_compressibility": -1}, "size": "32x32", "guidance_scale": 4.5, "policy": "trained"}
     body = {"instances": [{"prompt": "a"}, full]}
-    requests = parse(body, EXPORTED)
-    assert requests == parse(decoded(json.dumps(body).encode(), 1000), EXPORTED)
-    assert requests[0] == Request(prompt="a")
+    requests = parse(body)
+    assert requests == parse(decoded(json.dumps(body).encode(), 1000))
+    assert requests[0] == FORMS.request(prompt="a")
     assert requests[1].model_dump() == full
 
 
@@ -164,13 +179,13 @@ def test_a_number_beyond_those_of_a_computer_is_told_with_its_path(body: bytes, 
 
 def test_openais_form_is_the_same_request() -> None:
     """`n` is our `count`, and problems are told by its name; what would change the answer is refused."""
-    asked = parse_images({"prompt": "a", "n": 2, "size": "32x32", "response_format": "b64_json", "seed": 3}, EXPORTED)
+    asked = parse_images({"prompt": "a", "n": 2, "size": "32x32", "response_format": "b64_json", "seed": 3})
     assert (
         asked.model_dump(include=set(Request.model_fields))
-        == Request(prompt="a", count=2, size="32x32", seed=3).model_dump()
+        == FORMS.request(prompt="a", count=2, size="32x32", seed=3).model_dump()
     )
     with pytest.raises(ConfigError) as caught:
-        parse_images({"prompt": "a", "n": 9, "output_format": "webp", "response_format": "url"}, EXPORTED)
+        parse_images({"prompt": "a", "n": 9, "output_format": "webp", "response_format": "url"})
     assert {problem.path for problem in caught.value.problems} == {"n", "output_format", "response_format"}
 
 
@@ -197,9 +212,9 @@ def test_openais_form_is_the_same_request() -> None:
 )
 def test_openais_defaults_are_the_default_picture(name: str, values: list[Any]) -> None:
     """What its clients send where a caller has chosen nothing is taken, and changes nothing about the picture."""
-    ours, default = set(Request.model_fields) - {"seed", "size"}, ImagesRequest(prompt="a")
+    ours, default = set(Request.model_fields) - {"seed", "size"}, FORMS.images(prompt="a")
     for value in values:
-        asked = parse_images({"prompt": "a", name: value}, EXPORTED)
+        asked = parse_images({"prompt": "a", name: value})
         assert asked.model_dump(include=ours) == default.model_dump(include=ours)
         assert asked.size in (None, "32x32")
 
@@ -230,24 +245,24 @@ def test_openais_defaults_are_the_default_picture(name: str, values: list[Any]) 
 def test_what_openais_form_cannot_have_here_is_refused_by_name(name: str, value: Any, remedy: str) -> None:
     """One problem, that field's, with what to do."""
     with pytest.raises(ConfigError) as caught:
-        parse_images({"prompt": "a", name: value}, EXPORTED)
+        parse_images({"prompt": "a", name: value})
     [problem] = caught.value.problems
     assert (problem.path, remedy in problem.remedy) == (name, True), problem
 
 
 def test_without_a_seed_openais_form_draws_a_fresh_one_and_the_others_use_0() -> None:
     """Exact in JavaScript, too."""
-    seeds = {parse_images({"prompt": "a"}, EXPORTED).seed for _ in range(20)}
+    seeds = {parse_images({"prompt": "a"}).seed for _ in range(20)}
     assert len(seeds) == 20
     assert max(seeds) < 2**53
-    assert {one.seed for one in parse({"instances": [{"prompt": "a"}, {"prompt": "a", "seed": None}]}, EXPORTED)} == {0}
-    assert parse_one({"prompt": "a", "seed": None}, EXPORTED).seed == 0
+    assert {one.seed for one in parse({"instances": [{"prompt": "a"}, {"prompt": "a", "seed": None}]})} == {0}
+    assert parse_one({"prompt": "a", "seed": None}).seed == 0
 
 
 def test_null_is_the_same_as_a_field_that_is_left_out() -> None:
     """Many clients send null for what is not set; but a prompt must be there."""
     nulls = dict.fromkeys(set(Request.model_fields) - {"prompt"})
-    assert parse_one({"prompt": "a", **nulls}, EXPORTED) == Request(prompt="a")
+    assert parse_one({"prompt": "a", **nulls}) == FORMS.request(prompt="a")
     assert told({"instances": [{"prompt": None}]})[0].startswith("instances.0.prompt = None: input should be")
 
 
@@ -277,9 +292,9 @@ def test_the_readme_and_the_form_have_the_same_fields() -> None:
 
 def test_one_request_is_read_alone() -> None:
     """Its problems have no number."""
-    assert parse_one({"prompt": "a"}, EXPORTED) == Request(prompt="a")
+    assert parse_one({"prompt": "a"}) == FORMS.request(prompt="a")
     with pytest.raises(ConfigError, match=r"^count = 9: is above this model's limit"):
-        parse_one({"prompt": "a", "count": 9}, EXPORTED)
+        parse_one({"prompt": "a", "count": 9})
 
 
 def test_an_error_is_never_much_larger_than_a_line() -> None:
@@ -316,7 +331,7 @@ def test_a_body_of_many_values_is_refused_before_they_are_looked_at(body: object
 def test_few_problems_of_many_are_told() -> None:
     """A longer list helps nobody."""
     with pytest.raises(ConfigError) as caught:
-        parse({"instances": [{"prompt": "a", **{f"field{number}": 1 for number in range(1000)}}]}, EXPORTED)
+        parse({"instances": [{"prompt": "a", **{f"field{number}": 1 for number in range(1000)}}]})
     assert len(caught.value.problems) == 20
 
 
