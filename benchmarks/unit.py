@@ -139,17 +139,16 @@ class Run:
         policy = base_policy(self.config, self.device)
         critic, fits = self._critic(policy), {}
         with self.timed("pretraining"):
-            settings = self.config.pretrain
-            parts = [(self.prompts.train, settings.num_images, "pretraining")]
-            parts += [(self.prompts.held_out, settings.num_held_out_images, "held-out")]
-            states, held_out = (
-                pretraining.collect(self.config, policy, critic, self.rewards, prompts, count=count, purpose=purpose)
-                for prompts, count, purpose in parts
-            )
+            own, other = pretraining.draws(self.config)
+            states = pretraining.collect(policy, critic, self.rewards, self.prompts.train, own)
+            held_out = pretraining.collect(policy, critic, self.rewards, self.prompts.held_out, other)
+            weights = [reward.weight for reward in self.rewards]
             for passes in ARMS[self.unit.arm].passes or (self.config.pretrain.num_passes,):
                 settings = self.config.pretrain.model_copy(update={"num_passes": passes})
-                config = self.config.model_copy(update={"pretrain": settings})
-                history = pretraining.fit(config, policy, self._critic(policy), states, held_out)
+                fitted = self._critic(policy)
+                history = pretraining.fit(
+                    settings, policy, fitted, states, held_out, seed=self.config.seed, weights=weights
+                )
                 fits[passes] = [entry["held_out_explained_variance"] for entry in history]
                 _tell(f"{passes}/{passes}  explained variance {np.mean(fits[passes][-1]):.3f}")
         best = np.concatenate(list(fits.values())).max(0).tolist()

@@ -64,6 +64,7 @@ class Learner:
         """conditioning: of every training prompt, in their order."""
         self.config, self.policy, self.critic, self.conditioning, self.mesh = config, policy, critic, conditioning, mesh
         critic.train_heads()
+        self._weights = torch.tensor([reward.weight for reward in config.rewards], device=mesh.device)
         self.optimizer = torch.optim.AdamW(
             critic.parameter_groups(), betas=(0.9, 0.95), weight_decay=config.critic.weight_decay
         )
@@ -157,18 +158,16 @@ class Learner:
 
     def _loss(self, features: dict[str, Tensor], sigma: Tensor, conditioning: Conditioning, returns: Tensor) -> Tensor:
         values = self.critic.standardised(features, sigma, conditioning)
-        return critic_loss(self.config, self.critic, values, returns)
+        return critic_loss(self.critic, values, returns, self._weights)
 
 
-def critic_loss(config: Config, critic: Critic, values: Tensor, returns: Tensor) -> Tensor:
+def critic_loss(critic: Critic, values: Tensor, returns: Tensor, weights: Tensor) -> Tensor:
     """The value loss of standardised values [N, M] for returns [N, M] in the rewards' units.
 
-    A shared head learns the trained rewards alone, by their weights; separate heads do not disturb each other.
+    weights: [M], the training weights of the rewards. A shared head learns the trained rewards alone, by their weights; separate heads do not disturb each other.
     """
-    weights = None
-    if config.critic.shared_head:
-        weights = torch.tensor([reward.weight for reward in config.rewards], device=values.device)
-    return value_loss(values, critic.standardise(returns), config.critic.target_clip, weights)
+    shared = weights if critic.settings.shared_head else None
+    return value_loss(values, critic.standardise(returns), critic.settings.target_clip, shared)
 
 
 @torch.no_grad()

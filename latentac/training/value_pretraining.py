@@ -5,12 +5,13 @@ forward are kept and every further pass over the states costs the heads only.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from latentac.config.learning import Pretrain
 from latentac.config.schema import Config
 from latentac.critic import Critic
 from latentac.method.diffusion import forward_noise
@@ -61,25 +62,41 @@ def new_critic(config: Config, policy: Policy) -> Critic:
     return critic.to(policy.backbone.device).eval()
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Which rollouts to collect. count: images; purpose: what the seed's numbers are drawn for; num_steps: K;
+    block_images: so many go through the denoiser together."""
+
+    count: int
+    purpose: str
+    seed: int
+    num_steps: int
+    block_images: int
+
+
+def draws(config: Config) -> tuple[Draw, Draw]:
+    """What value pretraining learns from, and what it is measured on."""
+    own = Draw(
+        config.pretrain.num_images, "pretraining", config.seed, config.kernel.num_steps, config.train.block_images
+    )
+    return own, replace(own, count=config.pretrain.num_held_out_images, purpose="held-out")
+
+
 def collect(
-    config: Config,
     policy: Policy,
     critic: Critic,
     rewards: Sequence[ConfiguredReward],
     prompts: Sequence[Prompt],
-    *,
-    count: int,
-    purpose: str,
+    draw: Draw,
 ) -> States:
-    """`count` rollouts on `prompts`, the categories in turn, with what the critic sees of every state."""
-    chosen = balanced(prompts, count, config.seed, purpose)
-    size = config.train.block_images
-    keys = [(purpose, prompt, slot) for slot, prompt in enumerate(chosen)]
-    blocks = [keys[start : start + size] for start in range(0, count, size)]
+    """Rollouts on `prompts`, the categories in turn, with the critic's inputs at each state."""
+    chosen = balanced(prompts, draw.count, draw.seed, draw.purpose)
+    keys = [(draw.purpose, prompt, slot) for slot, prompt in enumerate(chosen)]
+    blocks = [keys[start : start + draw.block_images] for start in range(0, draw.count, draw.block_images)]
     device = policy.backbone.device
-    with progress(count, f"rollouts ({purpose})", "images") as bar:
+    with progress(draw.count, f"rollouts ({draw.purpose})", "images") as bar:
         parts = map_blocks(
-            lambda keys: _collect_block(config, policy, critic, rewards, prompts, keys=keys, bar=bar),
+            lambda keys: _collect_block(policy, critic, rewards, prompts, draw, keys=keys, bar=bar),
             blocks,
             device,
         )
@@ -94,17 +111,17 @@ def collect(
 
 
 def _collect_block(
-    config: Config,
     policy: Policy,
     critic: Critic,
     rewards: Sequence[ConfiguredReward],
     prompts: Sequence[Prompt],
+    draw: Draw,
     *,
     keys: Sequence[tuple[str, int, int]],
     bar: Progress[Any],
 ) -> States:
     """keys: of each image's noise: (purpose, index of its prompt, place)."""
-    noise = noise_for(keys, config.seed, config.kernel.num_steps, policy.backbone.latent_shape)
+    noise = noise_for(keys, draw.seed, draw.num_steps, policy.backbone.latent_shape)
     own = [prompts[index] for _, index, _ in keys]
     conditioning = policy.backbone.encode([prompt.text for prompt in own])
     noise = noise.to(policy.backbone.device)
@@ -131,17 +148,30 @@ def predict(critic: Critic, states: States, minibatch_states: int) -> Tensor:
     return torch.cat(values).unflatten(0, (images, steps))
 
 
-def fit(config: Config, policy: Policy, critic: Critic, states: States, held_out: States) -> list[dict[str, Any]]:
-    """Regress the critic on `states`; one entry a pass with the loss and the held-out explained variance and
+def fit(
+    settings: Pretrain,
+    policy: Policy,
+    critic: Critic,
+    states: States,
+    held_out: States,
+    *,
+    seed: int,
+    weights: Sequence[float],
+) -> list[dict[str, Any]]:
+    """Regress the critic on `states`. Returns one entry per pass: its loss, and the held-out explained variance and
     within-prompt rank correlation of each step.
 
-    The rate falls linearly to zero, so that the last pass ends where it converges. A share `pretrain.forward_noised` of
-    the minibatches is drawn anew each time, as forward-noised states of the scored pictures.
+    weights: of the rewards; the measures are of the first one above 0. The learning rate falls linearly to zero, so that
+    the last pass ends where it converges. A share `pretrain.forward_noised` of the minibatches is drawn anew each time,
+    as forward-noised states of the scored images.
     """
-    settings, main = config.pretrain, config.main_reward
+    main = next(index for index, weight in enumerate(weights) if weight > 0)
+    columns = torch.tensor(weights, device=states.rewards.device)
     critic.update_scale(states.rewards)
     critic.train_heads()
-    optimizer = torch.optim.AdamW(critic.parameter_groups(), betas=(0.9, 0.95), weight_decay=config.critic.weight_decay)
+    optimizer = torch.optim.AdamW(
+        critic.parameter_groups(), betas=(0.9, 0.95), weight_decay=critic.settings.weight_decay
+    )
     rates = [group["lr"] for group in optimizer.param_groups]
     total = states.rewards.shape[0] * len(states.sigmas)
     per_pass = -(-total // settings.minibatch_states)
@@ -149,18 +179,18 @@ def fit(config: Config, policy: Policy, critic: Critic, states: States, held_out
     history: list[dict[str, Any]] = []
     with progress(updates, "value pretraining", "updates") as bar:
         for index in range(settings.num_passes):
-            generator = generator_for(config.seed, "value pretraining", index)
+            generator = generator_for(seed, "value pretraining", index)
             order = torch.randperm(total, generator=generator).to(states.rewards.device)
             losses = []
             critic.train()
-            torch.manual_seed(seed_for(config.seed, "value pretraining dropout", index))
+            torch.manual_seed(seed_for(seed, "value pretraining dropout", index))
             for number, rows in enumerate(order.split(settings.minibatch_states)):
                 fraction = (index * per_pass + number) / updates
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * (1 - fraction)
                 noised = float(torch.rand((), generator=generator)) < settings.forward_noised
                 inputs = _noised(policy, critic, states, rows, generator) if noised else states.inputs(rows)
-                losses.append(_step(config, critic, optimizer, inputs, states.rewards[rows // len(states.sigmas)]))
+                losses.append(_step(critic, optimizer, inputs, states.rewards[rows // len(states.sigmas)], columns))
                 bar.update()
             values = predict(critic, held_out, settings.minibatch_states)[..., main]
             rewards = held_out.rewards[:, main]
@@ -186,11 +216,11 @@ def pretrain(
     settings = config.pretrain
     if settings.num_images == 0:
         return [], None
-    states = collect(config, policy, critic, rewards, prompts.train, count=settings.num_images, purpose="pretraining")
-    held_out = collect(
-        config, policy, critic, rewards, prompts.held_out, count=settings.num_held_out_images, purpose="held-out"
-    )
-    history = fit(config, policy, critic, states, held_out)
+    own, other = draws(config)
+    states = collect(policy, critic, rewards, prompts.train, own)
+    held_out = collect(policy, critic, rewards, prompts.held_out, other)
+    weights = [reward.weight for reward in rewards]
+    history = fit(settings, policy, critic, states, held_out, seed=config.seed, weights=weights)
     return history, Replay(states.clean, states.rewards, states.prompts)
 
 
@@ -206,15 +236,15 @@ def _noised(
 
 
 def _step(
-    config: Config,
     critic: Critic,
     optimizer: torch.optim.Optimizer,
     inputs: tuple[dict[str, Tensor], Tensor, Conditioning],
     rewards: Tensor,
+    weights: Tensor,
 ) -> float:
-    loss = critic_loss(config, critic, critic.standardised(*inputs), rewards)
+    loss = critic_loss(critic, critic.standardised(*inputs), rewards, weights)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(critic.parameters(), config.critic.gradient_clip)
+    torch.nn.utils.clip_grad_norm_(critic.parameters(), critic.settings.gradient_clip)
     optimizer.step()
     return float(loss.detach())

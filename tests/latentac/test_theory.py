@@ -75,7 +75,8 @@ def fitted(policy: Policy, forward_noised: float) -> Critic:
     config = resolve(merge(RECIPES["shapes-unet"], settings))
     torch.manual_seed(0)
     critic = Critic(policy.backbone, ("reward",), config.critic)
-    fit(config, policy, critic, states(policy, critic, 4096, seed=1), states(policy, critic, 64, seed=2))
+    learnt, held_out = states(policy, critic, 4096, seed=1), states(policy, critic, 64, seed=2)
+    fit(config.pretrain, policy, critic, learnt, held_out, seed=config.seed, weights=[1.0])
     return critic
 
 
