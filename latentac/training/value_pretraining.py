@@ -161,9 +161,9 @@ def fit(
     """Regress the critic on `states`. Returns one entry per pass: its loss, and the held-out explained variance and
     within-prompt rank correlation of each step.
 
-    weights: of the rewards; the measures are of the first one above 0. The learning rate falls linearly to zero, so that
-    the last pass ends where it converges. A share `pretrain.forward_noised` of the minibatches is drawn anew each time,
-    as forward-noised states of the scored images.
+    weights: of the rewards; the measures are of the first one above 0. The learning rate falls linearly to zero, so
+    that the last pass ends where it converges. A share `pretrain.forward_noised` of the minibatches is drawn anew each
+    time, as forward-noised states of the scored images.
     """
     main = next(index for index, weight in enumerate(weights) if weight > 0)
     columns = torch.tensor(weights, device=states.rewards.device)
