@@ -164,7 +164,8 @@ class Learner:
 def critic_loss(critic: Critic, values: Tensor, returns: Tensor, weights: Tensor) -> Tensor:
     """The value loss of standardised values [N, M] for returns [N, M] in the rewards' units.
 
-    weights: [M], the training weights of the rewards. A shared head learns the trained rewards alone, by their weights; separate heads do not disturb each other.
+    weights: [M], the training weights of the rewards. A shared head learns the trained rewards alone, by their weights.
+    Separate heads do not disturb each other.
     """
     shared = weights if critic.settings.shared_head else None
     return value_loss(values, critic.standardise(returns), critic.settings.target_clip, shared)
