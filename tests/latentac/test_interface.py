@@ -1,8 +1,12 @@
 """The public interface: `import latentac` is light, its names are the documented ones, and an experiment learns."""
 
+import ast
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,3 +102,24 @@ def test_what_is_saved_is_served_and_loaded(tmp_path) -> None:
     again = latentac.Experiment(config)
     assert np.array_equal(again.sample(["a red circle"]), experiment.sample(["a red circle"]))
     assert sorted(path.name for path in (tmp_path / "critic").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_script_of_the_readme_improves_the_verifiers_reward(tmp_path: Path) -> None:
+    """Base, trained, and steered: training helps by more than 0.05, and steering does no harm."""
+    readme = Path(__file__).parents[2] / "README.md"
+    (script,) = [
+        block for block in re.findall(r"```python\n(.*?)```", readme.read_text(), re.S) if "Experiment" in block
+    ]
+    assert len([line for line in script.splitlines() if line.strip()]) <= 20
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    printed = [ast.literal_eval(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    base, trained, steered = (each["shapes_verifier"]["mean"] for each in printed)
+    assert trained > base + 0.05
+    assert steered > trained - 0.05
+    assert (tmp_path / "trained-model" / "policy" / "model_index.json").exists()
