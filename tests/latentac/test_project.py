@@ -162,10 +162,13 @@ def test_a_held_run_is_not_deployed_unless_it_is_forced(held: Path, capsys: pyte
     assert deployment["forced"]["reasons"] == [CHECK]
     assert deployment["forced"]["by"]
     verbs.finish("held", "", str(held))
-    assert f"Forced into production over the gate, which says:\n\n- {CHECK}" in (held / "held" / "card.md").read_text()
+    assert (
+        f"Forced into production against the gate's decision. The gate's reasons:\n\n- {CHECK}"
+        in (held / "held" / "card.md").read_text()
+    )
     page = re.sub(r"\s+", " ", (held / "held" / "report.html").read_text())
     assert "Held back by the gate, and in production by force" in page
-    assert "Forced over the gate by" in page
+    assert "Forced against the gate's decision by" in page
     with model_to_use("", "", "", str(held)) as (_, told):
         assert told == f"{now.version}, in production in project shapes-unet-smoke, forced over its gate ({CHECK})"
 
