@@ -239,7 +239,7 @@ def test_a_working_folder_that_is_gone_is_told(tmp_path):
     command = f"cd {tmp_path}/gone && rmdir ../gone && exec {sys.executable} -m latentac.runs.cli runs"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 6
-    assert done.stderr.startswith("latentac: the working folder: is not there any more")
+    assert done.stderr.startswith("latentac: the working folder: does not exist any more")
     assert len(done.stderr.splitlines()) == 1
 
 
