@@ -65,9 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_cluster(verb)
     for verb in (submit, schedule):
         _add_request(verb)
-    submit.add_argument(
-        "--run", help="the run's id (default: <recipe>-<UTC time>); with the id of a run, continue that run"
-    )
+    submit.add_argument("--run", help="the run's id (default: <recipe>-<UTC time>); a known id continues that run")
     submit.add_argument("--follow", action="store_true", help="wait until the run ends")
     _add_bounds(submit)
     schedule.add_argument("--cron", required=True, help="times: second minute hour day month weekday")
@@ -111,9 +109,7 @@ def _add_host(verb: argparse.ArgumentParser) -> None:
 
 def _add_cluster(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--cluster-settings", type=Path, metavar="FILE", help="the release's cluster.yaml")
-    verb.add_argument(
-        "--release", default="", metavar="NAME", help="read the settings from this release of the chart instead"
-    )
+    verb.add_argument("--release", default="", metavar="NAME", help="or read them from this release of the chart")
     verb.add_argument(
         "--kube-namespace", default="", metavar="NS", help="namespace of the release in the KUBECONFIG's cluster"
     )
@@ -125,10 +121,7 @@ def _add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one field; may be repeated")
     verb.add_argument("--project", default="", metavar="NAME", help="the same as --set project=NAME")
     verb.add_argument(
-        "--package",
-        type=Path,
-        metavar="DIR",
-        help="folder of your own code (at most 48 KiB packed), importable in each step",
+        "--package", type=Path, metavar="DIR", help="your own code (at most 48 KiB packed), importable in each step"
     )
     verb.add_argument("--experiment", default="latentac", help="experiment in the UI (default: %(default)s)")
     verb.add_argument("--pipeline-root", default="", metavar="URL", help="root of KFP's own artifacts (default: KFP's)")
@@ -136,22 +129,12 @@ def _add_request(verb: argparse.ArgumentParser) -> None:
 
 def _add_bounds(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
-        "--pending-seconds",
-        type=seconds,
-        default=900.0,
-        metavar="S",
-        help="longest wait for a pod to start (default: %(default)s)",
+        "--pending-seconds", type=seconds, default=900.0, metavar="S", help="wait for a pod (default: %(default)s)"
     )
     verb.add_argument(
-        "--poll-seconds",
-        type=seconds,
-        default=3.0,
-        metavar="S",
-        help="time between two requests (default: %(default)s)",
+        "--poll-seconds", type=seconds, default=3.0, metavar="S", help="time between polls (default: %(default)s)"
     )
-    verb.add_argument(
-        "--total-seconds", type=seconds, metavar="S", help="longest time for the whole run (default: unlimited)"
-    )
+    verb.add_argument("--total-seconds", type=seconds, metavar="S", help="limit of the whole run (default: none)")
 
 
 def _compile(options: argparse.Namespace) -> None:
