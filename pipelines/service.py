@@ -269,6 +269,9 @@ def _secret(name: str) -> str:
     """What the variable says, without the line break of a file. Raises ConfigError where no header can hold it."""
     value = os.environ.get(name, "").strip()
     if not re.fullmatch(r"[ -~]*", value):
-        problem, remedy = "has a character that no request can carry", "Export it anew, the value alone, on one line."
+        problem, remedy = (
+            "has a character that cannot be sent",
+            "Export the variable again, with only the value, on one line.",
+        )
         raise ConfigError([Problem(name, "***", problem, remedy)])
     return value

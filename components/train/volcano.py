@@ -195,15 +195,15 @@ class Volcano:
         told = "\n".join(words) or "none"
         raise TrainingError(
             self._where(name),
-            f"ended {phase}; its pods' last words:\n{told}\n",
-            "Resume the run: it goes on from its last checkpoint",
+            f"ended {phase}; the last log lines of its pods:\n{told}\n",
+            "Resume the run: it continues from its last checkpoint",
         )
 
     def _look(self, name: str, logs: Logs, waiting: Waiting) -> tuple[str, str | None]:
         """The job's phase, and the reason to give it up if there is one."""
         job = self._api.get(VOLCANO_JOBS, name)
         if job is None:
-            remedy = "Resume the run: it goes on from its last checkpoint"
+            remedy = "Resume the run: it continues from its last checkpoint"
             raise TrainingError(self._where(name), "was deleted while it was followed", remedy)
         pods = self._pods(name)
         logs.watch(pods)
@@ -217,7 +217,7 @@ class Volcano:
         try:
             space.store.write_json(f"failures/{space.run}.words.json", lines)
         except StoreError as error:
-            _log.warning("the pods' last words are not in the store: %s", error)
+            _log.warning("the last log lines of the pods are not in the store: %s", error)
 
     def _compare_world(self, space: Workspace) -> None:
         done, train = space.finished("train"), self.settings.train

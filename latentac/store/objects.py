@@ -75,7 +75,7 @@ class Objects:
         found = below(self._backend, self._key(prefix))
         if sum(entry.size for entry in found.values()) > _MOST_COPIED_BYTES:
             problem = f"there are more than {_MOST_COPIED_BYTES >> 30} GiB"
-            raise IntegrityError(f"{self.url}/{prefix}", problem, "Remove what no run has written")
+            raise IntegrityError(f"{self.url}/{prefix}", problem, "Remove the objects that no run has written")
         for relative, entry in found.items():
             target = Path(folder) / relative
             with disk_errors(target, entry.size):

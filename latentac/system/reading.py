@@ -94,7 +94,7 @@ def read_record(file: Path) -> Any:
     try:
         content = read_bytes(file)
     except ValueError as error:
-        raise IntegrityError(str(file), str(error), "Remove it, and run what makes it again") from None
+        raise IntegrityError(str(file), str(error), "Remove it, and run the step that writes it again") from None
     return record(content, str(file))
 
 

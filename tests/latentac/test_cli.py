@@ -175,7 +175,7 @@ def test_a_reward_that_answers_0_to_everything_is_found_at_once(tmp_path, capsys
     """Each reward is asked about pictures that it must know."""
     arguments = ["--set", "rewards=[{use: 'tests.latentac.test_cli:Hollow'}]", "--set", "gate.reward=Hollow"]
     assert prepare(tmp_path, *arguments) == 5
-    assert "reward Hollow: gives [0.0] to its known pictures instead of [1.0]" in capsys.readouterr().err
+    assert "reward Hollow: gives [0.0] for its known images instead of [1.0]" in capsys.readouterr().err
 
 
 def test_a_step_before_its_parent_says_what_to_run(tmp_path, capsys):

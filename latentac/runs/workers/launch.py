@@ -85,8 +85,8 @@ def run_app(space: Workspace) -> None:
         if state != specs.AppState.SUCCEEDED:
             raise TrainingError(
                 f"training app of {run}",
-                f"ended {state.name}; its last words:\n" + "\n".join(lines),
-                "Resume the run: it goes on from its last checkpoint",
+                f"ended {state.name}; the last lines of its log:\n" + "\n".join(lines),
+                "Resume the run: it continues from its last checkpoint",
             )
 
 

@@ -37,7 +37,7 @@ class MLflow:
         def _usable(cls, uri: str | None) -> str | None:
             told = urlsplit(uri) if uri else None
             if told and (told.password or (told.scheme.startswith("http") and "@" in str(uri))):
-                raise ValueError("has a password, which would be told in each report: use MLFLOW_TRACKING_PASSWORD")
+                raise ValueError("has a password, which would appear in every report: use MLFLOW_TRACKING_PASSWORD")
             if uri and uri.startswith(_SQLITE) and not all(map(importlib.util.find_spec, ("sqlalchemy", "alembic"))):
                 raise ValueError("needs packages that are not installed: pip install sqlalchemy alembic")
             return uri
