@@ -258,7 +258,7 @@ def _token() -> str:
     try:
         token = read_given(Path(file)).strip() if file else ""
     except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else "it is no text") or error
+        reason = (error.strerror if isinstance(error, OSError) else "it is not text") or error
         raise ConfigError([Problem(TOKEN_FILE, file, f"cannot be read: {reason}", "Unset it.")]) from None
     if not (token.isascii() and token.isprintable()):
         raise ConfigError([Problem(TOKEN_FILE, file, "holds more than a token", "Unset it.")])

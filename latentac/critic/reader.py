@@ -43,7 +43,7 @@ class ReaderSettings(Settings):
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.width % self.num_heads:
-            raise ValueError(f"width = {self.width} is no multiple of num_heads = {self.num_heads}")
+            raise ValueError(f"width = {self.width} is not a multiple of num_heads = {self.num_heads}")
         return self
 
 

@@ -106,7 +106,7 @@ class Objects:
         except FileNotFoundError:
             raise ArtifactNotFound(f"{self.url}/{name}", "nothing was published there", remedy) from None
         except Overrun:
-            problem = f"it has more than {MOST_BYTES >> 20} MiB, and is no manifest or pointer of latentac"
+            problem = f"it has more than {MOST_BYTES >> 20} MiB, and is not a manifest or pointer of latentac"
             raise IntegrityError(f"{self.url}/{name}", problem, "Remove it and run the step that writes it") from None
         return sink.getvalue()
 

@@ -222,7 +222,7 @@ def test_what_was_deployed_last_is_served_or_a_projects_own(held: Path, capsys: 
         assert folder == held / "other" / "model"
     for words, problem in (
         (["--project", "nobody"], "Projects with a model in production: mine, shapes-unet-smoke."),
-        (["--project", "../x"], "is no name of a project"),
+        (["--project", "../x"], "is not a project name"),
         (["--project", "mine", "--run", "held"], "--run names held already"),
         (["--project", "broken"], "it names no version and run"),
     ):
