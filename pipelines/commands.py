@@ -29,7 +29,7 @@ _ENVIRONMENT = """environment:
   KF_PIPELINES_ENDPOINT   the address, instead of --host
   LATENTAC_KFP_TOKEN      bearer token; LATENTAC_KFP_COOKIE: a session's cookie
   LATENTAC_CLUSTER        a cluster.yaml, instead of --cluster-settings
-  KUBECONFIG              of the cluster, for --release and to tell what pods wait for"""
+  KUBECONFIG              access to the cluster, for --release and to show what pods wait for"""
 
 
 def main(arguments: list[str]) -> None:
@@ -109,7 +109,7 @@ def _add_host(verb: argparse.ArgumentParser) -> None:
 
 def _add_cluster(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--cluster-settings", type=Path, metavar="FILE", help="the release's cluster.yaml")
-    verb.add_argument("--release", default="", metavar="NAME", help="or read them from this release of the chart")
+    verb.add_argument("--release", default="", metavar="NAME", help="release of the chart to read the settings from")
     verb.add_argument(
         "--kube-namespace", default="", metavar="NS", help="namespace of the release in the KUBECONFIG's cluster"
     )

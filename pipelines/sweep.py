@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", default="shapes-unet", help="named configuration (default: %(default)s)")
     parser.add_argument("--config", default="", metavar="FILE", help="YAML file that overrides the recipe")
-    parser.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one field, for all members")
+    parser.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one field, for all runs")
     parser.add_argument(
         "--grid", metavar="PATH=V1,V2", action="append", default=[],
         help="a field and its values, or a YAML list of them; with several grids, every combination is run",
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--store", default="", metavar="URL", help="file:// or s3:// (default: file://OUTPUT/store)")
     parser.add_argument("--dry-run", action="store_true", help="only list the runs and what would be refused")
     cluster = parser.add_argument_group("on a cluster, as in `latentac pipeline submit`")
-    cluster.add_argument("--host", metavar="URL", help="the API of Kubeflow Pipelines; runs there")
+    cluster.add_argument("--host", metavar="URL", help="the API of Kubeflow Pipelines, if the runs shall run there")
     for name in _CLUSTER[1:]:
         cluster.add_argument(f"--{name.replace('_', '-')}", metavar="X")
     return parser

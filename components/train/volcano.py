@@ -89,7 +89,7 @@ class Volcano:
             if _phase(job) not in _ENDING:
                 return job
             if _phase(job) in _ENDED:
-                _log.info("%s is %s: it makes room for a new one", self._where(name), _phase(job))
+                _log.info("%s is %s: a new one replaces it", self._where(name), _phase(job))
                 self._api.delete(VOLCANO_JOBS, name)
             while self._pods(name) or self._same(name, job):  # its pods have their names until they are gone
                 if time.monotonic() > deadline:
@@ -224,7 +224,7 @@ class Volcano:
         wanted = train.max_replicas * train.processes
         reached = done.metrics.get("max_world_size", wanted) if done else wanted
         if reached < wanted:
-            _log.warning("trained by at most %s workers, and %s were asked for: see the job's pods", reached, wanted)
+            _log.warning("at most %s workers trained, but %s were requested: see the job's pods", reached, wanted)
 
 
 def abort(settings: Cluster, run: str, api: Api | None = None) -> None:
@@ -260,7 +260,7 @@ def _stop(api: Api, settings: Cluster, name: str) -> None:
             if job is None or _phase(job) in _ENDING:
                 _log.info("job %s/%s is stopped", settings.namespace, name)
                 return
-    raise ClusterError(f"job {settings.namespace}/{name}", "does not stop", "Delete it: its pods go with it")
+    raise ClusterError(f"job {settings.namespace}/{name}", "does not stop", "Delete it, which also deletes its pods")
 
 
 def _phase(job: dict[str, Any]) -> str:

@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         "--count", type=whole(1, 1000), default=1, help="number of images, side by side (default: %(default)s)"
     )
     generate.add_argument(
-        "--steer", action="append", default=[], metavar="reward=strength", help="a steering weight; may be repeated"
+        "--steer", action="append", default=[], metavar="reward=weight", help="a steering weight; may be repeated"
     )
     generate.add_argument(
         "--picture", default="picture.png", metavar="FILE", help="PNG to write (default: %(default)s)"

@@ -201,6 +201,8 @@ def test_the_call_stands_first_and_is_taken_over() -> None:
     assert text.split("---\n")[2].startswith("\n# run-1\n\n## Use with diffusers")
     assert sections(text) == (use, adapter)
     assert sections(readme()) == (use_section("draw()"), "")
+    former = text.replace("## Use with diffusers", "## Draw with diffusers")
+    assert sections(former)[0].startswith("## Draw with diffusers"), "the card of an earlier version"
     assert "latentac generate" in use_section("")
 
 

@@ -129,7 +129,7 @@ def test_only_bounds_can_be_changed_and_all_problems_are_told(held: Path, capsys
     assert command(held, "gate", *(part for word in words for part in ("--set", word))) == 2
     told = capsys.readouterr().err
     for expected in (
-        "--set = 'seed=1': was settled when the run began. Override fields of gate alone.",
+        "--set = 'seed=1': was fixed when the run began. Only fields of gate can be overridden.",
         "--set = 'gate=3': names no field",
         'gate.min_gian = 1: unknown field. Did you mean "min_gain"?',
         "gate.max_latency_ratio = -1",

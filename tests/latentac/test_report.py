@@ -420,7 +420,7 @@ def test_seconds_are_the_drivers_or_the_manifests(tmp_path: Path) -> None:
     assert seconds_with(stages) == (expected, [])
     found, notes = seconds_with('{"stages": {}, "total": 30.0}')
     assert found == {"prepare": 4.2, "pretrain-value": 38.5, "total": 30.0}
-    assert "less than the stages" in notes[0]
+    assert "less than the sum of the steps" in notes[0]
     assert seconds_with(None) == ({"prepare": 4.2, "pretrain-value": 38.5, "total": pytest.approx(42.7)}, [])
     with pytest.raises(IntegrityError, match=r"timings.json: .* Remove it"):
         seconds_with('{"stages"')

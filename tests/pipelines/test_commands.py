@@ -249,7 +249,7 @@ def test_an_outage_does_not_end_the_following(kfp: Kfp, capsys: pytest.CaptureFi
     kfp.fail_next = [503] * 5
 
     assert pipeline("follow", "run-1", *QUICK) == 0
-    assert "asking again" in capsys.readouterr().out
+    assert "trying again" in capsys.readouterr().out
 
 
 def test_a_schedule_lets_kfp_name_each_run(kfp: Kfp, capsys: pytest.CaptureFixture[str]) -> None:

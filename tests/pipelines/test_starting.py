@@ -245,7 +245,7 @@ ENDS = {
     "by an exit code": ("os._exit(3)", "", "reward mine, prompt '.*ended with exit code 3"),
     "as if all were well": ("os._exit(0)", "", "reward mine, prompt '.*ended with exit code 0"),
     "by a signal": ("ctypes.string_at(0)", "", "reward mine, prompt '.*was killed by SIGSEGV"),
-    "where it is imported": ("pass", "os._exit(0)", "a class of yours ended the process that tried it"),
+    "where it is imported": ("pass", "os._exit(0)", "one of your classes ended the process that tried it"),
 }
 
 

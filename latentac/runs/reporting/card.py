@@ -18,6 +18,8 @@ _UNKNOWN = "Unknown. Set it in the configuration:"
 _TAGS = {"StableDiffusionPipeline": "stable-diffusion", "StableDiffusion3Pipeline": "stable-diffusion-3"}
 _USE = "## Use with diffusers"
 _ADAPTER = "## Use only the adapter"
+_FORMER = {_USE: "## Draw with diffusers", _ADAPTER: "## The adapter alone"}
+"""Headings in the folders of earlier versions."""
 _DEFAULT_USE = """\
 Images from prompts like the training prompts, for research on reinforcement learning of diffusion models. For any other
 use, evaluate the model on your own prompts first."""
@@ -73,7 +75,8 @@ def sections(readme: str) -> tuple[str, str]:
         end = readme.find("\n## ", start + 1 + len(heading))
         return readme[start : end if end >= 0 else None].strip()
 
-    return section(_USE), section(_ADAPTER)
+    use, adapter = (section(heading) or section(_FORMER[heading]) for heading in (_USE, _ADAPTER))
+    return use, adapter
 
 
 def base_model(settings: Mapping[str, Any]) -> str:
