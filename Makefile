@@ -46,7 +46,7 @@ EVIDENCE_OPTIONS = $(call option,ONLY,only) $(call option,RECIPE,recipe) $(call 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 } /^#:/ { print "      " substr($$0, 4) }' Makefile
 
-install: $(STAMP) ## make .venv from the lock (every other target does so by itself)
+install: $(STAMP) ## create .venv from the lock (the other targets do this if needed)
 
 $(STAMP): requirements/dev.lock requirements/installer.lock pyproject.toml
 	@bash requirements/install.sh $(VENV) '$(PYTHON)'
@@ -57,28 +57,28 @@ run: install ## the whole pipeline: train, evaluate, steer, gate, serve
 #: OUTPUT=runs STORE=file://... RESUME=<run>
 	@LATENTAC_OWNERS=$$PPID $(VENV)/bin/latentac run $(RUN_OPTIONS)
 
-run-containers: install ## the same with each step in its image, artifacts in a MinIO (make images builds them)
+run-containers: install ## as run, but each step in its container and artifacts in MinIO (needs make images)
 #: as make run, and STORE=s3://bucket/prefix with its endpoint and credentials in the environment; DOCKER_HOST
 	@LATENTAC_OWNERS=$$PPID $(VENV)/bin/latentac run --containers $(RUN_OPTIONS)
 
-serve: install ## serve what was deployed last, or what a run deployed or trained, until Ctrl-C
-#: RUN=<run>, or PROJECT=<whose model in production>; PORT=8080 OUTPUT=runs STORE=file://...
+serve: install ## serve a model until Ctrl-C: the last one deployed, or that of a run
+#: RUN=<run>, or PROJECT=<project, for its model in production>; PORT=8080 OUTPUT=runs STORE=file://...
 	@$(VENV)/bin/latentac serve $(call option,RUN,run) $(call option,PROJECT,project) $(call option,PORT,port) $(PLACE_OPTIONS)
 
-test: install minio ## every test (up to 40 minutes on two busy cores)
+test: install minio ## all tests (up to 40 minutes on two busy cores)
 #: TEST_WORKERS=2 ARGS="-k ratio"
 	@status=0
 	$(PARALLEL) $(TEST) -m "not slow and not cluster" -n $(TEST_WORKERS) $(ARGS) || status=$$?
 	$(TEST) -m "slow and not cluster" -n $(TEST_WORKERS) --dist loadfile $(ARGS) || status=$$?
 	exit $$status
 
-test-wheel: install ## the wheel in fresh environments, with the oldest and the newest allowed versions: a small run in each
+test-wheel: install ## a small run from the wheel, with the oldest and with the newest allowed versions
 	@bash requirements/test-wheel.sh '$(PYTHON)'
 
-test-fast: install ## the fast tier (up to 9 minutes on two busy cores)
+test-fast: install ## the fast tests (up to 9 minutes on two busy cores)
 	@$(PARALLEL) $(TEST) -m "not slow and not cluster" -n $(TEST_WORKERS) $(ARGS)
 
-lint: install ## ruff, mypy, and the house's own rules: floors, sizes, addresses, documentation
+lint: install ## ruff, mypy, and the rules of this repository (layers, sizes, addresses, documents)
 	@status=0
 	$(VENV)/bin/ruff check . || status=$$?
 	$(VENV)/bin/ruff format --check . || status=$$?
@@ -90,18 +90,18 @@ format: install ## sort imports, fix what can be fixed, format
 	@$(VENV)/bin/ruff check --fix-only .
 	$(VENV)/bin/ruff format .
 
-compile: install ## write the pipeline's golden files anew, and say what changed
+compile: install ## write the compiled pipeline, and print what changed
 	@$(PY) -m latentac.pipelines compile
 	git --no-pager diff --stat -- pipelines
 
-minio: install ## a MinIO server for the tests: MINIO_BIN, or the one on PATH, or built once into the cache
+minio: install ## get a MinIO server for the tests: MINIO_BIN, the one on PATH, or one built into the cache
 	@$(PY) -m tools.minio build
 
-images: install ## build the images with docker; without a registry the base is made here (root, debootstrap)
+images: install ## build the images with docker (without BASE, the base image is built here, as root)
 #: IMAGES="train serve" BASE=<image with Python> PREFIX=latentac TAG=dev TORCH_BACKEND=cpu TORCH_IMAGE=<image>
 	@$(PY) -m images.build $(IMAGES) $(call option,BASE,base) $(call option,PREFIX,prefix) $(call option,TAG,tag)
 
-sbom: install ## a CycloneDX bill of materials of each image, in build/sbom/
+sbom: install ## write a CycloneDX bill of materials for each image into build/sbom/
 #: IMAGES="train serve" PREFIX=latentac TAG=dev
 	@$(PY) -m images.sbom $(IMAGES) $(call option,PREFIX,prefix) $(call option,TAG,tag)
 
@@ -111,69 +111,69 @@ release-images: install ## push the images of this commit, sign them, attest con
 	@$(PY) -m images.publish $(IMAGES) $(call option,PREFIX,prefix) $(call option,TAG,tag) $(call option,COSIGN_KEY,key) \
 		$(call option,IDENTITY,identity) $(call option,ISSUER,issuer) $(call option,TLOG,log) $(call option,BUILDER,builder)
 
-chart: install ## write the chart's README from its template and values, and say what changed
+chart: install ## write the chart's README from template and values, and print what changed
 	@$(PY) helm/readme.py
 	git --no-pager diff --stat -- helm
 
-reference: install ## write docs/configuration.md from the classes, and say what changed
+reference: install ## write docs/configuration.md from the classes, and print what changed
 	@$(PY) -c 'from pathlib import Path; from latentac.runs.reference import fields_markdown as f; Path("docs/configuration.md").write_text(f())'
 	git --no-pager diff --stat -- docs
 
-node-build: install ## the programs of the test node, built once into the cache (a quarter of an hour on two cores)
+node-build: install ## build the programs of the test node into the cache (15 minutes on two cores)
 	@$(PY) -m tools.binaries
 
-node-up: install ## a Kubernetes node of our own in the background (as root); prints what to export
+node-up: install ## start a Kubernetes node for tests in the background (as root); prints what to export
 #: CRDs of KServe, Volcano, KFP and Argo come from the folder in LATENTAC_CRDS
 	@$(PY) -m tests.cluster.node up
 
-node-down: install ## end it; only the images that it was given stay in the cache
+node-down: install ## stop the node; the cache keeps its images
 	@$(PY) -m tests.cluster.node down
 
-node-shell: install ## a shell with KUBECONFIG, kubectl, helm and helm3 of that node
+node-shell: install ## open a shell with KUBECONFIG, kubectl, helm and helm3 of the node
 	@$(PY) -m tests.cluster.node shell
 
-test-cluster: install ## tests on a Kubernetes node of their own (as root; the one of node-up if it is up)
+test-cluster: install ## the cluster tests (as root), on the node of node-up or on a new one
 #: ARGS="-k node"
 	@$(TEST) -m cluster $(ARGS)
 
-e2e: install ## chart, pipeline, endpoint and report on the cluster of KUBECONFIG, which has KFP, Volcano and KServe
+e2e: install ## test chart, pipeline, endpoint and report on the cluster of KUBECONFIG (with KFP, Volcano, KServe)
 #: NAMESPACE=<exists> VALUES="a.yaml b.yaml" RELEASE=latentac KFP_HOST=http://... MINUTES=60 KEEP=1; more in tests/cluster/e2e.py
 	@$(PY) -m tests.cluster.e2e
 
-evidence: install ## arms x seeds x backbones at equal pictures and updates; stop and start it at will (hours)
+evidence: install ## all benchmark experiments (hours; can be stopped and continued)
 #: ONLY="main ablations hacking critic" RECIPE=shapes-unet MINUTES=120 WORKERS=2 ANEW=1; writes benchmarks/results
 	@$(PARALLEL) $(PY) -m benchmarks.evidence run $(EVIDENCE_OPTIONS)
 
-evidence-quick: install ## a small version in 20 minutes on two cores, into build/evidence-quick
+evidence-quick: install ## a small version of evidence (20 minutes on two cores), into build/evidence-quick
 #: as make evidence
 	@$(PARALLEL) $(PY) -m benchmarks.evidence run --quick $(EVIDENCE_OPTIONS)
 
-bench-critic: install ## what the critic costs: iterations of DDPO and of ours in turns, in one process
+bench-critic: install ## time of the critic: iterations of DDPO and of ours alternate in one process
 #: RECIPE=shapes-unet PAIRS=12
 	@$(PARALLEL) $(PY) -m benchmarks.critic_cost $(call option,RECIPE,recipe) $(call option,PAIRS,pairs)
 
-bench-steering: install ## reward against evaluations of every way to steer, and what a particle and a gradient cost
-#: RECIPE=shapes-unet RUN=runs/<run that has trained; else it trains> PROMPTS=384; goes on where it was stopped
+bench-steering: install ## reward against network evaluations for every steering method, and their time
+#: RECIPE=shapes-unet RUN=runs/<trained run; by default it trains one> PROMPTS=384; can be stopped and continued
 	@$(PARALLEL) $(PY) -m benchmarks.steering $(call option,RECIPE,recipe) $(call option,RUN,run) $(call option,PROMPTS,prompts)
 
-bench-serving: install ## the endpoint: batching against one by one, the way through HTTP, probes under load
+bench-serving: install ## the endpoint: throughput with and without batching, HTTP overhead, probes under load
 #: RECIPE=shapes-unet ROUNDS=6
 	@$(PARALLEL) $(PY) -m benchmarks.serving $(call option,RECIPE,recipe) $(call option,ROUNDS,rounds)
 
-bench-against: install minio ## throughput of endpoint and store: this version and an earlier commit in turns (minutes)
+bench-against: install minio ## throughput of endpoint and store: this version against an earlier commit (minutes)
 #: COMMIT=966fe4c ROUNDS=12; the commit needs the same dependencies
 	@$(PARALLEL) $(PY) -m benchmarks.against $(or $(COMMIT),HEAD~1) $(call option,ROUNDS,rounds)
 
-chaos-store: install minio ## 50 faults of a store: partial artifacts that are visible, and waits above their bound (minutes)
+chaos-store: install minio ## inject 50 faults into a store; count visible partial artifacts and late answers (minutes)
 #: FAULTS=50 SEED=0
 	@$(PY) -m benchmarks.chaos $(call option,FAULTS,faults) $(call option,SEED,seed)
 
-fuzz: install ## the endpoint: requests made from its OpenAPI document, odd numbers and headers, misused connections (minutes)
+fuzz: install ## fuzz the endpoint: requests from its OpenAPI document, numbers, headers, connections (minutes)
 #: EXAMPLES=1200 for each operation; SEED=0
 	@$(PARALLEL) LATENTAC_FUZZ_EXAMPLES=$(or $(EXAMPLES),1200) LATENTAC_FUZZ_SEED=$(or $(SEED),0) \
 		$(TEST) -s -m fuzz tests/latentac/serving $(ARGS)
 
-docs: $(DOCS)/.installed ## the site of documents and reference, into build/site; a warning fails it
+docs: $(DOCS)/.installed ## build the documentation site in build/site; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
 
 $(DOCS)/.installed: requirements/docs.lock requirements/installer.lock
@@ -182,8 +182,8 @@ $(DOCS)/.installed: requirements/docs.lock requirements/installer.lock
 	$$uv pip sync -q --python $(DOCS) --require-hashes requirements/docs.lock
 	touch $@
 
-lock: install ## resolve pyproject.toml and requirements/*.in; versions move only where a bound or a pin asks for it
-#: UPGRADE=1 moves every version that no pin holds
+lock: install ## update the locks from pyproject.toml and requirements/*.in; versions change only if they must
+#: UPGRADE=1 updates every version that is not pinned
 	@uv=$$(bash requirements/install.sh --uv '$(PYTHON)')
 	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) --override requirements/overrides.in --all-extras \
 		pyproject.toml requirements/dev.in -o requirements/dev.lock
@@ -195,6 +195,6 @@ lock: install ## resolve pyproject.toml and requirements/*.in; versions move onl
 		$$uv --directory requirements/images pip $(LOCK) "$${options[@]}" $$name.in -o $$name.lock
 	done
 
-clean: ## remove the environment and all caches; runs/ stays
+clean: ## remove the environment and all caches, but not runs/
 	@rm -rf $(VENV) .installer build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find latentac components pipelines benchmarks tools tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -114,8 +114,12 @@ def dump(content: Record) -> str:
 
 
 def load(scale: Scale) -> dict[str, Record]:
-    """<experiment>-<recipe> -> the aggregated file, of all that there are."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(scale.results.glob("*.json"))}
+    """<experiment>-<recipe> -> its aggregated file, for all that exist. An arm gets the plan's present label."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(scale.results.glob("*.json"))}
+    for content in found.values():
+        for name, arm in content.get("arms", {}).items():
+            arm["label"] = ARMS[name].label if name in ARMS else arm["label"]
+    return found
 
 
 def recorded(scale: Scale) -> dict[str, Record]:

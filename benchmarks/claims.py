@@ -1,16 +1,14 @@
 """What is claimed, the comparison that decides each claim, and its verdict.
 
-A verdict needs an interval over at least three seeds. A claim holds when the whole interval is on its side of the
-bound, does not hold when the whole interval is on the other side, and is undecided otherwise. Each interval is a 95 %
-one for itself: among many claims one or another is wrong by chance.
+A verdict needs an interval over at least three seeds. A claim holds if the whole interval is on its side of the bound.
+It does not hold if the whole interval is on the other side. Otherwise it is undecided. Each interval is a 95 % interval
+on its own: among many claims, a few verdicts are wrong by chance.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
-
-from benchmarks.plan import ARMS
 
 Results = Mapping[str, Mapping[str, Any]]
 """<experiment>-<recipe> -> its aggregated file."""
@@ -22,9 +20,9 @@ COST_BOUND = 1.10
 PARTICLE_BOUND, GRADIENT_BOUND = 1.10, 2.5
 BATCHING_BOUND, PROBE_SECONDS, MIN_PROBES = 1.5, 0.1, 100
 MULTIPLES = (1, 2, 4, 8, 16)
-"""Of K: the evaluations a picture at which ways to steer are compared, or as near as their candidates come."""
+"""Of K: numbers of network evaluations per image at which steering methods are compared."""
 BODY_MARGIN = 0.03
-"""How much of the verifier's share a dearer critic body may be better by before the cheap one counts as worse."""
+"""By how much (as a share of images) a costlier critic body may be better before the cheap one counts as worse."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def above(arm: str, metric: str, bound: float = 0.0) -> Callable[..., Verdict]:
 
 
 def within(margin: float) -> Callable[..., Verdict]:
-    """At each step the best of ten times the rollouts explains at most `margin` more than the pretrained critic."""
+    """At each step, a critic from ten times the rollouts explains at most `margin` more than the pretrained one."""
 
     def decide(found: Mapping[str, Any]) -> Verdict:
         gaps = found.get("gaps", [])
@@ -105,14 +103,14 @@ def within(margin: float) -> Callable[..., Verdict]:
 
 
 def cheap(found: Mapping[str, Any]) -> Verdict:
-    """One iteration with the critic against one of DDPO."""
+    """Time of one iteration with the critic, divided by that of one DDPO iteration."""
     ratio = found["ratio"]
     interval = {**ratio, "mean": ratio["median"]}
     return judge(interval, COST_BOUND, above=False, unit="pairs of iterations", sign="")
 
 
 def near(found: Mapping[str, Any], weights: str, multiple: int) -> list[Mapping[str, Any]]:
-    """The points of these weights whose evaluations are nearest to `multiple` K, and not far above."""
+    """The points of these weights for which `multiple` K is the nearest number of evaluations; at most 5 % above it."""
     target = multiple * found["steps"]
     return [
         point
@@ -124,7 +122,7 @@ def near(found: Mapping[str, Any], weights: str, multiple: int) -> list[Mapping[
 
 
 def steered_best(weights: str) -> Callable[..., Verdict]:
-    """At each number of evaluations from 2 K on, the best way that a critic steers against best-of-N by the reward."""
+    """From 2 K evaluations on, the best method that uses the critic against best-of-N by the true reward."""
 
     def decide(found: Mapping[str, Any]) -> Verdict:
         verdicts = []
@@ -144,7 +142,7 @@ def steered_best(weights: str) -> Callable[..., Verdict]:
 
 
 def over_plain(weights: str, way: str, candidates: int, choice: str) -> Callable[..., Verdict]:
-    """One way to steer against plain sampling."""
+    """One steering method against plain sampling."""
 
     def decide(found: Mapping[str, Any]) -> Verdict:
         points = [
@@ -159,17 +157,17 @@ def over_plain(weights: str, way: str, candidates: int, choice: str) -> Callable
 
 
 def step_cost(kind: str, bound: float) -> Callable[..., Verdict]:
-    """A steered rollout against a plain one of as many rows."""
+    """Time of a steered rollout, divided by that of a plain one with the same number of rows."""
 
     def decide(found: Mapping[str, Any]) -> Verdict:
         ratio = found["cost"]["base"][kind]
-        return judge({**ratio, "mean": ratio["median"]}, bound, above=False, unit="turns", sign="")
+        return judge({**ratio, "mean": ratio["median"]}, bound, above=False, unit="pairs of rollouts", sign="")
 
     return decide
 
 
 def batched(method: str) -> Callable[..., Verdict]:
-    """Pictures a second of a server that batches over those of one that does not."""
+    """Images per second of a server that batches, divided by those of a server that does not."""
 
     def decide(found: Mapping[str, Any]) -> Verdict:
         ratio = found["throughput"][method]
@@ -179,7 +177,7 @@ def batched(method: str) -> Callable[..., Verdict]:
 
 
 def probed(found: Mapping[str, Any]) -> Verdict:
-    """The slowest of all probes; a few say nothing."""
+    """The slowest of all probes; undecided if there are too few."""
     probes = found["probes"]
     word: Word = "holds" if probes["max"] <= PROBE_SECONDS else "does not hold"
     if probes["n"] < MIN_PROBES:
@@ -189,79 +187,83 @@ def probed(found: Mapping[str, Any]) -> Verdict:
 
 
 def series(numbers: Mapping[str, Any], metric: str) -> list[Mapping[str, Any]]:
-    """The intervals `<metric>.0`, `<metric>.1` ... of an arm, one a denoising step."""
+    """The intervals `<metric>.0`, `<metric>.1` ... of an arm, one per denoising step."""
     found: list[Mapping[str, Any]] = []
     while f"{metric}.{len(found)}" in numbers:
         found.append(numbers[f"{metric}.{len(found)}"])
     return found
 
 
-def _versus(arm: str) -> str:
-    return ARMS[arm].label
-
-
 CLAIMS: Sequence[Claim] = (
     *(
         Claim(
-            f"At equal pictures and updates ours is right on more held-out prompts than {_versus(arm)}",
+            f"With equal numbers of images and updates, ours is correct on more held-out prompts than {name}",
             "main",
             better(arm),
         )
-        for arm in ("ddpo", "grpo", "pixel", "latent_cnn")
+        for arm, name in (
+            ("ddpo", "DDPO"),
+            ("grpo", "GRPO with groups of 4"),
+            ("pixel", "the pixel critic"),
+            ("latent_cnn", "the stand-alone latent critic"),
+        )
     ),
     Claim(
-        "The critic tells which of two pictures of one prompt will be right (rank correlation above 0, last step)",
+        "The critic ranks the images of one prompt better than chance (rank correlation above 0 at the last step)",
         "main",
         above("ours", "rank_correlation"),
     ),
-    Claim("Guidance by the critic's gradient helps", "ablations", better("unguided")),
-    Claim("Time conditioning of the head helps", "ablations", better("no_time")),
-    Claim("Value pretraining helps, paid for in pictures", "ablations", better("no_pretraining")),
+    Claim("The value gradient helps in training", "ablations", better("unguided")),
+    Claim("Time conditioning of the critic helps", "ablations", better("no_time")),
+    Claim("Value pretraining helps, with its images counted", "ablations", better("no_pretraining")),
     *(
-        Claim(f"{_versus(arm).capitalize()} is better than 0.9", "ablations", better(arm, above=False))
-        for arm in ("lambda_1", "lambda_095")
+        Claim(f"Lambda {number} is better than lambda 0.9", "ablations", better(arm, above=False))
+        for arm, number in (("lambda_1", "1"), ("lambda_095", "0.95"))
     ),
-    Claim(
-        "It helps that the critic goes on learning from remembered pictures", "ablations", better("replay", above=False)
-    ),
-    Claim("Both together, which is ours, help", "ablations", better("ours", above=False)),
+    Claim("Replay of scored images for the critic helps", "ablations", better("replay", above=False)),
+    Claim("Lambda 1 and replay together, as in ours, help", "ablations", better("ours", above=False)),
     *(
         Claim(
-            f"Frozen taps reach what {_versus(arm)} reaches, but for {BODY_MARGIN:g}",
+            f"Frozen taps are at most {BODY_MARGIN:g} worse than a {name} of the backbone",
             "ablations",
             better(arm, bound=-BODY_MARGIN),
         )
-        for arm in ("lora", "copy")
+        for arm, name in (("lora", "LoRA copy"), ("copy", "full copy"))
     ),
     Claim(
-        "With three rewards, a head each gains more than one shared head (mean gain in standard deviations)",
+        "With three rewards, one head per reward gains more than a shared head (mean gain in standard deviations)",
         "ablations",
         better("shared_head", "score"),
     ),
     Claim(
-        "Trained on `shapes_clip` alone, more of the verifier is lost than with three rewards, of which it is one",
+        "The verifier is higher after training on three rewards, one of them the verifier, than on `shapes_clip` alone",
         "hacking",
         better("clip_alone"),
     ),
     Claim(
-        "Diversity, which neither is trained on, is kept better with three rewards than with `shapes_clip` alone",
+        "Three rewards keep more diversity than `shapes_clip` alone (neither arm is trained on diversity)",
         "hacking",
         better("clip_alone", "diversity_kept"),
     ),
     Claim(
-        "Colourfulness, which neither is trained on, moves less from the base with three rewards",
+        "Three rewards change colourfulness less than `shapes_clip` alone (neither arm is trained on colourfulness)",
         "hacking",
         better("clip_alone", "drift.colourfulness", above=False),
     ),
     Claim(
-        f"The critic is within {EXPLAINED_VARIANCE_MARGIN:g} of what ten times the rollouts explain, at each step",
+        f"At each step, a critic from ten times the rollouts explains at most {EXPLAINED_VARIANCE_MARGIN:g} more of "
+        "the variance",
         "critic",
         within(EXPLAINED_VARIANCE_MARGIN),
     ),
-    Claim(f"With `frozen_taps` an iteration takes at most {COST_BOUND:.2f} times one of DDPO", "cost", cheap),
+    Claim(
+        f"With `frozen_taps`, an iteration takes at most {COST_BOUND:.2f} times as long as a DDPO iteration",
+        "cost",
+        cheap,
+    ),
     *(
         Claim(
-            f"On {weights} weights the best way that a critic steers is right more often than best-of-N by the true "
+            f"On {weights} weights, the best critic-based method is correct more often than best-of-N by the true "
             "reward, at each number of evaluations from 2 K on",
             "steering",
             steered_best(weights),
@@ -270,7 +272,7 @@ CLAIMS: Sequence[Claim] = (
     ),
     *(
         Claim(
-            f"On {weights} weights one candidate up the value gradient is right more often than plain sampling",
+            f"On {weights} weights, the value gradient with one particle is correct more often than plain sampling",
             "steering",
             over_plain(weights, "value_gradient", 1, "none"),
         )
@@ -278,37 +280,37 @@ CLAIMS: Sequence[Claim] = (
     ),
     *(
         Claim(
-            f"On {weights} weights resampling with 4 particles and the critic's choice, which asks no reward, is right "
-            "more often than plain sampling",
+            f"On {weights} weights, resampling with 4 particles and the critic's choice is correct more often than "
+            "plain sampling, without any call of the reward",
             "steering",
             over_plain(weights, "resampling", 4, "critic"),
         )
         for weights in ("base", "trained")
     ),
     Claim(
-        f"A particle costs at most {PARTICLE_BOUND:.2f} times a plain sample in a batch of the same size",
+        f"A particle takes at most {PARTICLE_BOUND:.2f} times as long as a plain sample in a batch of the same size",
         "steering",
         step_cost("resampling", PARTICLE_BOUND),
     ),
     Claim(
-        f"A rollout with a gradient at every step costs at most {GRADIENT_BOUND:g} times a plain one",
+        f"A rollout with a gradient at every step takes at most {GRADIENT_BOUND:g} times as long as a plain one",
         "steering",
         step_cost("value_gradient", GRADIENT_BOUND),
     ),
     *(
         Claim(
-            f"Batching gives at least {BATCHING_BOUND:g} times the pictures a second at eight callers, {told}",
+            f"With eight clients, batching gives at least {BATCHING_BOUND:g} times as many images per second, {name}",
             "serving",
             batched(method),
         )
-        for method, told in (("none", "plain"), ("value_gradient", "steered by the gradient"))
+        for method, name in (("none", "without steering"), ("value_gradient", "with the value gradient"))
     ),
-    Claim(f"Under that load every probe is answered within {PROBE_SECONDS * 1000:.0f} ms", "serving", probed),
+    Claim(f"Under that load, every health probe is answered within {PROBE_SECONDS * 1000:.0f} ms", "serving", probed),
 )
 
 
 def verdicts(experiment: str, found: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each claim that the file of an experiment decides."""
+    """One line per claim that an experiment's file decides."""
     for claim in CLAIMS:
         if claim.experiment == experiment:
             verdict = claim.decide(found)

@@ -50,7 +50,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 
 def _main(found: File, path: Path) -> None:
-    """Held-out reward against pictures and against time, and what each critic explains at the end."""
+    """Held-out reward over scored images and over time, and what each critic explains at the end."""
     with _panels(path, 3) as (pictures, minutes, critic):
         for arm, colour in zip(found["arms"].values(), _COLOURS, strict=False):
             _curve(pictures, arm, "images", colour, scale=1)
@@ -58,8 +58,8 @@ def _main(found: File, path: Path) -> None:
             steps = series(arm, "explained_variance")
             if steps:
                 _band(critic, range(1, len(steps) + 1), steps, colour, arm["label"])
-        pictures.set(xlabel="scored pictures", ylabel="verifier, held out", title="at equal pictures")
-        minutes.set(xlabel="processor minutes, training", ylabel="verifier, held out", title="against time")
+        pictures.set(xlabel="scored images", ylabel="verifier, held out", title="over scored images")
+        minutes.set(xlabel="processor minutes, training", ylabel="verifier, held out", title="over time")
         critic.set(xlabel="denoising step", ylabel="explained variance", title="critics after training, held out")
         critic.xaxis.set_major_locator(MaxNLocator(integer=True))
         _legend(pictures)
@@ -83,14 +83,14 @@ def _ablations(found: File, path: Path) -> None:
 
 
 def _hacking(found: File, path: Path) -> None:
-    """Every reward of both arms over the pictures that they were trained on."""
+    """Every reward of both arms over the images that they were trained on."""
     arms = found["arms"].values()
     names = list(next(iter(arms))["curve"][0]["rewards"])
     with _panels(path, len(names), width=0.85) as panels:
         for axes, name in zip(panels, names, strict=True):
             for arm, colour in zip(arms, _COLOURS, strict=False):
                 _curve(axes, arm, "images", colour, scale=1, reward=name)
-            axes.set(xlabel="scored pictures", title=name)
+            axes.set(xlabel="scored images", title=name)
         panels[0].set_ylabel("mean on held-out prompts")
         _legend(panels[0])
 
@@ -100,7 +100,7 @@ def _critic(found: File, path: Path) -> None:
         for (name, arm), colour in zip(found["arms"].items(), _COLOURS, strict=False):
             steps = series(arm, "best" if name == "ten_times" else "explained_variance")
             _band(axes, range(1, len(steps) + 1), steps, colour, arm["label"])
-        axes.set(xlabel="denoising step, from noise to picture", ylabel="explained variance, held out")
+        axes.set(xlabel="denoising step, from noise to image", ylabel="explained variance, held out")
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(loc="lower right")
@@ -117,7 +117,7 @@ _LINES = {
 
 
 def _steering(found: File, path: Path) -> None:
-    """Reward against evaluations, on base and on trained weights; plain sampling is where all begin."""
+    """Reward over evaluations, on base and on trained weights; all methods begin at plain sampling."""
     reward, ticks = found["reward"], [multiple * found["steps"] for multiple in MULTIPLES]
     beside = []
     with _panels(path, 2, width=1.55) as panels:
@@ -140,7 +140,7 @@ def _steering(found: File, path: Path) -> None:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
             axes.set_xlim(ticks[0] * 0.9, ticks[-1] * 7)
-            axes.set(xlabel="evaluations of the denoiser a picture", title=f"{weights} weights")
+            axes.set(xlabel="network evaluations per image", title=f"{weights} weights")
             beside.append((axes, ends))
         low = min(axes.get_ylim()[0] for axes in panels)
         for axes, ends in beside:

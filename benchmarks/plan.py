@@ -157,15 +157,17 @@ ARMS: dict[str, Arm] = {
         {"critic.body.use": "pixel", **_BODY, "critic.body.width": 32, "critic.hidden": 64, "pretrain.num_passes": 5},
     ),
     "latent_cnn": Arm("stand-alone latent critic", {"critic.body.use": "latent_cnn", **_BODY}),
-    "plain": Arm("start: lambda 0.9, no picture remembered", _PLAIN),
-    "replay": Arm("pictures remembered", {**_PLAIN, "critic.replay_images": 4096}),
+    "plain": Arm("start: lambda 0.9, no replay", _PLAIN),
+    "replay": Arm("with replay", {**_PLAIN, "critic.replay_images": 4096}),
     "lambda_1": Arm("lambda 1", {**_PLAIN, "algorithm.gae_lambda": 1.0}),
     "lambda_095": Arm("lambda 0.95", {**_PLAIN, "algorithm.gae_lambda": 0.95}),
-    "unguided": Arm("without guidance: the critic is a baseline", {**_PLAIN, "algorithm.value_guidance": 0.0}),
+    "unguided": Arm(
+        "without value gradient: the critic is only a baseline", {**_PLAIN, "algorithm.value_guidance": 0.0}
+    ),
     "no_time": Arm("without time conditioning", {**_PLAIN, "critic.body.time_conditioning": False}),
     "no_pretraining": Arm("without value pretraining", _PLAIN, pretrained=False),
-    "lora": Arm("critic body: own LoRA", {**_PLAIN, "critic.body.use": "lora", **_BODY}),
-    "copy": Arm("critic body: own copy", {**_PLAIN, "critic.body.use": "copy", **_BODY}),
+    "lora": Arm("critic body: LoRA copy", {**_PLAIN, "critic.body.use": "lora", **_BODY}),
+    "copy": Arm("critic body: full copy", {**_PLAIN, "critic.body.use": "copy", **_BODY}),
     "three_rewards": Arm("three rewards", {**_PLAIN, **_THREE}),
     "shared_head": Arm("three rewards, one shared head", {**_PLAIN, **_THREE, "critic.shared_head": True}),
     "clip_alone": Arm(

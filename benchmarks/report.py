@@ -1,4 +1,4 @@
-"""The result tables and their figures, from the aggregated files and from nothing else."""
+"""The result tables and their figures, made from the aggregated files alone."""
 
 import itertools
 import os
@@ -14,16 +14,16 @@ BEGIN, END = "<!-- results -->", "<!-- /results -->"
 NOTHING = "Nothing has been recorded yet: `make evidence` writes this section."
 
 _TITLES = {
-    "main": "ours and four baselines",
+    "main": "ours and four other methods",
     "ablations": "ablations of ours",
-    "hacking": "one learned reward, or three",
+    "hacking": "one learned reward against three rewards",
     "critic": "how good the pretrained critic is",
     "cost": "what the critic costs",
     "steering": "steering",
     "serving": "the endpoint",
 }
 _SHOWN = ("best_of_n", "resampling", "value_gradient", "fk_true", "best_of_n_cfg")
-"""Ways to steer that the tables show. The file has all of them."""
+"""Steering methods that the tables show. The file has all of them."""
 
 File = Mapping[str, Any]
 
@@ -91,19 +91,19 @@ def _part(experiment: str, found: File, results: Results, folder: str) -> Iterat
 
 
 def _arms(found: File) -> Iterator[str]:
-    """What was spent, then a table with a row an arm."""
+    """What was spent, then a table with one row per arm."""
     arms, reference = found["arms"], EXPERIMENTS[found["experiment"]].reference
     first = next(iter(arms.values()))
     against = ARMS[reference].label.partition(":")[0].capitalize()
     yield (
-        f"Each arm: {first['images']:,} scored pictures and {first['updates']} actor updates, value pretraining "
-        "included. Verifier: share of held-out pictures that show exactly what the caption says. Mean over seeds with "
-        "its 95 % interval (Student's t); differences are taken seed by seed, on the same prompts and noise."
+        f"Each arm: {first['images']:,} scored images and {first['updates']} policy updates, value pretraining "
+        "included. Verifier: share of held-out images that show exactly what the prompt says. Numbers are means over "
+        "seeds with 95 % intervals (Student's t). Differences are taken per seed, on the same prompts and noise."
     )
     yield ""
     yield (
-        f"| Arm | Seeds | Verifier | {against} minus it | Diversity kept | Explained variance, first and last step "
-        "| Rank correlation | Processor minutes |"
+        f"| Arm | Seeds | Verifier | {against} minus this arm | Diversity kept | Explained variance, first and last "
+        "step | Rank correlation | Processor minutes |"
     )
     yield "|---|---|---|---|---|---|---|---|"
     if "base.shapes_verifier" in first:
@@ -125,13 +125,13 @@ def _arms(found: File) -> Iterator[str]:
 
 
 def _rewards(found: File) -> Iterator[str]:
-    """A row an arm, a column a reward, trained on or not."""
+    """One row per arm, one column per reward, trained on or not."""
     arms = found["arms"]
     first = next(iter(arms.values()))
     names = [metric.removeprefix("final.") for metric in first if metric.startswith("final.")]
     yield (
-        f"Each arm: {first['images']:,} scored pictures and {first['updates']} actor updates. Means over seeds on "
-        "held-out prompts with 95 % intervals, and in the last line one arm minus the other, seed by seed."
+        f"Each arm: {first['images']:,} scored images and {first['updates']} policy updates. Numbers are means over "
+        "seeds on held-out prompts, with 95 % intervals. The last line is the difference of the two arms per seed."
     )
     yield ""
     yield _row("Trained on", "Seeds", *(f"`{name}`" for name in names), "Diversity kept")
@@ -148,12 +148,13 @@ def _rewards(found: File) -> Iterator[str]:
 
 
 def _steps(found: File) -> Iterator[str]:
-    """A column a denoising step."""
+    """One column per denoising step."""
     steps = len(found["gaps"]) or len(series(next(iter(found["arms"].values())), "explained_variance"))
     budgets = ", ".join(f"{arm['label']}: {arm['images']:,}" for arm in found["arms"].values())
     yield (
-        "Share of the reward's variance on held-out prompts that the critic explains at each denoising step of the "
-        f"base model, from noise to picture; the larger one in its best pass at each step. Scored pictures: {budgets}."
+        "Explained variance of the reward on held-out prompts, at each denoising step of the base model, from noise to "
+        "image. For the critic with ten times the rollouts, each step has the number of passes that is best there. "
+        f"Scored images: {budgets}."
     )
     yield ""
     yield _row("Step", *range(1, steps + 1))
@@ -168,32 +169,34 @@ def _steps(found: File) -> Iterator[str]:
 def _cost(found: File) -> Iterator[str]:
     ratio, recipe = found["ratio"], found["recipe_ratio"]
     yield (
-        f"The same process does iterations of DDPO and of ours in turns: {found['images']} pictures, {found['steps']} "
-        f"denoising steps, {found['updates']} updates. Median of the ratios of {ratio['n']} turns to DDPO: with values "
-        f"alone {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}], with what the recipe does "
-        f"besides (their gradient, pictures if it remembers any) {recipe['median']:.3f} "
-        f"[{recipe['low']:.3f}, {recipe['high']:.3f}]."
+        "One process alternates between iterations of DDPO and of ours. An iteration has "
+        f"{found['images']} images, {found['steps']} denoising steps, and {found['updates']} updates. The time of ours "
+        f"divided by that of DDPO, median of {ratio['n']} pairs, is {ratio['median']:.3f} "
+        f"[{ratio['low']:.3f}, {ratio['high']:.3f}] if the critic is only a baseline (row `values`). It is "
+        f"{recipe['median']:.3f} [{recipe['low']:.3f}, {recipe['high']:.3f}] with all that the recipe does (row "
+        "`recipe`: also the value gradient, and replay if the recipe has it)."
     )
     yield ""
-    yield "| Seconds an iteration (median) | Rollout and scoring | Actor updates | Critic updates and credit | All |"
+    yield "| Seconds per iteration (median) | Rollout and scoring | Policy updates | Critic and advantages | All |"
     yield "|---|---|---|---|---|"
     for name, parts in found["seconds"].items():
         yield _row(name, *(f"{parts[part]:.2f}" for part in ("rollout", "actor", "critic", "all")))
 
 
 def _serving(found: File) -> Iterator[str]:
-    """Pictures a second with and without batching, and what the way to one picture takes."""
+    """Images per second with and without batching, and the time for one image."""
     alone, overhead = found["alone"], found["overhead"]
     yield (
-        f"Two servers of one model take turns, each with a worker a core; {found['callers']} callers, "
-        f"{found['steps']} steps. One puts up to {found['batch_rows']} rollouts together, the other draws each by "
-        f"itself. With one caller a plain picture takes {alone['served'] * 1000:.0f} ms through HTTP, "
-        f"{alone['drawn'] * 1000:.0f} ms drawn in the same way within a process (ratio {overhead['median']:.2f} "
-        f"[{overhead['low']:.2f}, {overhead['high']:.2f}]), and {alone['bare'] * 1000:.0f} ms in a batch of one "
-        "without values: the rest is the price of a fixed batch, in which a picture's bytes do not depend on the load."
+        "Two servers of one model are measured in alternation, each with one worker per core, "
+        f"{found['callers']} clients and {found['steps']} denoising steps. One server puts up to "
+        f"{found['batch_rows']} rollouts into a batch; the other makes each image by itself. With one client, an image "
+        f"without steering takes {alone['served'] * 1000:.0f} ms over HTTP and {alone['drawn'] * 1000:.0f} ms for the "
+        f"same batch inside a process (ratio {overhead['median']:.2f} [{overhead['low']:.2f}, "
+        f"{overhead['high']:.2f}]). In a batch of one without values it takes {alone['bare'] * 1000:.0f} ms. The "
+        "difference is the cost of a fixed batch size, which makes the bytes of an image independent of the load."
     )
     yield ""
-    yield _row("Pictures a second", "batched", "one by one", "ratio")
+    yield _row("Images per second", "batched", "one by one", "ratio")
     yield "|---" * 4 + "|"
     for method, rates in found["rates"].items():
         ratio = found["throughput"][method]
@@ -202,21 +205,22 @@ def _serving(found: File) -> Iterator[str]:
 
 
 def steering(found: File, *, every: bool = False) -> Iterator[str]:
-    """On each weights a row a way and choice, a column a number of evaluations; then all rewards at 4 K; then costs.
+    """One row per weights, method and choice, one column per number of evaluations; all rewards at 4 K; then times.
 
-    every: all ways, instead of those that a reader asks for first.
+    every: all methods, instead of the most important ones.
     """
     points = [point for point in found["points"] if every or point["way"] in _SHOWN]
     found = {**found, "points": points}
     reward, steps = found["reward"], found["steps"]
     yield (
-        f"`{reward}` on {found['prompts']} held-out prompts, the same noise for all; evaluations a picture, "
-        f"K = {steps}: a backward pass counts 2 and CFG doubles; where a way has no such number of candidates, the "
-        f"nearest below. Half of a 95 % interval is {_half(points[0]['rewards'][reward]):.3f}. Best-of-N by "
-        "the true reward asks the reward itself N times."
+        f"Mean `{reward}` on {found['prompts']} held-out prompts, with the same noise for all methods, "
+        f"± {_half(points[0]['rewards'][reward]):.3f} (95 % interval). The columns are numbers of network evaluations "
+        f"per image, with K = {steps}. A backward pass counts 2, and CFG doubles the count. A method whose counts do "
+        "not match a column appears with the largest number of particles that fits. Best-of-N by the true reward "
+        "calls the reward N times."
     )
     yield ""
-    yield _row("Weights", "Way", "Last choice by", *(f"{multiple} K" for multiple in MULTIPLES))
+    yield _row("Weights", "Method", "Last choice by", *(f"{multiple} K" for multiple in MULTIPLES))
     yield "|---" * (len(MULTIPLES) + 3) + "|"
     cells: dict[tuple[str, str, str], dict[int, str]] = {}
     for weights, multiple in itertools.product(("base", "trained"), MULTIPLES):
@@ -235,16 +239,16 @@ def steering(found: File, *, every: bool = False) -> Iterator[str]:
         for ratio in (cost["resampling"], cost["value_gradient"])
     )
     yield (
-        f"Processor time of a rollout of {cost['rows']} rows over that of a plain one, median of "
-        f"{cost['resampling']['n']} turns: with particles {particle}, with a gradient at every step {gradient}."
+        f"Processor time of a steered rollout of {cost['rows']} rows divided by that of a plain one, median of "
+        f"{cost['resampling']['n']} pairs: with particles {particle}, with a gradient at every step {gradient}."
     )
 
 
 def _at_4k(found: File, every: bool) -> Iterator[str]:
-    """What else the pictures are: the other rewards, diversity, seconds."""
+    """The other rewards, diversity, and seconds per image."""
     points = [point for weights in ("base", "trained") for point in near(found, weights, 4)]
     names = list(points[0]["rewards"])
-    yield _row("At 4 K", *(f"`{name}`" for name in names), "Diversity", "ms a picture")
+    yield _row("At 4 K", *(f"`{name}`" for name in names), "Diversity", "ms per image")
     yield "|---" * (len(names) + 3) + "|"
     for point in points:
         if every or (point["way"] in _SHOWN[:3] and point["choice"] != "critic"):
@@ -264,7 +268,7 @@ def _provenance(found: File) -> Iterator[str]:
     commits = ", ".join(f"`{commit[:8]}{'-dirty' if commit.endswith('-dirty') else ''}`" for commit in found["commits"])
     yield f"`{found['command']}` at {commits} on {machines}."
     if len(found.get("sources", [""])) > 1:
-        yield f"The units ran on {len(found['sources'])} states of the sources."
+        yield f"The units ran on {len(found['sources'])} versions of the source code."
     if found.get("missing"):
         arms = ", ".join(f"{arm} (seed {seed})" for arm, seed in found["missing"])
         yield f"Not run yet: {arms}. A verdict needs {MIN_SEEDS} seeds."
@@ -273,7 +277,7 @@ def _provenance(found: File) -> Iterator[str]:
 
 
 def told(interval: Mapping[str, Any] | None, *, signed: bool = False) -> str:
-    """`0.512 [0.480, 0.544]`, or without interval where there is one seed."""
+    """`0.512 [0.480, 0.544]`, or without interval if there is only one seed."""
     if interval is None:
         return ""
     sign = "+" if signed else ""

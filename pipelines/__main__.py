@@ -49,19 +49,23 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_options(commands.add_parser(
-        "run", help="run it on this machine: the same as `latentac run`", epilog=_EXAMPLES,
+        "run", help="run the pipeline on this machine (the same as `latentac run`)", epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run every step on this machine, then write runs/<id>/report.html and summary.json.",
     ))  # fmt: skip
     add_options(commands.add_parser(
-        "run-containers", help="run it on this machine, each step in its image", epilog=_EXAMPLES,
+        "run-containers", help="run the pipeline on this machine, each step in a container", epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Run every step in a container, artifacts in an S3 store: the one of --store and the environment, "
-        "else a MinIO of its own, in <output>/.minio.",
+        description="Run every step in a container. Artifacts are in the S3 store of --store and the environment, "
+        "or in its own MinIO in <output>/.minio.",
     ))  # fmt: skip
     write = commands.add_parser("compile", help=f"write the pipeline's YAML ({GOLDEN.name}, {MANIFESTS.name})")
-    write.add_argument("--to", type=Path, default=GOLDEN, metavar="FILE", help="where to (default: the golden file)")
-    write.add_argument("--manifests", type=Path, default=MANIFESTS, metavar="FILE", help="the Kubernetes objects")
+    write.add_argument(
+        "--to", type=Path, default=GOLDEN, metavar="FILE", help="the file to write (default: the committed one)"
+    )
+    write.add_argument(
+        "--manifests", type=Path, default=MANIFESTS, metavar="FILE", help="file for the Kubernetes objects"
+    )
     return parser
 
 

@@ -29,7 +29,7 @@ _ENVIRONMENT = """environment:
   KF_PIPELINES_ENDPOINT   the address, instead of --host
   LATENTAC_KFP_TOKEN      bearer token; LATENTAC_KFP_COOKIE: a session's cookie
   LATENTAC_CLUSTER        a cluster.yaml, instead of --cluster-settings
-  KUBECONFIG              of the cluster, for --release and to tell what pods wait for"""
+  KUBECONFIG              access to the cluster, for --release and to show what pods wait for"""
 
 
 def main(arguments: list[str]) -> None:
@@ -53,30 +53,30 @@ def _parser() -> argparse.ArgumentParser:
     compiling = _add(verbs, "compile", "write the YAML for a cluster", f"{release} --to latentac.yaml", _compile)
     _add_cluster(compiling)
     compiling.add_argument("--to", type=Path, required=True, metavar="FILE", help="the pipeline's YAML")
-    compiling.add_argument("--manifests", type=Path, metavar="FILE", help="the same as Kubernetes objects")
+    compiling.add_argument("--manifests", type=Path, metavar="FILE", help="also write Kubernetes objects to this file")
 
     upload = _add(verbs, "upload", "upload the pipeline, if it has changed", f"{_HOST} {release}", _upload)
     submit = _add(
         verbs, "submit", "start a run", f"{_HOST} {release} --recipe shapes-unet-smoke --set seed=1 --follow", _submit
     )
-    schedule = _add(verbs, "schedule", "start runs by a clock", f"{_HOST} {release} --cron '0 0 3 * * 1'", _schedule)
+    schedule = _add(verbs, "schedule", "start runs on a schedule", f"{_HOST} {release} --cron '0 0 3 * * 1'", _schedule)
     for verb in (upload, submit, schedule):
         _add_host(verb)
         _add_cluster(verb)
     for verb in (submit, schedule):
         _add_request(verb)
-    submit.add_argument("--run", help="the run's id (default: <recipe>-<UTC time>); a known one goes on with that run")
-    submit.add_argument("--follow", action="store_true", help="stay until it ends")
+    submit.add_argument("--run", help="the run's id (default: <recipe>-<UTC time>); a known id continues that run")
+    submit.add_argument("--follow", action="store_true", help="wait until the run ends")
     _add_bounds(submit)
-    schedule.add_argument("--cron", required=True, help="when: second minute hour day month weekday")
-    schedule.add_argument("--name", default="latentac", help="what to call it (default: %(default)s)")
+    schedule.add_argument("--cron", required=True, help="times: second minute hour day month weekday")
+    schedule.add_argument("--name", default="latentac", help="name of the schedule (default: %(default)s)")
 
-    follow = _add(verbs, "follow", "tell what a run does until it ends", f"{_HOST} 8f14e45f-ceea-467f", _follow)
+    follow = _add(verbs, "follow", "show the progress of a run until it ends", f"{_HOST} 8f14e45f-ceea-467f", _follow)
     _add_bounds(follow)
     report = _add(verbs, "report", "fetch a run's report", f"{_HOST} 8f14e45f-ceea-467f --to report.html", _report)
     report.add_argument("--to", type=Path, required=True, metavar="FILE", help="the page")
-    report.add_argument("--store", default="", metavar="URL", help="where it lies (default: the run's own)")
-    cancel = _add(verbs, "cancel", "stop a run and what it left running", f"{_HOST} 8f14e45f-ceea-467f", _cancel)
+    report.add_argument("--store", default="", metavar="URL", help="the store (default: the run's own)")
+    cancel = _add(verbs, "cancel", "stop a run and its training job", f"{_HOST} 8f14e45f-ceea-467f", _cancel)
     runs = _add(verbs, "runs", "list the newest runs", _HOST, _runs)
     runs.add_argument("--count", type=whole(1, 1000), default=10, metavar="N", help="how many (default: %(default)s)")
     for verb in (follow, report, cancel, runs):
@@ -103,38 +103,38 @@ def _add(
 
 def _add_host(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--host", metavar="URL", help="the API of Kubeflow Pipelines")
-    verb.add_argument("--namespace", default="", help="your namespace, where it serves many users")
+    verb.add_argument("--namespace", default="", help="your namespace, if the host has several users")
     verb.add_argument("--ca", default="", metavar="FILE", help="certificate authority of the host")
 
 
 def _add_cluster(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--cluster-settings", type=Path, metavar="FILE", help="the release's cluster.yaml")
-    verb.add_argument("--release", default="", metavar="NAME", help="or read it from this release of the chart")
+    verb.add_argument("--release", default="", metavar="NAME", help="release of the chart to read the settings from")
     verb.add_argument(
-        "--kube-namespace", default="", metavar="NS", help="in this namespace of the KUBECONFIG's cluster"
+        "--kube-namespace", default="", metavar="NS", help="namespace of the release in the KUBECONFIG's cluster"
     )
 
 
 def _add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--recipe", default="shapes-unet", help="named configuration (default: %(default)s)")
-    verb.add_argument("--config", default="", metavar="FILE", help="YAML file laid over the recipe")
+    verb.add_argument("--config", default="", metavar="FILE", help="YAML file that overrides the recipe")
     verb.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one field; may be repeated")
     verb.add_argument("--project", default="", metavar="NAME", help="the same as --set project=NAME")
     verb.add_argument(
-        "--package", type=Path, metavar="DIR", help="your own code, up to 48 KiB when packed: importable in each step"
+        "--package", type=Path, metavar="DIR", help="your own code (at most 48 KiB packed), importable in each step"
     )
-    verb.add_argument("--experiment", default="latentac", help="of the UI (default: %(default)s)")
-    verb.add_argument("--pipeline-root", default="", metavar="URL", help="of KFP's own artifacts (default: KFP's)")
+    verb.add_argument("--experiment", default="latentac", help="experiment in the UI (default: %(default)s)")
+    verb.add_argument("--pipeline-root", default="", metavar="URL", help="root of KFP's own artifacts (default: KFP's)")
 
 
 def _add_bounds(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
-        "--pending-seconds", type=seconds, default=900.0, metavar="S", help="for a pod to start (default: %(default)s)"
+        "--pending-seconds", type=seconds, default=900.0, metavar="S", help="wait for a pod (default: %(default)s)"
     )
     verb.add_argument(
-        "--poll-seconds", type=seconds, default=3.0, metavar="S", help="between looks (default: %(default)s)"
+        "--poll-seconds", type=seconds, default=3.0, metavar="S", help="time between polls (default: %(default)s)"
     )
-    verb.add_argument("--total-seconds", type=seconds, metavar="S", help="for the whole run (default: no bound)")
+    verb.add_argument("--total-seconds", type=seconds, metavar="S", help="limit of the whole run (default: none)")
 
 
 def _compile(options: argparse.Namespace) -> None:
@@ -216,7 +216,7 @@ def _cancel(options: argparse.Namespace) -> None:
         _say(f"run {options.id}: {state} already")
         return
     service.terminate(options.id)
-    _say(f"run {options.id}: is cancelled; its step finish stops the training job and takes back a release half made")
+    _say(f"run {options.id}: is cancelled; its step `finish` stops the training job and undoes an unfinished release")
 
 
 def _runs(options: argparse.Namespace) -> None:
@@ -227,8 +227,8 @@ def _runs(options: argparse.Namespace) -> None:
 
 def _finish(state: str, run_id: str) -> None:
     if state != "SUCCEEDED":
-        problem = "was cancelled" if state == "CANCELED" else "failed; its reasons stand above"
-        remedy = "Submit it again with the same --run: it goes on from what is done"
+        problem = "was cancelled" if state == "CANCELED" else "failed; the reasons are above"
+        remedy = "Submit it again with the same --run; finished steps are not repeated"
         raise ClusterError(f"run {run_id}", problem, remedy)
     _say(f"report with: {_PROGRAM} report {run_id} --to report.html")
 

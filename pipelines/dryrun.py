@@ -45,7 +45,7 @@ def print_plan(request: Request, output: Path, run: str) -> int:
     shutil.rmtree(folder, ignore_errors=True)
     if planned or code in _STOPPED:
         return code
-    problem = f"a class of yours ended the process that tried it (exit code {code}), or it was killed"
+    problem = f"one of your classes ended the process that tried it (exit code {code}), or the process was killed"
     made = _without_classes(request, str(crash) if crash is not None else problem)
     fields = made.settings.model_dump(mode="json") if made.settings else {}
     text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True) if fields else ""
@@ -93,9 +93,9 @@ def _print(made: "Plan", settings: str, request: Request, output: Path, run: str
 
 def _needs(made: "Plan") -> str:
     if made.settings is None:
-        return "not known: the settings are refused"
+        return "unknown: the settings are refused"
     if made.needs is None:
-        return "not known: something is refused, or the backbone is not on this machine yet"
+        return "unknown: something is refused, or the backbone is not on this machine yet"
     return "\n         ".join(made.needs)
 
 

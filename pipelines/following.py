@@ -63,7 +63,7 @@ class Follower:
                 if passed > self.outage_seconds:
                     problem, remedy = f"{error.problem}; no answer for {passed:.0f} s", "It may go on: follow it again"
                     raise ClusterUnavailable(error.where, problem, remedy) from error
-                self.say(f"{error.where}: {error.problem}; asking again")
+                self.say(f"{error.where}: {error.problem}; trying again")
                 time.sleep(self.poll_seconds)
 
     def _tell(self, details: list[Any]) -> None:

@@ -39,6 +39,6 @@ class Pods:
             pods = self._api.find(PODS, labels=f"{_RUN_LABEL}={run_id}")
         except LatentacError as error:
             self._useless = True
-            self._say(f"      what pods wait for cannot be told from here ({error})")
+            self._say(f"      cannot find out what pods wait for ({error})")
             return []
         return [pod for pod in pods if (pod.get("status", {}).get("phase") in ("Succeeded", "Failed")) == ended]

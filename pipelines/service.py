@@ -258,7 +258,7 @@ def _token() -> str:
     try:
         token = read_given(Path(file)).strip() if file else ""
     except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else "it is no text") or error
+        reason = (error.strerror if isinstance(error, OSError) else "it is not text") or error
         raise ConfigError([Problem(TOKEN_FILE, file, f"cannot be read: {reason}", "Unset it.")]) from None
     if not (token.isascii() and token.isprintable()):
         raise ConfigError([Problem(TOKEN_FILE, file, "holds more than a token", "Unset it.")])
@@ -269,6 +269,9 @@ def _secret(name: str) -> str:
     """What the variable says, without the line break of a file. Raises ConfigError where no header can hold it."""
     value = os.environ.get(name, "").strip()
     if not re.fullmatch(r"[ -~]*", value):
-        problem, remedy = "has a character that no request can carry", "Export it anew, the value alone, on one line."
+        problem, remedy = (
+            "has a character that cannot be sent",
+            "Export the variable again, with only the value, on one line.",
+        )
         raise ConfigError([Problem(name, "***", problem, remedy)])
     return value

@@ -25,18 +25,18 @@ examples:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code: 0, or that of the step that failed. Raises LatentacError for what is wrong before the first."""
+    """The exit code: 0, or that of the step that failed. Raises LatentacError for errors before the first step."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run every step on this machine: prepare, pretrain-value, train, evaluate, steer, gate, deploy.\n"
-        "Report and summary are then in OUTPUT/ID/. A run that was stopped goes on with --resume.",
+        "The report and the summary are written to OUTPUT/ID/. Use --resume to continue a stopped run.",
         epilog=_EXAMPLES,
     )
     add_options(parser)
     parser.add_argument(
         "--containers", action="store_true",
-        help="each step in its image, artifacts in an S3 store: that of --store, else a MinIO in OUTPUT/.minio",
+        help="run each step in a container, with artifacts in the S3 store of --store, or in MinIO (OUTPUT/.minio)",
     )  # fmt: skip
     options = parser.parse_args(arguments)
     try:
@@ -49,19 +49,21 @@ def main(arguments: Sequence[str]) -> int:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", help="named configuration (default: shapes-unet)")
-    parser.add_argument("--config", metavar="FILE", help="YAML file laid over the recipe")
+    parser.add_argument("--config", metavar="FILE", help="YAML file that overrides the recipe")
     parser.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one field; may be repeated")
     parser.add_argument("--seed", type=whole(*SEEDS), metavar="N", help="the same as --set seed=N")
     parser.add_argument("--project", metavar="NAME", help="the same as --set project=NAME")
-    parser.add_argument("--package", metavar="DIR", help="your own code: kept with the run, importable in each step")
+    parser.add_argument(
+        "--package", metavar="DIR", help="folder of your own code, kept with the run and importable in each step"
+    )
     parser.add_argument("--output", default="runs", metavar="FOLDER", help="working files (default: runs)")
     parser.add_argument("--store", metavar="URL", help="file:// or s3:// (default: file://OUTPUT/store)")
     parser.add_argument(
-        "--resume", metavar="ID", help="go on with a run, by its id or its folder: what is done is not run again"
+        "--resume", metavar="ID", help="continue a run, by its id or folder; finished steps are not repeated"
     )
     parser.add_argument(
         "--dry-run", action="store_true",
-        help="only print settings, steps, what it needs and what would be refused (exit code 2); writes nothing",
+        help="write nothing; print settings, steps, requirements, and what would be refused (exit code 2)",
     )  # fmt: skip
 
 

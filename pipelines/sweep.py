@@ -51,27 +51,29 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="latentac sweep",
-        description="Run a recipe at every point of a grid and with every seed; it ends in a page that compares them.",
+        description="Run a recipe at every point of a grid with every seed, and compare the runs on a page.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--recipe", default="shapes-unet", help="named configuration (default: %(default)s)")
-    parser.add_argument("--config", default="", metavar="FILE", help="YAML file laid over the recipe")
-    parser.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one field, for all members")
+    parser.add_argument("--config", default="", metavar="FILE", help="YAML file that overrides the recipe")
+    parser.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one field, for all runs")
     parser.add_argument(
         "--grid", metavar="PATH=V1,V2", action="append", default=[],
-        help="a field and its values, or a YAML list of them; repeated, every combination is run",
+        help="a field and its values, or a YAML list of them; with several grids, every combination is run",
     )  # fmt: skip
-    parser.add_argument("--package", default="", metavar="DIR", help="your own code: kept with each member's run")
+    parser.add_argument("--package", default="", metavar="DIR", help="folder of your own code, kept with each run")
     parser.add_argument("--seeds", default="0", metavar="N,N", help="0,1,2 or 0-4 (default: %(default)s)")
-    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="members at a time (default: %(default)s)")
-    parser.add_argument("--name", help="of the sweep (default: sweep-<recipe>-<UTC time>)")
-    parser.add_argument("--resume", metavar="NAME", help="go on with a sweep: members that are done are not run again")
+    parser.add_argument(
+        "--parallel", type=int, default=1, metavar="N", help="number of runs at a time (default: %(default)s)"
+    )
+    parser.add_argument("--name", help="name of the sweep (default: sweep-<recipe>-<UTC time>)")
+    parser.add_argument("--resume", metavar="NAME", help="continue a sweep; finished runs are not repeated")
     parser.add_argument("--output", default="runs", metavar="FOLDER", help="working files (default: %(default)s)")
     parser.add_argument("--store", default="", metavar="URL", help="file:// or s3:// (default: file://OUTPUT/store)")
-    parser.add_argument("--dry-run", action="store_true", help="only list the members and what would be refused")
+    parser.add_argument("--dry-run", action="store_true", help="only list the runs and what would be refused")
     cluster = parser.add_argument_group("on a cluster, as in `latentac pipeline submit`")
-    cluster.add_argument("--host", metavar="URL", help="the API of Kubeflow Pipelines: the members run there")
+    cluster.add_argument("--host", metavar="URL", help="the API of Kubeflow Pipelines, if the runs shall run there")
     for name in _CLUSTER[1:]:
         cluster.add_argument(f"--{name.replace('_', '-')}", metavar="X")
     return parser
@@ -199,11 +201,11 @@ def _conclude(sweep: Sweep, output: Path) -> int:
     failed = [member for member in sweep.members if member.state == "failed"]
     code = max(1, failed[0].exit_code or 1) if failed else 0  # a member that was killed has a negative one
     if failed:
-        _say(f"those that failed are tried again by: latentac sweep --resume {sweep.name}{_place(output)}")
+        _say(f"to try the failed runs again: latentac sweep --resume {sweep.name}{_place(output)}")
     store = _store(sweep, output)
     published = _published(sweep, store)
     if len(published) < 2:
-        _say("fewer than two members have published anything, so there is nothing to compare")
+        _say("fewer than two runs have published anything, so there is no comparison")
         return code
     made = write_comparison(
         [member.run for member in published],

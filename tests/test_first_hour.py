@@ -182,7 +182,9 @@ def test_own_model_reward_and_prompts_are_promoted_and_served(home: Home) -> Non
     steering method; prompts with metadata; a sharded SD1.5 layout with a variant beside it; LoRA. From `latentac run`
     to promoted and served; and both exports draw the served picture in plain diffusers, within one grey level."""
     began = time.monotonic()
-    imported = home.run("python", "-c", "import latentac, pipelines; print(latentac.__file__, pipelines.__file__)")
+    imported = home.run(
+        "python", "-c", "import latentac.pipelines; print(latentac.__file__, latentac.pipelines.__file__)"
+    )
     assert str(ROOT) not in imported
     home.run("latentac", "run", "--recipe", "shapes-unet-smoke", "--seed", "1")
     demo = time.monotonic() - began

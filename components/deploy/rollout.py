@@ -184,7 +184,7 @@ class Rollout:
 
     def _restored(self, plan: _Plan) -> str:
         """Go back to what served before, and wait until it does; what became of it, in words."""
-        _log.info("%s is taken back", self._stable)
+        _log.info("%s is rolled back", self._stable)
         try:
             if self._traffic and plan.before:
                 self._traffic.to_stable()

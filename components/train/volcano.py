@@ -89,7 +89,7 @@ class Volcano:
             if _phase(job) not in _ENDING:
                 return job
             if _phase(job) in _ENDED:
-                _log.info("%s is %s: it makes room for a new one", self._where(name), _phase(job))
+                _log.info("%s is %s: a new one replaces it", self._where(name), _phase(job))
                 self._api.delete(VOLCANO_JOBS, name)
             while self._pods(name) or self._same(name, job):  # its pods have their names until they are gone
                 if time.monotonic() > deadline:
@@ -195,15 +195,15 @@ class Volcano:
         told = "\n".join(words) or "none"
         raise TrainingError(
             self._where(name),
-            f"ended {phase}; its pods' last words:\n{told}\n",
-            "Resume the run: it goes on from its last checkpoint",
+            f"ended {phase}; the last log lines of its pods:\n{told}\n",
+            "Resume the run: it continues from its last checkpoint",
         )
 
     def _look(self, name: str, logs: Logs, waiting: Waiting) -> tuple[str, str | None]:
         """The job's phase, and the reason to give it up if there is one."""
         job = self._api.get(VOLCANO_JOBS, name)
         if job is None:
-            remedy = "Resume the run: it goes on from its last checkpoint"
+            remedy = "Resume the run: it continues from its last checkpoint"
             raise TrainingError(self._where(name), "was deleted while it was followed", remedy)
         pods = self._pods(name)
         logs.watch(pods)
@@ -217,14 +217,14 @@ class Volcano:
         try:
             space.store.write_json(f"failures/{space.run}.words.json", lines)
         except StoreError as error:
-            _log.warning("the pods' last words are not in the store: %s", error)
+            _log.warning("the last log lines of the pods are not in the store: %s", error)
 
     def _compare_world(self, space: Workspace) -> None:
         done, train = space.finished("train"), self.settings.train
         wanted = train.max_replicas * train.processes
         reached = done.metrics.get("max_world_size", wanted) if done else wanted
         if reached < wanted:
-            _log.warning("trained by at most %s workers, and %s were asked for: see the job's pods", reached, wanted)
+            _log.warning("at most %s workers trained, but %s were requested: see the job's pods", reached, wanted)
 
 
 def abort(settings: Cluster, run: str, api: Api | None = None) -> None:
@@ -260,7 +260,7 @@ def _stop(api: Api, settings: Cluster, name: str) -> None:
             if job is None or _phase(job) in _ENDING:
                 _log.info("job %s/%s is stopped", settings.namespace, name)
                 return
-    raise ClusterError(f"job {settings.namespace}/{name}", "does not stop", "Delete it: its pods go with it")
+    raise ClusterError(f"job {settings.namespace}/{name}", "does not stop", "Delete it, which also deletes its pods")
 
 
 def _phase(job: dict[str, Any]) -> str:

@@ -125,7 +125,7 @@ def _pipeline(source: str, folder: Path, layout: Layout) -> Iterator[tuple[str, 
         elif (folder / "config.json").is_file():
             yield "is missing: this is one part of a pipeline", "Name the folder of the whole pipeline"
         else:
-            yield "is missing, so this is no diffusers pipeline", SUPPORTED
+            yield "is missing, so this is not a diffusers pipeline", SUPPORTED
         return
     try:
         name = read_json(folder / INDEX).get("_class_name")
@@ -233,7 +233,7 @@ def _vocabulary(folder: Path, names: Collection[str]) -> tuple[dict[str, Any], d
         listed = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
         more = {str(token.get("content")): token.get("id") for token in listed}
         if not isinstance(added, list) or len(more) < len(added):
-            raise Damaged("tokenizer.json: added_tokens is no list of different tokens")
+            raise Damaged("tokenizer.json: added_tokens is not a list of different tokens")
     elif "vocab.json" in names and "merges.txt" in names:
         vocabulary = read_json(folder / "vocab.json")
         if not read_bytes(folder / "merges.txt").strip():

@@ -46,7 +46,9 @@ def _found(source: str, layout: Layout | None, revision: str) -> tuple[Path, str
     local = source.startswith("builtin:") or os.path.exists(path)
     if local and revision:
         remedy = "Leave backbone.revision out"
-        raise ConfigError([Problem("backbone.revision", revision, f"{source} is no hub id and has none", remedy)])
+        raise ConfigError(
+            [Problem("backbone.revision", revision, f"{source} is not a hub id and has no revision", remedy)]
+        )
     if source.startswith("builtin:"):
         from latentac.worlds.shapes import builtin_pipeline
 
@@ -61,7 +63,7 @@ def _found(source: str, layout: Layout | None, revision: str) -> tuple[Path, str
         if source.startswith(("http:", "https:")):
             remedy = "Use its hub id (owner/name), with backbone.revision for a commit"
             raise _bad(source, "is an address, and only folders and hub ids are fetched", remedy)
-        raise _bad(source, "is no folder here", "Correct the path; a hub id has the form owner/name")
+        raise _bad(source, "is not a folder here", "Correct the path; a hub id has the form owner/name")
     return _from_hub(source, layout, revision or None)
 
 
@@ -80,7 +82,7 @@ def _from_hub(source: str, layout: Layout | None, revision: str | None) -> tuple
         if INDEX not in used:
             single = [name for name in names if "/" not in name and name.endswith(_FILES)]
             remedy = conversion(single[0]) if single else SUPPORTED
-            raise _bad(source, f"{INDEX}: is missing, so this is no diffusers pipeline", remedy)
+            raise _bad(source, f"{INDEX}: is missing, so this is not a diffusers pipeline", remedy)
         # What says most is read first: what it rules out is not worth gigabytes.
         small = [name for name in used if not name.endswith(".safetensors")]
         for wanted in (small, used):
@@ -93,7 +95,7 @@ def _from_hub(source: str, layout: Layout | None, revision: str | None) -> tuple
         reason = str(error).strip().splitlines()[0]
         which = f" at revision {revision}" if revision else ""
         hint = "HF_HUB_OFFLINE is set, and the cache does not hold it: fetch it once without. " if offline() else ""
-        problem = f"is no folder here and could not be had from the hub{which} ({reason})"
+        problem = f"is not a folder here and could not be had from the hub{which} ({reason})"
         raise _bad(source, problem, f"{hint}{_REMEDY}; a gated one needs HF_TOKEN") from error
 
 

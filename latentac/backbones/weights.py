@@ -117,7 +117,7 @@ def header(file: Path) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape, of a safetensors file that has the length that its header asks for. Raises Damaged."""
     status = file.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise Damaged(f"{file.name} is no regular file")
+        raise Damaged(f"{file.name} is not a regular file")
     size = status.st_size
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -125,7 +125,7 @@ def header(file: Path) -> dict[str, tuple[int, ...]]:
             raise Damaged(pointer(file.name))
         length = int.from_bytes(start, "little")
         if len(start) < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-            raise Damaged(f"{file.name} is no safetensors file, or was cut off ({size:,} bytes)")
+            raise Damaged(f"{file.name} is not a safetensors file, or was cut off ({size:,} bytes)")
         described = stream.read(length)
     try:
         read = parse_json(described, "the description")

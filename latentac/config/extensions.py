@@ -78,7 +78,7 @@ class Table:
             told = f"cannot be imported ({describe(error)})"
             raise ConfigError([Problem(path, use, told, remedy)]) from error
         if not inspect.isclass(found):
-            raise ConfigError([Problem(path, use, f"is no class but {type(found).__name__}", "Name a class.")])
+            raise ConfigError([Problem(path, use, f"is not a class but {type(found).__name__}", "Name a class.")])
         return found
 
     def settings(self, extension: Extension, path: str = "") -> BaseModel | None:
@@ -151,7 +151,7 @@ def declared_settings(kind: Any) -> type[BaseModel] | None:
     if declared is None or (inspect.isclass(declared) and issubclass(declared, BaseModel)):
         return declared
     remedy = "Derive it from latentac.config.extensions.Settings."
-    raise ConfigError([Problem(f"{kind.__name__}.Settings", declared, "is no model of settings", remedy)])
+    raise ConfigError([Problem(f"{kind.__name__}.Settings", declared, "is not a settings model", remedy)])
 
 
 def prefixed(problems: Iterable[Problem], path: str) -> list[Problem]:

@@ -41,9 +41,10 @@ class Backbone(Extension):
     source: str
     """`builtin:<name>`, a diffusers folder, or a hub id: `builtin:shapes-unet`, `/models/sd15`."""
     revision: str = ""
-    """A commit, which pins it, a tag or a branch of a hub id; empty for its main branch: `v1.0`."""
+    """Revision on the hub: a commit, a tag, or a branch. Only a commit pins the model. Empty means the main branch.
+    Example: `v1.0`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; `auto` takes a GPU where there is one."""
+    """Where to compute; `auto` uses a GPU if there is one."""
 
 
 class Kernel(Extension):
@@ -52,178 +53,181 @@ class Kernel(Extension):
     use: str = "ddim"
     """`ddim` for variance-preserving models; `flow_sde`, `dance_sde`, `cps` for flow models; or `module:Class`."""
     num_steps: Annotated[int, Field(ge=2, le=1000)] = 10
-    """Denoising steps per picture, K."""
+    """Denoising steps per image, K."""
 
 
 class Prompts(Section):
-    """What pictures are asked for."""
+    """The prompts that images are made for."""
 
     source: str
     """`builtin:shapes`, a file (JSON, JSONL, CSV, plain text), or a folder with train.* and held_out.*."""
     train: str = ""
-    """A file of training prompts. With `held_out` it takes the place of `source`."""
+    """A file of training prompts. `train` and `held_out` together replace `source`."""
     held_out: str = ""
     """A file of held-out prompts."""
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Where there is one list only, this share of its texts is held out: those whose hash with `split_seed` is
-    smallest. It is the same on every machine and for every seed of a run."""
+    """If there is only one list, this share of its texts is held out: those with the smallest hash of text and
+    `split_seed`. The split is the same on every machine and for every seed of a run."""
     split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides which texts are held out."""
     on_truncation: Literal["refuse", "warn"] = "refuse"
-    """What `prepare` does where a prompt has more tokens than the text encoder reads."""
+    """What `prepare` does if a prompt has more tokens than the text encoder reads."""
 
 
 class Reward(Named):
-    """What a picture is worth for a prompt."""
+    """A function of image and prompt that is to be maximised."""
 
     use: str
     """A row of the rewards' table, or `module:Class`."""
     weight: NonNegative = 1.0
-    """Its share in what is trained on. A reward of weight 0 is measured and not trained on."""
+    """Its weight in training. A reward of weight 0 is measured, but not trained on."""
     timeout_seconds: Seconds = 300.0
-    """Bound of one call, in seconds. A call that takes longer ends the run with the reward's name."""
+    """Time limit of one call, in seconds. A slower call ends the run with an error that names the reward."""
     retries: Annotated[int, Field(ge=0, le=20)] = 3
-    """Further attempts after an error that the class declares transient; the waits start at 1 s and double."""
+    """Further attempts after an error that the class declares transient. The first wait is 1 s; each further one is
+    twice as long."""
 
 
 class Evaluation(Section):
     """What is measured on held-out prompts."""
 
     num_images: Annotated[int, Field(ge=8)] = 1024
-    """Pictures of each policy, one per held-out prompt."""
+    """Images of each policy, one per held-out prompt."""
     num_gallery_prompts: Positive = 12
-    """Prompts whose pictures the report shows."""
+    """Prompts whose images the report shows."""
     num_bootstrap: Annotated[int, Field(ge=100)] = 2000
-    """Resamples of each bootstrap interval."""
+    """Number of resamples for each bootstrap interval."""
     num_diversity_prompts: Annotated[int, Field(ge=2)] = 32
     """Prompts on which diversity and latency are measured."""
     pictures_per_prompt: Annotated[int, Field(ge=2)] = 4
-    """Pictures of each of these prompts."""
+    """Images per prompt for these measurements."""
 
 
 class Steering(Section):
-    """The ways to steer that the benchmark compares and the endpoint offers."""
+    """The steering methods that the benchmark compares and the endpoint offers."""
 
     methods: list[Named] = []
-    """Of the steering table: `value_gradient`, `best_of_n`, `resampling`, `twisted`, `svdd`, or `module:Class`."""
+    """Steering methods: `value_gradient`, `best_of_n`, `resampling`, `twisted`, `svdd`, or `module:Class`."""
     num_images: Annotated[int, Field(ge=8)] = 256
-    """Pictures per arm of the benchmark."""
+    """Images per arm of the benchmark."""
 
 
 class Gate(Section):
-    """When a trained policy is promoted. Every low and high end is that of a 95 % interval. A number that is missing or
-    not finite holds the run."""
+    """When a trained policy is promoted. Lower and upper bounds are those of a 95 % interval. A number that is missing
+    or not finite holds the model."""
 
     reward: str
-    """The reward that the policy is for. Bounds on it are in its unit."""
+    """The reward that decides. Its bounds are in its unit."""
     min_gain: Number = 0.05
-    """Smallest mean gain over the base."""
+    """Smallest allowed mean gain over the base."""
     min_lower_bound: Number = 0.0
-    """Smallest low end of the gain over the base."""
+    """Smallest allowed lower bound of the gain over the base."""
     max_loss_fraction: NonNegative = 0.5
-    """By how much of the base's mean any other reward may fall."""
+    """Largest allowed loss of any other reward, as a share of the base's mean."""
     floors: dict[str, Number] = {}
-    """Reward name -> what the low end of the trained policy's mean must reach: `{jpeg_compressibility: -1.2}`."""
+    """Reward name -> smallest allowed lower bound of the trained policy's mean: `{jpeg_compressibility: -1.2}`."""
     max_incumbent_loss: NonNegative = 0.05
-    """How far below 0 the low end of trained minus incumbent may lie."""
+    """How far below 0 the lower bound of "trained minus incumbent" may be."""
     must_beat_incumbent: bool = False
-    """Require the low end of trained minus incumbent to be above 0."""
+    """Require the lower bound of "trained minus incumbent" to be above 0."""
     unfit_incumbent: Literal["hold", "replace"] = "hold"
-    """What to do where the model in production cannot be compared; `replace` promotes without the comparison."""
+    """What to do if the model in production cannot be compared; `replace` promotes without the comparison."""
     min_diversity_kept: NonNegative = 0.7
-    """Smallest low end of the share of diversity that is kept, against the base and against the incumbent."""
+    """Smallest allowed lower bound of the share of diversity that is kept, against the base and the incumbent."""
     max_latency_ratio: Rate = 1.25
-    """Largest high end of the ratio of the seconds per picture, to the base and to the incumbent."""
+    """Largest allowed upper bound of the ratio of seconds per image, to the base and to the incumbent."""
 
 
 class Limits(Section):
-    """What one request to the endpoint may ask for."""
+    """Limits of one request to the endpoint."""
 
     max_images: Pictures = 8
-    """Pictures per request, over all its prompts."""
+    """Images per request, over all its prompts."""
     max_steps: Annotated[int, Field(ge=2, le=1000)] = 100
-    """Denoising steps per picture."""
+    """Denoising steps per image."""
     max_particles: Particles = 32
-    """Rollouts per picture."""
+    """Rollouts per image."""
     max_prompt_characters: Characters = 1000
     """Characters per prompt."""
     max_guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 20.0
-    """Scale of classifier-free guidance."""
+    """Largest guidance scale of classifier-free guidance."""
     allow_truncation: bool = False
-    """Draw a prompt of more tokens than the text encoder reads by its first ones, and say so in the answer; by default
-    it is refused."""
+    """Accept a prompt that has more tokens than the text encoder reads: use its first tokens, and say so in the answer.
+    By default, such a prompt is refused."""
 
 
 class Batching(Section):
     """How requests to the endpoint share the denoiser."""
 
     batch_rows: Rows = 4
-    """Rollouts that go through the denoiser together. A batch that is not full is filled up, so that a picture's bytes
-    do not depend on who shares it: more rows give more pictures per second, and each alone takes longer."""
+    """Rollouts that go through the denoiser together. A batch that is not full is padded, so that the bytes of an image
+    do not depend on other requests. More rows give more images per second, but a single image takes longer."""
     batch_wait_seconds: Wait = 0.005
-    """How long a picture waits for others to share a batch, in seconds."""
+    """How long an image waits for others to share its batch, in seconds."""
     max_queued_images: Pictures = 64
-    """Pictures that may wait; beyond that requests are answered 429."""
+    """Images that may wait. Beyond that, requests are answered with 429."""
     request_seconds: Seconds = 300.0
-    """The longest that a request may take, waiting included, in seconds."""
+    """Longest time that a request may take, including its wait, in seconds."""
 
 
 class Serving(Batching, Limits):
-    """The endpoint, and what one request may ask of it."""
+    """The endpoint, and the limits of a request to it."""
 
     port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port of the proof that `deploy` makes; 0 for any free one."""
+    """Port of the server that `deploy` starts to check the model; 0 for any free port."""
     ready_seconds: Seconds = 120.0
-    """How long a server may take until it is ready, in seconds."""
+    """How long a server may take to become ready, in seconds."""
     include_base: bool = True
-    """Export the untouched denoiser too, to compare with. With a large one it doubles the folder."""
+    """Also export the base denoiser, for comparison. With a large model this doubles the folder's size."""
 
 
 class Tracker(Named):
-    """Where numbers and pictures of the training go beside TensorBoard: `mlflow`, `wandb`."""
+    """Where training metrics and images go in addition to TensorBoard: `mlflow`, `wandb`."""
 
 
 class Card(Section):
-    """What the model card says and no run can know. What is left empty the card calls unknown, or has a default for."""
+    """What the model card says but a run cannot know. For an empty field the card says "unknown" or uses a default."""
 
     licence: str = ""
-    """Of the trained weights, as the hub writes it, for example apache-2.0; that of the base may bind it."""
+    """Licence of the trained weights in the hub's notation, for example apache-2.0. The licence of the base may
+    restrict it."""
     base_model: str = ""
-    """The base's id on the hub, where `backbone.source` is none."""
+    """The base's id on the hub, if `backbone.source` is not a hub id."""
     datasets: list[str] = []
-    """Ids on the hub of what was learned from, the base's data included."""
+    """Hub ids of the training data, including the base's."""
     data: str = ""
-    """What the base was trained on, and where the prompts are from; Markdown."""
+    """What the base was trained on, and where the prompts come from; Markdown."""
     intended_use: str = ""
     """What the model is for, and what it is not for; Markdown."""
     limits: str = ""
-    """What is known to go wrong; Markdown."""
+    """Known failures; Markdown."""
 
 
 class Config(Section):
-    """A run, completely: two equal configurations on one machine give bitwise equal results.
+    """The complete configuration of a run. Two equal configurations give bitwise equal results on one machine.
 
-    project: whose production model a new one is held against and replaces (default: the configuration's name).
-    """
+    project: the name under which a model is in production; a new model is compared with it and replaces it (default:
+    the configuration's name)."""
 
     recipe: str
     """Name of the recipe that the configuration began with."""
     project: Name
-    """Whose production model a new one is held against and replaces; by default the configuration's name."""
+    """The name under which a model is in production. A new model is compared with it and replaces it. Default: the
+    configuration's name."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Every random draw of the run follows from it."""
+    """All random draws of the run follow from it."""
     backbone: Backbone
     """The pretrained diffusion model."""
     kernel: Kernel = Kernel()
     """The sampler."""
     prompts: Prompts
-    """What pictures are asked for."""
+    """The prompts that images are made for."""
     rewards: Annotated[list[Reward], Field(min_length=1)]
-    """What a picture is worth: one entry per reward."""
+    """The rewards, one entry each."""
     policy: Policy = Policy()
-    """The actor."""
+    """The policy."""
     critic: Critic = Critic()
-    """The value heads and what they read."""
+    """The value heads and the network below them."""
     pretrain: Pretrain = Pretrain()
     """Value pretraining."""
     algorithm: Algorithm = Algorithm()
@@ -233,15 +237,15 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     """Measurements on held-out prompts."""
     steering: Steering = Steering()
-    """Ways to steer."""
+    """Steering methods."""
     gate: Gate
-    """Bounds of a promotion."""
+    """Bounds for promotion."""
     serving: Serving = Serving()
     """The endpoint."""
     tracking: list[Tracker] = []
-    """Where numbers and pictures of the training go beside TensorBoard."""
+    """Where training metrics and images go in addition to TensorBoard."""
     card: Card = Card()
-    """What the model card says and no run can know."""
+    """What the model card says but a run cannot know."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""What sections of the configuration are made of: kinds of numbers, and sections that name an extension."""
+"""What sections of the configuration consist of: kinds of numbers, and sections that name an extension."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
@@ -48,7 +48,7 @@ class Section(BaseModel):
 
 
 class Extension(Section):
-    """A row of a table, or a class of your own. All further fields are the extension's own settings (`own`)."""
+    """A row of a table, or your own class. All other fields are settings of this extension (`own`)."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -67,10 +67,10 @@ class Extension(Section):
 
 
 class Named(Extension):
-    """An extension of which there may be several."""
+    """An extension of which there can be several."""
 
     name: str = ""
-    """What reports, metrics and requests call it; by default the row's name, or the class's."""
+    """Its name in reports, metrics and requests. Default: the name of the row or of the class."""
 
     @model_validator(mode="before")
     @classmethod

@@ -124,7 +124,7 @@ def _impossible(config: Config, broken: set[str]) -> list[Problem]:
                 not re.fullmatch(_NAME, name) or name in _RESERVED.get(path, ()),
                 f"{path}.{index}.name",
                 name,
-                f"cannot be a name in {path}" if re.fullmatch(_NAME, name) else "is no name",
+                f"cannot be a name in {path}" if re.fullmatch(_NAME, name) else "is not a valid name",
                 "Use up to 64 letters, digits, '_' and '-', beginning with a letter"
                 + "".join(f"; {word} has another meaning" for word in _RESERVED.get(path, ()))
                 + ".",

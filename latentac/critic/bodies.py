@@ -18,7 +18,7 @@ _MOST_CELLS = 16  # a side: larger feature maps are averaged down, for thousands
 
 
 class FrozenTaps(nn.Module):
-    """Feature maps of the policy's own forward: values cost the branches alone."""
+    """Feature maps of the policy's own forward pass. Values need no other forward pass."""
 
     Settings = ReaderSettings
 
@@ -62,11 +62,11 @@ class BackboneSettings(ReaderSettings):
     """Those of the reader, and of the second backbone."""
 
     backbone_learning_rate: Rate = 1e-4
-    """Of the pretrained weights, or of the adapters on them."""
+    """Learning rate of the pretrained weights, or of the adapters on them."""
 
 
 class BackboneCopy(_OwnBackbone):
-    """All weights of a copy of the backbone learn values."""
+    """A copy of the backbone, all of whose weights learn the values."""
 
     Settings = BackboneSettings
 
@@ -75,15 +75,15 @@ class BackboneCopy(_OwnBackbone):
 
 
 class LoraBackbone(_OwnBackbone):
-    """Low-rank adapters on a frozen copy of the backbone learn values."""
+    """A frozen copy of the backbone with low-rank adapters that learn the values."""
 
     class Settings(BackboneSettings):
         """Those of a second backbone, and of its adapters."""
 
         rank: Annotated[int, Field(gt=0, le=1024)] = 32
-        """Of the adapters."""
+        """Rank of the adapters."""
         alpha: Positive = 64
-        """Scale of the adapters, times their rank."""
+        """LoRA's alpha: the adapters' output is multiplied by alpha / rank."""
 
     def __init__(self, settings: Settings, backbone: Denoiser) -> None:
         adaptation = PolicySettings(adaptation="lora", lora_rank=settings.rank, lora_alpha=settings.alpha)
@@ -91,7 +91,7 @@ class LoraBackbone(_OwnBackbone):
 
 
 class Pixel(nn.Module):
-    """A small network on the decoded guess of the clean picture, as earlier actor-critics have it."""
+    """A small network on the decoded prediction of the clean image, as in earlier actor-critics."""
 
     Settings = ReaderSettings
 
@@ -115,7 +115,7 @@ class Pixel(nn.Module):
 
 
 class LatentCnn(nn.Module):
-    """A small network on the noisy latents: the same state as the denoiser's, none of its knowledge."""
+    """A small network on the noisy latents. It reads the same state as the denoiser, but shares nothing with it."""
 
     Settings = ReaderSettings
 

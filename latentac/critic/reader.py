@@ -23,27 +23,27 @@ class ReaderSettings(Settings):
     """How a critic reads feature maps, text and noise level."""
 
     width: Annotated[int, Field(gt=0, le=4096)] = 64
-    """Of a branch."""
+    """Width of a branch."""
     num_heads: Positive = 4
-    """Of a branch's attention; divides `width`."""
+    """Attention heads of a branch; must divide `width`."""
     num_queries: Annotated[int, Field(ge=0, le=256)] = 4
-    """Learnable summary tokens per feature map. With 0 the head reads no places, only each channel's mean and spread:
-    cheaper, and better from a few thousand pictures."""
+    """Learned queries per feature map. With 0 the critic does not attend to places in a map. It reads only the mean and
+    spread of each channel. That is cheaper, and better from a few thousand images on."""
     grid: Annotated[int, Field(gt=0, le=64)] = 4
-    """Cells per side that an attention branch keeps of a map."""
+    """Size of the grid, in cells per side, to which an attention branch reduces a map."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Of maps and summaries while learning."""
+    """Dropout of feature maps and of branch outputs in training."""
     text_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.6
-    """Of what is read of each word while learning."""
+    """Dropout of the text's features in training."""
     time_conditioning: bool = True
-    """Read the noise level."""
+    """Whether the critic reads the noise level."""
     text_conditioning: bool = True
-    """Read the text."""
+    """Whether the critic reads the prompt."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.width % self.num_heads:
-            raise ValueError(f"width = {self.width} is no multiple of num_heads = {self.num_heads}")
+            raise ValueError(f"width = {self.width} is not a multiple of num_heads = {self.num_heads}")
         return self
 
 

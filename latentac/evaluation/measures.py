@@ -10,14 +10,13 @@ if TYPE_CHECKING:  # a comparison of finished runs does without torch
     from latentac.method.records import Scores
 
 DEFINITIONS = {
-    "diversity": "mean distance of two pictures of one prompt under different noise, 0 (equal) to 1 (black and white): "
-    "root mean square difference of the channels, each picture averaged down to at most 32 pixels a side",
-    "diversity_kept": "diversity of the trained policy over that of the other arm, both on the same prompts and noise",
-    "held_out_gap": "mean reward of the trained policy on training prompts minus that on held-out prompts: what it has "
-    "learned by heart",
-    "latency": "seconds a picture: time to denoise and decode a block over the pictures in it, without critic and "
-    "rewards; median over blocks, each of which every arm does in turn; on a CPU processor time, else wall time",
-    "latency_ratio": "latency of the trained policy over that of the other arm: median over blocks of each one's ratio",
+    "diversity": "mean distance of two images of one prompt with different noise, 0 (equal) to 1 (black and white): "
+    "root mean square difference of the channels, with each image averaged to at most 32 pixels per side",
+    "diversity_kept": "diversity of the trained policy divided by that of the other arm, on the same prompts and noise",
+    "held_out_gap": "mean reward of the trained policy on training prompts minus its mean reward on held-out prompts",
+    "latency": "seconds per image for denoising and decoding a block, without critic and rewards; median over blocks, "
+    "which the arms make in alternation; processor time on a CPU, wall time on a GPU",
+    "latency_ratio": "latency of the trained policy divided by that of the other arm: median of the ratios per block",
 }
 """Meaning and unit of each measure in evaluation.json."""
 

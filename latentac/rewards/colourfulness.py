@@ -6,7 +6,8 @@ import numpy as np
 
 
 class Colourfulness:
-    """Their M of the sRGB values: spread and mean of two opponent channels. Any saturated picture pleases it."""
+    """The measure M of Hasler and Süsstrunk on sRGB values: spread and mean of two opponent channels. Any saturated
+    image has a high reward."""
 
     unit = "colourfulness M of 0 to 255 values (0 is grey, 45 average, 109 extremely colourful)"
 

@@ -17,9 +17,9 @@ _BATCH = 16  # scored together, a last part filled up: what a picture gets does 
 
 
 class ShapesClip:
-    """CLIPScore (Hessel et al., arXiv 2104.08718) without its factor and its floor. Smooth and learned, so it can be
-    hacked: it has seen rendered pictures only, and what it says of others is a guess. It scores on the CPU in float32.
-    """
+    """CLIPScore (Hessel et al., arXiv 2104.08718) without its factor and its lower bound of 0. It is smooth and
+    learned, so a policy can exploit it: it was trained on rendered images only, and its scores of other images are
+    unreliable. It runs on the CPU in float32."""
 
     unit = "cosine similarity of picture and caption, -1 to 1"
 

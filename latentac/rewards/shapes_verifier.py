@@ -11,7 +11,8 @@ from latentac.worlds.shapes.verifier import verify
 
 
 class ShapesVerifier:
-    """Strict, in GenEval's manner; how it looks at a picture is told in `latentac.worlds.shapes.verifier`."""
+    """1 if the image shows exactly what the prompt says, else 0, as in GenEval. `latentac.worlds.shapes.verifier`
+    explains how it is decided."""
 
     unit = "share of pictures that show exactly what their caption says (0 or 1 a picture)"
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     pass
 
 _FURTHER = {
-    "run": "the whole pipeline on this machine, or what it would do (--dry-run)",
-    "sweep": "a grid of settings and seeds, run one after another or on a cluster, and compared on one page",
-    "pipeline": "the pipeline on a cluster: compile, upload, submit, follow, report, cancel, schedule",
+    "run": "run the whole pipeline on this machine, or show what it would do (--dry-run)",
+    "sweep": "run a grid of settings and seeds here or on a cluster, and compare the runs on one page",
+    "pipeline": "use the pipeline on a cluster: compile, upload, submit, follow, report, cancel, schedule",
 }
 """Commands of packages above this one, found by entry points of the group `latentac.commands`."""
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"latentac: {meant}", file=sys.stderr)
         return meant.exit_code
     except KeyboardInterrupt:
-        print("latentac: interrupted; the same command goes on from what is done", file=sys.stderr)
+        print("latentac: interrupted; the same command continues", file=sys.stderr)
         return 130
 
 
@@ -67,7 +67,7 @@ def _working_folder() -> Path:
     try:
         return Path.cwd()
     except FileNotFoundError:
-        raise ResourceError("the working folder", "is not there any more", "Change to one that is") from None
+        raise ResourceError("the working folder", "does not exist any more", "Change to a folder that exists") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,10 +88,12 @@ def _parser() -> argparse.ArgumentParser:
         if name == "gate":
             _add_gate(verb)
         if name == "deploy":
-            verb.add_argument("--force", action="store_true", help="also a held run, or one that was deployed before")
+            verb.add_argument(
+                "--force", action="store_true", help="deploy also a held run, or one that was deployed before"
+            )
         if name == "prepare":
             _add_settings(verb)
-            verb.add_argument("--project", default="", metavar="NAME", help="as --set project=NAME")
+            verb.add_argument("--project", default="", metavar="NAME", help="the same as --set project=NAME")
         verb.set_defaults(command=run_verb, verb=name)
 
     for name, summary in _FURTHER.items():  # only for the list: they are called before anything is parsed
@@ -111,29 +113,31 @@ def _parser() -> argparse.ArgumentParser:
     fetch = _make(
         verbs.add_parser,
         "fetch-model",
-        "copy a published model, verified, into a folder or an empty mount",
+        "copy a published model into an empty folder or mount, and verify it",
         "latentac fetch-model --version first-0a1b2c3d --store s3://models/demo --to model",
     )
     fetch.add_argument(
         "--version", required=True, metavar="V", help="the model's version, as in registry/*/production.json"
     )
     fetch.add_argument("--store", required=True, metavar="URL", help="file:// or s3://bucket/prefix")
-    fetch.add_argument("--to", required=True, type=Path, metavar="FOLDER", help="what to fill: empty, or not there yet")
+    fetch.add_argument("--to", required=True, type=Path, metavar="FOLDER", help="target folder, empty or not yet there")
     fetch.set_defaults(command=_fetch)
 
     generate = _make(
         verbs.add_parser,
         "generate",
-        "make pictures with a model: what was deployed last, or what a run deployed or trained",
+        "make images with a model: the last one deployed, or that of a run",
         'latentac generate --run first --prompt "a red circle" --seed 7 --steer shapes_verifier=2 --picture out.png',
     )
     _add_model(generate)
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--seed", type=whole(*SEEDS), default=0)
     generate.add_argument(
-        "--count", type=whole(1, 1000), default=1, help="pictures, side by side (default: %(default)s)"
+        "--count", type=whole(1, 1000), default=1, help="number of images, side by side (default: %(default)s)"
     )
-    generate.add_argument("--steer", action="append", default=[], metavar="reward=strength", help="a dial; repeat it")
+    generate.add_argument(
+        "--steer", action="append", default=[], metavar="reward=weight", help="a steering weight; may be repeated"
+    )
     generate.add_argument(
         "--picture", default="picture.png", metavar="FILE", help="PNG to write (default: %(default)s)"
     )
@@ -153,16 +157,21 @@ def _add_config(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     fields = _make(
         commands.add_parser, "fields", "explain a section, a field, a row of a table, or all of them", example
     )
-    fields.add_argument("path", nargs="?", default="", metavar="PATH", help="such as train, or algorithm.grpo")
+    fields.add_argument("path", nargs="?", default="", metavar="PATH", help="for example train, or algorithm.grpo")
     fields.set_defaults(command=_explain_fields)
 
 
 def _add_settings(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--recipe", default="shapes-unet", help="named configuration (default: %(default)s)")
-    verb.add_argument("--config", default="", metavar="FILE", help="YAML file over the recipe")
-    verb.add_argument("--set", action="append", default=[], metavar="a.b=c", help="a field over both; repeat it")
+    verb.add_argument("--config", default="", metavar="FILE", help="YAML file that overrides the recipe")
     verb.add_argument(
-        "--package", default="", metavar="DIR", help="your own code: kept with the run, importable in each step"
+        "--set", action="append", default=[], metavar="a.b=c", help="a field that overrides both; may be repeated"
+    )
+    verb.add_argument(
+        "--package",
+        default="",
+        metavar="DIR",
+        help="folder of your own code, kept with the run and importable in each step",
     )
 
 
@@ -182,13 +191,16 @@ def _add_compare(verbs: Any) -> None:
     compare = _make(
         verbs.add_parser,
         "compare",
-        "write one page about several runs, and a table here",
+        "compare several runs: write a page and print a table",
         "latentac compare first second --to compare.html",
     )
-    compare.add_argument("runs", nargs="+", metavar="RUN", help="two or more; the others are held against the first")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="two or more; all are compared with the first")
     _add_folders(compare)
     compare.add_argument(
-        "--to", type=Path, metavar="FILE", help="the page (default: OUTPUT/compare.html); JSON beside it"
+        "--to",
+        type=Path,
+        metavar="FILE",
+        help="the page (default: OUTPUT/compare.html); a JSON file is written beside it",
     )
     compare.set_defaults(command=_compare)
 
@@ -199,7 +211,7 @@ def _add_serve(verbs: Any) -> None:
     serve = _make(
         verbs.add_parser,
         "serve",
-        "serve a model with KServe: what was deployed last, or what a run deployed or trained",
+        "serve a model with KServe: the last one deployed, or that of a run",
         "latentac serve --run first\n  latentac serve --project shapes-unet --port 8081",
     )
     _add_model(serve)
@@ -214,15 +226,17 @@ def _add_place(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_model(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--run", default="", metavar="ID", help="a run that has trained, be it held or deployed")
-    verb.add_argument("--project", default="", metavar="NAME", help="or whose model in production (default: the last)")
+    verb.add_argument("--run", default="", metavar="ID", help="a trained run, held or deployed")
+    verb.add_argument(
+        "--project", default="", metavar="NAME", help="or the project whose model is in production (default: the last)"
+    )
     _add_folders(verb)
 
 
 def _add_gate(verb: argparse.ArgumentParser) -> None:
-    text = "another bound than the run's own, for example gate.min_gain=0.02: decide again; repeat it"
+    text = "decide again with another bound, for example gate.min_gain=0.02; may be repeated"
     verb.add_argument("--set", action="append", default=[], metavar="gate.b=c", help=text)
-    verb.add_argument("--dry-run", action="store_true", help="print the verdict and publish nothing")
+    verb.add_argument("--dry-run", action="store_true", help="print the decision, but publish nothing")
 
 
 def _add_folders(verb: argparse.ArgumentParser) -> None:
@@ -239,7 +253,7 @@ def _run_further(options: argparse.Namespace) -> int | None:
     for found in entry_points(group="latentac.commands", name=name):
         code: int | None = found.load()(arguments)
         return code
-    remedy = "Install the whole package anew: `make install`, or pip install."
+    remedy = "Install the whole package again: `make install`, or pip install."
     raise ConfigError([Problem(name, arguments, "this installation has no such command", remedy)])
 
 

@@ -91,7 +91,7 @@ def unpack(data: bytes, folder: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(packed.read(entry))
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise _refused("archive", f"is no zip archive that is read here ({error})", "Pack the folder again.") from None
+        raise _refused("archive", f"is not a readable zip archive ({error})", "Pack the folder again.") from None
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         named = str(error.filename)[-80:]
         raise _refused(named, "is a file and a folder in the archive", "Pack the folder again.") from None
@@ -119,7 +119,7 @@ def use_in_place(folder: Path) -> None:
 
 def _check_folder(folder: Path) -> None:
     if not os.path.isdir(folder):  # not pathlib: it raises where a name is too long
-        raise _refused(str(folder), "is no folder", "Name the folder of your package.")
+        raise _refused(str(folder), "is not a folder", "Name the folder of your package.")
 
 
 def _files(base: Path) -> list[Path]:

@@ -122,8 +122,8 @@ def _check_package(folder: Path) -> None:
 def _check_output(output: Path) -> None:
     there = existing(output)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        problem = "no folder can be made in it" if there.is_dir() else f"{there} is no folder"
-        raise ResourceError(str(output), problem, "Choose another --output, or make it one that you may write to.")
+        problem = "no folder can be made in it" if there.is_dir() else f"{there} is not a folder"
+        raise ResourceError(str(output), problem, "Choose another --output, or give yourself the right to write there.")
 
 
 def _check_store(store: str) -> None:

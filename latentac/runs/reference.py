@@ -39,7 +39,7 @@ def fields_markdown() -> str:
     lines = [
         "# Configuration",
         "",
-        "Made from the classes by `make reference`. `latentac config fields` prints the same.",
+        "`make reference` writes this page from the classes. `latentac config fields` prints the same text.",
         "",
     ]
     for title, told, rows in _sections():

@@ -202,7 +202,7 @@ class _Resolver:
             not (self._bad("train.block_images") or self._bad("algorithm.group_size"))
             and config.train.block_images % algorithm.group_size
         ):
-            told = f"is no multiple of the algorithm's group_size = {algorithm.group_size}"
+            told = f"is not a multiple of the algorithm's group_size = {algorithm.group_size}"
             value = config.train.block_images
             self.problems.append(Problem("train.block_images", value, told, "Make a block hold whole groups."))
 

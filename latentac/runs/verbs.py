@@ -97,8 +97,8 @@ def train(run: str, store: str, output: str, *, launch: Callable[[Workspace], No
         launch(space)
         done = space.finished("train")
     if done is None:
-        remedy = "Resume the run: it goes on from its last checkpoint"
-        raise TrainingError(f"training app of {run}", "ended well, and its artifact is not in the store", remedy)
+        remedy = "Resume the run: it continues from its last checkpoint"
+        raise TrainingError(f"training app of {run}", "succeeded, but its artifact is not in the store", remedy)
     return done
 
 
@@ -237,7 +237,7 @@ def _reasons_against(space: Workspace, force: bool) -> list[str]:
         remedy += f"({typed('deploy', space.run, *place, '--force')})."
         raise ConfigError([Problem("run", space.run, f"is not to be deployed: {'; '.join(reasons)}", remedy)])
     for reason in reasons:
-        _log.warning("forced over the gate: %s", reason)
+        _log.warning("forced against the gate's decision: %s", reason)
     return reasons
 
 

@@ -22,7 +22,7 @@ class NoiseLevel(Settings):
     """How stochastic a step is."""
 
     noise: Fraction = 1.0
-    """eta of DDIM, the noise level of the flow kernels. 0 is deterministic."""
+    """eta of DDIM, or the noise level of the flow kernels. 0 is deterministic."""
 
 
 class _FromSettings:

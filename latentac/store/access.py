@@ -81,7 +81,7 @@ def _unusable(name: str, pattern: str | None) -> list[Problem]:
     for place, character in enumerate(value, 1):
         if not character.isprintable() or (pattern and not re.fullmatch(pattern, character)):
             problem = f"has U+{ord(character):04X} as character {place} of {len(value)}, which no such value has"
-            return [Problem(name, "***", problem, "Export it anew, the value alone and on one line")]
+            return [Problem(name, "***", problem, "Export the variable again, with only the value, on one line")]
     return []
 
 

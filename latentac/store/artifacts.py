@@ -202,7 +202,9 @@ class Store(Objects):
         finally:
             backend.remove(name)
         if sink.getvalue() != word:
-            raise IntegrityError(self.url, "it gives back other bytes than it was given", "Check the store's health")
+            raise IntegrityError(
+                self.url, "it returns bytes other than those that were written", "Check the store's health"
+            )
 
     def _published(self, key: str) -> Manifest | None:
         try:

@@ -259,8 +259,8 @@ class Folder:
         for part in name.split("/")[:-1]:
             place = f"{place}/{part}"
             if os.path.islink(place):
-                remedy = "Put the folder itself in its place; the store's own folder may be a link"
-                raise StoreError(place, "it is a link, and a store follows none", remedy)
+                remedy = "Replace the link by the folder itself; only the store's own folder may be a link"
+                raise StoreError(place, "it is a link, and a store follows no links", remedy)
         return self._root / name
 
     @contextmanager

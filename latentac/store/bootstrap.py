@@ -38,7 +38,9 @@ def bootstrap(url: str, wait_seconds: float, *, make: bool = True) -> bool:
     """Whether the bucket was made now. Raises ConfigError, StoreAccessError and StoreUnavailable."""
     patience = patience_of(wait_seconds)
     if not url.startswith("s3://"):
-        raise ConfigError([Problem("--store", url, "is not s3://<bucket>/<prefix>", "Only buckets are made ready")])
+        raise ConfigError(
+            [Problem("--store", url, "is not s3://<bucket>/<prefix>", "This command is only for buckets")]
+        )
     made = False
     if make:
         from latentac.store.bucket import Bucket

@@ -208,7 +208,7 @@ class Bucket:
         """Raises TimeoutError where an answer is read although nothing has moved for `idle_seconds`: the server sends
         single bytes of an answer's head, or empty pages, again and again."""
         if time.monotonic() > self._moved_at() + self._patience.idle_seconds:
-            raise TimeoutError(f"nothing moved for {self._patience.idle_seconds:g} s")
+            raise TimeoutError(f"no byte arrived or was sent for {self._patience.idle_seconds:g} s")
 
     def _tried(self, action: Callable[[], T], name: str, operation: _Operation) -> T:
         patience = self._patience

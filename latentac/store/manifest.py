@@ -61,7 +61,7 @@ def clashes(paths: Iterable[str]) -> list[str]:
 
 def _moment(text: str) -> str:
     if datetime.fromisoformat(text).tzinfo is None:
-        raise ValueError("it must say its time zone")
+        raise ValueError("it needs a time zone")
     return text
 
 
@@ -146,10 +146,10 @@ def scan(folder: Path) -> tuple[File, ...]:
         found = sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix())
         odd = [path for path in found if not path.is_file() and (path.is_symlink() or not path.is_dir())]
         if odd:
-            raise StoreError(str(odd[0]), "it is no file, and no folder of its own", "Put a copy in its place")
+            raise StoreError(str(odd[0]), "it is neither a file nor a real folder", "Replace it by a copy")
         files = tuple(_describe(path, path.relative_to(folder).as_posix()) for path in found if path.is_file())
     if not files:
-        raise StoreError(str(folder), "there is nothing in it to publish", "Check that the step wrote its results")
+        raise StoreError(str(folder), "it contains no file to publish", "Check that the step wrote its results")
     return files
 
 

@@ -75,7 +75,7 @@ class Objects:
         found = below(self._backend, self._key(prefix))
         if sum(entry.size for entry in found.values()) > _MOST_COPIED_BYTES:
             problem = f"there are more than {_MOST_COPIED_BYTES >> 30} GiB"
-            raise IntegrityError(f"{self.url}/{prefix}", problem, "Remove what no run has written")
+            raise IntegrityError(f"{self.url}/{prefix}", problem, "Remove the objects that no run has written")
         for relative, entry in found.items():
             target = Path(folder) / relative
             with disk_errors(target, entry.size):
@@ -106,7 +106,7 @@ class Objects:
         except FileNotFoundError:
             raise ArtifactNotFound(f"{self.url}/{name}", "nothing was published there", remedy) from None
         except Overrun:
-            problem = f"it has more than {MOST_BYTES >> 20} MiB, and is no manifest or pointer of latentac"
+            problem = f"it has more than {MOST_BYTES >> 20} MiB, and is not a manifest or pointer of latentac"
             raise IntegrityError(f"{self.url}/{name}", problem, "Remove it and run the step that writes it") from None
         return sink.getvalue()
 

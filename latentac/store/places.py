@@ -20,4 +20,4 @@ def connect(url: str, patience: Patience) -> Blobs:
         return Bucket(bucket, "".join(f"{name}/" for name in names), patience)
     shown = re.sub(r"://.*@", "://***@", url)  # whoever writes credentials into a URL shall not find them in a log
     remedy = "Use file://<folder> or s3://<bucket>/<prefix>; endpoint and credentials of S3 come from the environment"
-    raise ConfigError([Problem("store", shown, "is neither a folder's nor a bucket's URL", remedy)])
+    raise ConfigError([Problem("store", shown, "is not the URL of a folder or a bucket", remedy)])

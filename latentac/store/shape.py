@@ -13,7 +13,7 @@ _MOST_STEPS, _MOST_REWARDS, _MOST_PICTURES = 10_000, 256, 200_000
 
 def _bounded(value: float) -> float:
     if math.isfinite(value) and abs(value) > _LARGEST:
-        raise ValueError(f"Input should be at most {_LARGEST:g} either way")
+        raise ValueError(f"Input should be at most {_LARGEST:g} in absolute value")
     return value
 
 

@@ -56,7 +56,7 @@ def restore(fields: Mapping[str, Any]) -> LatentacError:
         where, problem, remedy = (str(fields[name]) for name in ("where", "problem", "remedy"))
         return kinds[fields["kind"]](where, problem, remedy)
     except (IndexError, KeyError, TypeError):
-        return IntegrityError("the error that was left", "it has another form than ours", "See the worker's log")
+        return IntegrityError("the error that was left", "it does not have the expected form", "See the worker's log")
 
 
 _MOST_SHOWN = 500
@@ -228,7 +228,7 @@ def _missing(error: ImportError) -> ResourceError | None:
     module = (error.name or "").partition(".")[0]
     library = re.match(r"(lib\S+\.so\S*): cannot open shared object", str(error))
     if library:
-        return ResourceError(library[1], "this library is not installed", "Install your system's package that has it")
+        return ResourceError(library[1], "this library is not installed", "Install the system package that contains it")
     if not isinstance(error, ModuleNotFoundError) or not module or module == "latentac":
         return None
     return _not_installed(module)

@@ -82,7 +82,9 @@ def copy_parts(source: Path, folder: Path, parts: Sequence[str]) -> None:
     """
     for name in parts:
         if not re.fullmatch(r"\w+", name):
-            raise IntegrityError(str(source / INDEX), f"names a part {name!r}, which is no name of a folder", _AGAIN)
+            raise IntegrityError(
+                str(source / INDEX), f"names a part {name!r}, which is not a valid folder name", _AGAIN
+            )
         copy_part(source / name, folder / name)
     for name in _LICENCES:
         if (source / name).is_file():

@@ -71,7 +71,7 @@ def own_descendants() -> None:
     for text in owners:
         if not re.fullmatch(r"[0-9]{1,9}(:[0-9]{1,20})?", text, re.ASCII):
             remedy = "Unset this environment variable: only this program sets it, for its own processes."
-            raise ConfigError([Problem(OWNERS, text, "is no process, as pid:start", remedy)])
+            raise ConfigError([Problem(OWNERS, text, "is not a process in the form pid:start", remedy)])
     _watch(owners)
     os.environ[OWNERS] = ",".join([*owners, this])
 

@@ -73,7 +73,7 @@ def faults(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str, str]]
             remedy = "Put the file itself there: what is outside the folder is not followed"
             yield name, "is a link that leads out of the folder", remedy
         elif not stat.S_ISREG(mode):
-            yield name, "is no regular file", "Put the file itself there"
+            yield name, "is not a regular file", "Put the file itself there"
 
 
 def check(folder: Path, *names: str) -> None:
@@ -90,7 +90,7 @@ def read_bytes(file: Path) -> bytes:
     with os.fdopen(descriptor, "rb") as stream:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise Damaged(f"{file.name} is no regular file")
+            raise Damaged(f"{file.name} is not a regular file")
         content = stream.read(most + 1)
     if len(content) > most:
         raise Damaged(f"{file.name} has {max(found.st_size, most + 1):,} bytes, and at most {most:,} are read")
@@ -115,9 +115,9 @@ def parse_json(content: bytes, name: str) -> dict[str, Any]:
     except RecursionError:
         raise Damaged(f"{name} is nested too deep: more than {MOST_DEPTH} levels") from None
     except ValueError:
-        raise Damaged(f"{name} is no JSON") from None
+        raise Damaged(f"{name} is not JSON") from None
     if not isinstance(found, dict):
-        raise Damaged(f"{name} is no JSON object")
+        raise Damaged(f"{name} is not a JSON object")
     for field, depth, value in walk(found):
         if depth > MOST_DEPTH:
             raise Damaged(f"{name} is nested too deep: more than {MOST_DEPTH} levels")

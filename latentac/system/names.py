@@ -41,7 +41,7 @@ def as_name(text: str) -> str:
 
 def _checked(text: str) -> str:
     if not is_name(text):
-        raise PydanticCustomError("name", "Is no name")
+        raise PydanticCustomError("name", "Is not a valid name")
     return text
 
 

@@ -82,7 +82,7 @@ def read_bytes(file: Path) -> bytes:
     # Without O_NONBLOCK a pipe would be waited for.
     with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         content = stream.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
         raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
@@ -94,7 +94,7 @@ def read_record(file: Path) -> Any:
     try:
         content = read_bytes(file)
     except ValueError as error:
-        raise IntegrityError(str(file), str(error), "Remove it, and run what makes it again") from None
+        raise IntegrityError(str(file), str(error), "Remove it, and run the step that writes it again") from None
     return record(content, str(file))
 
 

@@ -120,7 +120,7 @@ def _lacks(folder: Path, *, bounded: bool) -> str | None:
         return f"is a path of more than {MAX_PATH_BYTES} bytes"
     try:
         if not folder.is_dir():
-            return "is no folder"
+            return "is not a folder"
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0" * 4096)
         free = shutil.disk_usage(folder).free

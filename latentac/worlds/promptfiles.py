@@ -88,7 +88,7 @@ def read_file(path: Path) -> tuple[dict[str, list[Row]], list[Flaw]]:
     try:
         reader = READERS.get(path.suffix.lower())
         if reader is None:
-            raise _Unreadable(f"is no format that is read here: {path.suffix or 'no ending'}", _formats())
+            raise _Unreadable(f"is not a supported format: {path.suffix or 'no ending'}", _formats())
         return reader(path.name, _text_of(path), flaws), flaws
     except _Unreadable as error:
         place = f"{path.name}, {error.where}" if error.where else str(path)
@@ -103,7 +103,7 @@ def _text_of(path: Path) -> str:
     """The file's characters, without a byte order mark."""
     try:
         if not path.is_file():
-            raise _Unreadable("is no file" if path.exists() else "does not exist", _formats())
+            raise _Unreadable("is not a file" if path.exists() else "does not exist", _formats())
         if path.stat().st_size > _MAX_BYTES:
             raise _Unreadable(f"is larger than {_MAX_BYTES // 2**20} MiB", _formats())
         raw = path.read_bytes()
@@ -150,7 +150,7 @@ def _json(name: str, content: str, flaws: list[Flaw]) -> dict[str, list[Row]]:
     if not isinstance(found, dict):
         raise _Unreadable(f"holds {kind_of(found)}, and no prompts", form)
     flaws += [
-        Flaw(f"{name}, {shown(key)}", "is no key of a file of prompts", form) for key in found if key not in SPLITS
+        Flaw(f"{name}, {shown(key)}", "is not a key of a prompt file", form) for key in found if key not in SPLITS
     ]
     rows = {}
     for split in SPLITS:

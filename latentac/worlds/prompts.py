@@ -115,7 +115,7 @@ def balanced(prompts: Sequence[Prompt], count: int, seed: int, *purpose: object)
 def _builtin(source: str) -> PromptSet:
     if source != "builtin:shapes":
         remedy = f"{suggestion(source, ['builtin:shapes'])} Your own: a file or a folder."
-        raise ConfigError([Problem("prompts.source", source, "is no built-in prompt set", remedy)])
+        raise ConfigError([Problem("prompts.source", source, "is not a built-in prompt set", remedy)])
     from latentac.worlds.shapes import captions
 
     train, held_out = (

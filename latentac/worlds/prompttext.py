@@ -75,7 +75,7 @@ def value_problem(key: str, value: Any) -> str:
         if isinstance(item, Repeated):
             return f"has {shown(item.key)} twice"
         if isinstance(item, float) and not math.isfinite(item):
-            return f"holds {item}, which is no number of JSON"
+            return f"holds {item}, which is not a JSON number"
         if isinstance(item, str) and not item.isascii() and any("\ud800" <= each <= "\udfff" for each in item):
             return "has a lone surrogate"
         if isinstance(item, str) and "\0" in item:

@@ -555,7 +555,7 @@ def test_failed_job_fails_the_step_and_keeps_what_was_said(site: Site, tmp_path:
     error = training.result()
     assert isinstance(error, TrainingError)
     assert "ended Failed" in str(error)
-    assert "last words" in str(error)
+    assert "last log lines" in str(error)
     assert (space.folder / LAST_WORDS).exists()
     assert space.store.read_json("failures/run-1.words.json") == []
 

@@ -173,8 +173,8 @@ def test_what_nobody_has_said_is_called_unknown() -> None:
     """The section `card` says what a run cannot know; without it the card says where to."""
     card = readme()
     assert "`card.data`" in card
-    assert "not known: `card.licence`" in card
-    assert "No safety checker" in card
+    assert "unknown: `card.licence`" in card
+    assert "not checked by a safety filter" in card
     settings = resolve_all({**RECIPES["shapes-unet"], "card": TEXTS}).config.model_dump()
     told = readme(settings=settings)
     for heading, text in (("Data", "data"), ("Intended use", "intended_use"), ("Limits", "limits")):
@@ -198,9 +198,11 @@ def test_the_call_stands_first_and_is_taken_over() -> None:
     """How to draw comes before all else; a release takes those sections from the card that training wrote."""
     use, adapter = use_section("# a comment\ndraw()"), use_section("load()", adapter=True)
     text = folder_card(facts(), "StableDiffusionPipeline", use, adapter)
-    assert text.split("---\n")[2].startswith("\n# run-1\n\n## Draw with diffusers")
+    assert text.split("---\n")[2].startswith("\n# run-1\n\n## Use with diffusers")
     assert sections(text) == (use, adapter)
     assert sections(readme()) == (use_section("draw()"), "")
+    former = text.replace("## Use with diffusers", "## Draw with diffusers")
+    assert sections(former)[0].startswith("## Draw with diffusers"), "the card of an earlier version"
     assert "latentac generate" in use_section("")
 
 

@@ -76,8 +76,8 @@ def prepare(tmp_path: Path, *arguments: str) -> int:
         (["--set", "prompts.source=none.json"], 2, "prompts.source = 'none.json': does not exist"),
         (["--config", "none.yaml"], 2, "--config = 'none.yaml': cannot be read"),
         (["--store", "ftp://x"], 2, "store"),
-        (["--package", "none"], 2, "--package = 'none': is no folder"),
-        (["--package", "x" * 300], 2, "--package = 'x+': is no folder"),
+        (["--package", "none"], 2, "--package = 'none': is not a folder"),
+        (["--package", "x" * 300], 2, "--package = 'x+': is not a folder"),
         (["--config", "x" * 300], 2, "--config = 'x+': cannot be read"),
         (["--set", f"prompts.source={'x' * 300}"], 2, "prompts.source = 'x+'"),
         (["--set", f"backbone.source=/{'x' * 300}"], 2, "backbone.source = '/x+'"),
@@ -175,7 +175,7 @@ def test_a_reward_that_answers_0_to_everything_is_found_at_once(tmp_path, capsys
     """Each reward is asked about pictures that it must know."""
     arguments = ["--set", "rewards=[{use: 'tests.latentac.test_cli:Hollow'}]", "--set", "gate.reward=Hollow"]
     assert prepare(tmp_path, *arguments) == 5
-    assert "reward Hollow: gives [0.0] to its known pictures instead of [1.0]" in capsys.readouterr().err
+    assert "reward Hollow: gives [0.0] for its known images instead of [1.0]" in capsys.readouterr().err
 
 
 def test_a_step_before_its_parent_says_what_to_run(tmp_path, capsys):
@@ -239,7 +239,7 @@ def test_a_working_folder_that_is_gone_is_told(tmp_path):
     command = f"cd {tmp_path}/gone && rmdir ../gone && exec {sys.executable} -m latentac.runs.cli runs"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 6
-    assert done.stderr.startswith("latentac: the working folder: is not there any more")
+    assert done.stderr.startswith("latentac: the working folder: does not exist any more")
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -151,7 +151,7 @@ def test_galleries_stand_side_by_side_with_marks(pair: Comparison) -> None:
 def test_a_run_that_stopped_early_is_shown_as_far_as_it_came(tmp_path: Path, last: str) -> None:
     """Its curves and tables have what there is, the rest is a dash, and a note says where it stopped."""
     made = compared(tmp_path, lambda files: None, last=last)
-    assert f"B (run-2) stopped after {last}; it is shown as far as it came" in made.content["notes"]
+    assert f"B (run-2) stopped after {last}; later steps are missing here" in made.content["notes"]
     second = made.content["series"][1]
     assert second["runs"][0]["state"] == f"stopped after {last}"
     assert bool(second["training"][0]) == (last in ("train", "evaluate"))
@@ -178,8 +178,8 @@ def test_runs_of_other_noise_are_compared_unpaired_and_it_says_so(tmp_path: Path
     assert made.content["gallery"]["same_seeds"] is False
     assert made.content["settings"] == []
     text = Page(made.page.read_text()).text
-    assert "compare how often pictures are right, not picture with picture" in text
-    assert "None: the runs differ in their seeds alone." in text
+    assert "compare how many images are right, not single images" in text
+    assert "None: the runs differ only in their seeds." in text
 
 
 def test_runs_of_an_earlier_version_are_compared_by_their_intervals(tmp_path: Path) -> None:
@@ -202,9 +202,9 @@ def test_runs_of_an_earlier_version_are_compared_by_their_intervals(tmp_path: Pa
         ("prompts", "they have different held-out prompts"),
         ("reward", "shapes_verifier is configured differently"),
         ("unit", "shapes_verifier has different units"),
-        ("missing", "jpeg_compressibility is no reward of run-2"),
-        ("base", "begin with different base models, so their gains are over different bases"),
-        ("gate", "are gated by different rewards: jpeg_compressibility and shapes_verifier"),
+        ("missing", "run-2 has no reward jpeg_compressibility"),
+        ("base", "start from different base models, so their gains have different references"),
+        ("gate", "use different rewards: jpeg_compressibility and shapes_verifier"),
         ("gallery", "The galleries have no prompt in common"),
     ],
 )

@@ -76,7 +76,7 @@ def test_all_problems_come_at_once_with_path_value_and_remedy():
         (["gate.reward=beauty"], "gate.reward", "none of this run's rewards"),
         (["rewards=[{use: shapes_verifier, weight: 0}]"], "rewards", "nothing to learn"),
         (["rewards=[{use: shapes_verifier}, {use: shapes_verifier}]"], "rewards", "is the name of two entries"),
-        (["critic.body.num_heads=7"], "critic.body", "width = 64 is no multiple of num_heads = 7"),
+        (["critic.body.num_heads=7"], "critic.body", "width = 64 is not a multiple of num_heads = 7"),
         (["policy.learning_rate=-1"], "policy.learning_rate", "greater than 0"),
         (["policy.learning_rate=.nan"], "policy.learning_rate", "finite"),
         (["seed=-1"], "seed", "greater than or equal to 0"),
@@ -151,7 +151,7 @@ def test_a_project_is_the_configurations_name(tmp_path, overrides, file, project
 @pytest.mark.parametrize("name", ["../x", ".hidden", "a b", "a/b", "", "files-1", "manifest.json", "x" * 101, "a\n"])
 def test_a_project_that_is_no_name_is_refused(name):
     """It is a part of keys in the store, as a run's id is."""
-    with pytest.raises(ConfigError, match=r"project = .*is no name\. Use letters"):
+    with pytest.raises(ConfigError, match=r"project = .*is not a valid name\. Use letters"):
         resolve(RECIPES["shapes-unet"] | {"project": name})
     assert is_name(as_name(name))
 

@@ -46,8 +46,8 @@ def test_a_run_that_ended_early_is_reported_as_far_as_it_came(tmp_path: Path, la
     assert [file.path for file in manifest.files] == FILES
     card = (tmp_path / "runs" / "run-1" / "card.md").read_text()
     assert ("Not evaluated" in card) == (last in ("prepare", "train"))
-    assert ("Not judged" in card) == (last != "gate")
-    assert ("Promoted, and not deployed" in card) == (last == "gate")
+    assert ("Not decided" in card) == (last != "gate")
+    assert ("Promoted, but not deployed" in card) == (last == "gate")
 
 
 def test_a_run_that_has_published_nothing_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

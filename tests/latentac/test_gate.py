@@ -35,15 +35,15 @@ BESIDE: dict[str, Any] = {
 FLOORS = {"verifier": 0.5, "jpeg": -2.0}
 USED = {
     "verifier: gain": "difference.verifier.mean",
-    "verifier: low end of the gain": "difference.verifier.low",
+    "verifier: lower bound of the gain": "difference.verifier.low",
     "jpeg: mean": "trained.jpeg.mean",
-    "verifier: low end against its floor": "trained.verifier.low",
-    "jpeg: low end against its floor": "trained.jpeg.low",
-    "verifier: low end of the gain over the incumbent": "incumbent_difference.verifier.low",
-    "diversity: low end of the share of base's": "diversity.kept.base.low",
-    "diversity: low end of the share of incumbent's": "diversity.kept.incumbent.low",
-    "latency: high end of the ratio to base's": "latency.ratio.base.high",
-    "latency: high end of the ratio to incumbent's": "latency.ratio.incumbent.high",
+    "verifier: lower bound against its floor": "trained.verifier.low",
+    "jpeg: lower bound against its floor": "trained.jpeg.low",
+    "verifier: lower bound of the gain over the incumbent": "incumbent_difference.verifier.low",
+    "diversity: lower bound of the ratio to base": "diversity.kept.base.low",
+    "diversity: lower bound of the ratio to incumbent": "diversity.kept.incumbent.low",
+    "latency: upper bound of the ratio to base": "latency.ratio.base.high",
+    "latency: upper bound of the ratio to incumbent": "latency.ratio.incumbent.high",
 }
 """Check -> the number of evaluation.json that it is of."""
 
@@ -87,21 +87,21 @@ def test_all_is_well(evaluation: dict[str, Any], production: dict[str, Any]) -> 
     [
         ("verifier: gain", 0.05, True),
         ("verifier: gain", 0.049, False),
-        ("verifier: low end of the gain", 0.0, True),
-        ("verifier: low end of the gain", -0.001, False),
+        ("verifier: lower bound of the gain", 0.0, True),
+        ("verifier: lower bound of the gain", -0.001, False),
         ("jpeg: mean", -1.64, True),
         ("jpeg: mean", -1.66, False),
-        ("verifier: low end against its floor", 0.5, True),
-        ("verifier: low end against its floor", 0.499, False),
-        ("jpeg: low end against its floor", -2.01, False),
-        ("verifier: low end of the gain over the incumbent", -0.05, True),
-        ("verifier: low end of the gain over the incumbent", -0.051, False),
-        ("diversity: low end of the share of base's", 0.7, True),
-        ("diversity: low end of the share of base's", 0.699, False),
-        ("diversity: low end of the share of incumbent's", 0.699, False),
-        ("latency: high end of the ratio to base's", 1.25, True),
-        ("latency: high end of the ratio to base's", 1.251, False),
-        ("latency: high end of the ratio to incumbent's", 1.251, False),
+        ("verifier: lower bound against its floor", 0.5, True),
+        ("verifier: lower bound against its floor", 0.499, False),
+        ("jpeg: lower bound against its floor", -2.01, False),
+        ("verifier: lower bound of the gain over the incumbent", -0.05, True),
+        ("verifier: lower bound of the gain over the incumbent", -0.051, False),
+        ("diversity: lower bound of the ratio to base", 0.7, True),
+        ("diversity: lower bound of the ratio to base", 0.699, False),
+        ("diversity: lower bound of the ratio to incumbent", 0.699, False),
+        ("latency: upper bound of the ratio to base", 1.25, True),
+        ("latency: upper bound of the ratio to base", 1.251, False),
+        ("latency: upper bound of the ratio to incumbent", 1.251, False),
     ],
 )
 def test_each_check_by_itself(name: str, value: float, passes: bool) -> None:
@@ -172,8 +172,8 @@ def test_an_incumbent_that_is_not_whole_holds(production: dict[str, Any]) -> Non
 
 
 def test_an_incumbent_must_be_beaten_where_that_is_asked() -> None:
-    """Strictly: the low end of the gain over it above 0, not at 0."""
-    name = "verifier: low end of the gain over the incumbent"
+    """Strictly: the lower bound of the gain over it above 0, not at 0."""
+    name = "verifier: lower bound of the gain over the incumbent"
     for low, missed in ((0.001, []), (0.0, [name]), (-0.01, [name])):
         evaluation = changed(BESIDE, USED[name], low)
         assert failed(decide(settings(must_beat_incumbent=True), REWARDS, evaluation, PRESENT)) == missed

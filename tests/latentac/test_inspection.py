@@ -245,17 +245,17 @@ REFUSED = {
     **{f"pipeline {name}": (setting(INDEX, _class_name=name), what) for name, what in PIPELINES.items()},
     "another backbone": (setting(INDEX, _class_name="StableDiffusion3Pipeline"), "another backbone's"),
     "no index": (without(INDEX), "model_index.json: is missing"),
-    "an index that is no JSON": (text(INDEX, "{"), "model_index.json is no JSON"),
+    "an index that is not JSON": (text(INDEX, "{"), "model_index.json is not JSON"),
     "no tokenizer": (without("tokenizer"), "tokenizer: is missing"),
     "a tokenizer of nulls": (setting(INDEX, tokenizer=[None, None]), "tokenizer: is null or missing"),
     "an empty tokenizer": (without("tokenizer/vocab.json", "tokenizer/merges.txt"), "neither tokenizer.json nor"),
     "half a tokenizer": (without("tokenizer/merges.txt"), "neither tokenizer.json nor vocab.json with merges.txt"),
     "a tokenizer of pointers": (text("tokenizer/vocab.json", POINTER), "vocab.json is a git-lfs pointer"),
     "merges as a pointer": (text("tokenizer/merges.txt", POINTER), "merges.txt is a git-lfs pointer"),
-    "a broken vocabulary": (text("tokenizer/vocab.json", '{"a": 1'), "vocab.json is no JSON"),
+    "a broken vocabulary": (text("tokenizer/vocab.json", '{"a": 1'), "vocab.json is not JSON"),
     "an empty vocabulary": (text("tokenizer/vocab.json", "{}"), "empty vocabulary"),
     "empty merges": (text("tokenizer/merges.txt", ""), "merges.txt is empty"),
-    "a broken tokenizer.json": (text("tokenizer/tokenizer.json", "[]"), "tokenizer.json is no JSON object"),
+    "a broken tokenizer.json": (text("tokenizer/tokenizer.json", "[]"), "tokenizer.json is not a JSON object"),
     "no tokenizer_config": (without(TOKENIZER_FILE), "no tokenizer_config.json"),
     "a tokenizer without a length": (setting(TOKENIZER_FILE, model_max_length=1e30), r"model_max_length is 1e\+30"),
     "a tokenizer that is too long": (setting(TOKENIZER_FILE, model_max_length=77), "reads at most 16 tokens"),
@@ -285,8 +285,8 @@ REFUSED = {
     "weights of a pointer": (text(WEIGHTS, POINTER), "is a git-lfs pointer"),
     "truncated weights": (cut(WEIGHTS, 5000), "cut off"),
     "weights cut at the end": (cut(WEIGHTS, -100), "it was cut off"),
-    "empty weights": (cut(WEIGHTS, 0), "no safetensors file, or was cut off"),
-    "a page instead of weights": (text(WEIGHTS, "<!doctype html>" * 100), "no safetensors file"),
+    "empty weights": (cut(WEIGHTS, 0), "not a safetensors file, or was cut off"),
+    "a page instead of weights": (text(WEIGHTS, "<!doctype html>" * 100), "not a safetensors file"),
     "a damaged header": (patched(WEIGHTS, b'"dtype"', b'"dtypo"'), "damaged header"),
     "quantised weights": (setting(UNET_FILE, quantization_config={"bits": 4}), "quantised weights"),
     "a link out of the folder": (linked, "is a link that leads out of the folder"),
@@ -465,13 +465,13 @@ def test_the_command_for_pickles_converts_them(models, tmp_path):
 @pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "~/nowhere", "a/b/c", "https://hub/a/b"])
 def test_a_source_that_is_no_folder_is_not_asked_of_the_hub(source):
     """A path is a path: a misspelt one is not looked up elsewhere."""
-    with pytest.raises(ConfigError, match=r"is no folder here|is an address"):
+    with pytest.raises(ConfigError, match=r"is not a folder here|is an address"):
         locate(source, UNET)
 
 
 def test_a_folder_has_no_revision(models):
     """It would be ignored in silence."""
-    with pytest.raises(ConfigError, match="is no hub id and has none"):
+    with pytest.raises(ConfigError, match="is not a hub id and has no revision"):
         locate(str(models["unet"]), UNET, "main")
 
 

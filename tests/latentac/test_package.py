@@ -99,7 +99,7 @@ def test_a_folder_that_is_none_is_refused_where_settings_are_shown(
     (tmp_path / "mine.py").touch()
     assert main(["config", "show", "--package", str(tmp_path / name)]) == 2
     told = capsys.readouterr()
-    assert "is no folder" in told.err
+    assert "is not a folder" in told.err
     assert told.out == ""
 
 
@@ -122,7 +122,7 @@ def test_an_archive_that_leads_out_is_refused(name: str, tmp_path: Path) -> None
 
 def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
     """And what is too large to be a parameter of a step."""
-    with pytest.raises(ConfigError, match="is no zip archive"):
+    with pytest.raises(ConfigError, match="is not a readable zip archive"):
         unpack(b"PK", tmp_path)
     with pytest.raises(ConfigError, match="image of your own"):
         inline(os.urandom(MAX_INLINE_BYTES))
@@ -155,7 +155,7 @@ def damaged() -> bytearray:
     [
         (patched(6, 1), "encrypted"),
         (patched(8, 99), "compression method"),
-        (damaged(), "is no zip archive"),
+        (damaged(), "is not a readable zip archive"),
         (archive(("a", "1"), ("a/b", "2")), "is a file and a folder"),
         (archive(("a/b", "1"), ("a", "2")), "is a file and a folder"),
     ],

@@ -129,7 +129,7 @@ def test_only_bounds_can_be_changed_and_all_problems_are_told(held: Path, capsys
     assert command(held, "gate", *(part for word in words for part in ("--set", word))) == 2
     told = capsys.readouterr().err
     for expected in (
-        "--set = 'seed=1': was settled when the run began. Override fields of gate alone.",
+        "--set = 'seed=1': was fixed when the run began. Only fields of gate can be overridden.",
         "--set = 'gate=3': names no field",
         'gate.min_gian = 1: unknown field. Did you mean "min_gain"?',
         "gate.max_latency_ratio = -1",
@@ -162,10 +162,13 @@ def test_a_held_run_is_not_deployed_unless_it_is_forced(held: Path, capsys: pyte
     assert deployment["forced"]["reasons"] == [CHECK]
     assert deployment["forced"]["by"]
     verbs.finish("held", "", str(held))
-    assert f"Forced into production over the gate, which says:\n\n- {CHECK}" in (held / "held" / "card.md").read_text()
+    assert (
+        f"Forced into production against the gate's decision. The gate's reasons:\n\n- {CHECK}"
+        in (held / "held" / "card.md").read_text()
+    )
     page = re.sub(r"\s+", " ", (held / "held" / "report.html").read_text())
     assert "Held back by the gate, and in production by force" in page
-    assert "Forced over the gate by" in page
+    assert "Forced against the gate's decision by" in page
     with model_to_use("", "", "", str(held)) as (_, told):
         assert told == f"{now.version}, in production in project shapes-unet-smoke, forced over its gate ({CHECK})"
 
@@ -219,7 +222,7 @@ def test_what_was_deployed_last_is_served_or_a_projects_own(held: Path, capsys: 
         assert folder == held / "other" / "model"
     for words, problem in (
         (["--project", "nobody"], "Projects with a model in production: mine, shapes-unet-smoke."),
-        (["--project", "../x"], "is no name of a project"),
+        (["--project", "../x"], "is not a project name"),
         (["--project", "mine", "--run", "held"], "--run names held already"),
         (["--project", "broken"], "it names no version and run"),
     ):

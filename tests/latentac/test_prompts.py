@@ -182,7 +182,7 @@ def test_the_pattern_is_the_rule(text: str) -> None:
 
 WRONG_FILES = {
     "p.json": [
-        (b'{"train": ["a"], "held_out": ["b"], "val": ["c"]}', "`val`': is no key of a file of prompts"),
+        (b'{"train": ["a"], "held_out": ["b"], "val": ["c"]}', "`val`': is not a key of a prompt file"),
         (b'{"train": ["a"]}', "held_out': is missing"),
         (b'{"train": ["a"], "held_out": null}', "held_out': is null and no list"),
         (b'{"train": ["a"], "held_out": {"0": "b"}}', "held_out': is an object and no list"),
@@ -235,8 +235,8 @@ WRONG_FILES = {
     "wide.csv": [
         (b"prompt" + b"".join(b",c%d" % i for i in range(30_000)) + b"\na\n" * 300, "has more than 8,000,000 cells")
     ],
-    "p.parquet": [(b"PAR1", "is no format that is read here: .parquet. Use a file that ends in .json")],
-    "prompts": [(b"a", "is no format that is read here: no ending")],
+    "p.parquet": [(b"PAR1", "is not a supported format: .parquet. Use a file that ends in .json")],
+    "prompts": [(b"a", "is not a supported format: no ending")],
 }
 
 
@@ -393,7 +393,7 @@ def test_prepare_refuses_prompts_none_of_which_the_endpoint_would_draw(tmp_path:
     source = written(tmp_path, {"p.json": json.dumps({"train": ["a cat"], "held_out": [LONG]})}) / "p.json"
     rewards = ["rewards=[{use: jpeg_compressibility}]", "gate.reward=jpeg_compressibility"]
     settings = [f"prompts.source={source}", *rewards, "prompts.on_truncation=warn"]
-    with pytest.raises(ConfigError, match=r"set serving.max_prompt_characters, or serving.allow_truncation=true"):
+    with pytest.raises(ConfigError, match=r"raise the limit, or set serving.allow_truncation=true"):
         prepare("r", "", str(tmp_path), "shapes-unet-smoke", overrides=settings)
     prepare("r", "", str(tmp_path), "shapes-unet-smoke", overrides=[*settings, "serving.allow_truncation=true"])
     assert [prompt.text for prompt in open_run("r", "", str(tmp_path)).presentable] == [LONG]

@@ -159,7 +159,7 @@ def test_a_file_that_never_ends_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as file:
         file.truncate(100 * 2**30)
     for place in (tmp_path / "pipe", Path("/dev/zero"), tmp_path / "large"):
-        with pytest.raises(ValueError, match=r"no regular file|larger than"):
+        with pytest.raises(ValueError, match=r"not a regular file|larger than"):
             read_bytes(place)
 
 
@@ -206,7 +206,7 @@ def test_a_picture_that_is_none_is_one_error(tmp_path: Path, picture: bytes, ste
         files[step]["gallery/base.png" if step == "evaluate" else "picture.png"] = picture
 
     url = publish_until(tmp_path, change=change)
-    with pytest.raises(IntegrityError, match="is no picture that can be shown"):
+    with pytest.raises(IntegrityError, match="is not an image that can be shown"):
         write_report("run-1", url, str(tmp_path / "runs"))
 
 

@@ -119,9 +119,9 @@ def test_a_file_without_an_end_is_read_no_further_than_asked() -> None:
 @pytest.mark.timeout(20)
 def test_a_pipe_in_a_runs_folder_is_waited_for_by_nobody(pipe: Path) -> None:
     """A run's folder may be anybody's."""
-    with pytest.raises(ValueError, match="is no regular file"):
+    with pytest.raises(ValueError, match="is not a regular file"):
         read_bytes(pipe)
-    with pytest.raises(IntegrityError, match="is no regular file"):
+    with pytest.raises(IntegrityError, match="is not a regular file"):
         read_record(pipe)
     assert lock_holder(pipe) == ""
     with pytest.raises(ResourceError, match="is neither a file nor a folder"):

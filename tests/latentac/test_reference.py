@@ -56,23 +56,23 @@ def test_what_is_shown_explains_itself() -> None:
     overrides = ["rewards=[{use: colourfulness, name: a}, {use: colourfulness, name: b}]", "gate.reward=a"]
     text = commented_yaml(resolve_all(recipe_fields("shapes-unet", "", overrides)).config)
     for shown in (
-        "  # Denoising steps per picture, K.\n  num_steps: 10\n",
-        "  # eta of DDIM, the noise level of the flow kernels. 0 is deterministic.\n  noise: 1.0\n",
+        "  # Denoising steps per image, K.\n  num_steps: 10\n",
+        "  # eta of DDIM, or the noise level of the flow kernels. 0 is deterministic.\n  noise: 1.0\n",
         "    # A row of the rewards' table, or `module:Class`.\n  - use: colourfulness\n",
         "\n  - use: colourfulness\n    name: b\n    weight: 1.0\n",
-        "      # How much a reward of weight 1 counts, in standard deviations of that reward.\n      strength: 20.0\n",
+        "      # Factor on the steering weights, in standard deviations of each reward.\n      strength: 20.0\n",
     ):
         assert shown in text
-    assert text.count("# Bound of one call, in seconds.") == 1
+    assert text.count("# Time limit of one call, in seconds.") == 1
 
 
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("train", ["num_iterations: integer > 0; default 30", "Pictures per iteration", "train.guard"]),
+        ("train", ["num_iterations: integer > 0; default 30", "Images per iteration", "train.guard"]),
         ("rewards.weight", ["number >= 0; default 1.0"]),
         ("algorithm.grpo", ["group_size: integer >= 2; default 4", "Shao et al. 2024"]),
-        ("algorithm.grpo.group_size", ["Rollouts of one prompt"]),
+        ("algorithm.grpo.group_size", ["Rollouts per prompt"]),
         ("gate.reward", ["required"]),
     ],
 )

@@ -133,8 +133,10 @@ def test_a_complete_run_gives_a_complete_self_contained_page(complete: tuple[str
     assert not re.search(r"url\((?!#)|@import|https?://(?!127\.0\.0\.1)", text)
     assert "not run" not in page.text
     assert "Promoted" in page.text
-    assert "from 0.391 to 0.612: a change of +0.222 (95 % interval +0.185 to +0.259, 1024 pictures a side)" in page.text
-    assert "On prompts that it was trained on it scores +0.019 (-0.036 to +0.073) against these." in page.text.replace(
+    assert (
+        "from 0.391 to 0.612: a change of +0.222 (95 % interval +0.185 to +0.259, 1024 images per model)" in page.text
+    )
+    assert "Training prompts minus held-out prompts: +0.019 (-0.036 to +0.073)." in page.text.replace(
         "\N{MINUS SIGN}", "-"
     )
 
@@ -209,7 +211,7 @@ def test_each_picture_is_marked_right_or_wrong(complete: tuple[str, dict[str, An
     assert marks[0] == ("base", "good", '<span aria-hidden="true">✓</span> right</span>')
     assert marks[3] == ("base", "bad", '<span aria-hidden="true">✗</span> wrong</span>')
     assert all(("right" in shown) == (colour == "good") for _, colour, shown in marks)
-    assert "Each picture is marked ✓ right or ✗ wrong by shapes_verifier" in Page(text).text
+    assert "Each image is marked ✓ right or ✗ wrong by shapes_verifier" in Page(text).text
 
 
 def test_a_reward_that_is_no_yes_or_no_shows_its_value(tmp_path: Path) -> None:
@@ -266,7 +268,7 @@ def test_a_held_run_says_so_with_the_reasons(tmp_path: Path) -> None:
     assert "Held back by the gate" in shown
     assert "gained 0.012, less than 0.05" in shown
     assert "went from 0.391 to 0.612" in shown
-    assert "not told apart from no change" in shown
+    assert "The interval contains 0, so this may be chance" in shown
     assert "nothing was deployed" in shown
     assert summary["serving"] is None
 
@@ -418,7 +420,7 @@ def test_seconds_are_the_drivers_or_the_manifests(tmp_path: Path) -> None:
     assert seconds_with(stages) == (expected, [])
     found, notes = seconds_with('{"stages": {}, "total": 30.0}')
     assert found == {"prepare": 4.2, "pretrain-value": 38.5, "total": 30.0}
-    assert "less than the stages" in notes[0]
+    assert "less than the sum of the steps" in notes[0]
     assert seconds_with(None) == ({"prepare": 4.2, "pretrain-value": 38.5, "total": pytest.approx(42.7)}, [])
     with pytest.raises(IntegrityError, match=r"timings.json: .* Remove it"):
         seconds_with('{"stages"')

@@ -671,7 +671,7 @@ def test_a_bad_condition_is_refused_before_anything(bad: list[str], capsys: pyte
     with pytest.raises(SystemExit) as stopped:
         main(["prune", *bad])
     assert stopped.value.code == 2
-    assert "give for example" in capsys.readouterr().err or bad[1] == "-1"
+    assert "for example" in capsys.readouterr().err or bad[1] == "-1"
 
 
 def test_a_store_can_be_read_by_its_url_alone(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

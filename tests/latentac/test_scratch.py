@@ -54,7 +54,7 @@ def test_a_folder_that_will_not_do_is_done_without(
     request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
     """One line says why, and where the files go instead."""
-    wanted, words = tmp_path / "x", "is no folder"
+    wanted, words = tmp_path / "x", "is not a folder"
     if kind == "a file":
         wanted.touch()
     elif kind == "long":
@@ -89,7 +89,7 @@ def test_the_runs_own_folder_is_the_last_resort(
         pass
     assert str(caught.value).startswith("TMPDIR: ")
     assert f"{tiny} has only 0.2 MiB free" in str(caught.value)
-    assert f"{tiny}/runs is no folder" in str(caught.value)
+    assert f"{tiny}/runs is not a folder" in str(caught.value)
 
 
 def test_the_folder_of_a_killed_process_is_removed_and_nothing_else(tmp_path: Path) -> None:

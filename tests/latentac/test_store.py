@@ -466,7 +466,7 @@ def test_what_cannot_be_published(tmp_path: Path) -> None:
     store = open_store(f"file://{tmp_path}/store")
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "absent"):
-        with pytest.raises(StoreError, match="nothing in it"):
+        with pytest.raises(StoreError, match="no file to publish"):
             publish(store, folder)
     folder = write(tmp_path / "artifact", {"a": b"1"})
     with pytest.raises(StoreError, match="as JSON"):

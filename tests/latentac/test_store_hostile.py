@@ -492,7 +492,7 @@ def test_a_size_below_nothing_hides_no_other(tmp_path: Path, monkeypatch: pytest
 
 def test_a_store_that_gives_back_other_bytes_is_found_out(ask: Callable[[Answer], Store]) -> None:
     """By the probe, before a run begins."""
-    with pytest.raises(IntegrityError, match="gives back other bytes"):
+    with pytest.raises(IntegrityError, match="returns bytes other"):
         ask(says(200, b"other")).probe()
 
 

@@ -191,7 +191,7 @@ def test_owners_that_are_no_processes_are_told_by_their_variable(tmp_path: Path,
     failed = task("raise AssertionError", tmp_path, **{OWNERS: owners})
 
     assert failed.returncode == 2
-    assert f"train: {OWNERS} = '{owners}': is no process" in failed.stderr
+    assert f"train: {OWNERS} = '{owners}': is not a process" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -203,7 +203,7 @@ def test_a_failure_is_told_with_the_reason_of_the_step(kfp: Kfp, capsys: pytest.
     lines = told.out.splitlines()
     assert "[3/8] train failed in 7 s" in lines
     assert lines.index("      train: OOMKilled (exit code 137)") < lines.index("      train: child 'b' failed")
-    assert "run run-1: failed; its reasons stand above. Submit it again with the same --run" in told.err
+    assert "run run-1: failed; the reasons are above. Submit it again with the same --run" in told.err
 
 
 def test_a_run_that_waits_for_ever_is_given_up(kfp: Kfp, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,7 +249,7 @@ def test_an_outage_does_not_end_the_following(kfp: Kfp, capsys: pytest.CaptureFi
     kfp.fail_next = [503] * 5
 
     assert pipeline("follow", "run-1", *QUICK) == 0
-    assert "asking again" in capsys.readouterr().out
+    assert "trying again" in capsys.readouterr().out
 
 
 def test_a_schedule_lets_kfp_name_each_run(kfp: Kfp, capsys: pytest.CaptureFixture[str]) -> None:

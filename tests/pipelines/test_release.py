@@ -106,4 +106,4 @@ def test_pods_that_may_not_be_read_do_not_end_the_following(
     environment = {**os.environ, "KUBECONFIG": nobody}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("what pods wait for cannot be told from here") == 1
+    assert done.stdout.count("cannot find out what pods wait for") == 1

@@ -245,7 +245,7 @@ ENDS = {
     "by an exit code": ("os._exit(3)", "", "reward mine, prompt '.*ended with exit code 3"),
     "as if all were well": ("os._exit(0)", "", "reward mine, prompt '.*ended with exit code 0"),
     "by a signal": ("ctypes.string_at(0)", "", "reward mine, prompt '.*was killed by SIGSEGV"),
-    "where it is imported": ("pass", "os._exit(0)", "a class of yours ended the process that tried it"),
+    "where it is imported": ("pass", "os._exit(0)", "one of your classes ended the process that tried it"),
 }
 
 
@@ -279,6 +279,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
         if name.parts[0] in {*PACKAGES, "requirements", "pyproject.toml", "LICENSE", "README.md"}:
             (place / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place / "source" / name)
+    for link in ("components", "pipelines"):
+        (place / "source" / "latentac" / link).symlink_to(f"../{link}")
     build = "from setuptools import build_meta; print(build_meta.build_wheel('..'))"
     subprocess.run([sys.executable, "-c", build], cwd=place / "source", capture_output=True, check=True)
     shutil.rmtree(place / "source")

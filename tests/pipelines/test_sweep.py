@@ -143,7 +143,7 @@ def test_a_member_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: py
     assert told.count("failed after") == 2
     assert "2 failed" in told
     assert f"latentac sweep --resume failing --output {tmp_path}/runs" in told
-    assert "fewer than two members have published anything" in told
+    assert "fewer than two runs have published anything" in told
     state = load("failing", tmp_path / "runs")
     assert [(member.state, member.exit_code) for member in state.members] == [("failed", 2)] * 2
     log = tmp_path / "runs" / "failing" / f"{state.members[0].run}.log"

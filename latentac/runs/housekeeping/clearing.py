@@ -170,7 +170,7 @@ def _pointed_at(survey: Survey) -> Iterator[tuple[str, str, str]]:
             raise IntegrityError(f"{survey.store.url}/{key}", "it names no version and run", "Deploy a run again")
         role = "in production" if key.endswith("production.json") else "the candidate"
         yield str(found.get("version")), str(found.get("run")), f"its model is {role} ({key})"
-        yield str(found.get("previous")), "", f"its model is the one to go back to ({key})"
+        yield str(found.get("previous")), "", f"its model is the one before the model in production ({key})"
 
 
 def _busy_elsewhere(survey: Survey) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The commands `latentac runs`, `delete` and `prune`: their options, and what they say and ask."""
+"""The commands `latentac runs`, `delete` and `prune`: their options, and what they print and ask."""
 
 import argparse
 import json
@@ -19,29 +19,33 @@ Make = Callable[..., argparse.ArgumentParser]
 def add_verbs(make: Make, add: Callable[..., argparse.ArgumentParser]) -> None:
     """make: gives a parser its help, as `latentac.runs.cli` does for all verbs; add: makes one of a name."""
     runs = make(add, "runs", "list the runs: state, recipe, seed, gain, gate, size, age", "latentac runs --output runs")
-    runs.add_argument("--json", action="store_true", help="as JSON, the gain's interval and exact sizes in it")
+    runs.add_argument("--json", action="store_true", help="print JSON, with the gain's interval and exact sizes")
     runs.set_defaults(command=_runs)
 
     delete = make(
-        add, "delete", "delete runs with all that they published", "latentac delete shapes-unet-20260131-120000"
+        add, "delete", "delete runs and everything that they published", "latentac delete shapes-unet-20260131-120000"
     )
     delete.add_argument("run", nargs="+", metavar="RUN", help="a run's id")
     delete.set_defaults(command=_delete)
 
     prune = make(
-        add, "prune", "delete what is not needed: old or failed runs, what killed processes left",
+        add, "prune", "delete what is not needed: old or failed runs, and leftovers of killed processes",
         "latentac prune\n  latentac prune --keep 5 --older-than 7d\n  latentac prune --failed --yes",
     )  # fmt: skip
-    prune.add_argument("--keep", type=_count, metavar="N", help="runs that are not the newest N")
-    prune.add_argument("--older-than", type=_seconds, metavar="7d", help="runs started before that: 90m, 12h, 7d, 4w")
-    prune.add_argument("--failed", action="store_true", help="runs that failed or were stopped; conditions add up")
+    prune.add_argument("--keep", type=_count, metavar="N", help="delete all but the newest N runs")
+    prune.add_argument("--older-than", type=_seconds, metavar="7d", help="delete runs that are older: 90m, 12h, 7d, 4w")
+    prune.add_argument(
+        "--failed",
+        action="store_true",
+        help="delete runs that failed or were stopped; a run must meet all given conditions",
+    )
     prune.set_defaults(command=_prune)
 
     for verb in (runs, delete, prune):
         verb.add_argument("--output", default="runs", metavar="FOLDER", help="working folders (default: %(default)s)")
         verb.add_argument("--store", default="", metavar="URL", help="file:// or s3:// (default: each run's own)")
     for verb in (delete, prune):
-        verb.add_argument("--yes", action="store_true", help="do not ask; without a terminal nothing is removed else")
+        verb.add_argument("--yes", action="store_true", help="do not ask; needed if there is no terminal")
 
 
 def _runs(options: argparse.Namespace) -> None:
@@ -87,22 +91,22 @@ def _carry_out(plans: "list[Plan]", agreed: bool) -> None:
     if not agreed and sys.stdin.isatty() and sys.stdout.isatty():
         agreed = input("Remove it? [y/N] ").strip().lower() in ("y", "yes")
     if not agreed:
-        print("Nothing was removed. To remove it, answer y, or add --yes.", file=sys.stdout)
+        print("Nothing was removed. Answer y, or add --yes.", file=sys.stdout)
         return
     for plan in plans:
         for removal in remove(plan):
             print(f"removed  {removal.title}", file=sys.stdout, flush=True)
-    print(f"{size(sum(plan.bytes for plan in plans))} are free again", file=sys.stdout)
+    print(f"{size(sum(plan.bytes for plan in plans))} were freed", file=sys.stdout)
 
 
 def _count(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of runs: give for example 5")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of runs, for example 5")
     return int(text)
 
 
 def _seconds(text: str) -> float:
     found = re.fullmatch(r"([0-9]{1,9})([mhdw])", text)
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time: give for example 90m, 12h, 7d or 4w")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time, for example 90m, 12h, 7d or 4w")
     return int(found[1]) * float(_UNITS[found[2]])

@@ -62,8 +62,8 @@ def check_known(rewards: Sequence[ConfiguredReward]) -> None:
         if found.shape != answers.shape or not np.allclose(found, answers, rtol=0.05, atol=1e-3):
             raise RewardError(
                 f"reward {reward.name}",
-                f"gives {found.tolist()} to its known pictures instead of {answers.tolist()}",
-                "Its installation is not sound: other versions of its packages, or damaged weights",
+                f"gives {found.tolist()} for its known images instead of {answers.tolist()}",
+                "Check its installation: the versions of its packages, and its weights",
             )
 
 
@@ -122,17 +122,19 @@ def check_lengths(config: Config, prompts: PromptSet, backbone: "Denoiser") -> d
         text = splits[split][index].text
         told = f"{prompts.places.get(text, f'{split}[{index}]')}: {text[:80]}{'...' if len(text) > 80 else ''}"
         problem = f"has {counts[split][index]} tokens, and the text encoder reads {most}"
-        remedy = "Shorten it, or set prompts.on_truncation=warn to use what is read of it."
+        remedy = "Shorten it, or set prompts.on_truncation=warn to use only its first tokens."
         problems.append(Problem("prompts", told, problem, remedy))
     total = sum(map(len, cut.values()))
     if total > len(problems):
-        remedy = "Shorten them too."
+        remedy = "Shorten these as well."
         problems.append(Problem("prompts", config.prompts.source, f"{total - _TOLD} more are too long", remedy))
     if problems and config.prompts.on_truncation == "refuse":
         raise ConfigError(problems)
     if not within(prompts.held_out, config.serving, cut["held_out"]):
-        longest = f"is allowed, and every held-out prompt is longer, or has more than {most} tokens"
-        remedy = "The endpoint is to draw one: set serving.max_prompt_characters, or serving.allow_truncation=true."
+        longest = f"is the limit, but every held-out prompt is longer, or has more than {most} tokens"
+        remedy = (
+            "The check of the endpoint needs one such prompt: raise the limit, or set serving.allow_truncation=true."
+        )
         characters = config.serving.max_prompt_characters
         raise ConfigError([Problem("serving.max_prompt_characters", characters, longest, remedy)])
     for each in problems:

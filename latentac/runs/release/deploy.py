@@ -161,7 +161,9 @@ def fetch_version(version: str, store: str, folder: Path) -> Manifest:
         foreign = sorted({path.name for path in found} - {path.name for path in (*_parts(partial / "model"), partial)})
         if foreign:
             remedy = "Move it away or choose another folder"
-            raise ResourceError(str(folder), f"holds what is not of {key}: {', '.join(foreign[:5])}", remedy)
+            raise ResourceError(
+                str(folder), f"contains files that do not belong to {key}: {', '.join(foreign[:5])}", remedy
+            )
         for path in _parts(partial / "model"):
             if not os.path.lexists(folder / path.name):
                 path.rename(folder / path.name)

@@ -57,8 +57,8 @@ def override(config: Config, assignments: Sequence[str]) -> tuple[Gate, list[dic
             problems += error.problems
             continue
         if list(fields) != ["gate"]:
-            remedy = "Override fields of gate alone. For another configuration start a new run."
-            problems.append(Problem("--set", assignment, "was settled when the run began", remedy))
+            remedy = "Only fields of gate can be overridden. For another configuration, start a new run."
+            problems.append(Problem("--set", assignment, "was fixed when the run began", remedy))
         elif not isinstance(fields["gate"], Mapping):
             problems.append(Problem("--set", assignment, "names no field", "Write for example gate.min_gain=0.02."))
         else:
@@ -126,13 +126,15 @@ def _gain(settings: Gate, rewards: Sequence[str], evaluation: Mapping[str, Any])
     main, gain = settings.reward, ("difference", settings.reward)
     yield _check(f"{main}: gain", _find(evaluation, *gain, "mean"), "at least", settings.min_gain)
     low = _find(evaluation, *gain, "low")
-    yield _check(f"{main}: low end of the gain", low, "at least", settings.min_lower_bound)
+    yield _check(f"{main}: lower bound of the gain", low, "at least", settings.min_lower_bound)
     for name in sorted(set(rewards) - {main}):
         base = _find(evaluation, "base", name, "mean")
         bound = None if base is None else base - settings.max_loss_fraction * abs(base)
         yield _check(f"{name}: mean", _find(evaluation, "trained", name, "mean"), "at least", bound)
     for name, floor in sorted(settings.floors.items()):
-        yield _check(f"{name}: low end against its floor", _find(evaluation, "trained", name, "low"), "at least", floor)
+        yield _check(
+            f"{name}: lower bound against its floor", _find(evaluation, "trained", name, "low"), "at least", floor
+        )
 
 
 def _against_incumbent(settings: Gate, evaluation: Mapping[str, Any], production: Mapping[str, Any]) -> Iterator[Check]:
@@ -152,7 +154,7 @@ def _against_incumbent(settings: Gate, evaluation: Mapping[str, Any], production
     trouble = production.get("trouble")
     yield _same("files of the incumbent", "as published" if trouble == "" else str(trouble), "as published")
     difference = _find(evaluation, "incumbent_difference", settings.reward, "low")
-    name = f"{settings.reward}: low end of the gain over the incumbent"
+    name = f"{settings.reward}: lower bound of the gain over the incumbent"
     if settings.must_beat_incumbent:
         yield _check(name, difference, "above", 0.0)
     else:
@@ -164,8 +166,8 @@ def _not_inferior(settings: Gate, arm: str, evaluation: Mapping[str, Any]) -> It
     """Diversity and latency against base or the incumbent, by the unfavourable end of each interval."""
     kept = _find(evaluation, "diversity", "kept", arm, "low")
     slower = _find(evaluation, "latency", "ratio", arm, "high")
-    yield _check(f"diversity: low end of the share of {arm}'s", kept, "at least", settings.min_diversity_kept)
-    yield _check(f"latency: high end of the ratio to {arm}'s", slower, "at most", settings.max_latency_ratio)
+    yield _check(f"diversity: lower bound of the ratio to {arm}", kept, "at least", settings.min_diversity_kept)
+    yield _check(f"latency: upper bound of the ratio to {arm}", slower, "at most", settings.max_latency_ratio)
 
 
 def _at(content: Any, *path: str) -> Any:

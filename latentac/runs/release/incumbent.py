@@ -105,7 +105,7 @@ def chosen_production(store: Store, project: str) -> tuple[Production, list[Prod
     Raises ConfigError where there is none, with the projects that have some.
     """
     if project and not is_name(project):
-        raise ConfigError([Problem("--project", project, "is no name of a project", "Use the name of one.")])
+        raise ConfigError([Problem("--project", project, "is not a project name", "Use the name of a project.")])
     named, found = production(store, project) if project else None, productions(store)
     for each in (named, *found):
         if each and project in ("", each.project):

@@ -14,17 +14,19 @@ from typing import Any
 
 from latentac.system.terminal import printable
 
-_UNKNOWN = "Not known. Say it in the configuration, as"
+_UNKNOWN = "Unknown. Set it in the configuration:"
 _TAGS = {"StableDiffusionPipeline": "stable-diffusion", "StableDiffusion3Pipeline": "stable-diffusion-3"}
-_USE = "## Draw with diffusers"
-_ADAPTER = "## The adapter alone"
+_USE = "## Use with diffusers"
+_ADAPTER = "## Use only the adapter"
+_FORMER = {_USE: "## Draw with diffusers", _ADAPTER: "## The adapter alone"}
+"""Headings in the folders of earlier versions."""
 _DEFAULT_USE = """\
-Pictures from prompts like those of the training, in research on reinforcement learning of diffusion models. Judge it on
-your own prompts before you use it for anything else."""
+Images from prompts like the training prompts, for research on reinforcement learning of diffusion models. For any other
+use, evaluate the model on your own prompts first."""
 _DEFAULT_LIMITS = """\
-- The rewards above are all that was measured; what they do not see may have become worse.
-- No safety checker looks at the pictures, in training, in the endpoint, or in this folder.
-- Whatever the base model reproduces of its data, this one may reproduce too."""
+- Only the rewards above were measured. Other properties of the images may be worse than before training.
+- Images are not checked by a safety filter: not in training, not in the endpoint, and not with this folder.
+- The base model may reproduce its training data. This model may do the same."""
 
 Facts = Mapping[str, Any]
 """Of summary.json: run, recipe, seed, commit, settings, evaluation, training, steering, gate, serving, and perhaps the
@@ -46,20 +48,20 @@ def use_section(code: str, adapter: bool = False) -> str:
     """How to draw with this folder, from `latentac.sampling.snippet.usage`; adapter: with its adapters on the base."""
     if adapter:
         return (
-            f"{_ADAPTER}\n\n`lora/` holds what was trained, without the base, for `load_lora_weights`, which needs"
-            f" peft. Run in this folder, this draws the same picture:\n\n```python\n{code.strip()}\n```"
+            f"{_ADAPTER}\n\n`lora/` holds only the trained weights, for `load_lora_weights` of diffusers, which needs"
+            f" peft. In this folder, this program makes the same image:\n\n```python\n{code.strip()}\n```"
             if code
             else ""
         )
     if not code:
         return (
-            f"{_USE}\n\nThe folder loads, but no scheduler of diffusers takes the steps that this model was trained"
-            " with, so its pictures differ. `latentac generate` draws the right ones."
+            f"{_USE}\n\nThe folder loads in diffusers. But no scheduler of diffusers makes the steps that this model"
+            " was trained with, so the images differ. `latentac generate` makes the correct ones."
         )
     return (
-        f"{_USE}\n\nRun in this folder, this draws the picture that latentac's endpoint draws without steering from the"
-        f" same prompt and seed, within one grey level of 255:\n\n```python\n{code.strip()}\n```\n\nOther numbers of"
-        " steps, another scheduler and diffusers' own guidance scale draw other pictures."
+        f"{_USE}\n\nIn this folder, this program makes the same image as latentac's endpoint without steering, from the"
+        f" same prompt and seed, within one grey level of 255:\n\n```python\n{code.strip()}\n```\n\nWith another number"
+        " of steps, another scheduler, or another guidance scale, the images differ."
     )
 
 
@@ -73,7 +75,8 @@ def sections(readme: str) -> tuple[str, str]:
         end = readme.find("\n## ", start + 1 + len(heading))
         return readme[start : end if end >= 0 else None].strip()
 
-    return section(_USE), section(_ADAPTER)
+    use, adapter = (section(heading) or section(_FORMER[heading]) for heading in (_USE, _ADAPTER))
+    return use, adapter
 
 
 def base_model(settings: Mapping[str, Any]) -> str:
@@ -121,7 +124,7 @@ def _body(facts: Facts) -> Iterator[str]:
             ("recipe", f"{_text(facts['recipe'])}, seed {_text(facts['seed'])}"),
             ("backbone", f"{_text(_name(backbone))} from {_text(_place(backbone['source']))}"),
             ("base model", _text(base_model(settings))),
-            ("licence", _text(told.get("licence") or "not known: `card.licence`")),
+            ("licence", _text(told.get("licence") or "unknown: `card.licence`")),
             ("prompts", _text(_place(prompts.get("source", "")))),
             ("code", _text(facts["commit"] or "unknown")),
             # The count is of all iterations so far, so that of the last one is the run's.
@@ -133,20 +136,20 @@ def _body(facts: Facts) -> Iterator[str]:
     yield from _steering(facts["steering"] or [])
     gate, serving = facts["gate"], facts["serving"]
     if gate is None:
-        yield "Not judged: the run has not come to the gate."
+        yield "Not decided: the run has not reached the gate."
     else:
         reasons = [f"- {_text(reason)}" for reason in gate["reasons"] or ()]
         yield "\n".join([f"## Gate: {_text(gate['decision'])}", "", *reasons])
         for bound in gate.get("overrides") or ():
             new, old = _text(bound["new"]), _text(bound["old"])
-            yield f"Judged with another bound than the run's: {_code(bound['field'])} is {new}, not {old}."
+            yield f"Decided with a bound other than the run's: {_code(bound['field'])} is {new}, not {old}."
     if serving:
         yield f"Served as version {_code(serving['version'])}."
         if serving.get("forced"):
             reasons = [f"- {_text(reason)}" for reason in serving["forced"]["reasons"]]
-            yield "\n".join(["Forced into production over the gate, which says:", "", *reasons])
+            yield "\n".join(["Forced into production against the gate's decision. The gate's reasons:", "", *reasons])
     elif gate is not None and gate["decision"] == "promote":
-        yield "Promoted, and not deployed."
+        yield "Promoted, but not deployed."
     yield f"## Data\n\n{_prose(told.get('data')) or _unknown('card.data')}"
     yield f"## Intended use\n\n{_prose(told.get('intended_use')) or _DEFAULT_USE}"
     yield f"## Limits\n\n{_prose(told.get('limits')) or _DEFAULT_LIMITS}"
@@ -173,7 +176,7 @@ def _rewards(facts: Facts) -> Iterator[str]:
     ]
     yield (
         "## Rewards on held-out prompts\n\nMeans before and after training, and the difference, with 95 % intervals."
-        " A reward of weight 0 was watched and not trained on."
+        " A reward of weight 0 was measured, but not trained on."
     )
     yield _table(("reward", "unit", "weight", *arms), rows)
 
@@ -192,7 +195,7 @@ def _training(settings: Mapping[str, Any], training: Sequence[Mapping[str, Any]]
         ("sampler", ", ".join(f"{_text(name)} {_text(value)}" for name, value in kernel.items())),
         ("iterations", _text(last.get("iteration") or len(training))),
         ("seconds", f"{sum(row.get('seconds') or 0 for row in training):.0f}"),
-        ("mean reward, first iteration and last", f"{_number(training[0], last, 'reward_mean')}"),
+        ("mean reward, first and last iteration", f"{_number(training[0], last, 'reward_mean')}"),
     ]
     yield "## Training"
     yield _table(("", ""), [row for row in rows if row[1] not in (None, "")])
@@ -218,7 +221,7 @@ def _steering(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         )
         for row in rows
     ]
-    yield _table(("method", "strength", "candidates", "evaluations", "reward", "mean"), table)
+    yield _table(("method", "strength", "particles", "NFE", "reward", "mean"), table)
 
 
 def _interval(row: Mapping[str, Any] | None) -> str:

@@ -98,7 +98,7 @@ def draw_comparison(comparison: Row) -> dict[str, str]:
             )  # fmt: skip
 
     for name, title, unit in (
-        ("kl", "KL divergence a step", "nats"),
+        ("kl", "KL divergence per step", "nats"),
         ("explained_variance", "Explained variance, mean over steps", "share"),
     ):
         if any(row[name] is not None for _, rows in runs for row in rows):
@@ -109,7 +109,7 @@ def draw_comparison(comparison: Row) -> dict[str, str]:
         if each["critic"]
     ]
     if critics:
-        title, x = "Explained variance after training", "denoising step, from noise to picture"
+        title, x = "Explained variance after training", "denoising step, from noise to image"
         charts["critic"] = _lines("critic", title, x, "share", series=series, runs=critics, value=itemgetter("value"))
     return charts
 
@@ -182,7 +182,7 @@ def _diagnostic(name: str, title: str, unit: str, history: Sequence[Row]) -> str
 
 
 def _critic(critic: Row) -> str:
-    with _axes("critic", "Explained variance", "denoising step, from noise to picture", "share") as (axes, svg):
+    with _axes("critic", "Explained variance", "denoising step, from noise to image", "share") as (axes, svg):
         before, after = critic["explained_variance"], critic["explained_variance_trained"] or ()
         words = [(x, y, "pretrained", colour) for x, y, colour in _line(axes, enumerate(before, 1), "base", "o-")]
         words += [
@@ -201,7 +201,7 @@ def _steering(name: str, unit: str, rows: Sequence[Row]) -> str:
     marks = {method: _METHODS[place % len(_METHODS)] for place, method in enumerate(methods)}
     columns = 3
     above = 6 + 14 * math.ceil(len(marks) / columns)  # room for the legend below the title
-    with _axes(f"steering-{name}", name, "NFE a picture (log scale)", unit, above) as (axes, svg):
+    with _axes(f"steering-{name}", name, "NFE per image (log scale)", unit, above) as (axes, svg):
         axes.set_xscale("log", base=2)
         ordered = sorted(rows, key=lambda row: row["nfe"])
         axes.axhline(ordered[0]["mean"], color=_COLOURS["ink"], linewidth=0.9, linestyle=":")

@@ -108,7 +108,11 @@ def _gallery(reads: Sequence[Read]) -> tuple[Summary | None, list[dict[str, Any]
         keys = [[(prompt, "") for prompt, _ in own] for own in keys]
         common = [(prompt, "") for prompt in prompts if all((prompt, "") in own for own in keys)]
     if not common:
-        return None, [], "The galleries have no prompt in common, so they are not shown; each run's report has its own"
+        return (
+            None,
+            [],
+            "The galleries have no prompt in common, so they are not shown. Each run's report shows its gallery",
+        )
     bases = [read.base for read in shown]
     one_base = same_seeds and all(base == bases[0] for base in bases)
     columns = []
@@ -127,9 +131,7 @@ def _gallery(reads: Sequence[Read]) -> tuple[Summary | None, list[dict[str, Any]
         }
         for row, (prompt, _) in enumerate(common)
     ]
-    note = (
-        "" if same_seeds else "The galleries show the same prompts with different noise: the runs have different seeds"
-    )
+    note = "" if same_seeds else "The galleries show the same prompts with different noise, because the seeds differ"
     index = {"same_seeds": same_seeds, "columns": [column["name"] for column in columns], "rows": rows}
     return index, columns, note
 

@@ -239,7 +239,7 @@ def _obstacle(run: Read, reference: Read, reward: str) -> str:
     """Why the two cannot be held against each other by this reward, or nothing."""
     own, other = run.reward(reward), reference.reward(reward)
     if own is None or other is None:
-        return f"{reward} is no reward of {(run if own is None else reference).point}"
+        return f"{(run if own is None else reference).point} has no reward {reward}"
     if own != other:
         return f"{reward} is configured differently"
     units = [((each.summary["evaluation"] or {}).get("units") or {}).get(reward) for each in (run, reference)]
@@ -254,19 +254,19 @@ def _notes(series: Sequence[Sequence[Read]]) -> Iterator[str]:
     for place, group in enumerate(series):
         for run in group:
             if run.reached != _STEPS[-1]:
-                yield f"{letter(place)} ({run.run}) stopped after {run.reached}; it is shown as far as it came"
+                yield f"{letter(place)} ({run.run}) stopped after {run.reached}; later steps are missing here"
         if place == 0:
             continue
         pair = f"{letter(place)} and A"
         every = list(dict.fromkeys([*names, *_rewards(group[0])]))
         obstacles = dict.fromkeys(filter(None, (_obstacle(group[0], reference, name) for name in every)))
         for obstacle in obstacles:
-            yield f"{pair} cannot be compared by their trained rewards: {obstacle}"
+            yield f"the trained rewards of {pair} cannot be compared: {obstacle}"
         gated = [run.summary["settings"]["gate"]["reward"] for run in (group[0], reference)]
         if gated[0] != gated[1]:
-            yield f"{pair} are gated by different rewards: {gated[0]} and {gated[1]}"
+            yield f"the gates of {pair} use different rewards: {gated[0]} and {gated[1]}"
         if group[0].base != reference.base:
-            yield f"{pair} begin with different base models, so their gains are over different bases"
+            yield f"{pair} start from different base models, so their gains have different references"
         how = [_difference(group, series[0], name) for name in names]
         if any(row is not None and row["how"] == "unpaired" for row in how):
             yield f"{pair} were not evaluated on the same prompts and noise, so their difference is not paired"

@@ -10,23 +10,23 @@ DEFINITIONS = {
     "reward_mean": "mean of the first trained reward over the iteration's images, in its own unit",
     "policy_loss": "surrogate objective, mean over transitions, averaged over the iteration's updates",
     "value_loss": "0.5 (V - clamp(R))^2 in squared standard deviations of each reward, mean over the last pass",
-    "kl": "KL(acting || present policy) of one denoising step in nats, mean over transitions and updates",
+    "kl": "KL(policy of the rollouts || present policy) per denoising step in nats, mean over transitions and updates",
     "clip_share": "share of transitions whose gradient the trust region removed",
-    "guidance": "KL(steered || present policy) of one step in nats: how far the actor is from what the critic asks for",
+    "guidance": "KL(policy moved by the value gradient || present policy) per denoising step in nats",
     "prediction_kl": "mean (prediction - the base's prediction)^2 over transitions and dimensions",
     "zero_std_share": "share of images in groups whose rewards are all equal, which were dropped",
     "ratio_deviation": "mean |ratio - 1|, in the unit of algorithm.log_prob_scale",
     "first_ratio_deviation": "ratio_deviation of the first update, which is 0 because nothing has changed yet",
-    "gradient_norm": "L2 norm of the actor's gradient before clipping",
+    "gradient_norm": "L2 norm of the policy's gradient before clipping",
     "seconds": "wall time of the iteration",
-    "rollout_seconds": "wall time of its rollouts, decoding and scoring included",
-    "world_size": "workers that did the iteration together; an elastic app may have fewer than it asked for",
+    "rollout_seconds": "wall time of the iteration's rollouts, with decoding and scoring",
+    "world_size": "number of workers in the iteration; an elastic job may have fewer than requested",
 }
 """Scalars of the training history by name; an algorithm or a setting that has no such number leaves it out."""
 
 STEPWISE = {
     "explained_variance": "1 - Var(R - V) / Var(R) of the main reward on the iteration's own rollouts",
-    "rank_correlation": "Kendall's tau-b of V and R over the pairs of one prompt's rollouts, where there are such",
+    "rank_correlation": "Kendall's tau-b of V and R over pairs of rollouts of one prompt, if there are such pairs",
 }
 """One number a denoising step, noise first."""
 

@@ -69,7 +69,7 @@ def _opened(file: Path, key: str) -> Iterator[Any]:
     except (IntegrityError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - whatever the decoder raises
-        problem = f"{file.name} is no picture that can be shown ({describe(error, 200)})"
+        problem = f"{file.name} is not an image that can be shown ({describe(error, 200)})"
         raise IntegrityError(key, problem, AGAIN) from None
 
 

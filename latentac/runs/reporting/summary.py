@@ -202,7 +202,7 @@ def _seconds(files: Files, timings: Mapping[str, Any]) -> tuple[dict[str, float 
     seconds |= {stage: value for stage, value in stages.items() if stage not in seconds}
     spent = sum(value for value in seconds.values() if value is not None)
     total = timings.get("total", spent)
-    note = "seconds.total is less than the stages together, for the driver has not seen them all"
+    note = "seconds.total is less than the sum of the steps, because the driver has not measured all of them"
     return {**seconds, "total": total}, [note] if spent > 1.05 * total else []
 
 

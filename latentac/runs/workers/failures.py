@@ -65,6 +65,6 @@ def _repeated(error: Exception, iteration: int, starts: int) -> TrainingError:
     told = " ".join(str(error).split())[:300]
     return TrainingError(
         f"iteration {iteration}",
-        f"{starts} starts of the workers ended there with {type(error).__name__} ({told})",
-        "See its traceback in the workers' log; resumed, the run goes on from its last checkpoint",
+        f"the workers were started {starts} times, and each time ended there with {type(error).__name__} ({told})",
+        "See the traceback in the workers' log. A resumed run continues from its last checkpoint",
     )

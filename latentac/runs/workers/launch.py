@@ -16,7 +16,7 @@ from latentac.runs.workspace import Workspace
 from latentac.system.errors import TrainingError, restore
 from latentac.system.lifetime import keeping_signals
 from latentac.system.reading import read_record
-from latentac.system.scratch import hidden_folder
+from latentac.system.scratch import hidden_folder, remove_hidden
 
 LAST_LINES = 20
 LOOPBACK = "127.0.0.1"
@@ -69,6 +69,13 @@ def run_app(space: Workspace) -> None:
 
     Raises what a worker left, or TrainingError.
     """
+    try:
+        _run_app(space)
+    finally:
+        remove_hidden(space.folder)  # of a worker that was ended while it wrote a checkpoint
+
+
+def _run_app(space: Workspace) -> None:
     run, train = space.run, space.config.train
     with hidden_folder(space.folder, "train") as folder, get_runner() as runner:
         failure, logs = folder / "failure.json", folder / "logs"
@@ -85,8 +92,8 @@ def run_app(space: Workspace) -> None:
         if state != specs.AppState.SUCCEEDED:
             raise TrainingError(
                 f"training app of {run}",
-                f"ended {state.name}; its last words:\n" + "\n".join(lines),
-                "Resume the run: it goes on from its last checkpoint",
+                f"ended {state.name}; the last lines of its log:\n" + "\n".join(lines),
+                "Resume the run: it continues from its last checkpoint",
             )
 
 

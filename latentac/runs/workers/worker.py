@@ -100,7 +100,7 @@ def _work_in_pod(run: str, store: str, output: str, position: Position) -> int:
     try:
         finished = work(open_run(run, store, output), position)
     except PeerLost as error:
-        _log.warning("another worker was lost, so this one ends too, to start anew (%s)", error)
+        _log.warning("another worker was lost, so this one ends and is started again (%s)", error)
         return ALONE
     except Exception as error:
         _log.error("%s", error)
@@ -226,7 +226,7 @@ def _go_back(space: Workspace, mesh: Mesh, trainer: Trainer, error: Diverged) ->
     """
     if trainer.recoveries:
         raise error
-    _log.warning("%s; back to the last checkpoint, with a lower learning rate", error)
+    _log.warning("%s; returning to the last checkpoint, with a lower learning rate", error)
     fresh = _make_trainer(space, mesh)
     _resume(space, fresh)
     fresh.recoveries.append({"where": error.where, "problem": error.problem, "from_iteration": fresh.iteration})
@@ -247,7 +247,7 @@ def _resume(space: Workspace, trainer: Trainer) -> None:
                     continue
                 state = read_state(folder / "state")
             except IntegrityError as error:
-                _log.warning("checkpoint passed over: %s", error)
+                _log.warning("checkpoint skipped: %s", error)
                 continue
             with loading(key):
                 trainer.load_state(*state)

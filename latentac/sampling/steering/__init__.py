@@ -22,17 +22,17 @@ class SteeringSettings(Settings):
     """What every method of steering has; a class's `Settings` derive from this."""
 
     strength: Rate = 1.0
-    """How much a reward of weight 1 counts, in standard deviations of that reward."""
+    """Factor on the steering weights, in standard deviations of each reward."""
     particles: Positive = 4
-    """Rollouts per picture where a request does not say."""
+    """Rollouts per image if a request does not say."""
     start: Fraction = 0.3
-    """The method acts at the steps k of K from start <= k / K on,"""
+    """First step at which the method acts, as a share of the steps: it acts if k / K >= start, for step k of K."""
     stop: Fraction = 0.8
-    """and only while k / K < stop."""
+    """Share of the steps after which the method no longer acts: it acts only if k / K < stop."""
     candidates: list[Positive] = [2, 4, 8]
-    """The benchmark has an arm of this strength for each of these numbers of particles."""
+    """Numbers of particles. The benchmark has one arm for each, with this strength."""
     sweep: list[Rate] = []
-    """The benchmark has an arm of one particle for each of these strengths."""
+    """Strengths. The benchmark has one arm for each, with one particle."""
 
     @model_validator(mode="after")
     def _acts(self) -> Self:

@@ -29,13 +29,13 @@ class Resampling(BestOfN):
 
         strength: Rate = 5.0
         potential: Literal["diff", "max"] = "diff"
-        """`diff` weighs each step by exp(psi_t - psi_{t-1}), whose product is exp(psi) at the end; `max` by the rise of
-        the highest psi in the particle's own past."""
+        """`diff` weights each step by exp(psi_t - psi_{t-1}); the product of these is exp(psi) at the end. `max`
+        weights it by the rise of the highest psi so far of the particle."""
         tempering: NonNegative = 0.0
-        """psi is scaled by ((k + 1) / n)^tempering at the k-th of n steered steps. That rises to 1, so the law at the
-        last steered step is the same, and earlier, where values are unsure, little is decided."""
+        """psi is multiplied by ((k + 1) / n)^tempering at the k-th of n steered steps. The factor rises to 1, so the
+        last steered step has the full weight. At earlier steps, where values are uncertain, less is decided."""
         resample_below: Fraction = 0.7
-        """Particles are resampled where their effective sample size is below this share of their number."""
+        """Particles are resampled if their effective sample size is below this share of their number."""
 
     settings: Settings
 

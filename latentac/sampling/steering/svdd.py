@@ -8,8 +8,8 @@ from latentac.sampling.steering.best_of_n import BestOfN
 
 
 class SVDD(BestOfN):
-    """At each state an image's N candidates are compared by sum_m w_m V_m, and all go on from the best one (Li et al.
-    2024, in the limit of their temperature to 0)."""
+    """At each step, an image's N particles are compared by sum_m w_m V_m, and all continue from the best one (Li et al.
+    2024, in the limit of temperature 0)."""
 
     summary = "at each step all go on from the best one"
 

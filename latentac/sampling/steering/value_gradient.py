@@ -27,8 +27,8 @@ class ValueGradient(BestOfN):
         candidates: list[Positive] = [2, 4]
         sweep: list[Rate] = [10.0, 20.0, 30.0]
         normalised: bool = False
-        """The gradient gives the direction alone, and a strength is the length of the step, in standard deviations of
-        the transition."""
+        """Normalise the gradient. The strength is then the length of the shift, in standard deviations of the
+        transition."""
 
     settings: Settings
 

@@ -14,7 +14,7 @@ const MAX_STORED_CHARACTERS = 2_000_000; // sessionStorage takes about 5 million
 const STORED_HISTORY = "latentac.history";
 // A website may open any link, and change the one of a page that it has opened. So a link fills in and draws nothing.
 const LINKED = "The link's settings are filled in: press Draw, or Enter in any field.";
-const LIMITED = { particles: "Tries for each picture, at most", num_steps: "At most", guidance_scale: "1 is off, at most" };
+const LIMITED = { particles: "Rollouts per image, at most", num_steps: "At most", guidance_scale: "1 is off, at most" };
 const REACHES = [5, 10, 20, 50, 100]; // of a dial; a hundredth is one step of it
 
 let options = null; // what the server offers
@@ -230,13 +230,13 @@ function followLink() {
   for (const [name, text] of turned) {
     const reward = name.slice("steering.".length);
     if (Object.hasOwn(settings.weights, reward)) settings.weights[reward] = text;
-    else missing.push(`a dial for ${reward}`);
+    else missing.push(`a weight for ${reward}`);
   }
   writeSettings(settings);
   const version = parts.get("version") ?? options.version;
-  if (missing.length) warn(`The link asks for what this model has not: ${missing.join(", ")}.`);
+  if (missing.length) warn(`The link has settings that this model does not have: ${missing.join(", ")}.`);
   else if (version !== options.version) {
-    warn(`The link was made with version ${version}; this is ${options.version}. The pictures may differ.`);
+    warn(`The link was made with version ${version}; this is version ${options.version}. The images may differ.`);
   }
   return linked;
 }
@@ -283,7 +283,7 @@ function tellProblem({ field, value, problem, remedy }) {
 function tellRefusal(error) {
   const first = !document.querySelector("[aria-invalid=true]");
   if (error instanceof Refusal && error.problems.length) error.problems.forEach(tellProblem);
-  else warn(error instanceof Refusal ? error.message : `The connection to the server broke (${error.message}). Draw again.`);
+  else warn(error instanceof Refusal ? error.message : `The connection to the server was lost (${error.message}). Draw again.`);
   // Once a draw: three pictures refused for one reason shall not take the focus three times.
   const wrong = first ? document.querySelector("[aria-invalid=true]") : null;
   wrong?.focus();
@@ -322,7 +322,7 @@ async function reach(address, request = {}) {
     answer = await fetch(address, { ...request, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Refusal("The server cannot be reached. See that it runs, then try again.");
+    throw new Refusal("The server cannot be reached. Check that it runs, then try again.");
   }
   if (answer.status !== 401) return answer;
   const given = prompt("This server needs a token:")?.trim();
@@ -376,7 +376,7 @@ async function streamOf(draw, arm, signal) {
     const refusal = await refusalOf(answer);
     const asked = Number(answer.headers.get("Retry-After"));
     if (![429, 503].includes(answer.status) || !(asked > 0) || tries === MAX_TRIES) throw refusal;
-    say("The server is busy. It is asked again soon.");
+    say("The server is busy. The page tries again soon.");
     for (let left = Math.min(Math.ceil(asked), MAX_WAIT_SECONDS); left > 0; left -= 1) {
       note(draw, arm, `The server is busy. Trying again in ${left} s.`);
       await pause(1, signal);
@@ -427,7 +427,7 @@ async function drawArm(draw, arm, signal) {
       ON_EVENT[event.name]?.(draw, arm, event.data);
       if (draw === shown) showCurveSoon();
     }
-    if (!told.image) throw new Refusal("The connection ended before the picture was done. Draw again.");
+    if (!told.image) throw new Refusal("The connection ended before the image was complete. Draw again.");
   } catch (error) {
     if (!signal.aborted) tellRefusal(error);
     note(draw, arm, signal.aborted ? "Stopped" : "Not drawn");
@@ -457,8 +457,8 @@ async function drawAll() {
 function finish(draw, seconds) {
   const arms = Object.values(draw.arms);
   const drawn = arms.filter((told) => told.image).length;
-  if (drawn === arms.length) say(`${drawn} pictures drawn in ${seconds.toFixed(1)} s.`);
-  else say(`${drawn || "None"} of ${arms.length} pictures drawn. What is in the way is marked with ⚠.`);
+  if (drawn === arms.length) say(`${drawn} images drawn in ${seconds.toFixed(1)} s.`);
+  else say(`${drawn || "None"} of ${arms.length} images drawn. Problems are marked with ⚠.`);
   if (!drawn) return;
   earlier = newest([draw, ...earlier].slice(0, MAX_HISTORY), MAX_KEPT_CHARACTERS);
   store();
@@ -548,7 +548,7 @@ function showCurve() {
   const picture = svg("svg", { width, height: 220, role: "img", "aria-label": curveInWords(reward, lines, steps) });
   // The base's dots last: where it is as good as the trained model, they show on its dashes.
   picture.append(...gridOf(box, scale, steps), ...curvesOf(lines, scale).reverse());
-  if (!lines.size) picture.append(svg("text", { x: (box.left + box.right) / 2, y: 95, "text-anchor": "middle" }, "Grows while the pictures are drawn"));
+  if (!lines.size) picture.append(svg("text", { x: (box.left + box.right) / 2, y: 95, "text-anchor": "middle" }, "The values appear while the images are drawn"));
   $("curve").replaceChildren(picture);
   $("value-axis").textContent = `↑ ${reward.name}: ${reward.unit}`;
   showTable(lines);
@@ -659,7 +659,7 @@ function store() {
   try {
     sessionStorage.setItem(STORED_HISTORY, JSON.stringify(newest(earlier, MAX_STORED_CHARACTERS)));
   } catch {
-    say("This browser does not keep earlier draws when the page is loaded again.");
+    say("This browser does not keep earlier draws when the page is reloaded.");
   }
 }
 
@@ -721,7 +721,7 @@ function makeDial(reward) {
   problem.id = `${id}-problem`;
   const number = numberOf(dial);
   number.id = id;
-  rangeOf(dial).setAttribute("aria-label", `Dial of ${reward.name}`);
+  rangeOf(dial).setAttribute("aria-label", `Weight of ${reward.name}`);
   for (const input of [number, rangeOf(dial)]) {
     input.setAttribute("aria-describedby", `${hint.id} ${problem.id} steering-problem`);
   }
@@ -774,7 +774,7 @@ async function copy(field, button) {
   } catch { // only a secure origin has a clipboard
     field.focus();
     field.select();
-    say("It is selected. Copy it with the keyboard.");
+    say("The text is selected. Copy it with the keyboard.");
   }
 }
 

@@ -14,7 +14,7 @@ from latentac.training.algorithms.surrogate import SurrogateSettings, policy_los
 
 
 class DDPO(Algorithm):
-    """Black et al. 2023, DDPO-IS: no critic, one signal a trajectory.
+    """Black et al. 2023, DDPO-IS: no critic, one advantage per trajectory.
 
     baseline `batch`: rewards are whitened over the iteration. `prompt`: each is first compared with the running mean
     of its prompt (all iterations, this one included), once there are `prompt_min_count` rewards of it; until then with
@@ -27,9 +27,9 @@ class DDPO(Algorithm):
         """Those of the surrogate, and the baseline."""
 
         baseline: Literal["batch", "prompt"] = "batch"
-        """The mean of all images of the iteration, or of each prompt so far."""
+        """The mean of all images of the iteration, or of all images of a prompt so far."""
         prompt_min_count: Positive = 4
-        """Rewards of a prompt from which on its own mean is its baseline."""
+        """Number of rewards of a prompt from which its own mean is the baseline."""
 
     def __init__(self, settings: Settings, weights: Tensor) -> None:
         self.settings, self.weights = settings, weights

@@ -14,7 +14,8 @@ from latentac.training.algorithms.surrogate import SurrogateSettings, policy_los
 
 
 class GRPO(Algorithm):
-    """Shao et al. 2024, over denoising steps as in Flow-GRPO (Liu et al. 2025): no critic, one signal a trajectory.
+    """Shao et al. 2024, over denoising steps as in Flow-GRPO (Liu et al. 2025): no critic, one advantage per
+    trajectory.
 
     With `combination` by_head each reward is compared within its group and the results are summed by weight; with sum
     the weighted rewards are summed first. Groups that tell nothing are dropped: the others' advantages are divided by
@@ -27,7 +28,7 @@ class GRPO(Algorithm):
         """Those of the surrogate, with groups."""
 
         group_size: Annotated[int, Field(ge=2)] = 4
-        """Rollouts of one prompt that are compared."""
+        """Rollouts per prompt, which form a group."""
 
     def __init__(self, settings: Settings, weights: Tensor) -> None:
         self.settings, self.weights = settings, weights

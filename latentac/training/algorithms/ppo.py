@@ -22,17 +22,17 @@ class PPO(Algorithm):
         """Those of the surrogate, and how credit is assigned over the steps."""
 
         discount: Fraction = 1.0
-        """Factor of the next state's value, per denoising step."""
+        """Discount factor per denoising step."""
         gae_lambda: Fraction = 1.0
-        """Of the advantages. Below 1 the critic's later values stand for what comes after a step, so that a step's
-        credit is not drowned by what later steps did."""
+        """Lambda of GAE for the advantages. Below 1, the critic's value at later steps replaces part of the final
+        reward. This reduces the noise from later steps."""
         value_lambda: Fraction = 1.0
-        """The same for the critic's own targets; with 1 the target is the reward."""
+        """Lambda for the critic's own targets. With 1 the target is the reward."""
         whitening: Literal["global", "per_step"] = "global"
         """Whiten the advantages over all steps together, or each step separately."""
         value_guidance: NonNegative = 0.0
-        """How far the actor's means are drawn up the critic's gradient: std^2 times the gradient of the values, in
-        standard deviations of each reward. With 0 the critic is a baseline only."""
+        """Weight of the value gradient in the policy's loss. It moves the policy's mean by std^2 times the gradient of
+        the values, in standard deviations of each reward. With 0 the critic is only a baseline."""
 
     def __init__(self, settings: Settings, weights: Tensor) -> None:
         self.settings, self.weights = settings, weights

@@ -13,26 +13,28 @@ from latentac.training.algorithms import PolicyLoss
 
 
 class SurrogateSettings(Settings):
-    """What the algorithms here have in common."""
+    """Settings that all algorithms share."""
 
     ratio: Literal["likelihood", "guard"] = "likelihood"
-    """`likelihood`, or `guard`: the log-ratio of GRPO-Guard, whose mean is 0 at every noise level."""
+    """`likelihood`, or `guard`: the log-ratio of GRPO-Guard, which has mean 0 at every noise level."""
     log_prob_scale: Literal["mean", "sum"] = "mean"
-    """`mean` divides the log-prob by the latent dimensions, so that `clip` is a bound per dimension."""
+    """`mean` divides the log-probability by the number of latent dimensions, so that `clip` is a bound per
+    dimension."""
     trust_region: Literal["clip", "divergence"] = "clip"
     """`clip` of PPO, or `divergence`: the mask of Flow-DPPO beyond `divergence_bound`."""
     clip: Rate = 8e-4
     """Bound on |ratio - 1|, in the unit of `log_prob_scale`."""
     divergence_bound: Rate = 1e-4
-    """Of the trust region `divergence`, in nats per latent dimension."""
+    """Bound for the trust region `divergence`, in nats per latent dimension."""
     advantage_clip: Rate = 10.0
-    """Bound of the advantages, in standard deviations."""
+    """Advantages are clipped to this bound, in standard deviations."""
     combination: Literal["by_head", "sum"] = "by_head"
-    """Of several rewards: `by_head` whitens each one's advantages before the weighted sum, `sum` only after it."""
+    """How several rewards are combined. `by_head` whitens the advantages of each before the weighted sum; `sum` whitens
+    after it."""
     group_size: Positive = 1
     """Rollouts per prompt in an iteration."""
     prediction_kl: NonNegative = 0.0
-    """Weight of mean (prediction - prediction of the base)^2; 0 keeps no reference."""
+    """Weight of the penalty mean((prediction - prediction of the base)^2); with 0 no copy of the base is kept."""
 
 
 def policy_loss(settings: SurrogateSettings, transition: GaussianTransition, minibatch: Minibatch) -> PolicyLoss:

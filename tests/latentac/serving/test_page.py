@@ -128,7 +128,7 @@ def draw(page: Page, prompt: str | None = None) -> None:
     if prompt is not None:
         page.get_by_role("textbox", name="Prompt").fill(prompt)
     page.get_by_role("button", name="Draw", exact=True).click()
-    expect(status(page)).to_contain_text("3 pictures drawn in", timeout=DRAW_MS)
+    expect(status(page)).to_contain_text("3 images drawn in", timeout=DRAW_MS)
 
 
 def pictures(page: Page) -> dict[str, str]:
@@ -191,7 +191,7 @@ def test_the_critics_values_grow_while_it_draws(visit: Visit) -> None:
     expect(line).to_be_attached(timeout=DRAW_MS)
     while "Drawing" in status(page).inner_text():
         lengths.add(len((line.get_attribute("points") or "").split()))
-    expect(status(page)).to_contain_text("3 pictures drawn in")
+    expect(status(page)).to_contain_text("3 images drawn in")
     assert len(lengths) > 3, f"drawn at once: {lengths}"
     assert len((line.get_attribute("points") or "").split()) == 60
     curve = page.get_by_role("img", name="The critic's value of shapes_verifier over 60 denoising steps")
@@ -217,7 +217,7 @@ def test_what_is_wrong_is_told_beside_its_field(visit: Visit) -> None:
     page.get_by_label("Seed", exact=True).fill("seven")
     dial(page).fill("1000")
     page.get_by_role("button", name="Draw", exact=True).click()
-    expect(status(page)).to_contain_text("None of 3 pictures drawn")
+    expect(status(page)).to_contain_text("None of 3 images drawn")
     expect(prompt).to_be_focused()
     for control, told in (
         (prompt, r"prompt = \"\": .+\. Write what the picture shall show\."),
@@ -246,7 +246,7 @@ def test_a_link_leads_to_the_same_pictures(visit: Visit) -> None:
     page.get_by_label("Method", exact=True).select_option("resampling")
     page.get_by_label("Particles", exact=True).fill("3")
     page.get_by_label("Steps", exact=True).fill("6")
-    page.get_by_label("Guidance (CFG)", exact=True).fill("2.5")
+    page.get_by_label("Guidance scale (CFG)", exact=True).fill("2.5")
     dial(page).fill("3.75")
     dial(page, "jpeg_compressibility").fill("-0.5")
     draw(page, "“a” & 5% <b>")
@@ -254,7 +254,7 @@ def test_a_link_leads_to_the_same_pictures(visit: Visit) -> None:
     assert page.url == link
     other = visit(link[link.index("#") :])
     other.get_by_role("button", name="Draw", exact=True).click()
-    expect(status(other)).to_contain_text("3 pictures drawn in", timeout=DRAW_MS)
+    expect(status(other)).to_contain_text("3 images drawn in", timeout=DRAW_MS)
     assert pictures(other) == pictures(page)
     expect(other.get_by_label("Particles", exact=True)).to_have_value("3")
     assert other.get_by_label("Seed", exact=True).input_value() == "9223372036854775807"
@@ -266,10 +266,12 @@ def test_a_link_to_another_model_says_so(visit: Visit) -> None:
     """What it asks for and this model has not, or that the pictures may differ."""
     page = visit("#prompt=a+red+circle&num_steps=2&steering.beauty=2&method=magic")
     expect(page.get_by_role("alert")).to_have_text(
-        "The link asks for what this model has not: the method magic, a dial for beauty."
+        "The link has settings that this model does not have: the method magic, a weight for beauty."
     )
     page = visit("#prompt=a+red+circle&num_steps=2&version=other")
-    expect(page.get_by_role("alert")).to_contain_text("The link was made with version other; this is some-version.")
+    expect(page.get_by_role("alert")).to_contain_text(
+        "The link was made with version other; this is version some-version."
+    )
 
 
 def test_a_link_draws_nothing_by_itself(visit: Visit) -> None:
@@ -325,7 +327,7 @@ def test_earlier_draws_come_back(visit: Visit) -> None:
     earlier.first.click()
     expect(page.get_by_role("textbox", name="Prompt")).to_have_value("a blue square")
     assert pictures(page) == second
-    page.get_by_role("button", name="Forget them").click()
+    page.get_by_role("button", name="Delete them").click()
     expect(earlier).to_have_count(0)
 
 
@@ -344,14 +346,14 @@ def test_the_keyboard_is_enough(visit: Visit) -> None:
     tab_to(page.get_by_role("textbox", name="Prompt"))
     page.keyboard.press("Control+a")
     page.keyboard.type("a green triangle")
-    slider = page.get_by_role("slider", name="Dial of shapes_verifier")
+    slider = page.get_by_role("slider", name="Weight of shapes_verifier")
     tab_to(slider)
     before = float(dial(page).input_value())
     page.keyboard.press("ArrowRight")
     assert float(dial(page).input_value()) > before
     expect(slider).to_have_attribute("aria-valuetext", f"{dial(page).input_value()} standard deviations")
     page.keyboard.press("Enter")
-    expect(status(page)).to_contain_text("3 pictures drawn in", timeout=DRAW_MS)
+    expect(status(page)).to_contain_text("3 images drawn in", timeout=DRAW_MS)
     expect(page.get_by_alt_text("steered: a green triangle")).to_be_visible()
     expect(slider).to_be_focused()
 
@@ -391,7 +393,7 @@ def test_a_busy_server_is_asked_again(visit: Visit) -> None:
     page.get_by_label("Steps", exact=True).fill("2")
     page.get_by_role("textbox", name="Prompt").press("Enter")
     expect(page.locator("figure[data-arm=base] .state")).to_have_text(re.compile(r"busy\. Trying again in [12] s"))
-    expect(status(page)).to_contain_text("3 pictures drawn in", timeout=DRAW_MS)
+    expect(status(page)).to_contain_text("3 images drawn in", timeout=DRAW_MS)
 
 
 def test_a_server_that_is_gone_is_told(browser: Browser, server: ServerProcess) -> None:
@@ -410,13 +412,13 @@ def test_a_server_that_is_gone_is_told(browser: Browser, server: ServerProcess) 
         expect(alert).to_be_hidden()
         for code, body, told in (
             (500, "oh", "The server answered 500"),
-            (200, "event: queued\ndata: {}\n\n", "The connection ended before the picture was done"),
-            (200, "event: step\ndata: {\n\n", "The connection to the server broke"),
+            (200, "event: queued\ndata: {}\n\n", "The connection ended before the image was complete"),
+            (200, "event: step\ndata: {\n\n", "The connection to the server was lost"),
         ):
             page.route(images, partial(Route.fulfill, status=code, body=body))
             button.click()
             expect(alert).to_contain_text(told)
-            expect(status(page)).to_contain_text("None of 3 pictures drawn")
+            expect(status(page)).to_contain_text("None of 3 images drawn")
             page.unroute(images)
 
 
@@ -426,7 +428,7 @@ def test_the_curl_line_makes_the_steered_picture(visit: Visit, tmp_path: Path) -
     page.get_by_label("Steps", exact=True).fill("4")
     dial(page).fill("2")
     draw(page, """it's "$A" `id` \\""")
-    line = page.get_by_role("textbox", name="The steered picture with curl")
+    line = page.get_by_role("textbox", name="The steered image with curl")
     subprocess.run(["bash", "-c", line.input_value()], cwd=tmp_path, check=True, timeout=120)
     assert (tmp_path / "picture.png").read_bytes() == base64.b64decode(pictures(page)["steered"].partition(",")[2])
     page.get_by_label("Steps", exact=True).fill("999")

@@ -137,7 +137,7 @@ class Background:
         except queue.Full:
             self._lost += 1
             if self._lost == 1:
-                _log.warning("%s does not keep up: what comes while %d calls wait is lost", self._where(), _MOST_CALLS)
+                _log.warning("%s is too slow: calls are dropped while %d calls wait", self._where(), _MOST_CALLS)
 
     def _work(self) -> None:
         try:
@@ -148,7 +148,7 @@ class Background:
             reason = without_password(" ".join(str(error).split()))[:500]
             if not self._given_up:
                 _log.warning(
-                    "%s tracks no longer, the run goes on: %s: %s", self._where(), type(error).__name__, reason
+                    "%s is switched off, and the run continues: %s: %s", self._where(), type(error).__name__, reason
                 )
                 self._abandon()
 

@@ -19,24 +19,25 @@ _NO_FOLDERS = ("databricks", "databricks-uc", "uc")
 
 
 class MLflow:
-    """Metrics, parameters and pictures of a run, through MLflow's client."""
+    """Metrics, parameters and images of a run, through MLflow's client."""
 
     class Settings(extensions.Settings):
         tracking_uri: str | None = None
-        """A server's URL, `sqlite:///file.db`, or a folder (MLflow wants MLFLOW_ALLOW_FILE_STORE=true for that); a
-        relative path is one in the output folder. By default MLFLOW_TRACKING_URI. A name and a password come from
+        """URL of a server, `sqlite:///file.db`, or a folder (MLflow then requires MLFLOW_ALLOW_FILE_STORE=true). A
+        relative path starts at the output folder. By default MLFLOW_TRACKING_URI. User name and password come from
         MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
         experiment: str | None = None
-        """Name of the experiment, made where it is missing. By default MLFLOW_EXPERIMENT_NAME, else `latentac`."""
+        """Name of the experiment, which is created if it is missing. By default MLFLOW_EXPERIMENT_NAME, else
+        `latentac`."""
         images: bool = True
-        """Whether pictures are sent too."""
+        """Whether images are also sent."""
 
         @field_validator("tracking_uri")
         @classmethod
         def _usable(cls, uri: str | None) -> str | None:
             told = urlsplit(uri) if uri else None
             if told and (told.password or (told.scheme.startswith("http") and "@" in str(uri))):
-                raise ValueError("has a password, which would be told in each report: use MLFLOW_TRACKING_PASSWORD")
+                raise ValueError("has a password, which would appear in every report: use MLFLOW_TRACKING_PASSWORD")
             if uri and uri.startswith(_SQLITE) and not all(map(importlib.util.find_spec, ("sqlalchemy", "alembic"))):
                 raise ValueError("needs packages that are not installed: pip install sqlalchemy alembic")
             return uri

@@ -18,22 +18,22 @@ _OPEN: set["WandB"] = set()
 
 
 class WandB:
-    """Metrics, configuration and pictures of a run, through `wandb`."""
+    """Metrics, configuration and images of a run, through `wandb`."""
 
     class Settings(extensions.Settings):
         project: str | None = None
-        """By default WANDB_PROJECT, else `latentac`."""
+        """Name of the project. By default WANDB_PROJECT, else `latentac`."""
         entity: str | None = None
         """User or team that the project belongs to. By default WANDB_ENTITY."""
         group: str | None = None
-        """Of the runs that belong together, such as those of a sweep."""
+        """Name of a group of runs, such as those of a sweep."""
         tags: list[str] = []
-        """Words to find the run by."""
+        """Tags of the run."""
         mode: Literal["online", "offline", "disabled"] | None = None
         """`offline` writes to `<output>/<run>/wandb`, for `wandb sync`. By default WANDB_MODE. The key comes from
         WANDB_API_KEY or `wandb login`."""
         images: bool = True
-        """Whether pictures are sent too."""
+        """Whether images are also sent."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self._settings, self._folder = settings, folder
