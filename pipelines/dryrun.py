@@ -94,8 +94,13 @@ def _print(made: "Plan", settings: str, request: Request, output: Path, run: str
 def _needs(made: "Plan") -> str:
     if made.settings is None:
         return "unknown: the settings are refused"
+    if made.needs is None and made.refused:
+        return "unknown: something is refused"
     if made.needs is None:
-        return "unknown: something is refused, or the backbone is not on this machine yet"
+        source = made.settings.backbone.source
+        return (
+            f"unknown: backbone.source = {source!r} is not on this machine. It counts as a model of the Hub: unchecked"
+        )
     return "\n         ".join(made.needs)
 
 

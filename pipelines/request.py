@@ -254,10 +254,9 @@ def _relative_store(store: str, output: Path) -> str:
 
 
 def _copy_package(code: bytes, given: Path, folder: Path) -> Path:
-    """Unpack it so that it can be packed again to the same bytes: a package keeps its name."""
-    name = given.resolve().name
-    packages.unpack(code, folder if (given / "__init__.py").is_file() else folder / name)
-    return folder / name
+    """Unpack it so that it can be packed again to the same bytes: the folder keeps its name."""
+    packages.unpack(code, folder)
+    return folder / given.resolve().name
 
 
 def _same(name: str, wanted: str, known: str) -> bool:

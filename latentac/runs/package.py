@@ -1,7 +1,7 @@
 """Code of your own for a run: packed from a folder, kept with the run, importable in each of its steps.
 
-`--package DIR` names the folder. A folder with `__init__.py` is shipped as the package of that name; any other is
-shipped as what lies in it, as if it were the working directory.
+`--package mine` names the folder. It is shipped under its name, so `mine/rewards.py` is `mine.rewards` in each step.
+Without an `__init__.py` it is `rewards` as well, as if the folder were the working directory.
 """
 
 import base64
@@ -33,7 +33,7 @@ def pack(folder: Path) -> bytes:
     environments are left out. Raises ConfigError."""
     _check_folder(folder)
     base = folder.resolve()
-    prefix = f"{base.name}/" if (base / "__init__.py").is_file() else ""
+    prefix = f"{base.name}/" if base.name else ""
     archive, total, count = io.BytesIO(), 0, 0
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
         for path in _files(base):
@@ -110,11 +110,21 @@ def make_importable(folder: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([place, *known])
 
 
+def make_unpacked_importable(folder: Path) -> None:
+    """Make the code importable that `unpack` wrote to `folder`."""
+    found = list(folder.iterdir())
+    if len(found) == 1 and found[0].is_dir():
+        use_in_place(found[0])
+    make_importable(folder)
+
+
 def use_in_place(folder: Path) -> None:
     """Make a folder's code importable here, unpacked, under the names that it has in a run's steps. Raises ConfigError
     where there is no such folder."""
     _check_folder(folder)
-    make_importable(folder.parent if (folder / "__init__.py").is_file() else folder)
+    if not (folder / "__init__.py").is_file():
+        make_importable(folder)
+    make_importable(folder.absolute().parent)
 
 
 def _check_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentac.config.schema import Config
 from latentac.config.validation import resolve
-from latentac.runs.package import make_importable
+from latentac.runs.package import make_unpacked_importable
 from latentac.runs.reporting.summary import prepared
 from latentac.store import Manifest, Store, open_store
 from latentac.store.published import parse, read
@@ -135,7 +135,7 @@ def open_run(run: str, store: str, output: str) -> Workspace:
         opened.fetch_files(
             manifest.key, folder / "code", lambda path: path.startswith(f"{PACKAGE}/"), cache=cache_beside(folder)
         )
-        make_importable(folder / "code" / PACKAGE)
+        make_unpacked_importable(folder / "code" / PACKAGE)
     return Workspace(run, opened, folder, config, manifest)
 
 

@@ -46,9 +46,21 @@ def test_a_package_is_packed_under_its_name_and_the_same_each_time(folder: Path)
     assert digest(pack(folder)) != digest(data)
 
 
-def test_a_folder_of_modules_is_packed_as_what_lies_in_it(folder: Path) -> None:
-    """As if it were the working directory."""
-    assert "mine/rewards.py" in names(pack(folder.parent))
+@pytest.mark.parametrize("named", [True, False], ids=["__init__.py", "modules"])
+def test_a_folder_is_imported_under_its_name(folder: Path, tmp_path: Path, named: bool) -> None:
+    """With and without `__init__.py`, from another working directory; what was packed comes before a folder of that
+    name there. Modules without a package can be imported by their own names, too."""
+    if not named:
+        (folder / "__init__.py").unlink()
+    elsewhere, there = tmp_path / "elsewhere", tmp_path / "there"
+    (elsewhere / "mine").mkdir(parents=True)
+    (elsewhere / "mine" / "rewards.py").write_text("ANSWER = 0\n")
+    unpack(pack(folder), there)
+    for make in (f"make_unpacked_importable(Path({str(there)!r}))", f"use_in_place(Path({str(folder)!r}))"):
+        code = f"from pathlib import Path; from latentac.runs.package import *; {make}; import mine.rewards as r; "
+        code += "print(r.ANSWER)" if named else "import rewards; print(r.ANSWER, rewards.ANSWER)"
+        done = subprocess.run([sys.executable, "-c", code], cwd=elsewhere, capture_output=True, text=True, check=False)
+        assert done.stdout.split() == ["42"] * (1 if named else 2), done.stderr
 
 
 def test_what_was_packed_can_be_imported_where_it_is_unpacked(folder: Path, tmp_path: Path) -> None:
@@ -172,7 +184,7 @@ def test_links_in_a_circle_are_no_files(tmp_path: Path) -> None:
     (tmp_path / "b.py").symlink_to(tmp_path / "a.py")
     (tmp_path / "c.py").touch()
     (tmp_path / "d.py").symlink_to(tmp_path / "nothing")
-    assert names(pack(tmp_path)) == ["c.py"]
+    assert names(pack(tmp_path)) == [f"{tmp_path.name}/c.py"]
 
 
 def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:

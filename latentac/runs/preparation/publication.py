@@ -32,7 +32,7 @@ def publish_prepared(
         folder = temporary
         if code:
             packages.unpack(code, folder / PACKAGE)
-            packages.make_importable(folder / PACKAGE)
+            packages.make_unpacked_importable(folder / PACKAGE)
         extensions = resolve_all(fields)
         settings = extensions.config
         preparation.check_machine(settings, output)
