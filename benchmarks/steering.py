@@ -139,7 +139,7 @@ class Made:
 def make(world: World, way: Way, candidates: int) -> Made:
     size, parts = max(1, _ROWS // candidates), []
     blocks = [range(start, min(start + size, len(world.prompts))) for start in range(0, len(world.prompts), size)]
-    with progress(len(world.prompts), f"{world.weights}, {way.label}, {candidates}", "pictures") as bar:
+    with progress(len(world.prompts), f"{world.weights}, {way.label}, {candidates}", "images") as bar:
         for block in blocks:
             parts.append(_make_block(world, way, candidates, block))
             bar.update(len(block))

@@ -207,7 +207,8 @@ class Config(Section):
     """The complete configuration of a run. Two equal configurations give bitwise equal results on one machine.
 
     project: the name under which a model is in production; a new model is compared with it and replaces it (default:
-    the configuration's name)."""
+    the configuration's name).
+    """
 
     recipe: str
     """Name of the recipe that the configuration began with."""

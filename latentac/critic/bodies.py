@@ -1,4 +1,4 @@
-"""What a critic looks at: the denoiser's own features, or, to compare with, a network that shares nothing with it."""
+"""Critic bodies: the denoiser's own features, or, for comparison, networks that share nothing with it."""
 
 from collections.abc import Mapping
 from typing import Annotated
@@ -36,7 +36,7 @@ class FrozenTaps(nn.Module):
 
 
 class _OwnBackbone(nn.Module):
-    """A second backbone that starts as the pretrained one and learns values."""
+    """A second backbone that starts with the pretrained weights and learns values."""
 
     def __init__(self, settings: "BackboneSettings", backbone: Denoiser, adaptation: PolicySettings) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class LatentCnn(nn.Module):
 
 
 def _stem(channels: int, width: int, reduction: int) -> nn.Sequential:
-    """Convolutions down to about 8 cells a side, halving as often as `reduction` allows."""
+    """Convolutions down to about 8 cells per side, halving as often as `reduction` allows."""
     layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.SiLU()]
     while reduction > 1:
         layers += [nn.Conv2d(width, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.SiLU()]

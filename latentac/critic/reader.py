@@ -1,9 +1,10 @@
-"""What a critic makes of feature maps, text and noise level: a glance at everything, and attention to places.
+"""How a critic summarises feature maps, text and noise level: channel statistics, and optional attention to places.
 
-After "Explicit Critic Guidance for Aligning Diffusion Models" (arXiv 2605.27736): learned queries gather each tap and
-the time modulates the head (AdaLN). Ours where the paper is silent: several queries a tap, and queries that have read
-the text. Keys and values come from a map's own channels at once: with thousands of states an iteration the critic must
-cost a fraction of the denoiser. And ours alone: the glance, for a critic that has seen only a few thousand pictures.
+As in "Explicit Critic Guidance for Aligning Diffusion Models" (arXiv 2605.27736), learned queries summarise each tap,
+and the noise level modulates the head (AdaLN). Where the paper is silent, we chose several queries per tap, and queries
+that depend on the text. Keys and values come from a map's own channels: with thousands of states per iteration, the
+critic must cost a fraction of the denoiser. The channel statistics (`glance`) are ours. They serve a critic that learns
+from only a few thousand images.
 """
 
 from collections.abc import Mapping
@@ -63,7 +64,7 @@ class _TimeModulation(nn.Module):
 
 
 class _Gather(nn.Module):
-    """Queries [B, Q, W] attend to tokens [B, N, C], each of which has its own learned place."""
+    """Queries [B, Q, W] attend to tokens [B, N, C], each of which has a learned position."""
 
     def __init__(self, channels: int, num_tokens: int, settings: ReaderSettings) -> None:
         super().__init__()
@@ -84,7 +85,8 @@ class _Gather(nn.Module):
 
 
 class _Branch(nn.Module):
-    """One feature map: patches of it as tokens, queries that gather from them, then think."""
+    """The attention branch of one feature map: its patches are tokens, learned queries attend to them, and an MLP
+    follows."""
 
     def __init__(self, shape: tuple[int, int, int], settings: ReaderSettings) -> None:
         super().__init__()
@@ -102,7 +104,7 @@ class _Branch(nn.Module):
         self.dropout = nn.Dropout(settings.dropout)
 
     def forward(self, feature_map: Tensor, context: Tensor, time: Tensor) -> Tensor:
-        """[B, Q, W]; feature_map: [B, c, h, w]; context: [B, Q, W], what the queries know; time: [B, W]."""
+        """[B, Q, W]; feature_map: [B, c, h, w]; context: [B, Q, W], added to the queries; time: [B, W]."""
         tokens = F.unfold(self.drop_channels(feature_map), self.patch, stride=self.patch).transpose(1, 2)
         to_gather, to_think = self.modulations
         queries = self.queries + context
@@ -114,11 +116,10 @@ class _Branch(nn.Module):
 
 
 class _Glance(nn.Module):
-    """What is seen without attention: each map's channels in the mean and spread over the picture, and the words in
-    their order.
+    """The summary without attention: mean and spread over the image of each channel, and the words in their order.
 
-    Few parameters, and none for a place in the picture: from a few thousand scored pictures it learns more than the
-    attention branches do.
+    It has few parameters, and none for a position in the image. From a few thousand scored images it learns more than
+    the attention branches do.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, int, int]], text_width: int, settings: ReaderSettings) -> None:
@@ -135,7 +136,7 @@ class _Glance(nn.Module):
         self.think = nn.Sequential(nn.Linear(width, width), nn.GELU())
 
     def forward(self, channels: Tensor, tokens: Tensor, time: Tensor) -> Tensor:
-        """[B, 1, W]; channels: [B, C], mean and spread of each; tokens: [B, L, C'], the text's; time: [B, W]."""
+        """[B, 1, W]; channels: [B, C], mean and spread of each; tokens: [B, L, C'], those of the text; time: [B, W]."""
         seen = self.channels(channels)
         if self.word is not None:
             words = self.drop_words(self.word(tokens))
@@ -147,7 +148,7 @@ class _Glance(nn.Module):
 
 
 class Reader(nn.Module):
-    """A glance at everything, the text's summary and a branch a feature map, side by side.
+    """Channel statistics, the summary of the text, and one branch per feature map, concatenated.
 
     shapes: name -> (channels, height, width) of each map. `width` is that of the whole summary.
     """
@@ -168,7 +169,7 @@ class Reader(nn.Module):
         self.dropout = nn.Dropout(settings.dropout)
 
     def see(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What `forward` needs of maps, name -> [B, c, h, w]: without attention a few numbers a state."""
+        """What `forward` needs of maps, name -> [B, c, h, w]. Without attention, this is a few numbers per state."""
         channels = torch.cat([_mean_and_spread(maps[name]) for name in self.names], 1)
         return {_CHANNELS: channels, **{name: maps[name] for name in self.branches}}
 
@@ -192,7 +193,7 @@ _WORD_WIDTH = 16  # numbers that a glance takes of each of them
 
 
 def _mean_and_spread(feature_map: Tensor) -> Tensor:
-    """[B, 2 c]: mean and standard deviation of each channel over the picture."""
+    """[B, 2 c]: mean and standard deviation of each channel over the image."""
     cells = feature_map.flatten(2)
     mean = cells.mean(2)
     spread = ((cells - mean[..., None]).square().mean(2) + 1e-6).sqrt()

@@ -1,4 +1,4 @@
-"""Rewards: what a picture is worth for a prompt. One file per reward, one row in REWARDS."""
+"""Rewards: functions of image and prompt that are to be maximised. One file per reward, one row in REWARDS."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -30,7 +30,7 @@ class Reward(Protocol):
     """
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> Any:
-        """One finite number per picture, higher is better, as an array, tensor or list of shape [B] or [B, 1].
+        """One finite number per image, higher is better, as an array, tensor or list of shape [B] or [B, 1].
 
         images: uint8 [B, H, W, 3], read-only; prompts: B texts. Each number depends on its own picture and prompt only.
         A third parameter `metadata` receives B mappings: what the prompt file says beside each text.

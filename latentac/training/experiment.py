@@ -110,7 +110,7 @@ class Experiment:
         particles: int = 1,
         weights: Mapping[str, float] | None = None,
     ) -> Steering:
-        """A way to steer by the critic, for `evaluate` and `sample`.
+        """A steering method, for `evaluate` and `sample`.
 
         method: a name in `steering.methods` of the configuration, or a row of `STEERING`.
         weights: the steering weight of each reward, in standard deviations of it; by default the rewards' training

@@ -2,8 +2,8 @@
 
 One file per method, one row here.
 
-An image has N candidates, consecutive rows of a rollout. A method may move each transition (`guide`), may let some
-candidates go on in the place of others (`resample`), and chooses one at the end (`select`).
+An image has N particles (candidates), which are consecutive rows of a rollout. A method may move each transition
+(`guide`), may replace particles by copies of others (`resample`), and chooses one at the end (`select`).
 """
 
 import math
@@ -19,7 +19,7 @@ from latentac.method.diffusion import GaussianTransition
 
 
 class SteeringSettings(Settings):
-    """What every method of steering has; a class's `Settings` derive from this."""
+    """The settings of every steering method. The `Settings` of a class derive from this."""
 
     strength: Rate = 1.0
     """Factor on the steering weights, in standard deviations of each reward."""
@@ -60,7 +60,7 @@ class SteeringState:
 
 
 class Guide:
-    """A method at work on one rollout; what it remembers from step to step is its own. This one changes nothing.
+    """A method applied to one rollout; it may keep state from step to step. This one changes nothing.
 
     At each step of `Steering.steps` the rollout calls `guide`, then `resample`, draws, and tells `moved`.
     """
@@ -70,15 +70,15 @@ class Guide:
         return state.transition
 
     def resample(self, state: SteeringState) -> Tensor | None:
-        """Which rows go on, int64 [B N], each image's own among its own places; None for all as they are."""
+        """Which rows continue, int64 [B N]. The rows of an image are chosen among its own rows. None keeps all."""
         return None
 
     def moved(self, transition: GaussianTransition, proposal: GaussianTransition, next_latents: Tensor) -> None:
-        """What was drawn from `proposal`, where the policy has `transition`."""
+        """Called with the latents that were drawn from `proposal`, where the policy has `transition`."""
 
 
 class Steering(Protocol):
-    """Built as `Class(settings, weights, candidates)`, settings being `SteeringSettings`. Threads share it.
+    """Built as `Class(settings, weights, candidates)` with `SteeringSettings`. Several threads use the same object.
 
     weights: [M], how much each reward's head counts, in standard deviations of that reward, or [B, M], a row per image.
     candidates: rollouts per image; needs_gradient: whether `guide` takes the values' gradient by the latents.

@@ -8,14 +8,14 @@ from latentac.sampling.steering import Guide, SteeringSettings, weighted
 class BestOfN:
     """N plain rollouts per image; the critic keeps the one with the highest sum_m w_m V_m at its last denoised state.
 
-    No picture is decoded and no reward is asked for the choice.
+    For the choice, no image is decoded and no reward is called.
     """
 
-    summary = "draws several, keeps the one that the critic values highest"
+    summary = "makes several images and keeps the one with the highest value"
     needs_gradient = False
 
     class Settings(SteeringSettings):
-        """Those of every method; when it acts makes no difference here."""
+        """Those of every method. When the method acts makes no difference here."""
 
     def __init__(self, settings: SteeringSettings, weights: Tensor, candidates: int) -> None:
         if candidates < 1:

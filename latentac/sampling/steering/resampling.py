@@ -15,17 +15,17 @@ from latentac.sampling.steering.best_of_n import BestOfN
 class Resampling(BestOfN):
     """Feynman-Kac steering (Singhal et al. 2025) with the critic as its intermediate reward.
 
-    The N candidates of an image are particles of p(z) exp(psi), psi = sum_m w_m V_m(z_t, t, y). Where the effective
-    sample size of their weights falls below `resample_below` N they are resampled, systematically (Douc and Cappe
-    2005). The values come with the forward that the denoiser needs anyway.
+    The N particles of an image follow p(z) exp(psi), psi = sum_m w_m V_m(z_t, t, y). If the effective sample size of
+    their weights is below `resample_below` N, they are resampled systematically (Douc and Cappe 2005). The values come
+    from the forward pass that the denoiser makes anyway.
 
-    Of the particles at the end the one of the highest value is kept.
+    At the end, the particle with the highest value is kept.
     """
 
-    summary = "several at once: good ones go on in the place of bad ones"
+    summary = "several particles: good ones replace bad ones"
 
     class Settings(SteeringSettings):
-        """Those of every method, and how particles are weighed."""
+        """Those of every method, and how particles are weighted."""
 
         strength: Rate = 5.0
         potential: Literal["diff", "max"] = "diff"

@@ -1,4 +1,4 @@
-"""Soft value-based decoding with the critic: several ways to go on at each step, and the best one is taken."""
+"""Soft value-based decoding with the critic: several particles at each step, of which the best one is continued."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ class SVDD(BestOfN):
     """At each step, an image's N particles are compared by sum_m w_m V_m, and all continue from the best one (Li et al.
     2024, in the limit of temperature 0)."""
 
-    summary = "at each step all go on from the best one"
+    summary = "at each step, all particles continue from the best one"
 
     def begin(self, uniforms: Tensor) -> Guide:
         return Greedy(self.weights, self.candidates)

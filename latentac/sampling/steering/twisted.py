@@ -1,4 +1,4 @@
-"""Twisted proposals: particles that move uphill on the critic, and are weighed for having done so."""
+"""Twisted proposals: particles follow the value gradient, and their weights are corrected for it."""
 
 from torch import Tensor
 
@@ -12,15 +12,15 @@ from latentac.sampling.steering.value_gradient import ascent
 class Twisted(Resampling):
     """Value gradient and resampling together (twisted diffusion sampler, Wu et al. 2023).
 
-    The proposal is the transition with its mean moved as `value_gradient` moves it, and each weight is multiplied by
-    p(z') / q(z'), so the law stays p(z) exp(psi) however good the gradient is; a good one keeps the weights even.
+    The mean of the proposal is moved as in `value_gradient`, and each weight is multiplied by p(z') / q(z'). So the
+    distribution stays p(z) exp(psi), whatever the gradient. With a good gradient the weights stay even.
     """
 
-    summary = "gradient and resampling together, weighed exactly"
+    summary = "value gradient and resampling together, with exact weights"
     needs_gradient = True
 
     class Settings(Resampling.Settings):
-        """Those of `resampling`, and the length of a step."""
+        """Those of `resampling`, and the length of the shift."""
 
         strength: Rate = 10.0
         candidates: list[Positive] = [2, 4]

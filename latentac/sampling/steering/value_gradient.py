@@ -12,11 +12,11 @@ from latentac.sampling.steering.best_of_n import BestOfN
 class ValueGradient(BestOfN):
     """mean <- mean + std^2 grad_z sum_m w_m V_m(z_t, t, y) (arXiv 2605.27736; Dhariwal and Nichol 2021, algorithm 1).
 
-    It is the first-order tilt of the transition towards p(z') exp(sum_m w_m V_m); 0 leaves the rollout bitwise as it
-    was. Of several candidates the one with the highest value is kept.
+    It is the first-order tilt of the transition towards p(z') exp(sum_m w_m V_m). Weight 0 leaves the rollout bitwise
+    unchanged. Of several particles, the one with the highest value is kept.
     """
 
-    summary = "moves each step up the critic's gradient"
+    summary = "moves each step along the value gradient"
     needs_gradient = True
 
     class Settings(SteeringSettings):
