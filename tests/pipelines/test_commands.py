@@ -333,7 +333,7 @@ def test_a_token_with_a_line_break_is_a_token(
         monkeypatch.setenv(name, "two-and\nsecret")
         assert pipeline("runs") == 2
         told = capsys.readouterr().err
-        assert f"{name} = '***': has a character that no request can carry" in told
+        assert f"{name} = '***': has a character that cannot be sent" in told
         assert "secret" not in told
 
 
