@@ -66,7 +66,7 @@ def test_training_that_is_stopped_says_so(tmp_path: Path, number: signal.Signals
         log.seek(0)
         told = log.read()
     assert process.returncode == 130, told
-    assert "interrupted; the same command goes on" in told
+    assert "interrupted; the same command continues" in told
     assert "Traceback" not in told
     assert not list((tmp_path / RUN).glob(".latentac-*"))
     assert not list((tmp_path / RUN).glob("latentac-*"))
