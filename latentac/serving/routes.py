@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -115,7 +116,12 @@ class Routes:
 
     async def options(self) -> Response:
         """What may be asked for, with the defaults."""
-        return JSONResponse(options_of(self._model))
+        return Response(self._options, media_type="application/json")
+
+    @functools.cached_property
+    def _options(self) -> bytes:
+        """The same for each request: a model does not change while it is served."""
+        return bytes(JSONResponse(options_of(self._model)).body)
 
     async def predict(self, body: Body, model_name: str) -> Response:
         """KServe's V1 protocol."""
