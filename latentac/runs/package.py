@@ -122,9 +122,9 @@ def use_in_place(folder: Path) -> None:
     """Make a folder's code importable here, unpacked, under the names that it has in a run's steps. Raises ConfigError
     where there is no such folder."""
     _check_folder(folder)
-    if not (folder / "__init__.py").is_file():
-        make_importable(folder)
     make_importable(folder.absolute().parent)
+    if not (folder / "__init__.py").is_file():
+        make_importable(folder)  # before what else lies beside it
 
 
 def _check_folder(folder: Path) -> None:

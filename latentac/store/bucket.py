@@ -205,10 +205,11 @@ class Bucket:
         return max((each.moved_at for each in list(self._operations)), default=time.monotonic())
 
     def _check(self) -> None:
-        """Raises TimeoutError where an answer is read although nothing has moved for `idle_seconds`: the server sends
-        single bytes of an answer's head, or empty pages, again and again."""
-        if time.monotonic() > self._moved_at() + self._patience.idle_seconds:
-            raise TimeoutError(f"no byte arrived or was sent for {self._patience.idle_seconds:g} s")
+        """Raises TimeoutError before a read that could end after `bound_seconds`: the server sends single bytes of an
+        answer's head, or empty pages, again and again. An answer that begins late may be read to its end."""
+        seconds = self._patience.bound_seconds - self._patience.timeout_seconds
+        if time.monotonic() > self._moved_at() + seconds:
+            raise TimeoutError(f"nothing moved for {seconds:g} s")
 
     def _tried(self, action: Callable[[], T], name: str, operation: _Operation) -> T:
         patience = self._patience
