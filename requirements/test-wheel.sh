@@ -13,7 +13,7 @@ trap 'rm -rf "$folder"' EXIT
 "$uv" build -q --no-build-isolation --python .venv/bin/python --wheel -o "$folder"
 wheel=$(echo "$folder"/latentac-*.whl)
 
-for versions in oldest newest; do
+for versions in ${VERSIONS:-oldest newest}; do
     environment=$folder/$versions
     "$uv" venv -q --python "$1" "$environment"
     if [[ $versions == oldest ]]; then # of what pyproject.toml names; what those packages need is the newest

@@ -21,12 +21,15 @@ UNREAD_SECONDS = 60.0
 MAX_CONNECTIONS = 1024
 """At most; fewer where the process may open fewer than four times as many files. The one that has waited longest for
 its caller makes room for a new one."""
+KEEP_ALIVE_SECONDS = 65
+"""How long a connection may rest between two requests. Longer than the 60 s of common proxies, so that they close it
+first."""
 _POLL_SECONDS = 1.0
 
 
 class Connection(H11Protocol):
     """uvicorn's connection, which knows since when it waits for headers (None: it does not), and how much of its
-    answer is still unread, since when. How long one may rest between requests is uvicorn's `timeout_keep_alive`.
+    answer is still unread, since when. uvicorn closes one that rests for KEEP_ALIVE_SECONDS.
 
     state_since: when it last began to wait for its caller, or to answer; one whose request has arrived and is being
     answered never makes room.
@@ -107,6 +110,7 @@ def bound(config: uvicorn.Config) -> None:
     """Let a server that was not started yet keep these bounds."""
     config.http, config.ws = Connection, "none"
     config.h11_max_incomplete_event_size = HEADER_BYTES
+    config.timeout_keep_alive = KEEP_ALIVE_SECONDS
 
 
 async def watch(server: uvicorn.Server) -> None:

@@ -108,12 +108,7 @@ def serve_on(
             written = int((folder / exported.FILE).stat().st_mtime)
             may = allowed or Access()
             app = application(self.dataplane, model, written, may, log_prompts=log_prompts)
-            config = uvicorn.Config(
-                app,
-                log_config=None,
-                timeout_keep_alive=self.timeout_keep_alive,
-                timeout_graceful_shutdown=self.grace_period,
-            )
+            config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=GRACE_SECONDS)
             connections.bound(config)
             self.server = uvicorn.Server(config)
             self.register_signal_handler()
