@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from latentac.backbones.precision import full_precision
 from latentac.config.learning import Policy
 from latentac.system import folders
 
@@ -23,10 +25,14 @@ def adapt(module: Any, settings: Policy, attention: Sequence[str]) -> None:
 
 
 def save(module: Any, folder: Path, part: str) -> None:
-    """`module` as the part `part` of the pipeline in `folder`: adapters merged, and once more alone."""
-    if getattr(module, "peft_config", None):
+    """`module` as the part `part` of the pipeline in `folder`, in float32: adapters merged, and once more alone."""
+    adapted = bool(getattr(module, "peft_config", None))
+    if adapted or module.dtype != torch.float32:
+        weights = dict(full_precision(module))
+        module = copy.deepcopy(module).cpu().float()
+        module.load_state_dict(weights)
+    if adapted:
         _save_adapter(module, folder / folders.ADAPTER, part)
-        module = copy.deepcopy(module)
         module.fuse_lora()
         module.unload_lora()
     folders.write_part(module, folder / part)

@@ -7,7 +7,7 @@ copied whole and only rehearsed.
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,13 +66,16 @@ class Part:
 class Layout:
     """pipeline: the class that model_index.json must name; network: the part that is trained; adapted: what the names
     of its layers that get adapters end in; rules: the parts that a rule is about, and what it finds in their
-    configurations, by part: which part, what is wrong, the remedy."""
+    configurations, by part: which part, what is wrong, the remedy; absent: parts that an export writes as null; flags:
+    what its model_index.json says besides."""
 
     pipeline: str
     network: str
     adapted: tuple[str, ...]
     parts: tuple[Part, ...]
     rules: tuple[tuple[tuple[str, ...], Rule], ...]
+    absent: tuple[str, ...] = ()
+    flags: Mapping[str, object] = field(default_factory=dict)
 
     def part(self, name: str) -> Part:
         return next(part for part in self.parts if part.name == name)

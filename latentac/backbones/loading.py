@@ -1,4 +1,4 @@
-"""A part of a pipeline as a module in float32 on its device, with every weight from the folder.
+"""A part of a pipeline as a module on its device, with every weight from the folder.
 
 The libraries look for more in a folder than a part has: adapters that name a base elsewhere, templates, pickles. So
 they never see it: they are given a folder of links to the files that the part consists of, and of its descriptions
@@ -33,8 +33,8 @@ _READ = ("version", "added_tokens", "model")
 _SPARE = 2**16  # numbers that older versions did not keep, such as a table of positions
 
 
-def load(kind: Any, folder: Path, part: Part, device: torch.device) -> Any:
-    """`kind.from_pretrained`, frozen and in eval mode; from a variant where there is nothing else.
+def load(kind: Any, folder: Path, part: Part, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    """`kind.from_pretrained` in `dtype`, frozen and in eval mode; from a variant where there is nothing else.
 
     Raises ConfigError where weights are missing or not of the shape that the configuration asks for: the libraries
     would draw those at random.
@@ -44,7 +44,7 @@ def load(kind: Any, folder: Path, part: Part, device: torch.device) -> Any:
     with _errors(folder, part), _view(folder, part) as view:
         _check_size(kind, view, folder, part)
         module, info = kind.from_pretrained(
-            view, use_safetensors=True, dtype=torch.float32, output_loading_info=True, local_files_only=True
+            view, use_safetensors=True, dtype=dtype, output_loading_info=True, local_files_only=True
         )
     wrong = {
         "lacks": _names(info["missing_keys"]),

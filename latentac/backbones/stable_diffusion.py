@@ -198,6 +198,8 @@ UNET = Layout(
         (("vae",), _unet_autoencoder),
         (("text_encoder", "tokenizer"), _tokens("text_encoder", "tokenizer")),
     ),
+    absent=("feature_extractor", "image_encoder", "safety_checker"),
+    flags={"requires_safety_checker": False},
 )
 
 DIT = Layout(
@@ -222,4 +224,5 @@ DIT = Layout(
         (("text_encoder_2", "tokenizer_2"), _tokens("text_encoder_2", "tokenizer_2")),
         (("tokenizer", "tokenizer_2"), _two_tokenizers),
     ),
+    absent=("feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3"),
 )

@@ -28,7 +28,7 @@ class FrozenTaps(nn.Module):
         self.width = self.reader.width
 
     def features(self, latents: Tensor, prediction: Prediction, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.reader.see({name: _averaged(tap) for name, tap in taps.items()})
+        return self.reader.see({name: _averaged(tap).float() for name, tap in taps.items()})
 
     def forward(self, features: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
         summary: Tensor = self.reader(features, sigma, conditioning)
@@ -42,7 +42,7 @@ class _OwnBackbone(nn.Module):
         super().__init__()
         self.backbone_learning_rate = settings.backbone_learning_rate
         self._denoiser = backbone.clone()
-        self._denoiser.module.requires_grad_(False)
+        self._denoiser.module.float().requires_grad_(False)
         self._denoiser.adapt(adaptation)
         self.backbone: nn.Module = self._denoiser.module
         self.reader = Reader({n: _bounded(s) for n, s in backbone.tap_shapes.items()}, backbone.text_width, settings)
@@ -53,7 +53,7 @@ class _OwnBackbone(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
         _, taps = self._denoiser.predict(features["latents"], sigma, conditioning)
-        seen = self.reader.see({name: _averaged(tap) for name, tap in taps.items()})
+        seen = self.reader.see({name: _averaged(tap).float() for name, tap in taps.items()})
         summary: Tensor = self.reader(seen, sigma, conditioning)
         return summary
 

@@ -178,7 +178,7 @@ class Reader(nn.Module):
         known = sigma if self.settings.time_conditioning else torch.zeros_like(sigma)
         time = self.time(_fourier(known, self.settings.width))
         context = self.asks.repeat(len(sigma), 1, 1)  # a view would be multiplied in another order once it is frozen
-        tokens = conditioning.tokens[:, :_MOST_WORDS]
+        tokens = conditioning.tokens[:, :_MOST_WORDS].float()
         summaries = [self.glance(seen[_CHANNELS], tokens, time)]
         if self.text is not None:
             context = self.dropout(self.text(context, tokens))
