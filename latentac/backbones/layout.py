@@ -63,11 +63,39 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """What a network computes for one image, counted from the configurations of its pipeline.
+
+    latent: numbers of the latents     image: numbers of the image     text: numbers of a prompt's conditioning
+    units: tokens times width, summed over the network's layers; saved: tensors of that size that a layer keeps for the
+    gradient     decoder: numbers of the decoder's largest feature map
+    taps: numbers of the feature maps that a critic may keep, of `channels` channels
+    """
+
+    latent: int = 0
+    image: int = 0
+    text: int = 0
+    units: int = 0
+    saved: int = 28
+    decoder: int = 0
+    taps: int = 0
+    channels: int = 0
+
+
+def decoded(vae: Mapping[str, Any], cells: int) -> dict[str, int]:
+    """`image` and `decoder` of `Sizes` for an AutoencoderKL and latents of so many cells."""
+    levels = vae.get("block_out_channels", [64])
+    pixels = cells * 4 ** (len(levels) - 1)
+    return {"image": 3 * pixels, "decoder": pixels * levels[min(1, len(levels) - 1)]}
+
+
+@dataclass(frozen=True)
 class Layout:
     """pipeline: the class that model_index.json must name; network: the part that is trained; adapted: what the names
     of its layers that get adapters end in; rules: the parts that a rule is about, and what it finds in their
     configurations, by part: which part, what is wrong, the remedy; absent: parts that an export writes as null; flags:
-    what its model_index.json says besides."""
+    what its model_index.json says besides; sizes: counts from the parts' configurations and the (height, width) of the
+    latents, which is None for the configuration's own."""
 
     pipeline: str
     network: str
@@ -76,6 +104,7 @@ class Layout:
     rules: tuple[tuple[tuple[str, ...], Rule], ...]
     absent: tuple[str, ...] = ()
     flags: Mapping[str, object] = field(default_factory=dict)
+    sizes: Callable[[Mapping[str, Mapping[str, Any]], tuple[int, int] | None], Sizes] = lambda found, size: Sizes()
 
     def part(self, name: str) -> Part:
         return next(part for part in self.parts if part.name == name)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from latentac.backbones.layout import Layout, Part
+from latentac.backbones.layout import Layout, Part, Sizes, decoded
 
 Configurations = Mapping[str, Mapping[str, Any]]
 Finding = tuple[str, str, str]
@@ -180,6 +180,46 @@ def _text(configuration: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, dict) else configuration
 
 
+def unet_sizes(found: Configurations, size: tuple[int, int] | None) -> Sizes:
+    own = found["unet"]
+    cells = _cells(own, size)
+    channels, layers = own.get("block_out_channels", [320, 640, 1280, 1280]), own.get("layers_per_block", 2)
+    depth = layers if isinstance(layers, int) else max(layers)
+    return Sizes(
+        latent=own.get("in_channels", 4) * cells,
+        text=_text(found["text_encoder"]).get("max_position_embeddings", 77) * own.get("cross_attention_dim", 1280),
+        units=sum((cells >> (2 * level)) * each for level, each in enumerate(channels)) * (2 * depth + 1),
+        taps=min(cells >> (2 * (len(channels) - 1)), 256) * channels[-1] + min(cells, 256) * channels[0],
+        channels=channels[-1] + channels[0],
+        **decoded(found["vae"], cells),
+    )
+
+
+def _transformer_sizes(found: Configurations, size: tuple[int, int] | None) -> Sizes:
+    own = found["transformer"]
+    cells = _cells(own, size)
+    inner = own.get("num_attention_heads", 18) * own.get("attention_head_dim", 64)
+    tokens = cells // own.get("patch_size", 2) ** 2
+    length = _text(found["text_encoder"]).get("max_position_embeddings", 77)
+    length += 256 if length >= 77 else 0  # the zero tokens in place of T5's
+    return Sizes(
+        latent=own.get("in_channels", 16) * cells,
+        text=length * own.get("joint_attention_dim", 4096),
+        units=(tokens + length) * inner * own.get("num_layers", 18),
+        saved=20,
+        taps=3 * min(tokens, 256) * inner,
+        channels=3 * inner,
+        **decoded(found["vae"], cells),
+    )
+
+
+def _cells(own: Mapping[str, Any], size: tuple[int, int] | None) -> int:
+    """Cells of the latents: of `size`, or of the network's own configuration."""
+    sample = own.get("sample_size", 64)
+    height, width = size or (sample if isinstance(sample, list) else (sample, sample))
+    return int(height * width)
+
+
 UNET = Layout(
     pipeline="StableDiffusionPipeline",
     network="unet",
@@ -200,6 +240,7 @@ UNET = Layout(
     ),
     absent=("feature_extractor", "image_encoder", "safety_checker"),
     flags={"requires_safety_checker": False},
+    sizes=unet_sizes,
 )
 
 DIT = Layout(
@@ -225,4 +266,5 @@ DIT = Layout(
         (("tokenizer", "tokenizer_2"), _two_tokenizers),
     ),
     absent=("feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3"),
+    sizes=_transformer_sizes,
 )

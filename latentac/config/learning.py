@@ -109,6 +109,9 @@ class Guard(Section):
     """Largest share of clipped ratios in an iteration."""
     rate_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Factor on the policy's learning rate after the return."""
+    max_first_ratio_share: Rate = 0.1
+    """Largest mean |ratio - 1| before the first update of an iteration, as a share of the clip range. There the ratio
+    is 1 but for rounding. Beyond this bound, training ends with an error."""
 
 
 class Train(Section):
@@ -123,8 +126,12 @@ class Train(Section):
     block_images: Positive = 32
     """Images that go through the model together. Blocks are distributed over the workers; their number does not change
     the results. Smaller blocks need less memory."""
-    num_workers: Positive = 2
-    """Worker processes on this machine. A cluster has its own setting."""
+    micro_images: Positive | Literal["auto"] = "auto"
+    """Rows per forward pass of the network. It changes results only by rounding. `auto` is a whole block on a CPU. On a
+    GPU it begins with a block and is halved each time memory runs out."""
+    num_workers: Positive | Literal["auto"] = "auto"
+    """Worker processes on this machine. `auto` is one per GPU, or two on a CPU, as far as they divide the number of
+    blocks. A cluster has its own setting."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """How often workers that ended are started again."""
     checkpoint_every: Positive = 2

@@ -148,12 +148,13 @@ def _impossible(config: Config, broken: set[str]) -> list[Problem]:
         f"Choose one with weight 0 (now: {', '.join(watched) or 'none'}).",
         "rewards",
     )
+    workers = 1 if train.num_workers == "auto" else train.num_workers
     refuse(
-        train.images_per_iteration % (train.block_images * train.num_workers) != 0,
+        train.images_per_iteration % (train.block_images * workers) != 0,
         "train.images_per_iteration",
         train.images_per_iteration,
-        f"cannot be dealt evenly in blocks of {train.block_images} to {train.num_workers} workers",
-        f"Use a multiple of {train.block_images * train.num_workers}.",
+        f"cannot be dealt evenly in blocks of {train.block_images} to {workers} worker{'s' if workers > 1 else ''}",
+        f"Use a multiple of {train.block_images * workers}.",
         "train.block_images",
         "train.num_workers",
     )

@@ -15,12 +15,13 @@ from latentac.config.schema import Config
 from latentac.critic import Critic
 from latentac.evaluation.measures import DEFINITIONS, difference, diversity, interval, intervals, median, ratio
 from latentac.method.randomness import noise_for, uniforms_for
-from latentac.method.records import Conditioning, Scores, Trajectory
+from latentac.method.records import Conditioning, Scores, Trajectory, join_trajectories
 from latentac.method.returns import explained_variance
 from latentac.rewards.configured import ConfiguredReward
 from latentac.sampling.devices import map_blocks
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout, score, steered_rollout
+from latentac.sampling.rows import Rows
 from latentac.sampling.steering import Steering
 from latentac.sampling.steering.run import SteeringRun
 from latentac.system.progress import Progress, progress
@@ -98,7 +99,16 @@ def _roll_out(
         return rollout(policy, critic, conditioning, noise)
     uniforms = uniforms_for([("evaluation", slot) for slot in slots], seed, num_steps).to(device)
     parted = noise.unflatten(0, (-1, candidates))
-    return steered_rollout(policy, critic, conditioning, parted, SteeringRun(steering, uniforms))
+    # The gradient of a step runs through all its rows, so images are divided here and not within a step.
+    limit = policy.rows.limit
+    images = Rows(None if limit is None else max(1, limit // candidates))
+
+    def steered(part: range) -> Trajectory:
+        rows = torch.arange(part.start, part.stop, device=device)
+        run = SteeringRun(steering, uniforms[rows])
+        return steered_rollout(policy, critic, conditioning.rows(rows), parted[rows], run)
+
+    return join_trajectories(images.run(len(slots), steered))
 
 
 def compare(

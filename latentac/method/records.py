@@ -105,6 +105,24 @@ class Trajectory:
         )
 
 
+def join_trajectories(parts: Sequence[Trajectory]) -> Trajectory:
+    """The rollouts of all parts, in order. The parts have the same noise levels and keep the same things."""
+    first = parts[0]
+    guidance = [part.guidance for part in parts if part.guidance is not None]
+    return Trajectory(
+        conditioning=join([part.conditioning for part in parts]),
+        latents=torch.cat([part.latents for part in parts]),
+        sigmas=first.sigmas,
+        means=torch.cat([part.means for part in parts]),
+        log_probs=torch.cat([part.log_probs for part in parts]),
+        values=torch.cat([part.values for part in parts]),
+        features={name: torch.cat([part.features[name] for part in parts]) for name in first.features},
+        guidance=Guidance(torch.cat([g.gradients for g in guidance]), torch.cat([g.known for g in guidance]))
+        if guidance
+        else None,
+    )
+
+
 @dataclass(frozen=True)
 class Scores:
     """rewards: float32 [B, M], each column in that reward's own unit; names: M names in column order."""
@@ -135,6 +153,27 @@ class Minibatch:
     old_log_probs: Float[Tensor, "N"]
     advantages: Float[Tensor, "N"]
     guidance: Guidance | None = None
+
+    def __len__(self) -> int:
+        """N, the number of denoising steps."""
+        return len(self.sigma)
+
+    def part(self, rows: range) -> "Minibatch":
+        """The denoising steps `rows`, which are consecutive; of all of them, the minibatch itself."""
+        if len(rows) == len(self):
+            return self
+        index = torch.arange(rows.start, rows.stop, device=self.sigma.device)
+        return Minibatch(
+            latents=self.latents[index],
+            next_latents=self.next_latents[index],
+            sigma=self.sigma[index],
+            sigma_next=self.sigma_next[index],
+            conditioning=self.conditioning.rows(index),
+            old_means=self.old_means[index],
+            old_log_probs=self.old_log_probs[index],
+            advantages=self.advantages[index],
+            guidance=None if self.guidance is None else self.guidance.rows(index),
+        )
 
 
 def flatten_steps(

@@ -4,12 +4,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
+from latentac.system.errors import ConfigError, Problem
 from latentac.system.reading import whole_variable
 
+_CPU_WORKERS = 2
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -21,6 +23,22 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cpu")
     last = max(torch.cuda.device_count() - 1, 0)
     return torch.device("cuda", whole_variable("LOCAL_RANK", 0, last, 0))
+
+
+def count_workers(wanted: int | Literal["auto"], num_blocks: int, device: str) -> int:
+    """Workers on this machine. device: `cpu` or `cuda`.
+
+    `auto` is the largest number that divides the blocks of an iteration: up to one per visible GPU, or two on a CPU.
+    Raises ConfigError for more workers than GPUs.
+    """
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    if wanted == "auto":
+        return max(count for count in range(1, (gpus or _CPU_WORKERS) + 1) if num_blocks % count == 0)
+    if gpus and wanted > gpus:
+        problem = f"each worker needs a GPU, and {gpus} {'is' if gpus == 1 else 'are'} visible here"
+        remedy = "Use train.num_workers=auto, or backbone.device=cpu"
+        raise ConfigError([Problem("train.num_workers", wanted, problem, remedy)])
+    return wanted
 
 
 def map_blocks(function: Callable[[Item], Result], blocks: Sequence[Item], device: torch.device) -> list[Result]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from latentac.critic import ValueFunction
 from latentac.method.diffusion import num_stochastic_steps
-from latentac.method.records import Conditioning, Guidance, Scores, Trajectory
+from latentac.method.records import Conditioning, Guidance, Scores, Trajectory, join_trajectories
 from latentac.rewards.configured import ConfiguredReward
 from latentac.sampling.policy import Policy
 from latentac.sampling.steering import SteeringState
@@ -47,13 +47,37 @@ def rollout(
     transition.
 
     Steering needs a state's value before the next state is drawn, and so does a callback. Without them the critic is
-    called once, at the end, on all states: small products cost more to start than to do.
+    called once, at the end, on all states: small products cost more to start than to do. The images are then divided
+    into parts of `policy.rows`, one rollout after the other.
     """
+    if steering is None:
+
+        def of(part: range) -> Trajectory:
+            if len(part) == len(noise):
+                return _rollout(policy, critic, conditioning, noise, keep=keep)
+            rows = torch.arange(part.start, part.stop, device=noise.device)
+            return _rollout(policy, critic, conditioning.rows(rows), noise[rows], keep=keep)
+
+        parts = policy.rows.run(len(noise), of)
+        return parts[0] if len(parts) == 1 else join_trajectories(parts)
+    steering.begin(noise, critic)
+    return _rollout(policy, critic, conditioning, noise, steering=steering, keep=keep)
+
+
+def _rollout(
+    policy: Policy,
+    critic: ValueFunction | None,
+    conditioning: Conditioning,
+    noise: Tensor,
+    *,
+    steering: SteeringRun | None = None,
+    keep: Keep = NOTHING,
+) -> Trajectory:
+    """`rollout` of images whose network passes fit into memory together. `steering` has begun."""
     num_steps = noise.shape[1] - 1
-    sigmas = policy.backbone.schedule(num_steps).to(noise.device)
-    num_stochastic = num_stochastic_steps(policy.kernel, sigmas)
-    if steering is not None:
-        steering.begin(noise, critic)
+    sigmas = policy.backbone.schedule(num_steps)
+    num_stochastic = num_stochastic_steps(policy.kernel, sigmas)  # on the CPU: the answer decides what is done next
+    sigmas = sigmas.to(noise.device)
     latents: list[Tensor] = [noise[:, 0]]
     means: list[Tensor] = []
     log_probs: list[Tensor] = []

@@ -175,9 +175,17 @@ def critic_loss(critic: Critic, values: Tensor, returns: Tensor, weights: Tensor
 def observe(
     policy: Policy, critic: Critic, latents: Tensor, sigma: Tensor, conditioning: Conditioning
 ) -> dict[str, Tensor]:
-    """What the critic sees of latents that no rollout passed."""
-    prediction, taps = policy.backbone.predict(latents, sigma, conditioning)
-    return critic.features(latents, prediction, taps)
+    """What the critic sees of latents that no rollout passed, in parts of the policy's rows."""
+
+    def of(part: range) -> dict[str, Tensor]:
+        if len(part) == len(latents):
+            return critic.features(latents, *policy.backbone.predict(latents, sigma, conditioning))
+        rows = torch.arange(part.start, part.stop, device=latents.device)
+        found = policy.backbone.predict(latents[rows], sigma[rows], conditioning.rows(rows))
+        return critic.features(latents[rows], *found)
+
+    parts = policy.rows.run(len(latents), of)
+    return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -4,11 +4,8 @@ Images come in blocks, the unit of work. Blocks are dealt to the workers and a b
 updates, so an update sums the same transitions in the same blocks whatever the number of workers.
 """
 
-import copy
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,45 +15,20 @@ from torch import Tensor
 from latentac.config.schema import Config
 from latentac.critic import Critic
 from latentac.evaluation.held_out import contact_sheet
-from latentac.method.losses import prediction_kl
-from latentac.method.randomness import generator_for, noise_for
-from latentac.method.records import Minibatch, Trajectory, flatten_steps
+from latentac.method.randomness import noise_for
 from latentac.method.returns import explained_variance, rank_correlation
 from latentac.rewards.configured import ConfiguredReward
 from latentac.sampling.devices import map_blocks
 from latentac.sampling.encoding import Encoded
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import Keep, rollout, score
-from latentac.system.errors import Diverged
+from latentac.system.errors import Diverged, TrainingError
 from latentac.training.algorithms import ALGORITHMS, Algorithm
-from latentac.training.checkpoint import optimizer_tensors, restore_optimizer
 from latentac.training.critic_learning import Learner, Replay
 from latentac.training.distributed import Mesh
+from latentac.training.policy_learning import REMEDY, Block, CreditedBlock, PolicyLearner
 from latentac.training.stability import best_iteration, diverged, stop_early
 from latentac.worlds.prompts import Prompt, balanced
-
-_REMEDY = "Start another run with a lower policy.learning_rate; a run keeps the configuration that it began with"
-
-
-@dataclass(frozen=True)
-class Block:
-    """The rollouts of one block.
-
-    prompts: int64 [B], indices of the training prompts; rewards: [B, M].
-    """
-
-    index: int
-    trajectory: Trajectory
-    prompts: Tensor
-    rewards: Tensor
-
-
-@dataclass(frozen=True)
-class CreditedBlock(Block):
-    """advantages: [B, S]; returns: [B, K, M], the critic's targets, None where no critic learns."""
-
-    advantages: Tensor
-    returns: Tensor | None
 
 
 class Trainer:
@@ -79,20 +51,13 @@ class Trainer:
         self.config, self.policy, self.critic, self.algorithm = config, policy, critic, algorithm
         self.rewards, self.prompts, self.mesh = rewards, prompts, mesh
         self.conditioning = Encoded(policy.backbone, [prompt.text for prompt in prompts])
-        module = policy.backbone.module
-        self.actor_parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        actor = config.policy
-        self.actor_optimizer = torch.optim.AdamW(
-            self.actor_parameters.values(), actor.learning_rate, (0.9, 0.95), weight_decay=actor.weight_decay
-        )
+        self.policy_learner = PolicyLearner(config, policy, algorithm, mesh)
         self.learner = Learner(config, policy, critic, self.conditioning, mesh) if algorithm.uses_critic else None
         weights = torch.tensor([reward.weight for reward in config.rewards], device=mesh.device)
         self.value_weights = weights if self.learner is not None and algorithm.value_guidance > 0 else None
-        self.reference = _frozen(policy) if algorithm.prediction_kl > 0 else None
         self.history: list[dict[str, Any]] = []
         self.recoveries: list[dict[str, Any]] = []
         """Each return to a checkpoint: {iteration, reason}."""
-        self.ema = self._actor_copy() if actor.ema_decay > 0 else {}
         self.best: dict[str, Tensor] = {}
         self._last_clean: Tensor | None = None
 
@@ -120,7 +85,10 @@ class Trainer:
         rolled_out = time.monotonic()
         self._last_clean = drawn[0].trajectory.clean
         blocks, rewards, watched = self._credit(drawn)
-        metrics = [self._update_actor(blocks, update) for update in range(train.updates_per_iteration)]
+        metrics = [
+            self.policy_learner.update(blocks, self.iteration, update, self._rate(update))
+            for update in range(train.updates_per_iteration)
+        ]
         means = {name: sum(entry[name] for entry in metrics) / len(metrics) for name in metrics[0]}
         entry = {
             "iteration": self.iteration + 1,
@@ -133,12 +101,15 @@ class Trainer:
             "world_size": self.mesh.size,
             "rollout_seconds": rolled_out - started,
         }
+        self._check_first_ratio(entry["first_ratio_deviation"])
         reason = diverged(train.guard, entry)
         if reason:
-            raise Diverged(f"iteration {self.iteration + 1}", reason, _REMEDY)
+            raise Diverged(f"iteration {self.iteration + 1}", reason, REMEDY)
         if self.learner is not None:
             learnt = [(block.index, block.trajectory, block.returns) for block in blocks if block.returns is not None]
             entry["value_loss"] = self.learner.learn(self.iteration, learnt)
+        if self.policy.rows.limit is not None:
+            entry["rows_per_forward"] = self.policy.rows.limit
         entry["seconds"] = time.monotonic() - started
         self.history.append(entry)
         self._remember()
@@ -152,14 +123,12 @@ class Trainer:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next iteration depends on."""
-        tensors: dict[str, Tensor] = {f"actor.{name}": parameter for name, parameter in self.actor_parameters.items()}
-        tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.items()}
+        tensors, progress = self.policy_learner.state()
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         tensors |= {f"algorithm.{name}": tensor for name, tensor in self.algorithm.memory.items()}
-        tensors |= optimizer_tensors(self.actor_optimizer, "actor_optimizer")
         if self.learner is not None:
             tensors |= self.learner.state()
-        return tensors, {"history": self.history, "recoveries": self.recoveries}
+        return tensors, progress | {"history": self.history, "recoveries": self.recoveries}
 
     def load_state(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
@@ -168,21 +137,23 @@ class Trainer:
             found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             return {name: tensor.to(self.mesh.device) for name, tensor in found.items()}
 
-        self._load_actor(below("actor."))
-        self.ema, self.best, self.algorithm.memory = below("ema."), below("best."), below("algorithm.")
-        restore_optimizer(self.actor_optimizer, "actor_optimizer", tensors)
+        self.policy_learner.load_state(tensors, progress)
+        self.best, self.algorithm.memory = below("best."), below("algorithm.")
         if self.learner is not None:
             self.learner.load_state(tensors)
         self.history, self.recoveries = list(progress["history"]), list(progress["recoveries"])
+        rows = self.policy.rows
+        if self.history and rows.limit is not None:  # what fitted into memory before
+            rows.limit = self.history[-1].get("rows_per_forward") or rows.limit
 
     def publish_weights(self) -> None:
         """Put the weights into the policy that the run is for: the best of early stopping, or the average, or the last.
 
         Training cannot go on from them.
         """
-        chosen = self.best if self.config.train.early_stopping else self.ema
+        chosen = self.best if self.config.train.early_stopping else self.policy_learner.ema
         if chosen:
-            self._load_actor(chosen)
+            self.policy_learner.load(chosen)
 
     @property
     def _num_blocks(self) -> int:
@@ -240,72 +211,31 @@ class Trainer:
                 watched["rank_correlation"] = rank_correlation(values[..., main], rewards[:, main], prompts).tolist()
         return credited, rewards, watched
 
-    def _update_actor(self, blocks: Sequence[CreditedBlock], update: int) -> dict[str, float]:
-        """One optimizer step of the actor on this update's share of every block's transitions."""
-        self.actor_optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, Tensor] = {}
-        for block in blocks:
-            for name, value in self._actor_gradient(self._share(block, update)).items():
-                sums[name] = sums.get(name, torch.zeros((), device=self.mesh.device)) + value / self._num_blocks
-        parameters = list(self.actor_parameters.values())
-        self.mesh.sum_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.policy.gradient_clip)
-        self._set_rate(update)
-        self.actor_optimizer.step()
-        decay = self.config.policy.ema_decay
-        for name, average in self.ema.items():
-            average.lerp_(self.actor_parameters[name].detach(), 1 - decay)
-        totals = self.mesh.gather(torch.stack(list(sums.values()))[None]).sum(0)
-        metrics = {**dict(zip(sums, totals.tolist(), strict=True)), "gradient_norm": float(norm)}
-        if not all(map(math.isfinite, metrics.values())):
-            where = f"iteration {self.iteration + 1}, update {update + 1}"
-            raise Diverged(where, f"the update is not finite ({metrics})", _REMEDY)
-        return metrics
+    def _check_first_ratio(self, deviation: float) -> None:
+        """Raises TrainingError where rollout and loss disagree before the first update, so that the ratio tells nothing
+        of the policy. A lower learning rate does not help, so training does not go back to a checkpoint."""
+        share, clip = self.config.train.guard.max_first_ratio_share, self.algorithm.clip
+        if clip is not None and deviation > share * clip:
+            problem = (
+                f"before the first update the ratio deviates from 1 by {deviation:.2g}, and at most "
+                f"{share:g} of the clip range {clip:g} is allowed (train.guard.max_first_ratio_share)"
+            )
+            remedy = "Use backbone.precision=float32, or a larger algorithm.clip if the deviation may be so large"
+            raise TrainingError(f"iteration {self.iteration + 1}", problem, remedy)
 
-    def _actor_gradient(self, minibatch: Minibatch) -> dict[str, Tensor]:
-        """Add a minibatch's gradient, weighted as one of the update's blocks."""
-        arguments = minibatch.latents, minibatch.sigma, minibatch.sigma_next, minibatch.conditioning
-        output = self.policy.forward(*arguments)
-        actor = self.algorithm.loss(output.transition, minibatch)
-        loss, metrics = actor.loss, {"policy_loss": actor.loss.detach(), **actor.metrics}
-        if self.reference is not None:
-            with torch.no_grad():
-                reference = self.reference.forward(*arguments).prediction
-            drift = prediction_kl(output.prediction, reference, self.policy.backbone.path)
-            loss = loss + self.algorithm.prediction_kl * drift
-            metrics["prediction_kl"] = drift.detach()
-        (loss / self._num_blocks).backward()
-        return metrics
-
-    def _share(self, block: CreditedBlock, update: int) -> Minibatch:
-        """The transitions of a block that belong to `update`."""
-        steps = block.trajectory.num_stochastic_steps
-        generator = generator_for(self.config.seed, "order", "actor", self.iteration, block.index)
-        order = torch.randperm(len(block.rewards) * steps, generator=generator)
-        rows = order.tensor_split(self.config.train.updates_per_iteration)[update].to(self.mesh.device)
-        return flatten_steps(block.trajectory, block.advantages, rows // steps, rows % steps)
-
-    def _set_rate(self, update: int) -> None:
-        """Adam's first steps are sign steps: the actor's rate rises linearly over its first updates."""
+    def _rate(self, update: int) -> float:
+        """Adam's first steps are sign steps: the policy's rate rises linearly over its first updates."""
         done = self.iteration * self.config.train.updates_per_iteration + update + 1
         factor = min(1.0, done / max(1, self.config.policy.warmup_updates))
         factor *= self.config.train.guard.rate_factor ** len(self.recoveries)
-        for group in self.actor_optimizer.param_groups:
-            group["lr"] = factor * self.config.policy.learning_rate
+        return factor * self.config.policy.learning_rate
 
     def _remember(self) -> None:
         """Keep the weights of the iteration that early stopping takes for the best."""
         stopping = self.config.train.early_stopping
         if stopping is not None and best_iteration(stopping, self.history) == self.iteration:
-            self.best = {name: tensor.clone() for name, tensor in (self.ema or self._actor_copy()).items()}
-
-    def _actor_copy(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self.actor_parameters.items()}
-
-    @torch.no_grad()
-    def _load_actor(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self.actor_parameters.items():
-            parameter.copy_(tensors[name])
+            learner = self.policy_learner
+            self.best = {name: tensor.clone() for name, tensor in (learner.ema or learner.copy()).items()}
 
 
 def new_trainer(
@@ -328,10 +258,3 @@ def new_trainer(
     if trainer.learner is not None:
         trainer.learner.begin_with(scored)
     return trainer
-
-
-def _frozen(policy: Policy) -> Policy:
-    """The policy as it is now, for good."""
-    backbone = policy.backbone.clone()
-    backbone.module.requires_grad_(False)
-    return Policy(backbone, copy.copy(policy.kernel))

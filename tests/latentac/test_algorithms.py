@@ -70,9 +70,9 @@ def test_a_positive_advantage_raises_the_log_prob_of_a_network(name, backbone):
         backbone, algorithm={"use": name, **group}, policy={"learning_rate": 1e-5, "warmup_updates": 0}
     )
     block = credited(trainer._roll_out(0), 1.0)
-    batch = trainer._share(block, 0)
-    trainer._actor_gradient(batch)
-    trainer.actor_optimizer.step()
+    batch = trainer.policy_learner.minibatch(block, trainer.iteration, 0)
+    trainer.policy_learner.add_gradient(batch)
+    trainer.policy_learner.optimizer.step()
     with torch.no_grad():
         moved = trainer.policy.transition(batch.latents, batch.sigma, batch.sigma_next, batch.conditioning)
     assert bool((moved.log_prob(batch.next_latents) > batch.old_log_probs).all())

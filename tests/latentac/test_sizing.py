@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from latentac.backbones import BACKBONES
+from latentac.backbones.layout import Sizes
 from latentac.config.learning import Policy
 from latentac.critic import BODIES, Critic
 from latentac.runs.configuration import recipe_fields
 from latentac.runs.preparation import memory, sizing
+from latentac.runs.preparation.model_sizes import Model
 from latentac.runs.resolution import resolve_all
 from latentac.sampling.encoding import KEPT_BYTES
 from latentac.system.errors import ResourceError
@@ -138,24 +140,28 @@ def test_without_the_base_the_export_is_smaller():
 def test_sizes_of_the_field_come_out_as_they_were_measured(tmp_path):
     """Stable Diffusion 1.5 at 512 pixels on one GPU, blocks of 8 in 10 steps: 32 GiB by LoRA and 46 GiB with all
     weights; with blocks of 32 a device of 79 GiB was too small. The formula is right within a third."""
-    model = sizing.Model(
-        files=4 * 10**9,
-        network=859_520_964,
-        frozen=83_653_863 + 123_060_480,
-        adapters=6_000_000,
+    sizes = Sizes(
         latent=4 * 64 * 64,
-        picture=3 * 512 * 512,
+        image=3 * 512 * 512,
         text=77 * 768,
         taps=16 * 16 * (320 + 1280),
         channels=320 + 1280,
         units=sum((4096 >> (2 * level)) * width for level, width in enumerate((320, 640, 1280, 1280))) * 5,
         decoder=512 * 512 * 256,
     )
+    model = Model(
+        files=4 * 10**9,
+        network=859_520_964,
+        frozen=83_653_863 + 123_060_480,
+        adapters=6_000_000,
+        sizes=sizes,
+    )
 
     def gib(**settings):
         common = {"train__num_workers": 1, "kernel__num_steps": 10, "train__updates_per_iteration": 4}
+        common |= {"backbone__precision": "float32", "train__micro_images": 1000}
         run = config(**common, **settings)
-        found = sizing.count(run, model, "unet", 0, "cuda")
+        found = sizing.count(run, model, 0, "cuda")
         return sum(found.memory.values()) / 2**30
 
     lora = {"policy__adaptation": "lora"}

@@ -75,15 +75,15 @@ def test_the_average_of_the_weights_is_its_closed_form(monkeypatch):
     """After n updates: d^n of the first weights and (1 - d) d^(n - i) of those after update i."""
     decay = 0.7
     trainer = make_trainer(policy={"ema_decay": decay, "learning_rate": 1e-3}, train={"guard": {"max_kl": 1e3}})
-    name = max(trainer.actor_parameters, key=lambda key: trainer.actor_parameters[key].numel())
-    weights = [trainer.actor_parameters[name].detach().clone()]
-    step = trainer.actor_optimizer.step
+    name = max(trainer.policy_learner.parameters, key=lambda key: trainer.policy_learner.parameters[key].numel())
+    weights = [trainer.policy_learner.parameters[name].detach().clone()]
+    step = trainer.policy_learner.optimizer.step
 
     def remember():
         step()
-        weights.append(trainer.actor_parameters[name].detach().clone())
+        weights.append(trainer.policy_learner.parameters[name].detach().clone())
 
-    monkeypatch.setattr(trainer.actor_optimizer, "step", remember)
+    monkeypatch.setattr(trainer.policy_learner.optimizer, "step", remember)
     for _ in range(2):
         trainer.iterate()
     count = len(weights) - 1
@@ -91,8 +91,8 @@ def test_the_average_of_the_weights_is_its_closed_form(monkeypatch):
     expected = decay**count * weights[0]
     for index, weight in enumerate(weights[1:], start=1):
         expected = expected + (1 - decay) * decay ** (count - index) * weight
-    torch.testing.assert_close(trainer.ema[name], expected, rtol=1e-5, atol=1e-7)
-    assert not torch.equal(trainer.ema[name], weights[-1])
+    torch.testing.assert_close(trainer.policy_learner.ema[name], expected, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(trainer.policy_learner.ema[name], weights[-1])
 
 
 def test_what_is_published_is_the_last_the_average_or_the_best():
@@ -148,10 +148,10 @@ def test_an_update_that_is_not_a_number_is_told_with_its_place():
     assert trainer.iteration == 0
     trainer = make_trainer()
     with torch.no_grad():
-        next(iter(trainer.actor_parameters.values())).fill_(float("inf"))
+        next(iter(trainer.policy_learner.parameters.values())).fill_(float("inf"))
     blocks = [credited(make_trainer()._roll_out(index), 1.0) for index in range(2)]
     with pytest.raises(Diverged, match="iteration 1, update 1: the update is not finite"):
-        trainer._update_actor(blocks, 0)
+        trainer.policy_learner.update(blocks, trainer.iteration, 0, 1e-4)
 
 
 def test_after_a_recovery_the_rate_is_lower():
@@ -161,8 +161,7 @@ def test_after_a_recovery_the_rate_is_lower():
     for count in (0, 1):
         trainer.recoveries = [{}] * count
         for update in (0, 1):
-            trainer._set_rate(update)
-            rates.append(trainer.actor_optimizer.param_groups[0]["lr"])
+            rates.append(trainer._rate(update))
     assert rates == pytest.approx([5e-4, 1e-3, 5e-5, 1e-4])
 
 

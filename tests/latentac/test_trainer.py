@@ -108,7 +108,7 @@ def test_the_result_does_not_depend_on_how_blocks_are_dealt():
 
 def gradient(trainer):
     """The actor's gradient, flat."""
-    parameters = trainer.actor_parameters.values()
+    parameters = trainer.policy_learner.parameters.values()
     return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
 
 
@@ -122,9 +122,10 @@ def test_blocks_and_steps_add_up_to_one_batch(name):
         trainer = make_trainer(name, train=train, algorithm={"value_guidance": 2.0})
         blocks, *_ = trainer._credit([trainer._roll_out(index) for index in range(4 // block_images)])
         for block in blocks:
-            trainer._actor_gradient(trainer._share(block, 0))
+            learner = trainer.policy_learner
+            learner.add_gradient(learner.minibatch(block, trainer.iteration, 0))
         found.append(gradient(trainer))
-    trainer.actor_optimizer.zero_grad()
+    trainer.policy_learner.optimizer.zero_grad()
     (block,) = blocks
     steps, images = block.trajectory.num_stochastic_steps, torch.arange(4)
     for step in range(steps):
@@ -172,9 +173,9 @@ def test_actor_and_critic_do_not_shape_each_other(name):
     """The critic's passes leave actor and reference bitwise as they were, and give them no gradient; an update of the
     actor leaves the critic; with zero advantages the actor gets no gradient at all."""
     trainer = make_trainer(name, critic={"replay_images": 8}, algorithm={"prediction_kl": 0.1, "value_guidance": 2.0})
-    assert trainer.reference is not None
+    assert trainer.policy_learner._reference is not None
     assert trainer.learner is not None
-    reference = trainer.reference.backbone.module
+    reference = trainer.policy_learner._reference.backbone.module
     weights = {key: tensor.clone() for key, tensor in reference.state_dict().items()}
     blocks, *_ = trainer._credit([trainer._roll_out(index) for index in range(2)])
     before = snapshot(trainer)
@@ -182,11 +183,11 @@ def test_actor_and_critic_do_not_shape_each_other(name):
         0, [(block.index, block.trajectory, block.returns) for block in blocks if block.returns is not None]
     )
     assert same(before, snapshot(trainer), "actor")
-    assert all(parameter.grad is None for parameter in trainer.actor_parameters.values())
+    assert all(parameter.grad is None for parameter in trainer.policy_learner.parameters.values())
     assert not same(before, snapshot(trainer), "critic.heads")
     between = snapshot(trainer)
     trainer.learner.optimizer.zero_grad(set_to_none=True)
-    trainer._update_actor(blocks, 0)
+    trainer.policy_learner.update(blocks, trainer.iteration, 0, 1e-4)
     assert same(between, snapshot(trainer), "critic")
     assert all(parameter.grad is None for parameter in trainer.critic.parameters())
     assert not same(between, snapshot(trainer), "actor.")
@@ -195,7 +196,8 @@ def test_actor_and_critic_do_not_shape_each_other(name):
 
     plain = make_trainer(name)
     for index in range(2):
-        plain._actor_gradient(plain._share(credited(plain._roll_out(index)), 0))
+        learner = plain.policy_learner
+        learner.add_gradient(learner.minibatch(credited(plain._roll_out(index)), plain.iteration, 0))
     assert float(gradient(plain).abs().max()) == 0
 
 
@@ -204,22 +206,22 @@ def test_the_prediction_kl_pulls_back(name):
     """It is 0 with a gradient of 0 at the base, and away from it steps down its gradient lead back."""
     trainer = make_trainer(name, algorithm={"prediction_kl": 1.0})
     block = credited(trainer._roll_out(0))
-    minibatch = trainer._share(block, 0)
-    assert float(trainer._actor_gradient(minibatch)["prediction_kl"]) == 0
+    minibatch = trainer.policy_learner.minibatch(block, trainer.iteration, 0)
+    assert float(trainer.policy_learner.add_gradient(minibatch)["prediction_kl"]) == 0
     assert float(gradient(trainer).abs().max()) == 0
 
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in trainer.actor_parameters.values():
+        for parameter in trainer.policy_learner.parameters.values():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     drifts = []
     for _ in range(2):
-        trainer.actor_optimizer.zero_grad()
-        drifts.append(float(trainer._actor_gradient(minibatch)["prediction_kl"]))
+        trainer.policy_learner.optimizer.zero_grad()
+        drifts.append(float(trainer.policy_learner.add_gradient(minibatch)["prediction_kl"]))
         norm = float(gradient(trainer).norm())
         assert norm > 0
         with torch.no_grad():
-            for parameter in trainer.actor_parameters.values():
+            for parameter in trainer.policy_learner.parameters.values():
                 if parameter.grad is not None:
                     parameter.sub_(0.02 / norm * parameter.grad)
     assert drifts[1] < drifts[0]
@@ -239,14 +241,14 @@ def test_guidance_leads_uphill_on_the_critic(name):
         )
         trainer.value_weights = torch.tensor([weight])
         block = credited(trainer._roll_out(0))
-        minibatch, distances = trainer._share(block, 0), []
+        minibatch, distances = trainer.policy_learner.minibatch(block, trainer.iteration, 0), []
         scale = minibatch.latents[0].numel() * 2  # of the loss: a mean over dimensions and blocks
         for _ in range(3):
-            trainer.actor_optimizer.zero_grad()
-            distances.append(float(trainer._actor_gradient(minibatch)["guidance"]))
+            trainer.policy_learner.optimizer.zero_grad()
+            distances.append(float(trainer.policy_learner.add_gradient(minibatch)["guidance"]))
             norm = float(gradient(trainer).norm())
             with torch.no_grad():
-                for parameter in trainer.actor_parameters.values():
+                for parameter in trainer.policy_learner.parameters.values():
                     if parameter.grad is not None:
                         parameter.sub_(0.2 * distances[-1] / scale / norm**2 * parameter.grad)  # Polyak's step
         assert distances == sorted(distances, reverse=True)

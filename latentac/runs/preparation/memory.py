@@ -13,6 +13,18 @@ def compute_device(config: Config) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def count_workers(config: Config, device: str = "") -> int:
+    """Worker processes that training starts on this machine. device: cpu or cuda, by default that of this machine.
+
+    Raises ConfigError for more workers than GPUs.
+    """
+    from latentac.sampling import devices
+
+    train = config.train
+    num_blocks = train.images_per_iteration // train.block_images
+    return devices.count_workers(train.num_workers, num_blocks, device or compute_device(config))
+
+
 def free_memory(device: str) -> int | None:
     """Bytes that a process may still take: of the GPU, or of the machine and of the control group that it is in."""
     if device == "cuda":

@@ -16,10 +16,12 @@ DEFINITIONS = {
     "prediction_kl": "mean (prediction - the base's prediction)^2 over transitions and dimensions",
     "zero_std_share": "share of images in groups whose rewards are all equal, which were dropped",
     "ratio_deviation": "mean |ratio - 1|, in the unit of algorithm.log_prob_scale",
-    "first_ratio_deviation": "ratio_deviation of the first update, which is 0 because nothing has changed yet",
+    "first_ratio_deviation": "ratio_deviation before the first update: 0 but for rounding, as nothing has changed yet",
+    "gradient_below_eps": "share of gradient entries whose absolute value is below Adam's eps, which hardly moves them",
     "gradient_norm": "L2 norm of the policy's gradient before clipping",
     "seconds": "wall time of the iteration",
     "rollout_seconds": "wall time of the iteration's rollouts, with decoding and scoring",
+    "rows_per_forward": "rows per forward pass of the network, where train.micro_images or the memory bounds them",
     "world_size": "number of workers in the iteration; an elastic job may have fewer than requested",
 }
 """Scalars of the training history by name; an algorithm or a setting that has no such number leaves it out."""
@@ -34,7 +36,7 @@ GAIN = "evaluation/gain"
 """What a run is judged by: trained minus base on held-out prompts, by the reward of the gate."""
 
 _GROUP_OF = {"reward_mean": "reward", "value_loss": "critic"} | dict.fromkeys(
-    ("seconds", "rollout_seconds", "world_size"), "time"
+    ("seconds", "rollout_seconds", "rows_per_forward", "world_size"), "time"
 )
 
 

@@ -12,6 +12,7 @@ from torchx import specs
 from torchx.components import dist
 from torchx.runner import Runner, get_runner
 
+from latentac.runs.preparation.memory import count_workers
 from latentac.runs.workspace import Workspace
 from latentac.system.errors import TrainingError, restore
 from latentac.system.lifetime import keeping_signals
@@ -80,7 +81,7 @@ def _run_app(space: Workspace) -> None:
     with hidden_folder(space.folder, "train") as folder, get_runner() as runner:
         failure, logs = folder / "failure.json", folder / "logs"
         output = str(space.folder.parent)
-        definition = app(run, space.store.url, output, failure, train.num_workers, train.max_restarts)
+        definition = app(run, space.store.url, output, failure, count_workers(space.config), train.max_restarts)
         with keeping_signals():  # torchx turns them into exceptions of its own
             handle = runner.run(definition, "local_cwd", {"log_dir": str(logs)})
         try:

@@ -38,6 +38,7 @@ class Algorithm(Protocol):
     group_size: rollouts per prompt in an iteration.
     value_guidance: above 0, each minibatch comes with the gradient of the critic's values (`Minibatch.guidance`).
     prediction_kl: weight of mean (prediction - prediction of the base)^2 in the loss; 0 keeps no reference.
+    clip: the range of |ratio - 1| before the first update is bounded by a share of this; None where there is no ratio.
     """
 
     uses_critic: bool
@@ -45,6 +46,7 @@ class Algorithm(Protocol):
     group_size: int = 1
     value_guidance: float = 0.0
     prediction_kl: float = 0.0
+    clip: float | None = None
 
     def credit(self, rewards: Tensor, values: Tensor, prompts: Tensor) -> Credit:
         """rewards: [B, M]; values: [B, S, M] in each reward's unit; prompts: int64 [B], the prompts' indices."""

@@ -10,7 +10,7 @@ from latentac.method.diffusion import GaussianTransition
 from latentac.method.records import Minibatch
 from latentac.method.returns import whiten
 from latentac.training.algorithms import Algorithm, Credit, PolicyLoss
-from latentac.training.algorithms.surrogate import SurrogateSettings, policy_loss
+from latentac.training.algorithms.surrogate import SurrogateSettings, clip_range, policy_loss
 
 
 class DDPO(Algorithm):
@@ -34,6 +34,7 @@ class DDPO(Algorithm):
     def __init__(self, settings: Settings, weights: Tensor) -> None:
         self.settings, self.weights = settings, weights
         self.group_size, self.prediction_kl = settings.group_size, settings.prediction_kl
+        self.clip = clip_range(settings)
         self.memory: dict[str, Tensor] = {}
 
     def credit(self, rewards: Tensor, values: Tensor, prompts: Tensor) -> Credit:

@@ -10,7 +10,7 @@ from latentac.method.losses import guidance_loss
 from latentac.method.records import Minibatch
 from latentac.method.returns import combine, gae
 from latentac.training.algorithms import Algorithm, Credit, PolicyLoss
-from latentac.training.algorithms.surrogate import SurrogateSettings, policy_loss
+from latentac.training.algorithms.surrogate import SurrogateSettings, clip_range, policy_loss
 
 
 class PPO(Algorithm):
@@ -37,6 +37,7 @@ class PPO(Algorithm):
     def __init__(self, settings: Settings, weights: Tensor) -> None:
         self.settings, self.weights = settings, weights
         self.group_size, self.prediction_kl = settings.group_size, settings.prediction_kl
+        self.clip = clip_range(settings)
         self.value_guidance = settings.value_guidance
         self.memory: dict[str, Tensor] = {}
 

@@ -37,6 +37,11 @@ class SurrogateSettings(Settings):
     """Weight of the penalty mean((prediction - prediction of the base)^2); with 0 no copy of the base is kept."""
 
 
+def clip_range(settings: SurrogateSettings) -> float | None:
+    """The bound on |ratio - 1|; None where the trust region bounds a divergence instead."""
+    return settings.clip if settings.trust_region == "clip" else None
+
+
 def policy_loss(settings: SurrogateSettings, transition: GaussianTransition, minibatch: Minibatch) -> PolicyLoss:
     """Ratio and trust region as the settings name them, and what is watched: the exact KL of old and new transition in
     nats, the share of terms without gradient, and how far the ratio is from 1.

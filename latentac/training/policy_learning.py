@@ -1,0 +1,201 @@
+"""How the policy learns: its loss on the transitions of rollouts, and the optimizer's steps."""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentac.backbones.precision import MasterWeights
+from latentac.config.schema import Config
+from latentac.method.losses import prediction_kl
+from latentac.method.randomness import generator_for
+from latentac.method.records import Minibatch, Trajectory, flatten_steps
+from latentac.sampling.policy import Policy
+from latentac.system.errors import Diverged
+from latentac.training.algorithms import Algorithm
+from latentac.training.checkpoint import optimizer_tensors, restore_optimizer
+from latentac.training.distributed import Mesh
+
+REMEDY = "Start another run with a lower policy.learning_rate; a run keeps the configuration that it began with"
+_EPS_DIMENSIONS = 256
+
+
+@dataclass(frozen=True)
+class Block:
+    """The rollouts of one block.
+
+    prompts: int64 [B], indices of the training prompts; rewards: [B, M].
+    """
+
+    index: int
+    trajectory: Trajectory
+    prompts: Tensor
+    rewards: Tensor
+
+
+@dataclass(frozen=True)
+class CreditedBlock(Block):
+    """advantages: [B, S]; returns: [B, K, M], the critic's targets, None where no critic learns."""
+
+    advantages: Tensor
+    returns: Tensor | None
+
+
+class PolicyLearner:
+    """The policy's trainable weights, their optimizer and their average. The same on every worker.
+
+    parameters: name -> float32 weight that the optimizer updates; the network may compute with a rounded copy
+    ema: name -> float32 average of that weight; empty without `policy.ema_decay`
+    adam_eps: Adam's eps
+    """
+
+    def __init__(self, config: Config, policy: Policy, algorithm: Algorithm, mesh: Mesh) -> None:
+        """`policy` is trainable already."""
+        self.config, self.policy, self.algorithm, self.mesh = config, policy, algorithm, mesh
+        if policy.rows.limit is None and mesh.device.type == "cuda":
+            policy.rows.limit = config.train.block_images  # from here on it is halved until it fits
+        self._masters = MasterWeights(policy.backbone.module)
+        self.parameters = self._masters.tensors
+        self.adam_eps = _adam_eps(policy)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            config.policy.learning_rate,
+            (0.9, 0.95),
+            eps=self.adam_eps,
+            weight_decay=config.policy.weight_decay,
+            fused=mesh.device.type == "cuda",
+        )
+        # Only float16 needs it: its smallest gradients would be 0.
+        float16 = any(parameter.dtype == torch.float16 for parameter in policy.backbone.module.parameters())
+        self._scaler = torch.amp.GradScaler(mesh.device.type, enabled=float16)
+        self._reference = _frozen(policy) if algorithm.prediction_kl > 0 else None
+        self.ema = self.copy() if config.policy.ema_decay > 0 else {}
+        self._num_blocks = config.train.images_per_iteration // config.train.block_images
+
+    def update(self, blocks: Sequence[CreditedBlock], iteration: int, update: int, rate: float) -> dict[str, float]:
+        """One optimizer step on this update's share of every block's transitions. Returns means over all transitions.
+
+        iteration: the number of iterations before this one; rate: the learning rate. Raises Diverged when a number is
+        not finite.
+        """
+        sums = self._gradients(blocks, iteration, update)
+        parameters = list(self.parameters.values())
+        self.mesh.sum_gradients(parameters)
+        self._scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.policy.gradient_clip)
+        below = _share_below(parameters, self.adam_eps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self._masters.publish()
+        for name, average in self.ema.items():
+            average.lerp_(self.parameters[name].detach(), 1 - self.config.policy.ema_decay)
+        totals = self.mesh.gather(torch.stack(list(sums.values()))[None]).sum(0)
+        # One transfer to the host per update: each makes a GPU wait.
+        names = [*sums, "gradient_norm", "gradient_below_eps"]
+        metrics = dict(zip(names, torch.cat([totals, torch.stack([norm, below]).to(totals)]).tolist(), strict=True))
+        # The scaler leaves out an update whose gradients overflow in float16.
+        checked = metrics if not self._scaler.is_enabled() else {name: metrics[name] for name in sums}
+        if not all(map(math.isfinite, checked.values())):
+            where = f"iteration {iteration + 1}, update {update + 1}"
+            raise Diverged(where, f"the update is not finite ({metrics})", REMEDY)
+        return metrics
+
+    def copy(self) -> dict[str, Tensor]:
+        """A copy of the weights, by name."""
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put weights, by name, into the policy."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
+        self._masters.publish()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that `update` depends on: tensors, and what is not a tensor."""
+        tensors: dict[str, Tensor] = {f"actor.{name}": parameter for name, parameter in self.parameters.items()}
+        tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.items()}
+        scaler = {"scaler": self._scaler.state_dict()} if self._scaler.is_enabled() else {}
+        return tensors | optimizer_tensors(self.optimizer, "actor_optimizer"), scaler
+
+    def load_state(self, tensors: dict[str, Tensor], progress: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        here = {name: tensor.to(self.mesh.device) for name, tensor in tensors.items() if name[:4] in ("acto", "ema.")}
+        self.load({name: here[f"actor.{name}"] for name in self.parameters})
+        self.ema = {name.removeprefix("ema."): tensor for name, tensor in here.items() if name.startswith("ema.")}
+        restore_optimizer(self.optimizer, "actor_optimizer", tensors)
+        if "scaler" in progress:
+            self._scaler.load_state_dict(progress["scaler"])
+
+    def _gradients(self, blocks: Sequence[CreditedBlock], iteration: int, update: int) -> dict[str, Tensor]:
+        """Add the gradients of this worker's blocks. Returns its metrics, summed so that the sum over the workers is a
+        mean. When memory runs out, it starts again with fewer rows per forward pass."""
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            sums: dict[str, Tensor] = {}
+            most = 0
+            try:
+                for block in blocks:
+                    minibatch = self.minibatch(block, iteration, update)
+                    most = max(most, len(minibatch))
+                    for part in self.policy.rows.parts(len(minibatch)):
+                        share = len(part) / len(minibatch)
+                        for name, value in self.add_gradient(minibatch.part(part), share).items():
+                            before = sums.get(name, torch.zeros((), device=self.mesh.device))
+                            sums[name] = before + share * value / self._num_blocks
+                return sums
+            except torch.OutOfMemoryError as error:
+                failed = error.with_traceback(None)  # its frames hold the tensors that take the memory
+            self.policy.rows.halve(most, failed)
+
+    def add_gradient(self, minibatch: Minibatch, share: float = 1.0) -> dict[str, Tensor]:
+        """Add a minibatch's gradient to the weights', as `share` of one of the update's blocks. Returns its metrics."""
+        arguments = minibatch.latents, minibatch.sigma, minibatch.sigma_next, minibatch.conditioning
+        output = self.policy.forward(*arguments)
+        found = self.algorithm.loss(output.transition, minibatch)
+        loss, metrics = found.loss, {"policy_loss": found.loss.detach(), **found.metrics}
+        if self._reference is not None:
+            with torch.no_grad():
+                reference = self._reference.forward(*arguments).prediction
+            drift = prediction_kl(output.prediction, reference, self.policy.backbone.path)
+            loss = loss + self.algorithm.prediction_kl * drift
+            metrics["prediction_kl"] = drift.detach()
+        self._scaler.scale(loss * share / self._num_blocks).backward()
+        return metrics
+
+    def minibatch(self, block: CreditedBlock, iteration: int, update: int) -> Minibatch:
+        """The transitions of a block that belong to `update`."""
+        steps = block.trajectory.num_stochastic_steps
+        generator = generator_for(self.config.seed, "order", "actor", iteration, block.index)
+        order = torch.randperm(len(block.rewards) * steps, generator=generator)
+        rows = order.tensor_split(self.config.train.updates_per_iteration)[update].to(self.mesh.device)
+        return flatten_steps(block.trajectory, block.advantages, rows // steps, rows % steps)
+
+
+def _frozen(policy: Policy) -> Policy:
+    """The policy as it is now, for good."""
+    backbone = policy.backbone.clone()
+    backbone.module.requires_grad_(False)
+    return Policy(backbone, copy.copy(policy.kernel), policy.rows)
+
+
+def _adam_eps(policy: Policy) -> float:
+    """1e-8 at the 256 latent dimensions of the built-in models, where the defaults were chosen, and 1 / D beyond.
+
+    The log-probability is an average over the D dimensions. The gradient of a weight that acts on few of them falls as
+    1 / D, and with a fixed eps so would its steps.
+    """
+    return 1e-8 * min(1.0, _EPS_DIMENSIONS / math.prod(policy.backbone.latent_shape))
+
+
+def _share_below(parameters: Sequence[Tensor], eps: float) -> Tensor:
+    """[], the share of gradient entries whose absolute value is below `eps`: Adam hardly moves these weights."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    below = torch.stack([(gradient.abs() < eps).sum() for gradient in gradients]).sum()
+    return below / sum(gradient.numel() for gradient in gradients)
