@@ -23,6 +23,10 @@ class Policy(Section):
     """Rank of the adapters."""
     lora_alpha: Positive = 64
     """LoRA's alpha: the adapters' output is multiplied by alpha / rank."""
+    guidance_scale: Annotated[float, Field(ge=1, le=100)] = 1.0
+    """Scale of classifier-free guidance in rollouts, updates and evaluation, and the default of the endpoint. 1 is
+    none. With guidance, the log-probabilities are those of the guided policy, and each image costs two rows per forward
+    pass."""
     learning_rate: Rate = 6e-5
     """Learning rate of AdamW. Example: `1e-4`."""
     warmup_updates: Annotated[int, Field(ge=0)] = 20

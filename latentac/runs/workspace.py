@@ -117,11 +117,9 @@ class Workspace:
 
     def _policy(self, folder: Path) -> "Policy":
         from latentac.backbones import load_backbone
-        from latentac.sampling.kernels import KERNELS
-        from latentac.sampling.policy import Policy
+        from latentac.sampling.policy import configured_policy
 
-        backbone = load_backbone(self.config.backbone, folder, self.device)
-        return Policy(backbone, KERNELS.make(self.config.kernel, path="kernel"))
+        return configured_policy(self.config, load_backbone(self.config.backbone, folder, self.device))
 
 
 def open_run(run: str, store: str, output: str) -> Workspace:

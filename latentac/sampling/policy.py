@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from latentac.backbones import Denoiser
+from latentac.backbones.guided import guided
+from latentac.config.schema import Config
 from latentac.method.diffusion import GaussianTransition, Kernel, Prediction
 from latentac.method.records import Conditioning
+from latentac.sampling.kernels import KERNELS
 from latentac.sampling.rows import Rows
 
 
@@ -61,6 +64,13 @@ class Policy:
     ) -> GaussianTransition:
         """The distribution of the next latents; arguments as in `forward`."""
         return self.forward(latents, sigma, sigma_next, conditioning).transition
+
+
+def configured_policy(config: Config, backbone: Denoiser) -> Policy:
+    """The policy of a run on `backbone`: with the configured kernel, guidance scale and rows per forward pass."""
+    limit = None if config.train.micro_images == "auto" else config.train.micro_images
+    kernel = KERNELS.make(config.kernel, path="kernel")
+    return Policy(guided(backbone, config.policy.guidance_scale), kernel, Rows(limit))
 
 
 def _joined(parts: Sequence[PolicyOutput]) -> PolicyOutput:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from latentac.sampling.devices import pick_device
 
+BUCKET_BYTES = 25 * 2**20
+"""Of gradients that travel together."""
+
 
 class PeerLost(RuntimeError):
     """Another worker went away in the middle of a collective. Nothing is wrong here: the elastic agent starts anew."""
@@ -63,15 +66,33 @@ class Mesh:
         return bool(self.gather(torch.tensor([float(wanted)], device=self.device)).any())
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Replace each gradient by its sum over the workers, in one message."""
+        """Replace each gradient by its sum over the workers. Buckets of BUCKET_BYTES travel one behind the other."""
         if self.size == 1:
             return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        sent = []
         with _peers():
-            torch.distributed.all_reduce(flat)
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+            for bucket in _buckets(gradients):
+                flat = torch.cat([gradient.flatten() for gradient in bucket])
+                sent.append((bucket, flat, torch.distributed.all_reduce(flat, async_op=True)))
+            for bucket, flat, work in sent:
+                work.wait()
+                for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                    gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors of together at most BUCKET_BYTES; a larger one is alone."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
 
 
 @contextlib.contextmanager

@@ -20,8 +20,7 @@ from latentac.evaluation.held_out import sample
 from latentac.evaluation.measures import intervals
 from latentac.rewards.configured import ConfiguredReward, load_rewards
 from latentac.sampling.devices import few_threads, pick_device
-from latentac.sampling.kernels import KERNELS
-from latentac.sampling.policy import Policy
+from latentac.sampling.policy import Policy, configured_policy
 from latentac.sampling.steering import STEERING, Steering
 from latentac.system.progress import progress
 from latentac.training import value_pretraining
@@ -175,8 +174,7 @@ def load_policy(config: Config) -> Policy:
     there. Raises ConfigError for a model that cannot be used."""
     settings = config.backbone
     folder, _ = locate(settings.source, layout_of(settings), settings.revision)
-    backbone = load_backbone(settings, folder, pick_device(settings.device))
-    return Policy(backbone, KERNELS.make(config.kernel, path="kernel"))
+    return configured_policy(config, load_backbone(settings, folder, pick_device(settings.device)))
 
 
 def _with_rewards(config: Config, rewards: Mapping[str, Callable[..., Any]], weights: Mapping[str, float]) -> Config:

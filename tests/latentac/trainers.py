@@ -16,7 +16,7 @@ from latentac.config.sections import Extension
 from latentac.config.validation import resolve
 from latentac.rewards.configured import ConfiguredReward, load_rewards
 from latentac.sampling.kernels import KERNELS
-from latentac.sampling.policy import Policy
+from latentac.sampling.policy import configured_policy
 from latentac.training.algorithms import ALGORITHMS, Algorithm
 from latentac.training.distributed import Mesh
 from latentac.training.trainer import Block, CreditedBlock, Trainer
@@ -118,12 +118,17 @@ def credited(block: Block, advantage: float = 0.0) -> CreditedBlock:
 
 
 def make_trainer(
-    backbone: str = SHIPPED[0], scorers: Sequence[ConfiguredReward] = (), mesh: Mesh | None = None, **sections: Any
+    name: str = SHIPPED[0],
+    scorers: Sequence[ConfiguredReward] = (),
+    mesh: Mesh | None = None,
+    backbone: Any = None,
+    **sections: Any,
 ) -> Trainer:
-    """A trainer as a worker makes one, on a copy of the shipped weights. scorers: instead of the rewards by name."""
-    config = make_config(backbone, **sections)
+    """A trainer as a worker makes one. backbone: a copy of the shipped weights if None. scorers: instead of the rewards
+    by name."""
+    config = make_config(name, **sections)
     torch.manual_seed(config.seed)
-    policy = Policy(shipped(backbone).clone(), KERNELS.make(config.kernel))
+    policy = configured_policy(config, shipped(name).clone() if backbone is None else backbone)
     critic = new_critic(config, policy)
     policy.backbone.adapt(config.policy)
     used = scorers or load_rewards(config.rewards)

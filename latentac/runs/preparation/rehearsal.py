@@ -16,7 +16,6 @@ from latentac.backbones import Denoiser, load_backbone
 from latentac.config.schema import Config
 from latentac.method.diffusion import num_stochastic_steps
 from latentac.method.randomness import noise_for
-from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
 from latentac.system.errors import ConfigError, LatentacError, Problem, ResourceError, describe
 from latentac.training.value_pretraining import new_critic
@@ -91,7 +90,7 @@ def rehearse(config: Config, folder: Path, prompt: str, device: torch.device) ->
         backbone = load_backbone(config.backbone, folder, device)
     found.stop()
     with found.trying("kernel.use", config.kernel.use, "building the sampler", "Use a kernel of the backbone's kind"):
-        policy = Policy(backbone, KERNELS.make(config.kernel, path="kernel"))
+        policy = configured_policy(config, backbone)
     found.stop()
     text_shape, pictures = _step(config, policy, prompt, found)
     parameters = list(backbone.module.parameters())
