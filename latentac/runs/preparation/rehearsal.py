@@ -16,7 +16,7 @@ from latentac.backbones import Denoiser, load_backbone
 from latentac.config.schema import Config
 from latentac.method.diffusion import num_stochastic_steps
 from latentac.method.randomness import noise_for
-from latentac.sampling.policy import Policy
+from latentac.sampling.policy import Policy, configured_policy
 from latentac.system.errors import ConfigError, LatentacError, Problem, ResourceError, describe
 from latentac.training.value_pretraining import new_critic
 

@@ -8,6 +8,8 @@ third start that meets it at the same place. An expected error is final at once,
 """
 
 import os
+import traceback
+from pathlib import Path
 from typing import Any
 
 from latentac.store import Store
@@ -15,6 +17,9 @@ from latentac.system.errors import ArtifactNotFound, IntegrityError, LatentacErr
 
 ATTEMPT = "LATENTAC_ATTEMPT"
 """Environment variable of the workers: the submission they belong to."""
+
+NOTE = "unexpected.txt"
+"""File beside the workers' logs on one machine."""
 
 SAME_FAILURES = 3
 _TRY_AGAIN = 75
@@ -42,6 +47,19 @@ def read(store: Store, run: str, attempt: str) -> LatentacError | None:
     """The error that ended `attempt` of training `run`, if one did. Raises StoreError."""
     fields = _read(store, run, attempt).get("error")
     return restore(fields) if fields else None
+
+
+def note(folder: Path, error: Exception, iteration: int) -> None:
+    """Leave in `folder` an unexpected error of a worker of this machine. The last note counts: workers start again."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    told = " ".join(str(error).split())[:500]
+    text = f"{type(error).__name__}: {told} (in iteration {iteration}, {Path(last.filename).name}:{last.lineno})"
+    (folder / NOTE).write_text(text, encoding="utf-8")
+
+
+def noted(folder: Path) -> str:
+    """The last note in `folder`; empty if there is none."""
+    return (folder / NOTE).read_text(encoding="utf-8") if (folder / NOTE).exists() else ""
 
 
 def _read(store: Store, run: str, attempt: str) -> dict[str, Any]:

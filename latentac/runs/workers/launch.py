@@ -13,6 +13,7 @@ from torchx.components import dist
 from torchx.runner import Runner, get_runner
 
 from latentac.runs.preparation.memory import count_workers
+from latentac.runs.workers import failures
 from latentac.runs.workspace import Workspace
 from latentac.system.errors import TrainingError, restore
 from latentac.system.lifetime import keeping_signals
@@ -22,6 +23,7 @@ from latentac.system.scratch import hidden_folder, remove_hidden
 LAST_LINES = 20
 LOOPBACK = "127.0.0.1"
 _POLL_SECONDS = 0.2
+_RESUME = "Resume the run: it continues from its last checkpoint"
 _log = logging.getLogger(__name__)
 
 
@@ -91,10 +93,13 @@ def _run_app(space: Workspace) -> None:
         if failure.exists():
             raise restore(read_record(failure))
         if state != specs.AppState.SUCCEEDED:
+            met = failures.noted(folder)
+            if met:
+                raise TrainingError(f"training app of {run}", f"ended {state.name}: {met}", _RESUME)
             raise TrainingError(
                 f"training app of {run}",
                 f"ended {state.name}; the last lines of its log:\n" + "\n".join(lines),
-                "Resume the run: it continues from its last checkpoint",
+                _RESUME,
             )
 
 

@@ -61,12 +61,14 @@ def main(run: str, store: str, output: str, failure: str = "") -> int:
             work(open_run(run, store, output), position)
         else:
             return _work_in_pod(run, store, output, position)
-    except (LatentacError, OSError, ImportError) as error:
-        meant = expected(error)
+    except Exception as error:
+        meant = expected(error) if isinstance(error, LatentacError | OSError | ImportError) else None
+        if failure and meant is not None:
+            Path(failure).write_text(json.dumps(meant.to_dict()))
+        elif failure and not isinstance(error, PeerLost):  # that one is the consequence of another's error
+            failures.note(Path(failure).parent, error, position.iteration)
         if meant is None:
             raise
-        if failure:
-            Path(failure).write_text(json.dumps(meant.to_dict()))
         return meant.exit_code
     finally:
         if torch.distributed.is_initialized():
