@@ -79,8 +79,8 @@ def _part(experiment: str, found: File, results: Results, folder: str) -> Iterat
     if experiment not in ("cost", "serving"):
         yield f"![{_TITLES[experiment]}]({folder}/{experiment}-{recipe}.svg)"
         yield ""
-    for label, picture in found.get("pictures", ()):
-        yield f"{label}: ![{label}]({folder}/{picture})"
+    for label, image in found.get("images", ()):
+        yield f"{label}: ![{label}]({folder}/{image})"
         yield ""
     for claim in CLAIMS:
         if claim.experiment == experiment:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.steering [--recipe shapes-unet] [--run FOLDER] [--prompts 384]
 
-Every way to steer makes N candidates a picture, and one of them is chosen twice: by the critic and by the true reward.
+Every way to steer makes N candidates per image, and one of them is chosen twice: by the critic and by the true reward.
 All ways have the same held-out prompts and noise. One process, one thread; what was measured is in build/steering and
 is not measured again unless sources, settings or weights have changed.
 """
@@ -54,7 +54,7 @@ GUIDANCE_SCALE = 2.0
 FOLDER = ROOT / "build" / "steering"
 CHOICES = ("critic", "reward")
 _PROMPTS = 384
-_DIVERSE = 32  # of the first so many prompts a second picture is made, for diversity
+_DIVERSE = 32  # of the first so many prompts a second image is made, for diversity
 _ROWS = 64  # rollouts at once, whatever the number of candidates
 _BOOTSTRAP = 2000
 _TURNS = 12
@@ -103,9 +103,9 @@ class World:
         self.dials = torch.tensor([reward.weight for reward in config.rewards])
         prompts = load_prompts(config.prompts.source).held_out
         shown = [prompts[index] for index in balanced(prompts, num_prompts, config.seed, "evaluation")]
-        self.pictures = [(slot, 0) for slot in range(num_prompts)]
-        self.pictures += [(slot, 1) for slot in range(min(_DIVERSE, num_prompts))]
-        self.prompts = [shown[slot] for slot, _ in self.pictures]
+        self.places = [(slot, 0) for slot in range(num_prompts)]
+        self.places += [(slot, 1) for slot in range(min(_DIVERSE, num_prompts))]
+        self.prompts = [shown[slot] for slot, _ in self.places]
 
     def steering(self, way: Way, candidates: int, **own: Any) -> Steering:
         """The configured method of that name; `own`: settings instead of its."""
@@ -127,7 +127,7 @@ class World:
 
 @dataclass(frozen=True)
 class Made:
-    """N candidates of each of B pictures. values: [B, N, M], standardised, of the last denoised state; rewards:
+    """N candidates of each of B images. values: [B, N, M], standardised, of the last denoised state; rewards:
     [B, N, R] and images: uint8 [B, N, H, W, 3] of what came out; seconds: a candidate, by part."""
 
     values: Tensor
@@ -176,7 +176,7 @@ def _sample(world: World, way: Way, candidates: int, block: range, prompts: Sequ
     texts = [prompt.text for prompt in prompts]
     config, steps = world.config, world.config.kernel.num_steps
     policy = Policy(guided(world.backbone, way.scale), world.kernel)
-    keys = [("bench-steering", *world.pictures[index]) for index in block]
+    keys = [("bench-steering", *world.places[index]) for index in block]
     noise = noise_for(
         [(*key, candidate) for key in keys for candidate in range(candidates)],
         config.seed,
@@ -207,9 +207,9 @@ def points(world: World, name: str, candidates: int) -> list[Record]:
         for choice in CHOICES if count > 1 else CHOICES[:1]:
             chosen = steering.select(by[choice][:, :count])
             rows = torch.arange(len(chosen))
-            pictures = made.images[rows, chosen]
+            chosen_images = made.images[rows, chosen]
             extra = len(chosen) - world.num_prompts
-            pairs = np.stack([pictures[:extra], pictures[world.num_prompts :]], 1)
+            pairs = np.stack([chosen_images[:extra], chosen_images[world.num_prompts :]], 1)
             judged = count if choice == "reward" else 0
             found.append(
                 {
@@ -227,8 +227,8 @@ def points(world: World, name: str, candidates: int) -> list[Record]:
     return found
 
 
-def cost(world: World, pictures: int = _ROWS) -> Record:
-    """Seconds of a rollout of `pictures` rows, plain, with resampling of 4 and with the value gradient, both at every
+def cost(world: World, images: int = _ROWS) -> Record:
+    """Seconds of a rollout of `images` rows, plain, with resampling of 4 and with the value gradient, both at every
     step, in turns; and the median ratios to plain, which asks no critic."""
     whole = {"start": 0.0, "stop": 1.0}
     steering = {
@@ -236,7 +236,7 @@ def cost(world: World, pictures: int = _ROWS) -> Record:
         "resampling": world.steering(WAYS["resampling"], 4, **whole),
         "value_gradient": world.steering(WAYS["value_gradient"], 1, **whole),
     }
-    steps, texts = world.config.kernel.num_steps, [prompt.text for prompt in world.prompts[:pictures]]
+    steps, texts = world.config.kernel.num_steps, [prompt.text for prompt in world.prompts[:images]]
     policy = Policy(world.backbone, world.kernel)
     noise = noise_for([(row,) for row in range(len(texts))], 0, steps, world.backbone.latent_shape)
     conditioning = world.backbone.encode(texts)
@@ -376,7 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steering", description=__doc__.partition("\n")[0])
     parser.add_argument("--recipe", default="shapes-unet")
     parser.add_argument("--run", default="", help="<output>/<id> of a run that has trained; else it is trained here")
-    parser.add_argument("--prompts", type=int, default=_PROMPTS, help="held-out prompts, one picture each")
+    parser.add_argument("--prompts", type=int, default=_PROMPTS, help="held-out prompts, one image each")
     parser.add_argument("--output", type=Path, default=FULL.results, help="folder of steering-<recipe>.json and .svg")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where what is measured is kept")
     options = parser.parse_args(arguments)

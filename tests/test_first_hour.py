@@ -58,7 +58,7 @@ from latentac.training.algorithms.surrogate import SurrogateSettings, policy_los
 
 
 class Sign(Algorithm):
-    """Only whether a picture is better than what the critic expected counts, not by how much."""
+    """Only whether an image is better than what the critic expected counts, not by how much."""
 
     uses_critic = True
 
@@ -173,14 +173,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 
 def drawn(folder: Path) -> np.ndarray:
-    with Image.open(folder / "picture.png") as picture:
-        return np.asarray(picture.convert("RGB")).astype(int)
+    with Image.open(folder / "image.png") as image:
+        return np.asarray(image.convert("RGB")).astype(int)
 
 
 def test_own_model_reward_and_prompts_are_promoted_and_served(home: Home) -> None:
     """After the demo's smoke run in the same folder: your own package with a reward with options, an algorithm and a
     steering method; prompts with metadata; a sharded SD1.5 layout with a variant beside it; LoRA. From `latentac run`
-    to promoted and served; and both exports draw the served picture in plain diffusers, within one grey level."""
+    to promoted and served; and both exports draw the served image in plain diffusers, within one grey level."""
     began = time.monotonic()
     imported = home.run(
         "python", "-c", "import latentac.pipelines; print(latentac.__file__, latentac.pipelines.__file__)"
@@ -213,17 +213,17 @@ def test_own_model_reward_and_prompts_are_promoted_and_served(home: Home) -> Non
         "import sys, torch\nfrom pathlib import Path\nfrom PIL import Image\n"
         "from latentac.serving.generator import Generator\n"
         f"made = Generator(Path('served'), torch.device('cpu')).generate({prompt!r}, 0, method='none')\n"
-        "Image.fromarray(made.images[0]).save('picture.png')\n"
+        "Image.fromarray(made.images[0]).save('image.png')\n"
     )
     home.run("python", "-c", script, LATENTAC_ALLOW_EXTENSIONS="mine.steering:Second", PYTHONPATH=str(home.folder))
     expected = drawn(home.folder)
-    assert expected.std() > 1, "a picture of one colour proves nothing"
+    assert expected.std() > 1, "an image of one colour proves nothing"
     for block in blocks:
-        (served / "picture.png").unlink(missing_ok=True)
+        (served / "image.png").unlink(missing_ok=True)
         if not (served / "my-model").exists():
             (served / "my-model").symlink_to(home.folder / "my-model")
         home.run("python", "-c", f"import os; os.chdir('served')\n{block}")
         difference = np.abs(drawn(served) - expected).max()
-        print(f"largest difference to the served picture: {difference} of 255")
+        print(f"largest difference to the served image: {difference} of 255")
         assert difference <= 1
     print(f"demo {demo:.0f} s, all {time.monotonic() - began:.0f} s")

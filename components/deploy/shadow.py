@@ -22,15 +22,15 @@ _ONE_SIDED_95 = 1.645
 
 @dataclass
 class Answers:
-    """What one server gave: seconds of each answer; pictures: PNG bytes, None where it failed; failures: its words."""
+    """What one server gave: seconds of each answer; images: PNG bytes, None where it failed; failures: its words."""
 
     seconds: list[float] = field(default_factory=list)
-    pictures: list[bytes | None] = field(default_factory=list)
+    images: list[bytes | None] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
     @property
     def error_fraction(self) -> float:
-        return len(self.failures) / len(self.pictures)
+        return len(self.failures) / len(self.images)
 
     @property
     def median_seconds(self) -> float | None:
@@ -51,10 +51,10 @@ def ask(servers: Sequence[Client], requests: Sequence[dict[str, Any]], size: tup
         for server, given in zip(servers, answers, strict=True):
             began = time.monotonic()
             try:
-                given.pictures.append(decode(server.endpoint, server.predict(request), size))
+                given.images.append(decode(server.endpoint, server.predict(request), size))
                 given.seconds.append(time.monotonic() - began)
             except ServingError as error:
-                given.pictures.append(None)
+                given.images.append(None)
                 given.failures.append(str(error))
     return answers
 
@@ -127,24 +127,24 @@ def _loss(losses: Sequence[float]) -> dict[str, float | None]:
 def _rewards(
     name: str, rewards: Sequence[RewardSettings], requests: Sequence[dict[str, Any]], sides: Sequence[Answers]
 ) -> tuple[list[list[float | None]], str]:
-    """Each side's score of each prompt, None where there is no picture; no sides and the reason if none can be had."""
+    """Each side's score of each prompt, None where there is no image; no sides and the reason if none can be had."""
     try:
         (reward,) = load_rewards(one for one in rewards if one.name == name)
-        return [[_score(reward, picture, request) for picture, request in _pairs(side, requests)] for side in sides], ""
-    except LatentacError as error:  # it needs what this step's image does not have, or cannot judge these pictures
+        return [[_score(reward, image, request) for image, request in _pairs(side, requests)] for side in sides], ""
+    except LatentacError as error:  # this step's container image lacks what it needs, or it cannot score these images
         return [], str(error)
 
 
 def _pairs(side: Answers, requests: Sequence[dict[str, Any]]) -> list[tuple[bytes | None, dict[str, Any]]]:
-    return list(zip(side.pictures, requests, strict=True))
+    return list(zip(side.images, requests, strict=True))
 
 
-def _score(reward: ConfiguredReward, picture: bytes | None, request: dict[str, Any]) -> float | None:
-    if picture is None:
+def _score(reward: ConfiguredReward, image: bytes | None, request: dict[str, Any]) -> float | None:
+    if image is None:
         return None
     import numpy as np
     from PIL import Image
 
-    with Image.open(io.BytesIO(picture)) as image:
-        pixels = np.asarray(image.convert("RGB"), np.uint8)
+    with Image.open(io.BytesIO(image)) as opened:
+        pixels = np.asarray(opened.convert("RGB"), np.uint8)
     return float(reward(pixels[None], [Prompt(request["prompt"], "all")])[0])

@@ -25,7 +25,7 @@ def evaluate(
         trained: manifest of train.
         manifest: manifest of the published artifact.
         metrics: rewards of each arm, gain, diversity kept, latency ratio.
-        page: the same with pictures.
+        page: the same with images.
     """
     from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Step 2, pretrain-value: the critic learns what the frozen policy's pictures will be worth."""
+"""Step 2, pretrain-value: the critic learns what the frozen policy's images will be worth."""
 
 from kfp.dsl import Artifact, Input, Metrics, Output, component
 

@@ -25,7 +25,7 @@ def steer(
         trained: manifest of train.
         manifest: manifest of the published artifact.
         metrics: reward of plain sampling and of the best arm, and what that arm costs.
-        page: the same with pictures.
+        page: the same with images.
     """
     from pathlib import Path
 

@@ -122,20 +122,20 @@ class DiTBackbone:
         taps = dict(vars(self._taps))
         return diffusion.Prediction(latents - level * velocity, latents + (1 - level) * velocity), taps
 
-    def pictures(self, latents: Tensor) -> Tensor:
+    def images(self, latents: Tensor) -> Tensor:
         autoencoder = self._pipeline.vae
         latents = latents / autoencoder.config.scaling_factor + (autoencoder.config.shift_factor or 0.0)
-        pictures: Tensor = (autoencoder.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
-        return pictures
+        images: Tensor = (autoencoder.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        return images
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        return to_arrays(self.pictures, latents)
+        return to_arrays(self.images, latents)
 
     def adapt(self, settings: Policy) -> None:
         adapters.adapt(self.module, settings, self.layout.adapted)
 
     def save(self, folder: Path) -> None:
-        """StableDiffusion3Pipeline without T5, with which it would draw other pictures than those that were trained on,
+        """StableDiffusion3Pipeline without T5, with which it would draw other images than those that were trained on,
         and with the scheduler that shifts as `schedule` does. Its spacing is its caller's: `sigmas=`."""
         folders.begin(folder)
         adapters.save(self.module, folder, "transformer")

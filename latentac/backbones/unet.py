@@ -120,19 +120,19 @@ class UNetBackbone:
             clean = (latents - noise_level * noise) / alpha
         return diffusion.Prediction(clean, noise), dict(vars(self._taps))
 
-    def pictures(self, latents: Tensor) -> Tensor:
+    def images(self, latents: Tensor) -> Tensor:
         decoded = self._autoencoder.decode(latents / self._autoencoder.config.scaling_factor, return_dict=False)[0]
-        pictures: Tensor = (decoded.float() / 2 + 0.5).clamp(0, 1)
-        return pictures
+        images: Tensor = (decoded.float() / 2 + 0.5).clamp(0, 1)
+        return images
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        return to_arrays(self.pictures, latents)
+        return to_arrays(self.images, latents)
 
     def adapt(self, settings: Policy) -> None:
         adapters.adapt(self.module, settings, self.layout.adapted)
 
     def save(self, folder: Path) -> None:
-        """StableDiffusionPipeline without its safety checker, which served pictures do not pass either, and with the
+        """StableDiffusionPipeline without its safety checker, which served images do not pass either, and with the
         scheduler that takes the steps of `schedule`: the base's own may space, clip or end otherwise."""
         folders.begin(folder)
         adapters.save(self.module, folder, "unet")

@@ -48,7 +48,7 @@ _SMOKE: dict[str, Any] = {
         "num_gallery_prompts": 4,
         "num_bootstrap": 500,
         "num_diversity_prompts": 8,
-        "pictures_per_prompt": 3,
+        "images_per_prompt": 3,
     },
     "steering": {
         "num_images": 8,

@@ -178,7 +178,7 @@ class _Shapes:
 
     def __init__(self, backbone: Denoiser) -> None:
         self.latent_shape, self.tap_shapes = backbone.latent_shape, backbone.tap_shapes
-        self.text_width, self.device, self.pictures = backbone.text_width, backbone.device, backbone.pictures
+        self.text_width, self.device, self.images = backbone.text_width, backbone.device, backbone.images
         self.module = nn.Module()
 
     def clone(self) -> "_Shapes":

@@ -97,19 +97,19 @@ class Pixel(nn.Module):
 
     def __init__(self, settings: ReaderSettings, backbone: Denoiser) -> None:
         super().__init__()
-        self._pictures = backbone.pictures
+        self._images = backbone.images
         with torch.no_grad():
-            shape = self._pictures(torch.zeros(1, *backbone.latent_shape, device=backbone.device)).shape
+            shape = self._images(torch.zeros(1, *backbone.latent_shape, device=backbone.device)).shape
         self.stem = _stem(shape[1], settings.width, shape[-1] // 8)
         seen = self.stem(torch.zeros(shape)).shape[1:]
-        self.reader = Reader({"picture": tuple(seen)}, backbone.text_width, settings)
+        self.reader = Reader({"image": tuple(seen)}, backbone.text_width, settings)
         self.width = self.reader.width
 
     def features(self, latents: Tensor, prediction: Prediction, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"picture": self._pictures(prediction.clean)}
+        return {"image": self._images(prediction.clean)}
 
     def forward(self, features: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        seen = self.reader.see({"picture": self.stem(features["picture"])})
+        seen = self.reader.see({"image": self.stem(features["image"])})
         summary: Tensor = self.reader(seen, sigma, conditioning)
         return summary
 

@@ -129,7 +129,7 @@ class _Glance(nn.Module):
         self.channels = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, width))
         self.word = nn.Linear(text_width, _WORD_WIDTH) if settings.text_conditioning else None
         # A prompt is met a few times and its rewards are soon learned by heart. With part of what is read of each word
-        # left out, what remains is what many prompts share, and whether the picture fits.
+        # left out, what remains is what many prompts share, and whether the image fits.
         self.drop_words = nn.Dropout(settings.text_dropout)
         self.places = nn.Parameter(torch.randn(_MOST_WORDS, _WORD_WIDTH, width) / (4 * _WORD_WIDTH**0.5))
         self.modulation = _TimeModulation(width)

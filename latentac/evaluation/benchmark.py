@@ -22,7 +22,7 @@ from latentac.worlds.prompts import Prompt, balanced
 
 @dataclass(frozen=True)
 class Plan:
-    """One arm. method: its configured name, or `none`; candidates: rollouts per picture; steering: None where plain."""
+    """One arm. method: its configured name, or `none`; candidates: rollouts per image; steering: None where plain."""
 
     method: str
     strength: float
@@ -64,7 +64,7 @@ def run_benchmark(
     wanted, shown = chosen[: config.steering.num_images], chosen[: evaluation.num_gallery_prompts]
     rows: list[dict[str, Any]] = []
     plans = arms(config)
-    # What an arm costs goes by its evaluations, so these are the unit: pictures would promise a wrong end. Which arm
+    # What an arm costs goes by its evaluations, so these are the unit: images would promise a wrong end. Which arm
     # the gallery shows is not known yet: it counts as the dearest.
     costs = [evaluations(plan.steering, steps) for plan in plans]
     with progress(sum(costs) * len(wanted) + max(costs) * len(shown), "steer", "evaluations") as bar:

@@ -85,7 +85,7 @@ def rank_correlation(
     values: Float[Tensor, "B K"], reward: Float[Tensor, "B"], groups: Int64[Tensor, "B"]
 ) -> Float[Tensor, "K"]:
     """Kendall's tau-b of values and rewards over the pairs within a group, at each step: does the critic know which of
-    two pictures of one prompt is better, and not only which prompt is easy?
+    two images of one prompt is better, and not only which prompt is easy?
 
     values: [B, K]; reward: [B]; groups: int64 [B]. Returns [K]; zeros where no two rewards of a group differ.
     """

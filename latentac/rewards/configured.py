@@ -58,7 +58,7 @@ class ConfiguredReward:
             raise self._failed(culprit, _told(error)) from error
 
     def known(self) -> tuple[np.ndarray, list[str], np.ndarray] | None:
-        """The class's known pictures, or None if it has none. Raises RewardError."""
+        """The class's known images, or None if it has none. Raises RewardError."""
         if not hasattr(self.reward, "known"):
             return None
         try:
@@ -86,14 +86,14 @@ class ConfiguredReward:
 
     def _within_time(self, images: np.ndarray, prompts: Sequence[Prompt]) -> Any:
         """What the reward returns. Raises what it raises, and RewardError with its name."""
-        pictures = images.view()
-        pictures.flags.writeable = False
+        shown = images.view()
+        shown.flags.writeable = False
         texts = [prompt.text for prompt in prompts]
         # Copies, as what a reward does to its arguments is nobody else's affair.
         more = {"metadata": copy.deepcopy([prompt.metadata for prompt in prompts])} if self._takes_metadata else {}
 
         try:
-            return self._bounded(lambda: self.reward(pictures, list(texts), **more), self._where(prompts), texts)
+            return self._bounded(lambda: self.reward(shown, list(texts), **more), self._where(prompts), texts)
         except _Own as own:  # the class knows what was wrong, and not its own name
             told = own.error
             where = told.where if told.where.startswith("prompt") else f"prompt {texts[0]!r}, {told.where}"
@@ -132,13 +132,13 @@ class ConfiguredReward:
         """`answer` as float32 [B]. Raises RewardError for another shape or type, and for NaN and infinity."""
         answer = [_plain(item) for item in answer] if isinstance(answer, list | tuple) else _plain(answer)
         if np.ma.is_masked(answer):
-            raise self._failed(prompts, "returned a masked array, which has no reward for some pictures")
+            raise self._failed(prompts, "returned a masked array, which has no reward for some images")
         try:
             column = np.asarray(answer)
         except ValueError as error:
             raise self._failed(prompts, f"returned no array: {error}") from None
         if column.shape not in ((len(prompts),), (len(prompts), 1)):
-            problem = f"returned shape {list(column.shape)} for {len(prompts)} pictures, not [{len(prompts)}]"
+            problem = f"returned shape {list(column.shape)} for {len(prompts)} images, not [{len(prompts)}]"
             raise self._failed(prompts, problem)
         if column.dtype.kind not in "fiub":
             raise self._failed(prompts, f"returned values of type {column.dtype}, not numbers")
@@ -146,7 +146,7 @@ class ConfiguredReward:
             column = column.reshape(-1).astype(np.float32)
         bad = np.flatnonzero(~np.isfinite(column))
         if len(bad):
-            problem = f"returned {column[bad[0]]} ({len(bad)} of {len(column)} pictures)"
+            problem = f"returned {column[bad[0]]} ({len(bad)} of {len(column)} images)"
             raise self._failed([prompts[int(index)] for index in bad], problem)
         return column
 

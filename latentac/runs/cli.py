@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         verbs.add_parser,
         "generate",
         "make images with a model: the last one deployed, or that of a run",
-        'latentac generate --run first --prompt "a red circle" --seed 7 --steer shapes_verifier=2 --picture out.png',
+        'latentac generate --run first --prompt "a red circle" --seed 7 --steer shapes_verifier=2 --image out.png',
     )
     _add_model(generate)
     generate.add_argument("--prompt", required=True)
@@ -138,9 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--steer", action="append", default=[], metavar="reward=weight", help="a steering weight; may be repeated"
     )
-    generate.add_argument(
-        "--picture", default="picture.png", metavar="FILE", help="PNG to write (default: %(default)s)"
-    )
+    generate.add_argument("--image", default="image.png", metavar="FILE", help="PNG to write (default: %(default)s)")
     generate.set_defaults(command=_generate)
     return parser
 
@@ -313,13 +311,13 @@ def _fetch(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from latentac.runs.release.deploy import generate_picture, model_to_use
+    from latentac.runs.release.deploy import generate_image, model_to_use
 
-    picture = Path(options.picture)
+    image = Path(options.image)
     with model_to_use(options.run, options.project, options.store, options.output) as (folder, told):
         print(told, file=sys.stderr, flush=True)
-        used = generate_picture(folder, options.prompt, options.seed, options.count, options.steer, picture)
-    print(json.dumps({"picture": str(picture), **used}))
+        used = generate_image(folder, options.prompt, options.seed, options.count, options.steer, image)
+    print(json.dumps({"image": str(image), **used}))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ TABLES: dict[str, Table] = {
 """Path in the configuration -> the table whose rows can stand there."""
 
 _MEMBERS = {
-    "backbone": ("path", "schedule", "encode", "predict", "pictures", "decode", "clone", "adapt", "save"),
+    "backbone": ("path", "schedule", "encode", "predict", "images", "decode", "clone", "adapt", "save"),
     "kernel": ("path", "transition", "std"),
     "rewards": ("__call__",),
     "algorithm": ("credit", "loss"),

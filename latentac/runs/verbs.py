@@ -62,7 +62,7 @@ def prepare(
 
 
 def pretrain_value(run: str, store: str, output: str) -> Manifest:
-    """Regress the critic on rollouts of the frozen actor. Publishes critic/, metrics.json, and the scored pictures that
+    """Regress the critic on rollouts of the frozen actor. Publishes critic/, metrics.json, and the scored images that
     it learned from, as latents (scored.safetensors)."""
 
     def work(space: Workspace, folder: Path) -> dict[str, Any]:
@@ -197,12 +197,12 @@ def judge(space: Workspace, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def deploy(run: str, store: str, output: str, *, prove: "Prove | None" = None, force: bool = False) -> Manifest:
-    """Export the model, serve it with KServe on loopback, ask it for a steered picture, and make it the production one
+    """Export the model, serve it with KServe on loopback, ask it for a steered image, and make it the production one
     of its project.
 
     prove: serves and questions it elsewhere (a cluster's rollout) instead. force: also where the gate holds it, and
     also where it was deployed before. Publishes models/<version>, registry/<project>/production.json, and
-    deployment.json with the picture. Raises ConfigError where the gate holds it and nothing forces it.
+    deployment.json with the image. Raises ConfigError where the gate holds it and nothing forces it.
     """
     space = open_run(run, store, output)
     done, judged = space.finished("deploy"), space.store.manifest(f"{run}/gate")
@@ -212,10 +212,10 @@ def deploy(run: str, store: str, output: str, *, prove: "Prove | None" = None, f
     def work(space: Workspace, folder: Path) -> dict[str, Any]:
         from latentac.runs.release.deploy import on_loopback, release
 
-        content, picture = release(space, prove or on_loopback, reasons)
+        content, image = release(space, prove or on_loopback, reasons)
         write_json(folder / "deployment.json", content)
-        (folder / "picture.png").write_bytes(picture)
-        return {"version": content["version"], "picture_sha256": content["picture_sha256"]}
+        (folder / "image.png").write_bytes(image)
+        return {"version": content["version"], "image_sha256": content["image_sha256"]}
 
     return _step(run, store, output, "deploy", work, again=force or not current)
 

@@ -164,7 +164,7 @@ def steered_rollout(
 
 
 def score(rewards: Sequence[ConfiguredReward], images: np.ndarray, prompts: Sequence[Prompt]) -> Scores:
-    """Every reward of every picture. images: uint8 [B, H, W, 3]. Raises RewardError by name."""
+    """Every reward of every image. images: uint8 [B, H, W, 3]. Raises RewardError by name."""
     columns = [torch.from_numpy(reward(images, prompts)) for reward in rewards]
     table = torch.stack(columns, 1) if columns else torch.zeros(len(images), 0)
     return Scores(table, tuple(reward.name for reward in rewards))

@@ -1,4 +1,4 @@
-"""Many requests, one denoiser: pictures of one kind are drawn together, after a bounded wait in a bounded queue."""
+"""Many requests, one denoiser: images of one kind are drawn together, after a bounded wait in a bounded queue."""
 
 import math
 import os
@@ -17,7 +17,7 @@ from latentac.config.schema import Batching
 from latentac.serving.generator import Drawn, Generator, Slot
 
 Tell = Callable[[int, int, np.ndarray], None]
-"""Is told the picture's index, the step and float32 [N, M], its particles' values, in a thread of the batcher's."""
+"""Is told the image's index, the step and float32 [N, M], its particles' values, in a thread of the batcher's."""
 
 _NICENESS = 5
 
@@ -26,17 +26,17 @@ class Busy(Exception):
     """The queue is full. seconds: after which it is worth asking again."""
 
     def __init__(self, queued: int, seconds: int) -> None:
-        super().__init__(f"{queued} pictures wait already")
+        super().__init__(f"{queued} images wait already")
         self.queued, self.seconds = queued, seconds
 
 
 class _Abandoned(Exception):
-    """Nobody waits for any picture of a batch any more."""
+    """Nobody waits for any image of a batch any more."""
 
 
 @dataclass
 class Job:
-    """`count` pictures that are asked for together. future: of their `Drawn`, in order; ahead: pictures that waited
+    """`count` images that are asked for together. future: of their `Drawn`, in order; ahead: images that waited
     when it came; waited: seconds until the first of its own was begun."""
 
     count: int
@@ -57,13 +57,13 @@ class _Waiting:
 
 
 class Batcher:
-    """Workers that draw what is submitted, oldest first. A worker takes the oldest picture and those of its kind that
+    """Workers that draw what is submitted, oldest first. A worker takes the oldest image and those of its kind that
     wait, and waits for more no longer than `batch_wait_seconds` after the oldest came."""
 
     def __init__(
         self, generator: Generator, settings: Batching, workers: int, drew: Callable[[int, float], None]
     ) -> None:
-        """drew: is told of each batch how many pictures it had, and its seconds."""
+        """drew: is told of each batch how many images it had, and its seconds."""
         self._generator, self._settings, self._drew = generator, settings, drew
         self._waiting: deque[_Waiting] = deque()
         self._changed = threading.Condition()
@@ -74,7 +74,7 @@ class Batcher:
 
     @property
     def queued(self) -> int:
-        """Pictures that wait."""
+        """Images that wait."""
         return len(self._waiting)
 
     def submit(self, requests: Sequence[tuple[Sequence[Slot], Tell | None]]) -> list[Job]:
@@ -161,12 +161,12 @@ class Batcher:
             drawn = self._generator.draw([one.slot for one in batch], observe)
         except _Abandoned:
             return
-        except Exception as error:  # noqa: BLE001 - whoever waits for a picture is told why there is none
+        except Exception as error:  # noqa: BLE001 - whoever waits for an image is told why there is none
             for job in jobs:
                 self._fail(job, error)
             return
-        for one, picture in zip(batch, drawn, strict=True):
-            self._keep(one.job, one.slot, picture)
+        for one, image in zip(batch, drawn, strict=True):
+            self._keep(one.job, one.slot, image)
 
     def _fail(self, job: Job, error: Exception) -> None:
         self.abandon(job)
@@ -174,8 +174,8 @@ class Batcher:
             if not job.future.done():
                 job.future.set_exception(error)
 
-    def _keep(self, job: Job, slot: Slot, picture: Drawn) -> None:
+    def _keep(self, job: Job, slot: Slot, image: Drawn) -> None:
         with self._changed:
-            job.drawn[slot.index] = picture
+            job.drawn[slot.index] = image
             if len(job.drawn) == job.count and not job.future.done():
                 job.future.set_result([job.drawn[index] for index in sorted(job.drawn)])

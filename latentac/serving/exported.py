@@ -36,7 +36,7 @@ class Method(Section):
 
     extension: of the steering table, with its settings; summary: what it does, in a few words; needs_gradient: whether
     it takes the gradient of the values. Where a request does not say: strength, of a reward of weight 1, in standard
-    deviations of that reward, and particles, rollouts per picture.
+    deviations of that reward, and particles, rollouts per image.
     """
 
     extension: Named
@@ -60,7 +60,7 @@ class Head(Section):
 
 class Exported(Section):
     """latentac.json. version: of the model, chosen by who deploys; rewards: the critic's heads, in their order; size:
-    (height, width) of a picture in pixels; examples: prompts to begin with; notice: what its users must know, or "";
+    (height, width) of an image in pixels; examples: prompts to begin with; notice: what its users must know, or "";
     methods: of steering, by name; default_method: of a request that names none: the best one of the run's benchmark, or
     `none`."""
 
@@ -175,7 +175,7 @@ def read(folder: Path) -> Exported:
 
 
 def image_size(folder: Path) -> tuple[int, int]:
-    """(height, width) of the pictures, in pixels, from the diffusers configs alone."""
+    """(height, width) of the images, in pixels, from the diffusers configs alone."""
     denoiser = read_json(folder / denoiser_folder(folder) / "config.json")
     autoencoder = read_json(folder / "vae" / "config.json")
     size, factor = denoiser["sample_size"], 2 ** (len(autoencoder["block_out_channels"]) - 1)

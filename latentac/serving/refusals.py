@@ -1,4 +1,4 @@
-"""The answer to a request that gets no picture: its status, the reason in words, and each problem by its field."""
+"""The answer to a request that gets no image: its status, the reason in words, and each problem by its field."""
 
 from collections.abc import Mapping, Sequence
 

@@ -35,7 +35,7 @@ WHOLE = BeforeValidator(_whole)
 Root = TypeVar("Root", bound=Section)
 Json = dict[str, Any]
 
-PROMPT_REMEDY = "Write what the picture shall show."
+PROMPT_REMEDY = "Write what the image shall show."
 _OBJECT = "Send an object of the documented fields."
 _ELSEWHERE = {
     "n": ("count",),
@@ -96,7 +96,7 @@ class Optionals(Section):
 
 
 class Request(Optionals):
-    """One prompt's pictures. The descriptions are the remedies that a caller reads."""
+    """One prompt's images. The descriptions are the remedies that a caller reads."""
 
     # Of any model: `forms.request_model` adds the limits of one.
 
@@ -104,7 +104,7 @@ class Request(Optionals):
 
     prompt: Annotated[str, Field(min_length=1, description=PROMPT_REMEDY)]
     seed: Annotated[int, Field(ge=0, lt=2**63, description="Use a whole number from 0 to 2^63 - 1."), WHOLE] = 0
-    count: Annotated[int, Field(ge=1, description="Use a whole number of pictures, at least 1."), WHOLE] = 1
+    count: Annotated[int, Field(ge=1, description="Use a whole number of images, at least 1."), WHOLE] = 1
     num_steps: Annotated[int | None, Field(ge=2, description="Use at least 2 steps, or leave it out."), WHOLE] = None
     size: Annotated[str | None, Field(description="Use the model's own size, or leave it out.")] = None
     guidance_scale: Annotated[Number, Field(ge=1, description="Use a number from 1, which is no guidance.")] = 1.0
@@ -174,14 +174,14 @@ def _infinite(value: Any, path: str = "") -> str | None:
 
 
 def at_most(most: int, images: int) -> None:
-    """Raises ConfigError for more than `most` pictures in one request."""
+    """Raises ConfigError for more than `most` images in one request."""
     if problem := too_many(most, images):
         raise ConfigError([problem])
 
 
 def too_many(most: int, images: int) -> Problem | None:
-    """What is wrong with a request for more than `most` pictures."""
-    told = f"is the number of pictures asked for, above the limit of {most}"
+    """What is wrong with a request for more than `most` images."""
+    told = f"is the number of images asked for, above the limit of {most}"
     return Problem("instances", images, told, "Send several requests.") if images > most else None
 
 

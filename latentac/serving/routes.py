@@ -1,4 +1,4 @@
-"""The endpoint's own routes: KServe's two ways to ask for pictures, OpenAI's, a stream, and the page that uses it."""
+"""The endpoint's own routes: KServe's two ways to ask for images, OpenAI's, a stream, and the page that uses it."""
 
 import asyncio
 import contextlib
@@ -154,7 +154,7 @@ class Routes:
         return JSONResponse({"created": int(time.time()), **form, "data": data, "latentac": told})
 
     async def stream(self, body: Request, request: Read) -> Response:
-        """One request's pictures, and the critic's values while they are drawn, as server-sent events."""
+        """One request's images, and the critic's values while they are drawn, as server-sent events."""
         self._model.generator.check([("prompt", body)])
         loop, steps = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any]]()
 
@@ -175,14 +175,14 @@ class Routes:
         except Exception as error:  # noqa: BLE001 - the stream has begun: its last event says what went wrong
             refusal = refusal_of(error)
             return refusal.status_code, "error", json.loads(bytes(refusal.body))
-        return 200, "picture", prediction
+        return 200, "image", prediction
 
     def _step(self, asked: Request, index: int, step: int, values: np.ndarray) -> dict[str, Any]:
         """Of the particles the one that the weights prefer. values: [N, M]."""
         slot, critic = self._model.generator.slots(asked)[index], self._model.generator.critic
         best = int((values @ (np.array(slot.weights) / critic.std.cpu().numpy())).argmax())
         told = {name: [float(value)] for name, value in zip(critic.reward_names, values[best], strict=True)}
-        return {"step": step, "num_steps": slot.kind.num_steps, "pictures": [index], "values": told}
+        return {"step": step, "num_steps": slot.kind.num_steps, "images": [index], "values": told}
 
 
 def _event(name: str, content: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What is asked about the served model without a picture: is it ready, which is it, what does it take. In the forms of
+"""What is asked about the served model without an image: is it ready, which is it, what does it take. In the forms of
 KServe's protocols and OpenAI's, and for what asks with HEAD or a slash too many."""
 
 import difflib
@@ -60,7 +60,7 @@ class State:
         self._name, self._version, self._created = name, exported.version, created
 
     def register(self, app: FastAPI) -> None:
-        """Of KServe's routes those about the model's state; those that ask for pictures are in `routes`. This server
+        """Of KServe's routes those about the model's state; those that ask for images are in `routes`. This server
         explains nothing, has no versions beside each other, and lets nobody load or unload."""
         # KServe's verbs stand behind a colon, which the route of a model would take for a part of its name.
         app.add_route("/v1/models/{model_name}:{verb}", _verb, methods=_OTHER_METHODS)

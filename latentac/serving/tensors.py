@@ -1,4 +1,4 @@
-"""KServe's V2 protocol: a request's fields as named tensors, its pictures as BYTES. A tensor's elements stand in the
+"""KServe's V2 protocol: a request's fields as named tensors, its images as BYTES. A tensor's elements stand in the
 JSON, or as bytes behind it: the extension `binary_tensor_data`, which clients use unless they are told otherwise."""
 
 import itertools
@@ -35,7 +35,7 @@ INPUTS = {name: _DATATYPES[field.get("anyOf", [field])[0]["type"]] for name, fie
 """Name of an input -> its datatype: each field of a request. `steering` is the text of a JSON object."""
 
 OUTPUTS = {"image": "BYTES", "metadata": "BYTES"}
-"""image: a PNG in base64 a picture, those of a prompt one after another; metadata: JSON a prompt."""
+"""image: a PNG in base64 per image, those of a prompt one after another; metadata: JSON per prompt."""
 
 EXTENSIONS = ["binary_tensor_data"]
 """Of the protocol, those that are here."""

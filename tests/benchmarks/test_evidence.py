@@ -38,7 +38,7 @@ from latentac.config.recipes import RECIPES
 
 TINY = (
     *("kernel.num_steps=4", "evaluation.num_images=16", "evaluation.num_bootstrap=100"),
-    *("evaluation.num_diversity_prompts=2", "evaluation.pictures_per_prompt=4"),
+    *("evaluation.num_diversity_prompts=2", "evaluation.images_per_prompt=4"),
     *("pretrain.num_images=16", "pretrain.num_held_out_images=16", "pretrain.num_passes=1"),
     *("train.num_iterations=3", "train.images_per_iteration=16", "train.block_images=16", "train.checkpoint_every=1"),
     *("train.updates_per_iteration=2", "train.num_workers=1", "critic.replay_images=24"),
@@ -51,7 +51,7 @@ TIMES = {"seconds", "created", "curve", "history"}
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 def test_every_arm_spends_the_same(scale: Scale) -> None:
-    """Within an experiment and recipe each arm that trains scores as many pictures and does as many actor updates."""
+    """Within an experiment and recipe each arm that trains scores as many images and does as many actor updates."""
     spent: dict[tuple[str, str], set[tuple[int, int]]] = {}
     for unit in units(scale):
         assert unit.config.train.early_stopping is None, "an arm that stops early spends less"
@@ -64,7 +64,7 @@ def test_every_arm_spends_the_same(scale: Scale) -> None:
 
 
 def test_a_group_is_not_paid_for_in_prompts_alone() -> None:
-    """GRPO's groups come out of the same pictures an iteration; only value pretraining changes the iterations."""
+    """GRPO's groups come out of the same images per iteration; only value pretraining changes the iterations."""
     config = next(unit.config for unit in units(FULL) if unit.arm == "grpo" and unit.recipe == "shapes-unet")
     assert (config.train.images_per_iteration, config.algorithm.own["group_size"]) == (256, 4)
     assert config.pretrain.num_images == 0
@@ -326,11 +326,11 @@ def test_two_versions_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """This version against its own last commit: a ratio for each measurement, and no checkout is left."""
     from benchmarks import against
 
-    for name, number in {"PICTURES": 4, "QUESTIONS": 16, "LARGE_BYTES": 10_000, "SMALL_FILES": 2, "BOUND": 0}.items():
+    for name, number in {"IMAGES": 4, "QUESTIONS": 16, "LARGE_BYTES": 10_000, "SMALL_FILES": 2, "BOUND": 0}.items():
         monkeypatch.setattr(against, name, number)
     assert against.main(["HEAD", "--rounds=1", f"--output={tmp_path / 'throughput.json'}"]) == 0
     found = json.loads((tmp_path / "throughput.json").read_text())
-    kinds = {"pictures", "questions", *(f"{each} {place}" for each in ("publish", "fetch") for place in ("S3", "file"))}
+    kinds = {"images", "questions", *(f"{each} {place}" for each in ("publish", "fetch") for place in ("S3", "file"))}
     assert set(found["ratios"]) == kinds
     assert all(ratio["median"] > 0 for ratio in found["ratios"].values())
     listed = subprocess.run(["git", "worktree", "list"], cwd=against.ROOT, capture_output=True, text=True, check=True)

@@ -15,7 +15,7 @@ from latentac.components.deploy.shadow import Answers, compare, reasons_against,
 from latentac.runs.verbs import prepare
 from latentac.runs.workspace import Workspace, open_run
 from latentac.worlds.shapes.captions import parse_caption
-from latentac.worlds.shapes.scenes import sample_pictures
+from latentac.worlds.shapes.scenes import sample_images
 
 DEPLOY = Deploy(runtime="latentac", service_account="serve")
 
@@ -28,23 +28,23 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 def right(request: dict[str, Any]) -> bytes:
-    """A picture that shows what is asked for."""
-    (picture,) = sample_pictures([parse_caption(request["prompt"])], np.random.default_rng(0))
-    return png(picture)
+    """An image that shows what is asked for."""
+    (image,) = sample_images([parse_caption(request["prompt"])], np.random.default_rng(0))
+    return png(image)
 
 
-def png(picture: np.ndarray) -> bytes:
+def png(image: np.ndarray) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
+    Image.fromarray(image).save(file, "PNG")
     return file.getvalue()
 
 
 EMPTY = png(np.full((32, 32, 3), 127, np.uint8))
 
 
-def answers(pictures: list[bytes | None], seconds: float = 1.0) -> Answers:
-    failed = ["failed"] * pictures.count(None)
-    return Answers([seconds] * (len(pictures) - len(failed)), pictures, failed)
+def answers(images: list[bytes | None], seconds: float = 1.0) -> Answers:
+    failed = ["failed"] * images.count(None)
+    return Answers([seconds] * (len(images) - len(failed)), images, failed)
 
 
 def test_prompts_are_held_out_and_fixed(space: Workspace) -> None:

@@ -178,7 +178,7 @@ def test_train_prepares_a_run(images: Images, minio_server: Server) -> None:
 
 
 def test_serve_paints(images: Images, exported_folder: Path) -> None:
-    """The server's arguments follow the image's name; a model that is mounted read-only answers with a picture, and
+    """The server's arguments follow the image's name; a model that is mounted read-only answers with an image, and
     SIGTERM ends it in good order."""
     subprocess.run(["chmod", "-R", "a+rX", str(exported_folder)], check=True)
     port = free_port()

@@ -1,4 +1,4 @@
-"""How many pictures go through the denoiser together is `train.block_images`, wherever pictures are made."""
+"""How many images go through the denoiser together is `train.block_images`, wherever images are made."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_every_step_follows_block_images(size):
         "rewards": [{"use": "jpeg_compressibility"}],
         "gate": {"reward": "jpeg_compressibility"},
         "train": {"block_images": size, "images_per_iteration": size, "num_workers": 1, "updates_per_iteration": 1},
-        "evaluation": {"num_images": 16, "num_diversity_prompts": 16, "pictures_per_prompt": 2, "num_bootstrap": 100},
+        "evaluation": {"num_images": 16, "num_diversity_prompts": 16, "images_per_prompt": 2, "num_bootstrap": 100},
         "steering": {
             "num_images": 16,
             "methods": [{"use": "best_of_n", "candidates": [3]}, {"use": "value_gradient", "candidates": []}],

@@ -19,7 +19,7 @@ TEXTS = {"data": "the embedded world's captions", "intended_use": "to try *thing
 
 
 def facts(**changed: Any) -> dict[str, Any]:
-    """Of a run of 30 iterations with 256 pictures each: 7,680."""
+    """Of a run of 30 iterations with 256 images each: 7,680."""
     interval = {"mean": 0.4, "low": 0.3, "high": 0.5, "n": 8}
     return {
         "run": "run-1",
@@ -53,7 +53,7 @@ def front_matter(text: str) -> Any:
     return yaml.safe_load(text.removeprefix("---\n").split("\n---\n")[0])
 
 
-def test_pictures_are_counted_once() -> None:
+def test_images_are_counted_once() -> None:
     """An iteration's `images` counts those before it too: 30 of 256 are 7,680 and not their sum, 119,040."""
     card = model_card(facts())
     assert "| images scored in training | 7680 |" in card

@@ -17,7 +17,7 @@ VERBS = ["prepare", "pretrain-value", "train", "evaluate", "steer", "gate", "dep
 
 
 class Hollow:
-    """Says 0 to everything, its known picture included."""
+    """Says 0 to everything, its known image included."""
 
     def known(self):
         return np.zeros((1, 32, 32, 3), np.uint8), ["x"], np.array([1.0])
@@ -172,7 +172,7 @@ def test_a_full_disk_is_found_at_once(tmp_path, capsys):
 
 
 def test_a_reward_that_answers_0_to_everything_is_found_at_once(tmp_path, capsys):
-    """Each reward is asked about pictures that it must know."""
+    """Each reward is asked about images that it must know."""
     arguments = ["--set", "rewards=[{use: 'tests.latentac.test_cli:Hollow'}]", "--set", "gate.reward=Hollow"]
     assert prepare(tmp_path, *arguments) == 5
     assert "reward Hollow: gives [0.0] for its known images instead of [1.0]" in capsys.readouterr().err

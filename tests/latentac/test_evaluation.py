@@ -16,7 +16,7 @@ from tests.latentac.workers import prepared
 pytestmark = pytest.mark.slow
 
 SMALL = (
-    "evaluation={num_images: 8, num_gallery_prompts: 3, num_diversity_prompts: 2, pictures_per_prompt: 2}",
+    "evaluation={num_images: 8, num_gallery_prompts: 3, num_diversity_prompts: 2, images_per_prompt: 2}",
     "steering.num_images=8",
 )
 

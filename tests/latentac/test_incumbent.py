@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 POINTER = pointer("shapes-unet-smoke")
 SMALL = [
     *("kernel.num_steps=2", "evaluation.num_images=8", "evaluation.num_gallery_prompts=2"),
-    *("evaluation.num_diversity_prompts=3", "evaluation.pictures_per_prompt=2", "steering.methods=[]"),
+    *("evaluation.num_diversity_prompts=3", "evaluation.images_per_prompt=2", "steering.methods=[]"),
 ]
 
 
@@ -108,7 +108,7 @@ def again(space: Workspace, run: str, *overrides: str) -> Workspace:
 
 
 def test_a_second_run_is_held_against_the_first(copy: Workspace) -> None:
-    """The same weights, prompts and noise: no difference in any picture, all diversity kept, promoted, deployable."""
+    """The same weights, prompts and noise: no difference in any image, all diversity kept, promoted, deployable."""
     place = {"run": "second", "store": "", "output": str(copy.folder.parent)}
     space = again(copy, "second")
     assert verbs.evaluate(**place).metrics["diversity_kept_incumbent"] == 1.0

@@ -53,10 +53,10 @@ def held(held_once: Path, tmp_path: Path) -> Path:
 
 
 def proved(candidate: Candidate) -> Deployment:
-    """As if a server had answered with a picture."""
-    picture = io.BytesIO()
-    Image.new("RGB", (32, 32), "red").save(picture, "PNG")
-    return dataclasses.replace(test_release.proved(candidate), picture=picture.getvalue())
+    """As if a server had answered with an image."""
+    image = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(image, "PNG")
+    return dataclasses.replace(test_release.proved(candidate), image=image.getvalue())
 
 
 def command(output: Path, verb: str, *words: str, run: str = "held") -> int:
@@ -254,7 +254,7 @@ def snapshot(output: Path) -> set[str]:
 
 def test_a_held_run_is_looked_at_without_touching_production(held: Path) -> None:
     """Served by its name: nothing new in the store; terminal, options and model folder say what it is, the command that
-    is printed draws a picture, and the folder goes when the server goes."""
+    is printed draws an image, and the folder goes when the server goes."""
     before = snapshot(held)
     with serving(held, "--run", "held") as (process, said, address):
         assert said.count("held: for inspection only, not in production") == 2
@@ -264,17 +264,17 @@ def test_a_held_run_is_looked_at_without_touching_production(held: Path) -> None
         assert options["version"].startswith("held-")
         script = said[said.index("  curl") :]
         subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=held, check=True, timeout=120)
-        assert (held / "picture.png").read_bytes().startswith(b"\x89PNG")
+        assert (held / "image.png").read_bytes().startswith(b"\x89PNG")
     assert process.returncode == 0
     assert snapshot(held) == before
     assert not list((held / "held").glob(".latentac-*"))
     assert not (held / "held" / "model").exists()
 
 
-def test_pictures_of_a_run_that_is_not_judged_yet(held: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_of_a_run_that_is_not_judged_yet(held: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`generate` takes the same models; one that has not trained is told."""
     start(held, "young", "seed=9")
-    words = ["--prompt", "a red circle", "--picture", str(held / "young.png")]
+    words = ["--prompt", "a red circle", "--image", str(held / "young.png")]
     before = snapshot(held)
     assert command(held, "generate", *words, run="young") == 0
     assert "not judged yet: for inspection only, not in production" in capsys.readouterr().err

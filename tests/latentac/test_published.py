@@ -59,12 +59,12 @@ WRONG = {
         "evaluate", "evaluation.json", "incumbent", {}, "incumbent lacks the reward 'jpeg_compressibility'"),
     "no arm": ("evaluate", "evaluation.json", "difference", None, "difference is None"),
     "diversity of a list": ("evaluate", "evaluation.json", "diversity/kept", [1], "diversity.kept is [1]"),
-    "fewer scores than pictures": (
-        "evaluate", "scores.json", "rewards/base/shapes_verifier", [1.0], "has 1 scores for 128 pictures"),
+    "fewer scores than images": (
+        "evaluate", "scores.json", "rewards/base/shapes_verifier", [1.0], "has 1 scores for 128 images"),
     "a score that is no number": (
         "evaluate", "scores.json", "rewards/base/shapes_verifier/3", float("nan"), "shapes_verifier.3 is nan"),
     "no columns": ("evaluate", "gallery/gallery.json", "columns", 0, "columns is 0"),
-    "a huge picture": ("evaluate", "gallery/gallery.json", "image_size", 2**40, "image_size is 1099511627776"),
+    "a huge image": ("evaluate", "gallery/gallery.json", "image_size", 2**40, "image_size is 1099511627776"),
     "a seed too few": ("evaluate", "gallery/gallery.json", "seeds", ["7/0"], "it has 1 seeds for 8 prompts"),
     "a prompt that is none": ("evaluate", "gallery/gallery.json", "prompts/2", None, "prompts.2 is None"),
     "no settings of the gate": ("prepare", "config.json", "gate", None, "gate is None"),
@@ -177,15 +177,15 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
 
 
 def drawn(form: str, mode: str) -> bytes:
-    """A small sound picture of another kind than steps write."""
+    """A small sound image of another kind than steps write."""
     buffer = io.BytesIO()
     Image.new(mode, (32, 32)).save(buffer, form)
     return buffer.getvalue()
 
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n"
-PICTURES = {
-    "no picture": b"x",
+IMAGES = {
+    "no image": b"x",
     "nothing": b"",
     "cut off": png(32, 32)[:60],
     "PostScript, which a program would read": POSTSCRIPT,
@@ -198,12 +198,12 @@ PICTURES = {
 
 @pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("step", ["evaluate", "deploy"])
-@pytest.mark.parametrize("picture", PICTURES.values(), ids=PICTURES)
-def test_a_picture_that_is_none_is_one_error(tmp_path: Path, picture: bytes, step: str) -> None:
+@pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
+def test_an_image_that_is_none_is_one_error(tmp_path: Path, image: bytes, step: str) -> None:
     """Whatever a decoder makes of it; no other format than PNG is opened."""
 
     def change(files: Files) -> None:
-        files[step]["gallery/base.png" if step == "evaluate" else "picture.png"] = picture
+        files[step]["gallery/base.png" if step == "evaluate" else "image.png"] = image
 
     url = publish_until(tmp_path, change=change)
     with pytest.raises(IntegrityError, match="is not an image that can be shown"):

@@ -72,7 +72,7 @@ def test_what_is_proved_is_in_production(tmp_path: Path) -> None:
     store.fetch("first/deploy", tmp_path / "deployed")
     content = json.loads((tmp_path / "deployed" / "deployment.json").read_text())
     assert (content["endpoint"], content["shadow"], content["previous"]) == ("http://here", {"n": 1}, None)
-    assert (tmp_path / "deployed" / "picture.png").read_bytes() == b"PNG"
+    assert (tmp_path / "deployed" / "image.png").read_bytes() == b"PNG"
 
     trained_run("second", tmp_path)
     deploy("second", "", str(tmp_path), prove=proved)

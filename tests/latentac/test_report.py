@@ -114,13 +114,13 @@ def check_schema(summary: dict[str, Any]) -> None:
         fields = {"name", "value", "relation", "bound", "passed"}
         assert all(set(check) == fields for check in summary["gate"]["checks"])
     if summary["serving"] is not None:
-        keys = {"version", "picture_sha256", "seconds", "endpoint", "request", "project", "forced"}
+        keys = {"version", "image_sha256", "seconds", "endpoint", "request", "project", "forced"}
         assert set(summary["serving"]) == keys
     assert all(isinstance(note, str) for note in summary["notes"])
 
 
 def test_a_complete_run_gives_a_complete_self_contained_page(complete: tuple[str, dict[str, Any]]) -> None:
-    """Every section, every chart, a picture an arm and prompt with words for it; nothing is loaded from elsewhere."""
+    """Every section, every chart, an image per arm and prompt with words for it; nothing is loaded from elsewhere."""
     text, summary = complete
     check_schema(summary)
     page = Page(text)
@@ -182,7 +182,7 @@ def test_charts_are_drawn_from_the_summary_alone(complete: tuple[str, dict[str, 
         assert not re.search(r"#[0-9a-f]{6}|http|<metadata|DejaVu", svg)
 
 
-def test_pictures_stand_under_their_prompt(complete: tuple[str, dict[str, Any]], folder: Path) -> None:
+def test_images_stand_under_their_prompt(complete: tuple[str, dict[str, Any]], folder: Path) -> None:
     """Cell i of every sheet is cut out exactly and shown, base, trained, steered, under prompt i."""
     import base64
     import io
@@ -200,7 +200,7 @@ def test_pictures_stand_under_their_prompt(complete: tuple[str, dict[str, Any]],
             assert Image.open(io.BytesIO(data)).tobytes() == sheet.crop((left, top, left + 32, top + 32)).tobytes()
 
 
-def test_each_picture_is_marked_right_or_wrong(complete: tuple[str, dict[str, Any]]) -> None:
+def test_each_image_is_marked_right_or_wrong(complete: tuple[str, dict[str, Any]]) -> None:
     """A 0/1 reward gives a tick or a cross and the word, for every arm; the words do without colour and sign."""
     text, summary = complete
     assert summary["gallery"]["binary"] is True
@@ -215,7 +215,7 @@ def test_each_picture_is_marked_right_or_wrong(complete: tuple[str, dict[str, An
 
 
 def test_a_reward_that_is_no_yes_or_no_shows_its_value(tmp_path: Path) -> None:
-    """One score between 0 and 1 among all that were evaluated, and none of the pictures is called right or wrong."""
+    """One score between 0 and 1 among all that were evaluated, and none of the images is called right or wrong."""
 
     def rate(files: dict[str, Any]) -> None:
         files["evaluate"]["scores.json"]["rewards"]["base"]["shapes_verifier"][-1] = 0.25
@@ -228,7 +228,7 @@ def test_a_reward_that_is_no_yes_or_no_shows_its_value(tmp_path: Path) -> None:
 
 
 def test_a_gallery_without_scores_has_no_marks(tmp_path: Path) -> None:
-    """Artifacts of an earlier version show their pictures as before."""
+    """Artifacts of an earlier version show their images as before."""
 
     def forget(files: dict[str, Any]) -> None:
         del files["evaluate"]["scores.json"], files["steer"]
@@ -299,7 +299,7 @@ def test_nan_becomes_null_and_a_note(tmp_path: Path) -> None:
 
 
 def test_the_model_in_production_stands_beside_the_others(tmp_path: Path) -> None:
-    """Where a run met an incumbent, each table has its column, the gallery its pictures, the head the comparison."""
+    """Where a run met an incumbent, each table has its column, the gallery its images, the head the comparison."""
     text, summary = make(tmp_path, change=with_incumbent)
     check_schema(summary)
     page = Page(text)
@@ -469,7 +469,7 @@ def test_a_run_without_artifacts_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_gallery_that_does_not_fit_its_captions_is_refused(tmp_path: Path, steps: list[str], message: str) -> None:
-    """Pictures under a wrong prompt, or beside one of another seed, would be worse than no report."""
+    """Images under a wrong prompt, or beside one of another seed, would be worse than no report."""
 
     def shift(files: dict[str, Any]) -> None:
         for step in steps:

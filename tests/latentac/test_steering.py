@@ -163,7 +163,7 @@ def test_an_observer_is_told_each_steps_values(name):
 
 
 def test_a_plain_rollout_may_be_observed():
-    """The values are those that it would be told at the end, to float error, and the pictures are the same, bitwise;
+    """The values are those that it would be told at the end, to float error, and the images are the same, bitwise;
     without a critic there are none."""
     policy, critic = world(DDIM)
     noise = torch.randn(5, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(3))
@@ -500,7 +500,7 @@ def test_the_best_arm_is_by_the_mean_then_by_the_evaluations():
 
 
 def painted(policy, prompts, images: int = 3, candidates: int = 4):
-    """Noise, uniforms and prompts for a few pictures of the shipped network."""
+    """Noise, uniforms and prompts for a few images of the shipped network."""
     keys = [(image, candidate) for image in range(images) for candidate in range(candidates)]
     noise = noise_for(keys, 0, 4, policy.backbone.latent_shape).unflatten(0, (images, candidates))
     return noise, uniforms_for([(image,) for image in range(images)], 0, 4), list(prompts[:images])
@@ -508,8 +508,8 @@ def painted(policy, prompts, images: int = 3, candidates: int = 4):
 
 @pytest.mark.parametrize("backbone", SHIPPED)
 def test_the_true_reward_may_steer_and_choose(backbone):
-    """In a critic's place it values each state by the picture that the denoiser guesses, so at the last state by the
-    picture itself; as the judge it chooses among the finished pictures, whatever steered them."""
+    """In a critic's place it values each state by the image that the denoiser guesses, so at the last state by the
+    image itself; as the judge it chooses among the finished images, whatever steered them."""
     config = make_config(backbone)
     policy = Policy(shipped(backbone), KERNELS.make(config.kernel))
     noise, uniforms, prompts = painted(policy, PROMPTS)
@@ -521,8 +521,8 @@ def test_the_true_reward_may_steer_and_choose(backbone):
     schedule = whole(resample_below=0.9)
     steering = build("resampling", weights, 4, schedule)
     found = steered_rollout(policy, truth, conditioning, noise, SteeringRun(steering, uniforms))
-    pictures = policy.backbone.decode(found.clean)
-    torch.testing.assert_close(found.values[:, -1, 0], torch.from_numpy(Redness()(pictures, prompts)))
+    images = policy.backbone.decode(found.clean)
+    torch.testing.assert_close(found.values[:, -1, 0], torch.from_numpy(Redness()(images, prompts)))
     plain = build("best_of_n", torch.ones(1), 4)
     best = steered_rollout(policy, scale, conditioning, noise, SteeringRun(plain, uniforms), judge=truth.judge)
     each = [

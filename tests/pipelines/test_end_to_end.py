@@ -156,7 +156,7 @@ def test_summary_has_every_number_of_the_issue(reference: tuple[str, Path, str])
     assert {"method", "nfe", "reward", "mean", "low", "high"} <= set(summary["steering"][0])
     assert summary["gate"]["decision"] == "promote"
     assert summary["gate"]["reasons"]
-    assert len(summary["serving"]["picture_sha256"]) == 64
+    assert len(summary["serving"]["image_sha256"]) == 64
 
 
 def test_nothing_is_left_of_a_run_but_its_folder(reference: tuple[str, Path, str]) -> None:

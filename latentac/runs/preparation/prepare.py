@@ -51,7 +51,7 @@ def check_machine(config: Config, output: Path) -> None:
 
 
 def check_known(rewards: Sequence[ConfiguredReward]) -> None:
-    """Call each reward on the pictures that it knows: one that answers 0 to everything is found out now, not after
+    """Call each reward on the images that it knows: one that answers 0 to everything is found out now, not after
     training. Raises RewardError by name."""
     for reward in rewards:
         known = reward.known()
@@ -68,9 +68,9 @@ def check_known(rewards: Sequence[ConfiguredReward]) -> None:
 
 
 def check_scoring(
-    rewards: Sequence[ConfiguredReward], prompts: PromptSet, picture: np.ndarray, block_images: int
+    rewards: Sequence[ConfiguredReward], prompts: PromptSet, image: np.ndarray, block_images: int
 ) -> None:
-    """Call each reward on a picture as the run will make them, uint8 [H, W, 3], for the first prompt of each category,
+    """Call each reward on an image as the run will make them, uint8 [H, W, 3], for the first prompt of each category,
     as many together as the run will have.
 
     Raises RewardError by name.
@@ -79,7 +79,7 @@ def check_scoring(
     for start in range(0, len(first), block_images):
         part = first[start : start + block_images]
         for reward in rewards:
-            reward(np.repeat(picture[None], len(part), 0), part)
+            reward(np.repeat(image[None], len(part), 0), part)
 
 
 def fetch_backbone(config: Config, folder: Path, output: Path, store: str, num_prompts: int) -> dict[str, Any]:

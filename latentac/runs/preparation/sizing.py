@@ -63,7 +63,7 @@ class Requirements:
 @dataclass(frozen=True)
 class Model:
     """Counts that follow from a folder. files: bytes that are used; network, frozen: weights of the denoiser and of all
-    other parts; adapters: weights of LoRA of the configured rank; latent, picture: numbers in one (a picture's are
+    other parts; adapters: weights of LoRA of the configured rank; latent, image: numbers in one (an image's are
     bytes); units: tokens times width, summed over the denoiser's layers; decoder: numbers of the decoder's largest map;
     text: numbers a prompt; taps: numbers of the feature maps of a state that a critic may keep, of so many channels."""
 
@@ -72,7 +72,7 @@ class Model:
     frozen: int
     adapters: int
     latent: int
-    picture: int
+    image: int
     units: int
     decoder: int
     text: int
@@ -101,8 +101,8 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
                      its method takes one; the server, serving.batch_rows; the critic's replay, or with a gradient its
                      own backbone, B K / critic.updates_per_pass; value pretraining with pretrain.forward_noised, or
                      with a gradient such a backbone, pretrain.minibatch_states; the decoder: 3 of its largest maps for
-                     each of B pictures, and of each state that the critic `pixel` is shown
-        other policies  what evaluation needs beyond all that: 3 (P + F), and on a CPU its pictures, bytes for each of
+                     each of B images, and of each state that the critic `pixel` is shown
+        other policies  what evaluation needs beyond all that: 3 (P + F), and on a CPU its images, bytes for each of
                      3.25 evaluation.num_images
         process      800 MiB; 500 MiB on a CUDA device
     disk, each but the temporary COPIES times
@@ -113,7 +113,7 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
                      average, N best, and the critic's replay
         scored       latents that the critic learned from
         scores       24 bytes for each of evaluation.num_images, three policies and the rewards
-        galleries    evaluation.num_gallery_prompts pictures of 20 arms, uncompressed
+        galleries    evaluation.num_gallery_prompts images of 20 arms, uncompressed
         small        8 MiB
     """
     layout = layout_of(config.backbone)
@@ -141,7 +141,7 @@ def count(config: Config, model: Model, network: str, num_prompts: int, device: 
     }
     # Evaluation has the base, the trained policy and the one in production, and nothing of the training.
     workers = train.num_workers if device == "cpu" else 1
-    evaluation = _POLICIES * parts + math.ceil(_pictures(config, model, device) / _FLOAT)
+    evaluation = _POLICIES * parts + math.ceil(_evaluated_images(config, model, device) / _FLOAT)
     memory["other policies"] = max(0, math.ceil(evaluation / workers) - sum(memory.values()))
     memory = {item: _FLOAT * count for item, count in memory.items() if count}
     memory["process"] = _INTERPRETER if device == "cpu" else _CUDA_CONTEXT
@@ -152,7 +152,7 @@ def count(config: Config, model: Model, network: str, num_prompts: int, device: 
         "checkpoints": (train.keep_checkpoints + 2) * _FLOAT * (kept + 2 * trains + replay + own),
         "scored": COPIES * _FLOAT * config.pretrain.num_images * (model.latent + 8),
         "scores": COPIES * config.evaluation.num_images * _POLICIES * len(config.rewards) * _NUMBER,
-        "galleries": COPIES * config.evaluation.num_gallery_prompts * _ARMS * model.picture,
+        "galleries": COPIES * config.evaluation.num_gallery_prompts * _ARMS * model.image,
         "small": COPIES * _SMALL,
     }
     return Requirements(disk, memory, train.num_workers, device)
@@ -163,7 +163,7 @@ def _images(config: Config, model: Model) -> int:
     train, steps = config.train, config.kernel.num_steps
     images = math.ceil(train.images_per_iteration / train.num_workers)
     body = config.critic.body
-    seen = {"lora": model.latent, "copy": model.latent, "latent_cnn": model.latent, "pixel": model.picture}
+    seen = {"lora": model.latent, "copy": model.latent, "latent_cnn": model.latent, "pixel": model.image}
     # Without attention the critic keeps a mean and a spread a channel alone.
     taps = 2 * model.channels + (model.taps if body.own.get("num_queries", 4) else 0)
     states = max(images, _pretrained(config)) * steps * seen.get(body.use, taps)
@@ -219,12 +219,12 @@ def _takes_gradient(method: Extension) -> bool:
         return True
 
 
-def _pictures(config: Config, model: Model, device: str) -> int:
-    """Bytes of the pictures that evaluation holds, in the host's memory: of each policy, and of the trained one a
+def _evaluated_images(config: Config, model: Model, device: str) -> int:
+    """Bytes of the images that evaluation holds, in the host's memory: of each policy, and of the trained one a
     quarter as many of training prompts."""
     settings = config.evaluation
-    more = _POLICIES * settings.num_diversity_prompts * settings.pictures_per_prompt
-    return int(((_POLICIES + 0.25) * settings.num_images + more) * model.picture) if device == "cpu" else 0
+    more = _POLICIES * settings.num_diversity_prompts * settings.images_per_prompt
+    return int(((_POLICIES + 0.25) * settings.num_images + more) * model.image) if device == "cpu" else 0
 
 
 def check_room(needed: Requirements, output: Path, store: str) -> None:
@@ -294,7 +294,7 @@ def _maps(layout: Layout, settings: dict[str, Any]) -> dict[str, int]:
     height, width = size if isinstance(size, list) else (size, size)
     levels = vae.get("block_out_channels", [64])
     cells = height * width
-    picture = cells * 4 ** (len(levels) - 1)
+    image = cells * 4 ** (len(levels) - 1)
     length = (text.get("text_config") or text).get("max_position_embeddings", 77)
     if layout.network == "unet":
         channels, layers = own.get("block_out_channels", [320, 640, 1280, 1280]), own.get("layers_per_block", 2)
@@ -313,9 +313,9 @@ def _maps(layout: Layout, settings: dict[str, Any]) -> dict[str, int]:
         seen = 3 * inner
     return {
         "latent": own.get("in_channels", 4) * cells,
-        "picture": 3 * picture,
+        "image": 3 * image,
         "units": units,
-        "decoder": picture * levels[min(1, len(levels) - 1)],
+        "decoder": image * levels[min(1, len(levels) - 1)],
         "text": length * text_width,
         "taps": taps,
         "channels": seen,

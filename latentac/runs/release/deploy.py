@@ -31,7 +31,7 @@ UNFINISHED = ".latentac-fetch"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A published model that nobody has asked for a picture yet.
+    """A published model that nobody has asked for an image yet.
 
     folder: its local copy; manifest: of models/<version> in `space.store`; request: what the proof asks it for
     """
@@ -61,7 +61,7 @@ def on_loopback(candidate: Candidate) -> Deployment:
 def release(space: Workspace, prove: Prove = on_loopback, forced: Sequence[str] = ()) -> tuple[dict[str, Any], bytes]:
     """Publish models/<version>, prove that it serves, and make it the production model of the run's project.
 
-    Returns deployment.json and the served picture as PNG. The version is the run and the trained artifact's digest,
+    Returns deployment.json and the served image as PNG. The version is the run and the trained artifact's digest,
     so the same weights have the same version. A model that does not serve stays a candidate. forced: the gate's reasons
     against it, if a person puts it there all the same.
     """
@@ -88,14 +88,14 @@ def release(space: Workspace, prove: Prove = on_loopback, forced: Sequence[str] 
         "forced": {"by": person(), "reasons": list(forced)} if forced else None,
         "endpoint": proof.endpoint,
         "request": proof.request,
-        "picture_sha256": proof.picture_sha256,
+        "image_sha256": proof.image_sha256,
         "values": proof.values,
         "nfe": proof.nfe,
         "ready_seconds": proof.ready_seconds,
         "seconds": proof.seconds,
         "shadow": proof.shadow,
     }
-    return content, proof.picture
+    return content, proof.image
 
 
 def candidate_key(project: str) -> str:
@@ -235,10 +235,10 @@ def _inspected(space: Workspace) -> Iterator[tuple[Path, str]]:
         yield folder, f"{version}, {notice}"
 
 
-def generate_picture(
-    folder: Path, prompt: str, seed: int, count: int, dials: Sequence[str], picture: Path
+def generate_image(
+    folder: Path, prompt: str, seed: int, count: int, dials: Sequence[str], image: Path
 ) -> dict[str, Any]:
-    """Write `count` steered pictures of `prompt` side by side to the PNG `picture`; returns what was used.
+    """Write `count` steered images of `prompt` side by side to the PNG `image`; returns what was used.
 
     dials: `reward=weight` strings; none means the exported defaults. Raises ConfigError.
     """
@@ -247,10 +247,10 @@ def generate_picture(
     from latentac.serving.generator import Generator
 
     steering = dict(_dial(dial) for dial in dials) or None
-    pictures = Generator(folder, pick_device("auto")).generate(prompt, seed, count, steering=steering)
-    contact_sheet(pictures.images, count).save(picture, "PNG")
-    used = {"nfe": pictures.nfe, "weights": pictures.weights, "seed": pictures.seed}
-    return {**used, "tokens": pictures.tokens, "truncated": pictures.truncated}
+    made = Generator(folder, pick_device("auto")).generate(prompt, seed, count, steering=steering)
+    contact_sheet(made.images, count).save(image, "PNG")
+    used = {"nfe": made.nfe, "weights": made.weights, "seed": made.seed}
+    return {**used, "tokens": made.tokens, "truncated": made.truncated}
 
 
 def _dial(text: str) -> tuple[str, float]:

@@ -20,7 +20,7 @@ AGAIN = "Run this step again with this version of latentac"
 _INTERVAL = ("mean", "low", "high", "n")
 _STEERED = ("method", "strength", "candidates", "nfe", "reward", *_INTERVAL, "seconds", "diversity")
 _ITERATION = ("iteration", "images", "reward_mean", "rewards", "kl", "clip_share", "explained_variance", "seconds")
-_SERVING = ("version", "project", "forced", "picture_sha256", "seconds", "endpoint", "request")
+_SERVING = ("version", "project", "forced", "image_sha256", "seconds", "endpoint", "request")
 _GATE, _CHANGED = ("decision", "reasons", "checks", "by"), ("overrides", "former")
 _POLICIES = ("base", "trained", "incumbent")
 
@@ -47,7 +47,7 @@ def prepared(store: Store, runs: Sequence[str], path: str = "run") -> list[Manif
 
 
 def fetch_run(store: Store, run: str, scratch: Path) -> Files:
-    """Verified copies of what pages show of the run, by step: numbers, words and pictures. Weights, which may be many
+    """Verified copies of what pages show of the run, by step: numbers, words and images. Weights, which may be many
     GB, are not read."""
     files = {}
     for step in STEPS:
@@ -125,9 +125,9 @@ def _steered(rows: Sequence[Mapping[str, Any]], reward: str) -> Summary | None:
 
 
 def _gallery(files: Files, reward: str) -> Summary | None:
-    """The index of evaluate's gallery, and what each picture of each arm scored: {reward, binary, scores: {arm: [..]}}.
+    """The index of evaluate's gallery, and what each image of each arm scored: {reward, binary, scores: {arm: [..]}}.
 
-    binary: the reward was 0 or 1 for every picture that was evaluated, so 1 is right and 0 is wrong.
+    binary: the reward was 0 or 1 for every image that was evaluated, so 1 is right and 0 is wrong.
     """
     if "evaluate" not in files:
         return None

@@ -1,4 +1,4 @@
-"""Resampling with the critic: sequential Monte Carlo whose potentials are values. No picture is decoded on the way."""
+"""Resampling with the critic: sequential Monte Carlo whose potentials are values. No image is decoded on the way."""
 
 import math
 from typing import Literal

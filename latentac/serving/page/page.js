@@ -1,6 +1,6 @@
 "use strict";
 
-// The page of a latentac endpoint. It asks for one prompt's picture three times at the same seed: from the base model,
+// The page of a latentac endpoint. It asks for one prompt's image three times at the same seed: from the base model,
 // from the trained one, and from the trained one steered by the dials. Nothing is checked here: what is wrong with a
 // request is told in the server's words, beside the field that it names.
 
@@ -9,7 +9,7 @@ const FIELDS = ["prompt", "seed", "num_steps", "guidance_scale", "method", "part
 const MAX_TRIES = 8; // of a server that is busy
 const MAX_WAIT_SECONDS = 60;
 const MAX_HISTORY = 24;
-const MAX_KEPT_CHARACTERS = 50_000_000; // of pictures, in memory
+const MAX_KEPT_CHARACTERS = 50_000_000; // of images, in memory
 const MAX_STORED_CHARACTERS = 2_000_000; // sessionStorage takes about 5 million of everything
 const STORED_HISTORY = "latentac.history";
 // A website may open any link, and change the one of a page that it has opened. So a link fills in and draws nothing.
@@ -19,7 +19,7 @@ const REACHES = [5, 10, 20, 50, 100]; // of a dial; a hundredth is one step of i
 
 let options = null; // what the server offers
 let running = null; // the AbortController of the draw that is under way
-let shown = null; // the draw whose pictures are on the page
+let shown = null; // the draw whose images are on the page
 let earlier = []; // finished draws, newest first
 let methodShown = ""; // what the dials' reach and defaults are of
 
@@ -193,7 +193,7 @@ const addressOf = (path) => new URL(path, document.baseURI).href;
 function curlOf(settings) {
   const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
   const read = 'import base64, json, sys; answer = json.load(sys.stdin); "error" in answer and sys.exit(answer["error"]); ';
-  const write = 'open("picture.png", "wb").write(base64.b64decode(answer["predictions"][0]["images"][0]))';
+  const write = 'open("image.png", "wb").write(base64.b64decode(answer["predictions"][0]["images"][0]))';
   return [
     `curl -sS ${quoted(addressOf(`v1/models/${encodeURIComponent(options.name)}:predict`))}`,
     "-H 'Content-Type: application/json'",
@@ -284,7 +284,7 @@ function tellRefusal(error) {
   const first = !document.querySelector("[aria-invalid=true]");
   if (error instanceof Refusal && error.problems.length) error.problems.forEach(tellProblem);
   else warn(error instanceof Refusal ? error.message : `The connection to the server was lost (${error.message}). Draw again.`);
-  // Once a draw: three pictures refused for one reason shall not take the focus three times.
+  // Once a draw: three images refused for one reason shall not take the focus three times.
   const wrong = first ? document.querySelector("[aria-invalid=true]") : null;
   wrong?.focus();
   wrong?.scrollIntoView({ block: "nearest" }); // one that has the focus already may be out of sight
@@ -366,7 +366,7 @@ function pause(seconds, signal) {
   });
 }
 
-// The stream of an arm's picture, asked for again when a busy server says so.
+// The stream of an arm's image, asked for again when a busy server says so.
 async function streamOf(draw, arm, signal) {
   const headers = { "Content-Type": "application/json", Accept: "text/event-stream" };
   const request = { method: "POST", headers, body: requestOf(draw.settings, arm), signal };
@@ -406,9 +406,9 @@ const ON_EVENT = {
     for (const [reward, numbers] of Object.entries(values)) (told.values[reward] ??= [])[step] = numbers[0];
     note(draw, arm, `Step ${step + 1} of ${steps}`, true);
   },
-  picture(draw, arm, { images, nfe, values }) {
-    // Those of the picture that was chosen; the steps told the best particle of their moment.
-    const own = Object.entries(values).map(([reward, pictures]) => [reward, pictures[0]]);
+  image(draw, arm, { images, nfe, values }) {
+    // Those of the image that was chosen; the steps told the best particle of their moment.
+    const own = Object.entries(values).map(([reward, each]) => [reward, each[0]]);
     Object.assign(draw.arms[arm], { image: `data:image/png;base64,${images[0]}`, nfe, values: Object.fromEntries(own) });
     note(draw, arm, "");
     if (draw === shown) showWhatWasDrawn(readSettings());
@@ -478,7 +478,7 @@ function showRunning(active) {
   $("stop").hidden = !active;
 }
 
-// ---- Pictures
+// ---- Images
 
 function show(draw) {
   shown = draw;
@@ -545,11 +545,11 @@ function showCurve() {
   const width = Math.max(240, $("curve").clientWidth);
   const box = { left: 44, right: width - 104, top: 10, bottom: 180 };
   const scale = scaleOf(box, rangeOfValues(reward, lines), steps);
-  const picture = svg("svg", { width, height: 220, role: "img", "aria-label": curveInWords(reward, lines, steps) });
+  const chart = svg("svg", { width, height: 220, role: "img", "aria-label": curveInWords(reward, lines, steps) });
   // The base's dots last: where it is as good as the trained model, they show on its dashes.
-  picture.append(...gridOf(box, scale, steps), ...curvesOf(lines, scale).reverse());
-  if (!lines.size) picture.append(svg("text", { x: (box.left + box.right) / 2, y: 95, "text-anchor": "middle" }, "The values appear while the images are drawn"));
-  $("curve").replaceChildren(picture);
+  chart.append(...gridOf(box, scale, steps), ...curvesOf(lines, scale).reverse());
+  if (!lines.size) chart.append(svg("text", { x: (box.left + box.right) / 2, y: 95, "text-anchor": "middle" }, "The values appear while the images are drawn"));
+  $("curve").replaceChildren(chart);
   $("value-axis").textContent = `↑ ${reward.name}: ${reward.unit}`;
   showTable(lines);
 }
@@ -642,7 +642,7 @@ function showTable(lines) {
 
 // ---- Earlier draws
 
-// As many of the newest draws as have no more characters of pictures than that.
+// As many of the newest draws as have no more characters of images than that.
 function newest(draws, characters) {
   const kept = [];
   let left = characters;

@@ -124,6 +124,6 @@ def test_each_field_is_an_input_of_its_kind() -> None:
 
 @pytest.mark.parametrize("limit", [{"max_guidance_scale": 0.5}, {"max_steps": 1}, {"max_images": 0}])
 def test_a_limit_that_would_allow_nothing_is_refused(limit: dict[str, Any]) -> None:
-    """A request needs room for its default guidance scale, for two steps and for one picture."""
+    """A request needs room for its default guidance scale, for two steps and for one image."""
     with pytest.raises(ValidationError):
         Limits.model_validate(limit)

@@ -209,15 +209,15 @@ def expected(place: Place, content: str) -> set[int]:
     if isinstance(value, Decimal) and abs(value) > 2**53:
         right.add(422)  # a double that may stand for several whole numbers
     if place.name.endswith(("shapes_verifier", "jpeg_compressibility", "of steering")):
-        right.add(422)  # weights within the limits may still drive a picture to infinity
+        right.add(422)  # weights within the limits may still drive an image to infinity
     return right
 
 
 def told(place: Place, answer: Any) -> dict[str, Any]:
-    """The fields that a picture was drawn with, whichever the protocol."""
+    """The fields that an image was drawn with, whichever the protocol."""
     if place.path.endswith("stream"):
         name, last = events(answer)[-1]
-        return last if name == "picture" else {}
+        return last if name == "image" else {}
     if place.path.endswith("infer"):
         found: dict[str, Any] = json.loads({one["name"]: one for one in answer["outputs"]}["metadata"]["data"][0])
         return found

@@ -76,7 +76,7 @@ def test_defaults_and_all_fields() -> None:
 @pytest.mark.parametrize(
     ("instance", "message"),
     [
-        ({"promt": "a"}, "instances.0.prompt = None: is required. Write what the picture shall show."),
+        ({"promt": "a"}, "instances.0.prompt = None: is required. Write what the image shall show."),
         ({"prompt": ""}, "instances.0.prompt = '': string should have at least 1 character."),
         ({"prompt": "x" * 101}, "has 101 characters, above 100. Use at most 100."),
         ({"prompt": "a", "promt": "a"}, "instances.0.promt = 'a': unknown field. Did you mean \"prompt\"?"),
@@ -105,7 +105,7 @@ def test_defaults_and_all_fields() -> None:
         ({"prompt": "a", "steering": {"shapes_verifier": "x"}}, "instances.0.steering.shapes_verifier = 'x': input"),
         ({"prompt": "a", "method": "none", "steering": {"shapes_verifier": 1}}, 'does nothing with method "none"'),
         ({"prompt": "a", "method": "none", "particles": 2}, "instances.0.particles = 2: does nothing with method"),
-        ({"prompt": " \t"}, "is nothing but white space. Write what the picture shall show."),
+        ({"prompt": " \t"}, "is nothing but white space. Write what the image shall show."),
         ({"prompt": "a\x1bb"}, "has a control character (U+001B) at character 2"),
         (
             {"prompt": "a", "guidance_scale": 21},
@@ -139,8 +139,8 @@ def test_every_problem_is_told_at_once() -> None:
         ({"instances": {"prompt": "a"}}, "instances = {'prompt': 'a'}: input should be a valid list."),
         ({"prompt": "a"}, "prompt = 'a': unknown field."),
         ({"inputs": [{"prompt": "a"}]}, "inputs = [{'prompt': 'a'}]: unknown field. Use \"instances\"."),
-        ({"instances": [{"prompt": "a", "count": 5}] * 2}, "instances = 10: is the number of pictures asked for"),
-        ({"instances": [3] * 9}, "instances = 9: is the number of pictures asked for"),
+        ({"instances": [{"prompt": "a", "count": 5}] * 2}, "instances = 10: is the number of images asked for"),
+        ({"instances": [3] * 9}, "instances = 9: is the number of images asked for"),
     ],
 )
 def test_a_bad_body_is_told(body: object, message: str) -> None:
@@ -210,8 +210,8 @@ def test_openais_form_is_the_same_request() -> None:
         *((name, [None]) for name in ("seed", "num_steps", "guidance_scale", "policy", "method", "steering")),
     ],
 )
-def test_openais_defaults_are_the_default_picture(name: str, values: list[Any]) -> None:
-    """What its clients send where a caller has chosen nothing is taken, and changes nothing about the picture."""
+def test_openais_defaults_are_the_default_image(name: str, values: list[Any]) -> None:
+    """What its clients send where a caller has chosen nothing is taken, and changes nothing about the image."""
     ours, default = set(Request.model_fields) - {"seed", "size"}, FORMS.images(prompt="a")
     for value in values:
         asked = parse_images({"prompt": "a", name: value})
@@ -228,7 +228,7 @@ def test_openais_defaults_are_the_default_picture(name: str, values: list[Any]) 
         ("stream", True, "POST /v1/images/stream answers by events."),
         ("partial_images", 2, "POST /v1/images/stream tells each step."),
         ("response_format", "url", "Use b64_json"),
-        ("background", "transparent", "the pictures have no transparency."),
+        ("background", "transparent", "the images have no transparency."),
         ("output_format", "webp", "Use png"),
         ("output_compression", 50, "Use 100"),
         ("quality", "ultra", "num_steps"),
@@ -320,7 +320,7 @@ def test_the_default_weights_follow_the_rewards(config: Config) -> None:
     ],
 )
 def test_a_body_of_many_values_is_refused_before_they_are_looked_at(body: object) -> None:
-    """What is told of each takes time, in which no other caller is answered. The limit grows with the pictures that one
+    """What is told of each takes time, in which no other caller is answered. The limit grows with the images that one
     request may ask for."""
     with pytest.raises(ConfigError, match="has more than 2000 values"):
         decoded(json.dumps(body).encode(), 2000)

@@ -59,17 +59,17 @@ def ask(server: ServerProcess, path: str, body: bytes | None = None, kind: str =
         return error.code, json.load(error)
 
 
-def decoded(picture: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))))
+def decoded(image: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(image))))
 
 
-def test_a_prediction_is_the_generators_picture(server: ServerProcess, generator: Generator) -> None:
+def test_a_prediction_is_the_generators_image(server: ServerProcess, generator: Generator) -> None:
     """Bit for bit, in another process; with everything that is needed to ask for it again."""
     weights = {"shapes_verifier": 1.5, "jpeg_compressibility": -0.5}
     request = {"prompt": "a red circle", "seed": 7, "count": 2, "steering": weights}
-    answer, pictures = server.predict(request), generator.generate("a red circle", 7, 2, steering=weights)
-    assert np.array_equal(np.stack([decoded(picture) for picture in answer["images"]]), pictures.images)
-    np.testing.assert_array_equal(np.float32(answer["values"]["shapes_verifier"]), pictures.values[:, :, 0])
+    answer, images = server.predict(request), generator.generate("a red circle", 7, 2, steering=weights)
+    assert np.array_equal(np.stack([decoded(image) for image in answer["images"]]), images.images)
+    np.testing.assert_array_equal(np.float32(answer["values"]["shapes_verifier"]), images.values[:, :, 0])
     assert {name: answer[name] for name in ("seed", "nfe", "method", "steering", "version")} == {
         "seed": 7,
         "nfe": 30,
@@ -243,7 +243,7 @@ def test_help_is_light_and_has_an_example() -> None:
 
 
 def test_sigterm_lets_the_accepted_request_finish(exported_folder: Path) -> None:
-    """The picture arrives whole, then the process ends with code 0."""
+    """The image arrives whole, then the process ends with code 0."""
     with ServerProcess(exported_folder, ready_seconds=READY_SECONDS) as server, ThreadPoolExecutor(1) as pool:
         drawing = pool.submit(server.predict, LONG)
         time.sleep(0.5)
@@ -277,7 +277,7 @@ def test_ctrl_c_stops_it_cleanly(exported_folder: Path) -> None:
     assert (process.returncode, complaints) == (0, "")
 
 
-def test_the_command_that_is_told_draws_a_picture(exported_folder: Path, tmp_path: Path) -> None:
+def test_the_command_that_is_told_draws_an_image(exported_folder: Path, tmp_path: Path) -> None:
     """As it is printed, in a shell: of the model's own first prompt, whatever characters are in it. And the terminal,
     the options and the folder say what the model is not for."""
     folder = tmp_path / "model"
@@ -300,5 +300,5 @@ def test_the_command_that_is_told_draws_a_picture(exported_folder: Path, tmp_pat
         log = [json.loads(line) for line in process.communicate(timeout=300)[0].splitlines()]
     assert drawn.returncode == 0
     assert [one["prompt"] for line in log for one in line.get("asked", ())] == [prompt]
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "image.png").read_bytes().startswith(b"\x89PNG")
     assert options["notice"] == notice

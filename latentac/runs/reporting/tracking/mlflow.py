@@ -89,16 +89,16 @@ class MLflow:
         now = int(time.time() * 1000)
         self._client.log_batch(self._id, [Metric(name, value, now, step) for name, value in scalars.items()])
 
-    def image(self, name: str, step: int, picture: np.ndarray) -> None:
+    def image(self, name: str, step: int, image: np.ndarray) -> None:
         if self._settings.images and step not in self._known:
-            self._client.log_image(self._id, picture, key=name, step=step)
+            self._client.log_image(self._id, image, key=name, step=step)
 
     def finish(self) -> None:
         self._client.set_terminated(self._id)
 
 
 def _placed(uri: str | None, output: Path) -> tuple[str | None, str | None]:
-    """`uri` and, for SQLite, where pictures go: by default both depend on the working folder, and a run may be resumed
+    """`uri` and, for SQLite, where images go: by default both depend on the working folder, and a run may be resumed
     from another one."""
     if uri and uri.startswith(_SQLITE):
         file = (output / uri.removeprefix(_SQLITE)).absolute()
