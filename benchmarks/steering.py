@@ -387,12 +387,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = f"steering-{options.recipe}"
     (options.output / f"{name}.json").write_text(dump(found))
     figures.draw({name: found}, options.output)
-    _tell("\n".join(report.steering(found, every=True)))
-    _tell("\n".join(verdicts("steering", found)))
+    _say("\n".join(report.steering(found, every=True)))
+    _say("\n".join(verdicts("steering", found)))
     return 0
 
 
-def _tell(text: str) -> None:
+def _say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
 

@@ -150,7 +150,7 @@ class Run:
                     settings, policy, fitted, states, held_out, seed=self.config.seed, weights=weights
                 )
                 fits[passes] = [entry["held_out_explained_variance"] for entry in history]
-                _tell(f"{passes}/{passes}  explained variance {np.mean(fits[passes][-1]):.3f}")
+                _say(f"{passes}/{passes}  explained variance {np.mean(fits[passes][-1]):.3f}")
         best = np.concatenate(list(fits.values())).max(0).tolist()
         return self._result({"critic": {"explained_variance": fits[passes][-1], "best": best, "passes": fits}})
 
@@ -169,7 +169,7 @@ class Run:
                 self._measure(trainer)
             if trainer.finished or trainer.iteration % self.config.train.checkpoint_every == 0:
                 self._checkpoint(trainer)
-            _tell(f"{trainer.iteration}/{total}  reward {entry['reward_mean']:.3f}  kl {entry['kl']:.4f}")
+            _say(f"{trainer.iteration}/{total}  reward {entry['reward_mean']:.3f}  kl {entry['kl']:.4f}")
         trainer.publish_weights()
         return self._result(self._evaluate(trainer))
 
@@ -370,7 +370,7 @@ def _write(path: Path, content: Record) -> None:
     part.replace(path)
 
 
-def _tell(line: str) -> None:
+def _say(line: str) -> None:
     """The last line of the log is what the scheduler shows."""
     print(line, flush=True)
 

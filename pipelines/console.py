@@ -92,8 +92,8 @@ class Console(io.TextIOBase):
         return [*rows, f"  {'total':<16}{duration(self._total):>10}"]
 
     def _receive(self, line: str) -> None:
-        text, _, told = line.partition(EVENT_MARK)
-        event = self._event(told)
+        text, _, encoded = line.partition(EVENT_MARK)
+        event = self._event(encoded)
         text = text if event else line  # a prompt may hold anything, the mark too
         if text.strip():
             # Of several lines that a container gives at once, kfp indents the first.
@@ -104,9 +104,9 @@ class Console(io.TextIOBase):
         if event:
             self._follow(event)
 
-    def _event(self, told: str) -> dict[str, Any] | None:
+    def _event(self, encoded: str) -> dict[str, Any] | None:
         try:
-            found = parse_json(told)
+            found = parse_json(encoded)
             return found if found["task"] in self._steps and found["event"] in ("begin", "end", "fail") else None
         except (ValueError, KeyError, TypeError):
             return None

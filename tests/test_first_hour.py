@@ -192,10 +192,10 @@ def test_own_model_reward_and_prompts_are_promoted_and_served(home: Home) -> Non
     command = ["latentac", "run", "--recipe", "shapes-unet-smoke", "--config", "mine.yaml", "--package", "mine"]
     planned = home.run(*command, "--dry-run")
     assert "mine.rewards:Closeness" in planned
-    told = home.run(*command)
-    print(told)
-    assert "gate     promote" in told
-    name = re.findall(r"^run (\S+), recipe", told, re.M)[0]
+    output = home.run(*command)
+    print(output)
+    assert "gate     promote" in output
+    name = re.findall(r"^run (\S+), recipe", output, re.M)[0]
     summary: dict[str, Any] = json.loads((home.folder / "runs" / name / "summary.json").read_text())
     assert summary["serving"]["project"] == "mine", "the demo's model judges no other project's"
     assert set(summary["evaluation"]["trained"]) == {"colour", "plain"}

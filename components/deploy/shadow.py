@@ -68,14 +68,14 @@ def compare(
     the lower end of its one-sided 95 % interval (paired, normal).
     """
     name, notes = space.config.gate.reward, []
-    told: dict[str, Any] = {"prompts": len(requests), "reward": name, "green": _numbers(green)}
-    told |= {"blue": None, "latency_ratio": None, "reward_loss": None, "reward_loss_low": None}
+    record: dict[str, Any] = {"prompts": len(requests), "reward": name, "green": _numbers(green)}
+    record |= {"blue": None, "latency_ratio": None, "reward_loss": None, "reward_loss_low": None}
     if blue is None:
         notes.append("no version served before, so nothing was compared")
     else:
-        told["blue"] = _numbers(blue)
+        record["blue"] = _numbers(blue)
         if green.median_seconds and blue.median_seconds:
-            told["latency_ratio"] = green.median_seconds / blue.median_seconds
+            record["latency_ratio"] = green.median_seconds / blue.median_seconds
         else:
             notes.append("latency was not compared: one of the two answered nothing")
     rewards, problem = _rewards(name, space.config.rewards, requests, [green, *([blue] if blue else [])])
@@ -83,26 +83,26 @@ def compare(
         notes.append(f"the reward was not measured: {problem}")
     for side, scores in zip(("green", "blue"), rewards, strict=False):
         known = [score for score in scores if score is not None]
-        told[side]["reward"] = statistics.fmean(known) if known else None
+        record[side]["reward"] = statistics.fmean(known) if known else None
     if len(rewards) == 2:
         losses = [b - g for g, b in zip(*rewards, strict=True) if g is not None and b is not None]
-        told |= _loss(losses)
-    return {**told, "notes": notes}
+        record |= _loss(losses)
+    return {**record, "notes": notes}
 
 
-def reasons_against(told: dict[str, Any], deploy: Deploy) -> list[str]:
+def reasons_against(record: dict[str, Any], deploy: Deploy) -> list[str]:
     """Why the new version shall not serve; empty if it shall. A number that is not finite speaks against it."""
-    green, reasons = told["green"], []
+    green, reasons = record["green"], []
     if not green["error_fraction"] <= deploy.max_error_fraction:
         bound = f"at most {deploy.max_error_fraction:g} allowed"
         reasons.append(f"a fraction of {green['error_fraction']:g} of the shadow prompts failed, {bound}")
-    ratio, low = told["latency_ratio"], told["reward_loss_low"]
+    ratio, low = record["latency_ratio"], record["reward_loss_low"]
     if ratio is not None and not ratio <= deploy.max_latency_ratio:
         reasons.append(
             f"it takes {ratio:.2f} times as long as the one that serves, {deploy.max_latency_ratio:g} allowed"
         )
     if low is not None and not low <= deploy.max_reward_loss:
-        loss = f"{told['reward']} falls by {told['reward_loss']:.3g}, with 95 % confidence by {low:.3g} or more"
+        loss = f"{record['reward']} falls by {record['reward_loss']:.3g}, with 95 % confidence by {low:.3g} or more"
         reasons.append(f"{loss}, {deploy.max_reward_loss:g} allowed")
     return reasons
 

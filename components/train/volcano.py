@@ -192,10 +192,10 @@ class Volcano:
         if reason is not None:
             remedy = "Correct what it lacks, or train.pending_seconds in the chart's values, and resume the run"
             raise ClusterError(self._where(name), reason, remedy)
-        told = "\n".join(words) or "none"
+        lines = "\n".join(words) or "none"
         raise TrainingError(
             self._where(name),
-            f"ended {phase}; the last log lines of its pods:\n{told}\n",
+            f"ended {phase}; the last log lines of its pods:\n{lines}\n",
             "Resume the run: it continues from its last checkpoint",
         )
 

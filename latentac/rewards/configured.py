@@ -55,7 +55,7 @@ class ConfiguredReward:
             raise
         except Exception as error:
             culprit = self._culprit(images, prompts, error)
-            raise self._failed(culprit, _told(error)) from error
+            raise self._failed(culprit, _described(error)) from error
 
     def known(self) -> tuple[np.ndarray, list[str], np.ndarray] | None:
         """The class's known images, or None if it has none. Raises RewardError."""
@@ -69,7 +69,7 @@ class ConfiguredReward:
         except _Own as own:
             raise RewardError(f"reward {self.name}, known()", own.error.problem, own.error.remedy) from own.error
         except Exception as error:
-            raise RewardError(f"reward {self.name}", f"known() failed: {_told(error)}", _REMEDY) from error
+            raise RewardError(f"reward {self.name}", f"known() failed: {_described(error)}", _REMEDY) from error
 
     def _attempts(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
         """The rewards, after as many attempts as transient errors need. Raises what the last attempt raised."""
@@ -80,7 +80,7 @@ class ConfiguredReward:
                 if attempt == self._retries or not _is_transient(error, self._transient):
                     raise
                 wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0)
-                _log.warning("reward %s: %s; next attempt in %.1f s", self.name, _told(error), wait)
+                _log.warning("reward %s: %s; next attempt in %.1f s", self.name, _described(error), wait)
                 time.sleep(wait)
         raise AssertionError("the loop returns or raises")
 
@@ -95,9 +95,9 @@ class ConfiguredReward:
         try:
             return self._bounded(lambda: self.reward(shown, list(texts), **more), self._where(prompts), texts)
         except _Own as own:  # the class knows what was wrong, and not its own name
-            told = own.error
-            where = told.where if told.where.startswith("prompt") else f"prompt {texts[0]!r}, {told.where}"
-            raise RewardError(f"reward {self.name}, {where}", told.problem, told.remedy) from told
+            error = own.error
+            where = error.where if error.where.startswith("prompt") else f"prompt {texts[0]!r}, {error.where}"
+            raise RewardError(f"reward {self.name}, {where}", error.problem, error.remedy) from error
 
     def _bounded(self, work: Callable[[], Any], what: str, texts: Sequence[str]) -> Any:
         """What `work` returns or raises, in a thread of its own, which is abandoned when its time is over.
@@ -193,7 +193,7 @@ def load_rewards(settings: Iterable[RewardSettings]) -> list[ConfiguredReward]:
             problem = f"cannot be built: {error.where}: {error.problem}"
             raise RewardError(f"reward {one.name}", problem, error.remedy) from error
         except (Exception, SystemExit) as error:
-            raise RewardError(f"reward {one.name}", f"cannot be built: {_told(error)}", _REMEDY) from error
+            raise RewardError(f"reward {one.name}", f"cannot be built: {_described(error)}", _REMEDY) from error
     return found
 
 
@@ -214,5 +214,5 @@ def _parameters(reward: Any) -> Mapping[str, Any]:
         return {}
 
 
-def _told(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     return str(error) if isinstance(error, _Left) else describe(error)

@@ -296,8 +296,8 @@ def _serve(options: argparse.Namespace) -> None:
     from latentac.runs.release.deploy import model_to_use
     from latentac.serving.server import serve
 
-    with model_to_use(options.run, options.project, options.store, options.output) as (folder, told):
-        print(told, flush=True)
+    with model_to_use(options.run, options.project, options.store, options.output) as (folder, announcement):
+        print(announcement, flush=True)
         who = {"hosts": options.allow_host, "origins": options.allow_origin, "token_file": options.token_file}
         serve(folder, options.port, **who)
 
@@ -314,8 +314,8 @@ def _generate(options: argparse.Namespace) -> None:
     from latentac.runs.release.deploy import generate_image, model_to_use
 
     image = Path(options.image)
-    with model_to_use(options.run, options.project, options.store, options.output) as (folder, told):
-        print(told, file=sys.stderr, flush=True)
+    with model_to_use(options.run, options.project, options.store, options.output) as (folder, announcement):
+        print(announcement, file=sys.stderr, flush=True)
         used = generate_image(folder, options.prompt, options.seed, options.count, options.steer, image)
     print(json.dumps({"image": str(image), **used}))
 

@@ -74,7 +74,7 @@ def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Itera
     stop_on_sigterm()
     faulthandler.enable()  # a crash in native code, a reward's for example, leaves its Python stack in the log
     _log_plainly()
-    _tell(event="begin", task=name)
+    _emit(event="begin", task=name)
     try:
         with run_lock(folder / LOCK_FILE):
             remove_hidden(folder)
@@ -84,7 +84,7 @@ def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Itera
         raise SystemExit(130) from None
     except Exception as error:  # noqa: BLE001 - here is where every error becomes an exit code
         raise SystemExit(_fail(name, folder, error)) from None
-    _tell(event="end", task=name, reused=reused)
+    _emit(event="end", task=name, reused=reused)
 
 
 def _fail(name: str, folder: Path | None, error: Exception) -> int:
@@ -100,14 +100,14 @@ def _fail(name: str, folder: Path | None, error: Exception) -> int:
             folder.mkdir(parents=True, exist_ok=True)
         # The first failure is the cause; a start of the run removes the file.
         if folder is not None and not (folder / ERROR_FILE).exists():
-            told = {"task": name, "exit_code": code, "message": message}
-            write_whole(folder / ERROR_FILE, json.dumps(told, indent=2))
+            report = {"task": name, "exit_code": code, "message": message}
+            write_whole(folder / ERROR_FILE, json.dumps(report, indent=2))
         unread = folder is None or EVENTS not in os.environ
     except OSError:  # the disk that is full, perhaps
         unread = True
     if unread:
         print(f"{name}: {message}", file=sys.stderr, flush=True)
-    _tell(event="fail", task=name, exit_code=code)
+    _emit(event="fail", task=name, exit_code=code)
     return code
 
 
@@ -121,7 +121,7 @@ def _log_plainly() -> None:
     own.handlers, own.propagate = [handler], False
 
 
-def _tell(**event: Any) -> None:
+def _emit(**event: Any) -> None:
     if EVENTS in os.environ:  # on stderr, as the log: the two streams of a container are read in no order
         sys.stdout.flush()
         print(f"{EVENT_MARK}{json.dumps(event)}", file=sys.stderr, flush=True)

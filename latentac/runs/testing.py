@@ -111,12 +111,12 @@ def check_algorithm(use: str, **own: Any) -> Algorithm:
     algorithm.loss(GaussianTransition(mean, std), minibatch).loss.backward()
     _holds(mean.grad is not None, "the loss has a gradient by the transition's mean")
     gradient = torch.zeros_like(mean) if mean.grad is None else mean.grad
-    told = gradient.flatten(1).norm(dim=1)
+    norms = gradient.flatten(1).norm(dim=1)
     _holds(
-        torch.equal(told > 0, advantages != 0),
+        torch.equal(norms > 0, advantages != 0),
         "a transition has a gradient where its advantage is not 0, and only there",
     )
-    step = mean.detach() - 1e-3 * gradient / told.clamp(min=1e-12).reshape(-1, 1, 1, 1)
+    step = mean.detach() - 1e-3 * gradient / norms.clamp(min=1e-12).reshape(-1, 1, 1, 1)
     change = GaussianTransition(step, std).log_prob(minibatch.next_latents) - minibatch.old_log_probs
     _holds(
         change.sign().tolist() == advantages.sign().tolist(), "a positive advantage raises its transition's log-prob"

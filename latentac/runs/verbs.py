@@ -192,8 +192,8 @@ def judge(space: Workspace, overrides: Sequence[str] = ()) -> dict[str, Any]:
     verdict = rule.decide(bounds, space.config.reward_names, evaluation, production)
     before, published = space.verdict(), space.finished("gate")
     earlier = rule.former(before, published.created) if before and published else []
-    told = {"overrides": changed, "by": person() if overrides else None, "former": earlier}
-    return {**verdict, "production": version, **told}
+    record = {"overrides": changed, "by": person() if overrides else None, "former": earlier}
+    return {**verdict, "production": version, **record}
 
 
 def deploy(run: str, store: str, output: str, *, prove: "Prove | None" = None, force: bool = False) -> Manifest:

@@ -68,17 +68,17 @@ def rollout(
         with torch.set_grad_enabled(needs_gradient):
             state.requires_grad_(needs_gradient)
             output = policy.forward(state, sigma, sigma_next, conditioning)
-            seen = critic.features(state, output.prediction, output.taps) if critic is not None else {}
+            current = critic.features(state, output.prediction, output.taps) if critic is not None else {}
             transition = proposal = output.transition
             if weights is not None and critic is not None:
-                weighted = critic.standardised(seen, sigma, conditioning) @ weights
+                weighted = critic.standardised(current, sigma, conditioning) @ weights
                 (gradients[step - 1],) = torch.autograd.grad(weighted.sum(), state)
             if steering is not None:
-                value = _standardised(critic, seen, sigma, conditioning)
+                value = _standardised(critic, current, sigma, conditioning)
                 values.append(value.detach())
                 transition, proposal, rows = steering.act(SteeringState(step, state, transition, value))
                 if rows is not None:
-                    seen = {name: feature[rows] for name, feature in seen.items()}
+                    current = {name: feature[rows] for name, feature in current.items()}
                     for past in (latents, means, log_probs, values, *features.values()):
                         past[:] = [each[rows] for each in past]
         with torch.no_grad():
@@ -88,7 +88,7 @@ def rollout(
             if step < num_stochastic:
                 means.append(transition.mean.detach())
                 log_probs.append(transition.log_prob(latents[-1]).detach())
-            for name, feature in seen.items() if keep.features or steering is None else ():
+            for name, feature in current.items() if keep.features or steering is None else ():
                 features.setdefault(name, []).append(feature.detach())
     kept = {name: torch.stack(steps, 1) for name, steps in features.items()}
     return Trajectory(

@@ -118,8 +118,8 @@ def _taking(handler: Handler, form: type[Section]) -> Handler:
     async def take(**given: Any) -> Response:
         return await handler(**given)
 
-    told = inspect.signature(handler).parameters.values()
-    parameters = [one.replace(annotation=form) if one.name == "body" else one for one in told]
+    declared = inspect.signature(handler).parameters.values()
+    parameters = [one.replace(annotation=form) if one.name == "body" else one for one in declared]
     take.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return take
 

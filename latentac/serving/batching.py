@@ -16,8 +16,8 @@ import torch
 from latentac.config.schema import Batching
 from latentac.serving.generator import Drawn, Generator, Slot
 
-Tell = Callable[[int, int, np.ndarray], None]
-"""Is told the image's index, the step and float32 [N, M], its particles' values, in a thread of the batcher's."""
+Callback = Callable[[int, int, np.ndarray], None]
+"""Gets the image's index, the step and float32 [N, M], its particles' values, in a thread of the batcher's."""
 
 _NICENESS = 5
 
@@ -41,7 +41,7 @@ class Job:
 
     count: int
     ahead: int
-    tell: Tell | None
+    callback: Callback | None
     since: float
     future: Future[list[Drawn]] = field(default_factory=Future)
     waited: float = 0.0
@@ -63,7 +63,7 @@ class Batcher:
     def __init__(
         self, generator: Generator, settings: Batching, workers: int, drew: Callable[[int, float], None]
     ) -> None:
-        """drew: is told of each batch how many images it had, and its seconds."""
+        """drew: gets of each batch the number of its images, and its seconds."""
         self._generator, self._settings, self._drew = generator, settings, drew
         self._waiting: deque[_Waiting] = deque()
         self._changed = threading.Condition()
@@ -77,7 +77,7 @@ class Batcher:
         """Images that wait."""
         return len(self._waiting)
 
-    def submit(self, requests: Sequence[tuple[Sequence[Slot], Tell | None]]) -> list[Job]:
+    def submit(self, requests: Sequence[tuple[Sequence[Slot], Callback | None]]) -> list[Job]:
         """A job for each, all of them or none. Raises Busy if they find no room."""
         now, wanted = time.monotonic(), sum(len(slots) for slots, _ in requests)
         with self._changed:
@@ -86,8 +86,8 @@ class Batcher:
             if queued and queued + wanted > self._settings.max_queued_images:
                 raise Busy(queued, self._seconds_left())
             jobs = []
-            for slots, tell in requests:
-                job = Job(len(slots), len(self._waiting), tell, now)
+            for slots, callback in requests:
+                job = Job(len(slots), len(self._waiting), callback, now)
                 job.future.set_running_or_notify_cancel()  # whoever stops waiting abandons it instead
                 self._waiting.extend(_Waiting(job, slot, now) for slot in slots)
                 jobs.append(job)
@@ -154,8 +154,8 @@ class Batcher:
             if all(job.abandoned for job in jobs):
                 raise _Abandoned
             for one, own in zip(batch, values, strict=True):
-                if one.job.tell is not None:
-                    one.job.tell(one.slot.index, step, own)
+                if one.job.callback is not None:
+                    one.job.callback(one.slot.index, step, own)
 
         try:
             drawn = self._generator.draw([one.slot for one in batch], observe)

@@ -46,7 +46,7 @@ class Method(Section):
     particles: Particles
 
 
-_TOLD = ("summary", "needs_gradient", "strength", "particles")
+_DESCRIBED = ("summary", "needs_gradient", "strength", "particles")
 """Of a method, what `prepare` writes to extensions.json."""
 
 
@@ -120,7 +120,7 @@ def export(
     serving, units = config.serving, extensions["units"]
     limits = serving.model_dump(include=set(Limits.model_fields))
     methods = {
-        method.name: Method(extension=method, **{name: extensions["methods"][method.name][name] for name in _TOLD})
+        method.name: Method(extension=method, **{name: extensions["methods"][method.name][name] for name in _DESCRIBED})
         for method in config.steering.methods
     }
     if best is not None:

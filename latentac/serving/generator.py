@@ -32,7 +32,7 @@ from latentac.system.modelfiles import faults, shorten
 from latentac.system.names import PLAIN
 
 Observe = Callable[[int, np.ndarray], None]
-"""Is told the step and float32 [images, N, M], the values of each image's N particles, in the rewards' units."""
+"""Gets the step and float32 [images, N, M], the values of each image's N particles, in the rewards' units."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class Generator:
             for name, method in self.exported.methods.items():
                 STEERING.settings(method.extension, f"{exported.FILE}: methods.{name}.extension")
         except ConfigError as error:  # the folder's, not the caller's
-            told = "; ".join(_told(problem) for problem in error.problems)
-            raise ServingError(str(folder), f"cannot be loaded: {shorten(told)}", error.problems[0].remedy) from error
+            report = "; ".join(_described(problem) for problem in error.problems)
+            raise ServingError(str(folder), f"cannot be loaded: {shorten(report)}", error.problems[0].remedy) from error
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ServingError(str(folder), f"cannot be loaded: {reason}", "Fetch the model again.") from error
@@ -226,7 +226,7 @@ class Generator:
         conditioning = backbone.encode(prompts)
         noise = torch.stack([self._noise(slot) for slot in filled]).to(self.device)
 
-        def told(step: int, values: Tensor) -> None:
+        def callback(step: int, values: Tensor) -> None:
             if observe is not None:
                 observe(step, values[: len(slots)].cpu().numpy())
 
@@ -234,10 +234,10 @@ class Generator:
             weights = torch.tensor([slot.weights for slot in filled], device=self.device)
             steering = self._steering(kind, weights)
             uniforms = torch.cat([uniforms_for([_key(slot)], slot.seed, kind.num_steps) for slot in filled])
-            run = SteeringRun(steering, uniforms.to(self.device), callback=told)
+            run = SteeringRun(steering, uniforms.to(self.device), callback=callback)
             trajectory = steered_rollout(policy, self.critic, conditioning, noise, run)
         else:
-            run = SteeringRun(callback=told)
+            run = SteeringRun(callback=callback)
             trajectory = rollout(policy, self.critic, conditioning, noise.flatten(0, 1), steering=run)
         images, values = backbone.decode(trajectory.clean), trajectory.values.cpu().numpy()
         return [Drawn(images[row], values[row]) for row in range(len(slots))]
@@ -279,7 +279,7 @@ def _key(slot: Slot) -> tuple[str, int]:
     return "serving", slot.index
 
 
-def _told(problem: Problem) -> str:
+def _described(problem: Problem) -> str:
     """A problem of the folder: what is told as one of `backbone.source` names its file."""
     if problem.path == "backbone.source":
         return problem.problem
@@ -292,8 +292,8 @@ def _with_weights(backbone: Denoiser, base: Path, folder: Path) -> Denoiser:
     kind: Any = type(other.module)
     part = Part(name, "network", (kind.__name__,))
     problems = [
-        Problem("backbone.source", str(folder), f"{name} {told}", remedy)
-        for name, told, remedy in faults(folder, [f"{exported.BASE}/{name}/config.json"])
+        Problem("backbone.source", str(folder), f"{name} {report}", remedy)
+        for name, report, remedy in faults(folder, [f"{exported.BASE}/{name}/config.json"])
     ]
     if problems:
         raise ConfigError(problems)

@@ -13,7 +13,7 @@ from kserve import InferRequest, InferResponse, Model
 
 from latentac.sampling.devices import num_cores, pick_device
 from latentac.serving import observing
-from latentac.serving.batching import Batcher, Job, Tell
+from latentac.serving.batching import Batcher, Callback, Job
 from latentac.serving.generator import Drawn, Generator, png
 from latentac.serving.observing import Record
 from latentac.serving.request import Request, validated
@@ -67,9 +67,9 @@ class SteeredDiffusion(Model):
         """Draw what waits, and end the workers."""
         self._batcher.close()
 
-    def submit(self, requests: Sequence[Request], tell: Tell | None = None) -> list[Job]:
-        """Queue the requests, all or none. tell: is told of every step. Raises Busy."""
-        return self._batcher.submit([(self.generator.slots(request), tell) for request in requests])
+    def submit(self, requests: Sequence[Request], callback: Callback | None = None) -> list[Job]:
+        """Queue the requests, all or none. callback: is called at every step. Raises Busy."""
+        return self._batcher.submit([(self.generator.slots(request), callback) for request in requests])
 
     async def finish(self, requests: Sequence[Request], jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """A prediction a request, once its job is done. Cancelled, or too long, it abandons the jobs.
@@ -87,7 +87,7 @@ class SteeredDiffusion(Model):
                 if not job.future.done():
                     self._batcher.abandon(job)
         if (record := observing.CURRENT.get()) is not None:
-            self._tell(record, requests, jobs)
+            self._record(record, requests, jobs)
         parts = zip(requests, drawn, strict=True)
         return await asyncio.to_thread(lambda: [self._prediction(request, given) for request, given in parts])
 
@@ -117,7 +117,7 @@ class SteeredDiffusion(Model):
     def get_output_types(self) -> list[dict[str, Any]]:
         return described(OUTPUTS)
 
-    def _tell(self, record: Record, requests: Sequence[Request], jobs: Sequence[Job]) -> None:
+    def _record(self, record: Record, requests: Sequence[Request], jobs: Sequence[Job]) -> None:
         record.asked(requests)
         kinds = [self.generator.kind(request) for request in requests]
         counted = [(kind, job.count, self.generator.nfe(kind)) for kind, job in zip(kinds, jobs, strict=True)]

@@ -62,7 +62,7 @@ class Record:
     id: str
     prompts: bool
     began: float = field(default_factory=time.monotonic)
-    told: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
 
     def asked(self, requests: Sequence[Request]) -> None:
         """What was asked for, once it is known to be valid."""
@@ -70,7 +70,7 @@ class Record:
         shown = [{name: getattr(one, name) for name in fields} for one in requests]
         if self.prompts:
             shown = [{"prompt": one.prompt, **rest} for one, rest in zip(requests, shown, strict=True)]
-        self.told["asked"] = shown
+        self.fields["asked"] = shown
 
     def drawn(self, kinds: Sequence[tuple[Kind, int, int]], waited: float) -> None:
         """kinds: of each request, with its images and their NFE each; waited: seconds before the first step."""
@@ -78,7 +78,7 @@ class Record:
             IMAGES.labels(kind.policy, kind.method).inc(count)
             NFE.labels(kind.method).inc(count * nfe)
         WAIT_SECONDS.observe(waited)
-        self.told |= {"nfe": sum(count * nfe for _, count, nfe in kinds), "waited_seconds": round(waited, 4)}
+        self.fields |= {"nfe": sum(count * nfe for _, count, nfe in kinds), "waited_seconds": round(waited, 4)}
 
     def answered(self, status: int) -> None:
         """The end of it; 499 where the caller went away."""
@@ -91,6 +91,6 @@ class Record:
             "protocol": self.protocol,
             "status": status,
             "seconds": round(seconds, 4),
-            **self.told,
+            **self.fields,
         }
         _log.info(json.dumps(line))

@@ -216,7 +216,7 @@ def _response(description: str, schema: Json) -> Json:
 
 
 def _errors(codes: dict[str, str], model: type[BaseModel]) -> Json:
-    return {code: _response(told, _ref(model)) for code, told in codes.items()}
+    return {code: _response(meaning, _ref(model)) for code, meaning in codes.items()}
 
 
 def _schemas(model: Any, mode: Literal["validation", "serialization"] = "serialization") -> Json:

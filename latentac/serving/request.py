@@ -148,8 +148,8 @@ def decoded(body: bytes, most: int) -> Any:
         raise ConfigError([Problem("body", None, f"has more than {most} values", "Send several requests.")])
     path = _infinite(found)
     if path is not None:
-        told = "is beyond the numbers that a computer holds"
-        raise ConfigError([Problem(path or "body", "1e309 or more", told, "Use a smaller number.")])
+        problem = "is beyond the numbers that a computer holds"
+        raise ConfigError([Problem(path or "body", "1e309 or more", problem, "Use a smaller number.")])
     return found
 
 
@@ -181,8 +181,8 @@ def at_most(most: int, images: int) -> None:
 
 def too_many(most: int, images: int) -> Problem | None:
     """What is wrong with a request for more than `most` images."""
-    told = f"is the number of images asked for, above the limit of {most}"
-    return Problem("instances", images, told, "Send several requests.") if images > most else None
+    problem = f"is the number of images asked for, above the limit of {most}"
+    return Problem("instances", images, problem, "Send several requests.") if images > most else None
 
 
 def refused(problem: str, remedy: str, **value: Any) -> PydanticCustomError:
@@ -206,8 +206,8 @@ def problems_of(details: Sequence[Mapping[str, Any]], root: type[Section]) -> li
 def _problem(detail: Mapping[str, Any], root: type[Section]) -> Problem:
     path = ".".join(shortened(str(part)) for part in detail["loc"]) or "body"
     if detail["type"] == REFUSED:
-        told = detail["ctx"]
-        return Problem(path, shortened(told.get("value", detail["input"])), told["problem"], told["remedy"])
+        context = detail["ctx"]
+        return Problem(path, shortened(context.get("value", detail["input"])), context["problem"], context["remedy"])
     section, field = _place(root, detail["loc"])
     remedy = str(field.description) if field is not None and field.description else _OBJECT
     if detail["type"] == "extra_forbidden":

@@ -70,7 +70,7 @@ def serve(
     """
     with bind(host, port) as listener:
         allowed = access(host, hosts, origins, token_file)
-        serve_on(listener, folder, name, device, told=True, log_prompts=log_prompts, allowed=allowed)
+        serve_on(listener, folder, name, device, announce=True, log_prompts=log_prompts, allowed=allowed)
 
 
 def serve_on(
@@ -79,7 +79,7 @@ def serve_on(
     name: str,
     device: str,
     *,
-    told: bool = False,
+    announce: bool = False,
     log_prompts: bool = False,
     allowed: Access | None = None,
 ) -> None:
@@ -137,7 +137,7 @@ def serve_on(
     model.load()
     server = LoopbackServer(workers=1, enable_grpc=False, grace_period=GRACE_SECONDS)
     _listen(listener)
-    if told:
+    if announce:
         print(_example(address_of(listener), name, described), file=sys.stdout, flush=True)
     server.start([model])
     model.close()

@@ -93,20 +93,20 @@ class State:
         """One model and whether it is ready, for KServe's V1 clients and OpenAI's."""
         if other := self._other(model_name, openai=True):
             return other
-        told = await self._first.model_ready(model_name)
-        return {**told, "id": model_name, "created": self._created}
+        answer = await self._first.model_ready(model_name)
+        return {**answer, "id": model_name, "created": self._created}
 
     async def server(self) -> Any:
         """This server, with the extensions of the V2 protocol that it has: not KServe's own, to load and unload."""
-        told: ServerMetadataResponse = await self._second.metadata()
-        return told.model_copy(update={"extensions": EXTENSIONS})
+        answer: ServerMetadataResponse = await self._second.metadata()
+        return answer.model_copy(update={"extensions": EXTENSIONS})
 
     async def metadata(self, model_name: str) -> Any:
         """The model's inputs and outputs, and its one version."""
         if other := self._other(model_name):
             return other
-        told: ModelMetadataResponse = await self._second.model_metadata(model_name)
-        return told.model_copy(update={"versions": [self._version]})
+        answer: ModelMetadataResponse = await self._second.model_metadata(model_name)
+        return answer.model_copy(update={"versions": [self._version]})
 
     async def metadata_of_version(self, model_name: str, model_version: str) -> Any:
         """The same, where the version is the one that is served."""
@@ -158,6 +158,6 @@ async def _not_here(request: HTTPRequest, error: Any) -> Response:
     close = difflib.get_close_matches(request.url.path, known, n=1)
     remedy = f"Did you mean {close[0]}? " if error.status_code == 404 and close else ""
     allowed = (error.headers or {}).get("Allow", "")
-    told = "is no address of this server" if error.status_code == 404 else f"is asked with {allowed}"
-    problem = Problem("address", shortened(request.url.path), told, f"{remedy}GET /openapi.json lists all.")
+    fault = "is no address of this server" if error.status_code == 404 else f"is asked with {allowed}"
+    problem = Problem("address", shortened(request.url.path), fault, f"{remedy}GET /openapi.json lists all.")
     return refusal(error.status_code, [problem], error.headers, openai=is_openai(request.url.path))

@@ -169,8 +169,8 @@ def commit() -> str:
         found = [*git, "ls-files", "--error-unmatch", here.name]
         subprocess.run(found, check=True, capture_output=True, timeout=_GIT_SECONDS)
         describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        told = subprocess.run(describe, check=True, capture_output=True, text=True, timeout=_GIT_SECONDS)
-        return told.stdout.strip()
+        output = subprocess.run(describe, check=True, capture_output=True, text=True, timeout=_GIT_SECONDS)
+        return output.stdout.strip()
     except (OSError, subprocess.SubprocessError):  # no git, no checkout, or one that takes too long to look at
         return os.environ.get("LATENTAC_COMMIT", "").strip() or "unknown"
 

@@ -175,7 +175,7 @@ def critic_loss(critic: Critic, values: Tensor, returns: Tensor, weights: Tensor
 def observe(
     policy: Policy, critic: Critic, latents: Tensor, sigma: Tensor, conditioning: Conditioning
 ) -> dict[str, Tensor]:
-    """What the critic sees of latents that no rollout passed."""
+    """What the critic reads of latents that no rollout passed."""
     prediction, taps = policy.backbone.predict(latents, sigma, conditioning)
     return critic.features(latents, prediction, taps)
 

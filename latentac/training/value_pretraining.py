@@ -29,7 +29,7 @@ from latentac.worlds.prompts import Prompt, PromptSet, balanced
 
 @dataclass(frozen=True)
 class States:
-    """Rollouts of a frozen actor as the critic sees them.
+    """Rollouts of a frozen actor as the critic reads them.
 
     features: name -> [B, K, ...]     clean: [B, *latent]     sigmas: [K]     rewards: [B, M]
     conditioning: B rows, in the host's memory: of a large text encoder they are what takes most room

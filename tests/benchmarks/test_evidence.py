@@ -455,12 +455,12 @@ def _world(truth: int) -> dict[str, dict[str, Any]]:
         found |= {"commits": ["0" * 40], "machines": [machine], "missing": [], "failed": [], "units": records}
         results[f"{name}-shapes-unet"] = {**found, **aggregate.summarise(name, records)}
     ratio = {1: (1.05, 1.04, 1.06), -1: (1.2, 1.18, 1.22), 0: (1.1, 1.05, 1.15)}[truth]
-    told: dict[str, float] = {**dict(zip(("median", "low", "high"), ratio, strict=True)), "n": 12}
+    reported: dict[str, float] = {**dict(zip(("median", "low", "high"), ratio, strict=True)), "n": 12}
     results["cost-shapes-unet"] = {
         **results["main-shapes-unet"],
         "experiment": "cost",
-        "ratio": told,
-        "recipe_ratio": told,
+        "ratio": reported,
+        "recipe_ratio": reported,
         "seconds": {name: dict.fromkeys(("rollout", "actor", "critic", "all"), 1.0) for name in ("DDPO", "values")},
         "steps": 10,
     } | {"images": 256, "updates": 4}
@@ -497,7 +497,7 @@ def _steering_world(truth: int) -> dict[str, Any]:
         difference = ahead if steered else 0.0
         interval = {"mean": difference, "low": difference - spread, "high": difference + spread, "n": 256}
         reward = {"mean": 0.6 + difference, "low": 0.58, "high": 0.8, "n": 256}
-        told = dict.fromkeys(("shapes_verifier", "jpeg_compressibility", "colourfulness", "shapes_clip"), reward)
+        found = dict.fromkeys(("shapes_verifier", "jpeg_compressibility", "colourfulness", "shapes_clip"), reward)
         return {
             "weights": weights,
             "way": way,
@@ -506,7 +506,7 @@ def _steering_world(truth: int) -> dict[str, Any]:
             "choice": choice,
             "label": f"{way} x{candidates}",
             "critic": steered,
-            "rewards": told,
+            "rewards": found,
             "diversity": reward,
             "minus_control": interval,
             "minus_plain": interval,
@@ -526,8 +526,8 @@ def _steering_world(truth: int) -> dict[str, Any]:
 
     particle, gradient = {1: (1.05, 2.2), -1: (1.3, 2.9), 0: (1.1, 2.5)}[truth]
     cost = {"rows": 64, "resampling": ratio(particle, 0.03), "value_gradient": ratio(gradient, 0.03)}
-    told = {"experiment": "steering", "reward": "shapes_verifier", "steps": 10, "prompts": 256}
-    return {**told, "cost": {"base": cost, "trained": cost}, "points": points}
+    found = {"experiment": "steering", "reward": "shapes_verifier", "steps": 10, "prompts": 256}
+    return {**found, "cost": {"base": cost, "trained": cost}, "points": points}
 
 
 def test_results_of_a_dirty_tree_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

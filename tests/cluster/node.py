@@ -301,7 +301,7 @@ def up() -> None:
                 sys.exit(f"the node did not come up ({log}):\n{log.read_text()[-3000:]}")
             time.sleep(0.2)
         print(f"# {log.read_text().strip()}")
-    _tell()
+    _report()
 
 
 def down() -> None:
@@ -345,7 +345,7 @@ def _attached() -> Node:
     return record.attach()
 
 
-def _tell() -> None:
+def _report() -> None:
     node = _attached()
     print(f"# The API server is {node.server}; pods reach this machine at {node.ip}.")
     print("# Next: `make node-shell` for kubectl and helm, `python -m tests.cluster.node load IMAGE ...` for images,")

@@ -61,12 +61,12 @@ def test_prompts_are_held_out_and_fixed(space: Workspace) -> None:
 def test_equal_versions_pass(space: Workspace) -> None:
     """The numbers are those that were measured."""
     requests = shadow_requests(space, 4)
-    told = compare(
+    found = compare(
         space, requests, answers([right(each) for each in requests]), answers([right(each) for each in requests])
     )
-    assert (told["reward"], told["latency_ratio"], told["reward_loss"]) == ("shapes_verifier", 1.0, 0.0)
-    assert told["green"] == {"error_fraction": 0.0, "median_seconds": 1.0, "reward": 1.0, "failures": []}
-    assert reasons_against(told, DEPLOY) == told["notes"] == []
+    assert (found["reward"], found["latency_ratio"], found["reward_loss"]) == ("shapes_verifier", 1.0, 0.0)
+    assert found["green"] == {"error_fraction": 0.0, "median_seconds": 1.0, "reward": 1.0, "failures": []}
+    assert reasons_against(found, DEPLOY) == found["notes"] == []
 
 
 def test_each_number_can_speak_against_it(space: Workspace) -> None:
@@ -117,9 +117,11 @@ def test_number_that_is_not_finite_speaks_against_it(space: Workspace) -> None:
     """Closed, as the gate is."""
     requests = shadow_requests(space, 2)
     good = [right(each) for each in requests]
-    told = compare(space, requests, answers([*good], float("nan")), answers([*good]))
-    assert "times as long" in reasons_against(told, DEPLOY)[0]
-    assert reasons_against({**told, "latency_ratio": None, "reward_loss": 1.0, "reward_loss_low": float("nan")}, DEPLOY)
+    found = compare(space, requests, answers([*good], float("nan")), answers([*good]))
+    assert "times as long" in reasons_against(found, DEPLOY)[0]
+    assert reasons_against(
+        {**found, "latency_ratio": None, "reward_loss": 1.0, "reward_loss_low": float("nan")}, DEPLOY
+    )
 
 
 def test_a_release_needs_no_torch() -> None:

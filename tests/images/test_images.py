@@ -154,10 +154,10 @@ def test_the_torch_layer_is_shared(images: Images) -> None:
 def test_an_image_tells_nothing_of_where_it_was_built(images: Images, name: str) -> None:
     """No mirror's address and no setting of the builder is in its history or its environment."""
     image = images.image(name)
-    told = json.dumps([image.history(), image.attrs["Config"]])
+    reported = json.dumps([image.history(), image.attrs["Config"]])
     for setting in ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "PIP_EXTRA_INDEX_URL"):
-        assert setting not in told
-        assert not os.environ.get(setting) or os.environ[setting] not in told
+        assert setting not in reported
+        assert not os.environ.get(setting) or os.environ[setting] not in reported
 
 
 def test_train_prepares_a_run(images: Images, minio_server: Server) -> None:

@@ -466,9 +466,9 @@ def outside_folder(folder: Path, base: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index))
     raw = (base / WEIGHTS).read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
-    told = {"__metadata__": {"canary": CANARY}, **json.loads(raw[8 : 8 + length])}
-    told["__metadata__"]["format"] = "pt"
-    start = json.dumps(told).encode()
+    answer = {"__metadata__": {"canary": CANARY}, **json.loads(raw[8 : 8 + length])}
+    answer["__metadata__"]["format"] = "pt"
+    start = json.dumps(answer).encode()
     for file in (folder / "weights.safetensors", folder / "unet" / "diffusion_pytorch_model.safetensors"):
         file.write_bytes(struct.pack("<Q", len(start)) + start + raw[8 + length :])
 
@@ -537,17 +537,17 @@ def main(role: str, root: Path, cases: dict[str, tuple[Change, str | None]]) -> 
         change(folder, outside)
         opened.clear()
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-        before, started, told = _status("VmRSS"), time.monotonic(), io.StringIO()
+        before, started, reported = _status("VmRSS"), time.monotonic(), io.StringIO()
         watching = True
         signal.alarm(SECONDS)
         try:
-            with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
+            with contextlib.redirect_stderr(reported), contextlib.redirect_stdout(reported):
                 code = act(folder, output)
         except BaseException as error:  # noqa: BLE001 - anything is a finding
-            code, _ = -1, told.write("".join(traceback.format_exception(error)[-3:]))
+            code, _ = -1, reported.write("".join(traceback.format_exception(error)[-3:]))
         signal.alarm(0)
         watching = False
-        said = told.getvalue()
+        said = reported.getvalue()
         found[name] = {
             "code": code,
             "seconds": time.monotonic() - started,

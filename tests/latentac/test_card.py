@@ -83,11 +83,11 @@ def test_rewards_have_unit_weight_and_both_means() -> None:
 
 def test_an_address_from_outside_becomes_no_link() -> None:
     """What renders Markdown makes links of bare addresses too."""
-    told = "see https://evil.example, www.evil.example or me@evil.example"
-    verdict = {"decision": "hold", "reasons": [told], "checks": []}
-    for text in (model_card(facts(gate=verdict)), markdown(verdict | {"former": [verdict | {"by": told}]}, "r")):
+    found = "see https://evil.example, www.evil.example or me@evil.example"
+    verdict = {"decision": "hold", "reasons": [found], "checks": []}
+    for text in (model_card(facts(gate=verdict)), markdown(verdict | {"former": [verdict | {"by": found}]}, "r")):
         assert "https\\://evil.example, www\\.evil.example or me\\@evil.example" in text
-        assert told not in text
+        assert found not in text
 
 
 def test_what_comes_from_outside_is_neither_html_nor_markdown() -> None:
@@ -176,9 +176,9 @@ def test_what_nobody_has_said_is_called_unknown() -> None:
     assert "unknown: `card.licence`" in card
     assert "not checked by a safety filter" in card
     settings = resolve_all({**RECIPES["shapes-unet"], "card": TEXTS}).config.model_dump()
-    told = readme(settings=settings)
+    found = readme(settings=settings)
     for heading, text in (("Data", "data"), ("Intended use", "intended_use"), ("Limits", "limits")):
-        assert f"## {heading}\n\n{TEXTS[text]}" in told
+        assert f"## {heading}\n\n{TEXTS[text]}" in found
     assert Config.model_fields["card"].default == Card()
 
 

@@ -142,9 +142,9 @@ def test_a_run_that_is_not_there_is_told_with_those_that_are(
     url = publish_until(tmp_path, "prepare", run="known")
     before = sorted(tmp_path.rglob("*"))
     assert main([*words, "--run", "nope", "--output", str(tmp_path / "runs"), "--store", url]) == 2
-    told = capsys.readouterr().err
-    assert "run = 'nope': has published nothing in file://" in told
-    assert "Known there: known." in told
+    output = capsys.readouterr().err
+    assert "run = 'nope': has published nothing in file://" in output
+    assert "Known there: known." in output
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -112,9 +112,9 @@ def test_learning_lowers_the_loss_and_leaves_the_actor_alone(name, body):
 
     before = error()
     torch.testing.assert_close(before, torch.ones(2))
-    told = learner.learn(0, [(0, trajectory, rewards[:, None].expand(-1, 2, -1))])
+    reported = learner.learn(0, [(0, trajectory, rewards[:, None].expand(-1, 2, -1))])
     assert bool((error() < before).all())
-    assert 0 < told < 0.5
+    assert 0 < reported < 0.5
     for key, parameter in policy.backbone.module.named_parameters():
         assert parameter.grad is None
         assert torch.equal(parameter, actor[key])
@@ -274,7 +274,7 @@ def test_memory_begins_with_pretraining_and_survives_a_checkpoint():
 
 
 def test_without_queries_places_do_not_count():
-    """A glance sees channels, not where in the image they are strong; attention sees that too."""
+    """Pooling reads channels, not where in the image they are strong; attention reads that too."""
     for queries, blind in ((0, True), (2, False)):
         _, policy, critic = make("dit", "frozen_taps", opinion=0.05, num_queries=queries)
         latents, sigma, conditioning = some_state(policy.backbone)

@@ -59,8 +59,8 @@ def promote(space: Workspace, version: str) -> None:
     folder = space.folder.parent / f"model-{version}"
     copy_folder(space.artifact("train") / "policy", folder)
     copy_folder(space.artifact("train") / "critic", folder / "critic")
-    told = json.loads((space.artifact("prepare") / EXTENSIONS).read_text())
-    export(folder, space.config, run=space.run, version=version, extensions=told)
+    answer = json.loads((space.artifact("prepare") / EXTENSIONS).read_text())
+    export(folder, space.config, run=space.run, version=version, extensions=answer)
     put(space, version, folder)
 
 

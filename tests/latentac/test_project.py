@@ -127,7 +127,7 @@ def test_only_bounds_can_be_changed_and_all_problems_are_told(held: Path, capsys
     manifest = workspace(held).store.manifest("held/gate")
     words = ("seed=1", "gate=3", "gate.min_gian=1", "gate.max_latency_ratio=-1", "gate.floors={beauty: 1}", "gate")
     assert command(held, "gate", *(part for word in words for part in ("--set", word))) == 2
-    told = capsys.readouterr().err
+    output = capsys.readouterr().err
     for expected in (
         "--set = 'seed=1': was fixed when the run began. Only fields of gate can be overridden.",
         "--set = 'gate=3': names no field",
@@ -135,7 +135,7 @@ def test_only_bounds_can_be_changed_and_all_problems_are_told(held: Path, capsys
         "gate.max_latency_ratio = -1",
         "--set = 'gate': is not path=value",
     ):
-        assert expected in told
+        assert expected in output
     assert workspace(held).store.manifest("held/gate") == manifest
     assert command(held, "gate", "--set", "gate.floors={beauty: 1}") == 2
     assert "gate.floors.beauty = 1" in capsys.readouterr().err
@@ -144,9 +144,9 @@ def test_only_bounds_can_be_changed_and_all_problems_are_told(held: Path, capsys
 def test_a_held_run_is_not_deployed_unless_it_is_forced(held: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The refusal lists the failed checks and both ways on; by force it is in production, and everything says so."""
     assert command(held, "deploy") == 2
-    told = capsys.readouterr().err
-    assert f"run = 'held': is not to be deployed: {CHECK}. Judge it again" in told
-    again, forced = re.findall(r"\((\S*latentac [^)]+)\)", told)
+    output = capsys.readouterr().err
+    assert f"run = 'held': is not to be deployed: {CHECK}. Judge it again" in output
+    again, forced = re.findall(r"\((\S*latentac [^)]+)\)", output)
     assert shlex.split(again)[1:] == ["gate", "--run", "held", "--output", str(held), "--set", "gate.FIELD=VALUE"]
     assert shlex.split(forced)[1:] == ["deploy", "--run", "held", "--output", str(held), "--force"]
     store = workspace(held).store
@@ -169,8 +169,8 @@ def test_a_held_run_is_not_deployed_unless_it_is_forced(held: Path, capsys: pyte
     page = re.sub(r"\s+", " ", (held / "held" / "report.html").read_text())
     assert "Held back by the gate, and in production by force" in page
     assert "Forced against the gate's decision by" in page
-    with model_to_use("", "", "", str(held)) as (_, told):
-        assert told == f"{now.version}, in production in project shapes-unet-smoke, forced over its gate ({CHECK})"
+    with model_to_use("", "", "", str(held)) as (_, output):
+        assert output == f"{now.version}, in production in project shapes-unet-smoke, forced over its gate ({CHECK})"
 
 
 def test_a_deployed_run_follows_a_verdict_that_was_given_since(held: Path) -> None:
@@ -191,8 +191,8 @@ def test_a_model_that_was_promoted_since_the_verdict_is_not_replaced_silently(
     assert command(held, "gate", "--set", "gate.min_gain=-0.5") == 0
     put_in_production(start(held, "other", "seed=5"), "other-1")
     assert command(held, "deploy") == 2
-    told = capsys.readouterr().err
-    assert "is not to be deployed: it was judged against nothing, and other-1 serves now. Judge it again" in told
+    output = capsys.readouterr().err
+    assert "is not to be deployed: it was judged against nothing, and other-1 serves now. Judge it again" in output
     verbs.deploy("held", "", str(held), prove=proved, force=True)
     now = production(workspace(held).store, "shapes-unet-smoke")
     assert now is not None
@@ -211,11 +211,11 @@ def test_what_was_deployed_last_is_served_or_a_projects_own(held: Path, capsys: 
         verb("other", "", str(held))
     verbs.deploy("other", "", str(held), prove=proved)
     write_report("held", store.url, str(held))  # the newest summary is that of another run
-    with model_to_use("", "", "", str(held)) as (folder, told):
+    with model_to_use("", "", "", str(held)) as (folder, found):
         assert folder == held / "other" / "model"
-        assert "in production in project mine. It was deployed last" in told
-        assert "--project with one of shapes-unet-smoke" in told
-    with model_to_use("", "shapes-unet-smoke", "", str(held)) as (folder, told):
+        assert "in production in project mine. It was deployed last" in found
+        assert "--project with one of shapes-unet-smoke" in found
+    with model_to_use("", "shapes-unet-smoke", "", str(held)) as (folder, found):
         assert folder == held / "held" / "model"
     store.write_json(pointer("broken"), {"version": 3})
     with model_to_use("", "", "", str(held)) as (folder, _):
@@ -290,8 +290,8 @@ def test_make_serves_what_was_deployed_last(held: Path) -> None:
     """`make serve` is `latentac serve`: a held run with the newest summary is no model to serve."""
     write_report("held", workspace(held).store.url, str(held))
     call = ["make", "-C", str(ROOT), "serve", f"OUTPUT={held}"]
-    told = subprocess.run(call, capture_output=True, text=True, check=False, env=os.environ | {"MAKEFLAGS": ""})
-    assert told.returncode != 0
-    assert f"nothing is in production in file://{held}/store" in told.stderr
-    told = subprocess.run([*call, "PROJECT=mine"], capture_output=True, text=True, check=False)
-    assert "--project = 'mine'" in told.stderr
+    output = subprocess.run(call, capture_output=True, text=True, check=False, env=os.environ | {"MAKEFLAGS": ""})
+    assert output.returncode != 0
+    assert f"nothing is in production in file://{held}/store" in output.stderr
+    output = subprocess.run([*call, "PROJECT=mine"], capture_output=True, text=True, check=False)
+    assert "--project = 'mine'" in output.stderr

@@ -90,9 +90,9 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("step", "file", "path", "value", "told"), WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize(("step", "file", "path", "value", "expected"), WRONG.values(), ids=WRONG)
 def test_json_of_another_shape_is_one_error(
-    tmp_path: Path, step: str, file: str, path: str, value: object, told: str
+    tmp_path: Path, step: str, file: str, path: str, value: object, expected: str
 ) -> None:
     """It names the artifact's file, the field and its value, in the report and in a comparison."""
     url = publish_until(tmp_path, change=put(step, file, path, value))
@@ -104,7 +104,7 @@ def test_json_of_another_shape_is_one_error(
         with pytest.raises(IntegrityError) as caught:
             act()
         assert caught.value.where == f"run-1/{step}/{file}"
-        assert told in caught.value.problem
+        assert expected in caught.value.problem
         assert len(str(caught.value)) < 500
 
 
@@ -146,8 +146,8 @@ def test_json_beyond_its_bounds_is_refused(text: str) -> None:
 
 def test_commas_of_a_text_are_no_values() -> None:
     """Nor are its brackets; a text that never ends is found out in linear time."""
-    told = json.dumps([',[{"\\' * 800_000])
-    assert parse_json(told) == [',[{"\\' * 800_000]
+    reported = json.dumps([',[{"\\' * 800_000])
+    assert parse_json(reported) == [',[{"\\' * 800_000]
     for text in ('["' + '\\",' * 4_000_000, '["' + '\\",' * 4_000_000 + "\\"):
         with pytest.raises(ValueError, match="Unterminated"):
             parse_json(text)
@@ -257,7 +257,7 @@ def test_a_report_is_written_through_no_link(tmp_path: Path, link: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("units", "methods", "best", "told"),
+    ("units", "methods", "best", "expected"),
     [
         ({}, {"best_of_n": {}}, None, r"prepare/extensions.json: .*'shapes_verifier'"),
         ({"shapes_verifier": ""}, {}, None, r"prepare/extensions.json: .*'best_of_n'"),
@@ -265,7 +265,7 @@ def test_a_report_is_written_through_no_link(tmp_path: Path, link: str) -> None:
     ],
 )
 def test_artifacts_that_do_not_fit_their_configuration_are_one_error(
-    units: dict[str, str], methods: dict[str, Any], best: dict[str, Any] | None, told: str
+    units: dict[str, str], methods: dict[str, Any], best: dict[str, Any] | None, expected: str
 ) -> None:
     """Before a model is exported by them."""
     config = resolve(
@@ -278,6 +278,6 @@ def test_artifacts_that_do_not_fit_their_configuration_are_one_error(
             "gate": {"reward": "shapes_verifier"},
         }
     )
-    with pytest.raises(IntegrityError, match=told):
+    with pytest.raises(IntegrityError, match=expected):
         check_agreement("r", config, {"units": units, "methods": methods}, best)
     check_agreement("r", config, {"units": {"shapes_verifier": ""}, "methods": {"best_of_n": {}}}, None)

@@ -64,9 +64,9 @@ def world(kernel):
     return policy, AnalyticCritic(policy.backbone, kernel)
 
 
-def told_to(told: list[Tensor]) -> SteeringRun:
+def told_to(found: list[Tensor]) -> SteeringRun:
     """It steers nothing and collects each step's values."""
-    return SteeringRun(callback=lambda _, values: told.append(values))
+    return SteeringRun(callback=lambda _, values: found.append(values))
 
 
 def sample(policy, critic, steering, images: int, seed: int = 0, callback=None):
@@ -152,13 +152,13 @@ def test_an_observer_is_told_each_steps_values(name):
     """All candidates' values, in the reward's own unit and cut off from any graph, before some go on from others; the
     one that is kept has them in its trajectory."""
     policy, critic = world(DDIM)
-    told: list[tuple[int, Tensor]] = []
+    reported: list[tuple[int, Tensor]] = []
     trajectory = sample(
-        policy, critic, build(name, torch.tensor([4.0]), 4), 3, callback=lambda *args: told.append(args)
+        policy, critic, build(name, torch.tensor([4.0]), 4), 3, callback=lambda *args: reported.append(args)
     )
-    assert [step for step, _ in told] == list(range(STEPS))
-    assert all(values.shape == (3, 4, 1) and not values.requires_grad for _, values in told)
-    last = told[-1][1][..., 0]
+    assert [step for step, _ in reported] == list(range(STEPS))
+    assert all(values.shape == (3, 4, 1) and not values.requires_grad for _, values in reported)
+    last = reported[-1][1][..., 0]
     assert all(float(trajectory.values[image, -1]) in last[image].tolist() for image in range(3))
 
 
@@ -167,32 +167,32 @@ def test_a_plain_rollout_may_be_observed():
     without a critic there are none."""
     policy, critic = world(DDIM)
     noise = torch.randn(5, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(3))
-    told: list[Tensor] = []
+    reported: list[Tensor] = []
     prompts = [""] * 5
     conditioning = policy.backbone.encode(prompts)
     plain = rollout(policy, critic, conditioning, noise)
-    seen = rollout(policy, critic, conditioning, noise, steering=told_to(told))
+    seen = rollout(policy, critic, conditioning, noise, steering=told_to(reported))
     assert torch.equal(seen.latents, plain.latents)
-    assert torch.equal(torch.stack(told, 1)[:, :, :, 0], seen.values)
+    assert torch.equal(torch.stack(reported, 1)[:, :, :, 0], seen.values)
     torch.testing.assert_close(seen.values, plain.values)
-    told.clear()
-    rollout(policy, None, conditioning, noise, steering=told_to(told))
-    assert [values.shape for values in told] == [(5, 1, 0)] * STEPS
+    reported.clear()
+    rollout(policy, None, conditioning, noise, steering=told_to(reported))
+    assert [values.shape for values in reported] == [(5, 1, 0)] * STEPS
 
 
 def test_an_observer_may_end_the_rollout():
     """What it raises comes through, and no further step is done."""
     policy, critic = world(DDIM)
-    told = []
+    reported = []
 
     def callback(step: int, values: Tensor) -> None:
-        told.append(step)
+        reported.append(step)
         if step == 2:
             raise TimeoutError("nobody waits any more")
 
     with pytest.raises(TimeoutError, match="nobody waits"):
         sample(policy, critic, build("svdd", torch.ones(1), 2), 2, callback=callback)
-    assert told == [0, 1, 2]
+    assert reported == [0, 1, 2]
 
 
 OFTEN = 0.999

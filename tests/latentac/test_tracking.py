@@ -422,7 +422,7 @@ def test_what_a_tracker_cannot_take_fills_no_memory(
 ) -> None:
     """A training may last for days, and a tracker may hang or have failed on its first one."""
     monkeypatch.setattr("latentac.runs.reporting.tracking._MOST_CALLS", 10)
-    release, told = threading.Event(), []
+    release, reported = threading.Event(), []
 
     class Slow(Notebook):
         def __init__(self) -> None:
@@ -430,7 +430,7 @@ def test_what_a_tracker_cannot_take_fills_no_memory(
 
         def log(self, step: int, scalars: Mapping[str, float]) -> None:
             release.wait(30)
-            told.append(step)
+            reported.append(step)
 
     slow, failed = Background("wandb", Slow, patience=5), Background("mlflow", lambda: Notebook(None), patience=5)  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING, "latentac"):
@@ -442,8 +442,8 @@ def test_what_a_tracker_cannot_take_fills_no_memory(
                 failed.log(step, {"a": 1})
             assert failed._calls.qsize() <= 10
             release.set()
-        assert told == sorted(set(told))
-        assert 9 <= len(told) <= 12
+        assert reported == sorted(set(reported))
+        assert 9 <= len(reported) <= 12
     assert caplog.text.count("wandb is too slow") == 1
 
 

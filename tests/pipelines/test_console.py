@@ -53,12 +53,12 @@ def test_what_a_step_says_does_not_steer_the_terminal(console: Console) -> None:
 
 
 @pytest.mark.parametrize(
-    "told", ["{", "[" * 100_000, "[]", "{}", '{"task": "x", "event": "end"}', '{"task": [], "event": 1}']
+    "expected", ["{", "[" * 100_000, "[]", "{}", '{"task": "x", "event": "end"}', '{"task": [], "event": 1}']
 )
-def test_a_mark_in_the_words_of_a_step_is_none(console: Console, told: str) -> None:
+def test_a_mark_in_the_words_of_a_step_is_none(console: Console, expected: str) -> None:
     """A prompt may hold it; the line is shown as it is."""
-    console.write(event(event="begin", task="prepare") + f"    drawing {EVENT_MARK}{told}\n")
-    assert shown(console)[-1] == f"      drawing {EVENT_MARK}{told}"
+    console.write(event(event="begin", task="prepare") + f"    drawing {EVENT_MARK}{expected}\n")
+    assert shown(console)[-1] == f"      drawing {EVENT_MARK}{expected}"
     assert console.running == "prepare"
 
 

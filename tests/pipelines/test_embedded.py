@@ -205,8 +205,8 @@ def test_a_run_ends_with_commands_that_can_be_typed(tmp_path: Path, decision: st
     assert [shlex.split(command)[1] for command in commands] == verbs
     for command in commands:
         help_of = [*shlex.split(command)[:2], "--help"]
-        told = subprocess.run(help_of, capture_output=True, text=True, check=True).stdout
-        assert all(word in told for word in shlex.split(command) if word.startswith("--"))
+        message = subprocess.run(help_of, capture_output=True, text=True, check=True).stdout
+        assert all(word in message for word in shlex.split(command) if word.startswith("--"))
 
 
 def test_a_run_is_done_only_as_long_as_its_deployment_follows_its_verdict(tmp_path: Path) -> None:

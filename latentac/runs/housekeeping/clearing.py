@@ -151,7 +151,7 @@ def remove(plan: Plan) -> Iterator[Removal]:
     Pool(plan.survey.output).sweep()
 
 
-def told(plan: Plan) -> str:
+def described(plan: Plan) -> str:
     """The plan for a person, a line each."""
     lines = [f"{size(removal.bytes):>10}  {removal.title}" for removal in plan.removals]
     lines += [f"{'stays':>10}  {name}: {reason}" for name, reason in plan.kept.items()]

@@ -81,11 +81,11 @@ def _prune(options: argparse.Namespace) -> None:
 
 def _carry_out(plans: "list[Plan]", agreed: bool) -> None:
     """Show the plans, ask, and do them."""
-    from latentac.runs.housekeeping.clearing import remove, told
+    from latentac.runs.housekeeping.clearing import described, remove
     from latentac.runs.housekeeping.table import size
 
     for plan in plans:
-        print(told(plan), file=sys.stdout, flush=True)
+        print(described(plan), file=sys.stdout, flush=True)
     if not any(plan.removals for plan in plans):
         return
     if not agreed and sys.stdin.isatty() and sys.stdout.isatty():

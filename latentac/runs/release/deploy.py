@@ -116,8 +116,8 @@ def _export(space: Workspace, trained: Manifest, folder: Path, notice: str = "")
     rows = read_published(space.artifact("steer") / "steering.json") if space.finished("steer") else []
     best = best_steered(rows, space.config.gate.reward)
     check_agreement(space.run, space.config, extensions, best)
-    told = {"examples": examples, "notice": notice, "extensions": extensions, "best": best}
-    export(folder, space.config, run=space.run, version=version, **told)
+    details = {"examples": examples, "notice": notice, "extensions": extensions, "best": best}
+    export(folder, space.config, run=space.run, version=version, **details)
     write_released(space, source, folder, "" if notice else version)
     return version
 
@@ -191,11 +191,11 @@ def model_to_use(run: str, project: str, store: str, output: str) -> Iterator[tu
     opened = open_store(store or default_store(output))
     if not run:
         chosen, others = chosen_production(opened, project)
-        told = f"{chosen.version}, {_standing([chosen], chosen.version)}"
+        announcement = f"{chosen.version}, {_standing([chosen], chosen.version)}"
         if others and not project:
             names = ", ".join(other.project for other in others)
-            told += f". It was deployed last; for another project's: --project with one of {names}"
-        yield _fetched(opened, chosen.version, working_folder(chosen.run, output) / "model"), told
+            announcement += f". It was deployed last; for another project's: --project with one of {names}"
+        yield _fetched(opened, chosen.version, working_folder(chosen.run, output) / "model"), announcement
         return
     folder = working_folder(run, output)
     try:

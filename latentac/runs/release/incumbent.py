@@ -133,8 +133,8 @@ def load_incumbent(space: Workspace, base: "Policy") -> Incumbent:
     version = in_production(space)
     if version is None:
         if _has(space.store, BEFORE_PROJECTS):
-            told = "%s is of a version of latentac without projects; this run is not held against what it names"
-            _log.warning(told, f"{space.store.url}/{BEFORE_PROJECTS}")
+            message = "%s is of a version of latentac without projects; this run is not held against what it names"
+            _log.warning(message, f"{space.store.url}/{BEFORE_PROJECTS}")
         return Incumbent(None, None, "", None)
     sha256 = None
     try:

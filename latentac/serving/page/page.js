@@ -150,7 +150,7 @@ function settingsChanged() {
 }
 
 function showWhatWasDrawn(settings) {
-  const drawn = shown && Object.values(shown.arms).some((told) => told.image);
+  const drawn = shown && Object.values(shown.arms).some((record) => record.image);
   $("drawn").textContent = drawn ? `“${shown.settings.prompt}”, seed ${shown.settings.seed}.` : "";
   if (drawn && !sameSettings(shown.settings, settings)) {
     $("drawn").append(" The settings have changed since: draw to see what they do.");
@@ -241,7 +241,7 @@ function followLink() {
   return linked;
 }
 
-// ---- What is told
+// ---- Messages
 
 const say = (text) => { $("status").textContent = text; };
 
@@ -401,9 +401,9 @@ const ON_EVENT = {
     note(draw, arm, ahead > 0 ? `Waiting, ${ahead} ahead` : "Starting");
   },
   step(draw, arm, { step, num_steps: steps, values }) {
-    const told = draw.arms[arm];
-    Object.assign(told, { step: step + 1, steps });
-    for (const [reward, numbers] of Object.entries(values)) (told.values[reward] ??= [])[step] = numbers[0];
+    const record = draw.arms[arm];
+    Object.assign(record, { step: step + 1, steps });
+    for (const [reward, numbers] of Object.entries(values)) (record.values[reward] ??= [])[step] = numbers[0];
     note(draw, arm, `Step ${step + 1} of ${steps}`, true);
   },
   image(draw, arm, { images, nfe, values }) {
@@ -419,15 +419,15 @@ const ON_EVENT = {
 };
 
 async function drawArm(draw, arm, signal) {
-  const told = draw.arms[arm];
+  const record = draw.arms[arm];
   const began = performance.now();
   try {
     for await (const event of eventsOf(await streamOf(draw, arm, signal))) {
-      told.seconds = (performance.now() - began) / 1000;
+      record.seconds = (performance.now() - began) / 1000;
       ON_EVENT[event.name]?.(draw, arm, event.data);
       if (draw === shown) showCurveSoon();
     }
-    if (!told.image) throw new Refusal("The connection ended before the image was complete. Draw again.");
+    if (!record.image) throw new Refusal("The connection ended before the image was complete. Draw again.");
   } catch (error) {
     if (!signal.aborted) tellRefusal(error);
     note(draw, arm, signal.aborted ? "Stopped" : "Not drawn");
@@ -456,7 +456,7 @@ async function drawAll() {
 
 function finish(draw, seconds) {
   const arms = Object.values(draw.arms);
-  const drawn = arms.filter((told) => told.image).length;
+  const drawn = arms.filter((record) => record.image).length;
   if (drawn === arms.length) say(`${drawn} images drawn in ${seconds.toFixed(1)} s.`);
   else say(`${drawn || "None"} of ${arms.length} images drawn. Problems are marked with ⚠.`);
   if (!drawn) return;
@@ -490,11 +490,11 @@ function show(draw) {
 
 function showArm(arm) {
   const figure = document.querySelector(`figure[data-arm=${arm}]`);
-  const told = shown?.arms[arm];
-  figure.querySelector(".state").textContent = told ? told.note : "Not drawn yet";
-  Object.assign(figure.querySelector("progress"), { hidden: !told?.drawing, max: told?.steps || 1, value: told?.step ?? 0 });
-  showImage(figure, arm, told?.image ?? null);
-  figure.querySelector(".facts").replaceChildren(...(told?.image ? factsOf(told) : []));
+  const record = shown?.arms[arm];
+  figure.querySelector(".state").textContent = record ? record.note : "Not drawn yet";
+  Object.assign(figure.querySelector("progress"), { hidden: !record?.drawing, max: record?.steps || 1, value: record?.step ?? 0 });
+  showImage(figure, arm, record?.image ?? null);
+  figure.querySelector(".facts").replaceChildren(...(record?.image ? factsOf(record) : []));
 }
 
 function showImage(figure, arm, source) {
@@ -504,12 +504,12 @@ function showImage(figure, arm, source) {
   if (source) figure.querySelector(".frame").append(element("img", { src: source, alt: `${arm}: ${shown.settings.prompt}` }));
 }
 
-function factsOf(told) {
+function factsOf(record) {
   const evaluations = element("abbr", { title: "network evaluations", textContent: "NFE" });
-  const value = lastOf(told.values[rewardShown()]);
-  const facts = [element("span", {}, evaluations, ` ${told.nfe}`)];
+  const value = lastOf(record.values[rewardShown()]);
+  const facts = [element("span", {}, evaluations, ` ${record.nfe}`)];
   if (value !== null) facts.push(element("span", {}, `value ${formatted(value)}`));
-  return [...facts, element("span", {}, `${told.seconds.toFixed(1)} s`)];
+  return [...facts, element("span", {}, `${record.seconds.toFixed(1)} s`)];
 }
 
 // ---- The critic's values
@@ -534,14 +534,14 @@ function svg(name, attributes, ...children) {
 // Arm -> its values so far of the reward that is shown.
 function linesShown() {
   const arms = shown ? Object.entries(shown.arms) : [];
-  return new Map(arms.map(([arm, told]) => [arm, told.values[rewardShown()] ?? []]).filter(([, line]) => line.length));
+  return new Map(arms.map(([arm, record]) => [arm, record.values[rewardShown()] ?? []]).filter(([, line]) => line.length));
 }
 
 function showCurve() {
   const reward = options.rewards.find((each) => each.name === rewardShown());
   if (!reward) return;
   const lines = linesShown();
-  const steps = Math.max(...Object.values(shown?.arms ?? {}).map((told) => told.steps), 0) || options.defaults.num_steps;
+  const steps = Math.max(...Object.values(shown?.arms ?? {}).map((record) => record.steps), 0) || options.defaults.num_steps;
   const width = Math.max(240, $("curve").clientWidth);
   const box = { left: 44, right: width - 104, top: 10, bottom: 180 };
   const scale = scaleOf(box, rangeOfValues(reward, lines), steps);
@@ -624,8 +624,8 @@ function spread(ends) {
 }
 
 function curveInWords(reward, lines, steps) {
-  const told = [...lines].map(([arm, line]) => `${arm} from ${formatted(line[0])} to ${formatted(lastOf(line))}`);
-  return `The critic's value of ${reward.name} over ${steps} denoising steps: ${told.join(", ") || "nothing drawn yet"}.`;
+  const parts = [...lines].map(([arm, line]) => `${arm} from ${formatted(line[0])} to ${formatted(lastOf(line))}`);
+  return `The critic's value of ${reward.name} over ${steps} denoising steps: ${parts.join(", ") || "nothing drawn yet"}.`;
 }
 
 function showTable(lines) {
@@ -647,7 +647,7 @@ function newest(draws, characters) {
   const kept = [];
   let left = characters;
   for (const draw of draws) {
-    for (const told of Object.values(draw.arms)) left -= told.image?.length ?? 0;
+    for (const record of Object.values(draw.arms)) left -= record.image?.length ?? 0;
     if (left < 0) break;
     kept.push(draw);
   }

@@ -124,9 +124,9 @@ def test_an_exception_is_the_rewards_failure(failure: BaseException) -> None:
 
     with pytest.raises(RewardError) as caught:
         configured(reward)(IMAGES, PROMPTS)
-    told = str(caught.value)
-    assert told.startswith(f"reward mine, prompt 'b': {type(failure).__name__}")
-    assert all(str(part) in told for part in failure.args)
+    message = str(caught.value)
+    assert message.startswith(f"reward mine, prompt 'b': {type(failure).__name__}")
+    assert all(str(part) in message for part in failure.args)
 
 
 class Unreadable(Exception):

@@ -23,11 +23,11 @@ class World:
         self.generator, self.batches = generator, list[int]()
         self.batcher = Batcher(generator, Batching(**settings), 1, lambda images, _: self.batches.append(images))
 
-    def submit(self, *seeds: int, tell: Any = None, **fields: Any) -> list[Any]:
+    def submit(self, *seeds: int, callback: Any = None, **fields: Any) -> list[Any]:
         """A job for each seed."""
         fields = {"prompt": "a red circle", "method": "none", "num_steps": 2} | fields
         requests = [validated(self.generator.forms.request, fields | {"seed": seed}) for seed in seeds]
-        return self.batcher.submit([(self.generator.slots(request), tell) for request in requests])
+        return self.batcher.submit([(self.generator.slots(request), callback) for request in requests])
 
 
 @pytest.fixture
@@ -70,11 +70,11 @@ def test_an_abandoned_job_is_not_drawn(world: World) -> None:
     begun = threading.Event()
     steps: list[int] = []
 
-    def tell(index: int, step: int, values: np.ndarray) -> None:
+    def callback(index: int, step: int, values: np.ndarray) -> None:
         steps.append(step)
         begun.set()
 
-    [drawn] = world.submit(0, num_steps=100, tell=tell)
+    [drawn] = world.submit(0, num_steps=100, callback=callback)
     [waiting] = world.submit(1, num_steps=4)
     assert begun.wait(SECONDS)
     world.batcher.abandon(drawn)
@@ -87,12 +87,12 @@ def test_an_abandoned_job_is_not_drawn(world: World) -> None:
 
 def test_every_step_is_told(world: World) -> None:
     """With the image's index and its particles' values; they end where the image's own do."""
-    told: list[tuple[int, int, tuple[int, ...]]] = []
+    reported: list[tuple[int, int, tuple[int, ...]]] = []
     [job] = world.submit(
-        0, count=2, method="best_of_n", particles=2, tell=lambda i, step, v: told.append((i, step, v.shape))
+        0, count=2, method="best_of_n", particles=2, callback=lambda i, step, v: reported.append((i, step, v.shape))
     )
     job.future.result(SECONDS)
-    assert sorted(told) == [(index, step, (2, 2)) for index in (0, 1) for step in (0, 1)]
+    assert sorted(reported) == [(index, step, (2, 2)) for index in (0, 1) for step in (0, 1)]
 
 
 def test_a_failure_is_told_to_those_it_concerns(world: World) -> None:
@@ -101,7 +101,7 @@ def test_a_failure_is_told_to_those_it_concerns(world: World) -> None:
     def broken(index: int, step: int, values: np.ndarray) -> None:
         raise RuntimeError("broken")
 
-    [job] = world.submit(0, tell=broken)
+    [job] = world.submit(0, callback=broken)
     with pytest.raises(RuntimeError, match="broken"):
         job.future.result(SECONDS)
     assert len(world.submit(1)[0].future.result(SECONDS)) == 1

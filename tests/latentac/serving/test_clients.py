@@ -42,8 +42,8 @@ def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
 
 def seed_of(answer: openai.types.ImagesResponse) -> int:
     """The seed that an answer tells."""
-    told: dict[str, Any] = (answer.model_extra or {})["latentac"]
-    return int(told["seed"])
+    reported: dict[str, Any] = (answer.model_extra or {})["latentac"]
+    return int(reported["seed"])
 
 
 # OpenAI's client
@@ -306,8 +306,8 @@ def test_a_wrong_binary_body_is_the_callers_mistake(
     if not message:
         assert head["status"] == "200", answer
         return
-    told = json.loads(answer)
-    assert (head["status"], message in told["error"]) == ("422", True), told
+    reported = json.loads(answer)
+    assert (head["status"], message in reported["error"]) == ("422", True), reported
     assert len(answer) < 5_000
 
 

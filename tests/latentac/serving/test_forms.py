@@ -103,8 +103,8 @@ def test_every_weight_is_told_once_and_all_of_them() -> None:
     weights = {"jpeg": "x", "shapes_verifier": 101, "jpeg_compressibility": 1}
     with pytest.raises(ConfigError) as caught:
         validated(FORMS.request, {"prompt": "a", "method": "none", "steering": weights, "particles": 2, "seed": -1})
-    told = {problem.path: problem.problem for problem in caught.value.problems}
-    assert told == {
+    message = {problem.path: problem.problem for problem in caught.value.problems}
+    assert message == {
         "seed": "input should be greater than or equal to 0",
         "steering.jpeg": "the critic has no head for this reward",
         "steering.shapes_verifier": "is too strong",

@@ -156,11 +156,11 @@ def test_the_dial_moves_the_steered_image_alone(visit: Visit, server: ServerProc
     expect(page.get_by_text("The settings have changed since")).to_be_hidden()
     for arm, policy, weights in (("base", "base", None), ("steered", "trained", {"shapes_verifier": 4.5})):
         method = {"steering": weights} if weights else {"method": "none"}
-        told = server.predict({"prompt": "a red circle", "seed": 0, "policy": policy, **method})
-        assert steered[arm] == f"data:image/png;base64,{told['images'][0]}"
+        answer = server.predict({"prompt": "a red circle", "seed": 0, "policy": policy, **method})
+        assert steered[arm] == f"data:image/png;base64,{answer['images'][0]}"
         facts = page.locator(f"figure[data-arm={arm}] .facts")
-        value = f"{told['values']['shapes_verifier'][0][-1]:.3g}"
-        expect(facts).to_have_text(re.compile(rf"^NFE {told['nfe']}value {re.escape(value)}\d*[\d.]+ s$"))
+        value = f"{answer['values']['shapes_verifier'][0][-1]:.3g}"
+        expect(facts).to_have_text(re.compile(rf"^NFE {answer['nfe']}value {re.escape(value)}\d*[\d.]+ s$"))
 
 
 def test_a_method_brings_its_own_defaults(visit: Visit, server: ServerProcess) -> None:
@@ -219,14 +219,14 @@ def test_what_is_wrong_is_told_beside_its_field(visit: Visit) -> None:
     page.get_by_role("button", name="Draw", exact=True).click()
     expect(status(page)).to_contain_text("None of 3 images drawn")
     expect(prompt).to_be_focused()
-    for control, told in (
+    for control, found in (
         (prompt, r"prompt = \"\": .+\. Write what the image shall show\."),
         (steps, r"num_steps = 999: is above this model's limit\. Use at most 100\."),
         (page.get_by_label("Seed", exact=True), r"seed = \"seven\": .+\. Use a whole number from 0"),
         (dial(page), r"steering\.shapes_verifier = 1000: is too strong\. Use a number"),
     ):
         expect(control).to_have_attribute("aria-invalid", "true")
-        expect(control).to_have_accessible_description(re.compile(told))
+        expect(control).to_have_accessible_description(re.compile(found))
     page.keyboard.type("a red circle")
     expect(prompt).not_to_have_attribute("aria-invalid", "true")
     expect(page.get_by_text("Write what the image shall show")).to_be_hidden()
@@ -410,14 +410,14 @@ def test_a_server_that_is_gone_is_told(browser: Browser, server: ServerProcess) 
         page.get_by_role("button", name="Try again").click()
         expect(button).to_be_enabled()
         expect(alert).to_be_hidden()
-        for code, body, told in (
+        for code, body, found in (
             (500, "oh", "The server answered 500"),
             (200, "event: queued\ndata: {}\n\n", "The connection ended before the image was complete"),
             (200, "event: step\ndata: {\n\n", "The connection to the server was lost"),
         ):
             page.route(images, partial(Route.fulfill, status=code, body=body))
             button.click()
-            expect(alert).to_contain_text(told)
+            expect(alert).to_contain_text(found)
             expect(status(page)).to_contain_text("None of 3 images drawn")
             page.unroute(images)
 

@@ -84,8 +84,8 @@ def test_all_protocols_draw_the_same_image(server: ServerProcess) -> None:
     assert name == "image"
     images = [first["images"], outputs["image"]["data"], [third["data"][0]["b64_json"]], last["images"]]
     assert all(image == images[0] for image in images)
-    told = {key: value for key, value in first.items() if key != "images"}
-    assert json.loads(outputs["metadata"]["data"][0]) == third["latentac"] == told
+    found = {key: value for key, value in first.items() if key != "images"}
+    assert json.loads(outputs["metadata"]["data"][0]) == third["latentac"] == found
     assert last == first
     assert base64.b64decode(images[0][0]).startswith(b"\x89PNG")
 
@@ -124,13 +124,13 @@ def test_every_route_says_that_a_prompt_was_cut(exported_folder: Path, tmp_path:
     with ServerProcess(folder, ready_seconds=READY_SECONDS) as server:
         (_, first), (_, second), (_, third), (_, stream) = long_prompt_on_every_route(server)
     outputs = {one["name"]: one for one in second["outputs"]}
-    told = [
+    reported = [
         *first["predictions"],
         *map(json.loads, outputs["metadata"]["data"]),
         third["latentac"],
         events(stream)[-1][1],
     ]
-    found = [(one["tokens"], one["truncated"]) for one in told]
+    found = [(one["tokens"], one["truncated"]) for one in reported]
     assert found == [(5, False), (18, True), (5, False), (18, True), (18, True), (18, True)]
 
 

@@ -55,7 +55,7 @@ def parse_images(body: object) -> ImagesRequest:
     return validated(FORMS.images, body)
 
 
-def told(body: object) -> list[str]:
+def answered(body: object) -> list[str]:
     """The problems of a body, one line each."""
     with pytest.raises(ConfigError) as caught:
         parse(body)
@@ -122,13 +122,13 @@ def test_defaults_and_all_fields() -> None:
 )
 def test_a_bad_field_is_told_with_path_value_and_remedy(instance: Any, message: str) -> None:
     """One line a problem, which says where, what, and what to do."""
-    assert any(message in line for line in told({"instances": [instance]})), told({"instances": [instance]})
+    assert any(message in line for line in answered({"instances": [instance]})), answered({"instances": [instance]})
 
 
 def test_every_problem_is_told_at_once() -> None:
     """Of all instances, whether a field is malformed or only above a limit."""
     first = {"prompt": "a", "seed": -1, "count": 9, "method": "x", "steering": {"y": 1}}
-    assert len(told({"instances": [first, {"prompt": "a", "particles": 0}]})) == 5
+    assert len(answered({"instances": [first, {"prompt": "a", "particles": 0}]})) == 5
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_every_problem_is_told_at_once() -> None:
 )
 def test_a_bad_body_is_told(body: object, message: str) -> None:
     """The frame around the requests is held to the same."""
-    assert any(message in line for line in told(body)), told(body)
+    assert any(message in line for line in answered(body)), answered(body)
 
 
 def test_a_byte_order_mark_is_no_mistake() -> None:
@@ -263,7 +263,7 @@ def test_null_is_the_same_as_a_field_that_is_left_out() -> None:
     """Many clients send null for what is not set; but a prompt must be there."""
     nulls = dict.fromkeys(set(Request.model_fields) - {"prompt"})
     assert parse_one({"prompt": "a", **nulls}) == FORMS.request(prompt="a")
-    assert told({"instances": [{"prompt": None}]})[0].startswith("instances.0.prompt = None: input should be")
+    assert answered({"instances": [{"prompt": None}]})[0].startswith("instances.0.prompt = None: input should be")
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_null_is_the_same_as_a_field_that_is_left_out() -> None:
 )
 def test_another_programs_name_of_a_field_is_refused_with_ours(name: str, remedy: str) -> None:
     """A field has one name; whoever comes from diffusers or OpenAI is told it."""
-    [line] = told({"instances": [{"prompt": "a", name: 2}]})
+    [line] = answered({"instances": [{"prompt": "a", name: 2}]})
     assert line.startswith(f"instances.0.{name} = 2: unknown field. {remedy}")
 
 
@@ -301,7 +301,7 @@ def test_an_error_is_never_much_larger_than_a_line() -> None:
     """Whatever is sent, it is quoted at most in part."""
     long = "x" * 100_000
     body = {"instances": [{"prompt": long, long: 1, "seed": long, "steering": {long: long}, "method": long}]}
-    assert all(len(line) < 600 for line in told(body))
+    assert all(len(line) < 600 for line in answered(body))
 
 
 def test_the_default_weights_follow_the_rewards(config: Config) -> None:

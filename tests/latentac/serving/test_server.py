@@ -215,9 +215,9 @@ def test_a_taken_port_is_told_before_anything_is_loaded(server: ServerProcess, e
     port = server.address.rpartition(":")[2]
     command = [sys.executable, "-X", "importtime", "-m", "latentac.serving", "--model", str(exported_folder)]
     done = subprocess.run([*command, "--port", port], capture_output=True, text=True, timeout=60, check=False)
-    told = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 6
-    assert told == [f"serving: 127.0.0.1:{port}: the port is in use. Stop what listens there, or choose another port."]
+    assert said == [f"serving: 127.0.0.1:{port}: the port is in use. Stop what listens there, or choose another port."]
     assert not {"torch", "kserve", "pydantic"} & {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     with (
         pytest.raises(ResourceError, match="the port is in use"),
@@ -268,12 +268,12 @@ def test_ctrl_c_stops_it_cleanly(exported_folder: Path) -> None:
     command = [sys.executable, "-m", "latentac.serving", "--model", str(exported_folder), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        told = [process.stdout.readline() for _ in range(4)]
+        output = [process.stdout.readline() for _ in range(4)]
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         _, complaints = process.communicate(timeout=300)
-    assert told[0].startswith("Serving latentac at http://127.0.0.1:")
-    assert told[1].startswith("  curl")
+    assert output[0].startswith("Serving latentac at http://127.0.0.1:")
+    assert output[1].startswith("  curl")
     assert (process.returncode, complaints) == (0, "")
 
 
@@ -289,11 +289,11 @@ def test_the_command_that_is_told_draws_an_image(exported_folder: Path, tmp_path
     command = [sys.executable, "-m", "latentac.serving", "--model", str(folder), "--port", "0", "--log-prompts"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        told = [process.stdout.readline() for _ in range(5)]
-        assert told[0] == f"{notice}\n"
-        script = "".join(told[2:])
+        output = [process.stdout.readline() for _ in range(5)]
+        assert output[0] == f"{notice}\n"
+        script = "".join(output[2:])
         drawn = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, check=False, timeout=300)
-        address = re.findall(r"http://[\d.:]+", told[1])[0]
+        address = re.findall(r"http://[\d.:]+", output[1])[0]
         with urllib.request.urlopen(f"{address}/v1/images/options", timeout=30) as answer:
             options = json.load(answer)
         process.send_signal(signal.SIGINT)

@@ -122,8 +122,8 @@ class Background:
             self._calls.put(None, timeout=max(0.0, until - time.monotonic()))
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
-            told = "%s does not answer: what it was not told within %g s is lost"
-            _log.warning(told, self._where(), self._patience)
+            message = "%s does not answer: what it was not told within %g s is lost"
+            _log.warning(message, self._where(), self._patience)
             self._given_up = True
             if self._abandon():
                 self._thread.join(_ENDING_SECONDS)  # a thread that ends with the interpreter may take it down

@@ -35,8 +35,8 @@ class MLflow:
         @field_validator("tracking_uri")
         @classmethod
         def _usable(cls, uri: str | None) -> str | None:
-            told = urlsplit(uri) if uri else None
-            if told and (told.password or (told.scheme.startswith("http") and "@" in str(uri))):
+            parts = urlsplit(uri) if uri else None
+            if parts and (parts.password or (parts.scheme.startswith("http") and "@" in str(uri))):
                 raise ValueError("has a password, which would appear in every report: use MLFLOW_TRACKING_PASSWORD")
             if uri and uri.startswith(_SQLITE) and not all(map(importlib.util.find_spec, ("sqlalchemy", "alembic"))):
                 raise ValueError("needs packages that are not installed: pip install sqlalchemy alembic")
