@@ -141,15 +141,15 @@ def steered_best(weights: str) -> Callable[..., Verdict]:
     return decide
 
 
-def over_plain(weights: str, way: str, candidates: int, choice: str) -> Callable[..., Verdict]:
+def over_plain(weights: str, way: str, particles: int, choice: str) -> Callable[..., Verdict]:
     """One steering method against plain sampling."""
 
     def decide(found: Mapping[str, Any]) -> Verdict:
         points = [
             point
             for point in found["points"]
-            if (point["weights"], point["way"], point["candidates"], point["choice"])
-            == (weights, way, candidates, choice)
+            if (point["weights"], point["way"], point["particles"], point["choice"])
+            == (weights, way, particles, choice)
         ]
         return judge(points[0]["minus_plain"] if points else None, 0.0, unit="prompts")
 

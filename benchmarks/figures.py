@@ -132,7 +132,7 @@ def _steering(found: File, path: Path) -> None:
                 x, intervals = [point["nfe"] for point in points], [point["rewards"][reward] for point in points]
                 _band(axes, x, intervals, colour, words)
                 ends.append((intervals[-1]["mean"], words, colour))
-            plain = next(point for point in own if point["way"] == "best_of_n" and point["candidates"] == 1)
+            plain = next(point for point in own if point["way"] == "best_of_n" and point["particles"] == 1)
             level = plain["rewards"][reward]["mean"]
             axes.plot([ticks[0], ticks[-1]], [level, level], color="black", linewidth=0.8, linestyle=":")
             ends.append((level, "plain", "black"))

@@ -85,7 +85,7 @@ from latentac.sampling.steering.best_of_n import BestOfN
 
 
 class Second(BestOfN):
-    """Keeps the candidate of a rank that its settings name."""
+    """Keeps the particle of a rank that its settings name."""
 
     summary = "keeps the second best"
 
@@ -94,11 +94,11 @@ class Second(BestOfN):
 
         rank: int = 1
         """0 is the best."""
-        candidates: list[int] = [3]
+        sweep_particles: list[int] = [3]
 
     def select(self, values):
         scores = weighted(values.flatten(0, 1), self.weights).view(values.shape[:2])
-        return scores.argsort(1, descending=True)[:, min(self.settings.rank, self.candidates - 1)]
+        return scores.argsort(1, descending=True)[:, min(self.settings.rank, self.particles - 1)]
 ''',
 }
 CONFIG = """
@@ -111,7 +111,7 @@ policy: {adaptation: lora, lora_rank: 4, lora_alpha: 8}
 algorithm: {use: "mine.algorithms:Sign", threshold: 0.01}
 kernel: {num_steps: 4}
 steering:
-  methods: [{use: value_gradient, sweep: [5.0], candidates: []}, {use: "mine.steering:Second", name: second}]
+  methods: [{use: value_gradient, sweep: [5.0], sweep_particles: []}, {use: "mine.steering:Second", name: second}]
 gate: {reward: colour, max_latency_ratio: 20.0}
 """
 

@@ -54,9 +54,9 @@ def sample(
     bar: Progress[Any] | None = None,
     units: int = 1,
 ) -> Arm:
-    """One image per prompt. Image i has the same noise in every arm; its candidate 0 is the unsteered rollout.
+    """One image per prompt. Image i has the same noise in every arm; its particle 0 is the unsteered rollout.
 
-    block_images: so many go through the denoiser together, each with all its candidates. bar: of the step that this is
+    block_images: so many go through the denoiser together, each with all its particles. bar: of the step that this is
     a part of; an image counts `units` of it.
     """
     device = policy.backbone.device
@@ -91,13 +91,13 @@ def _roll_out(
     steering: Steering | None,
 ) -> Trajectory:
     device = policy.backbone.device
-    candidates = steering.candidates if steering else 1
-    keys = [("evaluation", slot, candidate) for slot in slots for candidate in range(candidates)]
+    particles = steering.particles if steering else 1
+    keys = [("evaluation", slot, particle) for slot in slots for particle in range(particles)]
     noise = noise_for(keys, seed, num_steps, policy.backbone.latent_shape).to(device)
     if steering is None or critic is None:
         return rollout(policy, critic, conditioning, noise)
     uniforms = uniforms_for([("evaluation", slot) for slot in slots], seed, num_steps).to(device)
-    parted = noise.unflatten(0, (-1, candidates))
+    parted = noise.unflatten(0, (-1, particles))
     return steered_rollout(policy, critic, conditioning, parted, SteeringRun(steering, uniforms))
 
 

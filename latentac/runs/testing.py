@@ -135,23 +135,21 @@ def check_steering(use: str, **own: Any) -> Steering:
     policy, critic = Policy(backbone, KERNELS.build("ddim")), _opinionated(backbone)
     conditioning, uniforms = backbone.encode(PROMPTS), torch.full((len(PROMPTS), _STEPS), 0.5)
 
-    def steered(weight: float, candidates: int, images: slice = slice(None)) -> Tensor:
-        steering: Steering = STEERING.build(use, torch.full((1,), weight), candidates, **own)
-        noise = torch.stack([_noise(backbone, seed=seed) for seed in range(candidates)], 1)[images]
+    def steered(weight: float, particles: int, images: slice = slice(None)) -> Tensor:
+        steering: Steering = STEERING.build(use, torch.full((1,), weight), particles, **own)
+        noise = torch.stack([_noise(backbone, seed=seed) for seed in range(particles)], 1)[images]
         rows = torch.arange(len(PROMPTS))[images]
         run = SteeringRun(steering, uniforms[images])
         return steered_rollout(policy, critic, conditioning.rows(rows), noise, run).latents
 
     plain = rollout(policy, critic, conditioning, _noise(backbone)).latents
-    for candidates in (1, 3):
-        _holds(torch.equal(steered(0.0, candidates), plain), "weight 0 is bitwise the plain rollout")
+    for particles in (1, 3):
+        _holds(torch.equal(steered(0.0, particles), plain), "weight 0 is bitwise the plain rollout")
     together, apart = steered(5.0, 2), torch.cat([steered(5.0, 2, slice(place, place + 1)) for place in range(4)])
     _holds(torch.allclose(together, apart, rtol=1e-3, atol=1e-3), "an image does not depend on the others of its batch")
     made: Steering = STEERING.build(use, torch.ones(1), 3, **own)
     chosen = made.select(_draw(5, 3, 1))
-    _holds(
-        chosen.shape == (5,) and bool(((chosen >= 0) & (chosen < 3)).all()), "select chooses one candidate per image"
-    )
+    _holds(chosen.shape == (5,) and bool(((chosen >= 0) & (chosen < 3)).all()), "select chooses one particle per image")
     _holds(set(made.steps(10)) <= set(range(10)), "steps(K) names steps of a rollout")
     return made
 

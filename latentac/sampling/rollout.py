@@ -149,17 +149,17 @@ def steered_rollout(
     *,
     judge: Callable[[Trajectory], Tensor] | None = None,
 ) -> Trajectory:
-    """One trajectory per image, chosen among N candidates. noise: [B, N, K+1, *latent]; conditioning: B rows.
+    """One trajectory per image, chosen among N particles. noise: [B, N, K+1, *latent]; conditioning: B rows.
 
-    judge: what the choice is made by, standardised values [B N, M] of the candidates' trajectories; if None, the
+    judge: what the choice is made by, standardised values [B N, M] of the particles' trajectories; if None, the
     critic's values at the last denoised state.
     """
-    images, candidates = noise.shape[:2]
-    repeated = torch.arange(images, device=noise.device).repeat_interleave(candidates)
+    images, particles = noise.shape[:2]
+    repeated = torch.arange(images, device=noise.device).repeat_interleave(particles)
     trajectory = rollout(policy, critic, conditioning.rows(repeated), noise.flatten(0, 1), steering=steering)
     last = critic.standardise(trajectory.values[:, -1]) if judge is None else judge(trajectory)
-    chosen = steering.select(last.unflatten(0, (images, candidates)))
-    rows = torch.arange(images, device=noise.device) * candidates + chosen
+    chosen = steering.select(last.unflatten(0, (images, particles)))
+    rows = torch.arange(images, device=noise.device) * particles + chosen
     return trajectory.rows(rows)
 
 

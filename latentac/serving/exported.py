@@ -114,7 +114,7 @@ def export(
     """Complete `folder`, which holds a diffusers pipeline and `critic/`, with its latentac.json.
 
     extensions: what `prepare` wrote of them: `units` of the rewards and `methods` of steering. best: the row of the
-    steering benchmark whose method, strength and number of candidates become the default; without one it is the first
+    steering benchmark whose method, strength and number of particles become the default; without one it is the first
     configured method.
     """
     serving, units = config.serving, extensions["units"]
@@ -124,7 +124,7 @@ def export(
         for method in config.steering.methods
     }
     if best is not None:
-        chosen = {"strength": float(best["strength"]), "particles": int(best["candidates"])}
+        chosen = {"strength": float(best["strength"]), "particles": int(best["particles"])}
         methods[best["method"]] = methods[best["method"]].model_copy(update=chosen)
     exported = Exported(
         version=version,

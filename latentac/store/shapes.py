@@ -220,7 +220,7 @@ class Steered(Shape):
     method: Label
     reward: Label
     strength: Finite
-    candidates: Annotated[int, Field(gt=0, lt=2**31)]
+    particles: Annotated[int, Field(gt=0, lt=2**31)]
     nfe: Annotated[Finite, Field(ge=0, le=1e12)]
     mean: Number
     low: Number | None = None

@@ -349,8 +349,8 @@ def _untimed(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entry.items() if not name.endswith("seconds")}
 
 
-def test_ways_to_steer_are_measured_on_the_same_candidates(tmp_path: Path) -> None:
-    """Best-of-N by the true reward is the best of its candidates, every number of evaluations has its control, and what
+def test_ways_to_steer_are_measured_on_the_same_particles(tmp_path: Path) -> None:
+    """Best-of-N by the true reward is the best of its particles, every number of evaluations has its control, and what
     was measured is not measured again."""
     import torch
 
@@ -371,12 +371,12 @@ def test_ways_to_steer_are_measured_on_the_same_candidates(tmp_path: Path) -> No
     assert world.counts(steering.WAYS["best_of_n"])[-1] == 16
     assert world.nfe(steering.WAYS["resampling_cfg"], 2) == 4 * config.kernel.num_steps
     rows = steering.points(world, "best_of_n", 3) + steering.points(world, "resampling", 2)
-    rewards = {(row["way"], row["candidates"], row["choice"]): np.array(row["rewards"]) for row in rows}
+    rewards = {(row["way"], row["particles"], row["choice"]): np.array(row["rewards"]) for row in rows}
     assert all(found.shape == (6, len(world.rewards)) for found in rewards.values())
     alone, best = (rewards["best_of_n", *which] for which in ((1, "none"), (3, "reward")))
     assert (best[:, 0] >= np.maximum(alone, rewards["best_of_n", 3, "critic"])[:, 0]).all()
     found = steering.compared(rows, [reward.name for reward in world.rewards], config)
-    assert [row["candidates"] for row in found if row["way"] == "best_of_n"] == [1, 2, 2]
+    assert [row["particles"] for row in found if row["way"] == "best_of_n"] == [1, 2, 2]
     assert all(row["control_nfe"] == row["nfe"] for row in found)
     assert {row["critic"] for row in found if row["way"] == "resampling"} == {True}
     assert [row["critic"] for row in found if row["way"] == "best_of_n"] == [False, True, False]
@@ -492,7 +492,7 @@ def _steering_world(truth: int) -> dict[str, Any]:
     ahead = 0.1 * truth
     spread = 0.2 if truth == 0 else 0.02
 
-    def point(weights: str, way: str, candidates: int, nfe: int, choice: str) -> dict[str, Any]:
+    def point(weights: str, way: str, particles: int, nfe: int, choice: str) -> dict[str, Any]:
         steered = way != "best_of_n"
         difference = ahead if steered else 0.0
         interval = {"mean": difference, "low": difference - spread, "high": difference + spread, "n": 256}
@@ -501,10 +501,10 @@ def _steering_world(truth: int) -> dict[str, Any]:
         return {
             "weights": weights,
             "way": way,
-            "candidates": candidates,
+            "particles": particles,
             "nfe": nfe,
             "choice": choice,
-            "label": f"{way} x{candidates}",
+            "label": f"{way} x{particles}",
             "critic": steered,
             "rewards": found,
             "diversity": reward,

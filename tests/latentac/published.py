@@ -28,7 +28,7 @@ SETTINGS = {
     "steering": {
         "num_images": 256,
         "gradient_strengths": [0.0, 1.0, 2.0, 4.0],
-        "candidates": [2, 4, 8],
+        "sweep_particles": [2, 4, 8],
         "strengths": {"value_gradient": 2.0, "resampling": 20.0},
     },
     "gate": {"reward": "shapes_verifier", "min_gain": 0.05, "min_lower_bound": 0.0},
@@ -141,10 +141,10 @@ def steering() -> list[dict[str, Any]]:
     arms += [("value_gradient", 2.0, 1, 30, 0.668), ("value_gradient", 4.0, 1, 30, 0.641)]
     arms += [("best_of_n", 0.0, 2, 20, 0.652), ("best_of_n", 0.0, 4, 40, 0.691), ("best_of_n", 0.0, 8, 80, 0.712)]
     return [
-        {"method": method, "strength": strength, "candidates": candidates, "nfe": nfe, "reward": reward}
+        {"method": method, "strength": strength, "particles": particles, "nfe": nfe, "reward": reward}
         | interval(mean if reward == "shapes_verifier" else -1.1 - mean / 100, 0.057 if mean else 0.01, 256)
         | {"seconds": 0.31 * nfe, "diversity": 0.42}
-        for method, strength, candidates, nfe, mean in arms
+        for method, strength, particles, nfe, mean in arms
         for reward in ("shapes_verifier", "jpeg_compressibility")
     ]
 

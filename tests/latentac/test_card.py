@@ -35,7 +35,7 @@ def facts(**changed: Any) -> dict[str, Any]:
             {"iteration": step, "images": 256 * step, "reward_mean": step / 60, "seconds": 5.0} for step in range(1, 31)
         ],
         "steering": [
-            {"method": "value_gradient", "strength": strength, "candidates": 1, "nfe": 24, "reward": "shapes_verifier"}
+            {"method": "value_gradient", "strength": strength, "particles": 1, "nfe": 24, "reward": "shapes_verifier"}
             | interval
             for strength in (10.0, 20.0, 30.0)
         ],
@@ -100,7 +100,7 @@ def test_what_comes_from_outside_is_neither_html_nor_markdown() -> None:
     changed["evaluation"]["units"]["<b>`|na\x1bme"] = None
     changed["settings"]["prompts"]["source"] = "folder/<i>" + evil
     changed["settings"]["policy"]["learning_rate"] = changed["seed"] = evil
-    changed["steering"][0] |= {"nfe": evil, "candidates": evil}
+    changed["steering"][0] |= {"nfe": evil, "particles": evil}
     changed["training"][-1]["iteration"] = evil
     for text in (model_card(changed), folder_card(changed, "StableDiffusionPipeline", "", "")):
         assert "| `<b>'\\|na\\x1bme` |" in text

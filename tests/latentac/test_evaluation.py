@@ -94,7 +94,10 @@ def test_steering_tells_which_arm_of_how_many(space: Workspace, lines: Any) -> N
 def test_the_gallery_shows_the_arm_that_was_best(space: Workspace) -> None:
     """By the gate's reward, whichever method that is and wherever it stands in the configuration."""
     sizes: dict[str, Any] = {"evaluation": {"num_gallery_prompts": 8}}
-    own: dict[str, Any] = {"value_gradient": {"sweep": [0.01], "candidates": []}, "best_of_n": {"candidates": [8]}}
+    own: dict[str, Any] = {
+        "value_gradient": {"sweep": [0.01], "sweep_particles": []},
+        "best_of_n": {"sweep_particles": [8]},
+    }
     for methods in (["best_of_n", "value_gradient"], ["value_gradient", "best_of_n"]):
         sizes["steering"] = {"num_images": 8, "methods": [{"use": name, **own[name]} for name in methods]}
         config = resolve(merge(space.config.model_dump(), sizes))

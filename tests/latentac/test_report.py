@@ -106,7 +106,7 @@ def check_schema(summary: dict[str, Any]) -> None:
         assert values is None or all(isinstance(value, number) for value in values)
     keys = {"iteration", "images", "reward_mean", "rewards", "kl", "clip_share", "explained_variance", "seconds"}
     assert all(set(row) == keys for row in summary["training"])
-    more = ("method", "strength", "candidates", "nfe", "reward", "seconds", "diversity")
+    more = ("method", "strength", "particles", "nfe", "reward", "seconds", "diversity")
     assert all(is_interval(row, *more) for row in summary["steering"])
     if summary["gate"] is not None:
         assert set(summary["gate"]) == {"decision", "reasons", "checks", "overrides", "by", "former"}
@@ -483,7 +483,7 @@ def test_charts_of_many_numbers_are_drawn_of_some(tmp_path: Path) -> None:
     """A run's artifacts may be somebody else's: what no chart can show takes no minutes to draw. The last point of a
     curve stays."""
     rows = [
-        {"method": f"m{number}", "strength": 1.0, "candidates": 1, "nfe": number + 1, "reward": "shapes_verifier"}
+        {"method": f"m{number}", "strength": 1.0, "particles": 1, "nfe": number + 1, "reward": "shapes_verifier"}
         | interval(0.5, 0.1)
         for number in range(1000)
     ]

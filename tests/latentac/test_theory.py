@@ -215,7 +215,7 @@ def test_strength_0_is_bitwise_the_plain_rollout(kernel, method, weight):
     torch.testing.assert_close(plain.values, steered.values)
 
 
-def test_best_of_n_keeps_the_candidate_with_the_highest_value():
+def test_best_of_n_keeps_the_particle_with_the_highest_value():
     """By the weighted sum of the heads at the last state."""
     values = torch.tensor([[[1.0, 0.0], [0.0, 3.0]], [[2.0, 0.0], [0.0, 1.0]]])
     assert STEERING.build("best_of_n", torch.tensor([1.0, 1.0]), 2).select(values).tolist() == [1, 0]

@@ -74,7 +74,7 @@ kernel: {num_steps: 2}
 pretrain: {num_images: 8, num_held_out_images: 8, num_passes: 1, minibatch_states: 8}
 train: {num_iterations: 1, images_per_iteration: 4, block_images: 2, updates_per_iteration: 1, num_workers: 1}
 evaluation: {num_images: 8, num_gallery_prompts: 2, num_diversity_prompts: 2, images_per_prompt: 2}
-steering: {num_images: 8, methods: [{use: "mine.steering:Pick", name: pick, candidates: [2]}]}
+steering: {num_images: 8, methods: [{use: "mine.steering:Pick", name: pick, sweep_particles: [2]}]}
 gate: {reward: light, min_gain: -1000.0, min_lower_bound: -1000.0}
 """,
 }

@@ -97,7 +97,7 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
         activations  the largest of these, for a state c tensors a layer of tokens times width with a gradient (28 of a
                      UNet, 20 of the transformer), 8 without:
                      an update, with a gradient, B K / updates_per_iteration states; a rollout, B, with a gradient where
-                     algorithm.value_guidance is on; an arm of steering, B times its candidates, with a gradient where
+                     algorithm.value_guidance is on; an arm of steering, B times its particles, with a gradient where
                      its method takes one; the server, serving.batch_rows; the critic's replay, or with a gradient its
                      own backbone, B K / critic.updates_per_pass; value pretraining with pretrain.forward_noised, or
                      with a gradient such a backbone, pretrain.minibatch_states; the decoder: 3 of its largest maps for
@@ -200,8 +200,8 @@ def _activations(config: Config, model: Model, network: str) -> int:
         (passed + decoded) * config.serving.batch_rows,
     ]
     for method in config.steering.methods:
-        candidates = max(method.own.get("candidates") or [1])
-        needed.append((saved if _takes_gradient(method) else passed) * block * candidates)
+        particles = max(method.own.get("sweep_particles") or [1])
+        needed.append((saved if _takes_gradient(method) else passed) * block * particles)
     if config.critic.replay_images > 0:
         needed.append(observed * learnt)
     minibatch = config.pretrain.minibatch_states if config.pretrain.num_images else 0

@@ -214,7 +214,7 @@ def _steering(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         (
             _code(row["method"]),
             "–" if row.get("strength") is None else f"{row['strength']:g}",
-            _text(row.get("candidates") or "–"),
+            _text(row.get("particles") or "–"),
             _text(row["nfe"]),
             _code(row["reward"]),
             _interval(row),

@@ -18,7 +18,7 @@ from latentac.system.steps import up_to
 STEPS = up_to("deploy")
 AGAIN = "Run this step again with this version of latentac"
 _INTERVAL = ("mean", "low", "high", "n")
-_STEERED = ("method", "strength", "candidates", "nfe", "reward", *_INTERVAL, "seconds", "diversity")
+_STEERED = ("method", "strength", "particles", "nfe", "reward", *_INTERVAL, "seconds", "diversity")
 _ITERATION = ("iteration", "images", "reward_mean", "rewards", "kl", "clip_share", "explained_variance", "seconds")
 _SERVING = ("version", "project", "forced", "image_sha256", "seconds", "endpoint", "request")
 _GATE, _CHANGED = ("decision", "reasons", "checks", "by"), ("overrides", "former")
@@ -121,7 +121,7 @@ def summarise(run: str, files: Files, timings: Mapping[str, Any]) -> Summary:
 def _steered(rows: Sequence[Mapping[str, Any]], reward: str) -> Summary | None:
     """The arm that the gallery shows and the endpoint uses by default."""
     best = best_steered(rows, reward)
-    return None if best is None else {name: best[name] for name in ("method", "strength", "candidates")}
+    return None if best is None else {name: best[name] for name in ("method", "strength", "particles")}
 
 
 def _gallery(files: Files, reward: str) -> Summary | None:

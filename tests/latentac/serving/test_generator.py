@@ -43,7 +43,7 @@ def test_an_image_does_not_depend_on_its_neighbours(generator: Generator) -> Non
 
 
 def test_shapes_units_and_cost(generator: Generator) -> None:
-    """Sizes as documented; a backward counts as two forwards, and candidates count each."""
+    """Sizes as documented; a backward counts as two forwards, and particles count each."""
     images = generator.generate(PROMPT, count=2)
     assert images.images.shape == (2, 32, 32, 3)
     assert images.images.dtype == np.uint8
@@ -56,7 +56,7 @@ def test_shapes_units_and_cost(generator: Generator) -> None:
 
 
 def test_strength_zero_is_bitwise_the_plain_image(generator: Generator) -> None:
-    """All weights at 0 is no steering; so is one candidate alone, whose values are asked step by step."""
+    """All weights at 0 is no steering; so is one particle alone, whose values are asked step by step."""
     plain = generator.generate(PROMPT, seed=5, method="none")
     for images in (
         generator.generate(PROMPT, seed=5, steering={"shapes_verifier": 0.0}),
@@ -85,8 +85,8 @@ def test_steering_moves_the_values_the_way_it_is_told(generator: Generator) -> N
     assert last[-8.0][0, -1, 1] < last[0.0][0, -1, 1] < last[8.0][0, -1, 1]
 
 
-def test_best_of_n_keeps_the_candidate_that_the_critic_prefers(generator: Generator) -> None:
-    """Its last value is at least that of the first candidate, the plain image."""
+def test_best_of_n_keeps_the_particle_that_the_critic_prefers(generator: Generator) -> None:
+    """Its last value is at least that of the first particle, the plain image."""
     plain = generator.generate(PROMPT, seed=5, count=2, num_steps=4, method="none").values[:, -1, 0]
     best = generator.generate(PROMPT, seed=5, count=2, num_steps=4, method="best_of_n").values[:, -1, 0]
     assert (best >= plain - 1e-5).all()
@@ -95,7 +95,7 @@ def test_best_of_n_keeps_the_candidate_that_the_critic_prefers(generator: Genera
 
 @pytest.mark.parametrize("method", list(STEERING))
 def test_each_method_gives_the_same_bytes_again_and_a_higher_value(generator: Generator, method: str) -> None:
-    """With four candidates, those that are resampled included, on any number of cores; the critic's last value is above
+    """With four particles, those that are resampled included, on any number of cores; the critic's last value is above
     that of plain images in the mean."""
     plain = generator.generate(PROMPT, seed=7, count=4, num_steps=4, method="none")
     first, again = (
