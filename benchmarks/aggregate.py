@@ -73,7 +73,7 @@ def aggregate(scale: Scale, experiment: str, recipe: str) -> Path | None:
         "versions": _distinct(environment["versions"] for environment in environments),
         "sources": sorted({record["sources"] for record in records}),
         **summary,
-        "images": _images(scale, planned) if experiment == "hacking" else [],
+        "sheets": _sheets(scale, planned) if experiment == "hacking" else [],
         "failed": _failed(scale, planned),
         "missing": [[unit.arm, unit.seed] for unit in planned if unit.hash not in known],
         "units": records,
@@ -215,7 +215,7 @@ def _failed(scale: Scale, planned: Sequence[Unit]) -> list[Record]:
     return found
 
 
-def _images(scale: Scale, planned: Sequence[Unit]) -> list[list[str]]:
+def _sheets(scale: Scale, planned: Sequence[Unit]) -> list[list[str]]:
     """[what, file] of the images of seed 0 that lie beside the aggregated file: the same prompts and noise, a row
     each. Copied from where its units ran."""
     found = []

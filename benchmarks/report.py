@@ -79,8 +79,8 @@ def _part(experiment: str, found: File, results: Results, folder: str) -> Iterat
     if experiment not in ("cost", "serving"):
         yield f"![{_TITLES[experiment]}]({folder}/{experiment}-{recipe}.svg)"
         yield ""
-    for label, image in found.get("images", ()):
-        yield f"{label}: ![{label}]({folder}/{image})"
+    for label, sheet in found.get("sheets", ()):
+        yield f"{label}: ![{label}]({folder}/{sheet})"
         yield ""
     for claim in CLAIMS:
         if claim.experiment == experiment:

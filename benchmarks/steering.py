@@ -34,7 +34,7 @@ from latentac.critic import Critic
 from latentac.evaluation.measures import diversity, interval, median
 from latentac.method.randomness import noise_for, uniforms_for
 from latentac.method.records import Trajectory
-from latentac.runs import verbs
+from latentac.runs import steps
 from latentac.runs.configuration import recipe_fields
 from latentac.runs.preparation.prepare import environment
 from latentac.runs.resolution import resolve_all
@@ -308,9 +308,9 @@ def trained(config: Config, run: str, folder: Path) -> tuple[Path, Record]:
     place = Path(run) if run else folder / f"{config.recipe}-{config.hash[:8]}"
     name, output = place.name, str(place.parent)
     if not run:
-        verbs.prepare(name, "", output, config.recipe, overrides=["train.num_workers=1"])
-        verbs.pretrain_value(name, "", output)
-        verbs.train(name, "", output)
+        steps.prepare(name, "", output, config.recipe, overrides=["train.num_workers=1"])
+        steps.pretrain_value(name, "", output)
+        steps.train(name, "", output)
     store = open_store(default_store(output))
     manifests = [store.fetch(f"{name}/{step}", place / step) for step in ("pretrain-value", "train")]
     return place, {manifest.step: [manifest.commit, manifest.digest] for manifest in manifests}

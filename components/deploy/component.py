@@ -22,7 +22,7 @@ def deploy(run: str, store: str, output: str, trained: Input[Artifact], manifest
 
     with pipeline_task("deploy", run, output, manifest.path) as publish:
         from latentac.components.cluster.settings import here
-        from latentac.runs.verbs import deploy
+        from latentac.runs.steps import deploy
 
         cluster, prove = here(), None
         if cluster is not None:

@@ -33,7 +33,7 @@ def steer(
 
     with pipeline_task("steer", run, output, manifest.path) as publish:
         from latentac.runs.reporting.report import numbers, step_page
-        from latentac.runs.verbs import steer
+        from latentac.runs.steps import steer
         from latentac.runs.workspace import default_store
 
         published = publish(steer(run=run, store=store, output=output))

@@ -51,7 +51,7 @@ _log = logging.getLogger("latentac.train")
 
 
 class Volcano:
-    """Launches `latentac.runs.verbs.train` on the cluster of `settings`. poll_seconds: time between two polls."""
+    """Launches `latentac.runs.steps.train` on the cluster of `settings`. poll_seconds: time between two polls."""
 
     def __init__(self, settings: Cluster, api: Api | None = None, poll_seconds: float = 2.0) -> None:
         self.settings, self._poll_seconds = settings, poll_seconds

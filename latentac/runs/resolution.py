@@ -1,6 +1,6 @@
 """The resolver of extensions: it imports, validates and builds all that a configuration names.
 
-`prepare` calls it once, and every problem of every stage is in one ConfigError. The result is the configuration with
+`prepare` calls it once, and every problem of every step is in one ConfigError. The result is the configuration with
 the defaults of all extensions filled in, which is what the run keeps and what its hash is of.
 """
 

@@ -1,12 +1,12 @@
-"""One verb as one pipeline task: its life, lock and log, and the one message and exit code of a failure.
+"""One step as one pipeline task: its life, lock and log, and the one message and exit code of a failure.
 
     with pipeline_task("train", run, output, manifest.path) as publish:
-        from latentac.runs.verbs import train
+        from latentac.runs.steps import train
 
         publish(train(run=run, store=store, output=output))
 
 Everything here is the same embedded, in a container and on a cluster. A driver on this machine sets `LATENTAC_EVENTS`
-and reads marked lines from the task's output: `begin`, and `end` or `fail`. What lies between is the verb's own log.
+and reads marked lines from the task's output: `begin`, and `end` or `fail`. What lies between is the step's own log.
 """
 
 import faulthandler
@@ -41,14 +41,14 @@ ERROR_FILE = "error.json"
 """In `<output>/<run>/`: {"task", "exit_code", "message"} of the task that failed, the first one if two did."""
 
 LOCK_FILE = "task.lock"
-"""In `<output>/<run>/`: held while a verb works on the run."""
+"""In `<output>/<run>/`: held while a step works on the run."""
 
 
 @contextmanager
 def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Iterator[Callable[[Manifest], Manifest]]:
-    """Do the body as the task `name`; the body hands the verb's manifest to what this yields, which writes it.
+    """Do the body as the task `name`; the body hands the step's manifest to what this yields, which writes it.
 
-    Import the verb in the body, so that this process is bound to its parent before it loads anything large. If the
+    Import the step in the body, so that this process is bound to its parent before it loads anything large. If the
     body fails, the process ends with the documented exit code: an expected failure (LatentacError, a full disk) gives
     one message and no traceback, anything else is a bug and keeps its traceback.
     """
@@ -112,7 +112,7 @@ def _fail(name: str, folder: Path | None, error: Exception) -> int:
 
 
 def _log_plainly() -> None:
-    """The verb's own log lines as they are; of the libraries only warnings. KFP sets the root logger to INFO."""
+    """The step's own log lines as they are; of the libraries only warnings. KFP sets the root logger to INFO."""
     root, own = logging.getLogger(), logging.getLogger("latentac")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -62,8 +62,8 @@ class State:
     def register(self, app: FastAPI) -> None:
         """Of KServe's routes those about the model's state; those that ask for images are in `routes`. This server
         explains nothing, has no versions beside each other, and lets nobody load or unload."""
-        # KServe's verbs stand behind a colon, which the route of a model would take for a part of its name.
-        app.add_route("/v1/models/{model_name}:{verb}", _verb, methods=_OTHER_METHODS)
+        # KServe's actions stand behind a colon, which the route of a model would take for a part of its name.
+        app.add_route("/v1/models/{model_name}:{action}", _action, methods=_OTHER_METHODS)
         second, model = self._second, "/v2/models/{model_name}"
         version = f"{model}/versions/{{model_version}}"
         for path, handler, form in (
@@ -145,9 +145,9 @@ class PlainAddresses:
 _OTHER_METHODS = ["GET", "HEAD", "PUT", "PATCH", "DELETE", "POST"]
 
 
-async def _verb(request: HTTPRequest) -> Response:
-    """A verb of V1 that is not this server's, or predict asked for with another method than POST."""
-    if request.path_params["verb"] == "predict":
+async def _action(request: HTTPRequest) -> Response:
+    """An action of V1 that is not this server's, or predict asked for with another method than POST."""
+    if request.path_params["action"] == "predict":
         raise HTTPException(405, headers={"Allow": "POST"})
     raise HTTPException(404)
 

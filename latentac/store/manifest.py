@@ -88,7 +88,7 @@ class Parent:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact is and where it comes from. `created` is UTC in ISO 8601; `step` is the verb that made it."""
+    """What an artifact is and where it comes from. `created` is UTC in ISO 8601; `step` is the step that made it."""
 
     schema: Literal["latentac/artifact/1"]
     key: _SafeKey

@@ -284,7 +284,7 @@ class Deployment(Shape):
 class Timings(Shape):
     """timings.json: seconds as the driver saw them."""
 
-    stages: dict[str, Annotated[Finite, Field(ge=0)]] = {}
+    steps: dict[str, Annotated[Finite, Field(ge=0)]] = {}
     total: Annotated[Finite, Field(ge=0)] = 0.0
 
 

@@ -357,14 +357,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.cluster.node", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{up,down,shell,load,run}")
-    for verb in (up, down, shell, run):
-        verbs.add_parser(verb.__name__, help=(verb.__doc__ or "").partition("\n")[0]).set_defaults(act=verb)
-    loading = verbs.add_parser("load", help="images of the docker daemon into the node")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{up,down,shell,load,run}")
+    for command in (up, down, shell, run):
+        commands.add_parser(command.__name__, help=(command.__doc__ or "").partition("\n")[0]).set_defaults(act=command)
+    loading = commands.add_parser("load", help="images of the docker daemon into the node")
     loading.add_argument("images", nargs="+", metavar="IMAGE")
     arguments = parser.parse_args()
     try:
-        if arguments.verb == "load":
+        if arguments.command == "load":
             load(arguments.images)
         else:
             arguments.act()

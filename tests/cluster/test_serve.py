@@ -25,7 +25,7 @@ from latentac.components.cluster.settings import Cluster, resolve
 from latentac.components.deploy.rollout import Rollout
 from latentac.critic import Critic
 from latentac.runs.release.deploy import Candidate
-from latentac.runs.verbs import prepare
+from latentac.runs.steps import prepare
 from latentac.runs.workspace import EXTENSIONS, open_run
 from latentac.serving.client import Client
 from latentac.serving.exported import export

@@ -28,7 +28,7 @@ from latentac.config.schema import Config
 from latentac.critic import Critic
 from latentac.runs.release.deploy import Candidate
 from latentac.runs.resolution import Resolved, resolve_all
-from latentac.runs.verbs import prepare
+from latentac.runs.steps import prepare
 from latentac.runs.workspace import open_run
 from latentac.serving.exported import export
 from latentac.serving.process import ServerProcess

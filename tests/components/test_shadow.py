@@ -12,7 +12,7 @@ from PIL import Image
 
 from latentac.components.cluster.settings import Deploy
 from latentac.components.deploy.shadow import Answers, compare, reasons_against, shadow_requests
-from latentac.runs.verbs import prepare
+from latentac.runs.steps import prepare
 from latentac.runs.workspace import Workspace, open_run
 from latentac.worlds.shapes.captions import parse_caption
 from latentac.worlds.shapes.scenes import sample_images
@@ -131,7 +131,7 @@ def test_a_release_needs_no_torch() -> None:
         "import sys\n"
         "absent = ('torch', 'kserve', 'diffusers', 'transformers', 'fastapi')\n"
         "sys.modules.update(dict.fromkeys(absent))\n"
-        "import components.deploy.rollout, latentac.runs.verbs, latentac.runs.release.deploy\n"
+        "import components.deploy.rollout, latentac.runs.steps, latentac.runs.release.deploy\n"
         "from latentac.rewards import REWARDS\n"
         "from latentac.system.errors import RewardError\n"
         "for name in REWARDS:\n"

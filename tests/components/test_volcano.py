@@ -561,11 +561,11 @@ def test_failed_job_fails_the_step_and_keeps_what_was_said(site: Site, tmp_path:
 
 
 @pytest.mark.slow
-def test_completed_job_without_its_artifact_fails_the_verb(
+def test_completed_job_without_its_artifact_fails_the_step(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job can end well and have trained nothing: the artifact in the store is what counts."""
-    from latentac.runs import verbs as run
+    from latentac.runs import steps as run
 
     space = workspace(tmp_path)
     volcano = Volcano(site.settings, site.api, poll_seconds=0.2)

@@ -132,7 +132,7 @@ def test_the_pipeline_image_has_no_torch(images: Images) -> None:
     code, output = images.run("pipeline", "python3", "-c", probe)
     assert code == 0, output
     modules = (
-        "latentac.runs.verbs, latentac.runs.release.gate, latentac.runs.release.deploy, "
+        "latentac.runs.steps, latentac.runs.release.gate, latentac.runs.release.deploy, "
         "latentac.runs.reporting.report, latentac.runs.reporting.charts, torchx.runner"
     )
     rewards = "from latentac.rewards import REWARDS; [REWARDS.build(name) for name in REWARDS]"

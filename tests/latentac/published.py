@@ -276,7 +276,7 @@ def publish_until(
     _, url = publish(folder, files, prompts, run)
     (folder / "runs" / run).mkdir(parents=True, exist_ok=True)
     timings = {
-        "stages": {step: 5 + SECONDS[step] for step in files},
+        "steps": {step: 5 + SECONDS[step] for step in files},
         "total": 5.6 + sum(5 + SECONDS[step] for step in files),
     }
     (folder / "runs" / run / "timings.json").write_text(json.dumps(timings))

@@ -208,7 +208,7 @@ def test_the_call_stands_first_and_is_taken_over() -> None:
 
 def test_a_runs_card_and_its_folders_say_the_same(tmp_path: Path) -> None:
     """One text for both, from the summary that the report writes too."""
-    from latentac.runs.verbs import finish
+    from latentac.runs.steps import finish
 
     files = contents(PROMPTS)
     _, url = publish(tmp_path, {step: files[step] for step in STEPS}, PROMPTS)

@@ -25,7 +25,7 @@ from latentac.method.randomness import generator_for, noise_for
 from latentac.runs.release.deploy import Candidate
 from latentac.runs.release.readme import write_trained
 from latentac.runs.resolution import Resolved, resolve_all
-from latentac.runs.verbs import deploy, prepare
+from latentac.runs.steps import deploy, prepare
 from latentac.runs.workspace import open_run
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout

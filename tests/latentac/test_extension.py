@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from latentac.runs.package import digest, pack
-from latentac.runs.verbs import evaluate, gate, prepare, steer
+from latentac.runs.steps import evaluate, gate, prepare, steer
 from latentac.system.errors import ConfigError
 from tests.latentac.test_incumbent import start
 from tests.latentac.workers import prepared, train_here

@@ -13,7 +13,7 @@ from latentac.runs.workers.worker import STOPPED
 from tests.latentac.test_store import eventually
 from tests.latentac.workers import RUN, prepared
 
-_TRAIN = "import sys; from latentac.runs.verbs import train; print(train(*sys.argv[1:]).metrics['max_world_size'])"
+_TRAIN = "import sys; from latentac.runs.steps import train; print(train(*sys.argv[1:]).metrics['max_world_size'])"
 
 
 def _renamed(name: str) -> list[str]:

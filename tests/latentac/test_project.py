@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from latentac.runs import verbs
+from latentac.runs import steps
 from latentac.runs.cli import main
 from latentac.runs.release.deploy import Candidate, model_to_use
 from latentac.runs.release.incumbent import pointer, production, put_in_production
@@ -41,8 +41,8 @@ def held_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a run that is evaluated and held, for it is not a bit better than its base."""
     output = tmp_path_factory.mktemp("runs")
     start(output, "held", MIN_GAIN)
-    for verb in (verbs.evaluate, verbs.steer, verbs.gate):
-        verb("held", "", str(output))
+    for each in (steps.evaluate, steps.steer, steps.gate):
+        each("held", "", str(output))
     return output
 
 
@@ -59,8 +59,8 @@ def proved(candidate: Candidate) -> Deployment:
     return dataclasses.replace(test_release.proved(candidate), image=image.getvalue())
 
 
-def command(output: Path, verb: str, *words: str, run: str = "held") -> int:
-    return main([verb, *(["--run", run] if run else []), "--output", str(output), *words])
+def command(output: Path, name: str, *words: str, run: str = "held") -> int:
+    return main([name, *(["--run", run] if run else []), "--output", str(output), *words])
 
 
 def published(output: Path, step: str, name: str) -> Any:
@@ -79,7 +79,7 @@ def workspace(output: Path) -> Workspace:
 def test_a_run_is_judged_again_with_other_bounds(held: Path) -> None:
     """Without training: the verdict is new, says which bound was changed and by whom, and names the one before it;
     deploy follows it, and so does the report. The gate without other bounds changes nothing any more."""
-    verbs.finish("held", "", str(held))
+    steps.finish("held", "", str(held))
     before = published(held, "gate", "gate.json")
     assert (before["decision"], before["overrides"], before["former"]) == ("hold", [], [])
     assert command(held, "gate", "--set", "gate.min_gain=-0.5") == 0
@@ -94,9 +94,9 @@ def test_a_run_is_judged_again_with_other_bounds(held: Path) -> None:
     assert f"- promote, now by {verdict['by']}: gate.min\\_gain is -0.5, not 0.02" in reasons
     assert f"- hold, {former['decided']}: the bounds of the run's configuration" in reasons
 
-    assert verbs.gate("held", "", str(held)).metrics["decision"] == "promote"
+    assert steps.gate("held", "", str(held)).metrics["decision"] == "promote"
     assert published(held, "gate", "gate.json") == verdict
-    version = verbs.deploy("held", "", str(held), prove=proved).metrics["version"]
+    version = steps.deploy("held", "", str(held), prove=proved).metrics["version"]
     assert workspace(held).store.read_json(pointer("shapes-unet-smoke"))["version"] == version
     assert command(held, "deploy") == 0  # which is done; the report that was there says so now
     summary = json.loads((held / "held" / "summary.json").read_text())
@@ -153,7 +153,7 @@ def test_a_held_run_is_not_deployed_unless_it_is_forced(held: Path, capsys: pyte
     assert production(store, "shapes-unet-smoke") is None
     assert store.keys("models") == []
 
-    verbs.deploy("held", "", str(held), prove=proved, force=True)
+    steps.deploy("held", "", str(held), prove=proved, force=True)
     now = production(store, "shapes-unet-smoke")
     assert now is not None
     assert now.forced == (CHECK,)
@@ -161,7 +161,7 @@ def test_a_held_run_is_not_deployed_unless_it_is_forced(held: Path, capsys: pyte
     assert deployment["project"] == "shapes-unet-smoke"
     assert deployment["forced"]["reasons"] == [CHECK]
     assert deployment["forced"]["by"]
-    verbs.finish("held", "", str(held))
+    steps.finish("held", "", str(held))
     assert (
         f"Forced into production against the gate's decision. The gate's reasons:\n\n- {CHECK}"
         in (held / "held" / "card.md").read_text()
@@ -176,9 +176,9 @@ def test_a_held_run_is_not_deployed_unless_it_is_forced(held: Path, capsys: pyte
 def test_a_deployed_run_follows_a_verdict_that_was_given_since(held: Path) -> None:
     """By force at first, then promoted by other bounds: it is deployed again, and nothing says `forced` any more. What
     was fetched of the verdict before stands in nobody's way."""
-    verbs.deploy("held", "", str(held), prove=proved, force=True)
-    verbs.gate("held", "", str(held), overrides=["gate.min_gain=-0.5"])
-    verbs.deploy("held", "", str(held), prove=proved)
+    steps.deploy("held", "", str(held), prove=proved, force=True)
+    steps.gate("held", "", str(held), overrides=["gate.min_gain=-0.5"])
+    steps.deploy("held", "", str(held), prove=proved)
     now = production(workspace(held).store, "shapes-unet-smoke")
     assert now is not None
     assert now.forced == ()
@@ -193,7 +193,7 @@ def test_a_model_that_was_promoted_since_the_verdict_is_not_replaced_silently(
     assert command(held, "deploy") == 2
     output = capsys.readouterr().err
     assert "is not to be deployed: it was judged against nothing, and other-1 serves now. Judge it again" in output
-    verbs.deploy("held", "", str(held), prove=proved, force=True)
+    steps.deploy("held", "", str(held), prove=proved, force=True)
     now = production(workspace(held).store, "shapes-unet-smoke")
     assert now is not None
     assert (now.previous, now.forced) == ("other-1", ("it was judged against nothing, and other-1 serves now",))
@@ -204,12 +204,12 @@ def test_what_was_deployed_last_is_served_or_a_projects_own(held: Path, capsys: 
     count, and a pointer that is damaged hides nobody else's."""
     assert command(held, "serve", run="") == 2
     assert "--project = None: nothing is in production" in capsys.readouterr().err
-    verbs.deploy("held", "", str(held), prove=proved, force=True)
+    steps.deploy("held", "", str(held), prove=proved, force=True)
     start(held, "other", "project=mine", "seed=5")
     store = workspace(held).store
-    for verb in (verbs.evaluate, verbs.steer, verbs.gate):
-        verb("other", "", str(held))
-    verbs.deploy("other", "", str(held), prove=proved)
+    for each in (steps.evaluate, steps.steer, steps.gate):
+        each("other", "", str(held))
+    steps.deploy("other", "", str(held), prove=proved)
     write_report("held", store.url, str(held))  # the newest summary is that of another run
     with model_to_use("", "", "", str(held)) as (folder, found):
         assert folder == held / "other" / "model"
@@ -280,7 +280,7 @@ def test_images_of_a_run_that_is_not_judged_yet(held: Path, capsys: pytest.Captu
     assert "not judged yet: for inspection only, not in production" in capsys.readouterr().err
     assert (held / "young.png").exists()
     assert snapshot(held) == before
-    verbs.prepare("new", "", str(held), "shapes-unet-smoke")
+    steps.prepare("new", "", str(held), "shapes-unet-smoke")
     assert command(held, "generate", *words, run="new") == 3
     assert "new/train" in capsys.readouterr().err
     assert command(held, "generate", *words, run="../x") == 2

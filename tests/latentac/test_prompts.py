@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentac.config.schema import Prompts
-from latentac.runs.verbs import prepare
+from latentac.runs.steps import prepare
 from latentac.runs.workspace import open_run
 from latentac.system.errors import ConfigError, IntegrityError
 from latentac.worlds.prompts import Prompt, balanced, load_prompts

@@ -17,7 +17,7 @@ from latentac.runs.release.deploy import check_agreement
 from latentac.runs.reporting.card import model_card
 from latentac.runs.reporting.compare import write_comparison
 from latentac.runs.reporting.report import write_report
-from latentac.runs.verbs import finish
+from latentac.runs.steps import finish
 from latentac.store import published
 from latentac.system.errors import IntegrityError, LatentacError, ResourceError
 from latentac.system.reading import MOST_BYTES, MOST_DEPTH, MOST_VALUES, parse_json, read_bytes
@@ -225,7 +225,7 @@ def test_words_cannot_turn_a_page_around(tmp_path: Path) -> None:
     assert not set("\u202e\u2066\x1b") & set(page)
 
 
-TIMINGS = ["[]", '{"stages": 5}', '{"total": null}', '{"stages": {"train": "x"}}', '{"total": 1e400}', "{", "[" * 9999]
+TIMINGS = ["[]", '{"steps": 5}', '{"total": null}', '{"steps": {"train": "x"}}', '{"total": 1e400}', "{", "[" * 9999]
 
 
 @pytest.mark.parametrize("text", TIMINGS)

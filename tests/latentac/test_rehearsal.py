@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentac.backbones.unet import UNetBackbone
-from latentac.runs import verbs
+from latentac.runs import steps
 from latentac.runs.configuration import recipe_fields
 from latentac.runs.preparation.rehearsal import rehearse
 from latentac.runs.resolution import resolve_all
@@ -138,13 +138,13 @@ def test_more_steps_than_the_model_has_levels_are_refused(tmp_path):
     assert "schedule" in problems(config(kernel__num_steps=10), folder)["kernel.num_steps"]
 
 
-# Through the verb
+# Through the step
 
 JPEG = ("rewards=[{use: jpeg_compressibility}]", "gate.reward=jpeg_compressibility")
 
 
 def prepare(tmp_path, *overrides, recipe="shapes-unet-smoke"):
-    verbs.prepare("run", "", str(tmp_path / "runs"), recipe, overrides=overrides)
+    steps.prepare("run", "", str(tmp_path / "runs"), recipe, overrides=overrides)
     store = open_store(f"file://{tmp_path}/runs/store")
     store.fetch("run/prepare", tmp_path / "prepared")
     return tmp_path / "prepared"

@@ -12,7 +12,7 @@ from latentac.config.sections import Extension
 from latentac.critic import Critic
 from latentac.runs.release.deploy import Candidate, candidate_key
 from latentac.runs.release.incumbent import pointer, production
-from latentac.runs.verbs import deploy, prepare
+from latentac.runs.steps import deploy, prepare
 from latentac.runs.workspace import open_run
 from latentac.serving.deployment import Deployment
 from latentac.serving.exported import Exported, read

@@ -415,21 +415,21 @@ def test_seconds_are_the_drivers_or_the_manifests(tmp_path: Path) -> None:
         return {name: value for name, value in summary["seconds"].items() if value is not None}, summary["notes"]
 
     make(tmp_path, "pretrain-value")
-    stages = '{"stages": {"prepare": 9.0, "pretrain-value": 44.0, "train": 12.0}, "total": 66.0}'
+    booked = '{"steps": {"prepare": 9.0, "pretrain-value": 44.0, "train": 12.0}, "total": 66.0}'
     expected = {"prepare": 9.0, "pretrain-value": 44.0, "train": 12.0, "total": 66.0}  # train was tried
-    assert seconds_with(stages) == (expected, [])
-    found, notes = seconds_with('{"stages": {}, "total": 30.0}')
+    assert seconds_with(booked) == (expected, [])
+    found, notes = seconds_with('{"steps": {}, "total": 30.0}')
     assert found == {"prepare": 4.2, "pretrain-value": 38.5, "total": 30.0}
     assert "less than the sum of the steps" in notes[0]
     assert seconds_with(None) == ({"prepare": 4.2, "pretrain-value": 38.5, "total": pytest.approx(42.7)}, [])
     with pytest.raises(IntegrityError, match=r"timings.json: .* Remove it"):
-        seconds_with('{"stages"')
+        seconds_with('{"steps"')
     for damaged in (
         "[1]",
         '{"total": "x"}',
         '{"total": 1e999}',
-        '{"stages": [1]}',
-        '{"stages": {"a": null}}',
+        '{"steps": [1]}',
+        '{"steps": {"a": null}}',
         "[" * 10**5,
     ):
         with pytest.raises(IntegrityError, match=r"timings\.json: "):

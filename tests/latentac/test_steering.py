@@ -202,11 +202,11 @@ OFTEN = 0.999
 class Watched(Resampling):
     """Resampling that lets a test see its particles at the end of the rollout."""
 
-    particles = Particles
+    made_of = Particles
     made: Particles
 
     def begin(self, uniforms: Tensor) -> Guide:
-        self.made = self.particles(self, uniforms)
+        self.made = self.made_of(self, uniforms)
         return self.made
 
 
@@ -215,7 +215,7 @@ class WatchedTwisted(Watched):
         """Those of the method."""
 
     needs_gradient = True
-    particles = TwistedParticles
+    made_of = TwistedParticles
 
 
 def law_at(index: int, backbone: GaussianBackbone, kernel) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from latentac.runs.verbs import prepare, pretrain_value
+from latentac.runs.steps import prepare, pretrain_value
 from latentac.runs.workers.worker import main
 from latentac.runs.workspace import Workspace, open_run
 

@@ -111,14 +111,14 @@ class Watch:
     def alive(self, run: str = "") -> list[str]:
         """Names of our containers that are there now, of one run or of all."""
         with contextlib.closing(self.docker.client()) as client:
-            label = f"latentac.runs.verbs={run}" if run else "latentac.driver"
+            label = f"latentac.run={run}" if run else "latentac.driver"
             found = client.containers.list(all=True, filters={"label": label}, ignore_removed=True)
             return [str(container.name) for container in found]
 
     def end(self, run: str, how: str) -> None:
         """`kill` the run's containers, or `remove` them, so that nobody can ask how they ended."""
         with contextlib.closing(self.docker.client()) as client:
-            for container in client.containers.list(filters={"label": f"latentac.runs.verbs={run}"}):
+            for container in client.containers.list(filters={"label": f"latentac.run={run}"}):
                 container.kill() if how == "kill" else container.remove(force=True)
 
 
@@ -216,7 +216,7 @@ def test_each_container_is_confined(run: tuple[str, Path, str, Watch]) -> None:
     """A numeric user that is not root, a read-only root, no capability, no way to gain one; no secret on a command
     line; only the run's folder, or MinIO's, to write to."""
     name, output, _, watch = run
-    steps = [seen for seen in watch.seen if "latentac.runs.verbs" in seen["Config"]["Labels"]]
+    steps = [seen for seen in watch.seen if "latentac.run" in seen["Config"]["Labels"]]
     servers = [seen for seen in watch.seen if "latentac.minio" in seen["Config"]["Labels"]]
 
     assert len(steps) >= len(STEPS) + 2

@@ -191,15 +191,15 @@ def _keep(row: Mapping[str, Any] | None, value: str) -> Summary | None:
 
 
 def _seconds(files: Files, timings: Mapping[str, Any]) -> tuple[dict[str, float | None], list[str]]:
-    """Seconds a stage and in total, and a note where these do not fit.
+    """Seconds per step and in total, and a note where these do not fit.
 
-    A stage as the driver saw it, with the start of its process and with attempts that failed; as its manifest says
+    A step as the driver saw it, with the start of its process and with attempts that failed; as its manifest says
     where no driver ran it.
     """
-    stages = dict(timings.get("stages") or {})
+    booked = dict(timings.get("steps") or {})
     own = {step: _known(manifest.metrics.get("seconds")) for step, (manifest, _) in files.items()}
-    seconds: dict[str, float | None] = {step: stages.get(step, own.get(step)) for step in STEPS}
-    seconds |= {stage: value for stage, value in stages.items() if stage not in seconds}
+    seconds: dict[str, float | None] = {step: booked.get(step, own.get(step)) for step in STEPS}
+    seconds |= {step: value for step, value in booked.items() if step not in seconds}
     spent = sum(value for value in seconds.values() if value is not None)
     total = timings.get("total", spent)
     note = "seconds.total is less than the sum of the steps, because the driver has not measured all of them"
@@ -225,6 +225,6 @@ def _finite(value: Any, path: str, dropped: Counter[str]) -> Any:
 
 
 def read_timings(path: Path) -> Mapping[str, Any]:
-    """What the driver wrote: {"stages": {step: seconds}, "total": seconds}, or nothing."""
+    """What the driver wrote: {"steps": {step: seconds}, "total": seconds}, or nothing."""
     found: Mapping[str, Any] = published.read(path, remedy="Remove it") if path.exists() else {}
     return found

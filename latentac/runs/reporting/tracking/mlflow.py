@@ -11,7 +11,7 @@ from pydantic import field_validator
 
 from latentac.config import extensions
 
-_RUN_TAG = "latentac.runs.verbs"
+_RUN_TAG = "latentac.run"
 _MAX_PARAMS = 100  # of one call
 _MAX_VALUE = 6000  # characters
 _SQLITE = "sqlite:///"

@@ -1,7 +1,7 @@
-"""The verbs as functions. Read this first: it is what latentac does, in order.
+"""The steps as functions. Read this first: it is what latentac does, in order.
 
-Each verb is one step of the pipeline, one command of the command line and one component. It reads the artifacts of
-the steps before from the store, does its work, publishes `<run>/<step>` and returns that manifest. A verb whose
+Each step is one function, one command of the command line and one component. It reads the artifacts of
+the steps before from the store, does its work, publishes `<run>/<step>` and returns that manifest. A step whose
 artifact is there already, for the same configuration, returns it at once.
 """
 
@@ -253,7 +253,7 @@ def finish(run: str, store: str, output: str) -> Manifest | None:
     url = store or default_store(output)
     opened = open_store(url)
     known = set(opened.keys(run))
-    origins = [opened.manifest(f"{run}/{step}") for step in VERBS if step != "finish" and f"{run}/{step}" in known]
+    origins = [opened.manifest(f"{run}/{step}") for step in FUNCTIONS if step != "finish" and f"{run}/{step}" in known]
     if f"{run}/prepare" not in known:
         return None
     refuse_links(folder)
@@ -280,7 +280,7 @@ def finish(run: str, store: str, output: str) -> Manifest | None:
         )
 
 
-VERBS: dict[str, Callable[..., Manifest | None]] = {step.name: globals()[step.function] for step in STEPS}
+FUNCTIONS: dict[str, Callable[..., Manifest | None]] = {step.name: globals()[step.function] for step in STEPS}
 
 
 def _step(
