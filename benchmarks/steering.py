@@ -100,7 +100,7 @@ class World:
         step = "pretrain-value" if weights == "base" else "train"
         self.critic = Critic.load(folder / step / "critic", self.backbone)
         self.rewards = measured(config, first=config.reward_names)
-        self.dials = torch.tensor([reward.weight for reward in config.rewards])
+        self.steering_weights = torch.tensor([reward.weight for reward in config.rewards])
         prompts = load_prompts(config.prompts.source).held_out
         shown = [prompts[index] for index in balanced(prompts, num_prompts, config.seed, "evaluation")]
         self.places = [(slot, 0) for slot in range(num_prompts)]
@@ -112,7 +112,7 @@ class World:
         method = next(one for one in self.config.steering.methods if one.name == way.method)
         method = method.with_own({**method.own, **own})
         settings: Any = STEERING.settings(method)
-        made: Steering = STEERING.make(method, settings.strength * self.dials, particles)
+        made: Steering = STEERING.make(method, settings.strength * self.steering_weights, particles)
         return made
 
     def nfe(self, way: Way, particles: int) -> int:

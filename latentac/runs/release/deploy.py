@@ -236,24 +236,24 @@ def _inspected(space: Workspace) -> Iterator[tuple[Path, str]]:
 
 
 def generate_image(
-    folder: Path, prompt: str, seed: int, count: int, dials: Sequence[str], image: Path
+    folder: Path, prompt: str, seed: int, count: int, weights: Sequence[str], image: Path
 ) -> dict[str, Any]:
     """Write `count` steered images of `prompt` side by side to the PNG `image`; returns what was used.
 
-    dials: `reward=weight` strings; none means the exported defaults. Raises ConfigError.
+    weights: `reward=weight` strings; none means the exported defaults. Raises ConfigError.
     """
     from latentac.evaluation.held_out import contact_sheet
     from latentac.sampling.devices import pick_device
     from latentac.serving.generator import Generator
 
-    steering = dict(_dial(dial) for dial in dials) or None
+    steering = dict(_steering_weight(text) for text in weights) or None
     made = Generator(folder, pick_device("auto")).generate(prompt, seed, count, steering=steering)
     contact_sheet(made.images, count).save(image, "PNG")
     used = {"nfe": made.nfe, "weights": made.weights, "seed": made.seed}
     return {**used, "tokens": made.tokens, "truncated": made.truncated}
 
 
-def _dial(text: str) -> tuple[str, float]:
+def _steering_weight(text: str) -> tuple[str, float]:
     name, _, number = text.partition("=")
     try:
         return name, float(number)

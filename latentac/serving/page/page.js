@@ -1,7 +1,7 @@
 "use strict";
 
 // The page of a latentac endpoint. It asks for one prompt's image three times at the same seed: from the base model,
-// from the trained one, and from the trained one steered by the dials. Nothing is checked here: what is wrong with a
+// from the trained one, and from the trained one steered by its weights. Nothing is checked here: what is wrong with a
 // request is told in the server's words, beside the field that it names.
 
 const ARMS = ["base", "trained", "steered"];
@@ -15,13 +15,13 @@ const STORED_HISTORY = "latentac.history";
 // A website may open any link, and change the one of a page that it has opened. So a link fills in and draws nothing.
 const LINKED = "The link's settings are filled in: press Draw, or Enter in any field.";
 const LIMITED = { particles: "Rollouts per image, at most", num_steps: "At most", guidance_scale: "1 is off, at most" };
-const REACHES = [5, 10, 20, 50, 100]; // of a dial; a hundredth is one step of it
+const REACHES = [5, 10, 20, 50, 100]; // of a weight; a hundredth is one step of it
 
 let options = null; // what the server offers
 let running = null; // the AbortController of the draw that is under way
 let shown = null; // the draw whose images are on the page
 let earlier = []; // finished draws, newest first
-let methodShown = ""; // what the dials' reach and defaults are of
+let methodShown = ""; // what the weights' reach and defaults are of
 
 const $ = (id) => document.getElementById(id);
 
@@ -45,22 +45,22 @@ const offered = () => ARMS.filter((arm) => arm !== "base" || options.policies.in
 // A field of numbers hides what was typed if it is none; the server shall refuse it all the same.
 const typed = (input) => (input.validity.badInput ? "not a number" : input.value);
 
-const dials = () => [...document.querySelectorAll(".dial")];
+const weightControls = () => [...document.querySelectorAll(".steering-weight")];
 
-const numberOf = (dial) => dial.querySelector("input[type=number]");
+const numberOf = (weightControl) => weightControl.querySelector("input[type=number]");
 
-const rangeOf = (dial) => dial.querySelector("input[type=range]");
+const rangeOf = (weightControl) => weightControl.querySelector("input[type=range]");
 
 function readSettings() {
   const settings = Object.fromEntries(FIELDS.map((name) => [name, typed($(name))]));
-  settings.weights = Object.fromEntries(dials().map((dial) => [dial.dataset.reward, typed(numberOf(dial))]));
+  settings.weights = Object.fromEntries(weightControls().map((weightControl) => [weightControl.dataset.reward, typed(numberOf(weightControl))]));
   return settings;
 }
 
 function writeSettings(settings) {
   for (const name of FIELDS) $(name).value = settings[name];
   showMethod();
-  for (const dial of dials()) turn(dial, settings.weights[dial.dataset.reward] ?? "0");
+  for (const weightControl of weightControls()) turn(weightControl, settings.weights[weightControl.dataset.reward] ?? "0");
   settingsChanged();
 }
 
@@ -100,46 +100,46 @@ function showMethod() {
   $("particles-field").hidden = !method?.several;
   const strongest = Math.max(...Object.values(defaultWeights(methodShown)).map(Math.abs), 0);
   const reach = Math.min(REACHES.find((each) => each >= 2 * strongest) ?? Infinity, ...strongestAllowed());
-  for (const dial of dials()) {
-    Object.assign(rangeOf(dial), { min: -reach, max: reach, step: reach / 100 });
-    followNumber(dial);
+  for (const weightControl of weightControls()) {
+    Object.assign(rangeOf(weightControl), { min: -reach, max: reach, step: reach / 100 });
+    followNumber(weightControl);
   }
 }
 
 // What nobody has changed follows the method.
 function methodChosen() {
   const { weights, particles } = readSettings();
-  const sameDials = sameSettings(weights, defaultWeights(methodShown));
+  const sameWeights = sameSettings(weights, defaultWeights(methodShown));
   const sameParticles = particles === defaultParticles(methodShown);
   showMethod();
-  if (sameDials) resetDials();
+  if (sameWeights) resetWeights();
   if (sameParticles) $("particles").value = defaultParticles(methodShown);
   settingsChanged();
 }
 
-function resetDials() {
+function resetWeights() {
   const weights = defaultWeights($("method").value);
-  for (const dial of dials()) turn(dial, weights[dial.dataset.reward]);
+  for (const weightControl of weightControls()) turn(weightControl, weights[weightControl.dataset.reward]);
   settingsChanged();
 }
 
-function turn(dial, text) {
-  numberOf(dial).value = text;
-  followNumber(dial);
+function turn(weightControl, text) {
+  numberOf(weightControl).value = text;
+  followNumber(weightControl);
 }
 
-function followNumber(dial) {
-  const range = rangeOf(dial);
-  range.value = numberOf(dial).value;
-  showTurn(dial);
+function followNumber(weightControl) {
+  const range = rangeOf(weightControl);
+  range.value = numberOf(weightControl).value;
+  showTurn(weightControl);
 }
 
-function showTurn(dial) {
-  const range = rangeOf(dial);
+function showTurn(weightControl) {
+  const range = rangeOf(weightControl);
   const share = (range.valueAsNumber - range.min) / (range.max - range.min);
   range.style.setProperty("--low", Math.min(share, 0.5));
   range.style.setProperty("--high", Math.max(share, 0.5));
-  range.setAttribute("aria-valuetext", `${numberOf(dial).value} standard deviations`);
+  range.setAttribute("aria-valuetext", `${numberOf(weightControl).value} standard deviations`);
 }
 
 function settingsChanged() {
@@ -261,9 +261,9 @@ class Refusal extends Error {
 function placeOf(field) {
   const name = field.replace(/^instances\.\d+\./, "");
   if (FIELDS.includes(name)) return { control: $(name), line: $(`${name}-problem`) };
-  const dial = dials().find((each) => name === `steering.${each.dataset.reward}`);
-  if (dial) return { control: numberOf(dial), line: dial.querySelector(".problem") };
-  if (name === "steering") return { control: dials().length ? numberOf(dials()[0]) : $("method"), line: $("steering-problem") };
+  const weightControl = weightControls().find((each) => name === `steering.${each.dataset.reward}`);
+  if (weightControl) return { control: numberOf(weightControl), line: weightControl.querySelector(".problem") };
+  if (name === "steering") return { control: weightControls().length ? numberOf(weightControls()[0]) : $("method"), line: $("steering-problem") };
   return null;
 }
 
@@ -711,23 +711,23 @@ function forget() {
 
 // ---- The start
 
-function makeDial(reward) {
-  const dial = $("dial").content.firstElementChild.cloneNode(true);
-  const id = `dial-${options.rewards.indexOf(reward)}`;
-  dial.dataset.reward = reward.name;
-  const [label, hint, problem] = ["label", ".hint", ".problem"].map((selector) => dial.querySelector(selector));
+function makeWeightControl(reward) {
+  const weightControl = $("steering-weight").content.firstElementChild.cloneNode(true);
+  const id = `steering-weight-${options.rewards.indexOf(reward)}`;
+  weightControl.dataset.reward = reward.name;
+  const [label, hint, problem] = ["label", ".hint", ".problem"].map((selector) => weightControl.querySelector(selector));
   Object.assign(label, { htmlFor: id, textContent: reward.name });
   Object.assign(hint, { id: `${id}-hint`, textContent: `${reward.unit}; 1\u00a0σ\u00a0is\u00a0${formatted(reward.std)}` });
   problem.id = `${id}-problem`;
-  const number = numberOf(dial);
+  const number = numberOf(weightControl);
   number.id = id;
-  rangeOf(dial).setAttribute("aria-label", `Weight of ${reward.name}`);
-  for (const input of [number, rangeOf(dial)]) {
+  rangeOf(weightControl).setAttribute("aria-label", `Weight of ${reward.name}`);
+  for (const input of [number, rangeOf(weightControl)]) {
     input.setAttribute("aria-describedby", `${hint.id} ${problem.id} steering-problem`);
   }
-  number.addEventListener("input", () => followNumber(dial));
-  rangeOf(dial).addEventListener("input", () => turn(dial, rangeOf(dial).value));
-  return dial;
+  number.addEventListener("input", () => followNumber(weightControl));
+  rangeOf(weightControl).addEventListener("input", () => turn(weightControl, rangeOf(weightControl).value));
+  return weightControl;
 }
 
 function makeExample(prompt) {
@@ -750,7 +750,7 @@ function furnish() {
   for (const frame of document.querySelectorAll(".frame")) frame.style.aspectRatio = `${size[1]} / ${size[0]}`;
   $("how-many").textContent = offered().length === 3 ? "three" : "two";
   document.querySelector("figure[data-arm=base]").hidden = !offered().includes("base");
-  $("dial-list").replaceChildren(...rewards.map(makeDial));
+  $("steering-weight-list").replaceChildren(...rewards.map(makeWeightControl));
   $("method").replaceChildren(...methods.filter((method) => method.name !== "none").map((method) => option(method.name)));
   $("reward").replaceChildren(...rewards.map((reward) => option(reward.name)));
   $("reward-choice").hidden = rewards.length < 2;
@@ -761,7 +761,7 @@ function furnish() {
   }
   $("examples").replaceChildren(...examples.map(makeExample));
   $("examples").hidden = !examples.length;
-  for (const id of ["draw", "draw-dials", "reset"]) $(id).disabled = false;
+  for (const id of ["draw", "draw-weights", "reset"]) $(id).disabled = false;
 }
 
 async function copy(field, button) {
@@ -787,7 +787,7 @@ function listen() {
   $("method").addEventListener("change", methodChosen);
   $("ask").addEventListener("submit", (event) => { event.preventDefault(); drawAll(); });
   $("stop").addEventListener("click", stop);
-  $("reset").addEventListener("click", resetDials);
+  $("reset").addEventListener("click", resetWeights);
   $("new-seed").addEventListener("click", newSeed);
   $("forget").addEventListener("click", forget);
   $("reward").addEventListener("change", () => { ARMS.forEach(showArm); showCurve(); });

@@ -119,7 +119,7 @@ def status(page: Page) -> Locator:
     return page.get_by_role("status")
 
 
-def dial(page: Page, reward: str = "shapes_verifier") -> Locator:
+def steering_weight(page: Page, reward: str = "shapes_verifier") -> Locator:
     return page.get_by_role("spinbutton", name=reward)
 
 
@@ -140,14 +140,14 @@ def images(page: Page) -> dict[str, str]:
     return found
 
 
-def test_the_dial_moves_the_steered_image_alone(visit: Visit, server: ServerProcess) -> None:
+def test_a_steering_weight_moves_the_steered_image_alone(visit: Visit, server: ServerProcess) -> None:
     """Three images of one prompt and seed, those that the endpoint answers with; at 0 the steered one is plain."""
     page = visit()
-    dial(page).fill("0")
+    steering_weight(page).fill("0")
     draw(page, "a red circle")
     plain = images(page)
     assert plain["steered"] == plain["trained"]
-    dial(page).fill("4.5")
+    steering_weight(page).fill("4.5")
     expect(page.get_by_text("The settings have changed since")).to_be_visible()
     draw(page)
     steered = images(page)
@@ -164,7 +164,7 @@ def test_the_dial_moves_the_steered_image_alone(visit: Visit, server: ServerProc
 
 
 def test_a_method_brings_its_own_defaults(visit: Visit, server: ServerProcess) -> None:
-    """Of the dials and the particles, where nobody has changed them; what was changed stays."""
+    """Of the steering weights and the particles, where nobody has changed them; what was changed stays."""
     with urllib.request.urlopen(f"{server.address}/v1/images/options", timeout=30) as answer:
         options = json.load(answer)
     strengths, [reward, *_] = options["defaults"]["strengths"], options["rewards"]
@@ -172,13 +172,13 @@ def test_a_method_brings_its_own_defaults(visit: Visit, server: ServerProcess) -
     particles = next(method["particles"] for method in options["methods"] if method["name"] == "resampling")
     page = visit()
     page.get_by_label("Method", exact=True).select_option("resampling")
-    assert float(dial(page).input_value()) == pytest.approx(expected)
+    assert float(steering_weight(page).input_value()) == pytest.approx(expected)
     expect(page.get_by_label("Particles", exact=True)).to_have_value(str(particles))
-    dial(page).fill("2.5")
+    steering_weight(page).fill("2.5")
     page.get_by_label("Method", exact=True).select_option("value_gradient")
-    expect(dial(page)).to_have_value("2.5")
+    expect(steering_weight(page)).to_have_value("2.5")
     page.get_by_role("button", name="Defaults").click()
-    assert float(dial(page).input_value()) == pytest.approx(reward["default_weight"])
+    assert float(steering_weight(page).input_value()) == pytest.approx(reward["default_weight"])
 
 
 def test_the_critics_values_grow_while_it_draws(visit: Visit) -> None:
@@ -215,7 +215,7 @@ def test_what_is_wrong_is_told_beside_its_field(visit: Visit) -> None:
     prompt.fill("")
     steps.fill("999")
     page.get_by_label("Seed", exact=True).fill("seven")
-    dial(page).fill("1000")
+    steering_weight(page).fill("1000")
     page.get_by_role("button", name="Draw", exact=True).click()
     expect(status(page)).to_contain_text("None of 3 images drawn")
     expect(prompt).to_be_focused()
@@ -223,7 +223,7 @@ def test_what_is_wrong_is_told_beside_its_field(visit: Visit) -> None:
         (prompt, r"prompt = \"\": .+\. Write what the image shall show\."),
         (steps, r"num_steps = 999: is above this model's limit\. Use at most 100\."),
         (page.get_by_label("Seed", exact=True), r"seed = \"seven\": .+\. Use a whole number from 0"),
-        (dial(page), r"steering\.shapes_verifier = 1000: is too strong\. Use a number"),
+        (steering_weight(page), r"steering\.shapes_verifier = 1000: is too strong\. Use a number"),
     ):
         expect(control).to_have_attribute("aria-invalid", "true")
         expect(control).to_have_accessible_description(re.compile(found))
@@ -233,7 +233,7 @@ def test_what_is_wrong_is_told_beside_its_field(visit: Visit) -> None:
     expect(steps).to_have_attribute("aria-invalid", "true")
     steps.fill("4")
     page.get_by_label("Seed", exact=True).fill("7")
-    dial(page).fill("1")
+    steering_weight(page).fill("1")
     draw(page)
     expect(page.locator("[aria-invalid=true]")).to_have_count(0)
 
@@ -247,8 +247,8 @@ def test_a_link_leads_to_the_same_images(visit: Visit) -> None:
     page.get_by_label("Particles", exact=True).fill("3")
     page.get_by_label("Steps", exact=True).fill("6")
     page.get_by_label("Guidance scale (CFG)", exact=True).fill("2.5")
-    dial(page).fill("3.75")
-    dial(page, "jpeg_compressibility").fill("-0.5")
+    steering_weight(page).fill("3.75")
+    steering_weight(page, "jpeg_compressibility").fill("-0.5")
     draw(page, "“a” & 5% <b>")
     link = page.get_by_role("textbox", name="A link to these settings").input_value()
     assert page.url == link
@@ -332,7 +332,7 @@ def test_earlier_draws_come_back(visit: Visit) -> None:
 
 
 def test_the_keyboard_is_enough(visit: Visit) -> None:
-    """Tab leads from the prompt to the dial, arrows turn it, Enter draws; one sees where one is all the way."""
+    """Tab leads from the prompt to the weight, arrows turn it, Enter draws; one sees where one is all the way."""
     page = visit()
 
     def tab_to(target: Locator) -> None:
@@ -348,10 +348,10 @@ def test_the_keyboard_is_enough(visit: Visit) -> None:
     page.keyboard.type("a green triangle")
     slider = page.get_by_role("slider", name="Weight of shapes_verifier")
     tab_to(slider)
-    before = float(dial(page).input_value())
+    before = float(steering_weight(page).input_value())
     page.keyboard.press("ArrowRight")
-    assert float(dial(page).input_value()) > before
-    expect(slider).to_have_attribute("aria-valuetext", f"{dial(page).input_value()} standard deviations")
+    assert float(steering_weight(page).input_value()) > before
+    expect(slider).to_have_attribute("aria-valuetext", f"{steering_weight(page).input_value()} standard deviations")
     page.keyboard.press("Enter")
     expect(status(page)).to_contain_text("3 images drawn in", timeout=DRAW_MS)
     expect(page.get_by_alt_text("steered: a green triangle")).to_be_visible()
@@ -426,7 +426,7 @@ def test_the_curl_line_makes_the_steered_image(visit: Visit, tmp_path: Path) -> 
     """Pasted into a shell as it is, with quotes in the prompt; a refusal is told there too."""
     page = visit()
     page.get_by_label("Steps", exact=True).fill("4")
-    dial(page).fill("2")
+    steering_weight(page).fill("2")
     draw(page, """it's "$A" `id` \\""")
     line = page.get_by_role("textbox", name="The steered image with curl")
     subprocess.run(["bash", "-c", line.input_value()], cwd=tmp_path, check=True, timeout=120)
