@@ -112,10 +112,10 @@ def _done_already(run: str, request: Request, way: Way, console: Console) -> boo
     if [parent.sha256 for parent in found["finish"].parents] != published:
         return False
     missing, deployed = set(FUNCTIONS) - set(steps), found.get("deploy")
-    judged = [parent.sha256 for parent in deployed.parents] if deployed else []
+    decided = [parent.sha256 for parent in deployed.parents] if deployed else []
     if (
         "gate" not in found
-        or (deployed and found["gate"].digest not in judged)  # it was judged anew since
+        or (deployed and found["gate"].digest not in decided)  # it was decided anew since
         or missing > {"deploy"}
         or (("deploy" in missing) == (found["gate"].metrics["decision"] == "promote"))
     ):
@@ -202,7 +202,7 @@ def _conclude(run: str, request: Request, output: Path, way: Way, console: Conso
             lines.append(f"serve    {typed('serve', *place)}")
         else:
             lines.append(f"look at  {typed('serve', *place)}")
-            lines.append(f"judge    {typed('gate', *place, '--dry-run', '--set', 'gate.FIELD=VALUE')}")
+            lines.append(f"decide   {typed('gate', *place, '--dry-run', '--set', 'gate.FIELD=VALUE')}")
     commands = next_commands(run, way.store, str(output))
     if (output / run / "tensorboard").exists():
         lines.append(f"curves   {commands['tensorboard']}")

@@ -24,7 +24,7 @@ def run_step(options: argparse.Namespace) -> int | None:
     own_descendants()
     place: dict[str, Any] = {"run": options.run, "store": options.store, "output": options.output}
     if options.step == "gate" and options.dry_run:
-        _judge(place, options.set)
+        _decide(place, options.set)
         return None
     if options.step == "prepare":
         project = [f"project={json.dumps(options.project)}"] if options.project else []
@@ -80,10 +80,10 @@ def _tell_again(options: argparse.Namespace) -> None:
         finish(options.run, options.store, options.output)
 
 
-def _judge(place: dict[str, str], overrides: list[str]) -> None:
+def _decide(place: dict[str, str], overrides: list[str]) -> None:
     """What the gate would say with these bounds."""
     from latentac.runs.release.gate import markdown
-    from latentac.runs.steps import judge
+    from latentac.runs.steps import decide
     from latentac.runs.workspace import open_run
 
-    print(markdown(judge(open_run(**place), overrides), place["run"]), end="")
+    print(markdown(decide(open_run(**place), overrides), place["run"]), end="")

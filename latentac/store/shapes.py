@@ -252,7 +252,7 @@ class _Former(Shape):
     by: str | None
 
 
-class Verdict(Shape):
+class Decision(Shape):
     """gate.json."""
 
     decision: Literal["promote", "hold"]
@@ -308,7 +308,7 @@ SHAPES: dict[str, Any] = {
     "evaluation.json": Evaluation,
     "extensions.json": Extensions,
     "gallery.json": Gallery,
-    "gate.json": Verdict,
+    "gate.json": Decision,
     "history.json": Annotated[list[Iteration], Field(max_length=100_000)],
     "LATEST": Latest,
     "lengths.json": Lengths,

@@ -84,8 +84,8 @@ def test_rewards_have_unit_weight_and_both_means() -> None:
 def test_an_address_from_outside_becomes_no_link() -> None:
     """What renders Markdown makes links of bare addresses too."""
     found = "see https://evil.example, www.evil.example or me@evil.example"
-    verdict = {"decision": "hold", "reasons": [found], "checks": []}
-    for text in (model_card(facts(gate=verdict)), markdown(verdict | {"former": [verdict | {"by": found}]}, "r")):
+    decision = {"decision": "hold", "reasons": [found], "checks": []}
+    for text in (model_card(facts(gate=decision)), markdown(decision | {"former": [decision | {"by": found}]}, "r")):
         assert "https\\://evil.example, www\\.evil.example or me\\@evil.example" in text
         assert found not in text
 

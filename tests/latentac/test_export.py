@@ -374,8 +374,8 @@ def released(run: str, output: Path, name: str, base: Path, adaptation: str) -> 
     write_trained(space, policy, made / "policy", rows)
     (made / "history.json").write_text(json.dumps(rows))
     Critic(policy.backbone, space.config.reward_names, space.config.critic).save(made / "critic")
-    verdict = {"decision": "promote", "reasons": ["it gained"], "checks": []}
-    (made / "gate.json").write_text(json.dumps(verdict))
+    decision = {"decision": "promote", "reasons": ["it gained"], "checks": []}
+    (made / "gate.json").write_text(json.dumps(decision))
     for step in ("train", "gate"):
         space.store.publish(f"{run}/{step}", made, run=run, step=step, config_hash=space.config.hash)
 

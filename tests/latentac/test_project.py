@@ -1,4 +1,4 @@
-"""A run that its gate holds, as a person meets it: judged again, looked at, forced. And what is served of whom."""
+"""A run that its gate holds, as a person meets it: decided again, looked at, forced. And what is served of whom."""
 
 import contextlib
 import dataclasses
@@ -77,30 +77,30 @@ def workspace(output: Path) -> Workspace:
 
 
 def test_a_run_is_judged_again_with_other_bounds(held: Path) -> None:
-    """Without training: the verdict is new, says which bound was changed and by whom, and names the one before it;
+    """Without training: the decision is new, says which bound was changed and by whom, and names the one before it;
     deploy follows it, and so does the report. The gate without other bounds changes nothing any more."""
     steps.finish("held", "", str(held))
     before = published(held, "gate", "gate.json")
     assert (before["decision"], before["overrides"], before["former"]) == ("hold", [], [])
     assert command(held, "gate", "--set", "gate.min_gain=-0.5") == 0
-    verdict = published(held, "gate", "gate.json")
-    assert verdict["decision"] == "promote"
-    assert verdict["overrides"] == [{"field": "gate.min_gain", "old": 0.02, "new": -0.5}]
-    assert verdict["by"]
-    (former,) = verdict["former"]
+    decision = published(held, "gate", "gate.json")
+    assert decision["decision"] == "promote"
+    assert decision["overrides"] == [{"field": "gate.min_gain", "old": 0.02, "new": -0.5}]
+    assert decision["by"]
+    (former,) = decision["former"]
     assert (former["decision"], former["reasons"]) == ("hold", [CHECK])
     reasons = published(held, "gate", "reasons.md")
     assert reasons.startswith("# Promoted: run held")
-    assert f"- promote, now by {verdict['by']}: gate.min\\_gain is -0.5, not 0.02" in reasons
+    assert f"- promote, now by {decision['by']}: gate.min\\_gain is -0.5, not 0.02" in reasons
     assert f"- hold, {former['decided']}: the bounds of the run's configuration" in reasons
 
     assert steps.gate("held", "", str(held)).metrics["decision"] == "promote"
-    assert published(held, "gate", "gate.json") == verdict
+    assert published(held, "gate", "gate.json") == decision
     version = steps.deploy("held", "", str(held), prove=proved).metrics["version"]
     assert workspace(held).store.read_json(pointer("shapes-unet-smoke"))["version"] == version
     assert command(held, "deploy") == 0  # which is done; the report that was there says so now
     summary = json.loads((held / "held" / "summary.json").read_text())
-    assert summary["gate"]["overrides"] == verdict["overrides"]
+    assert summary["gate"]["overrides"] == decision["overrides"]
     assert summary["gate"]["former"][0]["decision"] == "hold"
     page = re.sub(r"\s+", " ", (held / "held" / "report.html").read_text())
     assert "<code>gate.min_gain</code> is −0.5, not 0.02" in page
@@ -108,14 +108,14 @@ def test_a_run_is_judged_again_with_other_bounds(held: Path) -> None:
     assert "`gate.min_gain` is -0.5, not 0.02" in (held / "held" / "card.md").read_text()
 
     assert command(held, "gate", "--set", "gate.min_gain=0.9") == 0  # and back
-    verdict = published(held, "gate", "gate.json")
-    assert verdict["decision"] == "hold"
-    assert [each["decision"] for each in verdict["former"]] == ["hold", "promote"]
-    assert command(held, "deploy") == 2  # what was deployed by a verdict that stands no more is no excuse
+    decision = published(held, "gate", "gate.json")
+    assert decision["decision"] == "hold"
+    assert [each["decision"] for each in decision["former"]] == ["hold", "promote"]
+    assert command(held, "deploy") == 2  # what was deployed by a decision that stands no more is no excuse
 
 
 def test_a_dry_run_of_the_gate_only_prints(held: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The checks with the bounds that were asked about; the published verdict stays."""
+    """The checks with the bounds that were asked about; the published decision stays."""
     manifest = workspace(held).store.manifest("held/gate")
     assert command(held, "gate", "--dry-run", "--set", "gate.min_gain=-0.5") == 0
     assert capsys.readouterr().out.startswith("# Promoted: run held")
@@ -145,7 +145,7 @@ def test_a_held_run_is_not_deployed_unless_it_is_forced(held: Path, capsys: pyte
     """The refusal lists the failed checks and both ways on; by force it is in production, and everything says so."""
     assert command(held, "deploy") == 2
     output = capsys.readouterr().err
-    assert f"run = 'held': is not to be deployed: {CHECK}. Judge it again" in output
+    assert f"run = 'held': is not to be deployed: {CHECK}. Decide again" in output
     again, forced = re.findall(r"\((\S*latentac [^)]+)\)", output)
     assert shlex.split(again)[1:] == ["gate", "--run", "held", "--output", str(held), "--set", "gate.FIELD=VALUE"]
     assert shlex.split(forced)[1:] == ["deploy", "--run", "held", "--output", str(held), "--force"]
@@ -173,9 +173,9 @@ def test_a_held_run_is_not_deployed_unless_it_is_forced(held: Path, capsys: pyte
         assert output == f"{now.version}, in production in project shapes-unet-smoke, forced over its gate ({CHECK})"
 
 
-def test_a_deployed_run_follows_a_verdict_that_was_given_since(held: Path) -> None:
+def test_a_deployed_run_follows_a_decision_that_was_given_since(held: Path) -> None:
     """By force at first, then promoted by other bounds: it is deployed again, and nothing says `forced` any more. What
-    was fetched of the verdict before stands in nobody's way."""
+    was fetched of the decision before stands in nobody's way."""
     steps.deploy("held", "", str(held), prove=proved, force=True)
     steps.gate("held", "", str(held), overrides=["gate.min_gain=-0.5"])
     steps.deploy("held", "", str(held), prove=proved)
@@ -184,19 +184,19 @@ def test_a_deployed_run_follows_a_verdict_that_was_given_since(held: Path) -> No
     assert now.forced == ()
 
 
-def test_a_model_that_was_promoted_since_the_verdict_is_not_replaced_silently(
+def test_a_model_that_was_promoted_since_the_decision_is_not_replaced_silently(
     held: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A verdict is about the model in production of its time."""
+    """A decision is about the model in production of its time."""
     assert command(held, "gate", "--set", "gate.min_gain=-0.5") == 0
     put_in_production(start(held, "other", "seed=5"), "other-1")
     assert command(held, "deploy") == 2
     output = capsys.readouterr().err
-    assert "is not to be deployed: it was judged against nothing, and other-1 serves now. Judge it again" in output
+    assert "is not to be deployed: it was decided against nothing, and other-1 serves now. Decide again" in output
     steps.deploy("held", "", str(held), prove=proved, force=True)
     now = production(workspace(held).store, "shapes-unet-smoke")
     assert now is not None
-    assert (now.previous, now.forced) == ("other-1", ("it was judged against nothing, and other-1 serves now",))
+    assert (now.previous, now.forced) == ("other-1", ("it was decided against nothing, and other-1 serves now",))
 
 
 def test_what_was_deployed_last_is_served_or_a_projects_own(held: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,7 +277,7 @@ def test_images_of_a_run_that_is_not_judged_yet(held: Path, capsys: pytest.Captu
     words = ["--prompt", "a red circle", "--image", str(held / "young.png")]
     before = snapshot(held)
     assert command(held, "generate", *words, run="young") == 0
-    assert "not judged yet: for inspection only, not in production" in capsys.readouterr().err
+    assert "not decided yet: for inspection only, not in production" in capsys.readouterr().err
     assert (held / "young.png").exists()
     assert snapshot(held) == before
     steps.prepare("new", "", str(held), "shapes-unet-smoke")

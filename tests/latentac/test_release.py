@@ -36,9 +36,9 @@ def trained_run(run: str, output: Path) -> Store:
     Critic(backbone, space.config.reward_names, space.config.critic).save(made / "critic")
     config_hash = space.config.hash
     space.store.publish(f"{run}/train", made, run=run, step="train", config_hash=config_hash, metrics={"run": run})
-    (made / "verdict").mkdir()
-    (made / "verdict" / "gate.json").write_text(json.dumps(PROMOTED))
-    space.store.publish(f"{run}/gate", made / "verdict", run=run, step="gate", config_hash=config_hash)
+    (made / "decision").mkdir()
+    (made / "decision" / "gate.json").write_text(json.dumps(PROMOTED))
+    space.store.publish(f"{run}/gate", made / "decision", run=run, step="gate", config_hash=config_hash)
     return space.store
 
 

@@ -333,7 +333,7 @@ def test_a_model_in_production_that_could_not_be_compared_is_told(tmp_path: Path
     [("evaluate", ["galleries", "rewards", "contrasts"], 2), ("steer", ["galleries", "steering"], 2)],
 )
 def test_a_step_has_a_page_of_its_own(tmp_path: Path, step: str, sections: list[str], charts: int) -> None:
-    """As soon as it is published: a part of the report, as self-contained as the whole, without a verdict."""
+    """As soon as it is published: a part of the report, as self-contained as the whole, without a decision."""
     make(tmp_path, step)
     text = step_page(step, "run-1", f"file://{tmp_path}/runs/store")
     page = Page(text)

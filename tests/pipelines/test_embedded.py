@@ -190,7 +190,7 @@ def test_a_run_ends_with_commands_that_can_be_typed(tmp_path: Path, decision: st
     """What was promoted is served; what is held can be looked at, and judged with other bounds. TensorBoard shows the
     curves of either."""
     store, url = published(tmp_path, "deploy" if decision == "promote" else "gate")
-    folder, gate = tmp_path / "verdict", store.manifest("run-1/gate")
+    folder, gate = tmp_path / "decision", store.manifest("run-1/gate")
     store.fetch("run-1/gate", folder)
     metrics = {"decision": decision}
     store.publish("run-1/gate", folder, run="run-1", step="gate", config_hash=gate.config_hash, metrics=metrics)
@@ -209,8 +209,8 @@ def test_a_run_ends_with_commands_that_can_be_typed(tmp_path: Path, decision: st
         assert all(word in message for word in shlex.split(command) if word.startswith("--"))
 
 
-def test_a_run_is_done_only_as_long_as_its_deployment_follows_its_verdict(tmp_path: Path) -> None:
-    """A later verdict makes a resume deploy it again. Then there is nothing to do, nor where the gate holds it."""
+def test_a_run_is_done_only_as_long_as_its_deployment_follows_its_decision(tmp_path: Path) -> None:
+    """A later decision makes a resume deploy it again. Then there is nothing to do, nor where the gate holds it."""
     url, output = f"file://{tmp_path}/store", tmp_path / "runs"
     request, store = Request("shapes-unet-smoke"), open_store(url)
     found = {"prepare": prepare("run-1", url, str(output), request.recipe)}

@@ -225,9 +225,9 @@ def _standing(found: Sequence[Production], version: str) -> str:
 @contextmanager
 def _inspected(space: Workspace) -> Iterator[tuple[Path, str]]:
     """What the run has trained, in a folder for as long as somebody looks at it."""
-    trained, verdict = space.store.manifest(f"{space.run}/train"), space.verdict()
+    trained, decision = space.store.manifest(f"{space.run}/train"), space.decision()
     states = {"hold": "held", "promote": "promoted, but not deployed"}
-    state = states[verdict["decision"]] if verdict else "not judged yet"
+    state = states[decision["decision"]] if decision else "not decided yet"
     notice = f"{state}: for inspection only, not in production"
     with hidden_folder(space.folder, "inspection") as temporary:
         folder = temporary / "model"
