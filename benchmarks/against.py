@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 BOUND = 0.97
 """A ratio from here on counts as unchanged."""
 CALLERS = 8
-PICTURES = 64
+IMAGES = 64
 QUESTIONS = 400
 LARGE_BYTES, SMALL_FILES, SMALL_BYTES = 32_000_000, 100, 20_000
 """Of the artifact: one file as weights are, and many as a report has."""
@@ -72,20 +72,20 @@ class Side:
         self._process.wait(60)
 
 
-def pictures(address: str, turn: int) -> float:
-    """Pictures per second, with CALLERS requests under way at any time."""
+def images(address: str, turn: int) -> float:
+    """Images per second, with CALLERS requests under way at any time."""
 
     def draw(number: int) -> None:
         Client(address).predict({"prompt": "two red squares", "method": "none", "seed": 1000 * turn + number})
 
     began = time.perf_counter()
     with ThreadPoolExecutor(CALLERS) as pool:
-        list(pool.map(draw, range(PICTURES)))
-    return PICTURES / (time.perf_counter() - began)
+        list(pool.map(draw, range(IMAGES)))
+    return IMAGES / (time.perf_counter() - began)
 
 
 def questions(address: str, turn: int) -> float:
-    """Requests per second for the options, over CALLERS connections that stay open. No picture is drawn."""
+    """Requests per second for the options, over CALLERS connections that stay open. No image is drawn."""
     place = urlsplit(address)
 
     def caller(number: int) -> None:
@@ -105,9 +105,9 @@ def questions(address: str, turn: int) -> float:
 
 
 def endpoint(now: Side, before: Side, folder: Path, recipe: str) -> Iterator[Measurement]:
-    """How fast the endpoint draws, and how fast it answers what needs no picture."""
+    """How fast the endpoint draws, and how fast it answers what needs no image."""
     addresses = [side.ask("serve", recipe, str(folder / name)) for side, name in ((now, "now"), (before, "before"))]
-    for name, measured in (("pictures", pictures), ("questions", questions)):
+    for name, measured in (("images", images), ("questions", questions)):
         yield name, partial(_both, addresses, measured)
 
 

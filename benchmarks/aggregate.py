@@ -1,7 +1,7 @@
 """From the results of units to one file an experiment and recipe: means over seeds, paired differences, intervals.
 
 Seeds are few and independent, so intervals over them are Student's, 95 %. Arms of one seed share held-out prompts and
-noise, so their difference is taken seed by seed. What one unit measured keeps its bootstrap interval over pictures.
+noise, so their difference is taken seed by seed. What one unit measured keeps its bootstrap interval over images.
 """
 
 import json
@@ -73,7 +73,7 @@ def aggregate(scale: Scale, experiment: str, recipe: str) -> Path | None:
         "versions": _distinct(environment["versions"] for environment in environments),
         "sources": sorted({record["sources"] for record in records}),
         **summary,
-        "pictures": _pictures(scale, planned) if experiment == "hacking" else [],
+        "sheets": _sheets(scale, planned) if experiment == "hacking" else [],
         "failed": _failed(scale, planned),
         "missing": [[unit.arm, unit.seed] for unit in planned if unit.hash not in known],
         "units": records,
@@ -215,8 +215,8 @@ def _failed(scale: Scale, planned: Sequence[Unit]) -> list[Record]:
     return found
 
 
-def _pictures(scale: Scale, planned: Sequence[Unit]) -> list[list[str]]:
-    """[what, file] of the pictures of seed 0 that lie beside the aggregated file: the same prompts and noise, a row
+def _sheets(scale: Scale, planned: Sequence[Unit]) -> list[list[str]]:
+    """[what, file] of the images of seed 0 that lie beside the aggregated file: the same prompts and noise, a row
     each. Copied from where its units ran."""
     found = []
     first = [unit for unit in planned if unit.seed == 0]

@@ -54,7 +54,7 @@ def judge(
         return Verdict("undecided", "not run yet")
     if interval["low"] is None or (unit == "seeds" and interval["n"] < MIN_SEEDS):
         return Verdict("undecided", f"{interval['mean']:{sign}.3f}, only {_count(interval['n'], unit)}")
-    numbers = f"{_told(interval, sign)}, {_count(interval['n'], unit)}"
+    numbers = f"{_written(interval, sign)}, {_count(interval['n'], unit)}"
     low, high = (
         (interval["low"] - bound, interval["high"] - bound)
         if above
@@ -131,7 +131,7 @@ def steered_best(weights: str) -> Callable[..., Verdict]:
             if points:
                 best = max(points, key=lambda point: point["minus_control"]["mean"])
                 verdict = judge(best["minus_control"], 0.0, unit="prompts")
-                verdicts.append((verdict.word, f"{multiple} K: {best['label']} {_told(best['minus_control'], '+')}"))
+                verdicts.append((verdict.word, f"{multiple} K: {best['label']} {_written(best['minus_control'], '+')}"))
         words = [word for word, _ in verdicts]
         word: Word = "holds"
         for worse in ("undecided", "does not hold"):
@@ -141,15 +141,15 @@ def steered_best(weights: str) -> Callable[..., Verdict]:
     return decide
 
 
-def over_plain(weights: str, way: str, candidates: int, choice: str) -> Callable[..., Verdict]:
+def over_plain(weights: str, way: str, particles: int, choice: str) -> Callable[..., Verdict]:
     """One steering method against plain sampling."""
 
     def decide(found: Mapping[str, Any]) -> Verdict:
         points = [
             point
             for point in found["points"]
-            if (point["weights"], point["way"], point["candidates"], point["choice"])
-            == (weights, way, candidates, choice)
+            if (point["weights"], point["way"], point["particles"], point["choice"])
+            == (weights, way, particles, choice)
         ]
         return judge(points[0]["minus_plain"] if points else None, 0.0, unit="prompts")
 
@@ -317,7 +317,7 @@ def verdicts(experiment: str, found: Mapping[str, Any]) -> Iterator[str]:
             yield f"{verdict.word}: {claim.sentence} ({verdict.reason})"
 
 
-def _told(interval: Mapping[str, Any], sign: str) -> str:
+def _written(interval: Mapping[str, Any], sign: str) -> str:
     return f"{interval['mean']:{sign}.3f} [{interval['low']:{sign}.3f}, {interval['high']:{sign}.3f}]"
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.critic_cost [--recipe shapes-unet] [--pairs 12]
 
-All do the same pictures, denoising steps and actor updates in one process. `values` asks the critic at every state and
+All do the same images, denoising steps and actor updates in one process. `values` asks the critic at every state and
 trains it on them; `recipe` does what the recipe says besides: takes the values' gradient by the latents at every step,
-and learns from remembered pictures, each state of which costs a forward.
+and learns from remembered images, each state of which costs a forward.
 """
 
 import argparse

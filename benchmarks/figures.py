@@ -51,18 +51,18 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 def _main(found: File, path: Path) -> None:
     """Held-out reward over scored images and over time, and what each critic explains at the end."""
-    with _panels(path, 3) as (pictures, minutes, critic):
+    with _panels(path, 3) as (scored, minutes, critic):
         for arm, colour in zip(found["arms"].values(), _COLOURS, strict=False):
-            _curve(pictures, arm, "images", colour, scale=1)
+            _curve(scored, arm, "images", colour, scale=1)
             _curve(minutes, arm, "seconds", colour, scale=60)
             steps = series(arm, "explained_variance")
             if steps:
                 _band(critic, range(1, len(steps) + 1), steps, colour, arm["label"])
-        pictures.set(xlabel="scored images", ylabel="verifier, held out", title="over scored images")
+        scored.set(xlabel="scored images", ylabel="verifier, held out", title="over scored images")
         minutes.set(xlabel="processor minutes, training", ylabel="verifier, held out", title="over time")
         critic.set(xlabel="denoising step", ylabel="explained variance", title="critics after training, held out")
         critic.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _legend(pictures)
+        _legend(scored)
 
 
 def _ablations(found: File, path: Path) -> None:
@@ -132,7 +132,7 @@ def _steering(found: File, path: Path) -> None:
                 x, intervals = [point["nfe"] for point in points], [point["rewards"][reward] for point in points]
                 _band(axes, x, intervals, colour, words)
                 ends.append((intervals[-1]["mean"], words, colour))
-            plain = next(point for point in own if point["way"] == "best_of_n" and point["candidates"] == 1)
+            plain = next(point for point in own if point["way"] == "best_of_n" and point["particles"] == 1)
             level = plain["rewards"][reward]["mean"]
             axes.plot([ticks[0], ticks[-1]], [level, level], color="black", linewidth=0.8, linestyle=":")
             ends.append((level, "plain", "black"))

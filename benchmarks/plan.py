@@ -1,7 +1,7 @@
 """What the evidence compares: arms, seeds and backbones, and what each arm may spend.
 
-Every arm of a comparison scores the same number of pictures to learn from and does the same number of actor updates. An
-arm that pretrains its critic pays for the pictures of that. Held-out pictures only measure, and cost nobody anything.
+Every arm of a comparison scores the same number of images to learn from and does the same number of actor updates. An
+arm that pretrains its critic pays for the images of that. Held-out images only measure, and cost nobody anything.
 """
 
 import functools
@@ -40,16 +40,16 @@ TUNED: dict[str, dict[str, Settings]] = {
 MEASURED = tuple(
     name for name in ("shapes_verifier", "jpeg_compressibility", "colourfulness", "shapes_clip") if name in REWARDS
 )
-"""The rewards that held-out pictures are scored by, trained on or not."""
+"""The rewards that held-out images are scored by, trained on or not."""
 
 
 @dataclass(frozen=True)
 class Scale:
     """How much an arm spends, and how much is measured.
 
-    pretraining: pictures that an arm with value pretraining pays for it; pretrained, plain: iterations of an arm with
-    and without; updates: recipe -> those of the actor in all; evaluated: held-out pictures before and after; grouped:
-    held-out prompts of which four pictures each are made; seeds: experiment -> recipe -> number of seeds. folder: where
+    pretraining: images that an arm with value pretraining pays for it; pretrained, plain: iterations of an arm with
+    and without; updates: recipe -> those of the actor in all; evaluated: held-out images before and after; grouped:
+    held-out prompts of which four images each are made; seeds: experiment -> recipe -> number of seeds. folder: where
     units work and leave their results; results: where the aggregated ones go; readme: the document with the section
     that is generated.
     """
@@ -151,7 +151,7 @@ ARMS: dict[str, Arm] = {
     "grpo": Arm(
         "GRPO, groups of 4", {"algorithm.use": "grpo", "algorithm.group_size": 4, **_BASELINES}, pretrained=False
     ),
-    # Half the width and the passes: convolutions at the picture's own size cost many times what the others do.
+    # Half the width and the passes: convolutions at the image's own size cost many times what the others do.
     "pixel": Arm(
         "pixel critic",
         {"critic.body.use": "pixel", **_BODY, "critic.body.width": 32, "critic.hidden": 64, "pretrain.num_passes": 5},
@@ -247,7 +247,7 @@ class Unit:
 
     @property
     def images(self) -> int:
-        """Pictures that are scored to learn from."""
+        """Images that are scored to learn from."""
         train = self.config.train
         return self.images_before + (train.num_iterations * train.images_per_iteration if self.trains else 0)
 
@@ -303,7 +303,7 @@ def _spent(scale: Scale, recipe: str, arm: str) -> Settings:
         "train.checkpoint_every": 2,
         "evaluation.num_images": scale.evaluated,
         "evaluation.num_diversity_prompts": scale.grouped,
-        "evaluation.pictures_per_prompt": 4,
+        "evaluation.images_per_prompt": 4,
         "algorithm.clip": RECIPES[recipe]["algorithm"]["clip"],
     }
     if not ARMS[arm].trains:

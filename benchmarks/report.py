@@ -79,8 +79,8 @@ def _part(experiment: str, found: File, results: Results, folder: str) -> Iterat
     if experiment not in ("cost", "serving"):
         yield f"![{_TITLES[experiment]}]({folder}/{experiment}-{recipe}.svg)"
         yield ""
-    for label, picture in found.get("pictures", ()):
-        yield f"{label}: ![{label}]({folder}/{picture})"
+    for label, sheet in found.get("sheets", ()):
+        yield f"{label}: ![{label}]({folder}/{sheet})"
         yield ""
     for claim in CLAIMS:
         if claim.experiment == experiment:
@@ -107,7 +107,8 @@ def _arms(found: File) -> Iterator[str]:
     )
     yield "|---|---|---|---|---|---|---|---|"
     if "base.shapes_verifier" in first:
-        yield f"| base, untrained | {first['base.shapes_verifier']['n']} | {told(first['base.shapes_verifier'])} ||||||"
+        base = first["base.shapes_verifier"]
+        yield f"| base, untrained | {base['n']} | {ranged(base)} ||||||"
     for name, arm in arms.items():
         difference = found["differences"].get(name, {})
         own = difference.get("reference", reference) == reference
@@ -115,9 +116,9 @@ def _arms(found: File) -> Iterator[str]:
         yield _row(
             arm["label"],
             arm["updates"] and len(arm["seeds"]),
-            told(arm.get("final.shapes_verifier")),
-            told(difference.get("final.shapes_verifier"), signed=True) if own else "",
-            told(arm.get("diversity_kept")),
+            ranged(arm.get("final.shapes_verifier")),
+            ranged(difference.get("final.shapes_verifier"), signed=True) if own else "",
+            ranged(arm.get("diversity_kept")),
             f"{explained[0]['mean']:.2f}, {explained[-1]['mean']:.2f}" if explained else "",
             f"{ranks[-1]['mean']:.2f}" if ranks else "",
             _minutes(arm),
@@ -136,15 +137,15 @@ def _rewards(found: File) -> Iterator[str]:
     yield ""
     yield _row("Trained on", "Seeds", *(f"`{name}`" for name in names), "Diversity kept")
     yield "|---" * (len(names) + 3) + "|"
-    bases = (told(first[f"base.{name}"]) for name in names)
+    bases = (ranged(first[f"base.{name}"]) for name in names)
     yield _row("nothing (base)", len(first["seeds"]), *bases, "")
     for arm in arms.values():
-        finals = (told(arm.get(f"final.{name}")) for name in names)
-        yield _row(arm["label"], len(arm["seeds"]), *finals, told(arm.get("diversity_kept")))
+        finals = (ranged(arm.get(f"final.{name}")) for name in names)
+        yield _row(arm["label"], len(arm["seeds"]), *finals, ranged(arm.get("diversity_kept")))
     for name, difference in found["differences"].items():
-        numbers = (told(difference.get(f"final.{reward}"), signed=True) for reward in names)
+        numbers = (ranged(difference.get(f"final.{reward}"), signed=True) for reward in names)
         label = f"{arms[difference['reference']]['label']} minus {arms[name]['label']}"
-        yield _row(label, "", *numbers, told(difference.get("diversity_kept"), signed=True))
+        yield _row(label, "", *numbers, ranged(difference.get("diversity_kept"), signed=True))
 
 
 def _steps(found: File) -> Iterator[str]:
@@ -276,7 +277,7 @@ def _provenance(found: File) -> Iterator[str]:
         yield f"Failed: {failure['arm']}, seed {failure['seed']}: {failure['problem']}"
 
 
-def told(interval: Mapping[str, Any] | None, *, signed: bool = False) -> str:
+def ranged(interval: Mapping[str, Any] | None, *, signed: bool = False) -> str:
     """`0.512 [0.480, 0.544]`, or without interval if there is only one seed."""
     if interval is None:
         return ""

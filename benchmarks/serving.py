@@ -2,7 +2,7 @@
 
     python -m benchmarks.serving [--recipe shapes-unet] [--rounds 6]
 
-Two servers of one model run beside each other, and take turns: one puts pictures together, the other draws each by
+Two servers of one model run beside each other, and take turns: one puts images together, the other draws each by
 itself; both have a worker a core. The critic is not trained: its values cost what a trained one's do.
 """
 
@@ -88,7 +88,7 @@ class Probes:
 
 
 def rate(server: ServerProcess, fields: dict[str, Any], seed: int, requests: int) -> float:
-    """Pictures a second, with CALLERS requests under way at any time."""
+    """Images per second, with CALLERS requests under way at any time."""
     began = time.monotonic()
     with ThreadPoolExecutor(CALLERS) as pool:
         list(pool.map(lambda i: server.predict(fields | {"seed": seed + i}), range(requests)))
@@ -98,7 +98,7 @@ def rate(server: ServerProcess, fields: dict[str, Any], seed: int, requests: int
 def alone(
     server: ServerProcess, generator: Generator, fields: dict[str, Any], seed: int, requests: int
 ) -> dict[str, float]:
-    """Median seconds a picture with one request under way: served, drawn in this process, and drawn here by the loop
+    """Median seconds per image with one request under way: served, drawn in this process, and drawn here by the loop
     alone in a batch of one, without values."""
     spent: dict[str, list[float]] = {"served": [], "drawn": [], "bare": []}
     policy, steps = generator.policy("trained"), generator.exported.kernel.num_steps

@@ -2,7 +2,7 @@
 
     python -m benchmarks.steering [--recipe shapes-unet] [--run FOLDER] [--prompts 384]
 
-Every way to steer makes N candidates a picture, and one of them is chosen twice: by the critic and by the true reward.
+Every way to steer makes N particles per image, and one of them is chosen twice: by the critic and by the true reward.
 All ways have the same held-out prompts and noise. One process, one thread; what was measured is in build/steering and
 is not measured again unless sources, settings or weights have changed.
 """
@@ -34,7 +34,7 @@ from latentac.critic import Critic
 from latentac.evaluation.measures import diversity, interval, median
 from latentac.method.randomness import noise_for, uniforms_for
 from latentac.method.records import Trajectory
-from latentac.runs import verbs
+from latentac.runs import steps
 from latentac.runs.configuration import recipe_fields
 from latentac.runs.preparation.prepare import environment
 from latentac.runs.resolution import resolve_all
@@ -54,8 +54,8 @@ GUIDANCE_SCALE = 2.0
 FOLDER = ROOT / "build" / "steering"
 CHOICES = ("critic", "reward")
 _PROMPTS = 384
-_DIVERSE = 32  # of the first so many prompts a second picture is made, for diversity
-_ROWS = 64  # rollouts at once, whatever the number of candidates
+_DIVERSE = 32  # of the first so many prompts a second image is made, for diversity
+_ROWS = 64  # rollouts at once, whatever the number of particles
 _BOOTSTRAP = 2000
 _TURNS = 12
 
@@ -64,8 +64,8 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Way:
-    """A way to make candidates. truth: the values are the true reward's; scale: of classifier-free guidance; most: the
-    largest of MULTIPLES; nested: fewer candidates are the first of many, so one rollout tells about every number."""
+    """A way to make particles. truth: the values are the true reward's; scale: of classifier-free guidance; most: the
+    largest of MULTIPLES; nested: fewer particles are the first of many, so one rollout tells about every number."""
 
     label: str
     method: str
@@ -100,26 +100,26 @@ class World:
         step = "pretrain-value" if weights == "base" else "train"
         self.critic = Critic.load(folder / step / "critic", self.backbone)
         self.rewards = measured(config, first=config.reward_names)
-        self.dials = torch.tensor([reward.weight for reward in config.rewards])
+        self.steering_weights = torch.tensor([reward.weight for reward in config.rewards])
         prompts = load_prompts(config.prompts.source).held_out
         shown = [prompts[index] for index in balanced(prompts, num_prompts, config.seed, "evaluation")]
-        self.pictures = [(slot, 0) for slot in range(num_prompts)]
-        self.pictures += [(slot, 1) for slot in range(min(_DIVERSE, num_prompts))]
-        self.prompts = [shown[slot] for slot, _ in self.pictures]
+        self.places = [(slot, 0) for slot in range(num_prompts)]
+        self.places += [(slot, 1) for slot in range(min(_DIVERSE, num_prompts))]
+        self.prompts = [shown[slot] for slot, _ in self.places]
 
-    def steering(self, way: Way, candidates: int, **own: Any) -> Steering:
+    def steering(self, way: Way, particles: int, **own: Any) -> Steering:
         """The configured method of that name; `own`: settings instead of its."""
         method = next(one for one in self.config.steering.methods if one.name == way.method)
         method = method.with_own({**method.own, **own})
         settings: Any = STEERING.settings(method)
-        made: Steering = STEERING.make(method, settings.strength * self.dials, candidates)
+        made: Steering = STEERING.make(method, settings.strength * self.steering_weights, particles)
         return made
 
-    def nfe(self, way: Way, candidates: int) -> int:
-        return evaluations(self.steering(way, candidates), self.config.kernel.num_steps, way.scale != 1)
+    def nfe(self, way: Way, particles: int) -> int:
+        return evaluations(self.steering(way, particles), self.config.kernel.num_steps, way.scale != 1)
 
     def counts(self, way: Way) -> list[int]:
-        """Candidates that come nearest to the MULTIPLES of K evaluations."""
+        """Particles that come nearest to the MULTIPLES of K evaluations."""
         fewest = 2 if way.method in {"resampling", "twisted", "svdd"} else 1  # one alone is never resampled
         wanted = [multiple * self.config.kernel.num_steps for multiple in MULTIPLES if multiple <= way.most]
         return sorted({max(fewest, round(nfe / self.nfe(way, 1))) for nfe in wanted})
@@ -127,8 +127,8 @@ class World:
 
 @dataclass(frozen=True)
 class Made:
-    """N candidates of each of B pictures. values: [B, N, M], standardised, of the last denoised state; rewards:
-    [B, N, R] and images: uint8 [B, N, H, W, 3] of what came out; seconds: a candidate, by part."""
+    """N particles of each of B images. values: [B, N, M], standardised, of the last denoised state; rewards:
+    [B, N, R] and images: uint8 [B, N, H, W, 3] of what came out; seconds: a particle, by part."""
 
     values: Tensor
     rewards: Tensor
@@ -136,14 +136,14 @@ class Made:
     seconds: Mapping[str, float]
 
 
-def make(world: World, way: Way, candidates: int) -> Made:
-    size, parts = max(1, _ROWS // candidates), []
+def make(world: World, way: Way, particles: int) -> Made:
+    size, parts = max(1, _ROWS // particles), []
     blocks = [range(start, min(start + size, len(world.prompts))) for start in range(0, len(world.prompts), size)]
-    with progress(len(world.prompts), f"{world.weights}, {way.label}, {candidates}", "images") as bar:
+    with progress(len(world.prompts), f"{world.weights}, {way.label}, {particles}", "images") as bar:
         for block in blocks:
-            parts.append(_make_block(world, way, candidates, block))
+            parts.append(_make_block(world, way, particles, block))
             bar.update(len(block))
-    rollouts = len(world.prompts) * candidates
+    rollouts = len(world.prompts) * particles
     return Made(
         values=torch.cat([part.values for part in parts]),
         rewards=torch.cat([part.rewards for part in parts]),
@@ -152,17 +152,17 @@ def make(world: World, way: Way, candidates: int) -> Made:
     )
 
 
-def _make_block(world: World, way: Way, candidates: int, block: range) -> Made:
-    prompts = [world.prompts[index] for index in block for _ in range(candidates)]
+def _make_block(world: World, way: Way, particles: int, block: range) -> Made:
+    prompts = [world.prompts[index] for index in block for _ in range(particles)]
     clocks = [time.process_time()]
-    trajectory = _sample(world, way, candidates, block, prompts)
+    trajectory = _sample(world, way, particles, block, prompts)
     clocks.append(time.process_time())
     images = world.backbone.decode(trajectory.clean)
     clocks.append(time.process_time())
     main = world.config.main_reward
     score(world.rewards[main : main + 1], images, prompts)
     clocks.append(time.process_time())
-    shape = len(block), candidates
+    shape = len(block), particles
     seconds = dict(zip(("sampling", "decoding", "scoring"), np.diff(clocks).tolist(), strict=True))
     return Made(
         values=world.critic.standardise(trajectory.values[:, -1]).unflatten(0, shape),
@@ -172,19 +172,19 @@ def _make_block(world: World, way: Way, candidates: int, block: range) -> Made:
     )
 
 
-def _sample(world: World, way: Way, candidates: int, block: range, prompts: Sequence[Prompt]) -> Trajectory:
+def _sample(world: World, way: Way, particles: int, block: range, prompts: Sequence[Prompt]) -> Trajectory:
     texts = [prompt.text for prompt in prompts]
     config, steps = world.config, world.config.kernel.num_steps
     policy = Policy(guided(world.backbone, way.scale), world.kernel)
-    keys = [("bench-steering", *world.pictures[index]) for index in block]
+    keys = [("bench-steering", *world.places[index]) for index in block]
     noise = noise_for(
-        [(*key, candidate) for key in keys for candidate in range(candidates)],
+        [(*key, particle) for key in keys for particle in range(particles)],
         config.seed,
         steps,
         world.backbone.latent_shape,
     )
     rewards = world.rewards[: len(config.rewards)]
-    method, uniforms = world.steering(way, candidates), uniforms_for(keys, config.seed, steps)
+    method, uniforms = world.steering(way, particles), uniforms_for(keys, config.seed, steps)
     return rollout(
         policy,
         TrueReward(world.backbone, rewards, prompts, world.critic) if way.truth else world.critic,
@@ -194,27 +194,27 @@ def _sample(world: World, way: Way, candidates: int, block: range, prompts: Sequ
     )
 
 
-def points(world: World, name: str, candidates: int) -> list[Record]:
-    """What `make` gave, chosen by each of CHOICES, for this number of candidates or, where nested, for every smaller
-    one too: {candidates, choice, nfe, rewards: [prompts][R], diversity, seconds}."""
+def points(world: World, name: str, particles: int) -> list[Record]:
+    """What `make` gave, chosen by each of CHOICES, for this number of particles or, where nested, for every smaller
+    one too: {particles, choice, nfe, rewards: [prompts][R], diversity, seconds}."""
     way = WAYS[name]
-    made = make(world, way, candidates)
+    made = make(world, way, particles)
     found = []
-    for count in range(1, candidates + 1) if way.nested else [candidates]:
+    for count in range(1, particles + 1) if way.nested else [particles]:
         steering = world.steering(way, count)
         truth = world.critic.standardise(made.rewards[..., : len(world.config.rewards)])
         by = {"critic": made.values, "reward": truth}
         for choice in CHOICES if count > 1 else CHOICES[:1]:
             chosen = steering.select(by[choice][:, :count])
             rows = torch.arange(len(chosen))
-            pictures = made.images[rows, chosen]
+            chosen_images = made.images[rows, chosen]
             extra = len(chosen) - world.num_prompts
-            pairs = np.stack([pictures[:extra], pictures[world.num_prompts :]], 1)
+            pairs = np.stack([chosen_images[:extra], chosen_images[world.num_prompts :]], 1)
             judged = count if choice == "reward" else 0
             found.append(
                 {
                     "way": name,
-                    "candidates": count,
+                    "particles": count,
                     "choice": choice if count > 1 else "none",
                     "nfe": world.nfe(way, count),
                     "rewards": made.rewards[rows, chosen][: world.num_prompts].tolist(),
@@ -227,8 +227,8 @@ def points(world: World, name: str, candidates: int) -> list[Record]:
     return found
 
 
-def cost(world: World, pictures: int = _ROWS) -> Record:
-    """Seconds of a rollout of `pictures` rows, plain, with resampling of 4 and with the value gradient, both at every
+def cost(world: World, images: int = _ROWS) -> Record:
+    """Seconds of a rollout of `images` rows, plain, with resampling of 4 and with the value gradient, both at every
     step, in turns; and the median ratios to plain, which asks no critic."""
     whole = {"start": 0.0, "stop": 1.0}
     steering = {
@@ -236,7 +236,7 @@ def cost(world: World, pictures: int = _ROWS) -> Record:
         "resampling": world.steering(WAYS["resampling"], 4, **whole),
         "value_gradient": world.steering(WAYS["value_gradient"], 1, **whole),
     }
-    steps, texts = world.config.kernel.num_steps, [prompt.text for prompt in world.prompts[:pictures]]
+    steps, texts = world.config.kernel.num_steps, [prompt.text for prompt in world.prompts[:images]]
     policy = Policy(world.backbone, world.kernel)
     noise = noise_for([(row,) for row in range(len(texts))], 0, steps, world.backbone.latent_shape)
     conditioning = world.backbone.encode(texts)
@@ -244,7 +244,7 @@ def cost(world: World, pictures: int = _ROWS) -> Record:
     for turn in range(_TURNS + 1):
         for name in list(steering)[:: 1 if turn % 2 else -1]:
             method = steering[name]
-            uniforms = torch.full((len(texts) // (method.candidates if method else 1), steps), 0.5)
+            uniforms = torch.full((len(texts) // (method.particles if method else 1), steps), 0.5)
             critic = world.critic if method else None
             began = time.process_time()
             rollout(policy, critic, conditioning, noise, steering=SteeringRun(method, uniforms) if method else None)
@@ -285,7 +285,7 @@ def compared(rows: Sequence[Record], names: Sequence[str], config: Config) -> li
                 "minus_plain": interval(rewards[:, main] - control[min(control)], _BOOTSTRAP, 0),
             }
         )
-    return [row for row in found if not WAYS[row["way"]].nested or row["candidates"] in MULTIPLES]
+    return [row for row in found if not WAYS[row["way"]].nested or row["particles"] in MULTIPLES]
 
 
 def _by_critic(point: Record) -> bool:
@@ -296,7 +296,7 @@ def _by_critic(point: Record) -> bool:
 
 def label(point: Record) -> str:
     """`resampling x4, reward's choice`."""
-    own = f"{WAYS[point['way']].label} x{point['candidates']}"
+    own = f"{WAYS[point['way']].label} x{point['particles']}"
     return own if point["choice"] == "none" else f"{own}, {point['choice']}'s choice"
 
 
@@ -308,9 +308,9 @@ def trained(config: Config, run: str, folder: Path) -> tuple[Path, Record]:
     place = Path(run) if run else folder / f"{config.recipe}-{config.hash[:8]}"
     name, output = place.name, str(place.parent)
     if not run:
-        verbs.prepare(name, "", output, config.recipe, overrides=["train.num_workers=1"])
-        verbs.pretrain_value(name, "", output)
-        verbs.train(name, "", output)
+        steps.prepare(name, "", output, config.recipe, overrides=["train.num_workers=1"])
+        steps.pretrain_value(name, "", output)
+        steps.train(name, "", output)
     store = open_store(default_store(output))
     manifests = [store.fetch(f"{name}/{step}", place / step) for step in ("pretrain-value", "train")]
     return place, {manifest.step: [manifest.commit, manifest.digest] for manifest in manifests}
@@ -376,7 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steering", description=__doc__.partition("\n")[0])
     parser.add_argument("--recipe", default="shapes-unet")
     parser.add_argument("--run", default="", help="<output>/<id> of a run that has trained; else it is trained here")
-    parser.add_argument("--prompts", type=int, default=_PROMPTS, help="held-out prompts, one picture each")
+    parser.add_argument("--prompts", type=int, default=_PROMPTS, help="held-out prompts, one image each")
     parser.add_argument("--output", type=Path, default=FULL.results, help="folder of steering-<recipe>.json and .svg")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where what is measured is kept")
     options = parser.parse_args(arguments)
@@ -387,12 +387,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = f"steering-{options.recipe}"
     (options.output / f"{name}.json").write_text(dump(found))
     figures.draw({name: found}, options.output)
-    _tell("\n".join(report.steering(found, every=True)))
-    _tell("\n".join(verdicts("steering", found)))
+    _say("\n".join(report.steering(found, every=True)))
+    _say("\n".join(verdicts("steering", found)))
     return 0
 
 
-def _tell(text: str) -> None:
+def _say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
 

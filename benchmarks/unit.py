@@ -43,9 +43,9 @@ from latentac.training.trainer import Trainer, new_trainer
 from latentac.worlds.prompts import Prompt, balanced, load_prompts
 from latentac.worlds.shapes import builtin_pipeline
 
-_CURVE_SHARE = 4  # of the held-out pictures one in so many is enough for a point of the curve
+_CURVE_SHARE = 4  # of the held-out images one in so many is enough for a point of the curve
 _CURVE_POINTS = 8
-_PICTURES = 8  # in the row that is kept to look at, before and after
+_IMAGES = 8  # in the row that is kept to look at, before and after
 _RECORD = "unit-progress.json"  # in a checkpoint, beside what the trainer writes
 _SOURCES = tuple(
     f"{folder}/**/*"
@@ -75,18 +75,18 @@ class HeldOut:
         self.rewards = measured(config, first=MEASURED)
 
     def sample(self, policy: Policy, critic: Critic | None, count: int) -> Arm:
-        """A picture of each of the first `count` prompts."""
+        """An image of each of the first `count` prompts."""
         return self._sample(policy, critic, self.shown[:count])
 
     def groups(self, policy: Policy, critic: Critic | None) -> Arm:
-        """`pictures_per_prompt` pictures of each of the first `num_diversity_prompts` prompts, one after another."""
+        """`images_per_prompt` images of each of the first `num_diversity_prompts` prompts, one after another."""
         settings = self.config.evaluation
         shown = self.shown[: settings.num_diversity_prompts]
-        return self._sample(policy, critic, [one for one in shown for _ in range(settings.pictures_per_prompt)])
+        return self._sample(policy, critic, [one for one in shown for _ in range(settings.images_per_prompt)])
 
     def spread(self, arm: Arm) -> np.ndarray:
         """Diversity of each prompt of `groups`."""
-        count = self.config.evaluation.pictures_per_prompt
+        count = self.config.evaluation.images_per_prompt
         return diversity(arm.images.reshape(-1, count, *arm.images.shape[1:]))
 
     def _sample(self, policy: Policy, critic: Critic | None, prompts: Sequence[Prompt]) -> Arm:
@@ -150,7 +150,7 @@ class Run:
                     settings, policy, fitted, states, held_out, seed=self.config.seed, weights=weights
                 )
                 fits[passes] = [entry["held_out_explained_variance"] for entry in history]
-                _tell(f"{passes}/{passes}  explained variance {np.mean(fits[passes][-1]):.3f}")
+                _say(f"{passes}/{passes}  explained variance {np.mean(fits[passes][-1]):.3f}")
         best = np.concatenate(list(fits.values())).max(0).tolist()
         return self._result({"critic": {"explained_variance": fits[passes][-1], "best": best, "passes": fits}})
 
@@ -169,7 +169,7 @@ class Run:
                 self._measure(trainer)
             if trainer.finished or trainer.iteration % self.config.train.checkpoint_every == 0:
                 self._checkpoint(trainer)
-            _tell(f"{trainer.iteration}/{total}  reward {entry['reward_mean']:.3f}  kl {entry['kl']:.4f}")
+            _say(f"{trainer.iteration}/{total}  reward {entry['reward_mean']:.3f}  kl {entry['kl']:.4f}")
         trainer.publish_weights()
         return self._result(self._evaluate(trainer))
 
@@ -188,7 +188,7 @@ class Run:
             self.progress["base_rewards"] = base.scores.rewards.tolist()
             self.progress["base_diversity"] = self.held_out.spread(self.held_out.groups(policy, None)).tolist()
             self._point(0, base.scores, None)
-            contact_sheet(base.images[:_PICTURES], _PICTURES).save(self.folder / "base.png")
+            contact_sheet(base.images[:_IMAGES], _IMAGES).save(self.folder / "base.png")
         critic = self._critic(policy)
         scored = self._pretrain(policy, critic) if self.config.pretrain.num_images else None
         trainer = self._trainer(policy, critic, scored)
@@ -232,7 +232,7 @@ class Run:
         with self.timed("evaluation"):
             final = self.held_out.sample(policy, critic, settings.num_images)
             groups = self.held_out.groups(policy, critic)
-        contact_sheet(final.images[:_PICTURES], _PICTURES).save(self.folder / "trained.png")
+        contact_sheet(final.images[:_IMAGES], _IMAGES).save(self.folder / "trained.png")
         gain = Scores(final.scores.rewards - torch.tensor(self.progress["base_rewards"]), final.scores.names)
         spread, before = self.held_out.spread(groups), np.array(self.progress["base_diversity"])
         base, summary = self.progress["base"], _summary(final.scores, self.config)
@@ -259,7 +259,7 @@ class Run:
     def _judge(self, critic: Critic, final: Arm, groups: Arm) -> Record:
         """Explained variance of the main reward over prompts, and rank correlation within prompts, at each step."""
         main, name = self.config.main_reward, self.config.reward_names[self.config.main_reward]
-        count = self.config.evaluation.pictures_per_prompt
+        count = self.config.evaluation.images_per_prompt
         group = torch.arange(len(groups.images)) // count
         passes = self.progress.get("passes", [])
         return {
@@ -353,7 +353,7 @@ def main(folder: str) -> int:
 
 
 def _summary(scores: Scores, config: Config) -> Record:
-    """Of each reward mean, its 95 % bootstrap interval over pictures, n, and the pictures' standard deviation."""
+    """Of each reward mean, its 95 % bootstrap interval over images, n, and the images' standard deviation."""
     found = intervals(scores, config.evaluation.num_bootstrap, config.seed)
     return {name: {**entry, "std": float(scores.column(name).std(correction=0))} for name, entry in found.items()}
 
@@ -370,7 +370,7 @@ def _write(path: Path, content: Record) -> None:
     part.replace(path)
 
 
-def _tell(line: str) -> None:
+def _say(line: str) -> None:
     """The last line of the log is what the scheduler shows."""
     print(line, flush=True)
 

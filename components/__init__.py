@@ -1,4 +1,4 @@
-"""The pipeline's steps: one folder a step, each a thin KFP component over one verb of `latentac.runs.verbs`."""
+"""The pipeline's steps: one folder per step, each a thin KFP component over one function of `latentac.runs.steps`."""
 
 import os
 from importlib.metadata import version

@@ -150,8 +150,8 @@ def verify(signer: Signer, subject: str, predicates: Mapping[str, Path]) -> None
         if SIGNATURE not in (each["critical"]["type"] for each in found):  # cosign takes an attestation for one, too
             raise Unavailable(f"{subject} has attestations and no signature by this signer: release it again")
         for kind, file in predicates.items():
-            told = cosign("verify-attestation", *options, "--type", kind, subject).splitlines()
-            statements = [json.loads(base64.b64decode(json.loads(line)["payload"])) for line in told]
+            output = cosign("verify-attestation", *options, "--type", kind, subject).splitlines()
+            statements = [json.loads(base64.b64decode(json.loads(line)["payload"])) for line in output]
             if json.loads(file.read_text()) not in (each["predicate"] for each in statements):
                 raise Unavailable(f"{subject}: what was attested as {kind} is not what {file} says: release it again")
 

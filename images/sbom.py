@@ -87,8 +87,8 @@ def _debian(listing: str) -> Iterable[dict[str, Any]]:
         yield {"type": "library", "bom-ref": address, "name": name, "version": version, "purl": address}
 
 
-def _modules(told: str) -> Iterable[dict[str, Any]]:
-    for line in told.splitlines():
+def _modules(output: str) -> Iterable[dict[str, Any]]:
+    for line in output.splitlines():
         fields = line.split()
         if fields[:1] in (["mod"], ["dep"]):
             address = f"pkg:golang/{fields[1]}@{fields[2]}"

@@ -1,7 +1,7 @@
 """latentac: actor-critic reinforcement learning for diffusion models in latent space.
 
 The public names are in `__init__.pyi`. A name is imported when it is first used, so `import latentac` costs no torch.
-Start reading at `latentac.runs.verbs`: every verb of the command line is a function there.
+Start reading at `latentac.runs.steps`: every step of the command line is a function there.
 """
 
 import lazy_loader

@@ -47,94 +47,104 @@ def _parser() -> argparse.ArgumentParser:
         f"{_ENVIRONMENT}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = parser.add_subparsers(metavar="command", required=True)
+    commands = parser.add_subparsers(metavar="command", required=True)
     release = "--release latentac --kube-namespace latentac"
 
-    compiling = _add(verbs, "compile", "write the YAML for a cluster", f"{release} --to latentac.yaml", _compile)
+    compiling = _add(commands, "compile", "write the YAML for a cluster", f"{release} --to latentac.yaml", _compile)
     _add_cluster(compiling)
     compiling.add_argument("--to", type=Path, required=True, metavar="FILE", help="the pipeline's YAML")
     compiling.add_argument("--manifests", type=Path, metavar="FILE", help="also write Kubernetes objects to this file")
 
-    upload = _add(verbs, "upload", "upload the pipeline, if it has changed", f"{_HOST} {release}", _upload)
+    upload = _add(commands, "upload", "upload the pipeline, if it has changed", f"{_HOST} {release}", _upload)
     submit = _add(
-        verbs, "submit", "start a run", f"{_HOST} {release} --recipe shapes-unet-smoke --set seed=1 --follow", _submit
+        commands,
+        "submit",
+        "start a run",
+        f"{_HOST} {release} --recipe shapes-unet-smoke --set seed=1 --follow",
+        _submit,
     )
-    schedule = _add(verbs, "schedule", "start runs on a schedule", f"{_HOST} {release} --cron '0 0 3 * * 1'", _schedule)
-    for verb in (upload, submit, schedule):
-        _add_host(verb)
-        _add_cluster(verb)
-    for verb in (submit, schedule):
-        _add_request(verb)
+    schedule = _add(
+        commands, "schedule", "start runs on a schedule", f"{_HOST} {release} --cron '0 0 3 * * 1'", _schedule
+    )
+    for each in (upload, submit, schedule):
+        _add_host(each)
+        _add_cluster(each)
+    for each in (submit, schedule):
+        _add_request(each)
     submit.add_argument("--run", help="the run's id (default: <recipe>-<UTC time>); a known id continues that run")
     submit.add_argument("--follow", action="store_true", help="wait until the run ends")
     _add_bounds(submit)
     schedule.add_argument("--cron", required=True, help="times: second minute hour day month weekday")
     schedule.add_argument("--name", default="latentac", help="name of the schedule (default: %(default)s)")
 
-    follow = _add(verbs, "follow", "show the progress of a run until it ends", f"{_HOST} 8f14e45f-ceea-467f", _follow)
+    follow = _add(
+        commands, "follow", "show the progress of a run until it ends", f"{_HOST} 8f14e45f-ceea-467f", _follow
+    )
     _add_bounds(follow)
-    report = _add(verbs, "report", "fetch a run's report", f"{_HOST} 8f14e45f-ceea-467f --to report.html", _report)
+    report = _add(commands, "report", "fetch a run's report", f"{_HOST} 8f14e45f-ceea-467f --to report.html", _report)
     report.add_argument("--to", type=Path, required=True, metavar="FILE", help="the page")
     report.add_argument("--store", default="", metavar="URL", help="the store (default: the run's own)")
-    cancel = _add(verbs, "cancel", "stop a run and its training job", f"{_HOST} 8f14e45f-ceea-467f", _cancel)
-    runs = _add(verbs, "runs", "list the newest runs", _HOST, _runs)
+    cancel = _add(commands, "cancel", "stop a run and its training job", f"{_HOST} 8f14e45f-ceea-467f", _cancel)
+    runs = _add(commands, "runs", "list the newest runs", _HOST, _runs)
     runs.add_argument("--count", type=whole(1, 1000), default=10, metavar="N", help="how many (default: %(default)s)")
-    for verb in (follow, report, cancel, runs):
-        _add_host(verb)
+    for each in (follow, report, cancel, runs):
+        _add_host(each)
     _add_cluster(follow)
-    for verb in (follow, report, cancel):
-        verb.add_argument("id", help="the run's id in Kubeflow Pipelines, which submit prints")
+    for each in (follow, report, cancel):
+        each.add_argument("id", help="the run's id in Kubeflow Pipelines, which submit prints")
     return parser
 
 
 def _add(
-    verbs: Any, name: str, summary: str, example: str, command: Callable[[argparse.Namespace], None]
+    commands: Any, name: str, summary: str, example: str, command: Callable[[argparse.Namespace], None]
 ) -> argparse.ArgumentParser:
-    verb: argparse.ArgumentParser = verbs.add_parser(
+    parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
         epilog=f"example:\n  {_PROGRAM} {name} {example}\n\n{_ENVIRONMENT}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verb.set_defaults(command=command)
-    return verb
+    parser.set_defaults(command=command)
+    return parser
 
 
-def _add_host(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--host", metavar="URL", help="the API of Kubeflow Pipelines")
-    verb.add_argument("--namespace", default="", help="your namespace, if the host has several users")
-    verb.add_argument("--ca", default="", metavar="FILE", help="certificate authority of the host")
+def _add_host(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", metavar="URL", help="the API of Kubeflow Pipelines")
+    parser.add_argument("--namespace", default="", help="your namespace, if the host has several users")
+    parser.add_argument("--ca", default="", metavar="FILE", help="certificate authority of the host")
 
 
-def _add_cluster(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--cluster-settings", type=Path, metavar="FILE", help="the release's cluster.yaml")
-    verb.add_argument("--release", default="", metavar="NAME", help="release of the chart to read the settings from")
-    verb.add_argument(
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cluster-settings", type=Path, metavar="FILE", help="the release's cluster.yaml")
+    parser.add_argument("--release", default="", metavar="NAME", help="release of the chart to read the settings from")
+    parser.add_argument(
         "--kube-namespace", default="", metavar="NS", help="namespace of the release in the KUBECONFIG's cluster"
     )
 
 
-def _add_request(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--recipe", default="shapes-unet", help="named configuration (default: %(default)s)")
-    verb.add_argument("--config", default="", metavar="FILE", help="YAML file that overrides the recipe")
-    verb.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one field; may be repeated")
-    verb.add_argument("--project", default="", metavar="NAME", help="the same as --set project=NAME")
-    verb.add_argument(
+def _add_request(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", default="shapes-unet", help="named configuration (default: %(default)s)")
+    parser.add_argument("--config", default="", metavar="FILE", help="YAML file that overrides the recipe")
+    parser.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one field; may be repeated")
+    parser.add_argument("--project", default="", metavar="NAME", help="the same as --set project=NAME")
+    parser.add_argument(
         "--package", type=Path, metavar="DIR", help="your own code (at most 48 KiB packed), importable in each step"
     )
-    verb.add_argument("--experiment", default="latentac", help="experiment in the UI (default: %(default)s)")
-    verb.add_argument("--pipeline-root", default="", metavar="URL", help="root of KFP's own artifacts (default: KFP's)")
+    parser.add_argument("--experiment", default="latentac", help="experiment in the UI (default: %(default)s)")
+    parser.add_argument(
+        "--pipeline-root", default="", metavar="URL", help="root of KFP's own artifacts (default: KFP's)"
+    )
 
 
-def _add_bounds(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
+def _add_bounds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--pending-seconds", type=seconds, default=900.0, metavar="S", help="wait for a pod (default: %(default)s)"
     )
-    verb.add_argument(
+    parser.add_argument(
         "--poll-seconds", type=seconds, default=3.0, metavar="S", help="time between polls (default: %(default)s)"
     )
-    verb.add_argument("--total-seconds", type=seconds, metavar="S", help="limit of the whole run (default: none)")
+    parser.add_argument("--total-seconds", type=seconds, metavar="S", help="limit of the whole run (default: none)")
 
 
 def _compile(options: argparse.Namespace) -> None:

@@ -29,14 +29,14 @@ _HELD_LINES = 40
 class Console(io.TextIOBase):
     """A text stream for kfp.local to write to; what is to be seen goes to `out`. `optional`: steps that may be skipped.
 
-    Keeps in the file `timings` the wall seconds of each stage, `{"stages": {step: seconds}, "total": seconds}`, summed
+    Keeps in the file `timings` the wall seconds of each step, `{"steps": {step: seconds}, "total": seconds}`, summed
     over all starts of the run.
     """
 
     def __init__(self, steps: Sequence[str], out: TextIO, timings: Path, optional: Sequence[str] = ()) -> None:
         self._steps, self._out, self._file, self._optional = list(steps), Guarded(out), timings, set(optional)
         before = read_timings(timings)
-        self._stages: dict[str, float] = dict(before.get("stages", {}))
+        self._booked: dict[str, float] = dict(before.get("steps", {}))
         self._total: float = before.get("total", 0.0)
         self._partial, self._held = "", deque[str](maxlen=_HELD_LINES)
         self._since = time.monotonic()
@@ -69,13 +69,13 @@ class Console(io.TextIOBase):
         """The last lines that were not shown."""
         return list(self._held)
 
-    def count(self, stage: str | None) -> float:
-        """Book the wall seconds since the last call on `stage` and on the total. Returns them."""
+    def count(self, step: str | None) -> float:
+        """Book the wall seconds since the last call on `step` and on the total. Returns them."""
         seconds, self._since = time.monotonic() - self._since, time.monotonic()
         self._total += seconds
-        if stage is not None:
-            self._stages[stage] = self._stages.get(stage, 0.0) + seconds
-        write_whole(self._file, json.dumps({"stages": self._stages, "total": self._total}, indent=2))
+        if step is not None:
+            self._booked[step] = self._booked.get(step, 0.0) + seconds
+        write_whole(self._file, json.dumps({"steps": self._booked, "total": self._total}, indent=2))
         return seconds
 
     def skip(self, step: str) -> None:
@@ -84,16 +84,16 @@ class Console(io.TextIOBase):
         self.say(f"{self._label(step)} done already")
 
     def table(self) -> list[str]:
-        """Stage timings, a line each, and the total."""
+        """The steps' seconds, a line each, and the total."""
         rows = []
         for step in self._steps:
-            seconds = f"{self._stages.get(step, 0.0):.1f} s" if step in self.finished else "skipped"
+            seconds = f"{self._booked.get(step, 0.0):.1f} s" if step in self.finished else "skipped"
             rows.append(f"  {step:<16}{seconds:>10}" + ("  done already" if self.finished.get(step) else ""))
         return [*rows, f"  {'total':<16}{duration(self._total):>10}"]
 
     def _receive(self, line: str) -> None:
-        text, _, told = line.partition(EVENT_MARK)
-        event = self._event(told)
+        text, _, encoded = line.partition(EVENT_MARK)
+        event = self._event(encoded)
         text = text if event else line  # a prompt may hold anything, the mark too
         if text.strip():
             # Of several lines that a container gives at once, kfp indents the first.
@@ -104,9 +104,9 @@ class Console(io.TextIOBase):
         if event:
             self._follow(event)
 
-    def _event(self, told: str) -> dict[str, Any] | None:
+    def _event(self, encoded: str) -> dict[str, Any] | None:
         try:
-            found = parse_json(told)
+            found = parse_json(encoded)
             return found if found["task"] in self._steps and found["event"] in ("begin", "end", "fail") else None
         except (ValueError, KeyError, TypeError):
             return None

@@ -87,7 +87,7 @@ def _way(run: str, request: Request, output: Path) -> contextlib.AbstractContext
 
 def _done_already(run: str, request: Request, way: Way, console: Console) -> bool:
     """Whether every step is published for this very request, its report too; then each is told, and none is started."""
-    from latentac.runs.verbs import VERBS, prepare
+    from latentac.runs.steps import FUNCTIONS, prepare
     from latentac.store import open_store
 
     try:
@@ -102,7 +102,7 @@ def _done_already(run: str, request: Request, way: Way, console: Console) -> boo
         }
         prepared = prepare(run, way.store, str(way.output), request.recipe, **given)  # it is done: it only compares
         config_hash = prepared.config_hash
-        steps = [step for step in VERBS if f"{run}/{step}" in known]
+        steps = [step for step in FUNCTIONS if f"{run}/{step}" in known]
         found = {step: store.manifest(f"{run}/{step}") for step in steps}
     except LatentacError:  # the step that meets it says so
         return False
@@ -111,11 +111,11 @@ def _done_already(run: str, request: Request, way: Way, console: Console) -> boo
     published = [manifest.digest for step, manifest in found.items() if step != "finish"]
     if [parent.sha256 for parent in found["finish"].parents] != published:
         return False
-    missing, deployed = set(VERBS) - set(steps), found.get("deploy")
-    judged = [parent.sha256 for parent in deployed.parents] if deployed else []
+    missing, deployed = set(FUNCTIONS) - set(steps), found.get("deploy")
+    decided = [parent.sha256 for parent in deployed.parents] if deployed else []
     if (
         "gate" not in found
-        or (deployed and found["gate"].digest not in judged)  # it was judged anew since
+        or (deployed and found["gate"].digest not in decided)  # it was decided anew since
         or missing > {"deploy"}
         or (("deploy" in missing) == (found["gate"].metrics["decision"] == "promote"))
     ):
@@ -202,7 +202,7 @@ def _conclude(run: str, request: Request, output: Path, way: Way, console: Conso
             lines.append(f"serve    {typed('serve', *place)}")
         else:
             lines.append(f"look at  {typed('serve', *place)}")
-            lines.append(f"judge    {typed('gate', *place, '--dry-run', '--set', 'gate.FIELD=VALUE')}")
+            lines.append(f"decide   {typed('gate', *place, '--dry-run', '--set', 'gate.FIELD=VALUE')}")
     commands = next_commands(run, way.store, str(output))
     if (output / run / "tensorboard").exists():
         lines.append(f"curves   {commands['tensorboard']}")

@@ -67,7 +67,7 @@ def _without_classes(request: Request, problem: str) -> "Plan":
 
 def _print(made: "Plan", settings: str, request: Request, output: Path, run: str) -> int:
     """settings: as text, "" where they are refused."""
-    from latentac.runs.verbs import VERBS
+    from latentac.runs.steps import FUNCTIONS
 
     store, refused = request.store_url(output), list(made.refused)
     if run:
@@ -81,7 +81,7 @@ def _print(made: "Plan", settings: str, request: Request, output: Path, run: str
     print(f"store    {store}")
     print("steps")
     published = _published(store, run)
-    for number, step in enumerate(VERBS, 1):
+    for number, step in enumerate(FUNCTIONS, 1):
         note = "done already" if step in published else "if the gate promotes" if step == "deploy" else ""
         print(f"  {number} {step:<16}{note}".rstrip())
     print(f"needs    {_needs(made)}")

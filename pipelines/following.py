@@ -33,7 +33,7 @@ class Follower:
     total_seconds: float | None = None
     outage_seconds: float = 300.0
     _seen: dict[str, str] = field(default_factory=dict)
-    _told: dict[str, float] = field(default_factory=dict)
+    _announced: dict[str, float] = field(default_factory=dict)
     _states: list[str] = field(default_factory=list)
     _waiting: float | None = None
 
@@ -43,7 +43,7 @@ class Follower:
         while True:
             run = self._read(run_id)
             details = list(run.run_details.task_details or []) if run.run_details else []
-            self._tell(details)
+            self._announce(details)
             state = _state(run)
             if state in OVER:
                 return self._conclude(run_id, state)
@@ -66,7 +66,7 @@ class Follower:
                 self.say(f"{error.where}: {error.problem}; trying again")
                 time.sleep(self.poll_seconds)
 
-    def _tell(self, details: list[Any]) -> None:
+    def _announce(self, details: list[Any]) -> None:
         """A line where a step has begun, and one where it has ended."""
         for number, step in enumerate(self.steps, start=1):
             label = f"[{number}/{len(self.steps)}] {step}"
@@ -93,8 +93,8 @@ class Follower:
         now = time.monotonic()
         self._waiting = now if self._waiting is None else self._waiting
         for trouble in troubles:
-            if now - self._told.get(trouble, -3600.0) > 300.0:
-                self._told[trouble] = now
+            if now - self._announced.get(trouble, -3600.0) > 300.0:
+                self._announced[trouble] = now
                 self.say(f"      waits: {trouble}")
         if now - self._waiting > self.pending_seconds:
             reasons = troubles or _messages(self.service.nodes(run_id), self.steps, {"Pending"})

@@ -95,8 +95,8 @@ def load(name: str, output: Path) -> Sweep:
             raise ValueError("it names other places than its own")
         return dataclasses.replace(found, request=located(found.request, path.parent))
     except ValueError as error:
-        told = problem_of(error) if isinstance(error, ValidationError) else str(error)
-        raise IntegrityError(str(path), f"is not a sweep's JSON ({told})", "Start another sweep") from None
+        text = problem_of(error) if isinstance(error, ValidationError) else str(error)
+        raise IntegrityError(str(path), f"is not a sweep's JSON ({text})", "Start another sweep") from None
 
 
 def members(grid: Sequence[str], seeds: Sequence[int]) -> list[Member]:

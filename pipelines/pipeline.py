@@ -36,7 +36,7 @@ def compose(place: Callable[[dsl.PipelineTask], object] | None = None, *, own_id
         package: str = "",
         output: str = "runs",
     ) -> None:
-        """Caching is off everywhere: a verb itself returns at once when its artifact is published already."""
+        """Caching is off everywhere: a step itself returns at once when its artifact is published already."""
         common = {"run": dsl.PIPELINE_JOB_ID_PLACEHOLDER if own_id else run, "store": store, "output": output}
         finished = finish(**common)
         with dsl.ExitHandler(finished, name="steps"):

@@ -166,9 +166,9 @@ def read_request(folder: Path) -> Request:
     try:
         request = _REQUEST.validate_json(json.dumps(read_json(folder / _FILE)), strict=True)
     except (OSError, ValueError) as error:
-        told = problem_of(error) if isinstance(error, ValidationError) else str(error)
+        text = problem_of(error) if isinstance(error, ValidationError) else str(error)
         remedy = "Start a new run; what this one has published stays in its store."
-        raise ConfigError([Problem("--resume", folder.name, f"its {_FILE} cannot be read ({told})", remedy)]) from None
+        raise ConfigError([Problem("--resume", folder.name, f"its {_FILE} cannot be read ({text})", remedy)]) from None
     if (folder / _CONFIG_BEFORE).is_file():
         request = dataclasses.replace(request, config=_CONFIG_BEFORE)
     return located(request, folder)

@@ -226,8 +226,8 @@ class Service:
 
     def _refused(self, where: str, error: api.ApiException) -> ClusterError:
         try:
-            told = parse_json(error.body)
-            words = str(told.get("error_message") or told.get("message") or told.get("error"))
+            body = parse_json(error.body)
+            words = str(body.get("error_message") or body.get("message") or body.get("error"))
         except (TypeError, ValueError, AttributeError):  # a proxy's page
             words = str(error.reason)
         status = int(error.status or 0)

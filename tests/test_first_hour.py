@@ -58,7 +58,7 @@ from latentac.training.algorithms.surrogate import SurrogateSettings, policy_los
 
 
 class Sign(Algorithm):
-    """Only whether a picture is better than what the critic expected counts, not by how much."""
+    """Only whether an image is better than what the critic expected counts, not by how much."""
 
     uses_critic = True
 
@@ -85,7 +85,7 @@ from latentac.sampling.steering.best_of_n import BestOfN
 
 
 class Second(BestOfN):
-    """Keeps the candidate of a rank that its settings name."""
+    """Keeps the particle of a rank that its settings name."""
 
     summary = "keeps the second best"
 
@@ -94,11 +94,11 @@ class Second(BestOfN):
 
         rank: int = 1
         """0 is the best."""
-        candidates: list[int] = [3]
+        sweep_particles: list[int] = [3]
 
     def select(self, values):
         scores = weighted(values.flatten(0, 1), self.weights).view(values.shape[:2])
-        return scores.argsort(1, descending=True)[:, min(self.settings.rank, self.candidates - 1)]
+        return scores.argsort(1, descending=True)[:, min(self.settings.rank, self.particles - 1)]
 ''',
 }
 CONFIG = """
@@ -111,7 +111,7 @@ policy: {adaptation: lora, lora_rank: 4, lora_alpha: 8}
 algorithm: {use: "mine.algorithms:Sign", threshold: 0.01}
 kernel: {num_steps: 4}
 steering:
-  methods: [{use: value_gradient, sweep: [5.0], candidates: []}, {use: "mine.steering:Second", name: second}]
+  methods: [{use: value_gradient, sweep: [5.0], sweep_particles: []}, {use: "mine.steering:Second", name: second}]
 gate: {reward: colour, max_latency_ratio: 20.0}
 """
 
@@ -173,14 +173,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 
 def drawn(folder: Path) -> np.ndarray:
-    with Image.open(folder / "picture.png") as picture:
-        return np.asarray(picture.convert("RGB")).astype(int)
+    with Image.open(folder / "image.png") as image:
+        return np.asarray(image.convert("RGB")).astype(int)
 
 
 def test_own_model_reward_and_prompts_are_promoted_and_served(home: Home) -> None:
     """After the demo's smoke run in the same folder: your own package with a reward with options, an algorithm and a
     steering method; prompts with metadata; a sharded SD1.5 layout with a variant beside it; LoRA. From `latentac run`
-    to promoted and served; and both exports draw the served picture in plain diffusers, within one grey level."""
+    to promoted and served; and both exports draw the served image in plain diffusers, within one grey level."""
     began = time.monotonic()
     imported = home.run(
         "python", "-c", "import latentac.pipelines; print(latentac.__file__, latentac.pipelines.__file__)"
@@ -192,10 +192,10 @@ def test_own_model_reward_and_prompts_are_promoted_and_served(home: Home) -> Non
     command = ["latentac", "run", "--recipe", "shapes-unet-smoke", "--config", "mine.yaml", "--package", "mine"]
     planned = home.run(*command, "--dry-run")
     assert "mine.rewards:Closeness" in planned
-    told = home.run(*command)
-    print(told)
-    assert "gate     promote" in told
-    name = re.findall(r"^run (\S+), recipe", told, re.M)[0]
+    output = home.run(*command)
+    print(output)
+    assert "gate     promote" in output
+    name = re.findall(r"^run (\S+), recipe", output, re.M)[0]
     summary: dict[str, Any] = json.loads((home.folder / "runs" / name / "summary.json").read_text())
     assert summary["serving"]["project"] == "mine", "the demo's model judges no other project's"
     assert set(summary["evaluation"]["trained"]) == {"colour", "plain"}
@@ -213,17 +213,17 @@ def test_own_model_reward_and_prompts_are_promoted_and_served(home: Home) -> Non
         "import sys, torch\nfrom pathlib import Path\nfrom PIL import Image\n"
         "from latentac.serving.generator import Generator\n"
         f"made = Generator(Path('served'), torch.device('cpu')).generate({prompt!r}, 0, method='none')\n"
-        "Image.fromarray(made.images[0]).save('picture.png')\n"
+        "Image.fromarray(made.images[0]).save('image.png')\n"
     )
     home.run("python", "-c", script, LATENTAC_ALLOW_EXTENSIONS="mine.steering:Second", PYTHONPATH=str(home.folder))
     expected = drawn(home.folder)
-    assert expected.std() > 1, "a picture of one colour proves nothing"
+    assert expected.std() > 1, "an image of one colour proves nothing"
     for block in blocks:
-        (served / "picture.png").unlink(missing_ok=True)
+        (served / "image.png").unlink(missing_ok=True)
         if not (served / "my-model").exists():
             (served / "my-model").symlink_to(home.folder / "my-model")
         home.run("python", "-c", f"import os; os.chdir('served')\n{block}")
         difference = np.abs(drawn(served) - expected).max()
-        print(f"largest difference to the served picture: {difference} of 255")
+        print(f"largest difference to the served image: {difference} of 255")
         assert difference <= 1
     print(f"demo {demo:.0f} s, all {time.monotonic() - began:.0f} s")

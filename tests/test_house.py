@@ -24,7 +24,7 @@ MAX_MODULE_LINES = 350
 MAX_POSITIONAL = 6
 
 # Tables whose keys a user writes in a configuration or on the command line, beside those of "module:Class" rows.
-TABLES = {"KERNELS", "PIPELINES", "RECIPES", "VERBS"}
+TABLES = {"KERNELS", "PIPELINES", "RECIPES", "FUNCTIONS"}
 METHOD_MAY_IMPORT = {"collections.abc", "dataclasses", "enum", "hashlib", "jaxtyping", "math", "typing", "torch"}
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 NO_NAMES = {"utils", "common", "base", "core", "registry", "helpers", "misc"}
@@ -97,12 +97,12 @@ def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def verbs() -> list[str]:
-    """The verbs that `latentac --help` lists."""
+def commands() -> list[str]:
+    """The commands that `latentac --help` lists."""
     listed = run_cli("--help")
     assert listed.returncode == 0, listed.stderr
     found = re.findall(r"^ {4,8}([a-z][a-z-]+)(?: {2,}\S.*|)$", listed.stdout, re.MULTILINE)
-    assert found, f"no verbs in the help:\n{listed.stdout}"
+    assert found, f"no commands in the help:\n{listed.stdout}"
     return found
 
 
@@ -281,13 +281,13 @@ def test_each_room_and_each_table_has_a_readme() -> None:
     assert not problems, "\n".join(problems)
 
 
-def test_each_verb_is_documented() -> None:
-    """latentac/runs/README.md names each verb of the command line, and each step is verb, function and folder."""
+def test_each_command_is_documented() -> None:
+    """latentac/runs/README.md names each command, and each step is command, function and folder."""
     text = (ROOT / "latentac" / "runs" / "README.md").read_text()
-    known = verbs()
-    assert not [verb for verb in known if f"`{verb}`" not in text and f"`latentac {verb}" not in text]
+    known = commands()
+    assert not [command for command in known if f"`{command}`" not in text and f"`latentac {command}" not in text]
     folders = {path.parent.name.replace("_", "-") for path in (ROOT / "components").glob("*/component.py")}
-    assert folders <= set(known), f"components without a verb: {sorted(folders - set(known))}"
+    assert folders <= set(known), f"components without a command: {sorted(folders - set(known))}"
 
 
 def test_links_and_make_targets_in_documents_exist() -> None:
@@ -324,16 +324,16 @@ def test_make_help_lists_every_target() -> None:
 # The command line
 
 
-@pytest.mark.parametrize("verb", ["", "each"])
-def test_help_comes_without_torch_and_has_an_example(verb: str) -> None:
-    """The help of the command and of each verb shows how to call it, and loads nothing that takes seconds."""
-    for arguments in [[each, "--help"] for each in verbs()] if verb else [["--help"]]:
+@pytest.mark.parametrize("command", ["", "each"])
+def test_help_comes_without_torch_and_has_an_example(command: str) -> None:
+    """The help of the command and of each command shows how to call it, and loads nothing that takes seconds."""
+    for arguments in [[each, "--help"] for each in commands()] if command else [["--help"]]:
         done = run_cli(*arguments)
         assert done.returncode == 0, done.stderr
         text, imported = done.stdout.rsplit("imported:", 1)
         assert not imported.split(), f"latentac {' '.join(arguments)} imports {imported}"
         assert "example" in text.lower(), text
-        assert f"latentac {arguments[0] if verb else ''}" in text, text
+        assert f"latentac {arguments[0] if command else ''}" in text, text
 
 
 def test_help_comes_at_once() -> None:

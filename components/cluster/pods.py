@@ -84,9 +84,9 @@ def _containers(pod: Mapping[str, Any]) -> Iterator[Trouble]:
         where = f"{pod['metadata']['name']}/{status['name']}"
         waiting = status.get("state", {}).get("waiting") or {}
         ended = status.get("state", {}).get("terminated") or status.get("lastState", {}).get("terminated") or {}
-        reason, told = waiting.get("reason", ""), waiting.get("message", "")
+        reason, message = waiting.get("reason", ""), waiting.get("message", "")
         if reason in _HOPELESS or reason in _MAY_PASS:
-            yield Trouble(where, f"{reason}: {told}", passing=reason in _MAY_PASS)
+            yield Trouble(where, f"{reason}: {message}", passing=reason in _MAY_PASS)
         elif ended.get("exitCode"):
             words = f": {ended['message'].strip()}" if ended.get("message") else ""
             problem = f"{ended.get('reason', 'Error')}, exit code {ended['exitCode']}{words}"

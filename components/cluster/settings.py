@@ -178,8 +178,8 @@ def parse(text: str, where: str) -> Cluster:
     except DuplicateKey as error:
         raise ConfigError([Problem(SETTINGS, where, str(error), "Keep one of them.")]) from None
     except yaml.YAMLError as error:
-        told = f"is not YAML: {reason_of(error)}"
-        raise ConfigError([Problem(SETTINGS, where, told, "Name the chart's file.")]) from None
+        problem = f"is not YAML: {reason_of(error)}"
+        raise ConfigError([Problem(SETTINGS, where, problem, "Name the chart's file.")]) from None
 
 
 def read(path: Path) -> Cluster:

@@ -1,4 +1,4 @@
-"""Step 7, deploy: the promoted policy in a real model server, asked for one steered picture."""
+"""Step 7, deploy: the promoted policy in a real model server, asked for one steered image."""
 
 from kfp.dsl import Artifact, Input, Output, component
 
@@ -7,7 +7,7 @@ from latentac.components import PIPELINE
 
 @component(base_image=PIPELINE, install_kfp_package=False)
 def deploy(run: str, store: str, output: str, trained: Input[Artifact], manifest: Output[Artifact]) -> None:
-    """Export, serve and question the trained policy; publish what was deployed and the picture.
+    """Export, serve and question the trained policy; publish what was deployed and the image.
 
     On a cluster it is rolled out there: tried beside what serves, compared, promoted or taken back.
 
@@ -22,7 +22,7 @@ def deploy(run: str, store: str, output: str, trained: Input[Artifact], manifest
 
     with pipeline_task("deploy", run, output, manifest.path) as publish:
         from latentac.components.cluster.settings import here
-        from latentac.runs.verbs import deploy
+        from latentac.runs.steps import deploy
 
         cluster, prove = here(), None
         if cluster is not None:

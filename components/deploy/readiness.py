@@ -30,7 +30,7 @@ def wait_ready(api: Api, name: str, wanted: str, deploy: Deploy) -> float:
     wanted: "" accepts whatever it is that is there. Raises ServingError: at once for what cannot pass by itself, after
     `deploy.failing_seconds` for what could, after `deploy.ready_seconds` in any case; ClusterError.
     """
-    started, since, told = time.monotonic(), dict[str, float](), ""
+    started, since, announced = time.monotonic(), dict[str, float](), ""
     while True:
         service = api.get(INFERENCE_SERVICES, name)
         deployment = api.get(DEPLOYMENTS, predictor(name))
@@ -48,7 +48,7 @@ def wait_ready(api: Api, name: str, wanted: str, deploy: Deploy) -> float:
         if now - started > deploy.ready_seconds:
             seen = "; ".join(str(trouble) for trouble, _ in found.values()) or _progress(deployment)
             raise _failed(api, name, pods, f"not ready within {deploy.ready_seconds:g} s ({seen})")
-        told = _tell(name, _progress(deployment), told)
+        announced = _announce(name, _progress(deployment), announced)
         time.sleep(POLL_SECONDS)
 
 
@@ -79,12 +79,12 @@ def _found(
     model = (service.get("status") or {}).get("modelStatus") or {}
     if model.get("transitionStatus") == "InvalidSpec":
         failure = model.get("lastFailureInfo") or {}
-        told = f"{failure.get('reason', 'InvalidSpec')}: {failure.get('message', 'KServe refuses it')}"
-        yield Trouble("InferenceService", told, passing=False), SETTLE_SECONDS
+        message = f"{failure.get('reason', 'InvalidSpec')}: {failure.get('message', 'KServe refuses it')}"
+        yield Trouble("InferenceService", message, passing=False), SETTLE_SECONDS
     elif deployment is None or (wanted and _template_revision(deployment) != wanted):
-        told = _condition(service, "PredictorReady").get("message") or "does KServe's controller run?"
+        message = _condition(service, "PredictorReady").get("message") or "does KServe's controller run?"
         patience = max(SETTLE_SECONDS, deploy.failing_seconds)
-        yield Trouble("InferenceService", f"KServe has not acted on it: {told}", passing=True), patience
+        yield Trouble("InferenceService", f"KServe has not acted on it: {message}", passing=True), patience
         return
     else:
         yield from _refused(deployment, deploy)
@@ -100,9 +100,9 @@ def _refused(deployment: Mapping[str, Any], deploy: Deploy) -> Iterator[tuple[Tr
     for condition in status.get("conditions") or []:
         if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
             passing = "exceeded quota" in condition.get("message", "")
-            told = f"{condition.get('reason', 'FailedCreate')}: {condition.get('message', '')}"
+            message = f"{condition.get('reason', 'FailedCreate')}: {condition.get('message', '')}"
             yield (
-                Trouble(f"Deployment {deployment['metadata']['name']}", told, passing),
+                Trouble(f"Deployment {deployment['metadata']['name']}", message, passing),
                 deploy.failing_seconds if passing else 0.0,
             )
 
@@ -142,7 +142,7 @@ def _progress(deployment: Mapping[str, Any] | None) -> str:
     )
 
 
-def _tell(name: str, text: str, before: str) -> str:
+def _announce(name: str, text: str, before: str) -> str:
     if text != before:
         _log.info("%s: %s", name, text)
     return text

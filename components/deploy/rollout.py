@@ -171,8 +171,8 @@ class Rollout:
                 numbers["canary"] = self._traffic.canary(requests, size)
             return numbers
         except LatentacError as error:
-            told = "nothing served before" if plan.before is None else f"{_version(plan.before)} serves as before"
-            raise _told(error, told) from error
+            standing = "nothing served before" if plan.before is None else f"{_version(plan.before)} serves as before"
+            raise _with_outcome(error, standing) from error
 
     def _promote(self, plan: _Plan) -> tuple[float, tuple[dict[str, Any], bytes]]:
         """Roll the stable one and question it. Raises LatentacError, with the previous one back and ready."""
@@ -180,7 +180,7 @@ class Rollout:
             self._start(plan, plan.stable)
             return self._ready(plan.stable), self._smoke(self._stable, plan.candidate)
         except LatentacError as error:
-            raise _told(error, self._restored(plan)) from error
+            raise _with_outcome(error, self._restored(plan)) from error
 
     def _restored(self, plan: _Plan) -> str:
         """Go back to what served before, and wait until it does; what became of it, in words."""
@@ -286,7 +286,7 @@ def _version(body: Mapping[str, Any]) -> str:
     return f"version {found}" if found else "what was there"
 
 
-def _told(error: LatentacError, outcome: str) -> LatentacError:
+def _with_outcome(error: LatentacError, outcome: str) -> LatentacError:
     """The same error with what became of the endpoint."""
     if isinstance(error, ConfigError):
         return error

@@ -22,15 +22,15 @@ _ONE_SIDED_95 = 1.645
 
 @dataclass
 class Answers:
-    """What one server gave: seconds of each answer; pictures: PNG bytes, None where it failed; failures: its words."""
+    """What one server gave: seconds of each answer; images: PNG bytes, None where it failed; failures: its words."""
 
     seconds: list[float] = field(default_factory=list)
-    pictures: list[bytes | None] = field(default_factory=list)
+    images: list[bytes | None] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
     @property
     def error_fraction(self) -> float:
-        return len(self.failures) / len(self.pictures)
+        return len(self.failures) / len(self.images)
 
     @property
     def median_seconds(self) -> float | None:
@@ -51,10 +51,10 @@ def ask(servers: Sequence[Client], requests: Sequence[dict[str, Any]], size: tup
         for server, given in zip(servers, answers, strict=True):
             began = time.monotonic()
             try:
-                given.pictures.append(decode(server.endpoint, server.predict(request), size))
+                given.images.append(decode(server.endpoint, server.predict(request), size))
                 given.seconds.append(time.monotonic() - began)
             except ServingError as error:
-                given.pictures.append(None)
+                given.images.append(None)
                 given.failures.append(str(error))
     return answers
 
@@ -68,14 +68,14 @@ def compare(
     the lower end of its one-sided 95 % interval (paired, normal).
     """
     name, notes = space.config.gate.reward, []
-    told: dict[str, Any] = {"prompts": len(requests), "reward": name, "green": _numbers(green)}
-    told |= {"blue": None, "latency_ratio": None, "reward_loss": None, "reward_loss_low": None}
+    record: dict[str, Any] = {"prompts": len(requests), "reward": name, "green": _numbers(green)}
+    record |= {"blue": None, "latency_ratio": None, "reward_loss": None, "reward_loss_low": None}
     if blue is None:
         notes.append("no version served before, so nothing was compared")
     else:
-        told["blue"] = _numbers(blue)
+        record["blue"] = _numbers(blue)
         if green.median_seconds and blue.median_seconds:
-            told["latency_ratio"] = green.median_seconds / blue.median_seconds
+            record["latency_ratio"] = green.median_seconds / blue.median_seconds
         else:
             notes.append("latency was not compared: one of the two answered nothing")
     rewards, problem = _rewards(name, space.config.rewards, requests, [green, *([blue] if blue else [])])
@@ -83,26 +83,26 @@ def compare(
         notes.append(f"the reward was not measured: {problem}")
     for side, scores in zip(("green", "blue"), rewards, strict=False):
         known = [score for score in scores if score is not None]
-        told[side]["reward"] = statistics.fmean(known) if known else None
+        record[side]["reward"] = statistics.fmean(known) if known else None
     if len(rewards) == 2:
         losses = [b - g for g, b in zip(*rewards, strict=True) if g is not None and b is not None]
-        told |= _loss(losses)
-    return {**told, "notes": notes}
+        record |= _loss(losses)
+    return {**record, "notes": notes}
 
 
-def reasons_against(told: dict[str, Any], deploy: Deploy) -> list[str]:
+def reasons_against(record: dict[str, Any], deploy: Deploy) -> list[str]:
     """Why the new version shall not serve; empty if it shall. A number that is not finite speaks against it."""
-    green, reasons = told["green"], []
+    green, reasons = record["green"], []
     if not green["error_fraction"] <= deploy.max_error_fraction:
         bound = f"at most {deploy.max_error_fraction:g} allowed"
         reasons.append(f"a fraction of {green['error_fraction']:g} of the shadow prompts failed, {bound}")
-    ratio, low = told["latency_ratio"], told["reward_loss_low"]
+    ratio, low = record["latency_ratio"], record["reward_loss_low"]
     if ratio is not None and not ratio <= deploy.max_latency_ratio:
         reasons.append(
             f"it takes {ratio:.2f} times as long as the one that serves, {deploy.max_latency_ratio:g} allowed"
         )
     if low is not None and not low <= deploy.max_reward_loss:
-        loss = f"{told['reward']} falls by {told['reward_loss']:.3g}, with 95 % confidence by {low:.3g} or more"
+        loss = f"{record['reward']} falls by {record['reward_loss']:.3g}, with 95 % confidence by {low:.3g} or more"
         reasons.append(f"{loss}, {deploy.max_reward_loss:g} allowed")
     return reasons
 
@@ -127,24 +127,24 @@ def _loss(losses: Sequence[float]) -> dict[str, float | None]:
 def _rewards(
     name: str, rewards: Sequence[RewardSettings], requests: Sequence[dict[str, Any]], sides: Sequence[Answers]
 ) -> tuple[list[list[float | None]], str]:
-    """Each side's score of each prompt, None where there is no picture; no sides and the reason if none can be had."""
+    """Each side's score of each prompt, None where there is no image; no sides and the reason if none can be had."""
     try:
         (reward,) = load_rewards(one for one in rewards if one.name == name)
-        return [[_score(reward, picture, request) for picture, request in _pairs(side, requests)] for side in sides], ""
-    except LatentacError as error:  # it needs what this step's image does not have, or cannot judge these pictures
+        return [[_score(reward, image, request) for image, request in _pairs(side, requests)] for side in sides], ""
+    except LatentacError as error:  # this step's container image lacks what it needs, or it cannot score these images
         return [], str(error)
 
 
 def _pairs(side: Answers, requests: Sequence[dict[str, Any]]) -> list[tuple[bytes | None, dict[str, Any]]]:
-    return list(zip(side.pictures, requests, strict=True))
+    return list(zip(side.images, requests, strict=True))
 
 
-def _score(reward: ConfiguredReward, picture: bytes | None, request: dict[str, Any]) -> float | None:
-    if picture is None:
+def _score(reward: ConfiguredReward, image: bytes | None, request: dict[str, Any]) -> float | None:
+    if image is None:
         return None
     import numpy as np
     from PIL import Image
 
-    with Image.open(io.BytesIO(picture)) as image:
-        pixels = np.asarray(image.convert("RGB"), np.uint8)
+    with Image.open(io.BytesIO(image)) as opened:
+        pixels = np.asarray(opened.convert("RGB"), np.uint8)
     return float(reward(pixels[None], [Prompt(request["prompt"], "all")])[0])

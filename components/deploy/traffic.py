@@ -36,13 +36,13 @@ class Traffic:
 
         Raises ServingError, with all traffic back at the stable one, when more fail than are allowed.
         """
-        told = []
+        records = []
         try:
             for weight in self._gateway.weights:
                 self._share(weight)
                 (answers,) = ask([self._through], requests, size)
                 numbers = {"weight": weight, "error_fraction": answers.error_fraction}
-                told.append({**numbers, "median_seconds": answers.median_seconds})
+                records.append({**numbers, "median_seconds": answers.median_seconds})
                 _log.info("canary: %s %% of the traffic, %s of it failed", weight, answers.error_fraction)
                 if answers.error_fraction > self._settings.deploy.max_error_fraction:
                     problem = f"at {weight} % of the traffic a fraction of {answers.error_fraction:g} failed"
@@ -50,7 +50,7 @@ class Traffic:
         except BaseException:
             self.to_stable()
             raise
-        return told
+        return records
 
     def _share(self, percent: int) -> None:
         """Apply the weights, and wait until the gateway has taken them. Raises ServingError."""
@@ -58,8 +58,8 @@ class Traffic:
         deadline = time.monotonic() + self._settings.deploy.failing_seconds
         while not _accepted(applied):
             if time.monotonic() > deadline:
-                told = [condition for parent in _parents(applied) for condition in parent.get("conditions", [])]
-                problem = "; ".join(f"{each['type']} {each['status']}: {each.get('message', '')}" for each in told)
+                records = [condition for parent in _parents(applied) for condition in parent.get("conditions", [])]
+                problem = "; ".join(f"{each['type']} {each['status']}: {each.get('message', '')}" for each in records)
                 where = f"HTTPRoute {self._settings.namespace}/{self._settings.deploy.name}"
                 raise ServingError(
                     where, f"the gateway has not taken it ({problem or 'no word'})", "Look at the Gateway."

@@ -25,7 +25,7 @@ def evaluate(
         trained: manifest of train.
         manifest: manifest of the published artifact.
         metrics: rewards of each arm, gain, diversity kept, latency ratio.
-        page: the same with pictures.
+        page: the same with images.
     """
     from pathlib import Path
 
@@ -33,7 +33,7 @@ def evaluate(
 
     with pipeline_task("evaluate", run, output, manifest.path) as publish:
         from latentac.runs.reporting.report import numbers, step_page
-        from latentac.runs.verbs import evaluate
+        from latentac.runs.steps import evaluate
         from latentac.runs.workspace import default_store
 
         published = publish(evaluate(run=run, store=store, output=output))

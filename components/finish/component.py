@@ -26,7 +26,7 @@ def finish(
     from latentac.runs.task import pipeline_task
 
     with pipeline_task("finish", run, output, manifest.path) as publish:
-        from latentac.runs.verbs import finish
+        from latentac.runs.steps import finish
 
         try:
             clear(run)

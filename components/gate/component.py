@@ -37,7 +37,7 @@ def gate(
 
     with pipeline_task("gate", run, output, manifest.path) as publish:
         from latentac.runs.reporting.report import gate_reasons, numbers
-        from latentac.runs.verbs import gate
+        from latentac.runs.steps import gate
         from latentac.runs.workspace import default_store
 
         decided = publish(gate(run=run, store=store, output=output))

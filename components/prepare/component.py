@@ -32,7 +32,7 @@ def prepare(
     from latentac.runs.task import pipeline_task
 
     with pipeline_task("prepare", run, output, manifest.path) as publish:
-        from latentac.runs.verbs import prepare
+        from latentac.runs.steps import prepare
 
         place = {"run": run, "store": store, "output": output}
         publish(prepare(recipe=recipe, config=config, overrides=overrides, package=package, **place))

@@ -1,4 +1,4 @@
-"""Step 2, pretrain-value: the critic learns what the frozen policy's pictures will be worth."""
+"""Step 2, pretrain-value: the critic learns what the frozen policy's images will be worth."""
 
 from kfp.dsl import Artifact, Input, Metrics, Output, component
 
@@ -28,7 +28,7 @@ def pretrain_value(
 
     with pipeline_task("pretrain-value", run, output, manifest.path) as publish:
         from latentac.runs.reporting.report import numbers
-        from latentac.runs.verbs import pretrain_value
+        from latentac.runs.steps import pretrain_value
 
         published = publish(pretrain_value(run=run, store=store, output=output))
         for name, value in numbers(published).items():

@@ -25,7 +25,7 @@ def steer(
         trained: manifest of train.
         manifest: manifest of the published artifact.
         metrics: reward of plain sampling and of the best arm, and what that arm costs.
-        page: the same with pictures.
+        page: the same with images.
     """
     from pathlib import Path
 
@@ -33,7 +33,7 @@ def steer(
 
     with pipeline_task("steer", run, output, manifest.path) as publish:
         from latentac.runs.reporting.report import numbers, step_page
-        from latentac.runs.verbs import steer
+        from latentac.runs.steps import steer
         from latentac.runs.workspace import default_store
 
         published = publish(steer(run=run, store=store, output=output))

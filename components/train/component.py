@@ -20,7 +20,7 @@ def train(run: str, store: str, output: str, pretrained: Input[Artifact], manife
 
     with pipeline_task("train", run, output, manifest.path) as publish:
         from latentac.components.cluster.settings import here
-        from latentac.runs.verbs import train
+        from latentac.runs.steps import train
 
         launch, settings = None, here()
         if settings is not None:

@@ -22,11 +22,11 @@ _log = logging.getLogger("latentac.train")
 class Logs:
     """Follows every pod in a thread of its own, and again where a stream breaks off.
 
-    tell: gets each line of the pod named `leader`, once, without the agent's mark of the worker.
+    write: gets each line of the pod named `leader`, once, without the agent's mark of the worker.
     """
 
-    def __init__(self, api: Api, leader: str, tell: Callable[[str], None]) -> None:
-        self._api, self._leader, self._tell = api, leader, tell
+    def __init__(self, api: Api, leader: str, write: Callable[[str], None]) -> None:
+        self._api, self._leader, self._write = api, leader, write
         self._closed = threading.Event()
         self._pods: dict[str, Mapping[str, Any]] = {}
         self._threads: dict[str, threading.Thread] = {}
@@ -91,7 +91,7 @@ class Logs:
                 text = _WORKER_MARK.sub("", text)
                 lines.append(text)
                 if name == self._leader:
-                    self._tell(text)
+                    self._write(text)
 
 
 class _Seen:

@@ -51,7 +51,7 @@ _log = logging.getLogger("latentac.train")
 
 
 class Volcano:
-    """Launches `latentac.runs.verbs.train` on the cluster of `settings`. poll_seconds: time between two polls."""
+    """Launches `latentac.runs.steps.train` on the cluster of `settings`. poll_seconds: time between two polls."""
 
     def __init__(self, settings: Cluster, api: Api | None = None, poll_seconds: float = 2.0) -> None:
         self.settings, self._poll_seconds = settings, poll_seconds
@@ -192,10 +192,10 @@ class Volcano:
         if reason is not None:
             remedy = "Correct what it lacks, or train.pending_seconds in the chart's values, and resume the run"
             raise ClusterError(self._where(name), reason, remedy)
-        told = "\n".join(words) or "none"
+        lines = "\n".join(words) or "none"
         raise TrainingError(
             self._where(name),
-            f"ended {phase}; the last log lines of its pods:\n{told}\n",
+            f"ended {phase}; the last log lines of its pods:\n{lines}\n",
             "Resume the run: it continues from its last checkpoint",
         )
 

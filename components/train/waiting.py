@@ -24,7 +24,7 @@ class Waiting:
         self._leader, self._min_replicas, self._seconds, self._clock = leader, min_replicas, seconds, clock
         self._since: float | None = None
         self._hopeless_since: float | None = None
-        self._told = ""
+        self._announced = ""
 
     def over(
         self, pods: Iterable[Mapping[str, Any]], find_events: Callable[[], Iterable[Mapping[str, Any]]]
@@ -37,7 +37,7 @@ class Waiting:
         found = troubles(pending)
         if not enough:
             found += _told_by(find_events())
-        self._tell(found)
+        self._announce(found)
         if enough:
             self._since = self._hopeless_since = None
             return None
@@ -56,11 +56,11 @@ class Waiting:
             return f"no pods within {self._seconds:.0f} s: {reasons}"
         return None
 
-    def _tell(self, found: Iterable[Trouble]) -> None:
+    def _announce(self, found: Iterable[Trouble]) -> None:
         text = "; ".join(sorted(map(str, found)))
-        if text and text != self._told:
+        if text and text != self._announced:
             _log.warning("waiting for pods: %s", text)
-        self._told = text
+        self._announced = text
 
 
 def _told_by(events: Iterable[Mapping[str, Any]]) -> list[Trouble]:

@@ -28,7 +28,7 @@ def tracked() -> list[str]:
 
 
 def documents() -> list[str]:
-    """Paths of the documents and of their pictures."""
+    """Paths of the documents and of their figures."""
     return [name for name in tracked() if name.endswith(SHOWN)]
 
 

@@ -60,12 +60,12 @@ class Denoiser(Protocol):
         """The prediction at latents [B, *latent], sigma [B], and the taps of that same forward. Thread-safe."""
         ...
 
-    def pictures(self, latents: Tensor) -> Tensor:
-        """Clean latents [B, *latent] to pictures, float32 [B, 3, H, W] in [0, 1], differentiable."""
+    def images(self, latents: Tensor) -> Tensor:
+        """Clean latents [B, *latent] to images, float32 [B, 3, H, W] in [0, 1], differentiable."""
         ...
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Clean latents [B, *latent] to pictures, uint8 [B, H, W, 3]."""
+        """Clean latents [B, *latent] to images, uint8 [B, H, W, 3]."""
         ...
 
     def clone(self) -> Self:
@@ -88,9 +88,9 @@ def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
 
 
 @torch.no_grad()
-def to_arrays(pictures: Callable[[Tensor], Tensor], latents: Tensor) -> np.ndarray:
-    """What `pictures` makes of latents, rounded to uint8 [B, H, W, 3] as diffusers' VaeImageProcessor does."""
-    rounded = (pictures(latents) * 255).round().to(torch.uint8)
+def to_arrays(images: Callable[[Tensor], Tensor], latents: Tensor) -> np.ndarray:
+    """What `images` makes of latents, rounded to uint8 [B, H, W, 3] as diffusers' VaeImageProcessor does."""
+    rounded = (images(latents) * 255).round().to(torch.uint8)
     array: np.ndarray = rounded.permute(0, 2, 3, 1).cpu().numpy()
     return array
 

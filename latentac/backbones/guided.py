@@ -52,8 +52,8 @@ class Guided:
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         return self.backbone.count_tokens(prompts)
 
-    def pictures(self, latents: Tensor) -> Tensor:
-        return self.backbone.pictures(latents)
+    def images(self, latents: Tensor) -> Tensor:
+        return self.backbone.images(latents)
 
     def decode(self, latents: Tensor) -> np.ndarray:
         return self.backbone.decode(latents)

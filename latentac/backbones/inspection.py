@@ -27,14 +27,14 @@ _KNOWN_PIPELINES = {
     "StableDiffusionInpaintPipeline": "an inpainting model",
     "StableDiffusionInpaintPipelineLegacy": "an inpainting model",
     "StableDiffusionImg2ImgPipeline": "an image-to-image pipeline",
-    "StableDiffusionInstructPix2PixPipeline": "instruct-pix2pix, which edits a picture",
+    "StableDiffusionInstructPix2PixPipeline": "instruct-pix2pix, which edits an image",
     "StableDiffusionDepth2ImgPipeline": "a depth-to-image model",
     "StableDiffusionUpscalePipeline": "an upscaler",
     "StableDiffusionLatentUpscalePipeline": "an upscaler",
     "StableDiffusionControlNetPipeline": "a pipeline with a ControlNet",
     "StableDiffusionAdapterPipeline": "a pipeline with a T2I adapter",
     "StableDiffusionGLIGENPipeline": "GLIGEN, which takes boxes",
-    "StableDiffusionImageVariationPipeline": "a model that takes a picture and no text",
+    "StableDiffusionImageVariationPipeline": "a model that takes an image and no text",
     "StableUnCLIPPipeline": "unCLIP",
     "StableUnCLIPImg2ImgPipeline": "unCLIP",
     "LatentConsistencyModelPipeline": "a latent consistency model, guidance-distilled",
@@ -59,7 +59,7 @@ _KNOWN_PIPELINES = {
     "DDPMPipeline": "a model without text",
 }
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf")
-_TOLD = 5  # numbers of a file that are out of bounds; more help nobody
+_MOST_NAMED = 5  # numbers of a file that are out of bounds; more help nobody
 _MOST_ADDED = 1000  # tokens beside a vocabulary; each is looked for in every prompt
 _LONGEST_TOKEN = 256
 _MOST_TOKENS = 2**20
@@ -168,14 +168,14 @@ def _part(
             return
         file = str(part.configuration)
         described = read_json(folder / part.name / file) if (folder / part.name / file).is_file() else {}
-        wrong = [f"{file}: {told}" for told in beyond(described, network=network)]
+        wrong = [f"{file}: {fault}" for fault in beyond(described, network=network)]
         if not wrong and part.kind != "scheduler":
             configurations[part.name] = _configuration(folder / part.name, part)
     except (Damaged, OSError) as error:
         yield str(error), _remedy(str(error))
         return
-    for told in wrong[:_TOLD]:
-        yield told, "Write the number that the model was trained with"
+    for fault in wrong[:_MOST_NAMED]:
+        yield fault, "Write the number that the model was trained with"
 
 
 def _configuration(folder: Path, part: Part) -> dict[str, Any]:
@@ -253,8 +253,8 @@ def _bounded(vocabulary: Mapping[str, Any], more: Mapping[str, Any], added: int)
         if len(token) > _LONGEST_TOKEN:
             raise Damaged(f"has a token of {len(token):,} characters, and at most {_LONGEST_TOKEN} are read")
         if type(number) is not int or not 0 <= number < _MOST_TOKENS:
-            told = f"and must be a whole one from 0 to {_MOST_TOKENS - 1:,}"
-            raise Damaged(f"has a token {token!r} whose number is {str(number)[:40]}, {told}")
+            fault = f"and must be a whole one from 0 to {_MOST_TOKENS - 1:,}"
+            raise Damaged(f"has a token {token!r} whose number is {str(number)[:40]}, {fault}")
 
 
 def _weights(folder: Path, part: Part, configuration: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -267,8 +267,8 @@ def _weights(folder: Path, part: Part, configuration: Mapping[str, Any]) -> Iter
         except (Damaged, OSError) as error:
             yield str(error), _remedy(str(error))
             return
-        for told in [*unheld(own if isinstance(own, dict) else configuration, held)][:_TOLD]:
-            yield f"config.json: {told}", f"Use the weights that belong to {part.name}/config.json"
+        for fault in [*unheld(own if isinstance(own, dict) else configuration, held)][:_MOST_NAMED]:
+            yield f"config.json: {fault}", f"Use the weights that belong to {part.name}/config.json"
         return
     others = sorted(path.name for path in (folder / part.name).glob("*") if path.suffix in _PICKLES)
     misnamed = sorted(path.name for path in (folder / part.name).glob("*.safetensors"))

@@ -175,20 +175,20 @@ class PipelineBackbone:
         """What the network's output, float32, says of the clean image and the noise."""
         raise NotImplementedError
 
-    def pictures(self, latents: Tensor) -> Tensor:
+    def images(self, latents: Tensor) -> Tensor:
         config = self._autoencoder.config
         latents = latents / config.scaling_factor
         if getattr(config, "shift_factor", None):
             latents = latents + config.shift_factor
         decoded = self._autoencoder.decode(latents.to(self._autoencoder.dtype), return_dict=False)[0]
-        pictures: Tensor = (decoded.float() / 2 + 0.5).clamp(0, 1)
-        return pictures
+        images: Tensor = (decoded.float() / 2 + 0.5).clamp(0, 1)
+        return images
 
     def decode(self, latents: Tensor) -> np.ndarray:
         together = len(latents)
         if self.device.type == "cuda":
             together = max(1, _DECODED_PIXELS // (self.image_size[0] * self.image_size[1]))
-        return np.concatenate([to_arrays(self.pictures, rows) for rows in latents.split(together)])
+        return np.concatenate([to_arrays(self.images, rows) for rows in latents.split(together)])
 
     def adapt(self, settings: Policy) -> None:
         adapters.adapt(self.module, settings, self.layout.adapted)

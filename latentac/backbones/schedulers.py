@@ -76,7 +76,7 @@ def variance_preserving(folder: Path, source: str = "") -> Any:
     )
     refuse(
         bool(settings.get("thresholding")),
-        "thresholding is true: it changes each predicted picture, and latentac does not do it",
+        "thresholding is true: it changes each predicted image, and latentac does not do it",
         "Set it to false, as diffusers advises for all latent models",
     )
     # What of DDIM's settings the class does not know has no effect on it, whatever the file says.

@@ -34,7 +34,7 @@ def locate(source: str, layout: Layout | None, revision: str = "") -> tuple[Path
     elif not any(found.rglob("*.safetensors")):
         raise _bad(source, "has no safetensors weights, and no other format is loaded")
     elif refused := [
-        _bad(source, f"{name}: {told}", to).problems[0] for name, told, to in faults(found, listing(found))
+        _bad(source, f"{name}: {fault}", to).problems[0] for name, fault, to in faults(found, listing(found))
     ]:
         raise ConfigError(refused)
     return found, commit

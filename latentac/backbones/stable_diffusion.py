@@ -44,7 +44,7 @@ def _unet(found: Configurations) -> Iterator[Finding]:
     if unet.get("attention_type", "default") != "default":
         yield "unet", f"attention_type is {unet['attention_type']!r}: it takes boxes, as GLIGEN does", _TEXT_TO_IMAGE
     if unet.get("dual_cross_attention"):
-        yield "unet", "dual_cross_attention is true: it takes text and a picture", _TEXT_TO_IMAGE
+        yield "unet", "dual_cross_attention is true: it takes text and an image", _TEXT_TO_IMAGE
     if unet.get("time_embedding_type", "positional") != "positional":
         yield "unet", f"time_embedding_type is {unet['time_embedding_type']!r}, and must be positional", _TEXT_TO_IMAGE
     if unet.get("mid_block_type", "UNetMidBlock2DCrossAttn") is None:
@@ -52,8 +52,8 @@ def _unet(found: Configurations) -> Iterator[Finding]:
     sizes = unet.get("sample_size")
     for size in sizes if isinstance(sizes, list) and len(sizes) == 2 else [sizes]:
         if not _is_count(size):
-            problem = f"sample_size is {sizes!r}, so the pictures' size is not known"
-            yield "unet", problem, "Set it to the pictures' side divided by 8 (64 for 512 pixels)"
+            problem = f"sample_size is {sizes!r}, so the images' size is not known"
+            yield "unet", problem, "Set it to the images' side divided by 8 (64 for 512 pixels)"
 
 
 def _unet_latents(found: Configurations) -> Iterator[Finding]:
@@ -84,7 +84,7 @@ def _transformer(found: Configurations) -> Iterator[Finding]:
     size, patch = own.get("sample_size", 128), own.get("patch_size", 2)
     if not _is_count(size) or size % patch:
         problem = f"sample_size is {size!r}, and must be a multiple of patch_size = {patch}"
-        yield "transformer", problem, "Set it to the pictures' side divided by 8 (128 for 1024 pixels)"
+        yield "transformer", problem, "Set it to the images' side divided by 8 (128 for 1024 pixels)"
     elif size // patch > own.get("pos_embed_max_size", 96):
         problem = f"sample_size {size} has more patches a side than pos_embed_max_size = {own['pos_embed_max_size']}"
         yield "transformer", problem, "Use a smaller sample_size"
@@ -143,8 +143,8 @@ def _autoencoder(vae: Mapping[str, Any]) -> Iterator[Finding]:
     if vae.get("out_channels", 3) != 3:
         yield (
             "vae",
-            f"out_channels is {vae['out_channels']!r}, and pictures have 3",
-            "Use an autoencoder of RGB pictures",
+            f"out_channels is {vae['out_channels']!r}, and images have 3",
+            "Use an autoencoder of RGB images",
         )
 
 

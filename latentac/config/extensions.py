@@ -75,8 +75,8 @@ class Table:
                 and error.name.split(".")[0] != module.split(".")[0]
             ):
                 remedy = f"Install {error.name} where the steps run."
-            told = f"cannot be imported ({describe(error)})"
-            raise ConfigError([Problem(path, use, told, remedy)]) from error
+            problem = f"cannot be imported ({describe(error)})"
+            raise ConfigError([Problem(path, use, problem, remedy)]) from error
         if not inspect.isclass(found):
             raise ConfigError([Problem(path, use, f"is not a class but {type(found).__name__}", "Name a class.")])
         return found
@@ -98,14 +98,14 @@ class Table:
         names = list(declared.model_fields) if declared else []
         taken = sorted(set(names) & set(type(extension).model_fields))
         if taken:
-            told = f"its Settings declare {', '.join(taken)}, which the configuration has for every {self.kind}"
+            problem = f"its Settings declare {', '.join(taken)}, which the configuration has for every {self.kind}"
             remedy = "Give them other names, or read those of the configuration."
-            return None, [Problem(_joined(path, "use"), extension.use, told, remedy)]
+            return None, [Problem(_joined(path, "use"), extension.use, problem, remedy)]
         known = [*names, *type(extension).model_fields]
         own, problems = dict(extension.own), []
         for name in [name for name in own if name not in names]:
-            told = f"{extension.use} has no such setting"
-            problems.append(Problem(_joined(path, name), own.pop(name), told, suggestion(name, known)))
+            problem = f"{extension.use} has no such setting"
+            problems.append(Problem(_joined(path, name), own.pop(name), problem, suggestion(name, known)))
         if declared is None:
             return None, problems
         for _ in range(2):
@@ -167,8 +167,8 @@ def _problem(detail: Any, path: str) -> Problem:
     where = ".".join([part for part in (path, *map(str, detail["loc"])) if part])
     if detail["type"] == "missing":
         return Problem(where, None, "is required", f"Add it to the file, or --set {where}=...")
-    told = detail["msg"].removeprefix("Value error, ")
+    problem = detail["msg"].removeprefix("Value error, ")
     value = detail["input"]
     if isinstance(value, dict) and not detail["loc"]:  # of the whole: a combination of fields
         value = {name: item for name, item in value.items() if item is not None}
-    return Problem(where, value, told[0].lower() + told[1:], "Correct the value.")
+    return Problem(where, value, problem[0].lower() + problem[1:], "Correct the value.")

@@ -48,16 +48,16 @@ _SMOKE: dict[str, Any] = {
         "num_gallery_prompts": 4,
         "num_bootstrap": 500,
         "num_diversity_prompts": 8,
-        "pictures_per_prompt": 3,
+        "images_per_prompt": 3,
     },
     "steering": {
         "num_images": 8,
         "methods": {
-            "value_gradient": {"sweep": [5.0], "candidates": []},
-            "best_of_n": {"candidates": [2]},
-            "resampling": {"candidates": [2]},
-            "twisted": {"candidates": []},
-            "svdd": {"candidates": [2]},
+            "value_gradient": {"sweep": [5.0], "sweep_particles": []},
+            "best_of_n": {"sweep_particles": [2]},
+            "resampling": {"sweep_particles": [2]},
+            "twisted": {"sweep_particles": []},
+            "svdd": {"sweep_particles": [2]},
         },
     },
     "gate": {

@@ -18,11 +18,11 @@ from latentac.config.learning import Algorithm, Critic, Policy, Pretrain, Train
 from latentac.config.sections import (
     Characters,
     Extension,
+    Images,
     Named,
     NonNegative,
     Number,
     Particles,
-    Pictures,
     Positive,
     Rate,
     Rows,
@@ -99,7 +99,7 @@ class Evaluation(Section):
     """Number of resamples for each bootstrap interval."""
     num_diversity_prompts: Annotated[int, Field(ge=2)] = 32
     """Prompts on which diversity and latency are measured."""
-    pictures_per_prompt: Annotated[int, Field(ge=2)] = 4
+    images_per_prompt: Annotated[int, Field(ge=2)] = 4
     """Images per prompt for these measurements."""
 
 
@@ -141,7 +141,7 @@ class Gate(Section):
 class Limits(Section):
     """Limits of one request to the endpoint."""
 
-    max_images: Pictures = 8
+    max_images: Images = 8
     """Images per request, over all its prompts."""
     max_steps: Annotated[int, Field(ge=2, le=1000)] = 100
     """Denoising steps per image."""
@@ -164,7 +164,7 @@ class Batching(Section):
     do not depend on other requests. More rows give more images per second, but a single image takes longer."""
     batch_wait_seconds: Wait = 0.005
     """How long an image waits for others to share its batch, in seconds."""
-    max_queued_images: Pictures = 64
+    max_queued_images: Images = 64
     """Images that may wait. Beyond that, requests are answered with 429."""
     request_seconds: Seconds = 300.0
     """Longest time that a request may take, including its wait, in seconds."""

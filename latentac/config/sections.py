@@ -24,7 +24,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 # Of a server: an exported folder states them, too, and its author need not be the operator.
-Pictures = Annotated[int, Field(gt=0, le=100_000)]
+Images = Annotated[int, Field(gt=0, le=100_000)]
 
 
 Particles = Annotated[int, Field(gt=0, le=1024)]

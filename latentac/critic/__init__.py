@@ -1,4 +1,4 @@
-"""The critic V(z_t, t, y): a body that looks at noisy latents, and a value head for each reward.
+"""The critic V(z_t, t, y): a body that reads noisy latents, and a value head for each reward.
 
 After "Explicit Critic Guidance for Aligning Diffusion Models" (arXiv 2605.27736): the state is the policy's own noisy
 latent and the body is the diffusion backbone. One class a body, one row in BODIES.
@@ -87,7 +87,7 @@ class Critic(nn.Module):
         self.register_buffer("count", torch.zeros(()))
 
     def features(self, latents: Tensor, prediction: Prediction, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """name -> [B, ...]: what the body wants to see of latents [B, *latent] and a denoiser's forward on them."""
+        """name -> [B, ...]: what the body reads of latents [B, *latent] and a denoiser's forward on them."""
         return cast(dict[str, Tensor], self.body.features(latents, prediction, taps))
 
     def standardised(self, features: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
@@ -178,7 +178,7 @@ class _Shapes:
 
     def __init__(self, backbone: Denoiser) -> None:
         self.latent_shape, self.tap_shapes = backbone.latent_shape, backbone.tap_shapes
-        self.text_width, self.device, self.pictures = backbone.text_width, backbone.device, backbone.pictures
+        self.text_width, self.device, self.images = backbone.text_width, backbone.device, backbone.images
         self.module = nn.Module()
 
     def clone(self) -> "_Shapes":

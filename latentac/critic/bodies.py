@@ -28,7 +28,7 @@ class FrozenTaps(nn.Module):
         self.width = self.reader.width
 
     def features(self, latents: Tensor, prediction: Prediction, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.reader.see({name: _averaged(tap).float() for name, tap in taps.items()})
+        return self.reader.inputs({name: _averaged(tap).float() for name, tap in taps.items()})
 
     def forward(self, features: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
         summary: Tensor = self.reader(features, sigma, conditioning)
@@ -53,8 +53,8 @@ class _OwnBackbone(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
         _, taps = self._denoiser.predict(features["latents"], sigma, conditioning)
-        seen = self.reader.see({name: _averaged(tap).float() for name, tap in taps.items()})
-        summary: Tensor = self.reader(seen, sigma, conditioning)
+        inputs = self.reader.inputs({name: _averaged(tap).float() for name, tap in taps.items()})
+        summary: Tensor = self.reader(inputs, sigma, conditioning)
         return summary
 
 
@@ -97,20 +97,20 @@ class Pixel(nn.Module):
 
     def __init__(self, settings: ReaderSettings, backbone: Denoiser) -> None:
         super().__init__()
-        self._pictures = backbone.pictures
+        self._images = backbone.images
         with torch.no_grad():
-            shape = self._pictures(torch.zeros(1, *backbone.latent_shape, device=backbone.device)).shape
+            shape = self._images(torch.zeros(1, *backbone.latent_shape, device=backbone.device)).shape
         self.stem = _stem(shape[1], settings.width, shape[-1] // 8)
-        seen = self.stem(torch.zeros(shape)).shape[1:]
-        self.reader = Reader({"picture": tuple(seen)}, backbone.text_width, settings)
+        shape = self.stem(torch.zeros(shape)).shape[1:]
+        self.reader = Reader({"image": tuple(shape)}, backbone.text_width, settings)
         self.width = self.reader.width
 
     def features(self, latents: Tensor, prediction: Prediction, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"picture": self._pictures(prediction.clean)}
+        return {"image": self._images(prediction.clean)}
 
     def forward(self, features: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        seen = self.reader.see({"picture": self.stem(features["picture"])})
-        summary: Tensor = self.reader(seen, sigma, conditioning)
+        inputs = self.reader.inputs({"image": self.stem(features["image"])})
+        summary: Tensor = self.reader(inputs, sigma, conditioning)
         return summary
 
 
@@ -131,8 +131,8 @@ class LatentCnn(nn.Module):
         return {"latents": latents}
 
     def forward(self, features: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        seen = self.reader.see({"latents": self.stem(features["latents"])})
-        summary: Tensor = self.reader(seen, sigma, conditioning)
+        inputs = self.reader.inputs({"latents": self.stem(features["latents"])})
+        summary: Tensor = self.reader(inputs, sigma, conditioning)
         return summary
 
 

@@ -3,8 +3,8 @@
 As in "Explicit Critic Guidance for Aligning Diffusion Models" (arXiv 2605.27736), learned queries summarise each tap,
 and the noise level modulates the head (AdaLN). Where the paper is silent, we chose several queries per tap, and queries
 that depend on the text. Keys and values come from a map's own channels: with thousands of states per iteration, the
-critic must cost a fraction of the denoiser. The channel statistics (`glance`) are ours. They serve a critic that learns
-from only a few thousand images.
+critic must cost a fraction of the denoiser. The channel statistics (`pooling`) are ours. They serve a critic that
+learns from only a few thousand images.
 """
 
 from collections.abc import Mapping
@@ -97,7 +97,7 @@ class _Branch(nn.Module):
         num_tokens = (height // self.patch) * (spread // self.patch)
         self.queries = nn.Parameter(0.02 * torch.randn(1, settings.num_queries, width))
         self.gather = _Gather(channels * self.patch**2, num_tokens, settings)
-        self.think = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.modulations = nn.ModuleList(_TimeModulation(width) for _ in range(2))
         # A few thousand scored images are soon learned by heart: without dropout the held-out explained variance falls.
         self.drop_channels = nn.Dropout2d(settings.dropout)  # whole ones: neighbouring cells would tell a lone one
@@ -106,16 +106,16 @@ class _Branch(nn.Module):
     def forward(self, feature_map: Tensor, context: Tensor, time: Tensor) -> Tensor:
         """[B, Q, W]; feature_map: [B, c, h, w]; context: [B, Q, W], added to the queries; time: [B, W]."""
         tokens = F.unfold(self.drop_channels(feature_map), self.patch, stride=self.patch).transpose(1, 2)
-        to_gather, to_think = self.modulations
+        to_gather, to_mlp = self.modulations
         queries = self.queries + context
         modulated, gate = to_gather(queries, time)
         queries = queries + gate * self.gather(modulated, tokens)
-        modulated, gate = to_think(queries, time)
-        summary: Tensor = self.dropout(queries + gate * self.think(modulated))
+        modulated, gate = to_mlp(queries, time)
+        summary: Tensor = self.dropout(queries + gate * self.mlp(modulated))
         return summary
 
 
-class _Glance(nn.Module):
+class _Pooling(nn.Module):
     """The summary without attention: mean and spread over the image of each channel, and the words in their order.
 
     It has few parameters, and none for a position in the image. From a few thousand scored images it learns more than
@@ -129,21 +129,21 @@ class _Glance(nn.Module):
         self.channels = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, width))
         self.word = nn.Linear(text_width, _WORD_WIDTH) if settings.text_conditioning else None
         # A prompt is met a few times and its rewards are soon learned by heart. With part of what is read of each word
-        # left out, what remains is what many prompts share, and whether the picture fits.
+        # left out, what remains is what many prompts share, and whether the image fits.
         self.drop_words = nn.Dropout(settings.text_dropout)
         self.places = nn.Parameter(torch.randn(_MOST_WORDS, _WORD_WIDTH, width) / (4 * _WORD_WIDTH**0.5))
         self.modulation = _TimeModulation(width)
-        self.think = nn.Sequential(nn.Linear(width, width), nn.GELU())
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU())
 
     def forward(self, channels: Tensor, tokens: Tensor, time: Tensor) -> Tensor:
         """[B, 1, W]; channels: [B, C], mean and spread of each; tokens: [B, L, C'], those of the text; time: [B, W]."""
-        seen = self.channels(channels)
+        hidden = self.channels(channels)
         if self.word is not None:
             words = self.drop_words(self.word(tokens))
-            seen = seen + words.flatten(1) @ self.places[: words.shape[1]].flatten(0, 1)
-        modulated, gate = self.modulation(seen[:, None], time)
+            hidden = hidden + words.flatten(1) @ self.places[: words.shape[1]].flatten(0, 1)
+        modulated, gate = self.modulation(hidden[:, None], time)
         first = F.gelu(modulated)
-        summary: Tensor = first + gate * self.think(first)
+        summary: Tensor = first + gate * self.mlp(first)
         return summary
 
 
@@ -161,35 +161,35 @@ class Reader(nn.Module):
         parts = len(shapes) + settings.text_conditioning
         self.width = (1 + parts * settings.num_queries) * inner
         self.time = nn.Sequential(nn.Linear(inner, inner), nn.SiLU(), nn.Linear(inner, inner), nn.SiLU())
-        self.glance = _Glance(shapes, text_width, settings)
+        self.pooling = _Pooling(shapes, text_width, settings)
         branches = {name: _Branch(shape, settings) for name, shape in shapes.items()} if attends else {}
         self.branches = nn.ModuleDict(branches)
         self.text = _Gather(text_width, _MOST_WORDS, settings) if attends and settings.text_conditioning else None
-        self.asks = nn.Parameter(0.02 * torch.randn(1, settings.num_queries, inner))
+        self.queries = nn.Parameter(0.02 * torch.randn(1, settings.num_queries, inner))
         self.dropout = nn.Dropout(settings.dropout)
 
-    def see(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def inputs(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What `forward` needs of maps, name -> [B, c, h, w]. Without attention, this is a few numbers per state."""
         channels = torch.cat([_mean_and_spread(maps[name]) for name in self.names], 1)
         return {_CHANNELS: channels, **{name: maps[name] for name in self.branches}}
 
-    def forward(self, seen: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """[B, width]. seen: of `see`; sigma: [B]."""
+    def forward(self, inputs: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """[B, width]. inputs: of `inputs`; sigma: [B]."""
         known = sigma if self.settings.time_conditioning else torch.zeros_like(sigma)
         time = self.time(_fourier(known, self.settings.width))
-        context = self.asks.repeat(len(sigma), 1, 1)  # a view would be multiplied in another order once it is frozen
+        context = self.queries.repeat(len(sigma), 1, 1)  # a view would be multiplied in another order once it is frozen
         tokens = conditioning.tokens[:, :_MOST_WORDS].float()
-        summaries = [self.glance(seen[_CHANNELS], tokens, time)]
+        summaries = [self.pooling(inputs[_CHANNELS], tokens, time)]
         if self.text is not None:
             context = self.dropout(self.text(context, tokens))
             summaries.append(context)
-        summaries += [branch(seen[name], context, time) for name, branch in self.branches.items()]
+        summaries += [branch(inputs[name], context, time) for name, branch in self.branches.items()]
         return torch.cat(summaries, 1).flatten(1)
 
 
 _MOST_WORDS = 77  # text tokens that the head reads: those of CLIP; what a backbone appends to them says no more
 _CHANNELS = "channels"  # among the names of maps
-_WORD_WIDTH = 16  # numbers that a glance takes of each of them
+_WORD_WIDTH = 16  # numbers that the pooling takes of each of them
 
 
 def _mean_and_spread(feature_map: Tensor) -> Tensor:

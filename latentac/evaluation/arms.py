@@ -6,7 +6,7 @@ from typing import Any
 from latentac.system.names import PLAIN
 
 Row = Mapping[str, Any]
-"""{method, strength, candidates, nfe, reward, mean, low, high, n, seconds}, one per arm and reward."""
+"""{method, strength, particles, nfe, reward, mean, low, high, n, seconds}, one per arm and reward."""
 
 
 def plain_arm(rows: Sequence[Row], reward: str) -> Row:

@@ -22,31 +22,31 @@ from latentac.worlds.prompts import Prompt, balanced
 
 @dataclass(frozen=True)
 class Plan:
-    """One arm. method: its configured name, or `none`; candidates: rollouts per picture; steering: None where plain."""
+    """One arm. method: its configured name, or `none`; particles: rollouts per image; steering: None where plain."""
 
     method: str
     strength: float
-    candidates: int
+    particles: int
     steering: Steering | None
 
     @property
     def label(self) -> str:
         if self.steering is None:
             return "plain"
-        return f"{self.method} {self.strength:g}" if self.candidates == 1 else f"{self.method} {self.candidates}"
+        return f"{self.method} {self.strength:g}" if self.particles == 1 else f"{self.method} {self.particles}"
 
 
 def arms(config: Config) -> list[Plan]:
-    """Plain sampling, then of each configured method its `sweep` of strengths with one candidate, and its own strength
-    with each of `candidates`. Every head counts by its reward's weight."""
+    """Plain sampling, then of each configured method its `sweep` of strengths with one particle, and its own strength
+    with each of `sweep_particles`. Every head counts by its reward's weight."""
     weights = torch.tensor([reward.weight for reward in config.rewards])
     plans = [Plan(PLAIN, 0.0, 1, None)]
     for place, method in enumerate(config.steering.methods):
         settings: Any = STEERING.settings(method, f"steering.methods.{place}")
         wanted = [(float(strength), 1) for strength in settings.sweep]
-        wanted += [(settings.strength, candidates) for candidates in settings.candidates]
-        for strength, candidates in wanted:
-            plans.append(Plan(method.name, strength, candidates, STEERING.make(method, strength * weights, candidates)))
+        wanted += [(settings.strength, particles) for particles in settings.sweep_particles]
+        for strength, particles in wanted:
+            plans.append(Plan(method.name, strength, particles, STEERING.make(method, strength * weights, particles)))
     return plans
 
 
@@ -55,7 +55,7 @@ def run_benchmark(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """One row per arm and reward, and a gallery.
 
-    A row is {method, strength, candidates, nfe, reward, mean, low, high, n, seconds}. nfe counts forwards of the
+    A row is {method, strength, particles, nfe, reward, mean, low, high, n, seconds}. nfe counts forwards of the
     denoiser per image, a backward as 2; seconds are wall time for all n images, decoding and scoring included. The
     gallery shows the arm that was best by the gate's reward, on the prompts and noise of `compare`.
     """
@@ -64,7 +64,7 @@ def run_benchmark(
     wanted, shown = chosen[: config.steering.num_images], chosen[: evaluation.num_gallery_prompts]
     rows: list[dict[str, Any]] = []
     plans = arms(config)
-    # What an arm costs goes by its evaluations, so these are the unit: pictures would promise a wrong end. Which arm
+    # What an arm costs goes by its evaluations, so these are the unit: images would promise a wrong end. Which arm
     # the gallery shows is not known yet: it counts as the dearest.
     costs = [evaluations(plan.steering, steps) for plan in plans]
     with progress(sum(costs) * len(wanted) + max(costs) * len(shown), "steer", "evaluations") as bar:
@@ -85,8 +85,8 @@ def run_benchmark(
             )
             rows += _rows(config, arm, time.monotonic() - started, plan)
         best = best_steered(rows, config.gate.reward)
-        wanted_arm = (best["method"], best["strength"], best["candidates"]) if best else None
-        steering = next((p.steering for p in plans if (p.method, p.strength, p.candidates) == wanted_arm), None)
+        wanted_arm = (best["method"], best["strength"], best["particles"]) if best else None
+        steering = next((p.steering for p in plans if (p.method, p.strength, p.particles) == wanted_arm), None)
         bar.begin("gallery")
         arm = sample(
             policy,
@@ -108,7 +108,7 @@ def _rows(config: Config, arm: Arm, seconds: float, plan: Plan) -> list[dict[str
         {
             "method": plan.method,
             "strength": plan.strength,
-            "candidates": plan.candidates,
+            "particles": plan.particles,
             "nfe": evaluations(plan.steering, config.kernel.num_steps),
             "reward": name,
             **interval(arm.scores.column(name).numpy(), config.evaluation.num_bootstrap, config.seed),

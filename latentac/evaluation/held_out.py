@@ -1,4 +1,4 @@
-"""Fixed prompts, fixed seeds, intervals: the numbers that a run reports, and the pictures beside them."""
+"""Fixed prompts, fixed seeds, intervals: the numbers that a run reports, and the images beside them."""
 
 import itertools
 import time
@@ -37,7 +37,7 @@ class Arm:
     values: Tensor
 
     def first(self, count: int) -> "Arm":
-        """The first `count` pictures."""
+        """The first `count` images."""
         scores = Scores(self.scores.rewards[:count], self.scores.names)
         return Arm(self.images[:count], scores, self.values[:count])
 
@@ -55,10 +55,10 @@ def sample(
     bar: Progress[Any] | None = None,
     units: int = 1,
 ) -> Arm:
-    """One picture a prompt. Image i has the same noise in every arm; its candidate 0 is the unsteered rollout.
+    """One image per prompt. Image i has the same noise in every arm; its particle 0 is the unsteered rollout.
 
-    block_images: so many go through the denoiser together, each with all its candidates. bar: of the step that this is
-    a part of; a picture counts `units` of it.
+    block_images: so many go through the denoiser together, each with all its particles. bar: of the step that this is
+    a part of; an image counts `units` of it.
     """
     device = policy.backbone.device
     blocks = [range(start, min(start + block_images, len(prompts))) for start in range(0, len(prompts), block_images)]
@@ -92,16 +92,16 @@ def _roll_out(
     steering: Steering | None,
 ) -> Trajectory:
     device = policy.backbone.device
-    candidates = steering.candidates if steering else 1
-    keys = [("evaluation", slot, candidate) for slot in slots for candidate in range(candidates)]
+    particles = steering.particles if steering else 1
+    keys = [("evaluation", slot, particle) for slot in slots for particle in range(particles)]
     noise = noise_for(keys, seed, num_steps, policy.backbone.latent_shape).to(device)
     if steering is None or critic is None:
         return rollout(policy, critic, conditioning, noise)
     uniforms = uniforms_for([("evaluation", slot) for slot in slots], seed, num_steps).to(device)
-    parted = noise.unflatten(0, (-1, candidates))
+    parted = noise.unflatten(0, (-1, particles))
     # The gradient of a step runs through all its rows, so images are divided here and not within a step.
     limit = policy.rows.limit
-    images = Rows(None if limit is None else max(1, limit // candidates))
+    images = Rows(None if limit is None else max(1, limit // particles))
 
     def steered(part: range) -> Trajectory:
         rows = torch.arange(part.start, part.stop, device=device)
@@ -121,7 +121,7 @@ def compare(
     """The policies `base`, `trained` and, where there is one, `incumbent` on held-out prompts, the categories in turn,
     the same noise for each; and `trained` on a quarter as many training prompts.
 
-    Returns evaluation.json and the gallery with scores.json (see `picture_scores`). evaluation.json: {<arm>: reward ->
+    Returns evaluation.json and the gallery with scores.json (see `image_scores`). evaluation.json: {<arm>: reward ->
     interval, difference (trained - base), incumbent_difference (trained - incumbent) and held_out_gap: reward ->
     interval, units, categories, critic, and `contrasts`}. Intervals resample images; those of a difference of two
     policies resample pairs of images with the same prompt and noise.
@@ -131,7 +131,7 @@ def compare(
     chosen = [held_out[index] for index in balanced(held_out, settings.num_images, seed, "evaluation")]
     texts, steps, block = [prompt.text for prompt in chosen], config.kernel.num_steps, config.train.block_images
     seen = [prompts.train[i] for i in balanced(prompts.train, settings.num_images // 4, seed, "evaluation")]
-    more = (settings.pictures_per_prompt - 1) * len(texts[: settings.num_diversity_prompts])
+    more = (settings.images_per_prompt - 1) * len(texts[: settings.num_diversity_prompts])
     with progress(len(policies) * (len(texts) + more) + len(seen), "evaluate", "images") as bar:
         arms = {}
         for number, (name, policy) in enumerate(policies.items(), 1):
@@ -176,16 +176,16 @@ def compare(
     count = min(settings.num_gallery_prompts, len(texts))
     shown = gallery(config, texts[:count], {name: arm.first(count) for name, arm in arms.items()})
     shape = policies["trained"].backbone.latent_shape
-    return content, {**shown, "scores": picture_scores(config, texts, arms, shape)}
+    return content, {**shown, "scores": image_scores(config, texts, arms, shape)}
 
 
-def picture_scores(
+def image_scores(
     config: Config, texts: Sequence[str], arms: Mapping[str, Arm], latent_shape: Sequence[int]
 ) -> dict[str, Any]:
-    """scores.json: what each picture scored, so that two runs can be compared picture by picture.
+    """scores.json: what each image scored, so that two runs can be compared image by image.
 
-    {"prompts": texts, "noise": what it was drawn from: two runs with equal ones have the same noise for picture i,
-    "rewards": {<arm>: {<reward>: a number a picture}}}.
+    {"prompts": texts, "noise": what it was drawn from: two runs with equal ones have the same noise for image i,
+    "rewards": {<arm>: {<reward>: a number per image}}}.
     """
     noise = {"seed": config.seed, "num_steps": config.kernel.num_steps, "latent_shape": list(latent_shape)}
     return {"prompts": list(texts), "noise": noise, "rewards": {name: _columns(arm) for name, arm in arms.items()}}
@@ -202,15 +202,15 @@ def contrasts(
     images: Mapping[str, np.ndarray],
     bar: Progress[Any] | None = None,
 ) -> dict[str, Any]:
-    """{diversity, latency, definitions} of the policies, from a few more pictures of the first prompts.
+    """{diversity, latency, definitions} of the policies, from a few more images of the first prompts.
 
-    images: of each policy, those that `sample` gave for `texts`; they are the first picture of each prompt.
+    images: of each policy, those that `sample` gave for `texts`; they are the first image of each prompt.
     diversity: {<arm>: interval, difference and kept: of trained to each other arm, prompts resampled in pairs};
     latency: {<arm>: median, ratio: of trained to each other arm, block_images}.
     """
     settings, seed = config.evaluation, config.seed
     texts = texts[: settings.num_diversity_prompts]
-    more, seconds, block = _more_pictures(config, policies, texts, bar)
+    more, seconds, block = _more_images(config, policies, texts, bar)
     resampling = (settings.num_bootstrap, seed)
     spread = {name: diversity(np.concatenate([images[name][: len(texts), None], more[name]], 1)) for name in policies}
     others = [name for name in policies if name != "trained"]
@@ -230,16 +230,16 @@ def contrasts(
     }
 
 
-def _more_pictures(
+def _more_images(
     config: Config, policies: Mapping[str, Policy], texts: Sequence[str], bar: Progress[Any] | None
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], int]:
-    """The further pictures of each prompt, uint8 [P, D - 1, H, W, 3] a policy, the seconds a picture of each block of
-    them [blocks], and a block's number of pictures.
+    """The further images of each prompt, uint8 [P, D - 1, H, W, 3] per policy, the seconds per image of each block of
+    them [blocks], and a block's number of images.
 
     All policies do a block one after another, in turns the first first or last, so that a busy machine slows all. On a
     CPU a block is one thread's work: its processor time leaves out what else runs there.
     """
-    draws = range(1, config.evaluation.pictures_per_prompt)
+    draws = range(1, config.evaluation.images_per_prompt)
     size = min(config.train.block_images, max(1, len(texts) // 8))  # eight of each draw, to be compared in pairs
     blocks = [
         (number, draw, range(start, min(start + size, len(texts))))
@@ -257,8 +257,8 @@ def _more_pictures(
             keys = [("evaluation", slot, draw) for slot in slots]
             noise = noise_for(keys, config.seed, config.kernel.num_steps, policy.backbone.latent_shape).to(device)
             trajectory = rollout(policy, None, policy.backbone.encode(prompts), noise)
-            pictures = policy.backbone.decode(trajectory.clean)  # in the CPU's memory, so the device has finished
-            found[name] = pictures, (clock() - started) / len(slots)
+            decoded = policy.backbone.decode(trajectory.clean)  # in the CPU's memory, so the device has finished
+            found[name] = decoded, (clock() - started) / len(slots)
             if bar is not None:
                 bar.update(len(slots))
         return found
@@ -266,16 +266,16 @@ def _more_pictures(
     parts = map_blocks(run, blocks, device)
     images, seconds = {}, {}
     for name in policies:
-        pictures = np.concatenate([part[name][0] for part in parts])
-        images[name] = pictures.reshape(len(draws), len(texts), *pictures.shape[1:]).swapaxes(0, 1)
+        flat = np.concatenate([part[name][0] for part in parts])
+        images[name] = flat.reshape(len(draws), len(texts), *flat.shape[1:]).swapaxes(0, 1)
         seconds[name] = np.array([part[name][1] for part in parts])
     return images, seconds, size
 
 
 def gallery(config: Config, texts: Sequence[str], arms: Mapping[str, Arm]) -> dict[str, Any]:
-    """Contact sheets by arm and their index: picture i of each sheet has prompt i and noise i of the run's seed.
+    """Contact sheets by arm and their index: image i of each sheet has prompt i and noise i of the run's seed.
 
-    The index has what each picture scored, {<arm>: {<reward>: a number a picture}}.
+    The index has what each image scored, {<arm>: {<reward>: a number per image}}.
     """
     columns = 4
     sheets: dict[str, Any] = {name: contact_sheet(arm.images, columns) for name, arm in arms.items()}
@@ -286,9 +286,9 @@ def gallery(config: Config, texts: Sequence[str], arms: Mapping[str, Arm]) -> di
 
 
 def contact_sheet(images: np.ndarray, columns: int) -> Image.Image:
-    """Pictures uint8 [N, H, W, 3] in rows of `columns`, without margins."""
+    """Images uint8 [N, H, W, 3] in rows of `columns`, without margins."""
     count, height, width, _ = images.shape
     sheet = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")
-    for index, picture in enumerate(images):
-        sheet.paste(Image.fromarray(picture), (index % columns * width, index // columns * height))
+    for index, pixels in enumerate(images):
+        sheet.paste(Image.fromarray(pixels), (index % columns * width, index // columns * height))
     return sheet

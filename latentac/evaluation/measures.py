@@ -20,14 +20,14 @@ DEFINITIONS = {
 }
 """Meaning and unit of each measure in evaluation.json."""
 
-_SIDE = 32  # pixels: what is left of a large picture is its layout and colours, not its grain
+_SIDE = 32  # pixels: what is left of a large image is its layout and colours, not its grain
 Statistic = Callable[..., Any]
 
 
 def diversity(images: np.ndarray) -> np.ndarray:
-    """float64 [P], see DEFINITIONS. images: uint8 [P, D, H, W, 3], D >= 2 pictures of each prompt.
+    """float64 [P], see DEFINITIONS. images: uint8 [P, D, H, W, 3], D >= 2 images of each prompt.
 
-    It is measured on pictures, so that policies with other latent spaces can be compared.
+    It is measured on images, so that policies with other latent spaces can be compared.
     """
     height, width = images.shape[2:4]
     block = -(-max(height, width) // _SIDE)

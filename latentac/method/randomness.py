@@ -32,5 +32,5 @@ def noise_for(keys: Sequence[tuple[object, ...]], seed: int, num_steps: int, sha
 
 
 def uniforms_for(keys: Sequence[tuple[object, ...]], seed: int, num_steps: int) -> Tensor:
-    """U(0, 1) [len(keys), K]: one number a step for whatever chooses among the candidates of an image."""
+    """U(0, 1) [len(keys), K]: one number a step for whatever chooses among the particles of an image."""
     return torch.stack([torch.rand(num_steps, generator=generator_for(seed, "uniforms", *key)) for key in keys])

@@ -40,8 +40,8 @@ def group_advantages(
     groups = reward.unflatten(0, (-1, group_size))
     std = groups.std(1, keepdim=True, correction=0)
     advantages = (groups - groups.mean(1, keepdim=True)) / (std + epsilon)
-    told = (std > epsilon).expand_as(groups)
-    return (advantages * told).flatten(0, 1), told.flatten(0, 1)
+    mask = (std > epsilon).expand_as(groups)
+    return (advantages * mask).flatten(0, 1), mask.flatten(0, 1)
 
 
 def whiten(x: Float[Tensor, "*axes"], epsilon: float = 1e-8, dim: int | None = None) -> Float[Tensor, "*axes"]:
@@ -85,7 +85,7 @@ def rank_correlation(
     values: Float[Tensor, "B K"], reward: Float[Tensor, "B"], groups: Int64[Tensor, "B"]
 ) -> Float[Tensor, "K"]:
     """Kendall's tau-b of values and rewards over the pairs within a group, at each step: does the critic know which of
-    two pictures of one prompt is better, and not only which prompt is easy?
+    two images of one prompt is better, and not only which prompt is easy?
 
     values: [B, K]; reward: [B]; groups: int64 [B]. Returns [K]; zeros where no two rewards of a group differ.
     """
@@ -95,6 +95,6 @@ def rank_correlation(
     first, second, order = first[order != 0], second[order != 0], order[order != 0]
     if not len(order):
         return values.new_zeros(values.shape[1])
-    told = (values[first] - values[second]).sign()
-    concordance = (told * order[:, None]).mean(0)
-    return concordance / told.abs().mean(0).sqrt().clamp(min=1e-12)
+    signs = (values[first] - values[second]).sign()
+    concordance = (signs * order[:, None]).mean(0)
+    return concordance / signs.abs().mean(0).sqrt().clamp(min=1e-12)

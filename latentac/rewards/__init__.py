@@ -25,14 +25,14 @@ class Reward(Protocol):
 
     unit: str, what one unit of the number means.
     transient_errors: exception types and HTTP statuses after which another attempt may help.
-    known(): (pictures, prompts, answers): pictures whose rewards are certain, by which `prepare` finds a broken
+    known(): (images, prompts, answers): images whose rewards are certain, by which `prepare` finds a broken
         installation.
     """
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> Any:
         """One finite number per image, higher is better, as an array, tensor or list of shape [B] or [B, 1].
 
-        images: uint8 [B, H, W, 3], read-only; prompts: B texts. Each number depends on its own picture and prompt only.
+        images: uint8 [B, H, W, 3], read-only; prompts: B texts. Each number depends on its own image and prompt only.
         A third parameter `metadata` receives B mappings: what the prompt file says beside each text.
 
         Calls come from several threads at once, each call from a thread of its own, in every process of a step: in

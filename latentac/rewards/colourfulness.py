@@ -1,4 +1,4 @@
-"""How colourful a picture looks: Hasler and Süsstrunk, "Measuring colourfulness in natural images", SPIE 5007, 2003."""
+"""How colourful an image looks: Hasler and Süsstrunk, "Measuring colourfulness in natural images", SPIE 5007, 2003."""
 
 from collections.abc import Sequence
 

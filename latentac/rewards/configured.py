@@ -55,10 +55,10 @@ class ConfiguredReward:
             raise
         except Exception as error:
             culprit = self._culprit(images, prompts, error)
-            raise self._failed(culprit, _told(error)) from error
+            raise self._failed(culprit, _described(error)) from error
 
     def known(self) -> tuple[np.ndarray, list[str], np.ndarray] | None:
-        """The class's known pictures, or None if it has none. Raises RewardError."""
+        """The class's known images, or None if it has none. Raises RewardError."""
         if not hasattr(self.reward, "known"):
             return None
         try:
@@ -69,7 +69,7 @@ class ConfiguredReward:
         except _Own as own:
             raise RewardError(f"reward {self.name}, known()", own.error.problem, own.error.remedy) from own.error
         except Exception as error:
-            raise RewardError(f"reward {self.name}", f"known() failed: {_told(error)}", _REMEDY) from error
+            raise RewardError(f"reward {self.name}", f"known() failed: {_described(error)}", _REMEDY) from error
 
     def _attempts(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
         """The rewards, after as many attempts as transient errors need. Raises what the last attempt raised."""
@@ -80,24 +80,24 @@ class ConfiguredReward:
                 if attempt == self._retries or not _is_transient(error, self._transient):
                     raise
                 wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0)
-                _log.warning("reward %s: %s; next attempt in %.1f s", self.name, _told(error), wait)
+                _log.warning("reward %s: %s; next attempt in %.1f s", self.name, _described(error), wait)
                 time.sleep(wait)
         raise AssertionError("the loop returns or raises")
 
     def _within_time(self, images: np.ndarray, prompts: Sequence[Prompt]) -> Any:
         """What the reward returns. Raises what it raises, and RewardError with its name."""
-        pictures = images.view()
-        pictures.flags.writeable = False
+        shown = images.view()
+        shown.flags.writeable = False
         texts = [prompt.text for prompt in prompts]
         # Copies, as what a reward does to its arguments is nobody else's affair.
         more = {"metadata": copy.deepcopy([prompt.metadata for prompt in prompts])} if self._takes_metadata else {}
 
         try:
-            return self._bounded(lambda: self.reward(pictures, list(texts), **more), self._where(prompts), texts)
+            return self._bounded(lambda: self.reward(shown, list(texts), **more), self._where(prompts), texts)
         except _Own as own:  # the class knows what was wrong, and not its own name
-            told = own.error
-            where = told.where if told.where.startswith("prompt") else f"prompt {texts[0]!r}, {told.where}"
-            raise RewardError(f"reward {self.name}, {where}", told.problem, told.remedy) from told
+            error = own.error
+            where = error.where if error.where.startswith("prompt") else f"prompt {texts[0]!r}, {error.where}"
+            raise RewardError(f"reward {self.name}, {where}", error.problem, error.remedy) from error
 
     def _bounded(self, work: Callable[[], Any], what: str, texts: Sequence[str]) -> Any:
         """What `work` returns or raises, in a thread of its own, which is abandoned when its time is over.
@@ -132,13 +132,13 @@ class ConfiguredReward:
         """`answer` as float32 [B]. Raises RewardError for another shape or type, and for NaN and infinity."""
         answer = [_plain(item) for item in answer] if isinstance(answer, list | tuple) else _plain(answer)
         if np.ma.is_masked(answer):
-            raise self._failed(prompts, "returned a masked array, which has no reward for some pictures")
+            raise self._failed(prompts, "returned a masked array, which has no reward for some images")
         try:
             column = np.asarray(answer)
         except ValueError as error:
             raise self._failed(prompts, f"returned no array: {error}") from None
         if column.shape not in ((len(prompts),), (len(prompts), 1)):
-            problem = f"returned shape {list(column.shape)} for {len(prompts)} pictures, not [{len(prompts)}]"
+            problem = f"returned shape {list(column.shape)} for {len(prompts)} images, not [{len(prompts)}]"
             raise self._failed(prompts, problem)
         if column.dtype.kind not in "fiub":
             raise self._failed(prompts, f"returned values of type {column.dtype}, not numbers")
@@ -146,7 +146,7 @@ class ConfiguredReward:
             column = column.reshape(-1).astype(np.float32)
         bad = np.flatnonzero(~np.isfinite(column))
         if len(bad):
-            problem = f"returned {column[bad[0]]} ({len(bad)} of {len(column)} pictures)"
+            problem = f"returned {column[bad[0]]} ({len(bad)} of {len(column)} images)"
             raise self._failed([prompts[int(index)] for index in bad], problem)
         return column
 
@@ -193,7 +193,7 @@ def load_rewards(settings: Iterable[RewardSettings]) -> list[ConfiguredReward]:
             problem = f"cannot be built: {error.where}: {error.problem}"
             raise RewardError(f"reward {one.name}", problem, error.remedy) from error
         except (Exception, SystemExit) as error:
-            raise RewardError(f"reward {one.name}", f"cannot be built: {_told(error)}", _REMEDY) from error
+            raise RewardError(f"reward {one.name}", f"cannot be built: {_described(error)}", _REMEDY) from error
     return found
 
 
@@ -214,5 +214,5 @@ def _parameters(reward: Any) -> Mapping[str, Any]:
         return {}
 
 
-def _told(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     return str(error) if isinstance(error, _Left) else describe(error)

@@ -1,4 +1,4 @@
-"""How small a picture's JPEG file is: the compressibility reward of DDPO (Black et al., arXiv 2305.13301)."""
+"""How small an image's JPEG file is: the compressibility reward of DDPO (Black et al., arXiv 2305.13301)."""
 
 import io
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""How well a picture of the embedded world goes with its caption, in the eyes of a tiny CLIP trained on that world."""
+"""How well an image of the embedded world goes with its caption, in the eyes of a tiny CLIP trained on that world."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +9,11 @@ import numpy as np
 
 from latentac.system.errors import RewardError
 from latentac.worlds.shapes.captions import parse_caption, specifications
-from latentac.worlds.shapes.scenes import IMAGE_SIZE, sample_pictures
+from latentac.worlds.shapes.scenes import IMAGE_SIZE, sample_images
 
 WEIGHTS = Path(__file__).parents[1] / "worlds" / "shapes" / "weights" / "clip"
 _WORDS = {word for spec in specifications() for word in spec.caption.split()}
-_BATCH = 16  # scored together, a last part filled up: what a picture gets does not hang on how many come with it
+_BATCH = 16  # scored together, a last part filled up: what an image gets does not hang on how many come with it
 
 
 class ShapesClip:
@@ -21,7 +21,7 @@ class ShapesClip:
     learned, so a policy can exploit it: it was trained on rendered images only, and its scores of other images are
     unreliable. It runs on the CPU in float32."""
 
-    unit = "cosine similarity of picture and caption, -1 to 1"
+    unit = "cosine similarity of image and caption, -1 to 1"
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -29,20 +29,20 @@ class ShapesClip:
 
     def known(self) -> tuple[np.ndarray, list[str], np.ndarray]:
         prompt = "a red circle left of a blue square"
-        (picture,) = sample_pictures([parse_caption(prompt)], np.random.default_rng(0))
+        (image,) = sample_images([parse_caption(prompt)], np.random.default_rng(0))
         wrong = "three green triangles"
-        return np.stack([picture, picture]), [prompt, wrong], np.array([0.91375, -0.74048], np.float32)
+        return np.stack([image, image]), [prompt, wrong], np.array([0.91375, -0.74048], np.float32)
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """float32 [B] for `images` uint8 [B, 32, 32, 3].
 
-        Raises RewardError for a word outside the shapes language, for another size of picture, and without torch.
+        Raises RewardError for a word outside the shapes language, for another size of image, and without torch.
         """
         if images.dtype != np.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
             raise RewardError(
-                "pictures",
+                "images",
                 f"are of shape {images.shape[1:]} and type {images.dtype}",
-                f"Give it uint8 pictures of {IMAGE_SIZE} x {IMAGE_SIZE} x 3",
+                f"Give it uint8 images of {IMAGE_SIZE} x {IMAGE_SIZE} x 3",
             )
         captions = [self._caption(prompt) for prompt in prompts]
         parts = [
@@ -61,13 +61,13 @@ class ShapesClip:
         return " ".join(words)
 
     def _cosines(self, images: np.ndarray, captions: list[str]) -> np.ndarray:
-        """float32 [B] for at most _BATCH pictures and captions."""
+        """float32 [B] for at most _BATCH images and captions."""
         try:
             import torch
 
-            from latentac.worlds.shapes.contrastive import caption_features, picture_features
+            from latentac.worlds.shapes.contrastive import caption_features, image_features
             from latentac.worlds.shapes.tokens import tokenize
-        except ImportError as error:  # an image that only launches and decides has neither
+        except ImportError as error:  # a container image that only launches and decides has neither
             remedy = "Score where torch and transformers are installed"
             raise RewardError("packages", f"one is missing: {error}", remedy) from error
 
@@ -75,9 +75,9 @@ class ShapesClip:
         missing = _BATCH - len(images)
         filled = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)])
         with torch.no_grad():
-            pictures = picture_features(clip, filled)
+            visual = image_features(clip, filled)
             texts = caption_features(clip, tokenize(tokenizer, captions + [""] * missing))
-            return (pictures * texts).sum(dim=1)[: len(images)].numpy()
+            return (visual * texts).sum(dim=1)[: len(images)].numpy()
 
     def _load(self) -> tuple[Any, Any]:
         """Model and tokenizer, read at the first call: a table of rewards is made without torch."""

@@ -1,1 +1,1 @@
-"""A run from its configuration to a released model. Start reading at `latentac.runs.verbs`."""
+"""A run from its configuration to a released model. Start reading at `latentac.runs.steps`."""

@@ -1,4 +1,4 @@
-"""The command line: parse, call a verb, map errors to exit codes. Nothing heavy is imported before a verb runs."""
+"""The command line: parse, call a step, map errors to exit codes. Nothing heavy is imported before a command runs."""
 
 import argparse
 import json
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentac import __version__
-from latentac.runs.housekeeping.commands import add_verbs
-from latentac.runs.running import run_verb
+from latentac.runs.housekeeping.commands import add_commands
+from latentac.runs.running import run_step
 from latentac.system.errors import ConfigError, LatentacError, Problem, ResourceError, expected
 from latentac.system.reading import PORTS, SEEDS, whole
 from latentac.system.steps import STEPS
@@ -78,40 +78,40 @@ def _parser() -> argparse.ArgumentParser:
         "latentac prepare --run first --recipe shapes-unet --set seed=1\n  latentac pretrain-value --run first",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    verbs = parser.add_subparsers(metavar="verb", required=True)
+    commands = parser.add_subparsers(metavar="command", required=True)
     for step in STEPS:
         name, example = step.name, f"latentac {step.name} --run first"
         if name == "prepare":
             example += " --recipe shapes-unet --set policy.learning_rate=3e-5 --set seed=1"
-        verb = _make(verbs.add_parser, name, step.summary, example)
-        _add_place(verb)
+        command = _make(commands.add_parser, name, step.summary, example)
+        _add_place(command)
         if name == "gate":
-            _add_gate(verb)
+            _add_gate(command)
         if name == "deploy":
-            verb.add_argument(
+            command.add_argument(
                 "--force", action="store_true", help="deploy also a held run, or one that was deployed before"
             )
         if name == "prepare":
-            _add_settings(verb)
-            verb.add_argument("--project", default="", metavar="NAME", help="the same as --set project=NAME")
-        verb.set_defaults(command=run_verb, verb=name)
+            _add_settings(command)
+            command.add_argument("--project", default="", metavar="NAME", help="the same as --set project=NAME")
+        command.set_defaults(command=run_step, step=name)
 
     for name, summary in _FURTHER.items():  # only for the list: they are called before anything is parsed
-        verbs.add_parser(name, help=summary, add_help=False)
+        commands.add_parser(name, help=summary, add_help=False)
 
-    add_verbs(_make, verbs.add_parser)
-    _add_config(verbs)
+    add_commands(_make, commands.add_parser)
+    _add_config(commands)
 
-    report = _make(verbs.add_parser, "report", "write report.html and summary.json", "latentac report --run first")
+    report = _make(commands.add_parser, "report", "write report.html and summary.json", "latentac report --run first")
     _add_place(report)
     report.set_defaults(command=_report)
 
-    _add_compare(verbs)
+    _add_compare(commands)
 
-    _add_serve(verbs)
+    _add_serve(commands)
 
     fetch = _make(
-        verbs.add_parser,
+        commands.add_parser,
         "fetch-model",
         "copy a published model into an empty folder or mount, and verify it",
         "latentac fetch-model --version first-0a1b2c3d --store s3://models/demo --to model",
@@ -124,10 +124,10 @@ def _parser() -> argparse.ArgumentParser:
     fetch.set_defaults(command=_fetch)
 
     generate = _make(
-        verbs.add_parser,
+        commands.add_parser,
         "generate",
         "make images with a model: the last one deployed, or that of a run",
-        'latentac generate --run first --prompt "a red circle" --seed 7 --steer shapes_verifier=2 --picture out.png',
+        'latentac generate --run first --prompt "a red circle" --seed 7 --steer shapes_verifier=2 --image out.png',
     )
     _add_model(generate)
     generate.add_argument("--prompt", required=True)
@@ -138,17 +138,15 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--steer", action="append", default=[], metavar="reward=weight", help="a steering weight; may be repeated"
     )
-    generate.add_argument(
-        "--picture", default="picture.png", metavar="FILE", help="PNG to write (default: %(default)s)"
-    )
+    generate.add_argument("--image", default="image.png", metavar="FILE", help="PNG to write (default: %(default)s)")
     generate.set_defaults(command=_generate)
     return parser
 
 
-def _add_config(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_config(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     summary = "show the resolved settings, or explain the fields"
     example = "latentac config show --recipe shapes-unet > mine.yaml\n  latentac config fields train"
-    commands = _make(verbs.add_parser, "config", summary, example).add_subparsers(metavar="command", required=True)
+    commands = _make(commands.add_parser, "config", summary, example).add_subparsers(metavar="command", required=True)
     example = "latentac config show --recipe shapes-unet --set algorithm.use=grpo"
     show = _make(commands.add_parser, "show", "print the resolved settings as commented YAML", example)
     _add_settings(show)
@@ -161,13 +159,13 @@ def _add_config(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     fields.set_defaults(command=_explain_fields)
 
 
-def _add_settings(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--recipe", default="shapes-unet", help="named configuration (default: %(default)s)")
-    verb.add_argument("--config", default="", metavar="FILE", help="YAML file that overrides the recipe")
-    verb.add_argument(
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--recipe", default="shapes-unet", help="named configuration (default: %(default)s)")
+    command.add_argument("--config", default="", metavar="FILE", help="YAML file that overrides the recipe")
+    command.add_argument(
         "--set", action="append", default=[], metavar="a.b=c", help="a field that overrides both; may be repeated"
     )
-    verb.add_argument(
+    command.add_argument(
         "--package",
         default="",
         metavar="DIR",
@@ -187,9 +185,9 @@ def _make(
     )
 
 
-def _add_compare(verbs: Any) -> None:
+def _add_compare(commands: Any) -> None:
     compare = _make(
-        verbs.add_parser,
+        commands.add_parser,
         "compare",
         "compare several runs: write a page and print a table",
         "latentac compare first second --to compare.html",
@@ -205,11 +203,11 @@ def _add_compare(verbs: Any) -> None:
     compare.set_defaults(command=_compare)
 
 
-def _add_serve(verbs: Any) -> None:
+def _add_serve(commands: Any) -> None:
     from latentac.serving.access import add_access
 
     serve = _make(
-        verbs.add_parser,
+        commands.add_parser,
         "serve",
         "serve a model with KServe: the last one deployed, or that of a run",
         "latentac serve --run first\n  latentac serve --project shapes-unet --port 8081",
@@ -220,30 +218,30 @@ def _add_serve(verbs: Any) -> None:
     serve.set_defaults(command=_serve)
 
 
-def _add_place(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--run", required=True, metavar="ID", help="the run's id")
-    _add_folders(verb)
+def _add_place(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--run", required=True, metavar="ID", help="the run's id")
+    _add_folders(command)
 
 
-def _add_model(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--run", default="", metavar="ID", help="a trained run, held or deployed")
-    verb.add_argument(
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--run", default="", metavar="ID", help="a trained run, held or deployed")
+    command.add_argument(
         "--project", default="", metavar="NAME", help="or the project whose model is in production (default: the last)"
     )
-    _add_folders(verb)
+    _add_folders(command)
 
 
-def _add_gate(verb: argparse.ArgumentParser) -> None:
+def _add_gate(command: argparse.ArgumentParser) -> None:
     text = "decide again with another bound, for example gate.min_gain=0.02; may be repeated"
-    verb.add_argument("--set", action="append", default=[], metavar="gate.b=c", help=text)
-    verb.add_argument("--dry-run", action="store_true", help="print the decision, but publish nothing")
+    command.add_argument("--set", action="append", default=[], metavar="gate.b=c", help=text)
+    command.add_argument("--dry-run", action="store_true", help="print the decision, but publish nothing")
 
 
-def _add_folders(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
+def _add_folders(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--store", default="", metavar="URL", help="file:// or s3://bucket/prefix (default: OUTPUT/store)"
     )
-    verb.add_argument("--output", default="runs", metavar="FOLDER", help="working folders (default: %(default)s)")
+    command.add_argument("--output", default="runs", metavar="FOLDER", help="working folders (default: %(default)s)")
 
 
 def _run_further(options: argparse.Namespace) -> int | None:
@@ -298,8 +296,8 @@ def _serve(options: argparse.Namespace) -> None:
     from latentac.runs.release.deploy import model_to_use
     from latentac.serving.server import serve
 
-    with model_to_use(options.run, options.project, options.store, options.output) as (folder, told):
-        print(told, flush=True)
+    with model_to_use(options.run, options.project, options.store, options.output) as (folder, announcement):
+        print(announcement, flush=True)
         who = {"hosts": options.allow_host, "origins": options.allow_origin, "token_file": options.token_file}
         serve(folder, options.port, **who)
 
@@ -313,13 +311,13 @@ def _fetch(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from latentac.runs.release.deploy import generate_picture, model_to_use
+    from latentac.runs.release.deploy import generate_image, model_to_use
 
-    picture = Path(options.picture)
-    with model_to_use(options.run, options.project, options.store, options.output) as (folder, told):
-        print(told, file=sys.stderr, flush=True)
-        used = generate_picture(folder, options.prompt, options.seed, options.count, options.steer, picture)
-    print(json.dumps({"picture": str(picture), **used}))
+    image = Path(options.image)
+    with model_to_use(options.run, options.project, options.store, options.output) as (folder, announcement):
+        print(announcement, file=sys.stderr, flush=True)
+        used = generate_image(folder, options.prompt, options.seed, options.count, options.steer, image)
+    print(json.dumps({"image": str(image), **used}))
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ def pack(folder: Path) -> bytes:
         for path in _files(base):
             total, count = total + path.stat().st_size, count + 1
             if total > MAX_BYTES or count > MAX_FILES:
-                told = f"has more than {MAX_BYTES / 2**20:.0f} MiB or {MAX_FILES} files"
-                raise _refused(str(folder), told, "Name the package's own folder, or build an image of your own.")
+                problem = f"has more than {MAX_BYTES / 2**20:.0f} MiB or {MAX_FILES} files"
+                raise _refused(str(folder), problem, "Name the package's own folder, or build an image of your own.")
             entry = zipfile.ZipInfo(prefix + path.relative_to(base).as_posix(), (1980, 1, 1, 0, 0, 0))
             entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
             try:
@@ -56,8 +56,8 @@ def inline(data: bytes) -> str:
     """A packed folder as text, for `read`. Raises ConfigError where it is too large for that."""
     text = INLINE + base64.b64encode(data).decode()
     if len(text) > MAX_INLINE_BYTES:
-        told = f"is {len(text) / 2**10:.0f} KiB when packed, and {MAX_INLINE_BYTES / 2**10:.0f} KiB can be submitted"
-        raise _refused("the folder", told, "Install the package in an image of your own (images/README.md).")
+        problem = f"is {len(text) / 2**10:.0f} KiB when packed, and {MAX_INLINE_BYTES / 2**10:.0f} KiB can be submitted"
+        raise _refused("the folder", problem, "Install the package in an image of your own (images/README.md).")
     return text
 
 

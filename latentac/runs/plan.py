@@ -77,7 +77,7 @@ def plan(recipe: str, config: str, overrides: Sequence[str], package: str, store
     if rehearsed is not None and prompts is not None and resolved is not None:
         attempt(lambda: preparation.check_lengths(settings, prompts, rehearsed.backbone))
         block = settings.train.block_images
-        attempt(lambda: preparation.check_scoring(resolved.rewards, prompts, rehearsed.pictures[0], block))
+        attempt(lambda: preparation.check_scoring(resolved.rewards, prompts, rehearsed.images[0], block))
     needs = None if needed is None else tuple(sizing.describe(needed))
     return Plan(resolved.config if resolved else None, needs, tuple(refused))
 

@@ -42,8 +42,8 @@ def fields_markdown() -> str:
         "`make reference` writes this page from the classes. `latentac config fields` prints the same text.",
         "",
     ]
-    for title, told, rows in _sections():
-        lines += [f"## {title}", "", told, "", "| Field | Type | Default | Meaning |", "|---|---|---|---|"]
+    for title, message, rows in _sections():
+        lines += [f"## {title}", "", message, "", "| Field | Type | Default | Meaning |", "|---|---|---|---|"]
         lines += [
             f"| `{name}` | {_cell(kind)} | {_cell(default)} | {_cell(text)} |" for name, kind, default, text in rows
         ]
@@ -57,7 +57,7 @@ Row = tuple[str, str, str, str]
 
 def _sections() -> Iterator[tuple[str, str, list[Row]]]:
     """Title, description and fields of each section, and of each row of a table that can stand there."""
-    yield "Top level", _told(Config), _rows(Config)
+    yield "Top level", _described(Config), _rows(Config)
     yield from _below(Config, "")
 
 
@@ -66,13 +66,13 @@ def _below(section: type[BaseModel], path: str) -> Iterator[tuple[str, str, list
         below, place = section_of(section, name), f"{path}.{name}".lstrip(".")
         if below is None:
             continue
-        yield place, _told(below), _rows(below)
+        yield place, _described(below), _rows(below)
         if place in TABLES:
             for row in TABLES[place]:
                 kind = TABLES[place].load(row)
                 settings = declared_settings(kind)
                 own = _rows(settings) if settings else []
-                yield f"{place}, use: {row}", _told(kind), own
+                yield f"{place}, use: {row}", _described(kind), own
         yield from _below(below, place)
 
 
@@ -111,8 +111,8 @@ def _kind(annotation: Any, metadata: Sequence[Any]) -> str:
     """The type in words, with its bounds."""
     bounds = {name: getattr(one, name) for one in metadata for name in ("gt", "ge", "lt", "le") if hasattr(one, name)}
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    told = ", ".join(f"{signs[name]} {value:g}" for name, value in bounds.items() if value is not None)
-    return _name(annotation) + (f" {told}" if told else "")
+    text = ", ".join(f"{signs[name]} {value:g}" for name, value in bounds.items() if value is not None)
+    return _name(annotation) + (f" {text}" if text else "")
 
 
 def _name(annotation: Any) -> str:
@@ -140,15 +140,15 @@ def _default(field: Any) -> str:
     return "" if isinstance(value, BaseModel) else f"`{json.dumps(value)}`"
 
 
-def _told(kind: Any) -> str:
+def _described(kind: Any) -> str:
     """The first paragraph of a docstring."""
     first = (kind.__doc__ or "").strip().split("\n\n")[0]
     return " ".join(first.split())
 
 
 def _text(entry: tuple[str, str, list[Row]]) -> str:
-    title, told, rows = entry
-    lines = [title, *textwrap.wrap(told, _WIDTH, initial_indent="  ", subsequent_indent="  ")]
+    title, message, rows = entry
+    lines = [title, *textwrap.wrap(message, _WIDTH, initial_indent="  ", subsequent_indent="  ")]
     for name, kind, default, text in rows:
         plain = "; ".join(part.replace("`", "") for part in (kind, default and f"default {default}") if part)
         lines.append(f"  {name}: {plain}".replace("default required", "required"))
@@ -180,11 +180,11 @@ def _value(name: str, value: Any, place: str, depth: int) -> Iterator[str]:
         yield from _yaml(value, type(value), place, depth + 1)
     elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
         yield f"{indent}{name}:"
-        told: set[str] = set()  # entries have most of their fields in common
+        commented: set[str] = set()  # entries have most of their fields in common
         for item in value:
-            lines = [line for line in _yaml(item, type(item), place, depth + 2) if line not in told]
-            told |= {line for line in lines if line.lstrip().startswith("#")}
-            first = next(number for number, line in enumerate(lines) if line not in told)
+            lines = [line for line in _yaml(item, type(item), place, depth + 2) if line not in commented]
+            commented |= {line for line in lines if line.lstrip().startswith("#")}
+            first = next(number for number, line in enumerate(lines) if line not in commented)
             lines[first] = f"{indent}  - {lines[first].lstrip()}"
             yield from lines
     else:

@@ -1,6 +1,6 @@
 """The resolver of extensions: it imports, validates and builds all that a configuration names.
 
-`prepare` calls it once, and every problem of every stage is in one ConfigError. The result is the configuration with
+`prepare` calls it once, and every problem of every step is in one ConfigError. The result is the configuration with
 the defaults of all extensions filled in, which is what the run keeps and what its hash is of.
 """
 
@@ -37,7 +37,7 @@ TABLES: dict[str, Table] = {
 """Path in the configuration -> the table whose rows can stand there."""
 
 _MEMBERS = {
-    "backbone": ("path", "schedule", "encode", "predict", "pictures", "decode", "clone", "adapt", "save"),
+    "backbone": ("path", "schedule", "encode", "predict", "images", "decode", "clone", "adapt", "save"),
     "kernel": ("path", "transition", "std"),
     "rewards": ("__call__",),
     "algorithm": ("credit", "loss"),
@@ -139,8 +139,8 @@ class _Resolver:
         except LatentacError as error:
             self.problems.append(Problem(path, value, error.problem, error.remedy))
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a class of the user's own raises is a problem of its field
-            told = f"cannot be built ({describe(error)})"
-            self.problems.append(Problem(path, value, told, "Correct the class, or its settings."))
+            problem = f"cannot be built ({describe(error)})"
+            self.problems.append(Problem(path, value, problem, "Correct the class, or its settings."))
         return None
 
     def _bad(self, path: str) -> bool:
@@ -175,15 +175,15 @@ class _Resolver:
         if std is not None and not std > 0:
             own = config.kernel.own
             path, value = ("kernel.noise", own["noise"]) if "noise" in own else ("kernel", own)
-            told = f"makes the {config.kernel.use} kernel deterministic, and training needs the density of each step"
-            self.problems.append(Problem(path, value, told, "Make it stochastic, for example kernel.noise=1.0."))
+            problem = f"makes the {config.kernel.use} kernel deterministic, and training needs the density of each step"
+            self.problems.append(Problem(path, value, problem, "Make it stochastic, for example kernel.noise=1.0."))
         if self._bad("backbone.use"):
             return
         path = BACKBONES.load(config.backbone.use).path
         if kernel.path != path:
             fitting = ", ".join(name for name in KERNELS.rows if KERNELS.load(name).path == path)
-            told = f"samples {kernel.path} models, and {config.backbone.use} is a {path} one"
-            self.problems.append(Problem("kernel.use", config.kernel.use, told, f"Use one of {fitting}."))
+            problem = f"samples {kernel.path} models, and {config.backbone.use} is a {path} one"
+            self.problems.append(Problem("kernel.use", config.kernel.use, problem, f"Use one of {fitting}."))
 
     def _check_algorithm(self, config: Config) -> None:
         """It must be built, and a block must hold whole groups."""
@@ -202,9 +202,9 @@ class _Resolver:
             not (self._bad("train.block_images") or self._bad("algorithm.group_size"))
             and config.train.block_images % algorithm.group_size
         ):
-            told = f"is not a multiple of the algorithm's group_size = {algorithm.group_size}"
+            problem = f"is not a multiple of the algorithm's group_size = {algorithm.group_size}"
             value = config.train.block_images
-            self.problems.append(Problem("train.block_images", value, told, "Make a block hold whole groups."))
+            self.problems.append(Problem("train.block_images", value, problem, "Make a block hold whole groups."))
 
     def _methods(self, config: Config) -> dict[str, tuple[Any, SteeringSettings]]:
         found = {}

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from latentac.store import Manifest
 
 
-def run_verb(options: argparse.Namespace) -> int | None:
+def run_step(options: argparse.Namespace) -> int | None:
+    from latentac.runs.steps import FUNCTIONS
     from latentac.runs.task import LOCK_FILE
-    from latentac.runs.verbs import VERBS
     from latentac.system.calls import CALLS, FOLDER, supervised
     from latentac.system.lifetime import own_descendants, run_lock
     from latentac.system.names import working_folder
@@ -23,20 +23,20 @@ def run_verb(options: argparse.Namespace) -> int | None:
 
     own_descendants()
     place: dict[str, Any] = {"run": options.run, "store": options.store, "output": options.output}
-    if options.verb == "gate" and options.dry_run:
-        _judge(place, options.set)
+    if options.step == "gate" and options.dry_run:
+        _decide(place, options.set)
         return None
-    if options.verb == "prepare":
+    if options.step == "prepare":
         project = [f"project={json.dumps(options.project)}"] if options.project else []
         given = {"recipe": options.recipe, "config": options.config, "overrides": [*options.set, *project]}
         place |= {**given, "package": options.package}
-    if options.verb == "gate":
+    if options.step == "gate":
         place["overrides"] = options.set
-    if options.verb == "deploy":
+    if options.step == "deploy":
         place["force"] = options.force
     folder = working_folder(options.run, options.output)
     _check_run(options, folder, place.get("overrides", []))
-    if options.program and options.verb in SCORING and FOLDER not in os.environ:
+    if options.program and options.step in SCORING and FOLDER not in os.environ:
         ended = supervised(folder / CALLS)
         if ended is not None:
             code, crash = ended
@@ -44,8 +44,8 @@ def run_verb(options: argparse.Namespace) -> int | None:
                 raise crash
             return code
     with run_lock(folder / LOCK_FILE), temporary_files(folder):
-        manifest: Manifest | None = VERBS[options.verb](**place)
-        if manifest is not None and (place.get("overrides") or options.verb == "deploy") and options.verb != "prepare":
+        manifest: Manifest | None = FUNCTIONS[options.step](**place)
+        if manifest is not None and (place.get("overrides") or options.step == "deploy") and options.step != "prepare":
             _tell_again(options)
     if manifest is None:
         print(json.dumps({"key": None, "metrics": {}}))
@@ -62,17 +62,17 @@ def _check_run(options: argparse.Namespace, folder: Path, overrides: Sequence[st
     from latentac.store import open_store
     from latentac.system.lifetime import refuse_links
 
-    if options.verb == "prepare":
+    if options.step == "prepare":
         if not options.package:
             resolve_recipe(options.recipe, options.config, overrides)
-    elif options.verb != "finish":  # which comes last in any case, and has nothing to tell of a run without a step
+    elif options.step != "finish":  # which comes last in any case, and has nothing to tell of a run without a step
         prepared(open_store(options.store or default_store(options.output)), [options.run])
     refuse_links(folder)
 
 
 def _tell_again(options: argparse.Namespace) -> None:
     """Where the run's report was published, let it say what a person has decided since."""
-    from latentac.runs.verbs import finish
+    from latentac.runs.steps import finish
     from latentac.runs.workspace import default_store
     from latentac.store import open_store
 
@@ -80,10 +80,10 @@ def _tell_again(options: argparse.Namespace) -> None:
         finish(options.run, options.store, options.output)
 
 
-def _judge(place: dict[str, str], overrides: list[str]) -> None:
+def _decide(place: dict[str, str], overrides: list[str]) -> None:
     """What the gate would say with these bounds."""
     from latentac.runs.release.gate import markdown
-    from latentac.runs.verbs import judge
+    from latentac.runs.steps import decide
     from latentac.runs.workspace import open_run
 
-    print(markdown(judge(open_run(**place), overrides), place["run"]), end="")
+    print(markdown(decide(open_run(**place), overrides), place["run"]), end="")

@@ -1,12 +1,12 @@
-"""One verb as one pipeline task: its life, lock and log, and the one message and exit code of a failure.
+"""One step as one pipeline task: its life, lock and log, and the one message and exit code of a failure.
 
     with pipeline_task("train", run, output, manifest.path) as publish:
-        from latentac.runs.verbs import train
+        from latentac.runs.steps import train
 
         publish(train(run=run, store=store, output=output))
 
 Everything here is the same embedded, in a container and on a cluster. A driver on this machine sets `LATENTAC_EVENTS`
-and reads marked lines from the task's output: `begin`, and `end` or `fail`. What lies between is the verb's own log.
+and reads marked lines from the task's output: `begin`, and `end` or `fail`. What lies between is the step's own log.
 """
 
 import faulthandler
@@ -41,14 +41,14 @@ ERROR_FILE = "error.json"
 """In `<output>/<run>/`: {"task", "exit_code", "message"} of the task that failed, the first one if two did."""
 
 LOCK_FILE = "task.lock"
-"""In `<output>/<run>/`: held while a verb works on the run."""
+"""In `<output>/<run>/`: held while a step works on the run."""
 
 
 @contextmanager
 def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Iterator[Callable[[Manifest], Manifest]]:
-    """Do the body as the task `name`; the body hands the verb's manifest to what this yields, which writes it.
+    """Do the body as the task `name`; the body hands the step's manifest to what this yields, which writes it.
 
-    Import the verb in the body, so that this process is bound to its parent before it loads anything large. If the
+    Import the step in the body, so that this process is bound to its parent before it loads anything large. If the
     body fails, the process ends with the documented exit code: an expected failure (LatentacError, a full disk) gives
     one message and no traceback, anything else is a bug and keeps its traceback.
     """
@@ -74,7 +74,7 @@ def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Itera
     stop_on_sigterm()
     faulthandler.enable()  # a crash in native code, a reward's for example, leaves its Python stack in the log
     _log_plainly()
-    _tell(event="begin", task=name)
+    _emit(event="begin", task=name)
     try:
         with run_lock(folder / LOCK_FILE):
             remove_hidden(folder)
@@ -84,7 +84,7 @@ def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Itera
         raise SystemExit(130) from None
     except Exception as error:  # noqa: BLE001 - here is where every error becomes an exit code
         raise SystemExit(_fail(name, folder, error)) from None
-    _tell(event="end", task=name, reused=reused)
+    _emit(event="end", task=name, reused=reused)
 
 
 def _fail(name: str, folder: Path | None, error: Exception) -> int:
@@ -100,19 +100,19 @@ def _fail(name: str, folder: Path | None, error: Exception) -> int:
             folder.mkdir(parents=True, exist_ok=True)
         # The first failure is the cause; a start of the run removes the file.
         if folder is not None and not (folder / ERROR_FILE).exists():
-            told = {"task": name, "exit_code": code, "message": message}
-            write_whole(folder / ERROR_FILE, json.dumps(told, indent=2))
+            report = {"task": name, "exit_code": code, "message": message}
+            write_whole(folder / ERROR_FILE, json.dumps(report, indent=2))
         unread = folder is None or EVENTS not in os.environ
     except OSError:  # the disk that is full, perhaps
         unread = True
     if unread:
         print(f"{name}: {message}", file=sys.stderr, flush=True)
-    _tell(event="fail", task=name, exit_code=code)
+    _emit(event="fail", task=name, exit_code=code)
     return code
 
 
 def _log_plainly() -> None:
-    """The verb's own log lines as they are; of the libraries only warnings. KFP sets the root logger to INFO."""
+    """The step's own log lines as they are; of the libraries only warnings. KFP sets the root logger to INFO."""
     root, own = logging.getLogger(), logging.getLogger("latentac")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -121,7 +121,7 @@ def _log_plainly() -> None:
     own.handlers, own.propagate = [handler], False
 
 
-def _tell(**event: Any) -> None:
+def _emit(**event: Any) -> None:
     if EVENTS in os.environ:  # on stderr, as the log: the two streams of a container are read in no order
         sys.stdout.flush()
         print(f"{EVENT_MARK}{json.dumps(event)}", file=sys.stderr, flush=True)

@@ -45,8 +45,8 @@ _STEPS = 4
 def check_reward(
     use: str, *, images: np.ndarray | None = None, prompts: Sequence[str] = PROMPTS, **own: Any
 ) -> ConfiguredReward:
-    """One finite number per picture, the same at every call, that depends on its own picture and prompt only; and the
-    right answers to the pictures that it knows, if it has any.
+    """One finite number per image, the same at every call, that depends on its own image and prompt only; and the
+    right answers to the images that it knows, if it has any.
 
     images: uint8 [B, H, W, 3] to score, by default random ones of 64 x 64; prompts: B texts. Returns the reward.
     """
@@ -55,15 +55,15 @@ def check_reward(
         images = np.random.default_rng(0).integers(0, 256, (len(prompts), 64, 64, 3), dtype=np.uint8)
     asked = [Prompt(text, "all") for text in prompts]
     values, order = reward(images, asked), list(range(len(asked)))[::-1]
-    _holds(np.array_equal(values, reward(images, asked)), "the same pictures have the same rewards at every call")
+    _holds(np.array_equal(values, reward(images, asked)), "the same images have the same rewards at every call")
     permuted = reward(images[order], [asked[place] for place in order])
     _holds(np.allclose(permuted, values[order], atol=1e-5), "permuting the batch permutes the rewards")
     alone = np.concatenate([reward(images[place : place + 1], asked[place : place + 1]) for place in order[::-1]])
-    _holds(np.allclose(alone, values, atol=1e-5), "a picture alone has the reward that it has in a batch")
+    _holds(np.allclose(alone, values, atol=1e-5), "an image alone has the reward that it has in a batch")
     known = reward.known()
     if known is not None:
-        pictures, texts, answers = known
-        found = reward(pictures, [Prompt(text, "all") for text in texts])
+        examples, texts, answers = known
+        found = reward(examples, [Prompt(text, "all") for text in texts])
         _holds(
             np.allclose(found, answers, rtol=0.05, atol=1e-3), f"known() gives {answers.tolist()}, not {found.tolist()}"
         )
@@ -111,12 +111,12 @@ def check_algorithm(use: str, **own: Any) -> Algorithm:
     algorithm.loss(GaussianTransition(mean, std), minibatch).loss.backward()
     _holds(mean.grad is not None, "the loss has a gradient by the transition's mean")
     gradient = torch.zeros_like(mean) if mean.grad is None else mean.grad
-    told = gradient.flatten(1).norm(dim=1)
+    norms = gradient.flatten(1).norm(dim=1)
     _holds(
-        torch.equal(told > 0, advantages != 0),
+        torch.equal(norms > 0, advantages != 0),
         "a transition has a gradient where its advantage is not 0, and only there",
     )
-    step = mean.detach() - 1e-3 * gradient / told.clamp(min=1e-12).reshape(-1, 1, 1, 1)
+    step = mean.detach() - 1e-3 * gradient / norms.clamp(min=1e-12).reshape(-1, 1, 1, 1)
     change = GaussianTransition(step, std).log_prob(minibatch.next_latents) - minibatch.old_log_probs
     _holds(
         change.sign().tolist() == advantages.sign().tolist(), "a positive advantage raises its transition's log-prob"
@@ -125,7 +125,7 @@ def check_algorithm(use: str, **own: Any) -> Algorithm:
 
 
 def check_steering(use: str, **own: Any) -> Steering:
-    """At weight 0 the picture is bitwise the plain one; steered, an image does not depend on the others of its batch;
+    """At weight 0 the image is bitwise the plain one; steered, an image does not depend on the others of its batch;
     it acts at the steps that it names."""
     settings = STEERING.settings(Extension.model_validate({"use": use, **own}))
     _holds(
@@ -135,23 +135,21 @@ def check_steering(use: str, **own: Any) -> Steering:
     policy, critic = Policy(backbone, KERNELS.build("ddim")), _opinionated(backbone)
     conditioning, uniforms = backbone.encode(PROMPTS), torch.full((len(PROMPTS), _STEPS), 0.5)
 
-    def steered(weight: float, candidates: int, images: slice = slice(None)) -> Tensor:
-        steering: Steering = STEERING.build(use, torch.full((1,), weight), candidates, **own)
-        noise = torch.stack([_noise(backbone, seed=seed) for seed in range(candidates)], 1)[images]
+    def steered(weight: float, particles: int, images: slice = slice(None)) -> Tensor:
+        steering: Steering = STEERING.build(use, torch.full((1,), weight), particles, **own)
+        noise = torch.stack([_noise(backbone, seed=seed) for seed in range(particles)], 1)[images]
         rows = torch.arange(len(PROMPTS))[images]
         run = SteeringRun(steering, uniforms[images])
         return steered_rollout(policy, critic, conditioning.rows(rows), noise, run).latents
 
     plain = rollout(policy, critic, conditioning, _noise(backbone)).latents
-    for candidates in (1, 3):
-        _holds(torch.equal(steered(0.0, candidates), plain), "weight 0 is bitwise the plain rollout")
+    for particles in (1, 3):
+        _holds(torch.equal(steered(0.0, particles), plain), "weight 0 is bitwise the plain rollout")
     together, apart = steered(5.0, 2), torch.cat([steered(5.0, 2, slice(place, place + 1)) for place in range(4)])
     _holds(torch.allclose(together, apart, rtol=1e-3, atol=1e-3), "an image does not depend on the others of its batch")
     made: Steering = STEERING.build(use, torch.ones(1), 3, **own)
     chosen = made.select(_draw(5, 3, 1))
-    _holds(
-        chosen.shape == (5,) and bool(((chosen >= 0) & (chosen < 3)).all()), "select chooses one candidate per image"
-    )
+    _holds(chosen.shape == (5,) and bool(((chosen >= 0) & (chosen < 3)).all()), "select chooses one particle per image")
     _holds(set(made.steps(10)) <= set(range(10)), "steps(K) names steps of a rollout")
     return made
 
@@ -202,10 +200,8 @@ def check_backbone(use: str, folder: Path | None = None, **own: Any) -> Denoiser
     _holds(shapes == backbone.tap_shapes, f"taps are as tap_shapes says: {shapes}, not {backbone.tap_shapes}")
     levels = backbone.schedule(_STEPS)
     _holds(len(levels) == _STEPS + 1 and float(levels[-1]) == 0 and bool((levels.diff() < 0).all()), "levels fall to 0")
-    pictures = backbone.decode(latents)
-    _holds(
-        pictures.dtype == np.uint8 and pictures.ndim == 4 and pictures.shape[-1] == 3, "pictures are uint8 [B, H, W, 3]"
-    )
+    images = backbone.decode(latents)
+    _holds(images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3, "images are uint8 [B, H, W, 3]")
     for adaptation in ("full", "lora"):
         _check_training(extension, backbone.clone(), state, PolicySettings.model_validate({"adaptation": adaptation}))
     with torch.no_grad():

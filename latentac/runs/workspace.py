@@ -65,8 +65,8 @@ class Workspace:
         self.store.fetch(f"{self.run}/{step}", folder, cache=cache_beside(self.folder))
         return folder
 
-    def verdict(self) -> dict[str, Any] | None:
-        """gate.json as it is published now, None where the run has not been judged. Not kept: it can be replaced."""
+    def decision(self) -> dict[str, Any] | None:
+        """gate.json as it is published now, None where the gate has not decided. Not kept: it can be replaced."""
         if self.finished("gate") is None:
             return None
         with tempfile.TemporaryDirectory() as scratch:

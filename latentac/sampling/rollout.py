@@ -92,17 +92,17 @@ def _rollout(
         with torch.set_grad_enabled(needs_gradient):
             state.requires_grad_(needs_gradient)
             output = policy.forward(state, sigma, sigma_next, conditioning)
-            seen = critic.features(state, output.prediction, output.taps) if critic is not None else {}
+            current = critic.features(state, output.prediction, output.taps) if critic is not None else {}
             transition = proposal = output.transition
             if weights is not None and critic is not None:
-                weighted = critic.standardised(seen, sigma, conditioning) @ weights
+                weighted = critic.standardised(current, sigma, conditioning) @ weights
                 (gradients[step - 1],) = torch.autograd.grad(weighted.sum(), state)
             if steering is not None:
-                value = _standardised(critic, seen, sigma, conditioning)
+                value = _standardised(critic, current, sigma, conditioning)
                 values.append(value.detach())
                 transition, proposal, rows = steering.act(SteeringState(step, state, transition, value))
                 if rows is not None:
-                    seen = {name: feature[rows] for name, feature in seen.items()}
+                    current = {name: feature[rows] for name, feature in current.items()}
                     for past in (latents, means, log_probs, values, *features.values()):
                         past[:] = [each[rows] for each in past]
         with torch.no_grad():
@@ -112,7 +112,7 @@ def _rollout(
             if step < num_stochastic:
                 means.append(transition.mean.detach())
                 log_probs.append(transition.log_prob(latents[-1]).detach())
-            for name, feature in seen.items() if keep.features or steering is None else ():
+            for name, feature in current.items() if keep.features or steering is None else ():
                 features.setdefault(name, []).append(feature.detach())
     kept = {name: torch.stack(steps, 1) for name, steps in features.items()}
     return Trajectory(
@@ -173,22 +173,22 @@ def steered_rollout(
     *,
     judge: Callable[[Trajectory], Tensor] | None = None,
 ) -> Trajectory:
-    """One trajectory per image, chosen among N candidates. noise: [B, N, K+1, *latent]; conditioning: B rows.
+    """One trajectory per image, chosen among N particles. noise: [B, N, K+1, *latent]; conditioning: B rows.
 
-    judge: what the choice is made by, standardised values [B N, M] of the candidates' trajectories; if None, the
+    judge: what the choice is made by, standardised values [B N, M] of the particles' trajectories; if None, the
     critic's values at the last denoised state.
     """
-    images, candidates = noise.shape[:2]
-    repeated = torch.arange(images, device=noise.device).repeat_interleave(candidates)
+    images, particles = noise.shape[:2]
+    repeated = torch.arange(images, device=noise.device).repeat_interleave(particles)
     trajectory = rollout(policy, critic, conditioning.rows(repeated), noise.flatten(0, 1), steering=steering)
     last = critic.standardise(trajectory.values[:, -1]) if judge is None else judge(trajectory)
-    chosen = steering.select(last.unflatten(0, (images, candidates)))
-    rows = torch.arange(images, device=noise.device) * candidates + chosen
+    chosen = steering.select(last.unflatten(0, (images, particles)))
+    rows = torch.arange(images, device=noise.device) * particles + chosen
     return trajectory.rows(rows)
 
 
 def score(rewards: Sequence[ConfiguredReward], images: np.ndarray, prompts: Sequence[Prompt]) -> Scores:
-    """Every reward of every picture. images: uint8 [B, H, W, 3]. Raises RewardError by name."""
+    """Every reward of every image. images: uint8 [B, H, W, 3]. Raises RewardError by name."""
     columns = [torch.from_numpy(reward(images, prompts)) for reward in rewards]
     table = torch.stack(columns, 1) if columns else torch.zeros(len(images), 0)
     return Scores(table, tuple(reward.name for reward in rewards))

@@ -43,19 +43,19 @@ from diffusers import {imports}
 
 _NOISE = '''
 def generator(seed, index=0):
-    """The noise of the picture `index` of a request with this seed, as the endpoint draws it."""
+    """The noise of the image `index` of a request with this seed, as the endpoint draws it."""
     digest = hashlib.sha256(repr((seed, "{purpose}", index, 0)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 '''
 
 _PLAIN = """
-picture = pipeline(
+image = pipeline(
     {prompt},
     {arguments},
     generator=generator({seed}),
 ).images[0]
-picture.save("picture.png")
+image.save("image.png")
 """
 
 _RENEWED = """
@@ -84,8 +84,8 @@ def draw(prompt, seed, index=0):
     ).images[0]
 
 
-picture = draw({prompt}, seed={seed})
-picture.save("picture.png")
+image = draw({prompt}, seed={seed})
+image.save("image.png")
 """
 
 
@@ -105,7 +105,7 @@ class _Steps:
 def usage(policy: Policy, folder: Path, num_steps: int, prompt: str, seed: int, adapter: str = "") -> str:
     """Python to be run in the exported `folder`, or "" where its scheduler cannot sample as `policy` does.
 
-    prompt, seed: of the picture that it draws, with `num_steps`, without guidance; adapter: where the base comes from
+    prompt, seed: of the image that it draws, with `num_steps`, without guidance; adapter: where the base comes from
     (`base_of`), to load the low-rank adapters onto it instead.
     """
     steps, scheduler = _steps(folder, num_steps)

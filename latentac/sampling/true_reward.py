@@ -1,4 +1,4 @@
-"""Steering by the reward itself: for a reward that can be asked while a picture is made, and to measure a critic by."""
+"""Steering by the reward itself: for a reward that can be asked while an image is made, and to measure a critic by."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,9 +15,9 @@ from latentac.worlds.prompts import Prompt
 
 class TrueReward:
     """Stands where a critic stands, in rollouts whose rows have these `prompts`: the value of a state is the reward of
-    the picture that the denoiser guesses from it (Singhal et al. 2025). It has no gradient.
+    the image that the denoiser guesses from it (Singhal et al. 2025). It has no gradient.
 
-    Each value decodes a picture and asks every reward, which a critic does not. scale: the critic whose standard
+    Each value decodes an image and asks every reward, which a critic does not. scale: the critic whose standard
     deviations the steering weights are in.
     """
 
@@ -39,7 +39,7 @@ class TrueReward:
         return self.scale.unstandardise(values)
 
     def judge(self, trajectory: Trajectory) -> Tensor:
-        """[B N, M], standardised: of the pictures at the end, for `steered_rollout` to choose by."""
+        """[B N, M], standardised: of the images at the end, for `steered_rollout` to choose by."""
         return self._scored(trajectory.clean)
 
     def _scored(self, clean: Tensor) -> Tensor:

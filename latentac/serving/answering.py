@@ -118,8 +118,8 @@ def _taking(handler: Handler, form: type[Section]) -> Handler:
     async def take(**given: Any) -> Response:
         return await handler(**given)
 
-    told = inspect.signature(handler).parameters.values()
-    parameters = [one.replace(annotation=form) if one.name == "body" else one for one in told]
+    declared = inspect.signature(handler).parameters.values()
+    parameters = [one.replace(annotation=form) if one.name == "body" else one for one in declared]
     take.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return take
 
@@ -153,7 +153,7 @@ def refusal_of(error: Exception, *, openai: bool = False) -> JSONResponse:
         case Busy():
             status, headers = 429, {"Retry-After": str(error.seconds)}
             remedy = f"Ask again in {error.seconds} s."
-            problems = [Problem("queue", error.queued, "pictures wait already, and there is no room for more", remedy)]
+            problems = [Problem("queue", error.queued, "images wait already, and there is no room for more", remedy)]
         case TooLong():
             status, headers = 503, {"Retry-After": "10"}
             problems = [Problem("request", None, str(error), "Ask for less, or later.")]

@@ -1,4 +1,4 @@
-"""Many requests, one denoiser: pictures of one kind are drawn together, after a bounded wait in a bounded queue."""
+"""Many requests, one denoiser: images of one kind are drawn together, after a bounded wait in a bounded queue."""
 
 import math
 import os
@@ -16,8 +16,8 @@ import torch
 from latentac.config.schema import Batching
 from latentac.serving.generator import Drawn, Generator, Slot
 
-Tell = Callable[[int, int, np.ndarray], None]
-"""Is told the picture's index, the step and float32 [N, M], its particles' values, in a thread of the batcher's."""
+Callback = Callable[[int, int, np.ndarray], None]
+"""Gets the image's index, the step and float32 [N, M], its particles' values, in a thread of the batcher's."""
 
 _NICENESS = 5
 
@@ -26,22 +26,22 @@ class Busy(Exception):
     """The queue is full. seconds: after which it is worth asking again."""
 
     def __init__(self, queued: int, seconds: int) -> None:
-        super().__init__(f"{queued} pictures wait already")
+        super().__init__(f"{queued} images wait already")
         self.queued, self.seconds = queued, seconds
 
 
 class _Abandoned(Exception):
-    """Nobody waits for any picture of a batch any more."""
+    """Nobody waits for any image of a batch any more."""
 
 
 @dataclass
 class Job:
-    """`count` pictures that are asked for together. future: of their `Drawn`, in order; ahead: pictures that waited
+    """`count` images that are asked for together. future: of their `Drawn`, in order; ahead: images that waited
     when it came; waited: seconds until the first of its own was begun."""
 
     count: int
     ahead: int
-    tell: Tell | None
+    callback: Callback | None
     since: float
     future: Future[list[Drawn]] = field(default_factory=Future)
     waited: float = 0.0
@@ -57,13 +57,13 @@ class _Waiting:
 
 
 class Batcher:
-    """Workers that draw what is submitted, oldest first. A worker takes the oldest picture and those of its kind that
+    """Workers that draw what is submitted, oldest first. A worker takes the oldest image and those of its kind that
     wait, and waits for more no longer than `batch_wait_seconds` after the oldest came."""
 
     def __init__(
         self, generator: Generator, settings: Batching, workers: int, drew: Callable[[int, float], None]
     ) -> None:
-        """drew: is told of each batch how many pictures it had, and its seconds."""
+        """drew: gets of each batch the number of its images, and its seconds."""
         self._generator, self._settings, self._drew = generator, settings, drew
         self._waiting: deque[_Waiting] = deque()
         self._changed = threading.Condition()
@@ -74,10 +74,10 @@ class Batcher:
 
     @property
     def queued(self) -> int:
-        """Pictures that wait."""
+        """Images that wait."""
         return len(self._waiting)
 
-    def submit(self, requests: Sequence[tuple[Sequence[Slot], Tell | None]]) -> list[Job]:
+    def submit(self, requests: Sequence[tuple[Sequence[Slot], Callback | None]]) -> list[Job]:
         """A job for each, all of them or none. Raises Busy if they find no room."""
         now, wanted = time.monotonic(), sum(len(slots) for slots, _ in requests)
         with self._changed:
@@ -86,8 +86,8 @@ class Batcher:
             if queued and queued + wanted > self._settings.max_queued_images:
                 raise Busy(queued, self._seconds_left())
             jobs = []
-            for slots, tell in requests:
-                job = Job(len(slots), len(self._waiting), tell, now)
+            for slots, callback in requests:
+                job = Job(len(slots), len(self._waiting), callback, now)
                 job.future.set_running_or_notify_cancel()  # whoever stops waiting abandons it instead
                 self._waiting.extend(_Waiting(job, slot, now) for slot in slots)
                 jobs.append(job)
@@ -154,19 +154,19 @@ class Batcher:
             if all(job.abandoned for job in jobs):
                 raise _Abandoned
             for one, own in zip(batch, values, strict=True):
-                if one.job.tell is not None:
-                    one.job.tell(one.slot.index, step, own)
+                if one.job.callback is not None:
+                    one.job.callback(one.slot.index, step, own)
 
         try:
             drawn = self._generator.draw([one.slot for one in batch], observe)
         except _Abandoned:
             return
-        except Exception as error:  # noqa: BLE001 - whoever waits for a picture is told why there is none
+        except Exception as error:  # noqa: BLE001 - whoever waits for an image is told why there is none
             for job in jobs:
                 self._fail(job, error)
             return
-        for one, picture in zip(batch, drawn, strict=True):
-            self._keep(one.job, one.slot, picture)
+        for one, image in zip(batch, drawn, strict=True):
+            self._keep(one.job, one.slot, image)
 
     def _fail(self, job: Job, error: Exception) -> None:
         self.abandon(job)
@@ -174,8 +174,8 @@ class Batcher:
             if not job.future.done():
                 job.future.set_exception(error)
 
-    def _keep(self, job: Job, slot: Slot, picture: Drawn) -> None:
+    def _keep(self, job: Job, slot: Slot, image: Drawn) -> None:
         with self._changed:
-            job.drawn[slot.index] = picture
+            job.drawn[slot.index] = image
             if len(job.drawn) == job.count and not job.future.done():
                 job.future.set_result([job.drawn[index] for index in sorted(job.drawn)])

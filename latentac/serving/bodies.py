@@ -43,8 +43,8 @@ async def body_of(http: HTTPRequest, most: int) -> bytes:
                 if size > most:
                     raise _too_long(size, most)
     except TimeoutError:
-        told = Problem("body", size, f"bytes have arrived after {BODY_SECONDS:g} s", "Send the body at once.")
-        raise Refused(408, told) from None
+        message = Problem("body", size, f"bytes have arrived after {BODY_SECONDS:g} s", "Send the body at once.")
+        raise Refused(408, message) from None
     content = b"".join(parts)
     return _uncompressed(content, coding, most) if coding else content
 
@@ -63,9 +63,9 @@ def binary_of(body: bytes, most: int, length: str | None) -> tuple[Any, bytes]:
     if length is None:
         return json_of(body, most), b""
     if not (length.isascii() and length.isdigit() and len(length) < 10 and int(length) <= len(body)):
-        told = f"is no number of bytes up to {len(body)}, the body's length"
+        problem = f"is no number of bytes up to {len(body)}, the body's length"
         raise Refused(
-            400, Problem("Inference-Header-Content-Length", shortened(length), told, "Give the length of the JSON.")
+            400, Problem("Inference-Header-Content-Length", shortened(length), problem, "Give the length of the JSON.")
         )
     return json_of(body[: int(length)], most), body[int(length) :]
 
@@ -100,5 +100,5 @@ def _too_long(size: int, most: int) -> Refused:
     return Refused(413, Problem("body", size, "bytes and more are too many", f"Send at most {most}."))
 
 
-def _damaged(coding: str, told: str) -> Refused:
-    return Refused(400, Problem("body", coding, told, "Compress it once, and send all of it."))
+def _damaged(coding: str, problem: str) -> Refused:
+    return Refused(400, Problem("body", coding, problem, "Compress it once, and send all of it."))

@@ -47,8 +47,8 @@ class Client:
         body = json.dumps({"instances": [request]})
         status, content = self.ask("POST", f"/v1/models/{self.name}:predict", body, self._seconds)
         if status != 200:
-            told = content.get("error", content) if isinstance(content, dict) else content
-            raise ServingError(self.endpoint, f"answered {status}: {str(told)[:300]}", "Correct the request.")
+            message = content.get("error", content) if isinstance(content, dict) else content
+            raise ServingError(self.endpoint, f"answered {status}: {str(message)[:300]}", "Correct the request.")
         try:
             prediction: dict[str, Any] = content["predictions"][0]
         except (LookupError, TypeError):

@@ -1,4 +1,4 @@
-"""The proof that an exported model serves: a real server, a steered picture from a fixed seed, checked."""
+"""The proof that an exported model serves: a real server, a steered image from a fixed seed, checked."""
 
 import base64
 import binascii
@@ -19,7 +19,7 @@ from latentac.system.errors import ServingError
 class Deployment:
     """What a real server answered to `request`.
 
-    endpoint: the address that answered; picture: PNG bytes; values: reward name -> the critic's value at each step
+    endpoint: the address that answered; image: PNG bytes; values: reward name -> the critic's value at each step
     ready_seconds: from the server's start until it was ready; seconds: until the last check passed
     shadow: what a rollout measured of this version and of the one before it; None where nothing was compared
     """
@@ -27,8 +27,8 @@ class Deployment:
     endpoint: str
     version: str
     request: dict[str, Any]
-    picture: bytes
-    picture_sha256: str
+    image: bytes
+    image_sha256: str
     values: dict[str, list[float]]
     nfe: int
     ready_seconds: float
@@ -56,8 +56,8 @@ def serve_and_check(
 ) -> Deployment:
     """Start a real server for an exported folder, ask it for `request`, check the answers, stop it.
 
-    `request` names a fixed seed and steers by the model's default method. Checked: the picture is a PNG of the model's
-    size, the same request gives the same bytes, and without steering it is another picture, unless the method only
+    `request` names a fixed seed and steers by the model's default method. Checked: the image is a PNG of the model's
+    size, the same request gives the same bytes, and without steering it is another image, unless the method only
     chooses among particles. allowed: addresses of the user's own classes that the folder may name.
     Raises ResourceError if the port is taken, ServingError for everything else.
     """
@@ -65,32 +65,32 @@ def serve_and_check(
     size, started = image_size(folder), time.monotonic()
     with ServerProcess(folder, ready_seconds=ready_seconds, port=port, device=device, allowed=allowed) as server:
         ready = time.monotonic() - started
-        steered, picture = check(server, request, size)
-    return proof(server.endpoint, request, steered, picture, ready, time.monotonic() - started)
+        steered, image = check(server, request, size)
+    return proof(server.endpoint, request, steered, image, ready, time.monotonic() - started)
 
 
 def check(server: Asked, request: Mapping[str, Any], size: tuple[int, int]) -> tuple[dict[str, Any], bytes]:
-    """The prediction for `request` and its picture as PNG, if the answers are right; see `serve_and_check`.
+    """The prediction for `request` and its image as PNG, if the answers are right; see `serve_and_check`.
 
-    size: (height, width) that the picture must have, in pixels. Raises ServingError.
+    size: (height, width) that the image must have, in pixels. Raises ServingError.
     """
     steered, again = server.predict(request), server.predict(request)
     plain = server.predict({**request, "method": "none", "steering": None})
-    picture = decode(server.endpoint, steered, size)
+    image = decode(server.endpoint, steered, size)
     if again != steered:
         remedy = "Serve on one device, with deterministic operations."
         raise ServingError(server.endpoint, "the same request gave two answers", remedy)
-    if decode(server.endpoint, plain, size) == picture and not _may_choose_the_plain_one(steered):
+    if decode(server.endpoint, plain, size) == image and not _may_choose_the_plain_one(steered):
         remedy = "Check the critic, and the weights in the request."
-        raise ServingError(server.endpoint, "the steered picture is the unsteered one", remedy)
-    return steered, picture
+        raise ServingError(server.endpoint, "the steered image is the unsteered one", remedy)
+    return steered, image
 
 
 def _may_choose_the_plain_one(prediction: Mapping[str, Any]) -> bool:
-    """Whether a steered picture may be the plain one: where a critic with an opinion chooses among particles, one of
-    which is the plain rollout. A gradient, which costs evaluations of its own, always moves the picture."""
+    """Whether a steered image may be the plain one: where a critic with an opinion chooses among particles, one of
+    which is the plain rollout. A gradient, which costs evaluations of its own, always moves the image."""
     forwards = prediction["particles"] * prediction["num_steps"] * (2 if prediction["guidance_scale"] != 1 else 1)
-    values = {value for pictures in prediction["values"].values() for steps in pictures for value in steps}
+    values = {value for images in prediction["values"].values() for steps in images for value in steps}
     return prediction["nfe"] <= forwards and len(values) > len(prediction["values"])
 
 
@@ -98,7 +98,7 @@ def proof(
     endpoint: str,
     request: Mapping[str, Any],
     steered: Mapping[str, Any],
-    picture: bytes,
+    image: bytes,
     ready_seconds: float,
     seconds: float,
 ) -> Deployment:
@@ -107,8 +107,8 @@ def proof(
         endpoint=endpoint,
         version=steered["version"],
         request=dict(request),
-        picture=picture,
-        picture_sha256=hashlib.sha256(picture).hexdigest(),
+        image=image,
+        image_sha256=hashlib.sha256(image).hexdigest(),
         values={name: values[0] for name, values in steered["values"].items()},
         nfe=steered["nfe"],
         ready_seconds=ready_seconds,
@@ -117,7 +117,7 @@ def proof(
 
 
 def decode(endpoint: str, prediction: Mapping[str, Any], size: tuple[int, int]) -> bytes:
-    """The first picture's PNG bytes, if they are a PNG of `size` (height, width)."""
+    """The first image's PNG bytes, if they are a PNG of `size` (height, width)."""
     from PIL import Image
 
     try:
@@ -128,5 +128,5 @@ def decode(endpoint: str, prediction: Mapping[str, Any], size: tuple[int, int]) 
     except (LookupError, binascii.Error, OSError) as error:
         raise ServingError(endpoint, f"answered no PNG ({error})", "Look at the server's version.") from error
     if found != size:
-        raise ServingError(endpoint, f"answered a picture of {found}, not {size}", "Deploy the run again.")
+        raise ServingError(endpoint, f"answered an image of {found}, not {size}", "Deploy the run again.")
     return content

@@ -36,7 +36,7 @@ class Method(Section):
 
     extension: of the steering table, with its settings; summary: what it does, in a few words; needs_gradient: whether
     it takes the gradient of the values. Where a request does not say: strength, of a reward of weight 1, in standard
-    deviations of that reward, and particles, rollouts per picture.
+    deviations of that reward, and particles, rollouts per image.
     """
 
     extension: Named
@@ -46,7 +46,7 @@ class Method(Section):
     particles: Particles
 
 
-_TOLD = ("summary", "needs_gradient", "strength", "particles")
+_DESCRIBED = ("summary", "needs_gradient", "strength", "particles")
 """Of a method, what `prepare` writes to extensions.json."""
 
 
@@ -60,13 +60,13 @@ class Head(Section):
 
 class Exported(Section):
     """latentac.json. version: of the model, chosen by who deploys; rewards: the critic's heads, in their order; size:
-    (height, width) of a picture in pixels; examples: prompts to begin with; notice: what its users must know, or "";
+    (height, width) of an image in pixels; examples: prompts to begin with; notice: what its users must know, or "";
     methods: of steering, by name; default_method: of a request that names none: the best one of the run's benchmark, or
     `none`."""
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
-    schema_version: Literal[3] = Field(default=3, alias="schema")
+    schema_version: Literal[4] = Field(default=4, alias="schema")
     version: str
     run: str
     backbone: Extension
@@ -114,17 +114,17 @@ def export(
     """Complete `folder`, which holds a diffusers pipeline and `critic/`, with its latentac.json.
 
     extensions: what `prepare` wrote of them: `units` of the rewards and `methods` of steering. best: the row of the
-    steering benchmark whose method, strength and number of candidates become the default; without one it is the first
+    steering benchmark whose method, strength and number of particles become the default; without one it is the first
     configured method.
     """
     serving, units = config.serving, extensions["units"]
     limits = serving.model_dump(include=set(Limits.model_fields))
     methods = {
-        method.name: Method(extension=method, **{name: extensions["methods"][method.name][name] for name in _TOLD})
+        method.name: Method(extension=method, **{name: extensions["methods"][method.name][name] for name in _DESCRIBED})
         for method in config.steering.methods
     }
     if best is not None:
-        chosen = {"strength": float(best["strength"]), "particles": int(best["candidates"])}
+        chosen = {"strength": float(best["strength"]), "particles": int(best["particles"])}
         methods[best["method"]] = methods[best["method"]].model_copy(update=chosen)
     exported = Exported(
         version=version,
@@ -175,7 +175,7 @@ def read(folder: Path) -> Exported:
 
 
 def image_size(folder: Path) -> tuple[int, int]:
-    """(height, width) of the pictures, in pixels, from the diffusers configs alone."""
+    """(height, width) of the images, in pixels, from the diffusers configs alone."""
     denoiser = read_json(folder / denoiser_folder(folder) / "config.json")
     autoencoder = read_json(folder / "vae" / "config.json")
     size, factor = denoiser["sample_size"], 2 ** (len(autoencoder["block_out_channels"]) - 1)

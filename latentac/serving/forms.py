@@ -117,14 +117,14 @@ class _Limit:
         return schema
 
     def _checked(self, value: Any) -> Any:
-        if value is not None and (told := self.wrong(value)):
-            raise refused(*told)
+        if value is not None and (problem := self.wrong(value)):
+            raise refused(*problem)
         return value
 
 
 def _at_most(most: float) -> _Limit:
-    told = "is above this model's limit", f"Use at most {most:g}."
-    return _Limit(lambda value: told if value > most else None, {"maximum": most})
+    problem = "is above this model's limit", f"Use at most {most:g}."
+    return _Limit(lambda value: problem if value > most else None, {"maximum": most})
 
 
 def _one_of(known: Sequence[str], problem: str) -> _Limit:
@@ -136,8 +136,8 @@ def _one_of(known: Sequence[str], problem: str) -> _Limit:
 
 def _text(most: int) -> _Limit:
     def wrong(prompt: str) -> tuple[str, str] | None:
-        told = text_problem(prompt, most)
-        return (told, f"Use at most {most}." if len(prompt) > most else PROMPT_REMEDY) if told else None
+        problem = text_problem(prompt, most)
+        return (problem, f"Use at most {most}." if len(prompt) > most else PROMPT_REMEDY) if problem else None
 
     return _Limit(wrong, {"maxLength": most, "pattern": PATTERN})
 
@@ -168,21 +168,21 @@ class _Heads:
         """Of each weight one problem: an unknown reward, else a wrong number, else one that does nothing."""
         found: dict[tuple[int | str, ...], InitErrorDetails] = {}
 
-        def tell(error: PydanticCustomError, value: Any, *place: int | str) -> None:
+        def add(error: PydanticCustomError, value: Any, *place: int | str) -> None:
             found.setdefault(place, {"type": error, "loc": place, "input": value})
 
         given, valid = weights if isinstance(weights, dict) else {}, None
         for name in [each for each in given if each not in self.names]:
             remedy = suggestion(shortened(str(name)), self.names)
-            tell(refused("the critic has no head for this reward", remedy), given[name], name)
+            add(refused("the critic has no head for this reward", remedy), given[name], name)
         try:
             valid = handler(weights)
         except ValidationError as error:
             for each in error.errors(include_url=False):
-                tell(PydanticCustomError(each["type"], each["msg"], each.get("ctx")), each["input"], *each["loc"])
+                add(PydanticCustomError(each["type"], each["msg"], each.get("ctx")), each["input"], *each["loc"])
         for name in given if info.data.get("method") == PLAIN else ():
             if isinstance(given[name], (int, float)) and given[name]:
-                tell(refused(UNUSED, "Choose a method that steers, or leave the weights out."), given[name], name)
+                add(refused(UNUSED, "Choose a method that steers, or leave the weights out."), given[name], name)
         if found:
             raise ValidationError.from_exception_data("steering", list(found.values()))
         return valid

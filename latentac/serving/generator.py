@@ -1,4 +1,4 @@
-"""Pictures from an exported model: the same request gives the same bytes, whoever shares a batch with it."""
+"""Images from an exported model: the same request gives the same bytes, whoever shares a batch with it."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -32,12 +32,12 @@ from latentac.system.modelfiles import faults, shorten
 from latentac.system.names import PLAIN
 
 Observe = Callable[[int, np.ndarray], None]
-"""Is told the step and float32 [pictures, N, M], the values of each picture's N particles, in the rewards' units."""
+"""Gets the step and float32 [images, N, M], the values of each image's N particles, in the rewards' units."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What pictures must have in common to be drawn together. Unsteered, method is `none`, particles 1."""
+    """What images must have in common to be drawn together. Unsteered, method is `none`, particles 1."""
 
     policy: str
     num_steps: int
@@ -52,7 +52,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Slot:
-    """One picture to draw: its place in its request. weights: of the M heads."""
+    """One image to draw: its place in its request. weights: of the M heads."""
 
     kind: Kind
     prompt: str
@@ -63,14 +63,14 @@ class Slot:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture, uint8 [H, W, 3], and the critic's values on the way, float32 [K, M], in the rewards' units."""
+    """An image, uint8 [H, W, 3], and the critic's values on the way, float32 [K, M], in the rewards' units."""
 
     image: np.ndarray
     values: np.ndarray
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Generated:
     """What one request gave.
 
     images: uint8 [N, H, W, 3]
@@ -109,8 +109,8 @@ class Generator:
             for name, method in self.exported.methods.items():
                 STEERING.settings(method.extension, f"{exported.FILE}: methods.{name}.extension")
         except ConfigError as error:  # the folder's, not the caller's
-            told = "; ".join(_told(problem) for problem in error.problems)
-            raise ServingError(str(folder), f"cannot be loaded: {shorten(told)}", error.problems[0].remedy) from error
+            report = "; ".join(_described(problem) for problem in error.problems)
+            raise ServingError(str(folder), f"cannot be loaded: {shorten(report)}", error.problems[0].remedy) from error
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ServingError(str(folder), f"cannot be loaded: {reason}", "Fetch the model again.") from error
@@ -135,12 +135,12 @@ class Generator:
         particles: int | None = None,
         guidance_scale: float | None = None,
         policy: str | None = None,
-    ) -> Pictures:
-        """`count` pictures of `prompt`. Picture i depends on (seed, i), not on `count` or on the number of cores.
+    ) -> Generated:
+        """`count` images of `prompt`. Image i depends on (seed, i), not on `count` or on the number of cores.
 
         What is None has the default of a request: see `latentac.serving.request.Request`. steering: reward name ->
         weight in standard deviations of that reward; a reward that is not named has weight 0; all at 0 do not steer.
-        particles: rollouts per picture. guidance_scale: of classifier-free guidance, 1 is none. policy: `trained`
+        particles: rollouts per image. guidance_scale: of classifier-free guidance, 1 is none. policy: `trained`
         weights, or `base`. Raises ConfigError with every problem.
         """
         fields = {
@@ -159,7 +159,7 @@ class Generator:
         slots = self.slots(request)
         room = self.room(slots[0].kind)
         blocks = [slots[start : start + room] for start in range(0, len(slots), room)]
-        return self.pictures(request, [one for block in map_blocks(self.draw, blocks, self.device) for one in block])
+        return self.generated(request, [one for block in map_blocks(self.draw, blocks, self.device) for one in block])
 
     @property
     def max_tokens(self) -> int:
@@ -192,7 +192,7 @@ class Generator:
         return request.method or self.exported.default_method
 
     def kind(self, request: Request) -> Kind:
-        """What the request's pictures are; with all weights at 0 they are plain ones, whatever the method."""
+        """What the request's images are; with all weights at 0 they are plain ones, whatever the method."""
         method = self.method(request) if self.weights(request) else PLAIN
         particles = 1 if method == PLAIN else request.particles or self.exported.methods[method].particles
         return Kind(
@@ -204,20 +204,20 @@ class Generator:
         )
 
     def slots(self, request: Request) -> list[Slot]:
-        """The request's pictures, all of one kind."""
+        """The request's images, all of one kind."""
         kind, weights = self.kind(request), self.weights(request)
         heads = tuple(weights.get(name, 0.0) for name in self.critic.reward_names)
         return [Slot(kind, request.prompt, request.seed, index, heads) for index in range(request.count)]
 
     def room(self, kind: Kind) -> int:
-        """How many pictures of a kind are drawn together."""
+        """How many images of a kind are drawn together."""
         return max(1, self.exported.batching.batch_rows // kind.particles)
 
     def draw(self, slots: Sequence[Slot], observe: Observe | None = None) -> list[Drawn]:
-        """At most `room` pictures of one kind. What `observe` raises ends the work.
+        """At most `room` images of one kind. What `observe` raises ends the work.
 
         A network's rounding depends on the shape of a batch, but a row's not on the other rows. So each batch of a kind
-        has the same shape: free places are filled with the last picture again.
+        has the same shape: free places are filled with the last image again.
         """
         kind = slots[0].kind
         filled = [*slots, *[slots[-1]] * (self.room(kind) - len(slots))]
@@ -226,7 +226,7 @@ class Generator:
         conditioning = backbone.encode(prompts)
         noise = torch.stack([self._noise(slot) for slot in filled]).to(self.device)
 
-        def told(step: int, values: Tensor) -> None:
+        def callback(step: int, values: Tensor) -> None:
             if observe is not None:
                 observe(step, values[: len(slots)].cpu().numpy())
 
@@ -234,21 +234,21 @@ class Generator:
             weights = torch.tensor([slot.weights for slot in filled], device=self.device)
             steering = self._steering(kind, weights)
             uniforms = torch.cat([uniforms_for([_key(slot)], slot.seed, kind.num_steps) for slot in filled])
-            run = SteeringRun(steering, uniforms.to(self.device), callback=told)
+            run = SteeringRun(steering, uniforms.to(self.device), callback=callback)
             trajectory = steered_rollout(policy, self.critic, conditioning, noise, run)
         else:
-            run = SteeringRun(callback=told)
+            run = SteeringRun(callback=callback)
             trajectory = rollout(policy, self.critic, conditioning, noise.flatten(0, 1), steering=run)
         images, values = backbone.decode(trajectory.clean), trajectory.values.cpu().numpy()
         return [Drawn(images[row], values[row]) for row in range(len(slots))]
 
-    def pictures(self, request: Request, drawn: Sequence[Drawn]) -> Pictures:
-        """The answer to `request`, whose pictures are drawn. Raises ConfigError where the weights were too strong."""
+    def generated(self, request: Request, drawn: Sequence[Drawn]) -> Generated:
+        """The answer to `request`, whose images are drawn. Raises ConfigError where the weights were too strong."""
         values, weights = np.stack([one.values for one in drawn]), self.weights(request)
         if not np.isfinite(values).all():
             raise ConfigError([Problem("steering", weights, "drove the latents to infinity", "Use smaller weights.")])
         (tokens,) = self._backbones["trained"].count_tokens([request.prompt])
-        return Pictures(
+        return Generated(
             images=np.stack([one.image for one in drawn]),
             values=values,
             reward_names=self.critic.reward_names,
@@ -260,7 +260,7 @@ class Generator:
         )
 
     def nfe(self, kind: Kind) -> int:
-        """Function evaluations a picture."""
+        """Function evaluations per image."""
         steering = self._steering(kind, torch.zeros(1)) if kind.steers else None
         return evaluations(steering, kind.num_steps, guided=kind.guidance_scale != 1)
 
@@ -279,7 +279,7 @@ def _key(slot: Slot) -> tuple[str, int]:
     return "serving", slot.index
 
 
-def _told(problem: Problem) -> str:
+def _described(problem: Problem) -> str:
     """A problem of the folder: what is told as one of `backbone.source` names its file."""
     if problem.path == "backbone.source":
         return problem.problem
@@ -292,8 +292,8 @@ def _with_weights(backbone: Denoiser, base: Path, folder: Path) -> Denoiser:
     kind: Any = type(other.module)
     part = Part(name, "network", (kind.__name__,))
     problems = [
-        Problem("backbone.source", str(folder), f"{name} {told}", remedy)
-        for name, told, remedy in faults(folder, [f"{exported.BASE}/{name}/config.json"])
+        Problem("backbone.source", str(folder), f"{name} {report}", remedy)
+        for name, report, remedy in faults(folder, [f"{exported.BASE}/{name}/config.json"])
     ]
     if problems:
         raise ConfigError(problems)
@@ -311,7 +311,7 @@ def _check_rows(model: exported.Exported, folder: Path) -> None:
 
 
 def png(image: np.ndarray) -> bytes:
-    """A picture, uint8 [H, W, 3], as a PNG file without metadata."""
+    """An image, uint8 [H, W, 3], as a PNG file without metadata."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()

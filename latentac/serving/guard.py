@@ -50,24 +50,24 @@ class Guard:
         for twice in (name for name in _ONCE if len(headers.getlist(name)) > 1):
             return 400, Problem(twice, len(headers.getlist(twice)), "times is once too often", "Send it once.")
         if "content-length" in headers and "transfer-encoding" in headers:  # a proxy may believe the other one
-            told = "stands beside Content-Length"
-            return 400, Problem("Transfer-Encoding", None, told, "Send one of them.")
+            problem = "stands beside Content-Length"
+            return 400, Problem("Transfer-Encoding", None, problem, "Send one of them.")
         allowed, host = self._access, headers.get("host", "").lower()
         name = _name_of(host)
         if not (is_loopback(name) or allowed.hosts & {ANY, name, host}):
-            told = "is not a name of this server"
+            problem = "is not a name of this server"
             remedy = f"Allow it: --allow-host {shortened(name)}" if name else "Send the server's name."
-            return 403, Problem("Host", shortened(host), told, remedy)
+            return 403, Problem("Host", shortened(host), problem, remedy)
         origin = headers.get("origin")
         own = {f"{scheme}://{host}" for scheme in ("http", "https")}
         if origin is not None and not (allowed.origins | own) & {ANY, origin.lower()}:
-            told, remedy = "may not use this server", "Allow it: --allow-origin with that origin"
-            return 403, Problem("Origin", shortened(origin), told, remedy)
+            problem, remedy = "may not use this server", "Allow it: --allow-origin with that origin"
+            return 403, Problem("Origin", shortened(origin), problem, remedy)
         if allowed.token and not _is_open(scope["path"]):
             scheme, _, given = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), allowed.token.encode()):
-                told = "is missing" if "authorization" not in headers else "is not this server's"
-                return 401, Problem("Authorization", None, told, "Send `Authorization: Bearer <token>`.")
+                problem = "is missing" if "authorization" not in headers else "is not this server's"
+                return 401, Problem("Authorization", None, problem, "Send `Authorization: Bearer <token>`.")
         return 200, None
 
 

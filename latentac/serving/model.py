@@ -1,4 +1,4 @@
-"""The KServe model: requests in either of its protocols to pictures, which are drawn off the event loop."""
+"""The KServe model: requests in either of its protocols to images, which are drawn off the event loop."""
 
 import asyncio
 import base64
@@ -13,7 +13,7 @@ from kserve import InferRequest, InferResponse, Model
 
 from latentac.sampling.devices import num_cores, pick_device
 from latentac.serving import observing
-from latentac.serving.batching import Batcher, Job, Tell
+from latentac.serving.batching import Batcher, Callback, Job
 from latentac.serving.generator import Drawn, Generator, png
 from latentac.serving.observing import Record
 from latentac.serving.request import Request, validated
@@ -51,7 +51,7 @@ class SteeredDiffusion(Model):
         self._folder, self._device = folder, pick_device(device_name)
 
     def load(self) -> bool:
-        """Load the folder and draw one picture: ready means that it has drawn. Raises ServingError."""
+        """Load the folder and draw one image: ready means that it has drawn. Raises ServingError."""
         if self._device.type == "cuda":  # same request, same bytes: the gradients need it, and before cuBLAS starts
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
@@ -67,9 +67,9 @@ class SteeredDiffusion(Model):
         """Draw what waits, and end the workers."""
         self._batcher.close()
 
-    def submit(self, requests: Sequence[Request], tell: Tell | None = None) -> list[Job]:
-        """Queue the requests, all or none. tell: is told of every step. Raises Busy."""
-        return self._batcher.submit([(self.generator.slots(request), tell) for request in requests])
+    def submit(self, requests: Sequence[Request], callback: Callback | None = None) -> list[Job]:
+        """Queue the requests, all or none. callback: is called at every step. Raises Busy."""
+        return self._batcher.submit([(self.generator.slots(request), callback) for request in requests])
 
     async def finish(self, requests: Sequence[Request], jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """A prediction a request, once its job is done. Cancelled, or too long, it abandons the jobs.
@@ -87,9 +87,9 @@ class SteeredDiffusion(Model):
                 if not job.future.done():
                     self._batcher.abandon(job)
         if (record := observing.CURRENT.get()) is not None:
-            self._tell(record, requests, jobs)
+            self._record(record, requests, jobs)
         parts = zip(requests, drawn, strict=True)
-        return await asyncio.to_thread(lambda: [self._prediction(request, pictures) for request, pictures in parts])
+        return await asyncio.to_thread(lambda: [self._prediction(request, given) for request, given in parts])
 
     async def preprocess(self, payload: Any, headers: dict[str, str] | None = None) -> Asked:
         """The body's requests. Raises ConfigError with every problem, before any of them is drawn."""
@@ -117,26 +117,26 @@ class SteeredDiffusion(Model):
     def get_output_types(self) -> list[dict[str, Any]]:
         return described(OUTPUTS)
 
-    def _tell(self, record: Record, requests: Sequence[Request], jobs: Sequence[Job]) -> None:
+    def _record(self, record: Record, requests: Sequence[Request], jobs: Sequence[Job]) -> None:
         record.asked(requests)
         kinds = [self.generator.kind(request) for request in requests]
         counted = [(kind, job.count, self.generator.nfe(kind)) for kind, job in zip(kinds, jobs, strict=True)]
         record.drawn(counted, max(job.waited for job in jobs))
 
     def _prediction(self, request: Request, drawn: Sequence[Drawn]) -> dict[str, Any]:
-        pictures, kind = self.generator.pictures(request, drawn), self.generator.kind(request)
+        made, kind = self.generator.generated(request, drawn), self.generator.kind(request)
         return {
-            "images": [base64.b64encode(png(image)).decode() for image in pictures.images],
-            "seed": pictures.seed,
+            "images": [base64.b64encode(png(image)).decode() for image in made.images],
+            "seed": made.seed,
             "num_steps": kind.num_steps,
             "guidance_scale": kind.guidance_scale,
             "policy": kind.policy,
             "method": kind.method,
             "particles": kind.particles,
-            "steering": pictures.weights,
-            "nfe": pictures.nfe,
-            "tokens": pictures.tokens,
-            "truncated": pictures.truncated,
-            "values": {name: pictures.values[:, :, head].tolist() for head, name in enumerate(pictures.reward_names)},
+            "steering": made.weights,
+            "nfe": made.nfe,
+            "tokens": made.tokens,
+            "truncated": made.truncated,
+            "values": {name: made.values[:, :, head].tolist() for head, name in enumerate(made.reward_names)},
             "version": self.generator.exported.version,
         }

@@ -16,17 +16,17 @@ from latentac.serving.generator import Kind
 from latentac.serving.request import Request
 
 _SECONDS = (0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-_PICTURES = (1, 2, 4, 8, 16, 32)
+_IMAGES = (1, 2, 4, 8, 16, 32)
 
-REQUESTS = Counter("latentac_requests", "Requests for pictures that were answered", ["protocol", "status"])
+REQUESTS = Counter("latentac_requests", "Requests for images that were answered", ["protocol", "status"])
 REQUEST_SECONDS = Histogram(
     "latentac_request_seconds", "From a request's arrival to its answer", ["protocol"], buckets=_SECONDS
 )
 WAIT_SECONDS = Histogram("latentac_wait_seconds", "From a request's arrival to its first step", buckets=_SECONDS)
-QUEUED = Gauge("latentac_queued_pictures", "Pictures that wait to be drawn")
-BATCH_PICTURES = Histogram("latentac_batch_pictures", "Pictures that were drawn together", buckets=_PICTURES)
+QUEUED = Gauge("latentac_queued_images", "Images that wait to be drawn")
+BATCH_IMAGES = Histogram("latentac_batch_images", "Images that were drawn together", buckets=_IMAGES)
 BATCH_SECONDS = Histogram("latentac_batch_seconds", "Time to draw a batch", buckets=_SECONDS)
-PICTURES = Counter("latentac_pictures", "Pictures that were drawn", ["policy", "method"])
+IMAGES = Counter("latentac_images", "Images that were drawn", ["policy", "method"])
 NFE = Counter("latentac_function_evaluations", "Evaluations of the denoiser, a backward counted as 2", ["method"])
 
 CURRENT: ContextVar["Record | None"] = ContextVar("CURRENT", default=None)
@@ -48,9 +48,9 @@ def watch_queue(queued: Callable[[], int]) -> None:
     QUEUED.set_function(queued)
 
 
-def drew(pictures: int, seconds: float) -> None:
+def drew(images: int, seconds: float) -> None:
     """A batch was drawn."""
-    BATCH_PICTURES.observe(pictures)
+    BATCH_IMAGES.observe(images)
     BATCH_SECONDS.observe(seconds)
 
 
@@ -62,7 +62,7 @@ class Record:
     id: str
     prompts: bool
     began: float = field(default_factory=time.monotonic)
-    told: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
 
     def asked(self, requests: Sequence[Request]) -> None:
         """What was asked for, once it is known to be valid."""
@@ -70,15 +70,15 @@ class Record:
         shown = [{name: getattr(one, name) for name in fields} for one in requests]
         if self.prompts:
             shown = [{"prompt": one.prompt, **rest} for one, rest in zip(requests, shown, strict=True)]
-        self.told["asked"] = shown
+        self.fields["asked"] = shown
 
     def drawn(self, kinds: Sequence[tuple[Kind, int, int]], waited: float) -> None:
-        """kinds: of each request, with its pictures and their NFE each; waited: seconds before the first step."""
+        """kinds: of each request, with its images and their NFE each; waited: seconds before the first step."""
         for kind, count, nfe in kinds:
-            PICTURES.labels(kind.policy, kind.method).inc(count)
+            IMAGES.labels(kind.policy, kind.method).inc(count)
             NFE.labels(kind.method).inc(count * nfe)
         WAIT_SECONDS.observe(waited)
-        self.told |= {"nfe": sum(count * nfe for _, count, nfe in kinds), "waited_seconds": round(waited, 4)}
+        self.fields |= {"nfe": sum(count * nfe for _, count, nfe in kinds), "waited_seconds": round(waited, 4)}
 
     def answered(self, status: int) -> None:
         """The end of it; 499 where the caller went away."""
@@ -91,6 +91,6 @@ class Record:
             "protocol": self.protocol,
             "status": status,
             "seconds": round(seconds, 4),
-            **self.told,
+            **self.fields,
         }
         _log.info(json.dumps(line))

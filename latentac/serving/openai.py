@@ -9,8 +9,8 @@ from pydantic_core import CoreSchema, PydanticCustomError
 from latentac.serving.request import WHOLE, Json, Request
 
 _NO_PLAN = "Leave it out: this model plans nothing. num_steps and particles are what takes longer."
-_NO_SVG = "Leave it out: the pictures are PNG files."
-_NO_FILM = "Leave it out: a picture is one frame."
+_NO_SVG = "Leave it out: the images are PNG files."
+_NO_FILM = "Leave it out: an image is one frame."
 
 
 def _fresh_seed() -> int:
@@ -27,31 +27,31 @@ def _boolean(value: object) -> object:
 
 class ImagesRequest(Request):
     """The body of OpenAI's `images/generations`, and our own fields beside it. Of its fields that have no meaning here,
-    those values are taken that change nothing about the picture."""
+    those values are taken that change nothing about the image."""
 
     model: Annotated[str | None, Field(description="Use the served model's name, or leave it out.")] = None
     seed: Annotated[
         int, Field(ge=0, lt=2**63, description="Use a whole number from 0 to 2^63 - 1, or none for a fresh one."), WHOLE
     ] = Field(default_factory=_fresh_seed)
-    count: Annotated[int, Field(ge=1, alias="n", description="Use a whole number of pictures, at least 1."), WHOLE] = 1
+    count: Annotated[int, Field(ge=1, alias="n", description="Use a whole number of images, at least 1."), WHOLE] = 1
     response_format: Annotated[
-        Literal["b64_json"], Field(description="Use b64_json: the server keeps no pictures to link to.")
+        Literal["b64_json"], Field(description="Use b64_json: the server keeps no images to link to.")
     ] = "b64_json"
     quality: Annotated[
         Literal["auto", "standard", "hd", "low", "medium", "high", "xhigh", "max"],
-        Field(description="Leave it out: num_steps and particles are what takes longer for a better picture."),
+        Field(description="Leave it out: num_steps and particles are what takes longer for a better image."),
     ] = "auto"
     style: Annotated[
         Literal["vivid", "natural"], Field(description="Leave it out: this model has one style; say it in the prompt.")
     ] = "vivid"
     background: Annotated[
-        Literal["auto", "opaque"], Field(description="Use opaque, or leave it out: the pictures have no transparency.")
+        Literal["auto", "opaque"], Field(description="Use opaque, or leave it out: the images have no transparency.")
     ] = "auto"
     moderation: Annotated[Literal["auto", "low"], Field(description="Leave it out: this server judges no prompts.")] = (
         "auto"
     )
     output_format: Annotated[
-        Literal["png"], Field(description="Use png, or leave it out; convert the picture afterwards.")
+        Literal["png"], Field(description="Use png, or leave it out; convert the image afterwards.")
     ] = "png"
     output_compression: Annotated[
         int, Field(ge=100, le=100, description="Use 100, or leave it out: a PNG loses nothing."), WHOLE

@@ -26,7 +26,7 @@ class Told(Section):
 
 
 class Refusal(Section):
-    """Why there is no picture: in words, and each problem by its field."""
+    """Why there is no image: in words, and each problem by its field."""
 
     error: str
     problems: list[Told]
@@ -53,8 +53,8 @@ class KServeError(Section):
 
 
 class Metadata(Section):
-    """How pictures were made. values: reward name -> a list a picture -> the critic's value at each step, in the
-    reward's own unit; nfe: function evaluations a picture, a backward counted as 2; steering: the weights used; tokens:
+    """How images were made. values: reward name -> a list per image -> the critic's value at each step, in the
+    reward's own unit; nfe: function evaluations per image, a backward counted as 2; steering: the weights used; tokens:
     of the prompt; truncated: whether they are more than the model reads."""
 
     seed: int
@@ -88,7 +88,7 @@ class ImageData(Section):
 
 
 class Images(Section):
-    """OpenAI's form of an answer; latentac: the rest, with the seed that gives these pictures again."""
+    """OpenAI's form of an answer; latentac: the rest, with the seed that gives these images again."""
 
     created: int
     background: str
@@ -141,9 +141,9 @@ _KSERVE: dict[str, dict[str, type[BaseModel]]] = {
 
 _EVENT: Json = {
     "type": "object",
-    "description": "Each event. data is JSON: of `step` the step and each reward's value, of `picture` a prediction",
+    "description": "Each event. data is JSON: of `step` the step and each reward's value, of `image` a prediction",
     "properties": {
-        "event": {"enum": ["queued", "step", "picture", "error"]},
+        "event": {"enum": ["queued", "step", "image", "error"]},
         "data": {"type": "string", "contentMediaType": "application/json"},
     },
     "required": ["event", "data"],
@@ -165,7 +165,7 @@ _COMPRESSED = "The body may be compressed: Content-Encoding gzip or deflate"
 def document(app: FastAPI, name: str, version: str) -> Json:
     """The whole document, for the routes that `app` has. name, version: of the model that is served."""
     found = get_openapi(
-        title="latentac", version=latentac.__version__, routes=app.routes, summary="Pictures, steered by a critic"
+        title="latentac", version=latentac.__version__, routes=app.routes, summary="Images, steered by a critic"
     )
     schemas: Json = {}
     # FastAPI's own copy of these schemas drops defaults of null and turns whole numbers into floats.
@@ -176,9 +176,9 @@ def document(app: FastAPI, name: str, version: str) -> Json:
         operation["description"] = _COMPRESSED
         given = {"text/event-stream": {"schema": _EVENT}}
         operation["responses"] = {
-            "200": _response("The pictures", _ref(answered))
+            "200": _response("The images", _ref(answered))
             if not isinstance(answered, str)
-            else {"description": "Events: queued, step, picture, error", "content": given},
+            else {"description": "Events: queued, step, image, error", "content": given},
             **_errors(_REFUSALS, refused),
         }
         schemas |= _schemas(refused)
@@ -216,7 +216,7 @@ def _response(description: str, schema: Json) -> Json:
 
 
 def _errors(codes: dict[str, str], model: type[BaseModel]) -> Json:
-    return {code: _response(told, _ref(model)) for code, told in codes.items()}
+    return {code: _response(meaning, _ref(model)) for code, meaning in codes.items()}
 
 
 def _schemas(model: Any, mode: Literal["validation", "serialization"] = "serialization") -> Json:

@@ -15,8 +15,8 @@ from latentac.serving.generator import Generator
 
 @dataclass(frozen=True)
 class SteeredImages:
-    """images: N pictures, those of a prompt beside each other; values: float32 [N, K, M], the critic's estimate at each
-    denoised state, in each reward's own unit; reward_names: the M heads; nfe: function evaluations a picture; seeds: of
+    """images: N images, those of a prompt beside each other; values: float32 [N, K, M], the critic's estimate at each
+    denoised state, in each reward's own unit; reward_names: the M heads; nfe: function evaluations per image; seeds: of
     each prompt, as `Generator.generate` takes them; tokens: of each prompt; truncated: whether they are more than the
     text encoder reads, which a model refuses unless its latentac.json allows it."""
 
@@ -32,7 +32,7 @@ class SteeredImages:
 class LatentacPipeline:
     """`pipe("two red squares", steering={"shapes_verifier": 3.0}, method="resampling", particles=8).images`
 
-    The same pictures as the endpoint's for the same seed. The folder is a plain diffusers pipeline too: without
+    The same images as the endpoint's for the same seed. The folder is a plain diffusers pipeline too: without
     steering any of diffusers' own tools loads it.
     """
 
@@ -57,10 +57,10 @@ class LatentacPipeline:
         num_images_per_prompt: int = 1,
         generator: torch.Generator | None = None,
     ) -> SteeredImages:
-        """Pictures of each prompt.
+        """Images of each prompt.
 
         steering: reward name -> weight in standard deviations of that reward, the exported defaults if None.
-        method: one of the model's, or `none`; its default if None. particles: rollouts per picture, the method's
+        method: one of the model's, or `none`; its default if None. particles: rollouts per image, the method's
         default if None. guidance_scale: of classifier-free guidance; 1, the default, is none. policy: `trained`
         weights, the default, or `base`. generator: decides the noise; without one each call draws another. Raises
         ConfigError with every problem of the request.
@@ -80,11 +80,11 @@ class LatentacPipeline:
             for text in ([prompt] if isinstance(prompt, str) else prompt)
         ]
         return SteeredImages(
-            images=[Image.fromarray(image) for pictures in found for image in pictures.images],
-            values=np.concatenate([pictures.values for pictures in found]),
+            images=[Image.fromarray(image) for each in found for image in each.images],
+            values=np.concatenate([each.values for each in found]),
             reward_names=found[0].reward_names,
             nfe=found[0].nfe,
-            seeds=[pictures.seed for pictures in found],
-            tokens=[pictures.tokens for pictures in found],
-            truncated=[pictures.truncated for pictures in found],
+            seeds=[each.seed for each in found],
+            tokens=[each.tokens for each in found],
+            truncated=[each.truncated for each in found],
         )

@@ -1,4 +1,4 @@
-"""The answer to a request that gets no picture: its status, the reason in words, and each problem by its field."""
+"""The answer to a request that gets no image: its status, the reason in words, and each problem by its field."""
 
 from collections.abc import Mapping, Sequence
 
@@ -30,10 +30,10 @@ def refusal(
     status: int, problems: Sequence[Problem], headers: Mapping[str, str] | None = None, *, openai: bool = False
 ) -> JSONResponse:
     """openai: `error` is an object, as OpenAI's clients expect; KServe's expect text."""
-    told = [
+    details = [
         {"field": p.path, "value": p.value, "problem": p.problem, "remedy": p.remedy} for p in problems[:MOST_PROBLEMS]
     ]
     words = "\n".join(map(str, problems[:MOST_PROBLEMS]))
     kind = "invalid_request_error" if status < 429 else "server_error"
     envelope = {"message": words, "type": kind, "param": problems[0].path, "code": None} if openai else words
-    return JSONResponse({"error": envelope, "problems": told}, status, headers)
+    return JSONResponse({"error": envelope, "problems": details}, status, headers)

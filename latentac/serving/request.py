@@ -35,7 +35,7 @@ WHOLE = BeforeValidator(_whole)
 Root = TypeVar("Root", bound=Section)
 Json = dict[str, Any]
 
-PROMPT_REMEDY = "Write what the picture shall show."
+PROMPT_REMEDY = "Write what the image shall show."
 _OBJECT = "Send an object of the documented fields."
 _ELSEWHERE = {
     "n": ("count",),
@@ -96,7 +96,7 @@ class Optionals(Section):
 
 
 class Request(Optionals):
-    """One prompt's pictures. The descriptions are the remedies that a caller reads."""
+    """One prompt's images. The descriptions are the remedies that a caller reads."""
 
     # Of any model: `forms.request_model` adds the limits of one.
 
@@ -104,7 +104,7 @@ class Request(Optionals):
 
     prompt: Annotated[str, Field(min_length=1, description=PROMPT_REMEDY)]
     seed: Annotated[int, Field(ge=0, lt=2**63, description="Use a whole number from 0 to 2^63 - 1."), WHOLE] = 0
-    count: Annotated[int, Field(ge=1, description="Use a whole number of pictures, at least 1."), WHOLE] = 1
+    count: Annotated[int, Field(ge=1, description="Use a whole number of images, at least 1."), WHOLE] = 1
     num_steps: Annotated[int | None, Field(ge=2, description="Use at least 2 steps, or leave it out."), WHOLE] = None
     size: Annotated[str | None, Field(description="Use the model's own size, or leave it out.")] = None
     guidance_scale: Annotated[Number, Field(ge=1, description="Use a number from 1, which is no guidance.")] = 1.0
@@ -148,8 +148,8 @@ def decoded(body: bytes, most: int) -> Any:
         raise ConfigError([Problem("body", None, f"has more than {most} values", "Send several requests.")])
     path = _infinite(found)
     if path is not None:
-        told = "is beyond the numbers that a computer holds"
-        raise ConfigError([Problem(path or "body", "1e309 or more", told, "Use a smaller number.")])
+        problem = "is beyond the numbers that a computer holds"
+        raise ConfigError([Problem(path or "body", "1e309 or more", problem, "Use a smaller number.")])
     return found
 
 
@@ -174,15 +174,15 @@ def _infinite(value: Any, path: str = "") -> str | None:
 
 
 def at_most(most: int, images: int) -> None:
-    """Raises ConfigError for more than `most` pictures in one request."""
+    """Raises ConfigError for more than `most` images in one request."""
     if problem := too_many(most, images):
         raise ConfigError([problem])
 
 
 def too_many(most: int, images: int) -> Problem | None:
-    """What is wrong with a request for more than `most` pictures."""
-    told = f"is the number of pictures asked for, above the limit of {most}"
-    return Problem("instances", images, told, "Send several requests.") if images > most else None
+    """What is wrong with a request for more than `most` images."""
+    problem = f"is the number of images asked for, above the limit of {most}"
+    return Problem("instances", images, problem, "Send several requests.") if images > most else None
 
 
 def refused(problem: str, remedy: str, **value: Any) -> PydanticCustomError:
@@ -206,8 +206,8 @@ def problems_of(details: Sequence[Mapping[str, Any]], root: type[Section]) -> li
 def _problem(detail: Mapping[str, Any], root: type[Section]) -> Problem:
     path = ".".join(shortened(str(part)) for part in detail["loc"]) or "body"
     if detail["type"] == REFUSED:
-        told = detail["ctx"]
-        return Problem(path, shortened(told.get("value", detail["input"])), told["problem"], told["remedy"])
+        context = detail["ctx"]
+        return Problem(path, shortened(context.get("value", detail["input"])), context["problem"], context["remedy"])
     section, field = _place(root, detail["loc"])
     remedy = str(field.description) if field is not None and field.description else _OBJECT
     if detail["type"] == "extra_forbidden":

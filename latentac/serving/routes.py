@@ -1,4 +1,4 @@
-"""The endpoint's own routes: KServe's two ways to ask for pictures, OpenAI's, a stream, and the page that uses it."""
+"""The endpoint's own routes: KServe's two ways to ask for images, OpenAI's, a stream, and the page that uses it."""
 
 import asyncio
 import contextlib
@@ -65,16 +65,16 @@ class _Stream(StreamingResponse):
     async def _events(self, first: str) -> AsyncIterator[str]:
         yield first
         while not (self._drawing.done() and self._steps.empty()):
-            told = asyncio.ensure_future(self._steps.get())
-            either: set[asyncio.Future[Any]] = {told, self._drawing}
+            step = asyncio.ensure_future(self._steps.get())
+            either: set[asyncio.Future[Any]] = {step, self._drawing}
             try:
                 await asyncio.wait(either, timeout=_ALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                if told.done():
-                    yield _event("step", told.result())
-                elif told.cancel() and not self._drawing.done():
+                if step.done():
+                    yield _event("step", step.result())
+                elif step.cancel() and not self._drawing.done():
                     yield ": alive\n\n"
             finally:
-                told.cancel()  # the caller may have left while it waited
+                step.cancel()  # the caller may have left while it waited
         _, name, content = self._drawing.result()
         yield _event(name, content)
 
@@ -148,22 +148,22 @@ class Routes:
             raise unknown("model", body.model or "", self._model.name)
         self._model.generator.check([("prompt", body)])
         [prediction] = await self._model.finish([body], self._model.submit([body]))
-        told = {name: value for name, value in prediction.items() if name != "images"}
+        answer = {name: value for name, value in prediction.items() if name != "images"}
         data = [{"b64_json": image} for image in prediction["images"]]
         form = {"background": "opaque", "output_format": "png", "size": self._model.generator.exported.size_name}
-        return JSONResponse({"created": int(time.time()), **form, "data": data, "latentac": told})
+        return JSONResponse({"created": int(time.time()), **form, "data": data, "latentac": answer})
 
     async def stream(self, body: Request, request: Read) -> Response:
-        """One request's pictures, and the critic's values while they are drawn, as server-sent events."""
+        """One request's images, and the critic's values while they are drawn, as server-sent events."""
         self._model.generator.check([("prompt", body)])
         loop, steps = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any]]()
 
-        def tell(index: int, step: int, values: np.ndarray) -> None:
+        def callback(index: int, step: int, values: np.ndarray) -> None:
             event = self._step(body, index, step, values)
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
                 loop.call_soon_threadsafe(steps.put_nowait, event)
 
-        jobs = self._model.submit([body], tell)
+        jobs = self._model.submit([body], callback)
         drawing = asyncio.ensure_future(self._finished(body, jobs))
         queued = _event("queued", {"id": request.record.id, "ahead": jobs[0].ahead})
         return _Stream(queued, drawing, steps, request.record.answered)
@@ -175,14 +175,14 @@ class Routes:
         except Exception as error:  # noqa: BLE001 - the stream has begun: its last event says what went wrong
             refusal = refusal_of(error)
             return refusal.status_code, "error", json.loads(bytes(refusal.body))
-        return 200, "picture", prediction
+        return 200, "image", prediction
 
     def _step(self, asked: Request, index: int, step: int, values: np.ndarray) -> dict[str, Any]:
         """Of the particles the one that the weights prefer. values: [N, M]."""
         slot, critic = self._model.generator.slots(asked)[index], self._model.generator.critic
         best = int((values @ (np.array(slot.weights) / critic.std.cpu().numpy())).argmax())
-        told = {name: [float(value)] for name, value in zip(critic.reward_names, values[best], strict=True)}
-        return {"step": step, "num_steps": slot.kind.num_steps, "pictures": [index], "values": told}
+        answer = {name: [float(value)] for name, value in zip(critic.reward_names, values[best], strict=True)}
+        return {"step": step, "num_steps": slot.kind.num_steps, "images": [index], "values": answer}
 
 
 def _event(name: str, content: dict[str, Any]) -> str:

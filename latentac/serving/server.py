@@ -70,7 +70,7 @@ def serve(
     """
     with bind(host, port) as listener:
         allowed = access(host, hosts, origins, token_file)
-        serve_on(listener, folder, name, device, told=True, log_prompts=log_prompts, allowed=allowed)
+        serve_on(listener, folder, name, device, announce=True, log_prompts=log_prompts, allowed=allowed)
 
 
 def serve_on(
@@ -79,7 +79,7 @@ def serve_on(
     name: str,
     device: str,
     *,
-    told: bool = False,
+    announce: bool = False,
     log_prompts: bool = False,
     allowed: Access | None = None,
 ) -> None:
@@ -132,7 +132,7 @@ def serve_on(
     model.load()
     server = LoopbackServer(workers=1, enable_grpc=False, grace_period=GRACE_SECONDS)
     _listen(listener)
-    if told:
+    if announce:
         print(_example(address_of(listener), name, described), file=sys.stdout, flush=True)
     server.start([model])
     model.close()
@@ -153,13 +153,13 @@ def _refused(address: str, error: OSError) -> ResourceError:
 
 
 def _example(address: str, name: str, described: "Exported") -> str:
-    prompt = described.examples[0] if described.examples else "a picture"
+    prompt = described.examples[0] if described.examples else "an image"
     body = shlex.quote(json.dumps({"instances": [{"prompt": prompt, "seed": 1}]}, ensure_ascii=False))
     notice = f"{described.notice}\n" if described.notice else ""
     decode = "import base64, json, sys; p = json.load(sys.stdin)['predictions'][0]; "
-    decode += "open('picture.png', 'wb').write(base64.b64decode(p['images'][0]))"
+    decode += "open('image.png', 'wb').write(base64.b64decode(p['images'][0]))"
     return (
-        f"{notice}Serving {name} at {address} (a page in a browser; Ctrl-C stops it). A picture:\n"
+        f"{notice}Serving {name} at {address} (a page in a browser; Ctrl-C stops it). An image:\n"
         f"  curl -s {address}/v1/models/{name}:predict -H 'Content-Type: application/json' \\\n"
         f'    -d {body} \\\n    | python3 -c "{decode}"'
     )

@@ -1,4 +1,4 @@
-"""What is asked about the served model without a picture: is it ready, which is it, what does it take. In the forms of
+"""What is asked about the served model without an image: is it ready, which is it, what does it take. In the forms of
 KServe's protocols and OpenAI's, and for what asks with HEAD or a slash too many."""
 
 import difflib
@@ -60,10 +60,10 @@ class State:
         self._name, self._version, self._created = name, exported.version, created
 
     def register(self, app: FastAPI) -> None:
-        """Of KServe's routes those about the model's state; those that ask for pictures are in `routes`. This server
+        """Of KServe's routes those about the model's state; those that ask for images are in `routes`. This server
         explains nothing, has no versions beside each other, and lets nobody load or unload."""
-        # KServe's verbs stand behind a colon, which the route of a model would take for a part of its name.
-        app.add_route("/v1/models/{model_name}:{verb}", _verb, methods=_OTHER_METHODS)
+        # KServe's actions stand behind a colon, which the route of a model would take for a part of its name.
+        app.add_route("/v1/models/{model_name}:{action}", _action, methods=_OTHER_METHODS)
         second, model = self._second, "/v2/models/{model_name}"
         version = f"{model}/versions/{{model_version}}"
         for path, handler, form in (
@@ -93,20 +93,20 @@ class State:
         """One model and whether it is ready, for KServe's V1 clients and OpenAI's."""
         if other := self._other(model_name, openai=True):
             return other
-        told = await self._first.model_ready(model_name)
-        return {**told, "id": model_name, "created": self._created}
+        answer = await self._first.model_ready(model_name)
+        return {**answer, "id": model_name, "created": self._created}
 
     async def server(self) -> Any:
         """This server, with the extensions of the V2 protocol that it has: not KServe's own, to load and unload."""
-        told: ServerMetadataResponse = await self._second.metadata()
-        return told.model_copy(update={"extensions": EXTENSIONS})
+        answer: ServerMetadataResponse = await self._second.metadata()
+        return answer.model_copy(update={"extensions": EXTENSIONS})
 
     async def metadata(self, model_name: str) -> Any:
         """The model's inputs and outputs, and its one version."""
         if other := self._other(model_name):
             return other
-        told: ModelMetadataResponse = await self._second.model_metadata(model_name)
-        return told.model_copy(update={"versions": [self._version]})
+        answer: ModelMetadataResponse = await self._second.model_metadata(model_name)
+        return answer.model_copy(update={"versions": [self._version]})
 
     async def metadata_of_version(self, model_name: str, model_version: str) -> Any:
         """The same, where the version is the one that is served."""
@@ -145,9 +145,9 @@ class PlainAddresses:
 _OTHER_METHODS = ["GET", "HEAD", "PUT", "PATCH", "DELETE", "POST"]
 
 
-async def _verb(request: HTTPRequest) -> Response:
-    """A verb of V1 that is not this server's, or predict asked for with another method than POST."""
-    if request.path_params["verb"] == "predict":
+async def _action(request: HTTPRequest) -> Response:
+    """An action of V1 that is not this server's, or predict asked for with another method than POST."""
+    if request.path_params["action"] == "predict":
         raise HTTPException(405, headers={"Allow": "POST"})
     raise HTTPException(404)
 
@@ -158,6 +158,6 @@ async def _not_here(request: HTTPRequest, error: Any) -> Response:
     close = difflib.get_close_matches(request.url.path, known, n=1)
     remedy = f"Did you mean {close[0]}? " if error.status_code == 404 and close else ""
     allowed = (error.headers or {}).get("Allow", "")
-    told = "is no address of this server" if error.status_code == 404 else f"is asked with {allowed}"
-    problem = Problem("address", shortened(request.url.path), told, f"{remedy}GET /openapi.json lists all.")
+    fault = "is no address of this server" if error.status_code == 404 else f"is asked with {allowed}"
+    problem = Problem("address", shortened(request.url.path), fault, f"{remedy}GET /openapi.json lists all.")
     return refusal(error.status_code, [problem], error.headers, openai=is_openai(request.url.path))

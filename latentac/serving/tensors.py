@@ -1,4 +1,4 @@
-"""KServe's V2 protocol: a request's fields as named tensors, its pictures as BYTES. A tensor's elements stand in the
+"""KServe's V2 protocol: a request's fields as named tensors, its images as BYTES. A tensor's elements stand in the
 JSON, or as bytes behind it: the extension `binary_tensor_data`, which clients use unless they are told otherwise."""
 
 import itertools
@@ -35,7 +35,7 @@ INPUTS = {name: _DATATYPES[field.get("anyOf", [field])[0]["type"]] for name, fie
 """Name of an input -> its datatype: each field of a request. `steering` is the text of a JSON object."""
 
 OUTPUTS = {"image": "BYTES", "metadata": "BYTES"}
-"""image: a PNG in base64 a picture, those of a prompt one after another; metadata: JSON a prompt."""
+"""image: a PNG in base64 per image, those of a prompt one after another; metadata: JSON per prompt."""
 
 EXTENSIONS = ["binary_tensor_data"]
 """Of the protocol, those that are here."""
@@ -175,9 +175,9 @@ def _elements(inputs: Sequence[RequestInput], binary: bytes) -> list[list[Any]]:
             else:
                 data = _unpacked(f"inputs.{place}", one, binary[start : start + size], size)
             if min(one.shape, default=1) < 1 or math.prod(one.shape[:8]) != len(data) or len(one.shape) > 2:
-                told = f"does not fit {len(data)} elements"
+                problem = f"does not fit {len(data)} elements"
                 problems.append(
-                    Problem(f"inputs.{place}.shape", shortened(one.shape), told, "Use [number of elements].")
+                    Problem(f"inputs.{place}.shape", shortened(one.shape), problem, "Use [number of elements].")
                 )
             found.append(data)
         except ConfigError as error:
@@ -203,8 +203,8 @@ def _flat(at: str, one: RequestInput) -> list[Any]:
 def _unpacked(at: str, one: RequestInput, content: bytes, size: int) -> list[Any]:
     """Data that stand behind the JSON: little-endian numbers, or each text after its length in four bytes."""
     if one.data is not None:
-        told = "is given twice: in the JSON, and as bytes behind it"
-        raise ConfigError([Problem(f"{at}.data", shortened(one.data), told, "Leave out one of them.")])
+        problem = "is given twice: in the JSON, and as bytes behind it"
+        raise ConfigError([Problem(f"{at}.data", shortened(one.data), problem, "Leave out one of them.")])
     place = f"{at}.parameters.binary_data_size"
     if len(content) < size:
         remedy = f"Send all bytes, and the length of the JSON in the header {BINARY_HEADER}."
@@ -213,8 +213,8 @@ def _unpacked(at: str, one: RequestInput, content: bytes, size: int) -> list[Any
         return _texts(at, content)
     dtype = np.dtype(to_np_dtype(one.datatype.upper())).newbyteorder("<")
     if size % dtype.itemsize:
-        told, remedy = f"is no multiple of {dtype.itemsize}", f"Use {dtype.itemsize} bytes an element."
-        raise ConfigError([Problem(place, size, told, remedy)])
+        problem, remedy = f"is no multiple of {dtype.itemsize}", f"Use {dtype.itemsize} bytes an element."
+        raise ConfigError([Problem(place, size, problem, remedy)])
     data = np.frombuffer(content, dtype)
     if not np.isfinite(data).all():
         raise ConfigError([Problem(f"{at}.data", None, "has an element that is no finite number", "Use numbers.")])
@@ -234,8 +234,8 @@ def _texts(at: str, content: bytes) -> list[str]:
         try:
             found.append(content[begin:end].decode())
         except UnicodeDecodeError as error:
-            told = f"is not UTF-8: {error.reason}"
-            raise ConfigError([Problem(f"{at}.data", shortened(content[begin:end]), told, "Use UTF-8.")]) from None
+            problem = f"is not UTF-8: {error.reason}"
+            raise ConfigError([Problem(f"{at}.data", shortened(content[begin:end]), problem, "Use UTF-8.")]) from None
         start = end
     return found
 
@@ -255,8 +255,8 @@ def instances(request: InferRequest, limits: Limits) -> dict[str, Any]:
     at_most(limits.max_images, rows)  # first: a long column would be read at length
     for name, data in columns.items():
         if len(data) not in (1, rows):
-            told = f"is the number of elements, beside {rows} prompts"
-            problems.append(Problem(f"inputs.{name}", len(data), told, f"Use 1 or {rows}."))
+            problem = f"is the number of elements, beside {rows} prompts"
+            problems.append(Problem(f"inputs.{name}", len(data), problem, f"Use 1 or {rows}."))
     if problems:
         raise ConfigError(problems)
     columns = {name: [_value(name, one, most_values(limits)) for one in data] for name, data in columns.items()}

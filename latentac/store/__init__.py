@@ -5,7 +5,7 @@
     <pointer>                      small JSON that names artifacts: checkpoints/<run>/LATEST, registry/<project>/*.json
 
 Publishing writes the files and then the manifest in one atomic put, so without a manifest there is no artifact.
-The files' folder is named by what is in it, because no S3 verb replaces several objects at once: publishing other
+The files' folder is named by what is in it, because no S3 operation replaces several objects at once: publishing other
 content under the same key fills another folder, and the one put of the manifest is the switch. A reader sees the old
 artifact or the new one, whole, also when two writers race; one that has read the old manifest can still finish, for
 the old folder stays until `delete`. Each `files-...` folder is a plain copy of what was published.

@@ -261,8 +261,8 @@ class Bucket:
         if error.code == "NoSuchKey":
             return FileNotFoundError(name)
         where = f"{self._where}, object {self._prefix}{name}" if kind == Kind.OTHER else self._where
-        told = f"the server says {error.code or '':.80} ({(error.message or 'no reason given')[:500].rstrip('.')})"
-        return kind.error(where, f"{kind.problem}: {told}", kind.remedy)
+        message = f"the server says {error.code or '':.80} ({(error.message or 'no reason given')[:500].rstrip('.')})"
+        return kind.error(where, f"{kind.problem}: {message}", kind.remedy)
 
     def _refused(self, problem: str, remedy: str) -> StoreAccessError:
         return StoreAccessError(self._where, problem, remedy)

@@ -88,7 +88,7 @@ class Parent:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact is and where it comes from. `created` is UTC in ISO 8601; `step` is the verb that made it."""
+    """What an artifact is and where it comes from. `created` is UTC in ISO 8601; `step` is the step that made it."""
 
     schema: Literal["latentac/artifact/1"]
     key: _SafeKey
@@ -169,8 +169,8 @@ def commit() -> str:
         found = [*git, "ls-files", "--error-unmatch", here.name]
         subprocess.run(found, check=True, capture_output=True, timeout=_GIT_SECONDS)
         describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        told = subprocess.run(describe, check=True, capture_output=True, text=True, timeout=_GIT_SECONDS)
-        return told.stdout.strip()
+        output = subprocess.run(describe, check=True, capture_output=True, text=True, timeout=_GIT_SECONDS)
+        return output.stdout.strip()
     except (OSError, subprocess.SubprocessError):  # no git, no checkout, or one that takes too long to look at
         return os.environ.get("LATENTAC_COMMIT", "").strip() or "unknown"
 

@@ -92,19 +92,19 @@ def _starts_with(copy: BinaryIO, old: Path) -> bool:
 def keep(url: str, prefix: str, folder: Path, *, max_bytes: int, every_seconds: float) -> None:
     """Refreshes for ever. A store that does not answer, or refuses, is told once and asked again."""
     mirror = Mirror(connect(url, Patience()), prefix, folder, max_bytes)
-    told = ""
+    reported = ""
     while True:
         try:
             copied = mirror.refresh()
-            told = ""
+            reported = ""
             if copied:
                 _log.info("copied %d of %s/%s", len(copied), url, prefix)
         except ConfigError:
             raise
         except LatentacError as error:
-            if type(error).__name__ != told:
+            if type(error).__name__ != reported:
                 _log.warning("%s", error)
-            told = type(error).__name__
+            reported = type(error).__name__
         time.sleep(every_seconds)
 
 

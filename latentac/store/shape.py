@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 _LARGEST = 1e100
 
 
-_MOST_STEPS, _MOST_REWARDS, _MOST_PICTURES = 10_000, 256, 200_000
+_MOST_STEPS, _MOST_REWARDS, _MOST_IMAGES = 10_000, 256, 200_000
 
 
 def _bounded(value: float) -> float:
@@ -66,6 +66,4 @@ class Interval(Shape):
 ByReward = Annotated[dict[Label, Interval], Field(max_length=_MOST_REWARDS)]
 
 
-Scored = Annotated[
-    dict[str, Annotated[list[Finite], Field(max_length=_MOST_PICTURES)]], Field(max_length=_MOST_REWARDS)
-]
+Scored = Annotated[dict[str, Annotated[list[Finite], Field(max_length=_MOST_IMAGES)]], Field(max_length=_MOST_REWARDS)]

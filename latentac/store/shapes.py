@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from latentac.store.shape import (
-    _MOST_PICTURES,
+    _MOST_IMAGES,
     _MOST_REWARDS,
     ByReward,
     Count,
@@ -177,23 +177,23 @@ class Evaluation(Shape):
         return self
 
 
-def _one_a_picture(rewards: dict[str, Scored], count: int) -> None:
+def _one_per_image(rewards: dict[str, Scored], count: int) -> None:
     for arm, rows in rewards.items():
         for reward, scores in rows.items():
             if len(scores) != count:
-                raise ValueError(f"rewards.{arm}.{reward} has {len(scores)} scores for {count} pictures")
+                raise ValueError(f"rewards.{arm}.{reward} has {len(scores)} scores for {count} images")
 
 
 class Scores(Shape):
-    """scores.json: a score of each picture, by arm and reward."""
+    """scores.json: a score of each image, by arm and reward."""
 
-    prompts: Annotated[Texts, Field(min_length=1, max_length=_MOST_PICTURES)]
+    prompts: Annotated[Texts, Field(min_length=1, max_length=_MOST_IMAGES)]
     noise: Any
     rewards: dict[str, Scored]
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        _one_a_picture(self.rewards, len(self.prompts))
+        _one_per_image(self.rewards, len(self.prompts))
         return self
 
 
@@ -210,7 +210,7 @@ class Gallery(Shape):
     def _whole(self) -> Self:
         if len(self.seeds) != len(self.prompts):
             raise ValueError(f"it has {len(self.seeds)} seeds for {len(self.prompts)} prompts")
-        _one_a_picture(self.rewards or {}, len(self.prompts))
+        _one_per_image(self.rewards or {}, len(self.prompts))
         return self
 
 
@@ -220,7 +220,7 @@ class Steered(Shape):
     method: Label
     reward: Label
     strength: Finite
-    candidates: Annotated[int, Field(gt=0, lt=2**31)]
+    particles: Annotated[int, Field(gt=0, lt=2**31)]
     nfe: Annotated[Finite, Field(ge=0, le=1e12)]
     mean: Number
     low: Number | None = None
@@ -252,7 +252,7 @@ class _Former(Shape):
     by: str | None
 
 
-class Verdict(Shape):
+class Decision(Shape):
     """gate.json."""
 
     decision: Literal["promote", "hold"]
@@ -275,7 +275,7 @@ class Deployment(Shape):
     version: str
     project: str | None = None
     forced: _Forced | None = None
-    picture_sha256: str | None = None
+    image_sha256: str | None = None
     seconds: Number | None = None
     endpoint: str | None = None
     request: str | dict[str, Any] | None = None
@@ -284,7 +284,7 @@ class Deployment(Shape):
 class Timings(Shape):
     """timings.json: seconds as the driver saw them."""
 
-    stages: dict[str, Annotated[Finite, Field(ge=0)]] = {}
+    steps: dict[str, Annotated[Finite, Field(ge=0)]] = {}
     total: Annotated[Finite, Field(ge=0)] = 0.0
 
 
@@ -308,7 +308,7 @@ SHAPES: dict[str, Any] = {
     "evaluation.json": Evaluation,
     "extensions.json": Extensions,
     "gallery.json": Gallery,
-    "gate.json": Verdict,
+    "gate.json": Decision,
     "history.json": Annotated[list[Iteration], Field(max_length=100_000)],
     "LATEST": Latest,
     "lengths.json": Lengths,

@@ -62,7 +62,7 @@ def _set_watch() -> None:
 
 @contextlib.contextmanager
 def in_flight(reward: str, prompts: Sequence[str], seconds: float) -> Iterator[None]:
-    """While the body runs, a file says that `reward` is scoring pictures of `prompts`, and for how long it may."""
+    """While the body runs, a file says that `reward` is scoring images of `prompts`, and for how long it may."""
     folder = os.environ.get(FOLDER)
     if not folder:
         yield

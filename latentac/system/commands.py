@@ -19,12 +19,12 @@ def program() -> str:
     return shlex.quote(str(own.relative_to(here) if own.is_relative_to(here) else own))
 
 
-def typed(verb: str, run: str, store: str, output: str, *words: str) -> str:
-    """`latentac <verb>` for a run, its places named where they are not the default ones. store: a URL, "" for the
+def typed(command: str, run: str, store: str, output: str, *words: str) -> str:
+    """`latentac <command>` for a run, its places named where they are not the default ones. store: a URL, "" for the
     output's own."""
     place = ["--run", run] if run else []
     if Path(output).absolute() != Path("runs").absolute():
         place += ["--output", output]
     if store and store not in {f"file://{output}/store", f"file://{Path(output).absolute()}/store"}:
         place += ["--store", store]
-    return " ".join([program(), verb, *map(shlex.quote, [*place, *words])])
+    return " ".join([program(), command, *map(shlex.quote, [*place, *words])])

@@ -122,10 +122,10 @@ def main(arguments: Sequence[str]) -> int:
     what, options = json.loads(arguments[0])
     calls: dict[str, Callable[..., Any]] = {"snapshot": _snapshot, "names": _names}
     try:
-        told = {"answer": calls[what](**options)}
+        answer = {"answer": calls[what](**options)}
     except Exception as error:  # noqa: BLE001 - whatever the client raises is told where it was asked for
-        told = {"error": f"{error}".strip() or type(error).__name__}
-    print(json.dumps(told), file=sys.stdout, flush=True)
+        answer = {"error": f"{error}".strip() or type(error).__name__}
+    print(json.dumps(answer), file=sys.stdout, flush=True)
     return 0
 
 

@@ -178,15 +178,15 @@ def lock_holder(path: Path) -> str:
 
 
 def _acquire(descriptor: int, path: Path, wait_seconds: float) -> None:
-    run, deadline, told = f"run {path.parent.name}", time.monotonic() + wait_seconds, False
+    run, deadline, announced = f"run {path.parent.name}", time.monotonic() + wait_seconds, False
     while not _try_lock(descriptor, path):
         holder = os.pread(descriptor, 32, 0).decode(errors="replace") or "unknown"
         if time.monotonic() >= deadline:
             remedy = f"Wait until it ends, or stop it with `kill {holder}`."
             raise ResourceError(run, f"in use by pid {holder}", remedy)
-        if not told:
+        if not announced:
             _log.warning("%s is in use by pid %s: waiting up to %.0f s", run, holder, wait_seconds)
-            told = True
+            announced = True
         time.sleep(0.1)
 
 

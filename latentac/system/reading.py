@@ -34,14 +34,14 @@ def parse_json(text: str | bytes) -> Any:
     character, which neither a file nor a terminal can hold."""
     if len(text) > MOST_BYTES:
         raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
-    told = text if isinstance(text, str) else text.decode()
-    if has_more_values(told, MOST_VALUES):
+    content = text if isinstance(text, str) else text.decode()
+    if has_more_values(content, MOST_VALUES):
         raise ValueError(f"it has more than {MOST_VALUES:,} values")
     try:
-        found = json.loads(told)
+        found = json.loads(content)
         if _depth(found) > MOST_DEPTH:
             raise ValueError("it is nested too deep")
-        if _SURROGATE.search(told):  # both halves are one character; json joins them
+        if _SURROGATE.search(content):  # both halves are one character; json joins them
             json.dumps(found, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deep") from None

@@ -18,7 +18,7 @@ from pathlib import Path
 from latentac.system.errors import ResourceError
 
 ROOM_BYTES = 64 * 2**20
-"""What a step may leave there: logs, sources of the steps, a report's pictures."""
+"""What a step may leave there: logs, sources of the steps, a report's images."""
 
 MAX_PATH_BYTES = 60
 """The system allows 107 bytes for the name of a socket, and libraries put names of their own below the folder."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Step:
-    """One step: a verb of the `latentac` command, a function of `latentac.runs.verbs`, a component of the pipeline.
+    """One step: a command of `latentac`, a function of `latentac.runs.steps`, a component of the pipeline.
 
     needs: the steps whose artifacts it reads.
     scores: it calls rewards in its own process. On a cluster such a step runs in the image with torch; the others

@@ -1,4 +1,4 @@
-"""How the critic learns: regression on rollouts' states, and on forward-noised states of pictures scored before."""
+"""How the critic learns: regression on rollouts' states, and on forward-noised states of images scored before."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ _FILE = "scored.safetensors"
 
 @dataclass(frozen=True)
 class Replay:
-    """Scored pictures, oldest first. clean: [N, *latent]; rewards: [N, M]; prompts: int64 [N]."""
+    """Scored images, oldest first. clean: [N, *latent]; rewards: [N, M]; prompts: int64 [N]."""
 
     clean: Tensor
     rewards: Tensor
@@ -71,13 +71,13 @@ class Learner:
         self.replay: Replay | None = None
 
     def begin_with(self, scored: Replay | None) -> None:
-        """Remember pictures that were scored before training, if anything is to be remembered."""
+        """Remember images that were scored before training, if anything is to be remembered."""
         most = self.config.critic.replay_images
         if scored is not None and most > 0:
             self.replay = scored.newest(most)
 
     def observe(self, clean: Tensor, rewards: Tensor, prompts: Tensor) -> None:
-        """Take in the iteration's pictures of all workers: clean latents [B, *latent], rewards [B, M], prompts [B]."""
+        """Take in the iteration's images of all workers: clean latents [B, *latent], rewards [B, M], prompts [B]."""
         self.critic.update_scale(rewards)
         most = self.config.critic.replay_images
         if most > 0:
@@ -144,8 +144,8 @@ class Learner:
         return self._loss(features, trajectory.sigmas[step], trajectory.conditioning.rows(image), returns[image, step])
 
     def _replay_loss(self, replay: Replay, count: int, sigmas: Tensor, key: tuple[int, int, int, int]) -> Tensor:
-        """On as many forward-noised states, drawn anew, of pictures scored in this and earlier iterations. At low noise
-        the reward is that of the picture, whoever made it; at high noise the target is that of earlier policies too."""
+        """On as many forward-noised states, drawn anew, of images scored in this and earlier iterations. At low noise
+        the reward is that of the image, whoever made it; at high noise the target is that of earlier policies too."""
         generator = generator_for(self.config.seed, "replay", *key)
         image = torch.randint(len(replay.clean), (count,), generator=generator).to(self.mesh.device)
         step = torch.randint(len(sigmas) - 1, (count,), generator=generator).to(self.mesh.device)
@@ -175,7 +175,7 @@ def critic_loss(critic: Critic, values: Tensor, returns: Tensor, weights: Tensor
 def observe(
     policy: Policy, critic: Critic, latents: Tensor, sigma: Tensor, conditioning: Conditioning
 ) -> dict[str, Tensor]:
-    """What the critic sees of latents that no rollout passed, in parts of the policy's rows."""
+    """What the critic reads of latents that no rollout passed, in parts of the policy's rows."""
 
     def of(part: range) -> dict[str, Tensor]:
         if len(part) == len(latents):

@@ -1,6 +1,6 @@
 """Value pretraining, training, steering and evaluation in one process, for scripts and notebooks.
 
-The steps of a run (`latentac.runs.verbs`) call the same functions, with artifacts in a store, several workers and
+The steps of a run (`latentac.runs.steps`) call the same functions, with artifacts in a store, several workers and
 resume.
 """
 

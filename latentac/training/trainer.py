@@ -115,8 +115,8 @@ class Trainer:
         self._remember()
         return entry
 
-    def last_pictures(self, count: int = 32) -> np.ndarray:
-        """A contact sheet, uint8 [H, W, 3], of the first pictures of the last iteration on this worker."""
+    def last_images(self, count: int = 32) -> np.ndarray:
+        """A contact sheet, uint8 [H, W, 3], of the first images of the last iteration on this worker."""
         if self._last_clean is None:
             raise ValueError("no iteration was done yet")
         return np.asarray(contact_sheet(self.policy.backbone.decode(self._last_clean[:count]), 8))

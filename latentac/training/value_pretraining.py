@@ -29,7 +29,7 @@ from latentac.worlds.prompts import Prompt, PromptSet, balanced
 
 @dataclass(frozen=True)
 class States:
-    """Rollouts of a frozen actor as the critic sees them.
+    """Rollouts of a frozen actor as the critic reads them.
 
     features: name -> [B, K, ...]     clean: [B, *latent]     sigmas: [K]     rewards: [B, M]
     conditioning: B rows, in the host's memory: of a large text encoder they are what takes most room
@@ -211,7 +211,7 @@ def fit(
 def pretrain(
     config: Config, policy: Policy, critic: Critic, rewards: Sequence[ConfiguredReward], prompts: PromptSet
 ) -> tuple[list[dict[str, Any]], Replay | None]:
-    """Collect and fit. Returns the passes' history, and the scored pictures for the critic to go on from; neither where
+    """Collect and fit. Returns the passes' history, and the scored images for the critic to go on from; neither where
     no images are asked for."""
     settings = config.pretrain
     if settings.num_images == 0:
@@ -227,7 +227,7 @@ def pretrain(
 def _noised(
     policy: Policy, critic: Critic, states: States, rows: Tensor, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], Tensor, Conditioning]:
-    """As `States.inputs`, of fresh noise on the pictures instead of the states that the rollouts passed."""
+    """As `States.inputs`, of fresh noise on the images instead of the states that the rollouts passed."""
     image, step = rows // len(states.sigmas), rows % len(states.sigmas)
     clean, sigma, conditioning = states.clean[image], states.sigmas[step], states.conditioned(image)
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)

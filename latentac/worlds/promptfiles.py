@@ -264,8 +264,8 @@ def _header(name: str, content: str) -> tuple[list[str], str]:
             if len(set(names)) < len(names) or "" in names:
                 raise _Unreadable("names a column twice, or not at all", "Give each column its name", "line 1")
             return names, separator
-    told = f"has no column `prompt` or `text`: {first[:80]!r}"
-    raise _Unreadable(told, "Write the names of the columns into the first line", "line 1")
+    problem = f"has no column `prompt` or `text`: {first[:80]!r}"
+    raise _Unreadable(problem, "Write the names of the columns into the first line", "line 1")
 
 
 def _from_cells(header: Sequence[str], cells: Sequence[str]) -> Any:

@@ -205,8 +205,8 @@ def _divided(rows: Sequence[Row], settings: Prompts) -> tuple[dict[str, list[Row
     lists: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for row in rows:
         lists["held_out" if _key(row.text) in chosen else "train"].append(row)
-    told = len(lists["held_out"]), len(rows), settings.held_out_fraction
-    _log.info("prompts: %d of %d are held out (prompts.held_out_fraction = %g)", *told)
+    counts = len(lists["held_out"]), len(rows), settings.held_out_fraction
+    _log.info("prompts: %d of %d are held out (prompts.held_out_fraction = %g)", *counts)
     return lists, []
 
 

@@ -38,7 +38,7 @@ from latentac.config.recipes import RECIPES
 
 TINY = (
     *("kernel.num_steps=4", "evaluation.num_images=16", "evaluation.num_bootstrap=100"),
-    *("evaluation.num_diversity_prompts=2", "evaluation.pictures_per_prompt=4"),
+    *("evaluation.num_diversity_prompts=2", "evaluation.images_per_prompt=4"),
     *("pretrain.num_images=16", "pretrain.num_held_out_images=16", "pretrain.num_passes=1"),
     *("train.num_iterations=3", "train.images_per_iteration=16", "train.block_images=16", "train.checkpoint_every=1"),
     *("train.updates_per_iteration=2", "train.num_workers=1", "critic.replay_images=24"),
@@ -51,7 +51,7 @@ TIMES = {"seconds", "created", "curve", "history"}
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 def test_every_arm_spends_the_same(scale: Scale) -> None:
-    """Within an experiment and recipe each arm that trains scores as many pictures and does as many actor updates."""
+    """Within an experiment and recipe each arm that trains scores as many images and does as many actor updates."""
     spent: dict[tuple[str, str], set[tuple[int, int]]] = {}
     for unit in units(scale):
         assert unit.config.train.early_stopping is None, "an arm that stops early spends less"
@@ -64,7 +64,7 @@ def test_every_arm_spends_the_same(scale: Scale) -> None:
 
 
 def test_a_group_is_not_paid_for_in_prompts_alone() -> None:
-    """GRPO's groups come out of the same pictures an iteration; only value pretraining changes the iterations."""
+    """GRPO's groups come out of the same images per iteration; only value pretraining changes the iterations."""
     config = next(unit.config for unit in units(FULL) if unit.arm == "grpo" and unit.recipe == "shapes-unet")
     assert (config.train.images_per_iteration, config.algorithm.own["group_size"]) == (256, 4)
     assert config.pretrain.num_images == 0
@@ -326,11 +326,11 @@ def test_two_versions_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """This version against its own last commit: a ratio for each measurement, and no checkout is left."""
     from benchmarks import against
 
-    for name, number in {"PICTURES": 4, "QUESTIONS": 16, "LARGE_BYTES": 10_000, "SMALL_FILES": 2, "BOUND": 0}.items():
+    for name, number in {"IMAGES": 4, "QUESTIONS": 16, "LARGE_BYTES": 10_000, "SMALL_FILES": 2, "BOUND": 0}.items():
         monkeypatch.setattr(against, name, number)
     assert against.main(["HEAD", "--rounds=1", f"--output={tmp_path / 'throughput.json'}"]) == 0
     found = json.loads((tmp_path / "throughput.json").read_text())
-    kinds = {"pictures", "questions", *(f"{each} {place}" for each in ("publish", "fetch") for place in ("S3", "file"))}
+    kinds = {"images", "questions", *(f"{each} {place}" for each in ("publish", "fetch") for place in ("S3", "file"))}
     assert set(found["ratios"]) == kinds
     assert all(ratio["median"] > 0 for ratio in found["ratios"].values())
     listed = subprocess.run(["git", "worktree", "list"], cwd=against.ROOT, capture_output=True, text=True, check=True)
@@ -349,8 +349,8 @@ def _untimed(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entry.items() if not name.endswith("seconds")}
 
 
-def test_ways_to_steer_are_measured_on_the_same_candidates(tmp_path: Path) -> None:
-    """Best-of-N by the true reward is the best of its candidates, every number of evaluations has its control, and what
+def test_ways_to_steer_are_measured_on_the_same_particles(tmp_path: Path) -> None:
+    """Best-of-N by the true reward is the best of its particles, every number of evaluations has its control, and what
     was measured is not measured again."""
     import torch
 
@@ -371,12 +371,12 @@ def test_ways_to_steer_are_measured_on_the_same_candidates(tmp_path: Path) -> No
     assert world.counts(steering.WAYS["best_of_n"])[-1] == 16
     assert world.nfe(steering.WAYS["resampling_cfg"], 2) == 4 * config.kernel.num_steps
     rows = steering.points(world, "best_of_n", 3) + steering.points(world, "resampling", 2)
-    rewards = {(row["way"], row["candidates"], row["choice"]): np.array(row["rewards"]) for row in rows}
+    rewards = {(row["way"], row["particles"], row["choice"]): np.array(row["rewards"]) for row in rows}
     assert all(found.shape == (6, len(world.rewards)) for found in rewards.values())
     alone, best = (rewards["best_of_n", *which] for which in ((1, "none"), (3, "reward")))
     assert (best[:, 0] >= np.maximum(alone, rewards["best_of_n", 3, "critic"])[:, 0]).all()
     found = steering.compared(rows, [reward.name for reward in world.rewards], config)
-    assert [row["candidates"] for row in found if row["way"] == "best_of_n"] == [1, 2, 2]
+    assert [row["particles"] for row in found if row["way"] == "best_of_n"] == [1, 2, 2]
     assert all(row["control_nfe"] == row["nfe"] for row in found)
     assert {row["critic"] for row in found if row["way"] == "resampling"} == {True}
     assert [row["critic"] for row in found if row["way"] == "best_of_n"] == [False, True, False]
@@ -455,12 +455,12 @@ def _world(truth: int) -> dict[str, dict[str, Any]]:
         found |= {"commits": ["0" * 40], "machines": [machine], "missing": [], "failed": [], "units": records}
         results[f"{name}-shapes-unet"] = {**found, **aggregate.summarise(name, records)}
     ratio = {1: (1.05, 1.04, 1.06), -1: (1.2, 1.18, 1.22), 0: (1.1, 1.05, 1.15)}[truth]
-    told: dict[str, float] = {**dict(zip(("median", "low", "high"), ratio, strict=True)), "n": 12}
+    reported: dict[str, float] = {**dict(zip(("median", "low", "high"), ratio, strict=True)), "n": 12}
     results["cost-shapes-unet"] = {
         **results["main-shapes-unet"],
         "experiment": "cost",
-        "ratio": told,
-        "recipe_ratio": told,
+        "ratio": reported,
+        "recipe_ratio": reported,
         "seconds": {name: dict.fromkeys(("rollout", "actor", "critic", "all"), 1.0) for name in ("DDPO", "values")},
         "steps": 10,
     } | {"images": 256, "updates": 4}
@@ -492,21 +492,21 @@ def _steering_world(truth: int) -> dict[str, Any]:
     ahead = 0.1 * truth
     spread = 0.2 if truth == 0 else 0.02
 
-    def point(weights: str, way: str, candidates: int, nfe: int, choice: str) -> dict[str, Any]:
+    def point(weights: str, way: str, particles: int, nfe: int, choice: str) -> dict[str, Any]:
         steered = way != "best_of_n"
         difference = ahead if steered else 0.0
         interval = {"mean": difference, "low": difference - spread, "high": difference + spread, "n": 256}
         reward = {"mean": 0.6 + difference, "low": 0.58, "high": 0.8, "n": 256}
-        told = dict.fromkeys(("shapes_verifier", "jpeg_compressibility", "colourfulness", "shapes_clip"), reward)
+        found = dict.fromkeys(("shapes_verifier", "jpeg_compressibility", "colourfulness", "shapes_clip"), reward)
         return {
             "weights": weights,
             "way": way,
-            "candidates": candidates,
+            "particles": particles,
             "nfe": nfe,
             "choice": choice,
-            "label": f"{way} x{candidates}",
+            "label": f"{way} x{particles}",
             "critic": steered,
-            "rewards": told,
+            "rewards": found,
             "diversity": reward,
             "minus_control": interval,
             "minus_plain": interval,
@@ -526,8 +526,8 @@ def _steering_world(truth: int) -> dict[str, Any]:
 
     particle, gradient = {1: (1.05, 2.2), -1: (1.3, 2.9), 0: (1.1, 2.5)}[truth]
     cost = {"rows": 64, "resampling": ratio(particle, 0.03), "value_gradient": ratio(gradient, 0.03)}
-    told = {"experiment": "steering", "reward": "shapes_verifier", "steps": 10, "prompts": 256}
-    return {**told, "cost": {"base": cost, "trained": cost}, "points": points}
+    found = {"experiment": "steering", "reward": "shapes_verifier", "steps": 10, "prompts": 256}
+    return {**found, "cost": {"base": cost, "trained": cost}, "points": points}
 
 
 def test_results_of_a_dirty_tree_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The whole of it on any cluster that has Kubeflow Pipelines, Volcano and KServe: `make e2e`, with its KUBECONFIG.
 
 Installs the chart, submits the smoke pipeline through the KFP API and follows it, asks the InferenceService for a
-picture, fetches the report, takes all of it away. Every wait has a bound; a failure is told with the events of the
+image, fetches the report, takes all of it away. Every wait has a bound; a failure is told with the events of the
 namespaces and the last logs of their pods. It needs the rights of an administrator of the namespaces and none on the
 cluster, and knows of no image registry, cloud, GPU or node: names and sizes are values of the chart.
 
@@ -96,7 +96,7 @@ def main() -> int:
         namespaces = sorted({tools.namespace, settings.namespace, settings.steps.namespace})
         with kfp_address() as host:
             run_id = submit(tools, release, host, many_users)
-            picture(tools, settings)
+            draw(tools, settings)
             fetch_report(tools, settings, host, run_id)
         say(f"passed in {time.monotonic() - began:.0f} s")
         code = 0
@@ -214,8 +214,8 @@ def submit(tools: Tools, release: str, host: str, many_users: bool) -> str:
     return started
 
 
-def picture(tools: Tools, settings: Cluster) -> None:
-    """Ask the service that KServe made for one picture, through the cluster's API."""
+def draw(tools: Tools, settings: Cluster) -> None:
+    """Ask the service that KServe made for one image, through the cluster's API."""
     name = settings.deploy.name
     with forwarded(f"service/{name}-predictor", 80, settings.namespace) as port:
         client = Client(f"http://127.0.0.1:{port}", name, seconds=SECONDS)
@@ -223,10 +223,10 @@ def picture(tools: Tools, settings: Cluster) -> None:
         answer = client.predict({"prompt": "two red squares", "seed": 1})
     image = base64.b64decode(answer["images"][0])
     if not image.startswith(b"\x89PNG"):
-        raise Failed(f"the endpoint's picture is no PNG: {image[:16]!r}")
-    place = results() / "picture.png"
+        raise Failed(f"the endpoint's image is no PNG: {image[:16]!r}")
+    place = results() / "image.png"
     place.write_bytes(image)
-    say(f"a picture of version {answer['version']}, {answer['nfe']} evaluations: {place}")
+    say(f"an image of version {answer['version']}, {answer['nfe']} evaluations: {place}")
 
 
 def fetch_report(tools: Tools, settings: Cluster, host: str, run_id: str) -> None:

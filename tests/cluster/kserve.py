@@ -64,20 +64,20 @@ class Controller:
         pods = self._api.find(PODS, labels=f"{LABEL}={name}")
         self._write(service, status(service, made, pods))
 
-    def _write(self, service: dict[str, Any], told: dict[str, Any]) -> None:
-        if all((service.get("status") or {}).get(field) == value for field, value in told.items()):
+    def _write(self, service: dict[str, Any], found: dict[str, Any]) -> None:
+        if all((service.get("status") or {}).get(field) == value for field, value in found.items()):
             return
-        patch_status(self._api, INFERENCE_SERVICES, service["metadata"]["name"], told)
+        patch_status(self._api, INFERENCE_SERVICES, service["metadata"]["name"], found)
 
 
-def patch_status(api: Api, kind: Kind, name: str, told: Mapping[str, Any]) -> None:
+def patch_status(api: Api, kind: Kind, name: str, found: Mapping[str, Any]) -> None:
     """Merge `told` into the status of an object."""
     try:
         api.client.call_api(
             kind.path(api.namespace, name, "status"),
             "PATCH",
             header_params={"Content-Type": "application/merge-patch+json"},
-            body={"status": dict(told)},
+            body={"status": dict(found)},
             auth_settings=["BearerToken"],
             response_type="object",
         )
@@ -128,8 +128,8 @@ def deployment(runtime: Mapping[str, Any], service: Mapping[str, Any], scheduler
 
 def status(service: Mapping[str, Any], made: Mapping[str, Any], pods: list[dict[str, Any]]) -> dict[str, Any]:
     """What the real controller writes, for a Deployment and its pods."""
-    told, name = made.get("status") or {}, service["metadata"]["name"]
-    conditions = {each["type"]: each for each in told.get("conditions") or []}
+    reported, name = made.get("status") or {}, service["metadata"]["name"]
+    conditions = {each["type"]: each for each in reported.get("conditions") or []}
     refused, progress = conditions.get("ReplicaFailure", {}), conditions.get("Progressing", {})
     available = conditions.get("Available", {})
     loaded_before = _states(service).get("activeModelState") == "Loaded"
@@ -161,8 +161,8 @@ def status(service: Mapping[str, Any], made: Mapping[str, Any], pods: list[dict[
     url = f"http://{name}-predictor.{service['metadata']['namespace']}.svc.cluster.local"
     return {
         "conditions": [{"type": kind, **kinds[kind]} for kind in sorted(kinds)],
-        "observedGeneration": told.get("observedGeneration", 0),
-        "modelStatus": {"copies": {"failedCopies": 0, "totalCopies": told.get("availableReplicas", 0)}, **model},
+        "observedGeneration": reported.get("observedGeneration", 0),
+        "modelStatus": {"copies": {"failedCopies": 0, "totalCopies": reported.get("availableReplicas", 0)}, **model},
         "address": {"url": url},
         "url": url,
         "deploymentMode": "Standard",
@@ -171,9 +171,9 @@ def status(service: Mapping[str, Any], made: Mapping[str, Any], pods: list[dict[
 
 def _failure(pod: Mapping[str, Any], *, masked: bool) -> dict[str, Any] | None:
     """A load that failed: of an init container always, of the server only where none served before."""
-    told = pod.get("status") or {}
+    reported = pod.get("status") or {}
     for field in ("initContainerStatuses", "containerStatuses"):
-        for container in told.get(field) or []:
+        for container in reported.get(field) or []:
             state = container.get("state", {})
             ended = state.get("terminated") or container.get("lastState", {}).get("terminated") or {}
             if ended.get("exitCode") and (field == "initContainerStatuses" or not masked):

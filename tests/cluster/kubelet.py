@@ -54,8 +54,8 @@ def works(pod: Pod) -> dict[str, Any]:
 
 def image_pull(pod: Pod) -> dict[str, Any]:
     """The server's image cannot be had."""
-    told = 'Back-off pulling image "registry.invalid/serve:nowhere"'
-    return _pending(pod, {"waiting": {"reason": "ImagePullBackOff", "message": told}})
+    found = 'Back-off pulling image "registry.invalid/serve:nowhere"'
+    return _pending(pod, {"waiting": {"reason": "ImagePullBackOff", "message": found}})
 
 
 def crash(pod: Pod) -> dict[str, Any]:
@@ -80,8 +80,8 @@ def fetch_fails(message: str, code: int = 3) -> Behaviour:
 
 def unschedulable(pod: Pod) -> dict[str, Any]:
     """No node has room."""
-    told = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
-    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": told}
+    found = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": found}
     return {"phase": "Pending", "conditions": [condition]}
 
 

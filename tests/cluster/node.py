@@ -301,7 +301,7 @@ def up() -> None:
                 sys.exit(f"the node did not come up ({log}):\n{log.read_text()[-3000:]}")
             time.sleep(0.2)
         print(f"# {log.read_text().strip()}")
-    _tell()
+    _report()
 
 
 def down() -> None:
@@ -345,7 +345,7 @@ def _attached() -> Node:
     return record.attach()
 
 
-def _tell() -> None:
+def _report() -> None:
     node = _attached()
     print(f"# The API server is {node.server}; pods reach this machine at {node.ip}.")
     print("# Next: `make node-shell` for kubectl and helm, `python -m tests.cluster.node load IMAGE ...` for images,")
@@ -357,14 +357,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.cluster.node", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{up,down,shell,load,run}")
-    for verb in (up, down, shell, run):
-        verbs.add_parser(verb.__name__, help=(verb.__doc__ or "").partition("\n")[0]).set_defaults(act=verb)
-    loading = verbs.add_parser("load", help="images of the docker daemon into the node")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{up,down,shell,load,run}")
+    for command in (up, down, shell, run):
+        commands.add_parser(command.__name__, help=(command.__doc__ or "").partition("\n")[0]).set_defaults(act=command)
+    loading = commands.add_parser("load", help="images of the docker daemon into the node")
     loading.add_argument("images", nargs="+", metavar="IMAGE")
     arguments = parser.parse_args()
     try:
-        if arguments.verb == "load":
+        if arguments.command == "load":
             load(arguments.images)
         else:
             arguments.act()

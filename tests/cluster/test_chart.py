@@ -66,13 +66,13 @@ def release(node: Node, crds: Path, docker_daemon: Docker) -> Iterator[Release]:
         installed.helm("install", str(CHART), "--wait", values=values)
         yield installed
     except BaseException:
-        print(told(installed))
+        print(described(installed))
         raise
     finally:
         node.delete_namespace(installed.namespace, wait=False)
 
 
-def told(release: Release) -> str:
+def described(release: Release) -> str:
     """Why an installation does not come up: pods, events, logs."""
     label = "--selector=app.kubernetes.io/part-of=latentac"
     commands = (

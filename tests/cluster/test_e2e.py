@@ -65,6 +65,6 @@ def test_a_failure_is_told_with_objects_and_events(
         control_plane.kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(body))
 
     e2e.explain(e2e.Tools(str(program("kubectl")), "helm", namespace), namespace)
-    told = capsys.readouterr().err
-    assert "secret latentac-s3 not found" in told
-    assert f"--- {namespace}: log of serve" in told
+    output = capsys.readouterr().err
+    assert "secret latentac-s3 not found" in output
+    assert f"--- {namespace}: log of serve" in output

@@ -266,16 +266,16 @@ def test_custom_kinds_are_collected_with_their_owner(control_plane: ControlPlane
 def traces() -> dict[str, set[str]]:
     """What a node could leave on a machine. Docker's own, which others may use meanwhile, is not counted."""
     mounts = {line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()}
-    links = json.loads(told("ip", "-json", "link"))
-    spaces = json.loads(told("lsns", "--json", "--type", "net", "--output", "NS,COMMAND"))["namespaces"]
+    links = json.loads(output("ip", "-json", "link"))
+    spaces = json.loads(output("lsns", "--json", "--type", "net", "--output", "NS,COMMAND"))["namespaces"]
     found = {
         "mounts": mounts,
         "links": {link["ifname"] for link in links},
-        "routes": set(told("ip", "route").splitlines()),
-        "iptables": {rule for rule in told("iptables-save").splitlines() if rule.startswith(("-A", ":KUBE", ":CNI"))},
+        "routes": set(output("ip", "route").splitlines()),
+        "iptables": {rule for rule in output("iptables-save").splitlines() if rule.startswith(("-A", ":KUBE", ":CNI"))},
         "namespaces": {f"{space['ns']} {space['command']}" for space in spaces},
         "cgroups": {str(folder) for folder in Path("/sys/fs/cgroup").glob("**/latentac-node-*")},
-        "settings": {told("sysctl", "vm.overcommit_memory", "kernel.panic", "net.ipv4.ip_forward")},
+        "settings": {output("sysctl", "vm.overcommit_memory", "kernel.panic", "net.ipv4.ip_forward")},
         "folders": {
             str(path) for path in map(Path, ("/var/lib/cni", "/var/lib/kubelet", "/run/netns")) if path.exists()
         },
@@ -286,7 +286,7 @@ def traces() -> dict[str, set[str]]:
     }
 
 
-def told(*command: str) -> str:
+def output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

@@ -25,7 +25,7 @@ from latentac.components.cluster.settings import Cluster, resolve
 from latentac.components.deploy.rollout import Rollout
 from latentac.critic import Critic
 from latentac.runs.release.deploy import Candidate
-from latentac.runs.verbs import prepare
+from latentac.runs.steps import prepare
 from latentac.runs.workspace import EXTENSIONS, open_run
 from latentac.serving.client import Client
 from latentac.serving.exported import export
@@ -162,9 +162,9 @@ def first(place: Place) -> Any:
 
 def test_the_image_paints_through_a_service(place: Place, first: Any) -> None:
     """In a namespace that enforces `restricted`, from a model that the init container fetched and verified: a steered
-    picture, the same for the same seed, another without steering. No token, no way to write but its own folders."""
+    image, the same for the same seed, another without steering. No token, no way to write but its own folders."""
     print(f"ready after {first.ready_seconds:.0f} s, released after {first.seconds:.0f} s")
-    assert (first.version, first.picture[:4]) == ("v1", b"\x89PNG")
+    assert (first.version, first.image[:4]) == ("v1", b"\x89PNG")
     assert first.endpoint == f"{place.address('latentac')}/v1/models/latentac:predict"
     assert first.shadow["green"]["error_fraction"] == 0.0
     (pod,) = place.pods("latentac")

@@ -92,8 +92,8 @@ class Executors:
         """The pod of `step`, without KFP's own containers."""
         executor = f"exec-{step}"
         container, platform = self._containers[executor]["container"], self._platform[executor]
-        told = json.dumps(self._input(step, settings))
-        arguments = [told if part == "{{$}}" else part for part in container["args"]]
+        found = json.dumps(self._input(step, settings))
+        arguments = [found if part == "{{$}}" else part for part in container["args"]]
         secrets = [
             {
                 "name": entry["envVar"],

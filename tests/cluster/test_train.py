@@ -21,7 +21,7 @@ from latentac.components.cluster.api import PODS, VOLCANO_JOBS, Api
 from latentac.components.cluster.settings import Cluster, resolve
 from latentac.components.train.job import job_name
 from latentac.components.train.volcano import Volcano, abort
-from latentac.runs import verbs
+from latentac.runs import steps
 from latentac.runs.workspace import Workspace, open_run
 from latentac.system.errors import TrainingError
 from tests.cluster.node import Node
@@ -47,8 +47,8 @@ class Site:
     def prepare(self, run: str) -> Workspace:
         """The steps before training, on this machine."""
         overrides = [f"train.num_iterations={ITERATIONS}", "backbone.device=cpu"]
-        verbs.prepare(run, self.store, str(self.output), "shapes-unet-smoke", overrides=overrides)
-        verbs.pretrain_value(run, self.store, str(self.output))
+        steps.prepare(run, self.store, str(self.output), "shapes-unet-smoke", overrides=overrides)
+        steps.pretrain_value(run, self.store, str(self.output))
         return open_run(run, self.store, str(self.output))
 
     def pods(self) -> dict[str, dict[str, Any]]:

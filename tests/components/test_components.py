@@ -1,4 +1,4 @@
-"""A component is its verb: the same name, the same arguments, nothing imported before it runs."""
+"""A component is its step: the same name, the same arguments, nothing imported before it runs."""
 
 import ast
 import importlib
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from latentac import components
-from latentac.runs import verbs
+from latentac.runs import steps
 from latentac.system.steps import NAMES as STEPS
 from latentac.system.steps import SCORING
 
@@ -33,20 +33,20 @@ def source(name: str) -> str:
     return (FOLDER / name / "component.py").read_text()
 
 
-def test_folders_are_the_steps_are_the_verbs() -> None:
+def test_folders_are_the_steps_are_the_functions() -> None:
     """Who knows one knows all three: `pretrain-value` is pretrain_value where Python wants a name."""
     assert sorted(STEPS) == sorted(name.replace("_", "-") for name in FOLDERS)
-    assert sorted(STEPS) == sorted(verbs.VERBS)
+    assert sorted(STEPS) == sorted(steps.FUNCTIONS)
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_parameters_are_the_verbs_parameters(name: str) -> None:
-    """The component's plain inputs are exactly what the verb takes; artifacts are manifests and come on top."""
+def test_parameters_are_the_steps_parameters(name: str) -> None:
+    """The component's plain inputs are exactly what the step takes; artifacts are manifests and come on top."""
     inputs = {
         key: spec for key, spec in component(name).component_spec.inputs.items() if not spec.type.startswith("system.")
     }
 
-    taken = set(inspect.signature(getattr(verbs, name)).parameters)
+    taken = set(inspect.signature(getattr(steps, name)).parameters)
     # A component passes in how a cluster launches and serves. Only a person forces a deployment or overrides a gate.
     assert set(inputs) == taken - {"launch", "prove", "force"} - ({"overrides"} if name == "gate" else set())
     assert {spec.type for spec in inputs.values()} <= {"String", "List"}
@@ -81,9 +81,9 @@ def test_step_runs_in_the_image_and_installs_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_component_is_thin(name: str) -> None:
-    """One verb, no logic: at most 60 lines."""
+    """One step, no logic: at most 60 lines."""
     assert len(source(name).splitlines()) <= 60
-    assert source(name).count("from latentac.runs.verbs import") == 1
+    assert source(name).count("from latentac.runs.steps import") == 1
 
 
 def test_readme_names_every_step_and_its_artifact() -> None:

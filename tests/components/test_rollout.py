@@ -28,7 +28,7 @@ from latentac.config.schema import Config
 from latentac.critic import Critic
 from latentac.runs.release.deploy import Candidate
 from latentac.runs.resolution import Resolved, resolve_all
-from latentac.runs.verbs import prepare
+from latentac.runs.steps import prepare
 from latentac.runs.workspace import open_run
 from latentac.serving.exported import export
 from latentac.serving.process import ServerProcess
@@ -303,13 +303,13 @@ def test_a_run_of_another_project_is_refused_before_anything_is_applied(world: W
 
 def test_first_release_serves(world: World) -> None:
     """The stable InferenceService serves it, from a runtime named by its content that goes when it goes; green is
-    gone; the picture is the server's; nothing was there to compare with, and that is said."""
+    gone; the image is the server's; nothing was there to compare with, and that is said."""
     proof = world.rollout()(world.candidate("v1"))
     stable = world.get("latentac")
     assert stable is not None
     assert (proof.version, world.version("latentac")) == ("v1", "v1")
     assert proof.endpoint == f"{world.servers['v1']}/v1/models/latentac:predict"
-    assert proof.picture.startswith(b"\x89PNG")
+    assert proof.image.startswith(b"\x89PNG")
     assert proof.shadow is not None
     assert (proof.shadow["blue"], proof.shadow["green"]["error_fraction"]) == (None, 0.0)
     assert proof.shadow["green"]["reward"] is not None
@@ -424,7 +424,7 @@ def test_answers_that_are_wrong_keep_it_from_serving(world: World) -> None:
     """A version that steers nothing is found out on green: the stable one is never touched."""
     world.rollout()(world.candidate("v1"))
     before = world.get("latentac")
-    with pytest.raises(ServingError, match="the steered picture is the unsteered one; version v1 serves as before"):
+    with pytest.raises(ServingError, match="the steered image is the unsteered one; version v1 serves as before"):
         world.rollout()(world.candidate("flat"))
     assert world.get("latentac") == before
     assert gone(world, "latentac-green")
@@ -539,7 +539,7 @@ def test_gateway_splits_traffic_and_takes_it_back(world: World) -> None:
     if not world.plane.has_gateway:
         pytest.skip("the Gateway API's CRDs are not there: `make node-build` fetches them")
     with Gateway(world.admin, lambda backend: world.address(backend.removesuffix("-predictor"))) as gateway:
-        split = {"name": "gateway", "namespace": "gateways", "hostname": "pictures.example.org", "weights": [25, 75]}
+        split = {"name": "gateway", "namespace": "gateways", "hostname": "endpoint.example.org", "weights": [25, 75]}
         fields = settings_fields(world.namespace)
         fields["deploy"] |= {"gateway": {**split, "address": gateway.address}, "shadow_prompts": 4}
         settings = resolve(fields, "test")
@@ -550,7 +550,7 @@ def test_gateway_splits_traffic_and_takes_it_back(world: World) -> None:
         assert gateway.shares[1:] == [{stable: 75, green: 25}, {stable: 25, green: 75}, {stable: 100}]
         assert proof.shadow is not None
         assert [(step["weight"], step["error_fraction"]) for step in proof.shadow["canary"]] == [(25, 0.0), (75, 0.0)]
-        assert gateway.hosts == {"pictures.example.org"}
+        assert gateway.hosts == {"endpoint.example.org"}
         gateway.broken.add(green)
         generation = (world.get("latentac") or {})["metadata"]["generation"]
         with pytest.raises(ServingError, match=r"at \d+ % of the traffic a fraction of .* failed; version v2 serves"):

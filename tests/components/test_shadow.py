@@ -12,10 +12,10 @@ from PIL import Image
 
 from latentac.components.cluster.settings import Deploy
 from latentac.components.deploy.shadow import Answers, compare, reasons_against, shadow_requests
-from latentac.runs.verbs import prepare
+from latentac.runs.steps import prepare
 from latentac.runs.workspace import Workspace, open_run
 from latentac.worlds.shapes.captions import parse_caption
-from latentac.worlds.shapes.scenes import sample_pictures
+from latentac.worlds.shapes.scenes import sample_images
 
 DEPLOY = Deploy(runtime="latentac", service_account="serve")
 
@@ -28,23 +28,23 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 def right(request: dict[str, Any]) -> bytes:
-    """A picture that shows what is asked for."""
-    (picture,) = sample_pictures([parse_caption(request["prompt"])], np.random.default_rng(0))
-    return png(picture)
+    """An image that shows what is asked for."""
+    (image,) = sample_images([parse_caption(request["prompt"])], np.random.default_rng(0))
+    return png(image)
 
 
-def png(picture: np.ndarray) -> bytes:
+def png(image: np.ndarray) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
+    Image.fromarray(image).save(file, "PNG")
     return file.getvalue()
 
 
 EMPTY = png(np.full((32, 32, 3), 127, np.uint8))
 
 
-def answers(pictures: list[bytes | None], seconds: float = 1.0) -> Answers:
-    failed = ["failed"] * pictures.count(None)
-    return Answers([seconds] * (len(pictures) - len(failed)), pictures, failed)
+def answers(images: list[bytes | None], seconds: float = 1.0) -> Answers:
+    failed = ["failed"] * images.count(None)
+    return Answers([seconds] * (len(images) - len(failed)), images, failed)
 
 
 def test_prompts_are_held_out_and_fixed(space: Workspace) -> None:
@@ -61,12 +61,12 @@ def test_prompts_are_held_out_and_fixed(space: Workspace) -> None:
 def test_equal_versions_pass(space: Workspace) -> None:
     """The numbers are those that were measured."""
     requests = shadow_requests(space, 4)
-    told = compare(
+    found = compare(
         space, requests, answers([right(each) for each in requests]), answers([right(each) for each in requests])
     )
-    assert (told["reward"], told["latency_ratio"], told["reward_loss"]) == ("shapes_verifier", 1.0, 0.0)
-    assert told["green"] == {"error_fraction": 0.0, "median_seconds": 1.0, "reward": 1.0, "failures": []}
-    assert reasons_against(told, DEPLOY) == told["notes"] == []
+    assert (found["reward"], found["latency_ratio"], found["reward_loss"]) == ("shapes_verifier", 1.0, 0.0)
+    assert found["green"] == {"error_fraction": 0.0, "median_seconds": 1.0, "reward": 1.0, "failures": []}
+    assert reasons_against(found, DEPLOY) == found["notes"] == []
 
 
 def test_each_number_can_speak_against_it(space: Workspace) -> None:
@@ -117,9 +117,11 @@ def test_number_that_is_not_finite_speaks_against_it(space: Workspace) -> None:
     """Closed, as the gate is."""
     requests = shadow_requests(space, 2)
     good = [right(each) for each in requests]
-    told = compare(space, requests, answers([*good], float("nan")), answers([*good]))
-    assert "times as long" in reasons_against(told, DEPLOY)[0]
-    assert reasons_against({**told, "latency_ratio": None, "reward_loss": 1.0, "reward_loss_low": float("nan")}, DEPLOY)
+    found = compare(space, requests, answers([*good], float("nan")), answers([*good]))
+    assert "times as long" in reasons_against(found, DEPLOY)[0]
+    assert reasons_against(
+        {**found, "latency_ratio": None, "reward_loss": 1.0, "reward_loss_low": float("nan")}, DEPLOY
+    )
 
 
 def test_a_release_needs_no_torch() -> None:
@@ -129,7 +131,7 @@ def test_a_release_needs_no_torch() -> None:
         "import sys\n"
         "absent = ('torch', 'kserve', 'diffusers', 'transformers', 'fastapi')\n"
         "sys.modules.update(dict.fromkeys(absent))\n"
-        "import components.deploy.rollout, latentac.runs.verbs, latentac.runs.release.deploy\n"
+        "import components.deploy.rollout, latentac.runs.steps, latentac.runs.release.deploy\n"
         "from latentac.rewards import REWARDS\n"
         "from latentac.system.errors import RewardError\n"
         "for name in REWARDS:\n"

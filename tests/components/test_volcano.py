@@ -561,11 +561,11 @@ def test_failed_job_fails_the_step_and_keeps_what_was_said(site: Site, tmp_path:
 
 
 @pytest.mark.slow
-def test_completed_job_without_its_artifact_fails_the_verb(
+def test_completed_job_without_its_artifact_fails_the_step(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job can end well and have trained nothing: the artifact in the store is what counts."""
-    from latentac.runs import verbs as run
+    from latentac.runs import steps as run
 
     space = workspace(tmp_path)
     volcano = Volcano(site.settings, site.api, poll_seconds=0.2)
@@ -577,8 +577,8 @@ def test_completed_job_without_its_artifact_fails_the_verb(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", ["violates PodSecurity", "exceeded quota: gpus"])
-def test_refused_pods_are_told_within_a_bound(site: Site, tmp_path: Path, told: str) -> None:
+@pytest.mark.parametrize("expected", ["violates PodSecurity", "exceeded quota: gpus"])
+def test_refused_pods_are_told_within_a_bound(site: Site, tmp_path: Path, expected: str) -> None:
     """The job itself stays Pending for ever; the event says why, the job is stopped, and its reason is the error."""
     space = workspace(tmp_path)
     training = site.start(space, settings_of(site.namespace, pending_seconds=3.0))
@@ -594,7 +594,7 @@ def test_refused_pods_are_told_within_a_bound(site: Site, tmp_path: Path, told: 
         "involvedObject": involved,
         "reason": "FailedCreate",
         "type": "Warning",
-        "message": f'Error creating pods: [failed to create pod, err: pods "x" is forbidden: {told}]',
+        "message": f'Error creating pods: [failed to create pod, err: pods "x" is forbidden: {expected}]',
         "lastTimestamp": now,
         "firstTimestamp": now,
         "count": 1,
@@ -603,7 +603,7 @@ def test_refused_pods_are_told_within_a_bound(site: Site, tmp_path: Path, told: 
 
     error = training.result(30)
     assert isinstance(error, ClusterError)
-    assert told in str(error)
+    assert expected in str(error)
     assert site.job(space)["status"]["state"]["phase"] == "Aborted"
 
 

@@ -48,10 +48,10 @@ def test_no_answer_is_given_up_within_the_bound(fault: str, question: str) -> No
             QUESTIONS[question](api_of(server))
         assert seconds_of(began) < SHORT.total_seconds + MARGIN_SECONDS
         assert server.accepted == 1, "the library asked again behind our back"
-    told = str(caught.value)
-    assert server.url in told
-    assert "/namespaces/latentac/" in told
-    assert "given up after 0." in told or "given up after 1." in told
+    message = str(caught.value)
+    assert server.url in message
+    assert "/namespaces/latentac/" in message
+    assert "given up after 0." in message or "given up after 1." in message
     assert caught.value.exit_code == 75
 
 
@@ -121,8 +121,8 @@ def refusing() -> Iterator[Faulty]:
         def answer(self, status: int, reason: str) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
             found.accepted += 1
-            told = {"kind": "Status", "reason": reason, "message": reason, "code": status, "details": {"name": "x"}}
-            content = json.dumps(told).encode()
+            reported = {"kind": "Status", "reason": reason, "message": reason, "code": status, "details": {"name": "x"}}
+            content = json.dumps(reported).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))

@@ -17,7 +17,7 @@ from tools.golang import Unavailable
 CHART = Path(__file__).parents[2] / "helm" / "latentac"
 CI = {path.name.removesuffix("-values.yaml"): path for path in sorted((CHART / "ci").glob("*.yaml"))}
 HELMS = ("helm", "helm3")
-RELEASE, NAMESPACE = "rel", "pictures"
+RELEASE, NAMESPACE = "rel", "models"
 KUBERNETES = "1.34.4"
 DIGEST = "sha256:" + "ab" * 32
 ACCESS_KEY, SECRET_KEY = "MarkerAccessKey", "MarkerSecretKey0123"
@@ -35,7 +35,7 @@ EVERYTHING: dict[str, Any] = {
         "caConfigMap": "authority",
     },
     "pipeline": {"namespace": "kubeflow", "upload": {"enabled": True}, "launcherConfig": {"enabled": True}},
-    "train": {"queue": {"name": "pictures", "create": True, "capability": {"cpu": 4}}, "secrets": ["hub"]},
+    "train": {"queue": {"name": "models", "create": True, "capability": {"cpu": 4}}, "secrets": ["hub"]},
     "serving": {
         "gateway": {"name": "public", "namespace": "gateways", "hostname": "a.example", "address": "http://gateway"}
     },

@@ -174,7 +174,7 @@ def test_rendering_is_stable() -> None:
 def test_notes_say_what_to_do_next() -> None:
     """After an installation: what there is, how to prove, submit, ask and remove; and the warning about the store."""
     notes = helm(
-        *("install", "rel", str(CHART), "-n", "pictures", "--dry-run=client", "-f", str(CI["evaluation"])),
+        *("install", "rel", str(CHART), "-n", "models", "--dry-run=client", "-f", str(CI["evaluation"])),
     ).partition("NOTES:")[2]
     for part in ("helm test rel", "latentac pipeline submit", "latentac:predict", "helm uninstall rel", "WARNING"):
         assert part in notes

@@ -44,7 +44,7 @@ def test_values_reach_their_fields() -> None:
     assert settings.store.endpoint == "https://s3.example.com:8443"
     assert (settings.store.secret, settings.store.ca_config_map) == ("rel-s3", "authority")
     assert (settings.steps.namespace, settings.steps.service_account) == ("kubeflow", "rel-pipeline")
-    assert (settings.train.queue, settings.train.secrets) == ("pictures", ["hub"])
+    assert (settings.train.queue, settings.train.secrets) == ("models", ["hub"])
     assert settings.deploy.gateway is not None
     assert settings.deploy.gateway.weights == [10, 50]
     assert (settings.deploy.runtime, settings.deploy.name) == ("rel", "latentac")

@@ -27,8 +27,8 @@ PREFIX, NAME = "latentac-test-bases", "latentac-test-bases/minio:t"
 def least() -> bytes:
     """A tar of what minio.Dockerfile runs on a base: a shell, three commands, and something that is called tini."""
     programs = {f"usr/bin/{name}": str(shutil.which(name)) for name in ("sh", "mkdir", "chown", "chmod")}
-    told = "".join(subprocess.check_output(["ldd", path], text=True) for path in programs.values())
-    libraries = {word for word in told.split() if word.startswith("/")}
+    output = "".join(subprocess.check_output(["ldd", path], text=True) for path in programs.values())
+    libraries = {word for word in output.split() if word.startswith("/")}
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", dereference=True) as archive:
         for target, path in {**programs, "usr/bin/tini": programs["usr/bin/sh"], "etc/passwd": "/dev/null"}.items():
@@ -76,8 +76,8 @@ def test_a_base_of_a_registry_is_used_by_its_digest(
     make(docker_daemon, client, ["minio"], PREFIX, "t", name)
 
     pinned = f"{registry.host}/bases/least@{digest}"
-    told = capfd.readouterr().out
-    assert f"base: {pinned}" in told
+    output = capfd.readouterr().out
+    assert f"base: {pinned}" in output
     below, built = (client.images.get(each).attrs["RootFS"]["Layers"] for each in (pinned, NAME))
     assert built[: len(below)] == below
     labels = client.images.get(NAME).labels

@@ -132,7 +132,7 @@ def test_the_pipeline_image_has_no_torch(images: Images) -> None:
     code, output = images.run("pipeline", "python3", "-c", probe)
     assert code == 0, output
     modules = (
-        "latentac.runs.verbs, latentac.runs.release.gate, latentac.runs.release.deploy, "
+        "latentac.runs.steps, latentac.runs.release.gate, latentac.runs.release.deploy, "
         "latentac.runs.reporting.report, latentac.runs.reporting.charts, torchx.runner"
     )
     rewards = "from latentac.rewards import REWARDS; [REWARDS.build(name) for name in REWARDS]"
@@ -154,10 +154,10 @@ def test_the_torch_layer_is_shared(images: Images) -> None:
 def test_an_image_tells_nothing_of_where_it_was_built(images: Images, name: str) -> None:
     """No mirror's address and no setting of the builder is in its history or its environment."""
     image = images.image(name)
-    told = json.dumps([image.history(), image.attrs["Config"]])
+    reported = json.dumps([image.history(), image.attrs["Config"]])
     for setting in ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "PIP_EXTRA_INDEX_URL"):
-        assert setting not in told
-        assert not os.environ.get(setting) or os.environ[setting] not in told
+        assert setting not in reported
+        assert not os.environ.get(setting) or os.environ[setting] not in reported
 
 
 def test_train_prepares_a_run(images: Images, minio_server: Server) -> None:
@@ -178,7 +178,7 @@ def test_train_prepares_a_run(images: Images, minio_server: Server) -> None:
 
 
 def test_serve_paints(images: Images, exported_folder: Path) -> None:
-    """The server's arguments follow the image's name; a model that is mounted read-only answers with a picture, and
+    """The server's arguments follow the image's name; a model that is mounted read-only answers with an image, and
     SIGTERM ends it in good order."""
     subprocess.run(["chmod", "-R", "a+rX", str(exported_folder)], check=True)
     port = free_port()

@@ -79,16 +79,16 @@ def test_a_released_image_may_start(judge: Judge, ours: str) -> None:
 def test_an_image_without_a_signature_may_not(judge: Judge, registry: Registry, ours: str) -> None:
     """Wherever it stands in the pod."""
     bare = f"{registry.host}/ours/train@{registry.push('ours/train', 'bare')}"
-    for told in (judge.refusal(bare), judge.refusal(ours, bare), judge.refusal(ours, init=[bare])):
-        assert told == "an image of latentac is not signed by whom imagePolicy names"
+    for reported in (judge.refusal(bare), judge.refusal(ours, bare), judge.refusal(ours, init=[bare])):
+        assert reported == "an image of latentac is not signed by whom imagePolicy names"
 
 
 def test_an_image_that_another_key_signed_may_not(
     judge: Judge, registry: Registry, key: Callable[[str], Path], predicates: dict[str, Path]
 ) -> None:
     """Even with signature and attestations complete."""
-    told = judge.refusal(signed(registry, "theirs", key("theirs"), predicates))
-    assert told == "an image of latentac is not signed by whom imagePolicy names"
+    found = judge.refusal(signed(registry, "theirs", key("theirs"), predicates))
+    assert found == "an image of latentac is not signed by whom imagePolicy names"
 
 
 @pytest.mark.parametrize(("left", "what"), [("cyclonedx", "bill of materials"), ("slsaprovenance1", "provenance")])
@@ -97,5 +97,5 @@ def test_an_image_without_an_attestation_may_not(
 ) -> None:
     """Signed by the right key, but without its bill of materials, or its provenance."""
     others = {kind: file for kind, file in predicates.items() if kind != left}
-    told = judge.refusal(signed(registry, f"without-{left}", key("ours"), others))
-    assert told == f"an image of latentac has no {what} by whom imagePolicy names"
+    found = judge.refusal(signed(registry, f"without-{left}", key("ours"), others))
+    assert found == f"an image of latentac has no {what} by whom imagePolicy names"

@@ -39,8 +39,8 @@ def test_what_was_signed_verifies_again(released: tuple[Signer, str], predicates
     signer, subject = released
     verify(signer, subject, predicates)
     with signer.verifying() as options:
-        told = cosign("verify-attestation", *options, "--type", "slsaprovenance1", subject)
-    statement = json.loads(base64.b64decode(json.loads(told.splitlines()[0])["payload"]))
+        found = cosign("verify-attestation", *options, "--type", "slsaprovenance1", subject)
+    statement = json.loads(base64.b64decode(json.loads(found.splitlines()[0])["payload"]))
     assert statement["predicateType"] == ATTESTED["slsaprovenance1"]
     assert statement["subject"][0]["digest"]["sha256"] == subject.rpartition(":")[2]
     assert statement["predicate"]["buildDefinition"]["externalParameters"]["dockerfile"] == "images/train.Dockerfile"
@@ -91,17 +91,17 @@ def test_a_signature_outside_of_the_log_asks_nobody_else(
     for name in ("HTTPS_PROXY", "https_proxy"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
     real = subprocess.run
-    told: list[str] = []
+    reported: list[str] = []
 
     def heard(*arguments: Any, **options: Any) -> Any:
         done = real(*arguments, **options)
-        told.append(done.stderr)
+        reported.append(done.stderr)
         return done
 
     monkeypatch.setattr(subprocess, "run", heard)
     sign(signer, subject, predicates)
     verify(signer, subject, predicates)
-    assert "tuf" not in "".join(told).lower()
+    assert "tuf" not in "".join(reported).lower()
 
 
 def test_no_password_is_in_a_command_line(
@@ -140,9 +140,9 @@ def test_everything_that_is_missing_is_said_at_once(clean: None, monkeypatch: py
     monkeypatch.setattr(publish, "revision", lambda: "a" * 40 + "-dirty")
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")
-    told = "\n".join(publish.problems(Signer(), "latentac"))
+    found = "\n".join(publish.problems(Signer(), "latentac"))
     for said in ("git status", "cosign is not on PATH: install it", "COSIGN_KEY=<file>", "PREFIX=latentac names no"):
-        assert said in told
+        assert said in found
 
 
 @pytest.mark.parametrize(
@@ -173,8 +173,8 @@ def test_a_signer_who_has_all_is_taken(clean: None, tmp_path: Path, monkeypatch:
 def test_a_registry_that_does_not_answer_is_named(clean: None, registry: Registry) -> None:
     """With its address; the one that answers is no problem."""
     port = free_port()
-    told = "\n".join(publish.problems(Signer(), f"127.0.0.1:{port}/ours"))
-    assert f"no registry answers at http://127.0.0.1:{port}/v2/" in told
+    found = "\n".join(publish.problems(Signer(), f"127.0.0.1:{port}/ours"))
+    assert f"no registry answers at http://127.0.0.1:{port}/v2/" in found
     assert "no registry" not in "\n".join(publish.problems(Signer(), f"{registry.host}/ours"))
 
 
@@ -216,8 +216,8 @@ def test_provenance_names_commit_base_and_locks() -> None:
     names = ("kfp", "tools", "torch", "train")
     assert [each["name"] for each in locks] == [f"requirements/images/{name}.lock" for name in names]
     for each in locks:
-        told = subprocess.check_output(["sha256sum", each["name"]], cwd=ROOT, text=True).split()[0]
-        assert each["digest"] == {"sha256": told}
+        output = subprocess.check_output(["sha256sum", each["name"]], cwd=ROOT, text=True).split()[0]
+        assert each["digest"] == {"sha256": output}
 
 
 def test_provenance_claims_no_digest_that_nobody_knows() -> None:
@@ -230,9 +230,9 @@ def test_provenance_tells_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting of the builder is in it that is not meant for the public: no mirror, no password."""
     monkeypatch.setenv("PIP_INDEX_URL", "https://user:word@mirror.example.com/simple")
     monkeypatch.setenv("COSIGN_PASSWORD", "secret-word")
-    told = json.dumps(provenance("train", BASE))
-    assert "mirror.example.com" not in told
-    assert "secret-word" not in told
+    found = json.dumps(provenance("train", BASE))
+    assert "mirror.example.com" not in found
+    assert "secret-word" not in found
 
 
 def test_provenance_names_the_job_of_a_ci(monkeypatch: pytest.MonkeyPatch) -> None:

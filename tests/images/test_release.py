@@ -120,15 +120,15 @@ def test_a_built_image_is_released(
 @pytest.mark.slow
 def test_only_images_of_this_commit_are_released(client: DockerClient, prefix: str) -> None:
     """One that is not there, or was built from another commit or a tree with changes, is named with its remedy."""
-    (told,) = missing(client, ["serve"], prefix, TAG)
+    (reported,) = missing(client, ["serve"], prefix, TAG)
     assert (
-        told
+        reported
         == f"there is no image {prefix}/serve:{TAG}: `make images IMAGES=serve PREFIX={prefix} TAG={TAG}` builds it"
     )
     for commit in ("0" * 40, f"{revision()}-dirty"):
         built(client, f"{prefix}/serve", commit)
-        (told,) = missing(client, ["serve"], prefix, TAG)
-        assert f"{prefix}/serve:{TAG} was built from {commit}, and this is {revision()}" in told
+        (reported,) = missing(client, ["serve"], prefix, TAG)
+        assert f"{prefix}/serve:{TAG} was built from {commit}, and this is {revision()}" in reported
     built(client, f"{prefix}/serve", revision())
     built(client, f"{prefix}/minio", "its-own")
     assert not missing(client, ["serve", "minio"], prefix, TAG)

@@ -52,7 +52,7 @@ class Reinforce(Algorithm):
 
 
 class Backwards(UNetBackbone):
-    """A backbone: the UNet, with its taps under other names and pictures upside down."""
+    """A backbone: the UNet, with its taps under other names and images upside down."""
 
     def predict(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning
@@ -60,8 +60,8 @@ class Backwards(UNetBackbone):
         prediction, taps = super().predict(latents, sigma, conditioning)
         return prediction, {f"the_{name}": tap for name, tap in taps.items()}
 
-    def pictures(self, latents: Tensor) -> Tensor:
-        return super().pictures(latents).flip(2)
+    def images(self, latents: Tensor) -> Tensor:
+        return super().images(latents).flip(2)
 
 
 class Mean(nn.Module):

@@ -251,9 +251,9 @@ NUMBERS: dict[str, tuple[Change, str]] = {
     "more blocks than weights": (fields(UNET, layers_per_block=16), "asks for"),
     "many layers per block": (fields(UNET, layers_per_block=10**9), "layers_per_block is"),
     "many blocks": (fields(UNET, down_block_types=["DownBlock2D"] * 10**4), "down_block_types has 10,000"),
-    "a huge picture": (fields(UNET, sample_size=10**6), "sample_size is 1000000"),
-    "a picture of 4,096 pixels": (fields(UNET, sample_size=512), "sample_size is 512"),
-    "no picture": (fields(UNET, sample_size=0), "sample_size is 0"),
+    "a huge image": (fields(UNET, sample_size=10**6), "sample_size is 1000000"),
+    "an image of 4,096 pixels": (fields(UNET, sample_size=512), "sample_size is 512"),
+    "no image": (fields(UNET, sample_size=0), "sample_size is 0"),
     "a huge number of any other field": (fields(UNET, norm_eps=1e30), "norm_eps is 1e+30"),
     "a text of 5,000 characters": (fields(UNET, act_fn="x" * 5000), "act_fn is a text of 5,000 characters"),
     "negative channels": (fields(UNET, in_channels=-4), "in_channels is -4"),
@@ -372,8 +372,8 @@ SERVE: dict[str, tuple[Change, str | None]] = {
     "1,000,000,000 particles": (fields(OURS, limits__max_particles=10**9), "max_particles"),
     "a method of many particles": (fields(OURS, methods__best_of_n__particles=10**9), "particles"),
     "1,000,000,000 steps": (fields(OURS, kernel__num_steps=10**9), "num_steps"),
-    "1,000,000,000 pictures": (fields(OURS, limits__max_images=10**9), "max_images"),
-    "1,000,000,000 pictures that wait": (fields(OURS, batching__max_queued_images=10**9), "max_queued_images"),
+    "1,000,000,000 images": (fields(OURS, limits__max_images=10**9), "max_images"),
+    "1,000,000,000 images that wait": (fields(OURS, batching__max_queued_images=10**9), "max_queued_images"),
     "1,000,000,000 steps of a request": (fields(OURS, limits__max_steps=10**9), "max_steps"),
     "1,000,000,000 characters": (fields(OURS, limits__max_prompt_characters=10**9), "max_prompt_characters"),
     "a request of 30 years": (fields(OURS, batching__request_seconds=10**9), "request_seconds"),
@@ -415,7 +415,7 @@ SERVE: dict[str, tuple[Change, str | None]] = {
     "the base is a pickle": (content(f"base/{WEIGHTS}", PICKLE), "is not a safetensors file"),
     "the base has an adapter": (_adapter("base/unet", "{outside}"), "is an adapter of peft"),
     **{name: case for cases in (CODE_IN_NAMES, OUTSIDE) for name, case in cases.items()},
-    **{name: NUMBERS[name] for name in ("a huge picture", "channels beyond the weights", "many timesteps",
+    **{name: NUMBERS[name] for name in ("a huge image", "channels beyond the weights", "many timesteps",
                                         "a prompt of 100,000,000 tokens", "many positions", "a wide text encoder")},
     **{name: FILES[name] for name in ("tensors that share bytes", "a configuration of 1 GB", "30,000 added tokens")},
     **{name: (change, None) for name, change in HARMLESS.items()},
@@ -466,9 +466,9 @@ def outside_folder(folder: Path, base: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index))
     raw = (base / WEIGHTS).read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
-    told = {"__metadata__": {"canary": CANARY}, **json.loads(raw[8 : 8 + length])}
-    told["__metadata__"]["format"] = "pt"
-    start = json.dumps(told).encode()
+    answer = {"__metadata__": {"canary": CANARY}, **json.loads(raw[8 : 8 + length])}
+    answer["__metadata__"]["format"] = "pt"
+    start = json.dumps(answer).encode()
     for file in (folder / "weights.safetensors", folder / "unet" / "diffusion_pytorch_model.safetensors"):
         file.write_bytes(struct.pack("<Q", len(start)) + start + raw[8 + length :])
 
@@ -537,17 +537,17 @@ def main(role: str, root: Path, cases: dict[str, tuple[Change, str | None]]) -> 
         change(folder, outside)
         opened.clear()
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-        before, started, told = _status("VmRSS"), time.monotonic(), io.StringIO()
+        before, started, reported = _status("VmRSS"), time.monotonic(), io.StringIO()
         watching = True
         signal.alarm(SECONDS)
         try:
-            with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
+            with contextlib.redirect_stderr(reported), contextlib.redirect_stdout(reported):
                 code = act(folder, output)
         except BaseException as error:  # noqa: BLE001 - anything is a finding
-            code, _ = -1, told.write("".join(traceback.format_exception(error)[-3:]))
+            code, _ = -1, reported.write("".join(traceback.format_exception(error)[-3:]))
         signal.alarm(0)
         watching = False
-        said = told.getvalue()
+        said = reported.getvalue()
         found[name] = {
             "code": code,
             "seconds": time.monotonic() - started,

@@ -48,11 +48,11 @@ class _Handler(BaseHTTPRequestHandler):
         path, hub = unquote(urlsplit(self.path).path), self.server
         info, resolve = f"/api/models/{hub.name}", f"/{hub.name}/resolve/"
         if path.startswith(f"{info}/revision/"):
-            self._told(path.removeprefix(f"{info}/revision/"), self._info())
+            self._listing(path.removeprefix(f"{info}/revision/"), self._info())
         elif path.startswith(f"{info}/tree/"):
-            self._told(path.removeprefix(f"{info}/tree/").split("/")[0], self._tree())
+            self._listing(path.removeprefix(f"{info}/tree/").split("/")[0], self._tree())
         elif path == info:
-            self._told("main", self._info())
+            self._listing("main", self._info())
         elif path.startswith(resolve):
             revision, _, name = path.removeprefix(resolve).partition("/")
             self._file(revision, name, body)
@@ -67,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
         files = [(name, self.server.folder / name) for name in self.server.files()]
         return [{"type": "file", "path": name, "size": f.stat().st_size, "oid": _sha(f)[:40]} for name, f in files]
 
-    def _told(self, revision: str, answer: object) -> None:
+    def _listing(self, revision: str, answer: object) -> None:
         if revision in {"main", COMMIT, "v1.0"}:
             self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
         else:

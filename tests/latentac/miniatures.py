@@ -7,7 +7,7 @@
 
 Each returns its folder. The weights depend on `seed` alone, so two calls into one folder give two forms of one model.
 The tokenizer is CLIP's true format (vocab.json, merges.txt) with the small vocabulary of the embedded world. `size` is
-the picture's side, `max_length` that of a prompt in tokens.
+the image's side, `max_length` that of a prompt in tokens.
 """
 
 import json

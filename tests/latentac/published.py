@@ -28,7 +28,7 @@ SETTINGS = {
     "steering": {
         "num_images": 256,
         "gradient_strengths": [0.0, 1.0, 2.0, 4.0],
-        "candidates": [2, 4, 8],
+        "sweep_particles": [2, 4, 8],
         "strengths": {"value_gradient": 2.0, "resampling": 20.0},
     },
     "gate": {"reward": "shapes_verifier", "min_gain": 0.05, "min_lower_bound": 0.0},
@@ -65,7 +65,7 @@ EVALUATION: dict[str, Any] = {
     "trained": {"shapes_verifier": interval(0.6123, 0.0301), "jpeg_compressibility": interval(-1.1217, 0.0078)},
     "difference": {"shapes_verifier": interval(0.2217, 0.0369), "jpeg_compressibility": interval(-0.0285, 0.0064)},
     "units": {
-        "shapes_verifier": "share of pictures that show exactly what their caption says (0 or 1 a picture)",
+        "shapes_verifier": "share of images that show exactly what their caption says (0 or 1 per image)",
         "jpeg_compressibility": "minus kB (1000 bytes) of the JPEG file at quality 95",
     },
     "categories": {
@@ -91,7 +91,7 @@ EVALUATION: dict[str, Any] = {
         "ratio": {"base": interval(1.0142, 0.031, 24, "median")},
         "block_images": 4,
     },
-    "definitions": {"diversity": "mean distance, 0 to 1", "latency": "seconds a picture"},
+    "definitions": {"diversity": "mean distance, 0 to 1", "latency": "seconds per image"},
 }
 VERSION = "run-0-9c1f22ab"
 
@@ -141,16 +141,16 @@ def steering() -> list[dict[str, Any]]:
     arms += [("value_gradient", 2.0, 1, 30, 0.668), ("value_gradient", 4.0, 1, 30, 0.641)]
     arms += [("best_of_n", 0.0, 2, 20, 0.652), ("best_of_n", 0.0, 4, 40, 0.691), ("best_of_n", 0.0, 8, 80, 0.712)]
     return [
-        {"method": method, "strength": strength, "candidates": candidates, "nfe": nfe, "reward": reward}
+        {"method": method, "strength": strength, "particles": particles, "nfe": nfe, "reward": reward}
         | interval(mean if reward == "shapes_verifier" else -1.1 - mean / 100, 0.057 if mean else 0.01, 256)
         | {"seconds": 0.31 * nfe, "diversity": 0.42}
-        for method, strength, candidates, nfe, mean in arms
+        for method, strength, particles, nfe, mean in arms
         for reward in ("shapes_verifier", "jpeg_compressibility")
     ]
 
 
 def gallery(prompts: list[str], *arms: str) -> dict[str, Any]:
-    """The index, with what each arm's pictures scored: every third one of `base` is right, every second of others."""
+    """The index, with what each arm's images scored: every third one of `base` is right, every second of others."""
     rewards = {
         arm: {
             "shapes_verifier": [float(i % (3 if arm == "base" else 2) == 0) for i in range(len(prompts))],
@@ -163,14 +163,14 @@ def gallery(prompts: list[str], *arms: str) -> dict[str, Any]:
 
 
 def scores(prompts: list[str]) -> dict[str, Any]:
-    """scores.json: 16 pictures a prompt."""
+    """scores.json: 16 images per prompt."""
     every = prompts * 16
     noise = {"seed": 7, "num_steps": 10, "latent_shape": [4, 8, 8]}
     return {"prompts": every, "noise": noise, "rewards": gallery(every, "base", "trained")["rewards"]}
 
 
 def draw_sheet(path: Path, count: int, seed: int) -> None:
-    """A contact sheet of `count` pictures of 32 x 32, 4 a row: a shape each."""
+    """A contact sheet of `count` images of 32 x 32, 4 per row: a shape each."""
     colours, numbers = ["#f33", "#3c5", "#46f", "#fd3", "#d4d", "#3cd"], random.Random(seed)
     sheet = Image.new("RGB", (4 * 32, math.ceil(count / 4) * 32), "#13141b")
     draw = ImageDraw.Draw(sheet)
@@ -225,11 +225,11 @@ def contents(prompts: list[str]) -> dict[str, dict[str, Any]]:
             "deployment.json": {
                 "version": "run-1-3f1c2a9d",
                 "endpoint": "http://127.0.0.1:8085/v1/models/latentac:predict",
-                "picture_sha256": "9b74c9897bac770ffc029102a200c5de7b1b1d2a7c3e8f0b6a5d4c3b2a190807",
+                "image_sha256": "9b74c9897bac770ffc029102a200c5de7b1b1d2a7c3e8f0b6a5d4c3b2a190807",
                 "seconds": 21.4,
                 "request": {"instances": [{"prompt": "a red circle", "seed": 7, "strength": 2.0}]},
             },
-            "picture.png": 4,
+            "image.png": 4,
         },
     }
 
@@ -251,7 +251,7 @@ def publish(
             elif isinstance(value, bytes):
                 path.write_bytes(value)
             elif path.suffix == ".png":
-                draw_sheet(path, 1 if path.name == "picture.png" else len(prompts), value)
+                draw_sheet(path, 1 if path.name == "image.png" else len(prompts), value)
             else:
                 path.write_text(json.dumps(value))
         metrics = {"seconds": SECONDS[step]}
@@ -276,7 +276,7 @@ def publish_until(
     _, url = publish(folder, files, prompts, run)
     (folder / "runs" / run).mkdir(parents=True, exist_ok=True)
     timings = {
-        "stages": {step: 5 + SECONDS[step] for step in files},
+        "steps": {step: 5 + SECONDS[step] for step in files},
         "total": 5.6 + sum(5 + SECONDS[step] for step in files),
     }
     (folder / "runs" / run / "timings.json").write_text(json.dumps(timings))

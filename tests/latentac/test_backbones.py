@@ -108,7 +108,7 @@ def test_a_rollout_without_noise_is_what_plain_diffusers_samples():
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_a_flow_rollout_without_noise_is_what_plain_diffusers_samples(shift, tmp_path):
     """The dit's Euler rollout is StableDiffusion3Pipeline at the same levels: latents to float error, and the decoded
-    picture. The zero tokens that stand where T5 would be are left out by `max_sequence_length=0`."""
+    image. The zero tokens that stand where T5 would be are left out by `max_sequence_length=0`."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         builtin_pipeline("shapes-dit"), text_encoder_3=None, tokenizer_3=None
     )
@@ -126,8 +126,8 @@ def test_a_flow_rollout_without_noise_is_what_plain_diffusers_samples(shift, tmp
         "max_sequence_length": 0,
     }
     torch.testing.assert_close(ours, pipeline(PROMPTS, output_type="latent", **settings).images, rtol=1e-4, atol=1e-4)
-    pictures = (pipeline(PROMPTS, output_type="np", **settings).images * 255).round().astype(int)
-    assert np.abs(pictures - backbone.decode(ours)).max() <= 1
+    images = (pipeline(PROMPTS, output_type="np", **settings).images * 255).round().astype(int)
+    assert np.abs(images - backbone.decode(ours)).max() <= 1
 
 
 def test_texts_of_77_tokens_are_followed_by_zeros_where_t5_would_be():

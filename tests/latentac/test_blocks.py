@@ -1,4 +1,4 @@
-"""How many pictures go through the denoiser together is `train.block_images`, wherever pictures are made."""
+"""How many images go through the denoiser together is `train.block_images`, wherever images are made."""
 
 import pytest
 import torch
@@ -35,16 +35,16 @@ class Watched(Guided):
 
 @pytest.mark.parametrize("size", [2, 8, 64])
 def test_every_step_follows_block_images(size):
-    """Evaluation, its gallery, diversity and latency, steering with its candidates, and value pretraining."""
+    """Evaluation, its gallery, diversity and latency, steering with its particles, and value pretraining."""
     sizes = {
         "kernel": {"num_steps": 2},
         "rewards": [{"use": "jpeg_compressibility"}],
         "gate": {"reward": "jpeg_compressibility"},
         "train": {"block_images": size, "images_per_iteration": size, "num_workers": 1, "updates_per_iteration": 1},
-        "evaluation": {"num_images": 16, "num_diversity_prompts": 16, "pictures_per_prompt": 2, "num_bootstrap": 100},
+        "evaluation": {"num_images": 16, "num_diversity_prompts": 16, "images_per_prompt": 2, "num_bootstrap": 100},
         "steering": {
             "num_images": 16,
-            "methods": [{"use": "best_of_n", "candidates": [3]}, {"use": "value_gradient", "candidates": []}],
+            "methods": [{"use": "best_of_n", "sweep_particles": [3]}, {"use": "value_gradient", "sweep_particles": []}],
         },
         "pretrain": {"num_images": 16, "num_held_out_images": 16, "minibatch_states": 16, "num_passes": 1},
     }

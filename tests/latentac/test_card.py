@@ -19,7 +19,7 @@ TEXTS = {"data": "the embedded world's captions", "intended_use": "to try *thing
 
 
 def facts(**changed: Any) -> dict[str, Any]:
-    """Of a run of 30 iterations with 256 pictures each: 7,680."""
+    """Of a run of 30 iterations with 256 images each: 7,680."""
     interval = {"mean": 0.4, "low": 0.3, "high": 0.5, "n": 8}
     return {
         "run": "run-1",
@@ -35,7 +35,7 @@ def facts(**changed: Any) -> dict[str, Any]:
             {"iteration": step, "images": 256 * step, "reward_mean": step / 60, "seconds": 5.0} for step in range(1, 31)
         ],
         "steering": [
-            {"method": "value_gradient", "strength": strength, "candidates": 1, "nfe": 24, "reward": "shapes_verifier"}
+            {"method": "value_gradient", "strength": strength, "particles": 1, "nfe": 24, "reward": "shapes_verifier"}
             | interval
             for strength in (10.0, 20.0, 30.0)
         ],
@@ -53,7 +53,7 @@ def front_matter(text: str) -> Any:
     return yaml.safe_load(text.removeprefix("---\n").split("\n---\n")[0])
 
 
-def test_pictures_are_counted_once() -> None:
+def test_images_are_counted_once() -> None:
     """An iteration's `images` counts those before it too: 30 of 256 are 7,680 and not their sum, 119,040."""
     card = model_card(facts())
     assert "| images scored in training | 7680 |" in card
@@ -83,11 +83,11 @@ def test_rewards_have_unit_weight_and_both_means() -> None:
 
 def test_an_address_from_outside_becomes_no_link() -> None:
     """What renders Markdown makes links of bare addresses too."""
-    told = "see https://evil.example, www.evil.example or me@evil.example"
-    verdict = {"decision": "hold", "reasons": [told], "checks": []}
-    for text in (model_card(facts(gate=verdict)), markdown(verdict | {"former": [verdict | {"by": told}]}, "r")):
+    found = "see https://evil.example, www.evil.example or me@evil.example"
+    decision = {"decision": "hold", "reasons": [found], "checks": []}
+    for text in (model_card(facts(gate=decision)), markdown(decision | {"former": [decision | {"by": found}]}, "r")):
         assert "https\\://evil.example, www\\.evil.example or me\\@evil.example" in text
-        assert told not in text
+        assert found not in text
 
 
 def test_what_comes_from_outside_is_neither_html_nor_markdown() -> None:
@@ -100,7 +100,7 @@ def test_what_comes_from_outside_is_neither_html_nor_markdown() -> None:
     changed["evaluation"]["units"]["<b>`|na\x1bme"] = None
     changed["settings"]["prompts"]["source"] = "folder/<i>" + evil
     changed["settings"]["policy"]["learning_rate"] = changed["seed"] = evil
-    changed["steering"][0] |= {"nfe": evil, "candidates": evil}
+    changed["steering"][0] |= {"nfe": evil, "particles": evil}
     changed["training"][-1]["iteration"] = evil
     for text in (model_card(changed), folder_card(changed, "StableDiffusionPipeline", "", "")):
         assert "| `<b>'\\|na\\x1bme` |" in text
@@ -176,9 +176,9 @@ def test_what_nobody_has_said_is_called_unknown() -> None:
     assert "unknown: `card.licence`" in card
     assert "not checked by a safety filter" in card
     settings = resolve_all({**RECIPES["shapes-unet"], "card": TEXTS}).config.model_dump()
-    told = readme(settings=settings)
+    found = readme(settings=settings)
     for heading, text in (("Data", "data"), ("Intended use", "intended_use"), ("Limits", "limits")):
-        assert f"## {heading}\n\n{TEXTS[text]}" in told
+        assert f"## {heading}\n\n{TEXTS[text]}" in found
     assert Config.model_fields["card"].default == Card()
 
 
@@ -208,7 +208,7 @@ def test_the_call_stands_first_and_is_taken_over() -> None:
 
 def test_a_runs_card_and_its_folders_say_the_same(tmp_path: Path) -> None:
     """One text for both, from the summary that the report writes too."""
-    from latentac.runs.verbs import finish
+    from latentac.runs.steps import finish
 
     files = contents(PROMPTS)
     _, url = publish(tmp_path, {step: files[step] for step in STEPS}, PROMPTS)

@@ -13,11 +13,11 @@ import pytest
 from latentac.runs.cli import main
 from tests.latentac.published import publish_until
 
-VERBS = ["prepare", "pretrain-value", "train", "evaluate", "steer", "gate", "deploy", "report", "serve", "generate"]
+COMMANDS = ["prepare", "pretrain-value", "train", "evaluate", "steer", "gate", "deploy", "report", "serve", "generate"]
 
 
 class Hollow:
-    """Says 0 to everything, its known picture included."""
+    """Says 0 to everything, its known image included."""
 
     def known(self):
         return np.zeros((1, 32, 32, 3), np.uint8), ["x"], np.array([1.0])
@@ -43,14 +43,14 @@ def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_each_verb_has_an_example(verb, capsys):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_an_example(command, capsys):
     """`--help` shows a command that can be typed, and the exit codes."""
     with pytest.raises(SystemExit) as caught:
-        main([verb, "--help"])
+        main([command, "--help"])
     text = capsys.readouterr().out
     assert caught.value.code == 0
-    assert f"example:\n  latentac {verb} --run first" in text
+    assert f"example:\n  latentac {command} --run first" in text
     assert "exit codes:" in text
 
 
@@ -102,7 +102,7 @@ def test_a_project_that_is_none_is_refused_before_there_is_a_folder(tmp_path, ca
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train", "report", "gate", "finish"])
+@pytest.mark.parametrize("command", ["prepare", "train", "report", "gate", "finish"])
 @pytest.mark.parametrize(
     "run_id",
     [
@@ -122,9 +122,9 @@ def test_a_project_that_is_none_is_refused_before_there_is_a_folder(tmp_path, ca
         "a\ud800",
     ],
 )
-def test_a_run_id_stays_inside_the_output(tmp_path, capsys, verb, run_id):
-    """An id that would lie elsewhere is refused before anything is written, by every verb."""
-    assert main([verb, "--run", run_id, "--output", str(tmp_path / "runs")]) == 2
+def test_a_run_id_stays_inside_the_output(tmp_path, capsys, command, run_id):
+    """An id that would lie elsewhere is refused before anything is written, by every command."""
+    assert main([command, "--run", run_id, "--output", str(tmp_path / "runs")]) == 2
     assert "cannot be the id of a run" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -142,9 +142,9 @@ def test_a_run_that_is_not_there_is_told_with_those_that_are(
     url = publish_until(tmp_path, "prepare", run="known")
     before = sorted(tmp_path.rglob("*"))
     assert main([*words, "--run", "nope", "--output", str(tmp_path / "runs"), "--store", url]) == 2
-    told = capsys.readouterr().err
-    assert "run = 'nope': has published nothing in file://" in told
-    assert "Known there: known." in told
+    output = capsys.readouterr().err
+    assert "run = 'nope': has published nothing in file://" in output
+    assert "Known there: known." in output
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -172,7 +172,7 @@ def test_a_full_disk_is_found_at_once(tmp_path, capsys):
 
 
 def test_a_reward_that_answers_0_to_everything_is_found_at_once(tmp_path, capsys):
-    """Each reward is asked about pictures that it must know."""
+    """Each reward is asked about images that it must know."""
     arguments = ["--set", "rewards=[{use: 'tests.latentac.test_cli:Hollow'}]", "--set", "gate.reward=Hollow"]
     assert prepare(tmp_path, *arguments) == 5
     assert "reward Hollow: gives [0.0] for its known images instead of [1.0]" in capsys.readouterr().err
@@ -218,9 +218,9 @@ def test_steps_meet_through_s3(tmp_path, minio_server):
     environment = os.environ | minio_server.environment
     store = f"s3://{minio_server.bucket}/runs"
 
-    def step(verb: str, output: str, *arguments: str) -> None:
+    def step(name: str, output: str, *arguments: str) -> None:
         place = ["--run", "first", "--store", store, "--output", str(tmp_path / output)]
-        command = [sys.executable, "-m", "latentac.runs.cli", verb, *place, *arguments]
+        command = [sys.executable, "-m", "latentac.runs.cli", name, *place, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr
 

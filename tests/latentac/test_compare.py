@@ -33,7 +33,7 @@ def settings(**sections: Any) -> dict[str, Any]:
 
 
 def better(files: dict[str, Any]) -> None:
-    """A run with another learning rate, whose every second picture is right where the first run's is wrong too."""
+    """A run with another learning rate, whose every second image is right where the first run's is wrong too."""
     files["prepare"]["config.json"] = settings(policy={"learning_rate": 1e-4})
     measured = copy.deepcopy(EVALUATION)
     measured["trained"]["shapes_verifier"] = interval(0.75, 0.03)
@@ -67,7 +67,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
 
 
 def test_one_self_contained_page_has_everything(pair: Comparison) -> None:
-    """Sections, charts, pictures with words for each; nothing is loaded from elsewhere; the JSON lies beside it."""
+    """Sections, charts, images with words for each; nothing is loaded from elsewhere; the JSON lies beside it."""
     text = pair.page.read_text()
     page = Page(text)
     assert [name for name in page.ids if name in SECTIONS] == SECTIONS
@@ -111,8 +111,8 @@ def test_only_settings_that_differ_are_listed(pair: Comparison) -> None:
     assert "warmup_updates" not in text
 
 
-def test_runs_with_the_same_prompts_and_noise_are_compared_picture_by_picture(pair: Comparison) -> None:
-    """The paired difference of what each picture scored, and its interval, narrower than an unpaired one."""
+def test_runs_with_the_same_prompts_and_noise_are_compared_image_by_image(pair: Comparison) -> None:
+    """The paired difference of what each image scored, and its interval, narrower than an unpaired one."""
     row = reward(pair)["differences"][1]
     own = np.array([1.0, 0.0, 1.0, 1.0] * 32)
     other = np.array([1.0, 0.0] * 64)
@@ -183,7 +183,7 @@ def test_runs_of_other_noise_are_compared_unpaired_and_it_says_so(tmp_path: Path
 
 
 def test_runs_of_an_earlier_version_are_compared_by_their_intervals(tmp_path: Path) -> None:
-    """Without scores of pictures the two intervals give that of the difference: the root of their squares."""
+    """Without scores of images the two intervals give that of the difference: the root of their squares."""
 
     def earlier(files: dict[str, Any]) -> None:
         better(files)

@@ -187,7 +187,7 @@ def test_misspelt_settings_of_all_tables_are_told_together_with_the_nearest_name
         "backbone.sorce": "source",
         "rewards.1.wieght": "weight",
         "rewards.1.timeout_second": "timeout_seconds",
-        "steering.methods.0.canddiates": "candidates",
+        "steering.methods.0.sweep_partciles": "sweep_particles",
         "steering.methods.1.strenght": "strength",
         "tracking.0.experimnt": "experiment",
         "tracking.1.nmae": "name",

@@ -112,9 +112,9 @@ def test_learning_lowers_the_loss_and_leaves_the_actor_alone(name, body):
 
     before = error()
     torch.testing.assert_close(before, torch.ones(2))
-    told = learner.learn(0, [(0, trajectory, rewards[:, None].expand(-1, 2, -1))])
+    reported = learner.learn(0, [(0, trajectory, rewards[:, None].expand(-1, 2, -1))])
     assert bool((error() < before).all())
-    assert 0 < told < 0.5
+    assert 0 < reported < 0.5
     for key, parameter in policy.backbone.module.named_parameters():
         assert parameter.grad is None
         assert torch.equal(parameter, actor[key])
@@ -232,12 +232,12 @@ def test_the_running_scale_keeps_predictions():
 
 
 def numbered(first, last):
-    """Scored pictures that carry their number in all parts."""
+    """Scored images that carry their number in all parts."""
     number = torch.arange(first, last)
     return Replay(number[:, None].float(), number[:, None] * torch.ones(2), number)
 
 
-def test_the_newest_pictures_are_remembered(tmp_path):
+def test_the_newest_images_are_remembered(tmp_path):
     """Oldest first, never more than asked for, all parts alike; a file gives them back bitwise, no file nothing."""
     replay = numbered(0, 3).extended(numbered(3, 8), 4)
     assert replay.prompts.tolist() == [4, 5, 6, 7]
@@ -251,7 +251,7 @@ def test_the_newest_pictures_are_remembered(tmp_path):
 
 
 def test_memory_begins_with_pretraining_and_survives_a_checkpoint():
-    """A learner starts from the pictures that pretraining scored, adds each iteration's, and another one that loads its
+    """A learner starts from the images that pretraining scored, adds each iteration's, and another one that loads its
     state has the same; one that is to remember nothing has nothing."""
     config, policy, critic = make(SHIPPED[0], "latent_cnn", replay_images=6)
     trajectory, prompts, rewards = lesson(policy, critic)
@@ -274,7 +274,7 @@ def test_memory_begins_with_pretraining_and_survives_a_checkpoint():
 
 
 def test_without_queries_places_do_not_count():
-    """A glance sees channels, not where in the picture they are strong; attention sees that too."""
+    """Pooling reads channels, not where in the image they are strong; attention reads that too."""
     for queries, blind in ((0, True), (2, False)):
         _, policy, critic = make("dit", "frozen_taps", opinion=0.05, num_queries=queries)
         latents, sigma, conditioning = some_state(policy.backbone)

@@ -72,7 +72,7 @@ def lazily(monkeypatch):
 
 
 def test_training_is_the_same_and_resumes_bitwise(lazily, tmp_path):
-    """With pictures that are remembered, and so prompts of long ago, and as one of two workers."""
+    """With images that are remembered, and so prompts of long ago, and as one of two workers."""
     sections: dict[str, Any] = {"critic": {"replay_images": 12}}
     resumed = make_trainer(**sections)
     resumed.iterate()

@@ -74,11 +74,11 @@ def test_what_is_there_is_not_missed() -> None:
 )
 def test_what_the_system_refuses_is_told_with_the_place(number: int, words: str) -> None:
     """No room, no right, no descriptor left: the machine's, so no bug."""
-    told = expected(OSError(number, os.strerror(number), "/some/place"))
+    message = expected(OSError(number, os.strerror(number), "/some/place"))
 
-    assert isinstance(told, ResourceError)
-    assert words in str(told)
-    assert told.where == "/some/place"
+    assert isinstance(message, ResourceError)
+    assert words in str(message)
+    assert message.where == "/some/place"
 
 
 def test_a_bug_is_none_of_them() -> None:
@@ -113,10 +113,10 @@ PASSWORD = "open-sesame"
 )
 def test_a_problem_tells_no_password_of_an_address(value: object) -> None:
     """Whatever characters it has and however deep it stands, in the value or in what is said of it."""
-    told = ConfigError([Problem("a", value, f"is wrong ({value})", "Correct it.")])
-    for text in (str(told), str(told.args), repr(told.problems), str(told.to_dict())):
+    reported = ConfigError([Problem("a", value, f"is wrong ({value})", "Correct it.")])
+    for text in (str(reported), str(reported.args), repr(reported.problems), str(reported.to_dict())):
         assert PASSWORD not in text
-    assert "h" in str(told)
+    assert "h" in str(reported)
 
 
 def test_a_path_is_told_as_it_is() -> None:

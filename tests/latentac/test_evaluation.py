@@ -16,7 +16,7 @@ from tests.latentac.workers import prepared
 pytestmark = pytest.mark.slow
 
 SMALL = (
-    "evaluation={num_images: 8, num_gallery_prompts: 3, num_diversity_prompts: 2, pictures_per_prompt: 2}",
+    "evaluation={num_images: 8, num_gallery_prompts: 3, num_diversity_prompts: 2, images_per_prompt: 2}",
     "steering.num_images=8",
 )
 
@@ -40,9 +40,9 @@ def lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     return lambda: capsys.readouterr().err.splitlines()
 
 
-def last(told: list[str]) -> dict[str, str]:
+def last(found: list[str]) -> dict[str, str]:
     """What was done when each part ended, in their order."""
-    return {line.split("  ")[0]: line.split("  ")[1] for line in told}
+    return {line.split("  ")[0]: line.split("  ")[1] for line in found}
 
 
 def test_evaluation_is_one_work_of_all_policies(space: Workspace, lines: Any) -> None:
@@ -50,15 +50,15 @@ def test_evaluation_is_one_work_of_all_policies(space: Workspace, lines: Any) ->
     policy = space.base_policy()
     policies = {"base": policy, "trained": policy}
     content, sheets = compare(space.config, policies, space.critic("pretrain-value"), space.rewards(), space.prompts)
-    told = lines()
-    assert list(last(told).items()) == [
+    found = lines()
+    assert list(last(found).items()) == [
         ("evaluate, policy 1 of 2: base", "8/22 [36%]"),
         ("evaluate, policy 2 of 2: trained", "16/22 [73%]"),
         ("evaluate, trained, on training prompts", "18/22 [82%]"),
         ("evaluate, diversity and latency", "22/22 [100%]"),
     ]
-    assert all("left" in line for line in told)
-    assert "0s left" in told[-1]
+    assert all("left" in line for line in found)
+    assert "0s left" in found[-1]
     (name,) = space.config.reward_names
     scores = sheets["scores"]
     assert len(scores["prompts"]) == len(scores["rewards"]["trained"][name]) == 8
@@ -77,16 +77,16 @@ def test_steering_tells_which_arm_of_how_many(space: Workspace, lines: Any) -> N
     """`arm 3 of 9` with one time left for the whole step, in evaluations, which is what arms differ in."""
     critic, rewards = space.critic("pretrain-value"), space.rewards()
     _, sheets = run_benchmark(space.config, space.base_policy(), critic, rewards, space.prompts.held_out)
-    told, count = lines(), len(arms(space.config))
-    parts = list(last(told))
+    found, count = lines(), len(arms(space.config))
+    parts = list(last(found))
     assert parts[0] == f"steer, arm 1 of {count}: plain"
     assert [part.partition(":")[0] for part in parts[:-1]] == [
         f"steer, arm {n} of {count}" for n in range(1, count + 1)
     ]
     assert parts[-1] == "steer, gallery"
-    assert "[100%]  0s left" in told[-1]
-    assert all("evaluations" in line for line in told)
-    done = [int(line.partition("/")[0].rpartition("  ")[2]) for line in told]
+    assert "[100%]  0s left" in found[-1]
+    assert all("evaluations" in line for line in found)
+    done = [int(line.partition("/")[0].rpartition("  ")[2]) for line in found]
     assert done == sorted(done)
     assert set(sheets["index"]["rewards"]) == {"steered"}
 
@@ -94,7 +94,10 @@ def test_steering_tells_which_arm_of_how_many(space: Workspace, lines: Any) -> N
 def test_the_gallery_shows_the_arm_that_was_best(space: Workspace) -> None:
     """By the gate's reward, whichever method that is and wherever it stands in the configuration."""
     sizes: dict[str, Any] = {"evaluation": {"num_gallery_prompts": 8}}
-    own: dict[str, Any] = {"value_gradient": {"sweep": [0.01], "candidates": []}, "best_of_n": {"candidates": [8]}}
+    own: dict[str, Any] = {
+        "value_gradient": {"sweep": [0.01], "sweep_particles": []},
+        "best_of_n": {"sweep_particles": [8]},
+    }
     for methods in (["best_of_n", "value_gradient"], ["value_gradient", "best_of_n"]):
         sizes["steering"] = {"num_images": 8, "methods": [{"use": name, **own[name]} for name in methods]}
         config = resolve(merge(space.config.model_dump(), sizes))

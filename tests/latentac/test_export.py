@@ -25,7 +25,7 @@ from latentac.method.randomness import generator_for, noise_for
 from latentac.runs.release.deploy import Candidate
 from latentac.runs.release.readme import write_trained
 from latentac.runs.resolution import Resolved, resolve_all
-from latentac.runs.verbs import deploy, prepare
+from latentac.runs.steps import deploy, prepare
 from latentac.runs.workspace import open_run
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout
@@ -83,15 +83,15 @@ def served(policy: Policy, num_steps: int, seed: int = 5, index: int = 0) -> np.
 
 
 def drawn(code: str, folder: Path) -> np.ndarray:
-    """The picture that the model card's Python writes, run as it stands in `folder`, in this process."""
+    """The image that the model card's Python writes, run as it stands in `folder`, in this process."""
     before = Path.cwd()
     os.chdir(folder)
     try:
         exec(compile(code, "README.md", "exec"), {})  # noqa: S102 - the text that is tested
-        return np.asarray(Image.open("picture.png")).astype(int)
+        return np.asarray(Image.open("image.png")).astype(int)
     finally:
         os.chdir(before)
-        (folder / "picture.png").unlink(missing_ok=True)
+        (folder / "image.png").unlink(missing_ok=True)
 
 
 def clutter(base: Path, name: str) -> None:
@@ -374,8 +374,8 @@ def released(run: str, output: Path, name: str, base: Path, adaptation: str) -> 
     write_trained(space, policy, made / "policy", rows)
     (made / "history.json").write_text(json.dumps(rows))
     Critic(policy.backbone, space.config.reward_names, space.config.critic).save(made / "critic")
-    verdict = {"decision": "promote", "reasons": ["it gained"], "checks": []}
-    (made / "gate.json").write_text(json.dumps(verdict))
+    decision = {"decision": "promote", "reasons": ["it gained"], "checks": []}
+    (made / "gate.json").write_text(json.dumps(decision))
     for step in ("train", "gate"):
         space.store.publish(f"{run}/{step}", made, run=run, step=step, config_hash=space.config.hash)
 
@@ -391,9 +391,9 @@ def released(run: str, output: Path, name: str, base: Path, adaptation: str) -> 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
 @pytest.mark.parametrize("name", sorted(PARTS))
-def test_the_model_card_draws_the_served_picture(name: str, adaptation: str, tmp_path: Path) -> None:
+def test_the_model_card_draws_the_served_image(name: str, adaptation: str, tmp_path: Path) -> None:
     """Each block of Python in the README.md of the deployed folder, as it stands, in a fresh process, with the base
-    that it names; the picture of the endpoint without steering, within one grey level."""
+    that it names; the image of the endpoint without steering, within one grey level."""
     output = tmp_path / "runs"
     base = miniature(name, tmp_path / "tiny-base", sharded=True)
     folder = released("run", output, name, base, adaptation)
@@ -409,5 +409,5 @@ def test_the_model_card_draws_the_served_picture(name: str, adaptation: str, tmp
     (folder / "tiny-base").symlink_to(base)
     for block in blocks:
         subprocess.run([sys.executable, "-c", block], cwd=folder, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        assert np.abs(np.asarray(Image.open(folder / "picture.png")).astype(int) - expected).max() <= 1
-        (folder / "picture.png").unlink()
+        assert np.abs(np.asarray(Image.open(folder / "image.png")).astype(int) - expected).max() <= 1
+        (folder / "image.png").unlink()

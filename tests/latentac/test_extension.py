@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from latentac.runs.package import digest, pack
-from latentac.runs.verbs import evaluate, gate, prepare, steer
+from latentac.runs.steps import evaluate, gate, prepare, steer
 from latentac.system.errors import ConfigError
 from tests.latentac.test_incumbent import start
 from tests.latentac.workers import prepared, train_here
@@ -57,8 +57,8 @@ def test_a_reward_has_one_name_from_the_first_step_to_the_last(tmp_path: Path) -
     assert evaluation["units"] == dict.fromkeys(("warm", "again"), "grey levels of red above blue")
     rows = json.loads((space.artifact("steer") / "steering.json").read_text())
     assert {row["reward"] for row in rows} == {"warm", "again"}
-    verdict = json.loads((space.artifact("gate") / "gate.json").read_text())
-    assert "warm" in verdict["reasons"][0]
+    decision = json.loads((space.artifact("gate") / "gate.json").read_text())
+    assert "warm" in decision["reasons"][0]
 
 
 @pytest.mark.slow

@@ -59,8 +59,8 @@ def test_folder_is_filled(store: Store, tmp_path: Path, exists: bool, capsys: py
         target.mkdir()
         inode = target.stat().st_ino
     assert main(["fetch-model", "--version", "v1", "--store", store.url, "--to", str(target)]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["key"], told["files"], told["bytes"]) == ("models/v1", 4, sum(map(len, FILES.values())))
+    output = json.loads(capsys.readouterr().out)
+    assert (output["key"], output["files"], output["bytes"]) == ("models/v1", 4, sum(map(len, FILES.values())))
     assert found(target) == FILES
     if exists:
         assert target.stat().st_ino == inode

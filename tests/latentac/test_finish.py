@@ -1,4 +1,4 @@
-"""The verb that ends a run: it reports what there is, complete or not, and only what is new."""
+"""The step that ends a run: it reports what there is, complete or not, and only what is new."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from latentac.runs.cli import main
 from latentac.runs.reporting.card import model_card
-from latentac.runs.verbs import finish
+from latentac.runs.steps import finish
 from latentac.store import Store
 from tests.latentac.published import PROMPTS, STEPS, contents, publish
 

@@ -69,17 +69,17 @@ def changed(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 DROPPED = "dropped"
 
 
-def failed(verdict: dict[str, Any]) -> list[str]:
-    assert verdict["decision"] == ("hold" if any(not check["passed"] for check in verdict["checks"]) else "promote")
-    return [check["name"] for check in verdict["checks"] if not check["passed"]]
+def failed(decision: dict[str, Any]) -> list[str]:
+    assert decision["decision"] == ("hold" if any(not check["passed"] for check in decision["checks"]) else "promote")
+    return [check["name"] for check in decision["checks"] if not check["passed"]]
 
 
 @pytest.mark.parametrize(("evaluation", "production"), [(ALONE, NOTHING), (BESIDE, PRESENT)], ids=["alone", "beside"])
 def test_all_is_well(evaluation: dict[str, Any], production: dict[str, Any]) -> None:
     """Promoted, with every check among the reasons; the checks against an incumbent only where there is one."""
-    verdict = decide(settings(), REWARDS, evaluation, production)
-    assert verdict["decision"] == "promote"
-    assert len(verdict["reasons"]) == len(verdict["checks"]) == (8 if production is NOTHING else 12)
+    decision = decide(settings(), REWARDS, evaluation, production)
+    assert decision["decision"] == "promote"
+    assert len(decision["reasons"]) == len(decision["checks"]) == (8 if production is NOTHING else 12)
 
 
 @pytest.mark.parametrize(
@@ -106,10 +106,10 @@ def test_all_is_well(evaluation: dict[str, Any], production: dict[str, Any]) -> 
 )
 def test_each_check_by_itself(name: str, value: float, passes: bool) -> None:
     """At its bound it passes, beyond it this check alone holds, and the reason names it with value and bound."""
-    verdict = decide(settings(), REWARDS, changed(BESIDE, USED[name], value), PRESENT)
-    assert failed(verdict) == ([] if passes else [name])
+    decision = decide(settings(), REWARDS, changed(BESIDE, USED[name], value), PRESENT)
+    assert failed(decision) == ([] if passes else [name])
     if not passes:
-        (reason,) = verdict["reasons"]
+        (reason,) = decision["reasons"]
         assert reason.startswith(f"{name}: {value:.3f} is not at ")
 
 
@@ -117,10 +117,10 @@ def test_each_check_by_itself(name: str, value: float, passes: bool) -> None:
 @pytest.mark.parametrize("name", USED)
 def test_a_number_that_is_none_holds(name: str, value: Any) -> None:
     """Missing, NaN, infinite, null or no number at all: every number that the decision rests on must be there."""
-    verdict = decide(settings(), REWARDS, changed(BESIDE, USED[name], value), PRESENT)
-    assert failed(verdict) == [name]
-    assert verdict["reasons"] == [f"{name} is missing or not a finite number"]
-    check = next(check for check in verdict["checks"] if not check["passed"])
+    decision = decide(settings(), REWARDS, changed(BESIDE, USED[name], value), PRESENT)
+    assert failed(decision) == [name]
+    assert decision["reasons"] == [f"{name} is missing or not a finite number"]
+    check = next(check for check in decision["checks"] if not check["passed"])
     assert check["value"] is None
 
 
@@ -210,12 +210,12 @@ def test_every_bound_of_the_configuration_counts(field: str, value: Any) -> None
 def test_markdown_is_a_table_with_the_failures_first() -> None:
     """One row a check, four cells each, whatever stands in a name; a missing value says so."""
     evaluation = {**BESIDE, "production": {**BESIDE["production"], "problem": "a|b\n*c* <d>"}}
-    verdict = decide(settings(), REWARDS, changed(evaluation, "difference.verifier.low", math.nan), PRESENT)
-    lines = markdown(verdict, "run_1").splitlines()
+    decision = decide(settings(), REWARDS, changed(evaluation, "difference.verifier.low", math.nan), PRESENT)
+    lines = markdown(decision, "run_1").splitlines()
     assert lines[0] == "# Held back: run run\\_1"
-    assert lines[2] == f"2 of {len(verdict['checks'])} checks failed."
+    assert lines[2] == f"2 of {len(decision['checks'])} checks failed."
     rows = lines[6:]
-    assert len(rows) == len(verdict["checks"])
+    assert len(rows) == len(decision["checks"])
     assert [row.startswith("| **failed** |") for row in rows] == [True, True] + [False] * (len(rows) - 2)
     assert all(row.replace("\\|", "").count("|") == 5 for row in rows)
     assert any("| missing | at least 0.000 |" in row for row in rows)

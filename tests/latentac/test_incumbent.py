@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from latentac.config.fields import merge
-from latentac.runs import verbs
+from latentac.runs import steps
 from latentac.runs.release.incumbent import (
     BEFORE_PROJECTS,
     in_production,
@@ -30,13 +30,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 POINTER = pointer("shapes-unet-smoke")
 SMALL = [
     *("kernel.num_steps=2", "evaluation.num_images=8", "evaluation.num_gallery_prompts=2"),
-    *("evaluation.num_diversity_prompts=3", "evaluation.pictures_per_prompt=2", "steering.methods=[]"),
+    *("evaluation.num_diversity_prompts=3", "evaluation.images_per_prompt=2", "steering.methods=[]"),
 ]
 
 
 def start(output: Path, run: str, *overrides: str) -> Workspace:
     """A prepared run with a `train` artifact as training would leave it: the untrained policy and a new critic."""
-    verbs.prepare(run, "", str(output), "shapes-unet-smoke", overrides=[*SMALL, *overrides])
+    steps.prepare(run, "", str(output), "shapes-unet-smoke", overrides=[*SMALL, *overrides])
     space = open_run(run, "", str(output))
     policy, folder = space.base_policy(), output / f"made-{run}"
     policy.backbone.save(folder / "policy")
@@ -59,8 +59,8 @@ def promote(space: Workspace, version: str) -> None:
     folder = space.folder.parent / f"model-{version}"
     copy_folder(space.artifact("train") / "policy", folder)
     copy_folder(space.artifact("train") / "critic", folder / "critic")
-    told = json.loads((space.artifact("prepare") / EXTENSIONS).read_text())
-    export(folder, space.config, run=space.run, version=version, extensions=told)
+    answer = json.loads((space.artifact("prepare") / EXTENSIONS).read_text())
+    export(folder, space.config, run=space.run, version=version, extensions=answer)
     put(space, version, folder)
 
 
@@ -108,10 +108,10 @@ def again(space: Workspace, run: str, *overrides: str) -> Workspace:
 
 
 def test_a_second_run_is_held_against_the_first(copy: Workspace) -> None:
-    """The same weights, prompts and noise: no difference in any picture, all diversity kept, promoted, deployable."""
+    """The same weights, prompts and noise: no difference in any image, all diversity kept, promoted, deployable."""
     place = {"run": "second", "store": "", "output": str(copy.folder.parent)}
     space = again(copy, "second")
-    assert verbs.evaluate(**place).metrics["diversity_kept_incumbent"] == 1.0
+    assert steps.evaluate(**place).metrics["diversity_kept_incumbent"] == 1.0
     evaluation = read(space, "evaluate", "evaluation.json")
     digest = space.store.manifest("models/first-1").digest
     assert evaluation["production"] == {"version": "first-1", "sha256": digest, "problem": ""}
@@ -122,8 +122,8 @@ def test_a_second_run_is_held_against_the_first(copy: Workspace) -> None:
     assert set(next(iter(evaluation["categories"].values()))) == {"base", "trained", "incumbent"}
     assert (space.artifact("evaluate") / "gallery" / "incumbent.png").is_file()
 
-    verbs.steer(**place)
-    assert verbs.gate(**place).metrics["decision"] == "promote"
+    steps.steer(**place)
+    assert steps.gate(**place).metrics["decision"] == "promote"
     reasons = (space.artifact("gate") / "reasons.md").read_text()
     assert "| passed | files of the incumbent | as published | is as published |" in reasons
     assert "| passed | model in production, against the evaluated one | first-1 | is first-1 |" in reasons
@@ -133,13 +133,13 @@ def test_an_incumbent_that_was_damaged_after_the_evaluation_holds(copy: Workspac
     """One changed byte in its stored weights: the gate looks again before it decides."""
     place = {"run": "second", "store": "", "output": str(copy.folder.parent)}
     space = again(copy, "second")
-    verbs.evaluate(**place)
-    verbs.steer(**place)
+    steps.evaluate(**place)
+    steps.steer(**place)
     weights = next((copy.folder.parent / "store" / "models" / "first-1").rglob("diffusion_pytorch_model.safetensors"))
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert verbs.gate(**place).metrics["decision"] == "hold"
+    assert steps.gate(**place).metrics["decision"] == "hold"
     (reason,) = read(space, "gate", "gate.json")["reasons"]
     assert reason.startswith("files of the incumbent: ")
     assert "sha256" in reason
@@ -149,10 +149,10 @@ def test_a_model_promoted_in_between_holds(copy: Workspace) -> None:
     """The comparison is of a model that no longer serves."""
     place = {"run": "second", "store": "", "output": str(copy.folder.parent)}
     space = again(copy, "second")
-    verbs.evaluate(**place)
-    verbs.steer(**place)
+    steps.evaluate(**place)
+    steps.steer(**place)
     promote(copy, "first-2")
-    assert verbs.gate(**place).metrics["decision"] == "hold"
+    assert steps.gate(**place).metrics["decision"] == "hold"
     assert read(space, "gate", "gate.json")["reasons"][0] == (
         "model in production, against the evaluated one: first-2, not first-1"
     )
@@ -212,7 +212,7 @@ def test_a_model_of_another_project_judges_nobody(copy: Workspace, caplog: pytes
     mine = copy.folder.parent / "mine.yaml"
     mine.write_text("evaluation: {num_images: 8}\n")
     named = again(copy, "named", "project=mine")
-    verbs.prepare("filed", "", str(copy.folder.parent), "shapes-unet-smoke", config=str(mine), overrides=SMALL)
+    steps.prepare("filed", "", str(copy.folder.parent), "shapes-unet-smoke", config=str(mine), overrides=SMALL)
     filed = open_run("filed", "", str(copy.folder.parent))
     aimed = again(copy, "aimed", "gate.reward=jpeg_compressibility")
     names = [space.config.project for space in (copy, named, filed, aimed)]
@@ -220,9 +220,9 @@ def test_a_model_of_another_project_judges_nobody(copy: Workspace, caplog: pytes
     assert [in_production(space) for space in (named, filed, aimed)] == [None] * 3
     assert load_incumbent(named, named.base_policy()).version is None
     place = {"run": "named", "store": "", "output": str(copy.folder.parent)}
-    verbs.evaluate(**place)
-    verbs.steer(**place)
-    assert verbs.gate(**place).metrics["decision"] == "promote"
+    steps.evaluate(**place)
+    steps.steer(**place)
+    assert steps.gate(**place).metrics["decision"] == "promote"
     assert read(named, "evaluate", "evaluation.json")["production"]["version"] is None
     put_in_production(named, "named-1")
     assert in_production(filed) == "named-1"

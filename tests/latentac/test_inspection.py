@@ -104,8 +104,8 @@ def test_each_form_of_a_model_is_copied_whole_and_loads(tmp_path, case):
         assert torch.equal(theirs[key].float(), tensor), key
     height, width = backbone.latent_shape[1:]
     with torch.no_grad():
-        pictures = backbone.decode(torch.zeros(1, *backbone.latent_shape))
-    assert pictures.shape == (1, 8 * height, 8 * width, 3)
+        images = backbone.decode(torch.zeros(1, *backbone.latent_shape))
+    assert images.shape == (1, 8 * height, 8 * width, 3)
 
 
 def test_a_variant_stands_in_part_by_part(models, tmp_path):

@@ -89,7 +89,7 @@ def test_steering_of_strength_0_is_plain_sampling() -> None:
     plain = experiment.sample(["a red circle"])
     assert np.array_equal(plain, experiment.sample(["a red circle"], steering=experiment.steering(strength=0.0)))
     steered = experiment.steering("best_of_n", particles=3)
-    assert steered.candidates == 3
+    assert steered.particles == 3
     with pytest.raises(latentac.ConfigError, match=r"no_method.*best_of_n|best_of_n"):
         experiment.steering("no_method")
 

@@ -13,7 +13,7 @@ from latentac.runs.workers.worker import STOPPED
 from tests.latentac.test_store import eventually
 from tests.latentac.workers import RUN, prepared
 
-_TRAIN = "import sys; from latentac.runs.verbs import train; print(train(*sys.argv[1:]).metrics['max_world_size'])"
+_TRAIN = "import sys; from latentac.runs.steps import train; print(train(*sys.argv[1:]).metrics['max_world_size'])"
 
 
 def _renamed(name: str) -> list[str]:
@@ -64,10 +64,10 @@ def test_training_that_is_stopped_says_so(tmp_path: Path, number: signal.Signals
         process.send_signal(number)
         process.wait(60)
         log.seek(0)
-        told = log.read()
-    assert process.returncode == 130, told
-    assert "interrupted; the same command continues" in told
-    assert "Traceback" not in told
+        found = log.read()
+    assert process.returncode == 130, found
+    assert "interrupted; the same command continues" in found
+    assert "Traceback" not in found
     assert not list((tmp_path / RUN).glob(".latentac-*"))
     assert not list((tmp_path / RUN).glob("latentac-*"))
     everything = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False)
@@ -113,8 +113,8 @@ def test_a_worker_of_a_pod_that_is_moved_leaves_a_checkpoint(tmp_path: Path) -> 
         finally:
             process.send_signal(signal.SIGTERM)
         process.wait(100)
-        told = (tmp_path / "log").read_text()
-    assert process.returncode == STOPPED, told
-    assert "Traceback" not in told
+        found = (tmp_path / "log").read_text()
+    assert process.returncode == STOPPED, found
+    assert "Traceback" not in found
     assert (tmp_path / "store" / "checkpoints" / RUN / "LATEST").is_file()
     assert not list((tmp_path / RUN).glob(".latentac-*"))

@@ -14,13 +14,13 @@ from latentac.evaluation.measures import DEFINITIONS, difference, diversity, int
 NORMAL = 1.959964
 
 
-def pictures(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+def random_images(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*shape, 3), np.uint8)
 
 
-def test_equal_pictures_have_no_diversity() -> None:
+def test_equal_images_have_no_diversity() -> None:
     """A policy that ignores its noise scores 0 for every prompt."""
-    one = pictures((3, 1, 16, 16))
+    one = random_images((3, 1, 16, 16))
     assert diversity(np.repeat(one, 4, 1)).tolist() == [0.0, 0.0, 0.0]
 
 
@@ -33,7 +33,7 @@ def test_black_and_white_are_as_far_apart_as_can_be() -> None:
 
 def test_diversity_is_the_mean_pairwise_distance() -> None:
     """Against the definition written as loops."""
-    images = pictures((2, 3, 8, 8)).astype(float) / 255
+    images = random_images((2, 3, 8, 8)).astype(float) / 255
     expected = [
         np.mean([math.sqrt(((prompt[i] - prompt[j]) ** 2).mean()) for i in range(3) for j in range(i)])
         for prompt in images
@@ -41,22 +41,22 @@ def test_diversity_is_the_mean_pairwise_distance() -> None:
     assert diversity((images * 255).round().astype(np.uint8)) == pytest.approx(expected)
 
 
-def test_the_order_of_pictures_and_prompts_does_not_matter() -> None:
+def test_the_order_of_images_and_prompts_does_not_matter() -> None:
     """Permuted draws give the same number, permuted prompts the permuted numbers; a mirror image is as far away."""
-    images = pictures((5, 4, 16, 16))
+    images = random_images((5, 4, 16, 16))
     found = diversity(images)
     assert diversity(images[:, [2, 0, 3, 1]]) == pytest.approx(found)
     assert diversity(images[[3, 1, 4, 0, 2]]) == pytest.approx(found[[3, 1, 4, 0, 2]])
     assert diversity(images[..., ::-1, :]) == pytest.approx(found)
 
 
-def test_grain_of_a_large_picture_counts_little() -> None:
+def test_grain_of_a_large_image_counts_little() -> None:
     """Averaging to 32 pixels a side leaves layout as it is and takes pixel noise away; odd sizes are taken too."""
-    small = pictures((1, 2, 32, 32))
+    small = random_images((1, 2, 32, 32))
     large = small.repeat(4, 2).repeat(4, 3)
     assert diversity(large) == pytest.approx(diversity(small))
-    assert diversity(pictures((1, 2, 256, 256)))[0] < 0.2 * diversity(pictures((1, 2, 32, 32)))[0]
-    assert diversity(pictures((1, 2, 70, 45))).shape == (1,)
+    assert diversity(random_images((1, 2, 256, 256)))[0] < 0.2 * diversity(random_images((1, 2, 32, 32)))[0]
+    assert diversity(random_images((1, 2, 70, 45))).shape == (1,)
 
 
 def test_paired_bootstrap_is_the_closed_form_on_gaussian_data() -> None:
@@ -127,7 +127,7 @@ def test_contrasts_are_measured_on_real_policies() -> None:
     from latentac.worlds.prompts import load_prompts
     from latentac.worlds.shapes import builtin_pipeline
 
-    overrides = {"kernel": {"num_steps": 2}, "evaluation": {"num_diversity_prompts": 3, "pictures_per_prompt": 3}}
+    overrides = {"kernel": {"num_steps": 2}, "evaluation": {"num_diversity_prompts": 3, "images_per_prompt": 3}}
     config = resolve(RECIPES["shapes-unet-smoke"] | overrides)
     backbone = load_backbone(Extension(use="unet"), builtin_pipeline("shapes-unet"), torch.device("cpu"))
     policy = Policy(backbone, KERNELS.build("ddim", noise=1.0))

@@ -110,9 +110,9 @@ def test_a_folder_that_is_none_is_refused_where_settings_are_shown(
     """As where a run is prepared: a typing error would show the settings of another module of that name, or none."""
     (tmp_path / "mine.py").touch()
     assert main(["config", "show", "--package", str(tmp_path / name)]) == 2
-    told = capsys.readouterr()
-    assert "is not a folder" in told.err
-    assert told.out == ""
+    output = capsys.readouterr()
+    assert "is not a folder" in output.err
+    assert output.out == ""
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def damaged() -> bytearray:
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "expected"),
     [
         (patched(6, 1), "encrypted"),
         (patched(8, 99), "compression method"),
@@ -172,9 +172,9 @@ def damaged() -> bytearray:
         (archive(("a/b", "1"), ("a", "2")), "is a file and a folder"),
     ],
 )  # fmt: skip
-def test_an_archive_that_cannot_be_unpacked_is_one_error(data: bytearray, told: str, tmp_path: Path) -> None:
+def test_an_archive_that_cannot_be_unpacked_is_one_error(data: bytearray, expected: str, tmp_path: Path) -> None:
     """Whatever the library raises of it."""
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=expected):
         unpack(bytes(data), tmp_path / "there")
 
 

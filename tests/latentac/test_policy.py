@@ -77,9 +77,9 @@ def test_a_rollout_keeps_its_axes(name, kernel, critics):
     for tensor in (trajectory.latents, trajectory.values, trajectory.log_probs, trajectory.sigmas):
         assert tensor.dtype == torch.float32
         assert bool(tensor.isfinite().all())
-    pictures = policy.backbone.decode(trajectory.clean)
-    assert pictures.dtype == "uint8"
-    assert pictures.shape == (4, 32, 32, 3)
+    images = policy.backbone.decode(trajectory.clean)
+    assert images.dtype == "uint8"
+    assert images.shape == (4, 32, 32, 3)
 
 
 @pytest.mark.parametrize(("name", "kernel"), PAIRS)

@@ -27,13 +27,13 @@ def test_a_pointer_that_names_no_model_is_refused(store: Store, content: Any) ->
         production(store, "mine")
 
 
-@pytest.mark.parametrize(("forced", "told"), [(["a", 3], ("a", "3")), ([], ()), (3, ()), ("abc", ()), (None, ())])
-def test_the_reasons_against_a_forced_model_are_a_list_of_texts(store: Store, forced: Any, told: tuple[str]) -> None:
+@pytest.mark.parametrize(("forced", "expected"), [(["a", 3], ("a", "3")), ([], ()), (3, ()), ("abc", ()), (None, ())])
+def test_the_reasons_against_a_forced_model_are_a_list_of_texts(store: Store, forced: Any, expected: tuple[str]):
     """Anything else is none."""
     store.write_json(pointer("mine"), {**SOUND, "forced": forced})
     found = production(store, "mine")
     assert found is not None
-    assert found.forced == told
+    assert found.forced == expected
 
 
 def test_one_damaged_pointer_concerns_its_own_project(store: Store, caplog: pytest.LogCaptureFixture) -> None:

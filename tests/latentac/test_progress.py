@@ -77,7 +77,7 @@ def test_iterations_that_must_be_done_again_lengthen_the_time_left() -> None:
 
 
 def test_parts_of_one_work_are_named_and_share_one_time_left() -> None:
-    """An arm that costs four evaluations a picture moves the bar four times as far."""
+    """An arm that costs four evaluations per image moves the bar four times as far."""
     out, now = io.StringIO(), [0.0]
     lines = _Lines(50, "steer", "evaluations", out, clock=lambda: now[0])
     for number, size in enumerate((10, 40), 1):

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentac.config.schema import Prompts
-from latentac.runs.verbs import prepare
+from latentac.runs.steps import prepare
 from latentac.runs.workspace import open_run
 from latentac.system.errors import ConfigError, IntegrityError
 from latentac.worlds.prompts import Prompt, balanced, load_prompts
@@ -160,18 +160,18 @@ WRONG_LINES = [
 ]
 
 
-@pytest.mark.parametrize(("line", "told"), WRONG_LINES, ids=[line[:30] for line, _ in WRONG_LINES])
-def test_what_is_no_prompt_is_refused_at_its_line(tmp_path: Path, line: str, told: str) -> None:
+@pytest.mark.parametrize(("line", "expected"), WRONG_LINES, ids=[line[:30] for line, _ in WRONG_LINES])
+def test_what_is_no_prompt_is_refused_at_its_line(tmp_path: Path, line: str, expected: str) -> None:
     """And in a JSON file, where it is JSON, at its line and index."""
     content = '"a cat"\n' + line + '"a dog"\n'
     (problem,) = refused(written(tmp_path, {"p.jsonl": content}) / "p.jsonl")
     assert "'p.jsonl, line 2" in problem
-    assert told in problem
-    if told not in ("is not JSON", "cannot be read as JSON") and line not in ("\n", BOTTOMLESS):
+    assert expected in problem
+    if expected not in ("is not JSON", "cannot be read as JSON") and line not in ("\n", BOTTOMLESS):
         source = written(tmp_path, {"p.json": f'{{"train": ["a cat",\n{line}], "held_out": ["a dog"]}}'}) / "p.json"
         (problem,) = refused(source)
         assert "'p.json, line 2, train[1]" in problem
-        assert told in problem
+        assert expected in problem
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\r\n\t \x00\x1f\u200b\ufeffa")))
@@ -241,15 +241,15 @@ WRONG_FILES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
-    [(name, content, told) for name, cases in WRONG_FILES.items() for content, told in cases],
+    ("name", "content", "expected"),
+    [(name, content, problem) for name, cases in WRONG_FILES.items() for content, problem in cases],
     ids=lambda value: value[:24] if isinstance(value, str) else "",
 )
 def test_a_file_that_is_none_of_prompts_is_refused_with_the_remedy(
-    tmp_path: Path, name: str, content: bytes, told: str
+    tmp_path: Path, name: str, content: bytes, expected: str
 ) -> None:
     """Its form, its encoding, its splits."""
-    assert any(told in problem for problem in refused(written(tmp_path, {name: content}) / name))
+    assert any(expected in problem for problem in refused(written(tmp_path, {name: content}) / name))
 
 
 @pytest.mark.parametrize("name", ["p.json", "p.jsonl", "p.csv", "p.txt"])
@@ -264,17 +264,17 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, name: str) -> None
 def test_all_problems_of_all_files_are_told_together(tmp_path: Path) -> None:
     """The first twenty, and how many more there are."""
     folder = written(tmp_path, {"train.jsonl": lines("a", None, 3), "test.txt": "a\n\nb\n"})
-    told = refused(folder)
-    assert [problem.split(": ")[0] for problem in told] == [
+    found = refused(folder)
+    assert [problem.split(": ")[0] for problem in found] == [
         "prompts.source = 'train.jsonl, line 2'",
         "prompts.source = 'train.jsonl, line 3'",
         "prompts.source = 'test.txt, line 2'",
         "prompts.source = 'test.txt, line 1'",
     ]
-    assert "is in both splits: train.jsonl, line 1" in told[-1]
-    told = refused(written(tmp_path, {"many.jsonl": "null\n" * 70}) / "many.jsonl")
-    assert len(told) == 21
-    assert "has 50 more problems" in told[-1]
+    assert "is in both splits: train.jsonl, line 1" in found[-1]
+    found = refused(written(tmp_path, {"many.jsonl": "null\n" * 70}) / "many.jsonl")
+    assert len(found) == 21
+    assert "has 50 more problems" in found[-1]
 
 
 def test_a_source_that_is_not_there_is_told(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from latentac.runs.release.deploy import check_agreement
 from latentac.runs.reporting.card import model_card
 from latentac.runs.reporting.compare import write_comparison
 from latentac.runs.reporting.report import write_report
-from latentac.runs.verbs import finish
+from latentac.runs.steps import finish
 from latentac.store import published
 from latentac.system.errors import IntegrityError, LatentacError, ResourceError
 from latentac.system.reading import MOST_BYTES, MOST_DEPTH, MOST_VALUES, parse_json, read_bytes
@@ -59,12 +59,12 @@ WRONG = {
         "evaluate", "evaluation.json", "incumbent", {}, "incumbent lacks the reward 'jpeg_compressibility'"),
     "no arm": ("evaluate", "evaluation.json", "difference", None, "difference is None"),
     "diversity of a list": ("evaluate", "evaluation.json", "diversity/kept", [1], "diversity.kept is [1]"),
-    "fewer scores than pictures": (
-        "evaluate", "scores.json", "rewards/base/shapes_verifier", [1.0], "has 1 scores for 128 pictures"),
+    "fewer scores than images": (
+        "evaluate", "scores.json", "rewards/base/shapes_verifier", [1.0], "has 1 scores for 128 images"),
     "a score that is no number": (
         "evaluate", "scores.json", "rewards/base/shapes_verifier/3", float("nan"), "shapes_verifier.3 is nan"),
     "no columns": ("evaluate", "gallery/gallery.json", "columns", 0, "columns is 0"),
-    "a huge picture": ("evaluate", "gallery/gallery.json", "image_size", 2**40, "image_size is 1099511627776"),
+    "a huge image": ("evaluate", "gallery/gallery.json", "image_size", 2**40, "image_size is 1099511627776"),
     "a seed too few": ("evaluate", "gallery/gallery.json", "seeds", ["7/0"], "it has 1 seeds for 8 prompts"),
     "a prompt that is none": ("evaluate", "gallery/gallery.json", "prompts/2", None, "prompts.2 is None"),
     "no settings of the gate": ("prepare", "config.json", "gate", None, "gate is None"),
@@ -90,9 +90,9 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("step", "file", "path", "value", "told"), WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize(("step", "file", "path", "value", "expected"), WRONG.values(), ids=WRONG)
 def test_json_of_another_shape_is_one_error(
-    tmp_path: Path, step: str, file: str, path: str, value: object, told: str
+    tmp_path: Path, step: str, file: str, path: str, value: object, expected: str
 ) -> None:
     """It names the artifact's file, the field and its value, in the report and in a comparison."""
     url = publish_until(tmp_path, change=put(step, file, path, value))
@@ -104,7 +104,7 @@ def test_json_of_another_shape_is_one_error(
         with pytest.raises(IntegrityError) as caught:
             act()
         assert caught.value.where == f"run-1/{step}/{file}"
-        assert told in caught.value.problem
+        assert expected in caught.value.problem
         assert len(str(caught.value)) < 500
 
 
@@ -146,8 +146,8 @@ def test_json_beyond_its_bounds_is_refused(text: str) -> None:
 
 def test_commas_of_a_text_are_no_values() -> None:
     """Nor are its brackets; a text that never ends is found out in linear time."""
-    told = json.dumps([',[{"\\' * 800_000])
-    assert parse_json(told) == [',[{"\\' * 800_000]
+    reported = json.dumps([',[{"\\' * 800_000])
+    assert parse_json(reported) == [',[{"\\' * 800_000]
     for text in ('["' + '\\",' * 4_000_000, '["' + '\\",' * 4_000_000 + "\\"):
         with pytest.raises(ValueError, match="Unterminated"):
             parse_json(text)
@@ -177,15 +177,15 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
 
 
 def drawn(form: str, mode: str) -> bytes:
-    """A small sound picture of another kind than steps write."""
+    """A small sound image of another kind than steps write."""
     buffer = io.BytesIO()
     Image.new(mode, (32, 32)).save(buffer, form)
     return buffer.getvalue()
 
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n"
-PICTURES = {
-    "no picture": b"x",
+IMAGES = {
+    "no image": b"x",
     "nothing": b"",
     "cut off": png(32, 32)[:60],
     "PostScript, which a program would read": POSTSCRIPT,
@@ -198,12 +198,12 @@ PICTURES = {
 
 @pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("step", ["evaluate", "deploy"])
-@pytest.mark.parametrize("picture", PICTURES.values(), ids=PICTURES)
-def test_a_picture_that_is_none_is_one_error(tmp_path: Path, picture: bytes, step: str) -> None:
+@pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
+def test_an_image_that_is_none_is_one_error(tmp_path: Path, image: bytes, step: str) -> None:
     """Whatever a decoder makes of it; no other format than PNG is opened."""
 
     def change(files: Files) -> None:
-        files[step]["gallery/base.png" if step == "evaluate" else "picture.png"] = picture
+        files[step]["gallery/base.png" if step == "evaluate" else "image.png"] = image
 
     url = publish_until(tmp_path, change=change)
     with pytest.raises(IntegrityError, match="is not an image that can be shown"):
@@ -225,7 +225,7 @@ def test_words_cannot_turn_a_page_around(tmp_path: Path) -> None:
     assert not set("\u202e\u2066\x1b") & set(page)
 
 
-TIMINGS = ["[]", '{"stages": 5}', '{"total": null}', '{"stages": {"train": "x"}}', '{"total": 1e400}', "{", "[" * 9999]
+TIMINGS = ["[]", '{"steps": 5}', '{"total": null}', '{"steps": {"train": "x"}}', '{"total": 1e400}', "{", "[" * 9999]
 
 
 @pytest.mark.parametrize("text", TIMINGS)
@@ -257,7 +257,7 @@ def test_a_report_is_written_through_no_link(tmp_path: Path, link: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("units", "methods", "best", "told"),
+    ("units", "methods", "best", "expected"),
     [
         ({}, {"best_of_n": {}}, None, r"prepare/extensions.json: .*'shapes_verifier'"),
         ({"shapes_verifier": ""}, {}, None, r"prepare/extensions.json: .*'best_of_n'"),
@@ -265,7 +265,7 @@ def test_a_report_is_written_through_no_link(tmp_path: Path, link: str) -> None:
     ],
 )
 def test_artifacts_that_do_not_fit_their_configuration_are_one_error(
-    units: dict[str, str], methods: dict[str, Any], best: dict[str, Any] | None, told: str
+    units: dict[str, str], methods: dict[str, Any], best: dict[str, Any] | None, expected: str
 ) -> None:
     """Before a model is exported by them."""
     config = resolve(
@@ -278,6 +278,6 @@ def test_artifacts_that_do_not_fit_their_configuration_are_one_error(
             "gate": {"reward": "shapes_verifier"},
         }
     )
-    with pytest.raises(IntegrityError, match=told):
+    with pytest.raises(IntegrityError, match=expected):
         check_agreement("r", config, {"units": units, "methods": methods}, best)
     check_agreement("r", config, {"units": {"shapes_verifier": ""}, "methods": {"best_of_n": {}}}, None)

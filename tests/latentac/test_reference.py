@@ -91,6 +91,6 @@ def test_a_wrong_path_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_show_reports_every_problem(capsys: pytest.CaptureFixture[str]) -> None:
     """It resolves as `prepare` does."""
     assert main(["config", "show", "--set", "algorithm.clipp=1", "--set", "kernel.noise=0"]) == 2
-    told = capsys.readouterr().err
-    assert "algorithm.clipp" in told
-    assert "kernel.noise" in told
+    output = capsys.readouterr().err
+    assert "algorithm.clipp" in output
+    assert "kernel.noise" in output

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentac.backbones.unet import UNetBackbone
-from latentac.runs import verbs
+from latentac.runs import steps
 from latentac.runs.configuration import recipe_fields
 from latentac.runs.preparation.rehearsal import rehearse
 from latentac.runs.resolution import resolve_all
@@ -47,12 +47,12 @@ def changed(folder, file, change):
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_what_was_found_is_reported(name):
-    """Shapes, sizes and counts, and one picture to try rewards on."""
+    """Shapes, sizes and counts, and one image to try rewards on."""
     found = rehearse(config(name), builtin_pipeline(f"shapes-{name}"), "a red circle", CPU)
     assert found.latent_shape == (4, 8, 8)
-    assert found.picture_size == (32, 32)
-    assert found.pictures.shape == (1, 32, 32, 3)
-    assert found.pictures.dtype == np.uint8
+    assert found.image_size == (32, 32)
+    assert found.images.shape == (1, 32, 32, 3)
+    assert found.images.dtype == np.uint8
     assert found.parameters == found.trainable
     assert found.parameter_bytes == 4 * found.parameters
     assert found.text_shape == {"unet": (16, 64), "dit": (12, 128)}[name]
@@ -66,19 +66,19 @@ def test_adapters_are_attached_as_the_run_attaches_them(tmp_path, body):
     settings = config(policy__adaptation="lora", policy__lora_rank=2, critic__body__use=body)
     found = rehearse(settings, folder, "a red circle", CPU)
     assert 0 < found.trainable < found.parameters / 10
-    assert found.picture_size == (64, 64)
+    assert found.image_size == (64, 64)
 
 
-def test_pictures_need_not_be_square(tmp_path):
+def test_images_need_not_be_square(tmp_path):
     """Of 96 x 64 pixels."""
     found = rehearse(config(), miniatures.sd15(tmp_path / "m", unet={"sample_size": [12, 8]}), "a red circle", CPU)
-    assert found.picture_size == (96, 64)
+    assert found.image_size == (96, 64)
 
 
 BROKEN = {
     "denoiser": ("unet/diffusion_pytorch_model.safetensors", "conv_out.bias", "the denoiser's output"),
     "encoder": ("text_encoder/model.safetensors", "final_layer_norm.bias", "the text encoder's output"),
-    "decoder": ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.bias", "the decoded picture"),
+    "decoder": ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.bias", "the decoded image"),
 }
 
 
@@ -119,7 +119,7 @@ def test_adapters_that_match_no_module_are_refused(kind, message):
 class Broken(UNetBackbone):
     """Two things of it are wrong."""
 
-    def pictures(self, latents):
+    def images(self, latents):
         raise RuntimeError("no decoder here")
 
     def schedule(self, num_steps):
@@ -138,13 +138,13 @@ def test_more_steps_than_the_model_has_levels_are_refused(tmp_path):
     assert "schedule" in problems(config(kernel__num_steps=10), folder)["kernel.num_steps"]
 
 
-# Through the verb
+# Through the step
 
 JPEG = ("rewards=[{use: jpeg_compressibility}]", "gate.reward=jpeg_compressibility")
 
 
 def prepare(tmp_path, *overrides, recipe="shapes-unet-smoke"):
-    verbs.prepare("run", "", str(tmp_path / "runs"), recipe, overrides=overrides)
+    steps.prepare("run", "", str(tmp_path / "runs"), recipe, overrides=overrides)
     store = open_store(f"file://{tmp_path}/runs/store")
     store.fetch("run/prepare", tmp_path / "prepared")
     return tmp_path / "prepared"
@@ -160,15 +160,15 @@ def test_prepare_records_what_it_loaded(tmp_path):
     assert not list((prepared / "backbone").rglob("*fp16*"))
 
 
-def test_rewards_are_called_on_a_picture_of_the_run(tmp_path):
-    """One that reads only pictures of 32 x 32 is found out, not after training on another model."""
+def test_rewards_are_called_on_an_image_of_the_run(tmp_path):
+    """One that reads only images of 32 x 32 is found out, not after training on another model."""
     model = miniatures.sd15(tmp_path / "model")
     with pytest.raises(RewardError, match=r"shapes_verifier.*\(64, 64, 3\)"):
         prepare(tmp_path, f"backbone.source={model}")
 
 
 class Counting:
-    """A reward that notes how many pictures it gets together."""
+    """A reward that notes how many images it gets together."""
 
     sizes: ClassVar[list[int]] = []
 
@@ -177,7 +177,7 @@ class Counting:
         return np.zeros(len(images))
 
 
-def test_rewards_are_called_on_as_many_pictures_as_the_run_has_together(tmp_path):
+def test_rewards_are_called_on_as_many_images_as_the_run_has_together(tmp_path):
     """One that has room for a block of the training has room for what `prepare` asks."""
     lines = "".join(f'{{"prompt": "a red circle {n}", "tag": "kind {n}"}}\n' for n in range(12))
     (tmp_path / "p.jsonl").write_text(lines)

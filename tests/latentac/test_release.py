@@ -12,7 +12,7 @@ from latentac.config.sections import Extension
 from latentac.critic import Critic
 from latentac.runs.release.deploy import Candidate, candidate_key
 from latentac.runs.release.incumbent import pointer, production
-from latentac.runs.verbs import deploy, prepare
+from latentac.runs.steps import deploy, prepare
 from latentac.runs.workspace import open_run
 from latentac.serving.deployment import Deployment
 from latentac.serving.exported import Exported, read
@@ -36,9 +36,9 @@ def trained_run(run: str, output: Path) -> Store:
     Critic(backbone, space.config.reward_names, space.config.critic).save(made / "critic")
     config_hash = space.config.hash
     space.store.publish(f"{run}/train", made, run=run, step="train", config_hash=config_hash, metrics={"run": run})
-    (made / "verdict").mkdir()
-    (made / "verdict" / "gate.json").write_text(json.dumps(PROMOTED))
-    space.store.publish(f"{run}/gate", made / "verdict", run=run, step="gate", config_hash=config_hash)
+    (made / "decision").mkdir()
+    (made / "decision" / "gate.json").write_text(json.dumps(PROMOTED))
+    space.store.publish(f"{run}/gate", made / "decision", run=run, step="gate", config_hash=config_hash)
     return space.store
 
 
@@ -72,7 +72,7 @@ def test_what_is_proved_is_in_production(tmp_path: Path) -> None:
     store.fetch("first/deploy", tmp_path / "deployed")
     content = json.loads((tmp_path / "deployed" / "deployment.json").read_text())
     assert (content["endpoint"], content["shadow"], content["previous"]) == ("http://here", {"n": 1}, None)
-    assert (tmp_path / "deployed" / "picture.png").read_bytes() == b"PNG"
+    assert (tmp_path / "deployed" / "image.png").read_bytes() == b"PNG"
 
     trained_run("second", tmp_path)
     deploy("second", "", str(tmp_path), prove=proved)

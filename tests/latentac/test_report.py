@@ -106,7 +106,7 @@ def check_schema(summary: dict[str, Any]) -> None:
         assert values is None or all(isinstance(value, number) for value in values)
     keys = {"iteration", "images", "reward_mean", "rewards", "kl", "clip_share", "explained_variance", "seconds"}
     assert all(set(row) == keys for row in summary["training"])
-    more = ("method", "strength", "candidates", "nfe", "reward", "seconds", "diversity")
+    more = ("method", "strength", "particles", "nfe", "reward", "seconds", "diversity")
     assert all(is_interval(row, *more) for row in summary["steering"])
     if summary["gate"] is not None:
         assert set(summary["gate"]) == {"decision", "reasons", "checks", "overrides", "by", "former"}
@@ -114,13 +114,13 @@ def check_schema(summary: dict[str, Any]) -> None:
         fields = {"name", "value", "relation", "bound", "passed"}
         assert all(set(check) == fields for check in summary["gate"]["checks"])
     if summary["serving"] is not None:
-        keys = {"version", "picture_sha256", "seconds", "endpoint", "request", "project", "forced"}
+        keys = {"version", "image_sha256", "seconds", "endpoint", "request", "project", "forced"}
         assert set(summary["serving"]) == keys
     assert all(isinstance(note, str) for note in summary["notes"])
 
 
 def test_a_complete_run_gives_a_complete_self_contained_page(complete: tuple[str, dict[str, Any]]) -> None:
-    """Every section, every chart, a picture an arm and prompt with words for it; nothing is loaded from elsewhere."""
+    """Every section, every chart, an image per arm and prompt with words for it; nothing is loaded from elsewhere."""
     text, summary = complete
     check_schema(summary)
     page = Page(text)
@@ -182,7 +182,7 @@ def test_charts_are_drawn_from_the_summary_alone(complete: tuple[str, dict[str, 
         assert not re.search(r"#[0-9a-f]{6}|http|<metadata|DejaVu", svg)
 
 
-def test_pictures_stand_under_their_prompt(complete: tuple[str, dict[str, Any]], folder: Path) -> None:
+def test_images_stand_under_their_prompt(complete: tuple[str, dict[str, Any]], folder: Path) -> None:
     """Cell i of every sheet is cut out exactly and shown, base, trained, steered, under prompt i."""
     import base64
     import io
@@ -200,7 +200,7 @@ def test_pictures_stand_under_their_prompt(complete: tuple[str, dict[str, Any]],
             assert Image.open(io.BytesIO(data)).tobytes() == sheet.crop((left, top, left + 32, top + 32)).tobytes()
 
 
-def test_each_picture_is_marked_right_or_wrong(complete: tuple[str, dict[str, Any]]) -> None:
+def test_each_image_is_marked_right_or_wrong(complete: tuple[str, dict[str, Any]]) -> None:
     """A 0/1 reward gives a tick or a cross and the word, for every arm; the words do without colour and sign."""
     text, summary = complete
     assert summary["gallery"]["binary"] is True
@@ -215,7 +215,7 @@ def test_each_picture_is_marked_right_or_wrong(complete: tuple[str, dict[str, An
 
 
 def test_a_reward_that_is_no_yes_or_no_shows_its_value(tmp_path: Path) -> None:
-    """One score between 0 and 1 among all that were evaluated, and none of the pictures is called right or wrong."""
+    """One score between 0 and 1 among all that were evaluated, and none of the images is called right or wrong."""
 
     def rate(files: dict[str, Any]) -> None:
         files["evaluate"]["scores.json"]["rewards"]["base"]["shapes_verifier"][-1] = 0.25
@@ -228,7 +228,7 @@ def test_a_reward_that_is_no_yes_or_no_shows_its_value(tmp_path: Path) -> None:
 
 
 def test_a_gallery_without_scores_has_no_marks(tmp_path: Path) -> None:
-    """Artifacts of an earlier version show their pictures as before."""
+    """Artifacts of an earlier version show their images as before."""
 
     def forget(files: dict[str, Any]) -> None:
         del files["evaluate"]["scores.json"], files["steer"]
@@ -299,7 +299,7 @@ def test_nan_becomes_null_and_a_note(tmp_path: Path) -> None:
 
 
 def test_the_model_in_production_stands_beside_the_others(tmp_path: Path) -> None:
-    """Where a run met an incumbent, each table has its column, the gallery its pictures, the head the comparison."""
+    """Where a run met an incumbent, each table has its column, the gallery its images, the head the comparison."""
     text, summary = make(tmp_path, change=with_incumbent)
     check_schema(summary)
     page = Page(text)
@@ -333,7 +333,7 @@ def test_a_model_in_production_that_could_not_be_compared_is_told(tmp_path: Path
     [("evaluate", ["galleries", "rewards", "contrasts"], 2), ("steer", ["galleries", "steering"], 2)],
 )
 def test_a_step_has_a_page_of_its_own(tmp_path: Path, step: str, sections: list[str], charts: int) -> None:
-    """As soon as it is published: a part of the report, as self-contained as the whole, without a verdict."""
+    """As soon as it is published: a part of the report, as self-contained as the whole, without a decision."""
     make(tmp_path, step)
     text = step_page(step, "run-1", f"file://{tmp_path}/runs/store")
     page = Page(text)
@@ -415,21 +415,21 @@ def test_seconds_are_the_drivers_or_the_manifests(tmp_path: Path) -> None:
         return {name: value for name, value in summary["seconds"].items() if value is not None}, summary["notes"]
 
     make(tmp_path, "pretrain-value")
-    stages = '{"stages": {"prepare": 9.0, "pretrain-value": 44.0, "train": 12.0}, "total": 66.0}'
+    booked = '{"steps": {"prepare": 9.0, "pretrain-value": 44.0, "train": 12.0}, "total": 66.0}'
     expected = {"prepare": 9.0, "pretrain-value": 44.0, "train": 12.0, "total": 66.0}  # train was tried
-    assert seconds_with(stages) == (expected, [])
-    found, notes = seconds_with('{"stages": {}, "total": 30.0}')
+    assert seconds_with(booked) == (expected, [])
+    found, notes = seconds_with('{"steps": {}, "total": 30.0}')
     assert found == {"prepare": 4.2, "pretrain-value": 38.5, "total": 30.0}
     assert "less than the sum of the steps" in notes[0]
     assert seconds_with(None) == ({"prepare": 4.2, "pretrain-value": 38.5, "total": pytest.approx(42.7)}, [])
     with pytest.raises(IntegrityError, match=r"timings.json: .* Remove it"):
-        seconds_with('{"stages"')
+        seconds_with('{"steps"')
     for damaged in (
         "[1]",
         '{"total": "x"}',
         '{"total": 1e999}',
-        '{"stages": [1]}',
-        '{"stages": {"a": null}}',
+        '{"steps": [1]}',
+        '{"steps": {"a": null}}',
         "[" * 10**5,
     ):
         with pytest.raises(IntegrityError, match=r"timings\.json: "):
@@ -469,7 +469,7 @@ def test_a_run_without_artifacts_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_gallery_that_does_not_fit_its_captions_is_refused(tmp_path: Path, steps: list[str], message: str) -> None:
-    """Pictures under a wrong prompt, or beside one of another seed, would be worse than no report."""
+    """Images under a wrong prompt, or beside one of another seed, would be worse than no report."""
 
     def shift(files: dict[str, Any]) -> None:
         for step in steps:
@@ -483,7 +483,7 @@ def test_charts_of_many_numbers_are_drawn_of_some(tmp_path: Path) -> None:
     """A run's artifacts may be somebody else's: what no chart can show takes no minutes to draw. The last point of a
     curve stays."""
     rows = [
-        {"method": f"m{number}", "strength": 1.0, "candidates": 1, "nfe": number + 1, "reward": "shapes_verifier"}
+        {"method": f"m{number}", "strength": 1.0, "particles": 1, "nfe": number + 1, "reward": "shapes_verifier"}
         | interval(0.5, 0.1)
         for number in range(1000)
     ]

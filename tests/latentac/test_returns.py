@@ -37,10 +37,10 @@ def test_without_discount_the_return_is_the_reward():
 def test_group_advantages_compare_within_a_prompt():
     """Each group is centred and scaled by itself; a group without spread teaches nothing; a group of one is refused."""
     rewards = torch.tensor([[1.0, 2.0], [3.0, 2.0], [10.0, 4.0], [30.0, 3.0], [5.0, 0.1], [5.0, 0.1]])
-    advantages, told = group_advantages(rewards, 2)
+    advantages, found = group_advantages(rewards, 2)
     expected = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [-1.0, 1.0], [1.0, -1.0], [0.0, 0.0], [0.0, 0.0]])
     torch.testing.assert_close(advantages, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(told, expected != 0)
+    assert torch.equal(found, expected != 0)
     with pytest.raises(ValueError, match="at least 2"):
         group_advantages(rewards, 1)
 

@@ -25,7 +25,7 @@ from latentac.worlds.shapes import builtin_pipeline
 from tests.latentac.trainers import CPU, PAIRS, PROMPTS, SHIPPED, make_config, make_trainer, shipped
 
 
-def gradient(trainer: Any) -> Tensor:
+def gradient_of(trainer: Any) -> Tensor:
     """The policy's gradient of the first update, flat."""
     blocks, *_ = trainer._credit([trainer._roll_out(index) for index in range(2)])
     trainer.policy_learner._gradients(blocks, 0, 0)
@@ -45,9 +45,9 @@ def test_rows_per_forward_change_the_gradient_by_rounding_only(name, adaptation)
     the penalty towards the base."""
     sections: dict[str, Any] = {"algorithm": {"value_guidance": 2.0, "prediction_kl": 0.1}}
     sections["policy"] = {"adaptation": adaptation}
-    whole = gradient(make_trainer(name, **sections))
+    whole = gradient_of(make_trainer(name, **sections))
     for rows in (1, 3):
-        close(gradient(make_trainer(name, train={"micro_images": rows}, **sections)), whole, 1e-4)
+        close(gradient_of(make_trainer(name, train={"micro_images": rows}, **sections)), whole, 1e-4)
 
 
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
@@ -57,7 +57,7 @@ def test_gradient_checkpointing_changes_nothing(name, adaptation):
     plain = make_trainer(name, **sections)
     saving = make_trainer(name, **sections)
     saving.policy.backbone.module.enable_gradient_checkpointing()
-    close(gradient(saving), gradient(plain), 1e-6)
+    close(gradient_of(saving), gradient_of(plain), 1e-6)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -91,7 +91,9 @@ def test_a_rollout_in_parts_is_the_whole_one(name):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_first_ratio_is_bitwise_1_with_the_same_rows(name, adaptation, precision):
     """In each precision, also in later iterations, when the weights are no longer those of the folder."""
-    backbone = load_backbone(Extension(use=name, precision=precision), builtin_pipeline(f"shapes-{name}"), CPU)
+    backbone = load_backbone(
+        Extension.model_validate({"use": name, "precision": precision}), builtin_pipeline(f"shapes-{name}"), CPU
+    )
     sections: dict[str, Any] = {"policy": {"adaptation": adaptation, "warmup_updates": 0, "learning_rate": 1e-4}}
     train = {"micro_images": 2, "guard": {"max_kl": 1e3, "max_clip_share": 1.0}}
     trainer = make_trainer(name, backbone=backbone, train=train, **sections)
@@ -107,6 +109,7 @@ class Small:
 
     def __init__(self, backbone: Any, most: int) -> None:
         self._backbone, self.most = backbone, most
+        self.latent_shape = backbone.latent_shape
         self.asked: list[int] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -121,10 +124,10 @@ class Small:
 
 def test_memory_that_runs_out_halves_the_rows_once(caplog):
     """Training goes on, the limit is kept, and the gradient is that of the whole batch."""
-    whole = gradient(make_trainer(train={"micro_images": 4}))
+    whole = gradient_of(make_trainer(train={"micro_images": 4}))
     small = Small(shipped("unet").clone(), 1)
     trainer = make_trainer(backbone=small, train={"micro_images": 4})
-    close(gradient(trainer), whole, 1e-4)
+    close(gradient_of(trainer), whole, 1e-4)
     assert trainer.policy.rows.limit == 1
     assert "rows per forward pass do not fit into memory: from now on 1" in caplog.text
     small.asked.clear()
@@ -166,7 +169,9 @@ def test_masters_keep_what_bfloat16_would_round_away():
         for _ in range(2):  # two micro-batches, whose gradients add up
             (module(torch.ones(1, 4, dtype=torch.bfloat16)).sum() / 2).backward()
         assert module.weight.grad is None
-        assert torch.equal(masters.tensors["weight"].grad, torch.ones(1, 4))
+        gradient = masters.tensors["weight"].grad
+        assert gradient is not None
+        assert torch.equal(gradient, torch.ones(1, 4))
         optimizer.step()
         masters.publish()
     torch.testing.assert_close(masters.tensors["weight"].detach(), torch.full((1, 4), 0.99))
@@ -179,7 +184,9 @@ def test_gradients_of_micro_batches_add_up_in_float32():
     masters = MasterWeights(module)
     for value in (1.0, 2.0**-9):
         module(torch.full((1, 1), value, dtype=torch.bfloat16)).backward()
-    assert float(masters.tensors["weight"].grad) == 1 + 2.0**-9
+    gradient = masters.tensors["weight"].grad
+    assert gradient is not None
+    assert float(gradient) == 1 + 2.0**-9
 
 
 def test_a_float32_weight_is_its_own_master():
@@ -191,7 +198,9 @@ def test_a_float32_weight_is_its_own_master():
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_is_saved_in_bfloat16_training_are_the_masters(name, tmp_path):
     """In float32, so that a small step is in the files though the network rounds it away."""
-    backbone = load_backbone(Extension(use=name, precision="bfloat16"), builtin_pipeline(f"shapes-{name}"), CPU)
+    backbone = load_backbone(
+        Extension.model_validate({"use": name, "precision": "bfloat16"}), builtin_pipeline(f"shapes-{name}"), CPU
+    )
     backbone.adapt(PolicySettings())
     masters = MasterWeights(backbone.module)
     key = max(masters.tensors, key=lambda each: masters.tensors[each].numel())
@@ -199,27 +208,19 @@ def test_what_is_saved_in_bfloat16_training_are_the_masters(name, tmp_path):
         masters.tensors[key].mul_(1 + 2.0**-12)
     masters.publish()
     backbone.save(tmp_path / "saved")
-    whole = load_backbone(Extension(use=name, precision="float32"), tmp_path / "saved", CPU)
+    whole = load_backbone(Extension.model_validate({"use": name, "precision": "float32"}), tmp_path / "saved", CPU)
     assert torch.equal(dict(whole.module.named_parameters())[key], masters.tensors[key])
-
-
-class Tiled(nn.Module):
-    """A mean with a weight of its own in each of D dimensions."""
-
-    def __init__(self, weights: Tensor) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(weights)
 
 
 def moved(weights: Tensor, noise: Tensor, eps: float) -> Tensor:
     """The steps of ten updates that make `noise` more likely, by log-probabilities averaged over dimensions."""
-    module = Tiled(weights.clone())
-    optimizer = torch.optim.AdamW(module.parameters(), 1e-3, (0.9, 0.95), eps=eps, weight_decay=0.0)
+    own = nn.Parameter(weights.clone())  # one per dimension
+    optimizer = torch.optim.AdamW([own], 1e-3, (0.9, 0.95), eps=eps, weight_decay=0.0)
     for _ in range(10):
         optimizer.zero_grad()
-        (-(noise * module.weights).mean() * 1e-6).backward()
+        (-(noise * own).mean() * 1e-6).backward()
         optimizer.step()
-    return module.weights.detach() - weights
+    return own.detach() - weights
 
 
 def test_adam_moves_as_far_in_a_hundred_times_the_dimensions():

@@ -21,7 +21,7 @@ from latentac.runs.housekeeping import listing as runs
 from latentac.runs.housekeeping.clearing import plan_delete, plan_prune, remove
 from latentac.runs.housekeeping.listing import Run, list_runs
 from latentac.runs.housekeeping.table import size, table
-from latentac.runs.verbs import VERBS
+from latentac.runs.steps import FUNCTIONS
 from latentac.store import Manifest, Store, open_store
 from latentac.system.errors import ConfigError, IntegrityError, ResourceError, StoreError
 from latentac.system.lifetime import run_lock
@@ -38,7 +38,7 @@ class Place:
         self.output, self.url, self.store = output, url, open_store(url or f"file://{output}/store")
 
     def run(
-        self, name: str, steps: Sequence[str] = tuple(VERBS), decision: str = "promote", against: str | None = None
+        self, name: str, steps: Sequence[str] = tuple(FUNCTIONS), decision: str = "promote", against: str | None = None
     ) -> str:
         """A run that has published these steps; the version of its model."""
         (self.output / name).mkdir(parents=True)

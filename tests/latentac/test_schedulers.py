@@ -230,7 +230,7 @@ def test_velocity_is_read_as_the_flows_own_scheduler_reads_it(tmp_path, name):
 
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
 def test_dynamic_shifting_is_diffusers_own(tmp_path, kind):
-    """The levels that the pipeline of the folder draws at, for the size of its pictures."""
+    """The levels that the pipeline of the folder draws at, for the size of its images."""
     settings: dict[str, Any] = {
         "use_dynamic_shifting": True,
         "time_shift_type": kind,

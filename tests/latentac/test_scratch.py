@@ -156,9 +156,9 @@ def test_a_file_is_written_whole_or_not_at_all(tiny: Path) -> None:
         write_whole(tiny / "report.html", "x" * 2**20)
     assert {path.name: path.read_text() for path in tiny.iterdir()} == {"report.html": "before"}
     write_whole(tiny / "report.html", "after é")
-    write_whole(tiny / "picture.png", b"\x89PNG")
+    write_whole(tiny / "image.png", b"\x89PNG")
     assert (tiny / "report.html").read_text(encoding="utf-8") == "after é"
-    assert sorted(path.name for path in tiny.iterdir()) == ["picture.png", "report.html"]
+    assert sorted(path.name for path in tiny.iterdir()) == ["image.png", "report.html"]
 
 
 def test_what_stands_in_for_the_file_meanwhile_is_no_link(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_an_unknown_id_is_refused_with_the_remedy(cache):
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    """Stable Diffusion 3's repository in small: T5, single files, variants, other formats, pictures."""
+    """Stable Diffusion 3's repository in small: T5, single files, variants, other formats, images."""
     folder = miniatures.sd3(tmp_path_factory.mktemp("hub") / "repository")
     miniatures.sd3(folder, variant="fp16", sharded=True)
     shutil.copytree(folder / "text_encoder", folder / "text_encoder_3")

@@ -202,10 +202,10 @@ def test_the_second_divergence_ends_a_run_and_the_checkpoint_is_kept(tmp_path: P
     stumble(monkeypatch, 14, 19)
     settings = ["train.num_iterations=4", "train.checkpoint_every=2"]
     space = prepared(tmp_path, STUMBLING, *settings)
-    code, told = train_here(tmp_path, monkeypatch)
+    code, found = train_here(tmp_path, monkeypatch)
     assert code == 7
-    assert json.loads(told)["kind"] == "Diverged"
-    assert json.loads(told)["where"] == "iteration 4, update 1"
+    assert json.loads(found)["kind"] == "Diverged"
+    assert json.loads(found)["where"] == "iteration 4, update 1"
     assert space.store.read_json(f"checkpoints/{space.run}/LATEST")["key"].endswith("000002")
     assert Stumbling.calls == 20
     stumble(monkeypatch)

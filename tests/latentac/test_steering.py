@@ -38,7 +38,7 @@ from tests.latentac.worlds import (
     affine_steps,
 )
 
-CANDIDATES = 8
+PARTICLES = 8
 
 
 DDIM = KERNELS.build("ddim", noise=1.0)
@@ -50,11 +50,11 @@ def whole(**settings) -> dict[str, Any]:
     return {"start": 0.0, "stop": 1.0, **settings}
 
 
-def build(name: str, weights: Tensor, candidates: int = 1, settings: Mapping[str, Any] | None = None) -> Steering:
+def build(name: str, weights: Tensor, particles: int = 1, settings: Mapping[str, Any] | None = None) -> Steering:
     """The method with those of the settings that it has."""
     known = STEERING.load(name).Settings.model_fields
     own = {field: value for field, value in (settings or {}).items() if field in known}
-    made: Steering = STEERING.build(name, weights, candidates, **own)
+    made: Steering = STEERING.build(name, weights, particles, **own)
     return made
 
 
@@ -64,14 +64,14 @@ def world(kernel):
     return policy, AnalyticCritic(policy.backbone, kernel)
 
 
-def told_to(told: list[Tensor]) -> SteeringRun:
+def told_to(found: list[Tensor]) -> SteeringRun:
     """It steers nothing and collects each step's values."""
-    return SteeringRun(callback=lambda _, values: told.append(values))
+    return SteeringRun(callback=lambda _, values: found.append(values))
 
 
 def sample(policy, critic, steering, images: int, seed: int = 0, callback=None):
     """One steered trajectory an image."""
-    noise = torch.randn(images, steering.candidates, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(images, steering.particles, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(seed))
     uniforms = torch.rand(images, STEPS, generator=torch.Generator().manual_seed(seed + 1))
     prompts = [""] * images
     conditioning = policy.backbone.encode(prompts)
@@ -95,13 +95,13 @@ def test_each_method_raises_the_reward_and_the_other_sign_lowers_it(name, kernel
 
 
 @pytest.mark.parametrize("kernel", NOISY, ids=repr)
-@pytest.mark.parametrize("candidates", [1, 4])
+@pytest.mark.parametrize("particles", [1, 4])
 @pytest.mark.parametrize("name", STEERING)
-def test_strength_0_is_bitwise_the_plain_rollout(name, kernel, candidates):
-    """Weights of 0 ask for nothing: the first candidate goes its own way, bit for bit, and is the one that is kept."""
+def test_strength_0_is_bitwise_the_plain_rollout(name, kernel, particles):
+    """Weights of 0 ask for nothing: the first particle goes its own way, bit for bit, and is the one that is kept."""
     policy, critic = world(kernel)
-    steering = build(name, torch.zeros(1), candidates, whole())
-    noise = torch.randn(16, candidates, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(3))
+    steering = build(name, torch.zeros(1), particles, whole())
+    noise = torch.randn(16, particles, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(3))
     prompts = [""] * 16
     conditioning = policy.backbone.encode(prompts)
     steered = steered_rollout(policy, critic, conditioning, noise, SteeringRun(steering, torch.full((16, STEPS), 0.5)))
@@ -133,7 +133,7 @@ def test_strength_0_is_bitwise_the_plain_rollout_with_guidance(name, backbone):
 @pytest.mark.parametrize("kernel", [DDIM, CPS], ids=repr)
 @pytest.mark.parametrize("name", STEERING)
 def test_each_image_may_have_weights_of_its_own(name, kernel):
-    """A row of weights is one image's, shared by its candidates: image by image, bitwise the batch in which all have
+    """A row of weights is one image's, shared by its particles: image by image, bitwise the batch in which all have
     that image's weights; and a row for each is as one for all where they are equal."""
     policy, critic = world(kernel)
     rows = torch.tensor([[3.0], [0.0], [-2.0], [30.0]])
@@ -149,50 +149,50 @@ def test_each_image_may_have_weights_of_its_own(name, kernel):
 
 @pytest.mark.parametrize("name", STEERING)
 def test_an_observer_is_told_each_steps_values(name):
-    """All candidates' values, in the reward's own unit and cut off from any graph, before some go on from others; the
+    """All particles' values, in the reward's own unit and cut off from any graph, before some go on from others; the
     one that is kept has them in its trajectory."""
     policy, critic = world(DDIM)
-    told: list[tuple[int, Tensor]] = []
+    reported: list[tuple[int, Tensor]] = []
     trajectory = sample(
-        policy, critic, build(name, torch.tensor([4.0]), 4), 3, callback=lambda *args: told.append(args)
+        policy, critic, build(name, torch.tensor([4.0]), 4), 3, callback=lambda *args: reported.append(args)
     )
-    assert [step for step, _ in told] == list(range(STEPS))
-    assert all(values.shape == (3, 4, 1) and not values.requires_grad for _, values in told)
-    last = told[-1][1][..., 0]
+    assert [step for step, _ in reported] == list(range(STEPS))
+    assert all(values.shape == (3, 4, 1) and not values.requires_grad for _, values in reported)
+    last = reported[-1][1][..., 0]
     assert all(float(trajectory.values[image, -1]) in last[image].tolist() for image in range(3))
 
 
 def test_a_plain_rollout_may_be_observed():
-    """The values are those that it would be told at the end, to float error, and the pictures are the same, bitwise;
+    """The values are those that it would be told at the end, to float error, and the images are the same, bitwise;
     without a critic there are none."""
     policy, critic = world(DDIM)
     noise = torch.randn(5, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(3))
-    told: list[Tensor] = []
+    reported: list[Tensor] = []
     prompts = [""] * 5
     conditioning = policy.backbone.encode(prompts)
     plain = rollout(policy, critic, conditioning, noise)
-    seen = rollout(policy, critic, conditioning, noise, steering=told_to(told))
+    seen = rollout(policy, critic, conditioning, noise, steering=told_to(reported))
     assert torch.equal(seen.latents, plain.latents)
-    assert torch.equal(torch.stack(told, 1)[:, :, :, 0], seen.values)
+    assert torch.equal(torch.stack(reported, 1)[:, :, :, 0], seen.values)
     torch.testing.assert_close(seen.values, plain.values)
-    told.clear()
-    rollout(policy, None, conditioning, noise, steering=told_to(told))
-    assert [values.shape for values in told] == [(5, 1, 0)] * STEPS
+    reported.clear()
+    rollout(policy, None, conditioning, noise, steering=told_to(reported))
+    assert [values.shape for values in reported] == [(5, 1, 0)] * STEPS
 
 
 def test_an_observer_may_end_the_rollout():
     """What it raises comes through, and no further step is done."""
     policy, critic = world(DDIM)
-    told = []
+    reported = []
 
     def callback(step: int, values: Tensor) -> None:
-        told.append(step)
+        reported.append(step)
         if step == 2:
             raise TimeoutError("nobody waits any more")
 
     with pytest.raises(TimeoutError, match="nobody waits"):
         sample(policy, critic, build("svdd", torch.ones(1), 2), 2, callback=callback)
-    assert told == [0, 1, 2]
+    assert reported == [0, 1, 2]
 
 
 OFTEN = 0.999
@@ -202,11 +202,11 @@ OFTEN = 0.999
 class Watched(Resampling):
     """Resampling that lets a test see its particles at the end of the rollout."""
 
-    particles = Particles
+    made_of = Particles
     made: Particles
 
     def begin(self, uniforms: Tensor) -> Guide:
-        self.made = self.particles(self, uniforms)
+        self.made = self.made_of(self, uniforms)
         return self.made
 
 
@@ -215,7 +215,7 @@ class WatchedTwisted(Watched):
         """Those of the method."""
 
     needs_gradient = True
-    particles = TwistedParticles
+    made_of = TwistedParticles
 
 
 def law_at(index: int, backbone: GaussianBackbone, kernel) -> tuple[float, float]:
@@ -253,8 +253,8 @@ def made_settings(make, settings):
 def law_of(steering: Watched, trajectory: Trajectory) -> tuple[Tensor, Tensor, int]:
     """(mass [B, N], state [B, N], step): the particles of the last state that was steered, and what each weighs."""
     particles, last = steering.made, steering.steps(STEPS)[-1]
-    mass = (particles.log_normaliser[:, None] + particles.log_weights).exp() / CANDIDATES
-    return mass, trajectory.latents[:, last].reshape(-1, CANDIDATES), last
+    mass = (particles.log_normaliser[:, None] + particles.log_weights).exp() / PARTICLES
+    return mass, trajectory.latents[:, last].reshape(-1, PARTICLES), last
 
 
 @pytest.mark.parametrize("kernel", NOISY, ids=repr)
@@ -264,8 +264,8 @@ def test_particles_have_the_tilted_law_and_its_normaliser(schedule, make, kernel
     """Weighted, the particles at the last state that is steered have the mean and variance of p(z) exp(V*), and the
     estimate of the normaliser is unbiased; with a good many resamplings on the way, whatever the schedule."""
     policy, critic = world(kernel)
-    steering, images = make(made_settings(make, schedule), torch.ones(1), CANDIDATES), 4000
-    noise = torch.randn(images * CANDIDATES, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(5))
+    steering, images = make(made_settings(make, schedule), torch.ones(1), PARTICLES), 4000
+    noise = torch.randn(images * PARTICLES, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(5))
     uniforms = torch.rand(images, STEPS, generator=torch.Generator().manual_seed(6))
     prompts = [""] * len(noise)
     conditioning = policy.backbone.encode(prompts)
@@ -297,7 +297,7 @@ def test_each_method_raises_the_reward_at_some_of_the_steps_too(name, kernel):
 
 @pytest.mark.parametrize("name", ["value_gradient", "resampling", "twisted", "svdd"])
 def test_outside_its_window_a_method_does_nothing(name):
-    """Before `start` candidates go their own way, bit for bit, and so they do from `stop` on, from where they are."""
+    """Before `start` particles go their own way, bit for bit, and so they do from `stop` on, from where they are."""
     kernel = CPS
     policy, critic = world(kernel)
     steering = build(name, torch.tensor([9.0]), 4, {"start": 0.5, "stop": 0.75, "resample_below": 1.0})
@@ -374,12 +374,12 @@ def test_the_exact_twist_gives_constant_weights(kernel):
             self.made.twists = critic.values
             return self.made
 
-    steering = Exact(made_settings(Exact, whole(resample_below=0.0)), torch.ones(1), CANDIDATES)
-    noise = torch.randn(200 * CANDIDATES, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(5))
+    steering = Exact(made_settings(Exact, whole(resample_below=0.0)), torch.ones(1), PARTICLES)
+    noise = torch.randn(200 * PARTICLES, STEPS + 1, 1, 1, 1, generator=torch.Generator().manual_seed(5))
     prompts, uniforms = [""] * len(noise), torch.full((200, STEPS), 0.5)
     conditioning = policy.backbone.encode(prompts)
     trajectory = rollout(policy, critic, conditioning, noise, steering=SteeringRun(steering, uniforms))
-    first = critic.values[0](trajectory.latents[:, 0].reshape(200, CANDIDATES))
+    first = critic.values[0](trajectory.latents[:, 0].reshape(200, PARTICLES))
     torch.testing.assert_close(steering.made.log_weights, first, atol=2e-3, rtol=1e-3)
 
 
@@ -442,7 +442,7 @@ def test_function_evaluations_count_a_backward_twice():
     assert evaluations(build("svdd", weights, 4, {"stop": 0.7}), 10) == 40
 
 
-def test_many_candidates_without_uniforms_are_refused():
+def test_many_particles_without_uniforms_are_refused():
     """They would be resampled by chance that nobody drew."""
     policy, critic = world(DDIM)
     prompts = [""] * 2
@@ -462,23 +462,23 @@ def test_the_benchmark_steers_each_arm_as_it_says():
         gate={"reward": "Brightness"},
         steering={
             "methods": [
-                {"use": "value_gradient", "sweep": [4.0, 9.0], "candidates": [2], **own},
-                {"use": "best_of_n", "candidates": [2, 4], **own},
-                {"use": "resampling", "name": "strong", "strength": 7.0, "candidates": [2], **own},
-                {"use": "resampling", "name": "weak", "strength": 3.0, "candidates": [2], **own},
+                {"use": "value_gradient", "sweep": [4.0, 9.0], "sweep_particles": [2], **own},
+                {"use": "best_of_n", "sweep_particles": [2, 4], **own},
+                {"use": "resampling", "name": "strong", "strength": 7.0, "sweep_particles": [2], **own},
+                {"use": "resampling", "name": "weak", "strength": 3.0, "sweep_particles": [2], **own},
             ]
         },
     )
     plain, *found = arms(config)
-    assert (plain.method, plain.strength, plain.candidates, plain.steering) == ("none", 0.0, 1, None)
-    assert [(plan.method, plan.strength, plan.candidates) for plan in found] == [
+    assert (plain.method, plain.strength, plain.particles, plain.steering) == ("none", 0.0, 1, None)
+    assert [(plan.method, plan.strength, plan.particles) for plan in found] == [
         *(("value_gradient", 4.0, 1), ("value_gradient", 9.0, 1), ("value_gradient", 20.0, 2)),
         *(("best_of_n", 1.0, 2), ("best_of_n", 1.0, 4), ("strong", 7.0, 2), ("weak", 3.0, 2)),
     ]
     for plan in found:
         steering = plan.steering
         assert steering is not None
-        assert (steering.candidates, list(steering.steps(4))) == (plan.candidates, [0, 1])
+        assert (steering.particles, list(steering.steps(4))) == (plan.particles, [0, 1])
         assert vars(steering)["weights"].tolist() == [2 * plan.strength, 0]
 
 
@@ -499,17 +499,17 @@ def test_the_best_arm_is_by_the_mean_then_by_the_evaluations():
     assert best_steered(rows[:1], "a") is None
 
 
-def painted(policy, prompts, images: int = 3, candidates: int = 4):
-    """Noise, uniforms and prompts for a few pictures of the shipped network."""
-    keys = [(image, candidate) for image in range(images) for candidate in range(candidates)]
-    noise = noise_for(keys, 0, 4, policy.backbone.latent_shape).unflatten(0, (images, candidates))
+def painted(policy, prompts, images: int = 3, particles: int = 4):
+    """Noise, uniforms and prompts for a few images of the shipped network."""
+    keys = [(image, particle) for image in range(images) for particle in range(particles)]
+    noise = noise_for(keys, 0, 4, policy.backbone.latent_shape).unflatten(0, (images, particles))
     return noise, uniforms_for([(image,) for image in range(images)], 0, 4), list(prompts[:images])
 
 
 @pytest.mark.parametrize("backbone", SHIPPED)
 def test_the_true_reward_may_steer_and_choose(backbone):
-    """In a critic's place it values each state by the picture that the denoiser guesses, so at the last state by the
-    picture itself; as the judge it chooses among the finished pictures, whatever steered them."""
+    """In a critic's place it values each state by the image that the denoiser guesses, so at the last state by the
+    image itself; as the judge it chooses among the finished images, whatever steered them."""
     config = make_config(backbone)
     policy = Policy(shipped(backbone), KERNELS.make(config.kernel))
     noise, uniforms, prompts = painted(policy, PROMPTS)
@@ -521,8 +521,8 @@ def test_the_true_reward_may_steer_and_choose(backbone):
     schedule = whole(resample_below=0.9)
     steering = build("resampling", weights, 4, schedule)
     found = steered_rollout(policy, truth, conditioning, noise, SteeringRun(steering, uniforms))
-    pictures = policy.backbone.decode(found.clean)
-    torch.testing.assert_close(found.values[:, -1, 0], torch.from_numpy(Redness()(pictures, prompts)))
+    images = policy.backbone.decode(found.clean)
+    torch.testing.assert_close(found.values[:, -1, 0], torch.from_numpy(Redness()(images, prompts)))
     plain = build("best_of_n", torch.ones(1), 4)
     best = steered_rollout(policy, scale, conditioning, noise, SteeringRun(plain, uniforms), judge=truth.judge)
     each = [

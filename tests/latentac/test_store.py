@@ -125,8 +125,8 @@ def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 def says(error: LatentacError, *words: str) -> None:
     """The message has all of `words`, and neither it nor its traceback has a secret."""
-    told = str(error)
-    assert [word for word in words if word not in told] == [], told
+    message = str(error)
+    assert [word for word in words if word not in message] == [], message
     secret = os.environ.get("AWS_SECRET_ACCESS_KEY")
     assert secret is None or secret not in "".join(traceback.format_exception(error))
 
@@ -138,14 +138,19 @@ def test_what_was_published_is_fetched(store: Store, artifact: Path, tmp_path: P
     assert store.fetch(KEY, tmp_path / "fetched" / "train") == manifest == store.manifest(KEY)
     assert read(tmp_path / "fetched" / "train") == CONTENT
     assert [entry.name for entry in (tmp_path / "fetched").iterdir()] == ["train"]
-    told = json.loads(manifest.to_json())
-    assert told["parents"] == [{"key": "run-1/prepare", "sha256": sha256(parent.to_json()).hexdigest()}]
-    assert {file["path"]: file["sha256"] for file in told["files"]} == {
+    answer = json.loads(manifest.to_json())
+    assert answer["parents"] == [{"key": "run-1/prepare", "sha256": sha256(parent.to_json()).hexdigest()}]
+    assert {file["path"]: file["sha256"] for file in answer["files"]} == {
         path: sha256(data).hexdigest() for path, data in CONTENT.items()
     }
-    assert (told["run"], told["step"], told["config_hash"], told["commit"]) == ("run-1", "train", "c0ffee", commit())
-    assert told["metrics"] == {"reward": 0.5, "curve": [0, 1]}
-    assert datetime.fromisoformat(told["created"]).utcoffset() == timedelta(0)
+    assert tuple(answer[key] for key in ("run", "step", "config_hash", "commit")) == (
+        "run-1",
+        "train",
+        "c0ffee",
+        commit(),
+    )
+    assert answer["metrics"] == {"reward": 0.5, "curve": [0, 1]}
+    assert datetime.fromisoformat(answer["created"]).utcoffset() == timedelta(0)
 
 
 def test_the_digest_is_the_sha256_of_what_lies_in_the_store(store: Store, url: str, artifact: Path) -> None:
@@ -841,7 +846,7 @@ def _certificate(folder: Path) -> Path:
     return write(folder, {"public.crt": certificate.public_bytes(serialization.Encoding.PEM), "private.key": private})
 
 
-def _told(code: str) -> bytes:
+def _refusal(code: str) -> bytes:
     return f"<Error><Code>{code}</Code><Message>so it is.</Message></Error>".encode()
 
 
@@ -885,9 +890,9 @@ def _answering(
         (502, "text/html", b"<html>bad gateway</html>", StoreUnavailable),
         (501, "text/html", b"<html>what is that</html>", StoreError),
         (511, "text/html", b"<html>log in to this network</html>", StoreAccessError),
-        (507, "application/xml", _told("XMinioStorageFull"), ResourceError),
-        (400, "application/xml", _told("AuthorizationHeaderMalformed"), StoreAccessError),
-        (400, "application/xml", _told("InvalidArgument"), StoreError),
+        (507, "application/xml", _refusal("XMinioStorageFull"), ResourceError),
+        (400, "application/xml", _refusal("AuthorizationHeaderMalformed"), StoreAccessError),
+        (400, "application/xml", _refusal("InvalidArgument"), StoreError),
         (400, "application/xml", b"<Error><Code>cut", StoreAccessError),
     ],
 )
@@ -931,7 +936,7 @@ def test_an_error_that_waiting_does_not_mend_is_told_at_once(
     monkeypatch: pytest.MonkeyPatch, status: int, code: str, expected: type[LatentacError], word: str
 ) -> None:
     """Its kind decides about exit code and remedy: credentials, clock, rights, region, what the store cannot do."""
-    with _answering(monkeypatch, status, "application/xml", _told(code)) as (_, asked):
+    with _answering(monkeypatch, status, "application/xml", _refusal(code)) as (_, asked):
         with pytest.raises(expected) as caught:
             open_store("s3://bucket/x", HASTY).keys()
         assert len(asked) == 1
@@ -947,7 +952,7 @@ def test_an_error_that_waiting_does_not_mend_is_told_at_once(
 )  # fmt: skip
 def test_an_error_that_may_pass_is_waited_for(monkeypatch: pytest.MonkeyPatch, status: int, code: str) -> None:
     """The request is repeated as often as patience says, then it is exit code 75: try again later."""
-    with _answering(monkeypatch, status, "application/xml", _told(code)) as (_, asked):
+    with _answering(monkeypatch, status, "application/xml", _refusal(code)) as (_, asked):
         with pytest.raises(StoreUnavailable) as caught:
             open_store("s3://bucket/x", HASTY).keys()
         assert len(asked) == HASTY.retries + 1
@@ -956,7 +961,7 @@ def test_an_error_that_may_pass_is_waited_for(monkeypatch: pytest.MonkeyPatch, s
 
 def test_white_space_around_what_the_environment_says_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """`kubectl create secret --from-file` and editors leave a line break, a carriage return, spaces, a BOM."""
-    with _answering(monkeypatch, 403, "application/xml", _told("AccessDenied")) as (_, asked):
+    with _answering(monkeypatch, 403, "application/xml", _refusal("AccessDenied")) as (_, asked):
         monkeypatch.setenv("AWS_REGION", "us-east-1")
         monkeypatch.setenv("AWS_SESSION_TOKEN", "token")
         clean = access.read()
@@ -1018,7 +1023,7 @@ def test_the_region_is_what_amazons_tools_take(
         monkeypatch.delenv(name, raising=False)
     for name, value in regions.items():
         monkeypatch.setenv(name, value)
-    with _answering(monkeypatch, 403, "application/xml", _told("AccessDenied")) as (_, asked):
+    with _answering(monkeypatch, 403, "application/xml", _refusal("AccessDenied")) as (_, asked):
         store = open_store("s3://bucket/x", HASTY)
         with pytest.raises(StoreAccessError):
             store.keys()

@@ -103,8 +103,8 @@ def says(status: int, body: bytes = b"", **headers: str) -> Answer:
 
 def page(*items: str, more: str = "") -> bytes:
     """A page of a listing; more: the token of the next one."""
-    told = f"<IsTruncated>true</IsTruncated><NextContinuationToken>{more}</NextContinuationToken>" if more else ""
-    return f'<ListBucketResult xmlns="{SPACE}"><Name>b</Name>{told}{"".join(items)}</ListBucketResult>'.encode()
+    found = f"<IsTruncated>true</IsTruncated><NextContinuationToken>{more}</NextContinuationToken>" if more else ""
+    return f'<ListBucketResult xmlns="{SPACE}"><Name>b</Name>{found}{"".join(items)}</ListBucketResult>'.encode()
 
 
 def item(key: str = "a/manifest.json", size: str = "1", changed: str = "2026-01-01T00:00:00.000Z") -> str:

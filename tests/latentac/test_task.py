@@ -1,4 +1,4 @@
-"""A verb as a pipeline task, in a process of its own: what it leaves behind when it ends well and when it does not."""
+"""A step as a pipeline task, in a process of its own: what it leaves behind when it ends well and when it does not."""
 
 import json
 import os

@@ -108,10 +108,10 @@ def test_no_door_lets_it_through(tmp_path: Path, arguments: list[str], code: int
         capture_output=True,
         check=False,
     )
-    told = (done.stdout + done.stderr).decode(encoding)
-    assert done.returncode == code, told
-    assert "Traceback" not in told
-    assert not STEERING.search(told)
+    output = (done.stdout + done.stderr).decode(encoding)
+    assert done.returncode == code, output
+    assert "Traceback" not in output
+    assert not STEERING.search(output)
     assert not any(tmp_path.iterdir())
 
 
@@ -124,6 +124,6 @@ def test_a_tracebacks_text_is_guarded_too() -> None:
         f"raise ValueError({HOSTILE!r})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    told = done.stderr.decode()
-    assert told.count("\\x1b[2J") >= 3
-    assert not STEERING.search(told)
+    output = done.stderr.decode()
+    assert output.count("\\x1b[2J") >= 3
+    assert not STEERING.search(output)

@@ -23,16 +23,16 @@ from latentac.training.algorithms import ALGORITHMS
 from latentac.training.algorithms.grpo import GRPO
 from latentac.training.algorithms.ppo import PPO
 from latentac.worlds.shapes.captions import parse_caption
-from latentac.worlds.shapes.scenes import sample_pictures
+from latentac.worlds.shapes.scenes import sample_images
 
 HERE = "tests.latentac.test_testing"
 
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_each_reward_keeps_its_contract(name: str) -> None:
-    """On pictures of the embedded world."""
-    pictures = sample_pictures([parse_caption(prompt) for prompt in testing.PROMPTS], np.random.default_rng(0))
-    testing.check_reward(name, images=pictures)
+    """On images of the embedded world."""
+    images = sample_images([parse_caption(prompt) for prompt in testing.PROMPTS], np.random.default_rng(0))
+    testing.check_reward(name, images=images)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -150,8 +150,8 @@ class Loud(UNetBackbone):
 @pytest.mark.parametrize(
     ("check", "broken", "words"),
     [
-        (testing.check_reward, "Rank", "a picture alone has the reward"),
-        (testing.check_reward, "Moody", "the same pictures have the same rewards"),
+        (testing.check_reward, "Rank", "an image alone has the reward"),
+        (testing.check_reward, "Moody", "the same images have the same rewards"),
         (testing.check_algorithm, "Upside", "a positive advantage raises"),
         (testing.check_algorithm, "Forgetful", "advantages are"),
         (testing.check_steering, "Eager", "weight 0 is bitwise the plain rollout"),

@@ -93,8 +93,8 @@ def test_a_trained_critic_reaches_the_analytic_explained_variance(kernel):
     assert float((trained - analytic).abs().max()) < 0.02, f"trained {trained.tolist()}, analytic {analytic.tolist()}"
 
 
-def test_a_critic_of_forward_noised_pictures_is_the_posterior_mean_of_the_reward():
-    """With fresh noise on scored pictures alone it learns E[R(x0) | x_t], which is a quadratic of x_t here, to 0.04 of
+def test_a_critic_of_forward_noised_images_is_the_posterior_mean_of_the_reward():
+    """With fresh noise on scored images alone it learns E[R(x0) | x_t], which is a quadratic of x_t here, to 0.04 of
     explained variance at each noise level."""
     kernel = KERNELS.build("ddim", noise=1.0)
     policy = Policy(GaussianBackbone(kernel.path), kernel)
@@ -164,7 +164,7 @@ def test_the_values_gradient_is_the_policy_gradient_without_its_noise(kernel):
     stochastic = trajectory.num_stochastic_steps
     assert trajectory.guidance is not None
     guided = trajectory.guidance.known[0]
-    assert bool(guided[: STEPS - 1].all())  # a step that leads to the picture itself has no value behind it
+    assert bool(guided[: STEPS - 1].all())  # a step that leads to the image itself has no value behind it
     assert len(guided) == stochastic
     rewards = REWARD(trajectory.clean.flatten(1))
     advantages, _ = gae(rewards, trajectory.values[:, :stochastic], 1.0, 1.0)
@@ -215,7 +215,7 @@ def test_strength_0_is_bitwise_the_plain_rollout(kernel, method, weight):
     torch.testing.assert_close(plain.values, steered.values)
 
 
-def test_best_of_n_keeps_the_candidate_with_the_highest_value():
+def test_best_of_n_keeps_the_particle_with_the_highest_value():
     """By the weighted sum of the heads at the last state."""
     values = torch.tensor([[[1.0, 0.0], [0.0, 3.0]], [[2.0, 0.0], [0.0, 1.0]]])
     assert STEERING.build("best_of_n", torch.tensor([1.0, 1.0]), 2).select(values).tolist() == [1, 0]

@@ -38,7 +38,7 @@ from tests.faults import faulty
 from tests.latentac.published import EVALUATION
 from tests.latentac.workers import RUN, prepared, train_here
 
-PICTURE = np.zeros((4, 4, 3), np.uint8)
+IMAGE = np.zeros((4, 4, 3), np.uint8)
 OWN = "tests.latentac.test_tracking:Notebook"
 HERE: list[tuple[Any, ...]] = []
 
@@ -55,7 +55,7 @@ class Notebook:
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         HERE.append(("log", step, next(iter(scalars))))
 
-    def image(self, name: str, step: int, picture: np.ndarray) -> None:
+    def image(self, name: str, step: int, image: np.ndarray) -> None:
         HERE.append(("image", name, step))
 
     def finish(self) -> None:
@@ -86,7 +86,7 @@ def entry(iteration: int) -> dict[str, Any]:
 
 
 def written(folder: Path) -> Counter[tuple[str, int]]:
-    """How often each number and picture is in the files, as a reader without TensorBoard's rules finds it."""
+    """How often each number and image is in the files, as a reader without TensorBoard's rules finds it."""
     found: Counter[tuple[str, int]] = Counter()
     for path in folder.glob("events.out.tfevents.*"):
         for event in LegacyEventFileLoader(str(path)).Load():
@@ -99,13 +99,13 @@ def write(folder: Path, iterations: range, kept: int) -> TensorBoard:
     board = TensorBoard(folder, until(kept))
     for iteration in iterations:
         board.log(iteration, of_iteration(entry(iteration)))
-        board.image("rollouts", iteration, PICTURE)
+        board.image("rollouts", iteration, IMAGE)
     board.flush()
     return board
 
 
 def test_a_resumed_run_is_in_the_folder_once(tmp_path: Path) -> None:
-    """Killed after iteration 5 with a checkpoint of 3, and again: each number and picture is there once, 1 to 6."""
+    """Killed after iteration 5 with a checkpoint of 3, and again: each number and image is there once, 1 to 6."""
     write(tmp_path, range(1, 6), 0)
     assert write(tmp_path, range(4, 6), 3).rewritten
     assert write(tmp_path, range(5, 7), 4).rewritten
@@ -226,7 +226,7 @@ def test_hyperparameters_are_what_differs_from_the_defaults_without_secrets() ->
 
 @pytest.mark.parametrize("uri", ["mlruns", "sqlite:///mlflow.db"])
 def test_mlflow_gets_a_run_once(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real MLflow, a store of files or of SQLite: parameters, metrics, pictures; the resumed run goes on in the
+    """The real MLflow, a store of files or of SQLite: parameters, metrics, images; the resumed run goes on in the
     same one, although it is resumed from another folder."""
     pytest.importorskip("mlflow")
     from mlflow import MlflowClient
@@ -240,7 +240,7 @@ def test_mlflow_gets_a_run_once(uri: str, tmp_path: Path, monkeypatch: pytest.Mo
         with tracking(trackers, "run", hyperparameters(settings)):
             for iteration in iterations:
                 trackers[0].log(iteration, of_iteration(entry(iteration)))
-                trackers[0].image("rollouts", iteration, PICTURE)
+                trackers[0].image("rollouts", iteration, IMAGE)
         assert list(Path().iterdir()) == []
     trackers = make_trackers(settings, tmp_path / "run")
     with tracking(trackers, "run", hyperparameters(settings)):
@@ -259,7 +259,7 @@ def test_mlflow_gets_a_run_once(uri: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert len([path for path in (tmp_path / "mlruns").rglob("*.png") if "rollouts" in path.name]) == 4
 
 
-def test_mlflow_sends_no_pictures_where_none_are_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_sends_no_images_where_none_are_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`images: false`; and an experiment that is not named is that of MLflow's own variable."""
     pytest.importorskip("mlflow")
     from mlflow import MlflowClient
@@ -271,7 +271,7 @@ def test_mlflow_sends_no_pictures_where_none_are_wanted(tmp_path: Path, monkeypa
     trackers = make_trackers(settings, tmp_path / "run")
     with tracking(trackers, "run", hyperparameters(settings)):
         trackers[0].log(1, of_iteration(entry(1)))
-        trackers[0].image("rollouts", 1, PICTURE)
+        trackers[0].image("rollouts", 1, IMAGE)
     client = MlflowClient()
     experiment = client.get_experiment_by_name("of the environment")
     assert experiment is not None
@@ -307,7 +307,7 @@ def test_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with tracking(trackers, "run", hyperparameters(settings)):
         for iteration in (1, 2):
             trackers[0].log(iteration, of_iteration(entry(iteration)))
-            trackers[0].image("rollouts", iteration, PICTURE)
+            trackers[0].image("rollouts", iteration, IMAGE)
         trackers[0].log(2, of_evaluation(EVALUATION, "shapes_verifier"))
 
     records = recorded(tmp_path / "run")
@@ -326,7 +326,7 @@ def test_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_wandb_takes_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entity, group and tags of the configuration, project and mode of wandb's own variables; no pictures."""
+    """Entity, group and tags of the configuration, project and mode of wandb's own variables; no images."""
     pytest.importorskip("wandb")
     for name, value in (("API_KEY", ""), ("ERROR_REPORTING", "false"), ("PROJECT", "theirs"), ("MODE", "offline")):
         monkeypatch.setenv(f"WANDB_{name}", value)
@@ -335,7 +335,7 @@ def test_wandb_takes_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     trackers = make_trackers(settings, tmp_path / "run")
     with tracking(trackers, "run", hyperparameters(settings)):
         trackers[0].log(1, of_iteration(entry(1)))
-        trackers[0].image("rollouts", 1, PICTURE)
+        trackers[0].image("rollouts", 1, IMAGE)
     (run,) = [record.run for record in recorded(tmp_path / "run") if record.WhichOneof("record_type") == "run"]
     assert (run.entity, run.project, run.run_group, list(run.tags)) == ("team", "theirs", "sweep", ["a", "b"])
     assert list((tmp_path / "run" / "wandb").rglob("rollouts*.png")) == []
@@ -422,7 +422,7 @@ def test_what_a_tracker_cannot_take_fills_no_memory(
 ) -> None:
     """A training may last for days, and a tracker may hang or have failed on its first one."""
     monkeypatch.setattr("latentac.runs.reporting.tracking._MOST_CALLS", 10)
-    release, told = threading.Event(), []
+    release, reported = threading.Event(), []
 
     class Slow(Notebook):
         def __init__(self) -> None:
@@ -430,7 +430,7 @@ def test_what_a_tracker_cannot_take_fills_no_memory(
 
         def log(self, step: int, scalars: Mapping[str, float]) -> None:
             release.wait(30)
-            told.append(step)
+            reported.append(step)
 
     slow, failed = Background("wandb", Slow, patience=5), Background("mlflow", lambda: Notebook(None), patience=5)  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING, "latentac"):
@@ -442,8 +442,8 @@ def test_what_a_tracker_cannot_take_fills_no_memory(
                 failed.log(step, {"a": 1})
             assert failed._calls.qsize() <= 10
             release.set()
-        assert told == sorted(set(told))
-        assert 9 <= len(told) <= 12
+        assert reported == sorted(set(reported))
+        assert 9 <= len(reported) <= 12
     assert caplog.text.count("wandb is too slow") == 1
 
 

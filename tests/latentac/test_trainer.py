@@ -45,7 +45,7 @@ EVERYTHING: dict[str, Any] = {
 
 
 class Broken(Brightness):
-    """NaN for the second picture."""
+    """NaN for the second image."""
 
     name = "broken"
 
@@ -73,7 +73,7 @@ def test_the_first_ratio_of_an_iteration_is_exactly_1(name, adaptation):
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
 def test_a_resumed_run_ends_bitwise_as_an_unbroken_one(name, adaptation, tmp_path):
     """Two iterations equal one, a fresh trainer that reads the checkpoint of it, and one more: actor, its average, the
-    best so far, critic, both optimizers, and the pictures that are remembered."""
+    best so far, critic, both optimizers, and the images that are remembered."""
     sections = with_adaptation(adaptation)
     whole = make_trainer(name, **sections)
     whole.iterate()
@@ -260,7 +260,7 @@ def test_guidance_leads_uphill_on_the_critic(name):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_actor_learns_a_smooth_reward(name):
-    """Six iterations on brightness raise that of the very pictures, prompts and noise, that it began with, so the
+    """Six iterations on brightness raise that of the very images, prompts and noise, that it began with, so the
     sign of everything is right."""
     anything_goes = {"guard": {"max_kl": 1e3, "max_clip_share": 1.0}}
     trainer = make_trainer(
@@ -279,7 +279,7 @@ def test_a_nan_reward_is_refused_by_name():
     """The message names the reward, what it gave and for which prompt, and nothing was updated."""
     trainer = make_trainer(scorers=[configured(Broken())])
     before = snapshot(trainer)
-    with pytest.raises(RewardError, match=r"reward broken, prompt '.+': returned nan \(1 of 2 pictures\)"):
+    with pytest.raises(RewardError, match=r"reward broken, prompt '.+': returned nan \(1 of 2 images\)"):
         trainer.iterate()
     assert same(before, snapshot(trainer))
 

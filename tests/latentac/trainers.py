@@ -19,7 +19,8 @@ from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import configured_policy
 from latentac.training.algorithms import ALGORITHMS, Algorithm
 from latentac.training.distributed import Mesh
-from latentac.training.trainer import Block, CreditedBlock, Trainer
+from latentac.training.policy_learning import Block, CreditedBlock
+from latentac.training.trainer import Trainer
 from latentac.training.value_pretraining import new_critic
 from latentac.worlds.prompts import Prompt, load_prompts
 from latentac.worlds.shapes import PIPELINES, builtin_pipeline

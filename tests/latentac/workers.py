@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from latentac.runs.verbs import prepare, pretrain_value
+from latentac.runs.steps import prepare, pretrain_value
 from latentac.runs.workers.worker import main
 from latentac.runs.workspace import Workspace, open_run
 
@@ -23,7 +23,7 @@ SMALL = [
     "pretrain={num_images: 8, num_held_out_images: 8, num_passes: 1, minibatch_states: 8}",
     "train={num_iterations: 2, images_per_iteration: 4, block_images: 2, updates_per_iteration: 2, num_workers: 1}",
     "backbone.device=cpu",
-    "rewards=[{use: jpeg_compressibility}]",  # never the same for two pictures, so there is always something to learn
+    "rewards=[{use: jpeg_compressibility}]",  # never the same for two images, so there is always something to learn
     "gate.reward=jpeg_compressibility",
 ]
 

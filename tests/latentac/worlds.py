@@ -62,11 +62,11 @@ class GaussianBackbone:
         taps = {"state": torch.cat([latents, latents**2, frame, -frame], 1)}
         return diffusion.Prediction(clean, (latents - alpha * clean) / level), taps
 
-    def pictures(self, latents: Tensor) -> Tensor:
+    def images(self, latents: Tensor) -> Tensor:
         return latents.sigmoid().expand(-1, 3, -1, -1)
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        return to_arrays(self.pictures, latents)
+        return to_arrays(self.images, latents)
 
     def clone(self) -> Self:
         return type(self)(self.path)

@@ -199,11 +199,11 @@ def test_a_failure_is_told_with_the_reason_of_the_step(kfp: Kfp, capsys: pytest.
     }
     assert submit("--follow") == 9
 
-    told = capsys.readouterr()
-    lines = told.out.splitlines()
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
     assert "[3/8] train failed in 7 s" in lines
     assert lines.index("      train: OOMKilled (exit code 137)") < lines.index("      train: child 'b' failed")
-    assert "run run-1: failed; the reasons are above. Submit it again with the same --run" in told.err
+    assert "run run-1: failed; the reasons are above. Submit it again with the same --run" in output.err
 
 
 def test_a_run_that_waits_for_ever_is_given_up(kfp: Kfp, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,10 +233,10 @@ def test_a_cancelled_run_is_told_from_a_failed_one(kfp: Kfp, capsys: pytest.Capt
 
     assert pipeline("cancel", "run-1") == 0
     assert pipeline("follow", "run-1", *QUICK) == 9
-    told = capsys.readouterr()
-    assert "run run-1: CANCELED" in told.out
-    assert "[8/8] finish done" in told.out
-    assert "was cancelled" in told.err
+    output = capsys.readouterr()
+    assert "run run-1: CANCELED" in output.out
+    assert "[8/8] finish done" in output.out
+    assert "was cancelled" in output.err
     assert pipeline("cancel", "run-1") == 0
     assert "already" in capsys.readouterr().out
     assert kfp.requests.count("POST /apis/v2beta1/runs/run-1:terminate") == 1
@@ -317,8 +317,8 @@ def test_a_token_comes_from_the_environment_and_is_never_shown(
     assert pipeline("runs") == 0
     monkeypatch.setenv("LATENTAC_KFP_TOKEN", "wrong-and-secret")
     assert pipeline("runs") == 9
-    told = capsys.readouterr()
-    assert "secret" not in told.out + told.err
+    output = capsys.readouterr()
+    assert "secret" not in output.out + output.err
 
 
 def test_a_token_with_a_line_break_is_a_token(
@@ -332,9 +332,9 @@ def test_a_token_with_a_line_break_is_a_token(
         monkeypatch.delenv("LATENTAC_KFP_TOKEN", raising=False)
         monkeypatch.setenv(name, "two-and\nsecret")
         assert pipeline("runs") == 2
-        told = capsys.readouterr().err
-        assert f"{name} = '***': has a character that cannot be sent" in told
-        assert "secret" not in told
+        output = capsys.readouterr().err
+        assert f"{name} = '***': has a character that cannot be sent" in output
+        assert "secret" not in output
 
 
 def test_a_token_of_a_pod_is_read_from_its_file(kfp: Kfp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,9 +353,9 @@ def test_a_file_that_holds_no_token_is_told_by_its_variable(
     (tmp_path / "token").write_bytes(content)
     monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
     assert pipeline("runs") == 2
-    told = capsys.readouterr().err
-    assert f"KF_PIPELINES_SA_TOKEN_PATH = '{tmp_path}/token': " in told
-    assert "lines" not in told
+    output = capsys.readouterr().err
+    assert f"KF_PIPELINES_SA_TOKEN_PATH = '{tmp_path}/token': " in output
+    assert "lines" not in output
 
 
 @pytest.mark.parametrize("command", ["follow", "cancel", "report"])
@@ -401,8 +401,8 @@ def test_an_endpoint_of_another_project_is_refused_at_once(
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(settings))
     command = ["submit", "--cluster-settings", str(tmp_path / "cluster.yaml"), "--recipe", "shapes-unet-smoke"]
     assert pipeline(*command) == 2
-    told = "project = 'shapes-unet-smoke': the endpoint latentac of release latentac is that of project mine"
-    assert told in capsys.readouterr().err
+    found = "project = 'shapes-unet-smoke': the endpoint latentac of release latentac is that of project mine"
+    assert found in capsys.readouterr().err
     assert not kfp.runs
     assert pipeline(*command, "--project", "mine") == 0
     (run,) = kfp.runs.values()

@@ -94,7 +94,7 @@ def test_only_a_promotion_is_deployed(pipeline: dict[str, Any]) -> None:
 
 
 def test_no_step_is_cached(pipeline: dict[str, Any]) -> None:
-    """A verb itself knows whether its artifact is there; KFP's cache knows only names."""
+    """A step itself knows whether its artifact is there; KFP's cache knows only names."""
     tasks = {
         **pipeline["root"]["dag"]["tasks"],
         **inner(pipeline),

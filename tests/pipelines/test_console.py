@@ -53,12 +53,12 @@ def test_what_a_step_says_does_not_steer_the_terminal(console: Console) -> None:
 
 
 @pytest.mark.parametrize(
-    "told", ["{", "[" * 100_000, "[]", "{}", '{"task": "x", "event": "end"}', '{"task": [], "event": 1}']
+    "expected", ["{", "[" * 100_000, "[]", "{}", '{"task": "x", "event": "end"}', '{"task": [], "event": 1}']
 )
-def test_a_mark_in_the_words_of_a_step_is_none(console: Console, told: str) -> None:
+def test_a_mark_in_the_words_of_a_step_is_none(console: Console, expected: str) -> None:
     """A prompt may hold it; the line is shown as it is."""
-    console.write(event(event="begin", task="prepare") + f"    drawing {EVENT_MARK}{told}\n")
-    assert shown(console)[-1] == f"      drawing {EVENT_MARK}{told}"
+    console.write(event(event="begin", task="prepare") + f"    drawing {EVENT_MARK}{expected}\n")
+    assert shown(console)[-1] == f"      drawing {EVENT_MARK}{expected}"
     assert console.running == "prepare"
 
 
@@ -83,14 +83,14 @@ def test_what_kfp_says_of_a_failure_is_left_to_the_driver(console: Console) -> N
 def test_timings_add_up_over_the_starts_of_a_run(tmp_path: Path) -> None:
     """A step that failed and was run again took both times; one that was done already keeps its own."""
     timings = tmp_path / "timings.json"
-    timings.write_text(json.dumps({"stages": {"prepare": 2.0, "train": 100.0}, "total": 110.0}))
+    timings.write_text(json.dumps({"steps": {"prepare": 2.0, "train": 100.0}, "total": 110.0}))
     console = Console(STEPS, io.StringIO(), timings)
     console.write(stream("prepare", "", event(event="end", task="prepare", reused=True)))
     console.write(stream("train", "", event(event="end", task="train", reused=False)))
 
     written = json.loads(timings.read_text())
-    assert written["stages"]["prepare"] == 2.0
-    assert 100.0 < written["stages"]["train"] < 101.0
+    assert written["steps"]["prepare"] == 2.0
+    assert 100.0 < written["steps"]["train"] < 101.0
     assert 110.0 < written["total"] < 111.0
     assert next(row.split() for row in console.table()) == ["prepare", "2.0", "s", "done", "already"]
 

@@ -44,7 +44,7 @@ from latentac.config.extensions import Settings
 
 
 class Lightness:
-    """How light a picture is, counted from an origin."""
+    """How light an image is, counted from an origin."""
 
     unit = "grey levels"
 
@@ -73,8 +73,8 @@ rewards: [{use: "mine.rewards:Lightness", name: light, origin: 300.0}]
 kernel: {num_steps: 2}
 pretrain: {num_images: 8, num_held_out_images: 8, num_passes: 1, minibatch_states: 8}
 train: {num_iterations: 1, images_per_iteration: 4, block_images: 2, updates_per_iteration: 1, num_workers: 1}
-evaluation: {num_images: 8, num_gallery_prompts: 2, num_diversity_prompts: 2, pictures_per_prompt: 2}
-steering: {num_images: 8, methods: [{use: "mine.steering:Pick", name: pick, candidates: [2]}]}
+evaluation: {num_images: 8, num_gallery_prompts: 2, num_diversity_prompts: 2, images_per_prompt: 2}
+steering: {num_images: 8, methods: [{use: "mine.steering:Pick", name: pick, sweep_particles: [2]}]}
 gate: {reward: light, min_gain: -1000.0, min_lower_bound: -1000.0}
 """,
 }
@@ -111,14 +111,14 @@ class Watch:
     def alive(self, run: str = "") -> list[str]:
         """Names of our containers that are there now, of one run or of all."""
         with contextlib.closing(self.docker.client()) as client:
-            label = f"latentac.runs.verbs={run}" if run else "latentac.driver"
+            label = f"latentac.run={run}" if run else "latentac.driver"
             found = client.containers.list(all=True, filters={"label": label}, ignore_removed=True)
             return [str(container.name) for container in found]
 
     def end(self, run: str, how: str) -> None:
         """`kill` the run's containers, or `remove` them, so that nobody can ask how they ended."""
         with contextlib.closing(self.docker.client()) as client:
-            for container in client.containers.list(filters={"label": f"latentac.runs.verbs={run}"}):
+            for container in client.containers.list(filters={"label": f"latentac.run={run}"}):
                 container.kill() if how == "kill" else container.remove(force=True)
 
 
@@ -194,8 +194,8 @@ def run(images: Docker, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, 
 @pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.timeout(2400)
-def test_the_smoke_recipe_runs_in_containers_to_a_served_picture(run: tuple[str, Path, str, Watch]) -> None:
-    """The steps that were done stay done, the rest runs, and the server's picture is in the report."""
+def test_the_smoke_recipe_runs_in_containers_to_a_served_image(run: tuple[str, Path, str, Watch]) -> None:
+    """The steps that were done stay done, the rest runs, and the server's image is in the report."""
     name, output, text, _ = run
     summary = json.loads((output / name / "summary.json").read_text())
 
@@ -203,7 +203,7 @@ def test_the_smoke_recipe_runs_in_containers_to_a_served_picture(run: tuple[str,
         assert f"[{number}/8] {step} done" in text
     assert "[2/8] pretrain-value done already" in text
     assert summary["gate"]["decision"] == "promote"
-    assert len(summary["serving"]["picture_sha256"]) == 64
+    assert len(summary["serving"]["image_sha256"]) == 64
     assert "served" in (output / name / "report.html").read_text()
     assert "latentac serve" not in text  # its MinIO has ended
     assert "Traceback" not in text
@@ -216,7 +216,7 @@ def test_each_container_is_confined(run: tuple[str, Path, str, Watch]) -> None:
     """A numeric user that is not root, a read-only root, no capability, no way to gain one; no secret on a command
     line; only the run's folder, or MinIO's, to write to."""
     name, output, _, watch = run
-    steps = [seen for seen in watch.seen if "latentac.runs.verbs" in seen["Config"]["Labels"]]
+    steps = [seen for seen in watch.seen if "latentac.run" in seen["Config"]["Labels"]]
     servers = [seen for seen in watch.seen if "latentac.minio" in seen["Config"]["Labels"]]
 
     assert len(steps) >= len(STEPS) + 2
@@ -264,7 +264,7 @@ def promoted(output: Path) -> tuple[Path, dict[str, Any]]:
     assert summary["evaluation"]["trained"]["light"]["mean"] < -45  # 255 at most, from an origin of 300
     assert {row["method"] for row in summary["steering"]} == {"none", "pick"}
     assert summary["gate"]["decision"] == "promote"
-    assert len(summary["serving"]["picture_sha256"]) == 64
+    assert len(summary["serving"]["image_sha256"]) == 64
     return file.parent, summary
 
 
@@ -282,7 +282,7 @@ def shipped(images: Docker, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 @pytest.mark.cluster
 @pytest.mark.timeout(1500)
 def test_a_package_goes_into_the_containers(shipped: tuple[Path, Path]) -> None:
-    """Its reward, with an option, and its steering method, with a model and prompts of one's own: to a served picture.
+    """Its reward, with an option, and its steering method, with a model and prompts of one's own: to a served image.
     The manifest has the package's hash."""
     folder, output = shipped
     run, _ = promoted(output)
@@ -298,7 +298,7 @@ def test_a_package_goes_into_the_containers(shipped: tuple[Path, Path]) -> None:
 def test_images_with_the_code_do_what_the_package_does(
     images: Docker, shipped: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Built and named as images/README.md shows, without --package: the same rewards and the same served picture."""
+    """Built and named as images/README.md shows, without --package: the same rewards and the same served image."""
     reader = Reader(tmp_path)
     write_own(tmp_path)
     reader.environment |= images.environment
@@ -318,7 +318,7 @@ def test_images_with_the_code_do_what_the_package_does(
     assert json.loads((run / "request.json").read_text())["package"] == ""
     for arm in ("base", "trained"):
         assert summary["evaluation"][arm] == expected["evaluation"][arm]
-    assert summary["serving"]["picture_sha256"] == expected["serving"]["picture_sha256"]
+    assert summary["serving"]["image_sha256"] == expected["serving"]["image_sha256"]
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from latentac.pipelines.embedded import processes
 from latentac.pipelines.request import Request, create_run, load_run
 from latentac.pipelines.ways import Way
 from latentac.runs.configuration import resolve_recipe
-from latentac.runs.verbs import VERBS, prepare
+from latentac.runs.steps import FUNCTIONS, prepare
 from latentac.store import Manifest, open_store
 from latentac.system.steps import NAMES as STEPS
 from tests.latentac.test_finish import published
@@ -185,12 +185,12 @@ def test_runs_started_in_one_second_get_folders_of_their_own(tmp_path: Path) -> 
     assert all(run.startswith("a-b-c-") for run in runs)
 
 
-@pytest.mark.parametrize(("decision", "verbs"), [("promote", ["serve"]), ("hold", ["serve", "gate"])])
-def test_a_run_ends_with_commands_that_can_be_typed(tmp_path: Path, decision: str, verbs: list[str]) -> None:
+@pytest.mark.parametrize(("decision", "typed"), [("promote", ["serve"]), ("hold", ["serve", "gate"])])
+def test_a_run_ends_with_commands_that_can_be_typed(tmp_path: Path, decision: str, typed: list[str]) -> None:
     """What was promoted is served; what is held can be looked at, and judged with other bounds. TensorBoard shows the
     curves of either."""
     store, url = published(tmp_path, "deploy" if decision == "promote" else "gate")
-    folder, gate = tmp_path / "verdict", store.manifest("run-1/gate")
+    folder, gate = tmp_path / "decision", store.manifest("run-1/gate")
     store.fetch("run-1/gate", folder)
     metrics = {"decision": decision}
     store.publish("run-1/gate", folder, run="run-1", step="gate", config_hash=gate.config_hash, metrics=metrics)
@@ -202,15 +202,15 @@ def test_a_run_ends_with_commands_that_can_be_typed(tmp_path: Path, decision: st
     (curves,) = [line for line in out.getvalue().splitlines() if line.startswith("curves   ")]
     assert curves.endswith(f"tensorboard --logdir {output}/run-1/tensorboard")
     commands = [line[9:] for line in out.getvalue().splitlines() if "latentac " in line[9:]]
-    assert [shlex.split(command)[1] for command in commands] == verbs
+    assert [shlex.split(command)[1] for command in commands] == typed
     for command in commands:
         help_of = [*shlex.split(command)[:2], "--help"]
-        told = subprocess.run(help_of, capture_output=True, text=True, check=True).stdout
-        assert all(word in told for word in shlex.split(command) if word.startswith("--"))
+        message = subprocess.run(help_of, capture_output=True, text=True, check=True).stdout
+        assert all(word in message for word in shlex.split(command) if word.startswith("--"))
 
 
-def test_a_run_is_done_only_as_long_as_its_deployment_follows_its_verdict(tmp_path: Path) -> None:
-    """A later verdict makes a resume deploy it again. Then there is nothing to do, nor where the gate holds it."""
+def test_a_run_is_done_only_as_long_as_its_deployment_follows_its_decision(tmp_path: Path) -> None:
+    """A later decision makes a resume deploy it again. Then there is nothing to do, nor where the gate holds it."""
     url, output = f"file://{tmp_path}/store", tmp_path / "runs"
     request, store = Request("shapes-unet-smoke"), open_store(url)
     found = {"prepare": prepare("run-1", url, str(output), request.recipe)}
@@ -225,7 +225,7 @@ def test_a_run_is_done_only_as_long_as_its_deployment_follows_its_verdict(tmp_pa
         )
 
     def finish() -> None:
-        publish("finish", [found[step] for step in VERBS if step in found])
+        publish("finish", [found[step] for step in FUNCTIONS if step in found])
 
     def steps_done() -> int:
         """How many steps a resume reports as done already, 0 where it would start them."""

@@ -121,7 +121,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]
 
 
 def test_run_ends_by_telling_where_to_look(reference: tuple[str, Path, str]) -> None:
-    """A line at each end of each step, the stage timings, and paths that are there."""
+    """A line at each end of each step, the steps' seconds, and paths that are there."""
     run, output, text = reference
     for number, step in enumerate(STEPS, start=1):
         assert f"[{number}/8] {step}\n" in text
@@ -147,7 +147,7 @@ def test_summary_has_every_number_of_the_issue(reference: tuple[str, Path, str])
 
     assert summary["recipe"] == "shapes-unet-smoke"
     assert summary["run"] == run
-    assert all(summary["seconds"][stage] > 0 for stage in (*STEPS, "total"))
+    assert all(summary["seconds"][step] > 0 for step in (*STEPS, "total"))
     for arm in ("base", "trained"):
         for reward in summary["evaluation"][arm].values():
             assert reward["low"] <= reward["mean"] <= reward["high"]
@@ -156,7 +156,7 @@ def test_summary_has_every_number_of_the_issue(reference: tuple[str, Path, str])
     assert {"method", "nfe", "reward", "mean", "low", "high"} <= set(summary["steering"][0])
     assert summary["gate"]["decision"] == "promote"
     assert summary["gate"]["reasons"]
-    assert len(summary["serving"]["picture_sha256"]) == 64
+    assert len(summary["serving"]["image_sha256"]) == 64
 
 
 def test_nothing_is_left_of_a_run_but_its_folder(reference: tuple[str, Path, str]) -> None:

@@ -60,8 +60,8 @@ def test_what_a_pod_waits_for_is_told(
         "spec": {"containers": [{"name": "main", "image": "none", "resources": {"requests": {"cpu": "1000"}}}]},
     }
     control_plane.kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(pod))
-    told = {"status": {"conditions": [{"type": "PodScheduled", "status": "False", "message": "0/1 nodes have room"}]}}
-    patch = ["patch", "pod", "step", "-n", namespace, "--subresource=status", "--type=merge", "-p", json.dumps(told)]
+    status = {"status": {"conditions": [{"type": "PodScheduled", "status": "False", "message": "0/1 nodes have room"}]}}
+    patch = ["patch", "pod", "step", "-n", namespace, "--subresource=status", "--type=merge", "-p", json.dumps(status)]
     control_plane.kubectl(*patch)
     kfp.script = [Frame("RUNNING", {"prepare": "RUNNING"})]
     kfp.add_run("run-1")

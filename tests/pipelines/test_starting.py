@@ -166,7 +166,7 @@ def test_a_damaged_request_is_one_message(tmp_path: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         ("[]", "its content is \\[\\]"),
         ("null", "its content is None"),
@@ -178,10 +178,10 @@ def test_a_damaged_request_is_one_message(tmp_path: Path, content: str) -> None:
         ("[" * 100_000, "nested too deep"),
     ],
 )
-def test_a_request_of_another_shape_is_one_error(tmp_path: Path, content: str, told: str) -> None:
+def test_a_request_of_another_shape_is_one_error(tmp_path: Path, content: str, expected: str) -> None:
     """It names the field and its value."""
     (tmp_path / "request.json").write_text(content)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=expected):
         read_request(tmp_path)
 
 
@@ -202,17 +202,17 @@ def test_a_dry_run_tells_settings_steps_and_needs_and_writes_nothing(tmp_path: P
         "--output",
         "out",
     ]
-    told = latentac(tmp_path, *arguments)
+    found = latentac(tmp_path, *arguments)
 
-    assert told.returncode == 0, told.stderr
-    assert told.stderr == ""
-    assert "seed: 7" in told.stdout
-    assert "\nproject: mine" in told.stdout
-    assert "learning_rate: 0.0001" in told.stdout
+    assert found.returncode == 0, found.stderr
+    assert found.stderr == ""
+    assert "seed: 7" in found.stdout
+    assert "\nproject: mine" in found.stdout
+    assert "learning_rate: 0.0001" in found.stdout
     for step in ("prepare", "pretrain-value", "train", "evaluate", "steer", "gate", "deploy", "finish"):
-        assert f" {step}" in told.stdout
-    assert re.search(r"^needs    disk: \d+ MiB \(base \d+ MiB", told.stdout, re.M)
-    assert re.search(r"^         memory \(\w+\): \d+ MiB .* in each of 2 workers$", told.stdout, re.M)
+        assert f" {step}" in found.stdout
+    assert re.search(r"^needs    disk: \d+ MiB \(base \d+ MiB", found.stdout, re.M)
+    assert re.search(r"^         memory \(\w+\): \d+ MiB .* in each of 2 workers$", found.stdout, re.M)
     assert everything(tmp_path) == {}
 
 
@@ -221,23 +221,23 @@ def test_a_dry_run_tells_all_refusals_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     before = everything(tmp_path)
     bad = ["--set", "backbone.source=./none", "--set", "prompts.source=none.json", "--set", "algorithm.use=pppo"]
-    told = latentac(tmp_path, "run", "--dry-run", *bad, "--output", "file/x", "--store", f"file://{tmp_path}/file")
+    found = latentac(tmp_path, "run", "--dry-run", *bad, "--output", "file/x", "--store", f"file://{tmp_path}/file")
 
-    assert told.returncode == 2
-    assert "Traceback" not in told.stderr
+    assert found.returncode == 2
+    assert "Traceback" not in found.stderr
     for words in ("./none", "none.json", "pppo", "file/x", "--store"):
-        assert f"{words}" in told.stderr, words
-    assert all(line.startswith("refused: ") for line in told.stderr.splitlines())
+        assert f"{words}" in found.stderr, words
+    assert all(line.startswith("refused: ") for line in found.stderr.splitlines())
     assert everything(tmp_path) == before
 
 
 def test_a_dry_run_of_wrong_fields_names_each(tmp_path: Path) -> None:
     """No settings come of them, and no estimate; what is wrong beside them is told too."""
-    told = latentac(
+    found = latentac(
         tmp_path, "run", "--dry-run", "--set", "polcy=1", "--set", "seed=x", "--store", "ftp://x", "--output", "o"
     )
-    assert told.returncode == 2
-    assert [words for words in ("polcy", "seed", "store") if words not in told.stderr] == []
+    assert found.returncode == 2
+    assert [words for words in ("polcy", "seed", "store") if words not in found.stderr] == []
     assert everything(tmp_path) == {}
 
 
@@ -257,12 +257,12 @@ def test_a_dry_run_survives_a_reward_that_ends_the_process(tmp_path: Path, call:
     (tmp_path / "mine.py").write_text(code)
     before = everything(tmp_path)
     mine = ["--set", "rewards=[{use: 'mine:Mine', name: mine}]", "--set", "gate.reward=mine"]
-    told = latentac(tmp_path, "run", "--dry-run", "--recipe", "shapes-unet-smoke", *mine)
-    assert told.returncode == 2, told.stderr
-    assert re.search(f"^refused: {words}", told.stderr, re.M), told.stderr
-    assert "Traceback" not in told.stderr
-    assert "  1 prepare" in told.stdout
-    assert "mine:Mine" in told.stdout
+    found = latentac(tmp_path, "run", "--dry-run", "--recipe", "shapes-unet-smoke", *mine)
+    assert found.returncode == 2, found.stderr
+    assert re.search(f"^refused: {words}", found.stderr, re.M), found.stderr
+    assert "Traceback" not in found.stderr
+    assert "  1 prepare" in found.stdout
+    assert "mine:Mine" in found.stdout
     assert everything(tmp_path) == before
 
 

@@ -23,7 +23,7 @@ SMALL = [
     "kernel.num_steps=2",
     "pretrain={num_images: 8, num_held_out_images: 8, num_passes: 1, minibatch_states: 8}",
     "train={num_iterations: 2, images_per_iteration: 4, block_images: 2, updates_per_iteration: 2, num_workers: 1}",
-    "evaluation={num_images: 8, num_gallery_prompts: 2, num_diversity_prompts: 2, pictures_per_prompt: 2}",
+    "evaluation={num_images: 8, num_gallery_prompts: 2, num_diversity_prompts: 2, images_per_prompt: 2}",
     "steering.num_images=8",
     "rewards=[{use: jpeg_compressibility}]",
     "gate={reward: jpeg_compressibility, min_gain: 100.0}",
@@ -117,8 +117,8 @@ def test_what_is_wrong_is_told_before_a_member_starts(
 ) -> None:
     """Of all members together, exit code 2, and nothing is left behind."""
     assert sweep(tmp_path, *arguments) == 2
-    told = capsys.readouterr().err
-    assert all(word in told for word in words), told
+    output = capsys.readouterr().err
+    assert all(word in output for word in words), output
     assert not (tmp_path / "runs").exists()
 
 
@@ -139,11 +139,11 @@ def test_a_member_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: py
     those that are not done, and only those."""
     grid = f"prompts.source={tmp_path}/one.json,{tmp_path}/two.json"
     assert sweep(tmp_path, "--name", "failing", "--grid", grid, "--parallel", "2") == 2
-    told = capsys.readouterr().out
-    assert told.count("failed after") == 2
-    assert "2 failed" in told
-    assert f"latentac sweep --resume failing --output {tmp_path}/runs" in told
-    assert "fewer than two runs have published anything" in told
+    output = capsys.readouterr().out
+    assert output.count("failed after") == 2
+    assert "2 failed" in output
+    assert f"latentac sweep --resume failing --output {tmp_path}/runs" in output
+    assert "fewer than two runs have published anything" in output
     state = load("failing", tmp_path / "runs")
     assert [(member.state, member.exit_code) for member in state.members] == [("failed", 2)] * 2
     log = tmp_path / "runs" / "failing" / f"{state.members[0].run}.log"
@@ -152,9 +152,9 @@ def test_a_member_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: py
     state.members[0].state = "done"
     state.save(tmp_path / "runs")
     assert sweep(tmp_path, "--resume", "failing") == 2
-    told = capsys.readouterr().out
-    assert "[1/2]" not in told
-    assert told.count("failed after") == 1
+    output = capsys.readouterr().out
+    assert "[1/2]" not in output
+    assert output.count("failed after") == 1
 
 
 def test_a_moved_sweep_finds_its_files(tmp_path: Path) -> None:
@@ -211,9 +211,9 @@ def test_a_sweep_ends_in_the_page_with_seeds_averaged(tmp_path: Path, capsys: py
     settings = [word for assignment in SMALL for word in ("--set", assignment)]
     grid = f"prompts.source=builtin:shapes,{tmp_path}/none.json"
     assert sweep(tmp_path, "--name", "two", "--grid", grid, "--seeds", "0,1", "--parallel", "2", *settings) == 2
-    told = capsys.readouterr().out
-    assert "2 done, 2 failed" in told
-    assert "prompts.source=builtin:shapes (2 seeds)" in told
+    output = capsys.readouterr().out
+    assert "2 done, 2 failed" in output
+    assert "prompts.source=builtin:shapes (2 seeds)" in output
     content = json.loads((tmp_path / "runs" / "two" / "compare.json").read_text())
     (series,) = content["series"]
     assert [run["seed"] for run in series["runs"]] == [0, 1]
@@ -241,9 +241,9 @@ def test_a_sweep_that_is_stopped_leaves_nothing_running_and_can_go_on(tmp_path: 
         if run and log.exists() and "[1/" in log.read_text():
             break
     running.send_signal(signal.SIGTERM)
-    _, told = running.communicate(timeout=60)
+    _, reported = running.communicate(timeout=60)
     assert running.returncode == 130
-    assert f"resume with: latentac sweep --resume stopped --output {tmp_path}/runs" in told
+    assert f"resume with: latentac sweep --resume stopped --output {tmp_path}/runs" in reported
     found = load("stopped", tmp_path / "runs").members
     assert [(member.state, bool(member.run)) for member in found] == [("waiting", True), ("waiting", False)]
     deadline = time.monotonic() + 20
@@ -276,7 +276,7 @@ def test_members_run_on_a_cluster_where_one_is_named(
     assert [parameters["run"] for parameters in given] == ["far-01", "far-02"]
     assert given[1]["overrides"] == ["kernel.num_steps=4", "seed=1"]
     assert given[1]["recipe"] == "shapes-unet-smoke"
-    told = capsys.readouterr().out
-    assert "2 done" in told
-    assert "kernel.num_steps=4 (2 seeds)" in told
-    assert str(tmp_path / "runs" / "far" / "compare.html") in told
+    output = capsys.readouterr().out
+    assert "2 done" in output
+    assert "kernel.num_steps=4 (2 seeds)" in output
+    assert str(tmp_path / "runs" / "far" / "compare.html") in output

@@ -50,14 +50,14 @@ def test_no_answer_is_given_up_within_the_bound(tmp_path: Path, fault: str, ques
 def test_following_ends_when_nobody_answers() -> None:
     """A run may take days; its server may be silent for a stated time."""
     with faulty("silent") as server:
-        told: list[str] = []
+        reported: list[str] = []
         service = Service(server.url, bounds=Bounds(0.3, 0.3))
-        follower = Follower(service, ("train",), told.append, poll_seconds=0.05, outage_seconds=0.5)
+        follower = Follower(service, ("train",), reported.append, poll_seconds=0.05, outage_seconds=0.5)
         began = time.monotonic()
         with pytest.raises(ClusterUnavailable, match=r"run x: .*no answer for \d+ s\. It may go on"):
             follower.follow("x")
         assert seconds_of(began) < 0.5 + 2 * 0.6 + MARGIN_SECONDS
-    assert any("trying again" in line for line in told)
+    assert any("trying again" in line for line in reported)
 
 
 @pytest.mark.parametrize("again", [True, False], ids=["round and round", "on and on"])

@@ -16,8 +16,8 @@ from pathlib import Path
 from latentac.runs.housekeeping.listing import LOCKS, Run, Survey, Traces, files, list_runs
 from latentac.runs.housekeeping.removal import Removal, measured, ordered, remove_one
 from latentac.runs.housekeeping.table import size
+from latentac.runs.steps import FUNCTIONS
 from latentac.runs.task import ERROR_FILE
-from latentac.runs.verbs import VERBS
 from latentac.runs.workspace import SHARED
 from latentac.store.blobs import PARTIAL
 from latentac.store.pool import Pool
@@ -28,7 +28,7 @@ from latentac.system.scratch import HIDDEN
 
 _HOUR, _DAY = 3600.0, 86400.0
 _MADE = {
-    *(step for step in VERBS),
+    *(step for step in FUNCTIONS),
     *LOCKS,
     *(
         "request.json",
@@ -50,7 +50,7 @@ _MADE = {
 
 _ARTIFACT = r"(?:manifest\.json|files-[0-9a-f]{16}/.+)"
 _OBJECT = re.compile(
-    rf"(?:(?!registry/)[^/]+/(?:{'|'.join(VERBS)})/{_ARTIFACT}|checkpoints/[^/]+/(?:LATEST|\d+/{_ARTIFACT})"
+    rf"(?:(?!registry/)[^/]+/(?:{'|'.join(FUNCTIONS)})/{_ARTIFACT}|checkpoints/[^/]+/(?:LATEST|\d+/{_ARTIFACT})"
     rf"|models/[^/]+/{_ARTIFACT}|tensorboard/[^/]+/(?:.+/)?events\.out\.tfevents\.[^/]+|failures/[^/]+\.json)"
 )
 """Names in a store of what a run publishes."""
@@ -151,7 +151,7 @@ def remove(plan: Plan) -> Iterator[Removal]:
     Pool(plan.survey.output).sweep()
 
 
-def told(plan: Plan) -> str:
+def described(plan: Plan) -> str:
     """The plan for a person, a line each."""
     lines = [f"{size(removal.bytes):>10}  {removal.title}" for removal in plan.removals]
     lines += [f"{'stays':>10}  {name}: {reason}" for name, reason in plan.kept.items()]

@@ -16,8 +16,8 @@ _UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 Make = Callable[..., argparse.ArgumentParser]
 
 
-def add_verbs(make: Make, add: Callable[..., argparse.ArgumentParser]) -> None:
-    """make: gives a parser its help, as `latentac.runs.cli` does for all verbs; add: makes one of a name."""
+def add_commands(make: Make, add: Callable[..., argparse.ArgumentParser]) -> None:
+    """make: gives a parser its help, as `latentac.runs.cli` does for all commands; add: makes one of a name."""
     runs = make(add, "runs", "list the runs: state, recipe, seed, gain, gate, size, age", "latentac runs --output runs")
     runs.add_argument("--json", action="store_true", help="print JSON, with the gain's interval and exact sizes")
     runs.set_defaults(command=_runs)
@@ -41,11 +41,11 @@ def add_verbs(make: Make, add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     prune.set_defaults(command=_prune)
 
-    for verb in (runs, delete, prune):
-        verb.add_argument("--output", default="runs", metavar="FOLDER", help="working folders (default: %(default)s)")
-        verb.add_argument("--store", default="", metavar="URL", help="file:// or s3:// (default: each run's own)")
-    for verb in (delete, prune):
-        verb.add_argument("--yes", action="store_true", help="do not ask; needed if there is no terminal")
+    for each in (runs, delete, prune):
+        each.add_argument("--output", default="runs", metavar="FOLDER", help="working folders (default: %(default)s)")
+        each.add_argument("--store", default="", metavar="URL", help="file:// or s3:// (default: each run's own)")
+    for each in (delete, prune):
+        each.add_argument("--yes", action="store_true", help="do not ask; needed if there is no terminal")
 
 
 def _runs(options: argparse.Namespace) -> None:
@@ -81,11 +81,11 @@ def _prune(options: argparse.Namespace) -> None:
 
 def _carry_out(plans: "list[Plan]", agreed: bool) -> None:
     """Show the plans, ask, and do them."""
-    from latentac.runs.housekeeping.clearing import remove, told
+    from latentac.runs.housekeeping.clearing import described, remove
     from latentac.runs.housekeeping.table import size
 
     for plan in plans:
-        print(told(plan), file=sys.stdout, flush=True)
+        print(described(plan), file=sys.stdout, flush=True)
     if not any(plan.removals for plan in plans):
         return
     if not agreed and sys.stdin.isatty() and sys.stdout.isatty():

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from latentac.config.fields import read_overrides
+from latentac.runs.steps import FUNCTIONS
 from latentac.runs.task import ERROR_FILE, LOCK_FILE
-from latentac.runs.verbs import VERBS
 from latentac.runs.workspace import default_store
 from latentac.store import Entry, Manifest, Store, open_store
 from latentac.store.pool import OBJECTS
@@ -62,7 +62,7 @@ class Traces:
     @property
     def steps(self) -> list[str]:
         """What it has published, in the order of the pipeline."""
-        return [step for step in VERBS if f"{self.name}/{step}/manifest.json" in self.objects]
+        return [step for step in FUNCTIONS if f"{self.name}/{step}/manifest.json" in self.objects]
 
     @property
     def holder(self) -> str:
@@ -109,7 +109,7 @@ class Survey:
         if kind:
             return str(first)
         parts = name.split("/")
-        return parts[0] if len(parts) > 2 and parts[1] in VERBS and parts[0] != "registry" else ""
+        return parts[0] if len(parts) > 2 and parts[1] in FUNCTIONS and parts[0] != "registry" else ""
 
     def _model_owner(self, version: str) -> str:
         """By its manifest; where that is gone already, by the version, which is the run and eight digits."""
@@ -235,7 +235,7 @@ def _describe(survey: Survey, traces: Traces) -> Run:
 def _state(store: Store, traces: Traces, decision: str) -> tuple[str, str]:
     """What the run does or how it ended, and at which step."""
     done = traces.steps
-    following = next((step for step in VERBS if step not in done), "")
+    following = next((step for step in FUNCTIONS if step not in done), "")
     if traces.holder:
         return "running", following
     failed = _failed(traces) or ("train" if "train" not in done and _failure(store, traces) else "")

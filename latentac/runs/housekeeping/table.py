@@ -12,8 +12,8 @@ def table(runs: list[Run], now: float | None = None) -> str:
     long as no name is longer than that."""
     lines = [f"{'RUN':<52}{'GATE':<9}{'SIZE':>9}{'AGE':>8}", f"  {'STATE':<25}{'RECIPE':<19}{'SEED':<8}GAIN [95 %]"]
     for run in runs:
-        told = f"{run.gate or '-':<9}{size(run.bytes):>9}{_age(run.started, now):>8}"
-        lines += [f"{run.name:<52}{told}"] if len(run.name) < 52 else [run.name, f"{'':<52}{told}"]
+        columns = f"{run.gate or '-':<9}{size(run.bytes):>9}{_age(run.started, now):>8}"
+        lines += [f"{run.name:<52}{columns}"] if len(run.name) < 52 else [run.name, f"{'':<52}{columns}"]
         joint = {"running": "", "stopped": "in "}.get(run.state, "at ")
         state = f"{run.state} {joint}{run.step}" if run.step else run.state
         seed, recipe = "-" if run.seed is None else str(run.seed), run.recipe or "-"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from latentac.backbones import Denoiser
 
 _log = logging.getLogger(__name__)
-_TOLD = 20  # prompts that are named; a longer list helps nobody
+_MOST_NAMED = 20  # prompts that are named; a longer list helps nobody
 _COUNTED = 1000  # prompts whose tokens are counted together
 _PACKAGES = ("torch", "diffusers", "transformers", "kfp", "torchx-nightly", "kserve", "minio")
 
@@ -51,7 +51,7 @@ def check_machine(config: Config, output: Path) -> None:
 
 
 def check_known(rewards: Sequence[ConfiguredReward]) -> None:
-    """Call each reward on the pictures that it knows: one that answers 0 to everything is found out now, not after
+    """Call each reward on the images that it knows: one that answers 0 to everything is found out now, not after
     training. Raises RewardError by name."""
     for reward in rewards:
         known = reward.known()
@@ -68,9 +68,9 @@ def check_known(rewards: Sequence[ConfiguredReward]) -> None:
 
 
 def check_scoring(
-    rewards: Sequence[ConfiguredReward], prompts: PromptSet, picture: np.ndarray, block_images: int
+    rewards: Sequence[ConfiguredReward], prompts: PromptSet, image: np.ndarray, block_images: int
 ) -> None:
-    """Call each reward on a picture as the run will make them, uint8 [H, W, 3], for the first prompt of each category,
+    """Call each reward on an image as the run will make them, uint8 [H, W, 3], for the first prompt of each category,
     as many together as the run will have.
 
     Raises RewardError by name.
@@ -79,7 +79,7 @@ def check_scoring(
     for start in range(0, len(first), block_images):
         part = first[start : start + block_images]
         for reward in rewards:
-            reward(np.repeat(picture[None], len(part), 0), part)
+            reward(np.repeat(image[None], len(part), 0), part)
 
 
 def fetch_backbone(config: Config, folder: Path, output: Path, store: str, num_prompts: int) -> dict[str, Any]:
@@ -118,16 +118,16 @@ def check_lengths(config: Config, prompts: PromptSet, backbone: "Denoiser") -> d
                 bar.update(len(part))
     cut = {split: [index for index, count in enumerate(found) if count > most] for split, found in counts.items()}
     problems = []
-    for split, index in [(split, index) for split, found in cut.items() for index in found][:_TOLD]:
+    for split, index in [(split, index) for split, found in cut.items() for index in found][:_MOST_NAMED]:
         text = splits[split][index].text
-        told = f"{prompts.places.get(text, f'{split}[{index}]')}: {text[:80]}{'...' if len(text) > 80 else ''}"
+        fault = f"{prompts.places.get(text, f'{split}[{index}]')}: {text[:80]}{'...' if len(text) > 80 else ''}"
         problem = f"has {counts[split][index]} tokens, and the text encoder reads {most}"
         remedy = "Shorten it, or set prompts.on_truncation=warn to use only its first tokens."
-        problems.append(Problem("prompts", told, problem, remedy))
+        problems.append(Problem("prompts", fault, problem, remedy))
     total = sum(map(len, cut.values()))
     if total > len(problems):
         remedy = "Shorten these as well."
-        problems.append(Problem("prompts", config.prompts.source, f"{total - _TOLD} more are too long", remedy))
+        problems.append(Problem("prompts", config.prompts.source, f"{total - _MOST_NAMED} more are too long", remedy))
     if problems and config.prompts.on_truncation == "refuse":
         raise ConfigError(problems)
     if not within(prompts.held_out, config.serving, cut["held_out"]):

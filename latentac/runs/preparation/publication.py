@@ -43,7 +43,7 @@ def publish_prepared(
         rehearsed = rehearse(
             settings, folder / "backbone", prompts.train[0].text, pick_device(settings.backbone.device)
         )
-        preparation.check_scoring(extensions.rewards, prompts, rehearsed.pictures[0], settings.train.block_images)
+        preparation.check_scoring(extensions.rewards, prompts, rehearsed.images[0], settings.train.block_images)
         write_json(folder / "backbone.json", {**described, **rehearsed.to_dict()})
         write_json(folder / "lengths.json", preparation.check_lengths(settings, prompts, rehearsed.backbone))
         write_json(folder / "config.json", settings.model_dump())

@@ -1,5 +1,5 @@
 """The run in small, once, before it begins: the backbone from the very copy that the run loads, a prompt, a step, a
-picture, the adapter, the critic. What cannot work fails here, with all that can be found together."""
+image, the adapter, the critic. What cannot work fails here, with all that can be found together."""
 
 import time
 from collections.abc import Iterator
@@ -27,25 +27,25 @@ _OTHER_MODEL = "Use a sound copy of the model, or another one"
 class Rehearsal:
     """What a rehearsal found.
 
-    latent_shape: of one latent image; picture_size: (height, width); text_shape: (tokens, width) of a prompt;
+    latent_shape: of one latent image; image_size: (height, width); text_shape: (tokens, width) of a prompt;
     parameters, trainable: of the denoiser, counted; parameter_bytes: in memory; seconds: that it took
-    pictures: uint8 [1, H, W, 3], what one step made of pure noise, to try rewards on
+    images: uint8 [1, H, W, 3], what one step made of pure noise, to try rewards on
     backbone: the one that was built, made trainable; whoever needs it once more need not load it again
     """
 
     latent_shape: tuple[int, ...]
-    picture_size: tuple[int, int]
+    image_size: tuple[int, int]
     text_shape: tuple[int, int]
     parameters: int
     trainable: int
     parameter_bytes: int
     seconds: float
-    pictures: np.ndarray
+    images: np.ndarray
     backbone: Denoiser
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, without the picture and the backbone."""
-        return {name: value for name, value in vars(self).items() if name not in {"pictures", "backbone"}}
+        """As JSON, without the image and the backbone."""
+        return {name: value for name, value in vars(self).items() if name not in {"images", "backbone"}}
 
 
 class _Found:
@@ -92,7 +92,7 @@ def rehearse(config: Config, folder: Path, prompt: str, device: torch.device) ->
     with found.trying("kernel.use", config.kernel.use, "building the sampler", "Use a kernel of the backbone's kind"):
         policy = configured_policy(config, backbone)
     found.stop()
-    text_shape, pictures = _step(config, policy, prompt, found)
+    text_shape, images = _step(config, policy, prompt, found)
     parameters = list(backbone.module.parameters())
     with found.trying("critic.body.use", config.critic.body.use, "building the critic", "Use another critic.body"):
         new_critic(config, policy)
@@ -100,22 +100,22 @@ def rehearse(config: Config, folder: Path, prompt: str, device: torch.device) ->
     found.stop()
     return Rehearsal(
         tuple(backbone.latent_shape),
-        (pictures.shape[1], pictures.shape[2]),
+        (images.shape[1], images.shape[2]),
         text_shape,
         sum(each.numel() for each in parameters),
         trainable,
         sum(each.numel() * each.element_size() for each in parameters),
         time.monotonic() - started,
-        pictures,
+        images,
         backbone,
     )
 
 
 @torch.no_grad()
 def _step(config: Config, policy: Policy, prompt: str, found: _Found) -> tuple[tuple[int, int], np.ndarray]:
-    """The shape of the prompt's tokens, and the picture that the first step's prediction decodes to."""
+    """The shape of the prompt's tokens, and the image that the first step's prediction decodes to."""
     backbone, source, num_steps = policy.backbone, config.backbone.source, config.kernel.num_steps
-    text_shape, pictures = (0, 0), np.zeros((1, 0, 0, 3), np.uint8)
+    text_shape, images = (0, 0), np.zeros((1, 0, 0, 3), np.uint8)
     with found.trying("kernel.num_steps", num_steps, "making the schedule", "Use another number of steps"):
         sigmas = backbone.schedule(num_steps)
         _check_schedule(sigmas, num_steps, found)
@@ -139,14 +139,14 @@ def _step(config: Config, policy: Policy, prompt: str, found: _Found) -> tuple[t
             if {name: tuple(tap.shape[1:]) for name, tap in output.taps.items()} != dict(backbone.tap_shapes):
                 found.add("backbone.source", source, "its feature maps are not shaped as announced", _OTHER_MODEL)
     found.stop()
-    with found.trying("backbone.source", source, "decoding a picture", _OTHER_MODEL):
-        _check_finite(backbone.pictures(output.prediction.clean), "the decoded picture", source, found)
-        pictures = backbone.decode(output.prediction.clean)
-        if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[0] != 1 or pictures.shape[-1] != 3:
-            problem = f"it decodes one latent to {pictures.dtype} of shape {pictures.shape}, not uint8 [1, H, W, 3]"
+    with found.trying("backbone.source", source, "decoding an image", _OTHER_MODEL):
+        _check_finite(backbone.images(output.prediction.clean), "the decoded image", source, found)
+        images = backbone.decode(output.prediction.clean)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[0] != 1 or images.shape[-1] != 3:
+            problem = f"it decodes one latent to {images.dtype} of shape {images.shape}, not uint8 [1, H, W, 3]"
             found.add("backbone.source", source, problem, _OTHER_MODEL)
     found.stop()
-    return text_shape, pictures
+    return text_shape, images
 
 
 def _adapted(config: Config, backbone: Denoiser, found: _Found) -> int:

@@ -75,7 +75,7 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
         activations  the largest of these, for a state c tensors a layer of tokens times width with a gradient (28 of a
                      UNet, 20 of the transformer), 8 without or with backbone.gradient_checkpointing:
                      an update, with a gradient, B K / updates_per_iteration states; a rollout, B, with a gradient where
-                     algorithm.value_guidance is on; an arm of steering, B times its candidates, with a gradient where
+                     algorithm.value_guidance is on; an arm of steering, B times its particles, with a gradient where
                      its method takes one; the server, serving.batch_rows; the critic's replay, or with a gradient its
                      own backbone, B K / critic.updates_per_pass; value pretraining with pretrain.forward_noised, or
                      with a gradient such a backbone, pretrain.minibatch_states; the decoder: 3 of its largest maps for
@@ -182,7 +182,7 @@ def _activations(config: Config, model: Model, device: str) -> int:
         (passed + shown) * config.serving.batch_rows,
     ]
     for method in config.steering.methods:
-        particles = max(method.own.get("candidates") or [1])
+        particles = max(method.own.get("sweep_particles") or [1])
         rows = max(particles, min(most, block * particles))
         needed.append((saved if _takes_gradient(method) else passed) * (rows if device == "cpu" else particles))
     if config.critic.replay_images > 0:
@@ -206,7 +206,7 @@ def _evaluated_images(config: Config, model: Model, device: str) -> int:
     """Bytes of the images that evaluation holds, in the host's memory: of each policy, and of the trained one a quarter
     as many of training prompts."""
     settings = config.evaluation
-    more = _POLICIES * settings.num_diversity_prompts * settings.pictures_per_prompt
+    more = _POLICIES * settings.num_diversity_prompts * settings.images_per_prompt
     return int(((_POLICIES + 0.25) * settings.num_images + more) * model.sizes.image) if device == "cpu" else 0
 
 

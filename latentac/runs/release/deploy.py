@@ -31,7 +31,7 @@ UNFINISHED = ".latentac-fetch"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A published model that nobody has asked for a picture yet.
+    """A published model that nobody has asked for an image yet.
 
     folder: its local copy; manifest: of models/<version> in `space.store`; request: what the proof asks it for
     """
@@ -61,7 +61,7 @@ def on_loopback(candidate: Candidate) -> Deployment:
 def release(space: Workspace, prove: Prove = on_loopback, forced: Sequence[str] = ()) -> tuple[dict[str, Any], bytes]:
     """Publish models/<version>, prove that it serves, and make it the production model of the run's project.
 
-    Returns deployment.json and the served picture as PNG. The version is the run and the trained artifact's digest,
+    Returns deployment.json and the served image as PNG. The version is the run and the trained artifact's digest,
     so the same weights have the same version. A model that does not serve stays a candidate. forced: the gate's reasons
     against it, if a person puts it there all the same.
     """
@@ -88,14 +88,14 @@ def release(space: Workspace, prove: Prove = on_loopback, forced: Sequence[str] 
         "forced": {"by": person(), "reasons": list(forced)} if forced else None,
         "endpoint": proof.endpoint,
         "request": proof.request,
-        "picture_sha256": proof.picture_sha256,
+        "image_sha256": proof.image_sha256,
         "values": proof.values,
         "nfe": proof.nfe,
         "ready_seconds": proof.ready_seconds,
         "seconds": proof.seconds,
         "shadow": proof.shadow,
     }
-    return content, proof.picture
+    return content, proof.image
 
 
 def candidate_key(project: str) -> str:
@@ -116,8 +116,8 @@ def _export(space: Workspace, trained: Manifest, folder: Path, notice: str = "")
     rows = read_published(space.artifact("steer") / "steering.json") if space.finished("steer") else []
     best = best_steered(rows, space.config.gate.reward)
     check_agreement(space.run, space.config, extensions, best)
-    told = {"examples": examples, "notice": notice, "extensions": extensions, "best": best}
-    export(folder, space.config, run=space.run, version=version, **told)
+    details = {"examples": examples, "notice": notice, "extensions": extensions, "best": best}
+    export(folder, space.config, run=space.run, version=version, **details)
     write_released(space, source, folder, "" if notice else version)
     return version
 
@@ -191,11 +191,11 @@ def model_to_use(run: str, project: str, store: str, output: str) -> Iterator[tu
     opened = open_store(store or default_store(output))
     if not run:
         chosen, others = chosen_production(opened, project)
-        told = f"{chosen.version}, {_standing([chosen], chosen.version)}"
+        announcement = f"{chosen.version}, {_standing([chosen], chosen.version)}"
         if others and not project:
             names = ", ".join(other.project for other in others)
-            told += f". It was deployed last; for another project's: --project with one of {names}"
-        yield _fetched(opened, chosen.version, working_folder(chosen.run, output) / "model"), told
+            announcement += f". It was deployed last; for another project's: --project with one of {names}"
+        yield _fetched(opened, chosen.version, working_folder(chosen.run, output) / "model"), announcement
         return
     folder = working_folder(run, output)
     try:
@@ -225,9 +225,9 @@ def _standing(found: Sequence[Production], version: str) -> str:
 @contextmanager
 def _inspected(space: Workspace) -> Iterator[tuple[Path, str]]:
     """What the run has trained, in a folder for as long as somebody looks at it."""
-    trained, verdict = space.store.manifest(f"{space.run}/train"), space.verdict()
+    trained, decision = space.store.manifest(f"{space.run}/train"), space.decision()
     states = {"hold": "held", "promote": "promoted, but not deployed"}
-    state = states[verdict["decision"]] if verdict else "not judged yet"
+    state = states[decision["decision"]] if decision else "not decided yet"
     notice = f"{state}: for inspection only, not in production"
     with hidden_folder(space.folder, "inspection") as temporary:
         folder = temporary / "model"
@@ -235,25 +235,25 @@ def _inspected(space: Workspace) -> Iterator[tuple[Path, str]]:
         yield folder, f"{version}, {notice}"
 
 
-def generate_picture(
-    folder: Path, prompt: str, seed: int, count: int, dials: Sequence[str], picture: Path
+def generate_image(
+    folder: Path, prompt: str, seed: int, count: int, weights: Sequence[str], image: Path
 ) -> dict[str, Any]:
-    """Write `count` steered pictures of `prompt` side by side to the PNG `picture`; returns what was used.
+    """Write `count` steered images of `prompt` side by side to the PNG `image`; returns what was used.
 
-    dials: `reward=weight` strings; none means the exported defaults. Raises ConfigError.
+    weights: `reward=weight` strings; none means the exported defaults. Raises ConfigError.
     """
     from latentac.evaluation.held_out import contact_sheet
     from latentac.sampling.devices import pick_device
     from latentac.serving.generator import Generator
 
-    steering = dict(_dial(dial) for dial in dials) or None
-    pictures = Generator(folder, pick_device("auto")).generate(prompt, seed, count, steering=steering)
-    contact_sheet(pictures.images, count).save(picture, "PNG")
-    used = {"nfe": pictures.nfe, "weights": pictures.weights, "seed": pictures.seed}
-    return {**used, "tokens": pictures.tokens, "truncated": pictures.truncated}
+    steering = dict(_steering_weight(text) for text in weights) or None
+    made = Generator(folder, pick_device("auto")).generate(prompt, seed, count, steering=steering)
+    contact_sheet(made.images, count).save(image, "PNG")
+    used = {"nfe": made.nfe, "weights": made.weights, "seed": made.seed}
+    return {**used, "tokens": made.tokens, "truncated": made.truncated}
 
 
-def _dial(text: str) -> tuple[str, float]:
+def _steering_weight(text: str) -> tuple[str, float]:
     name, _, number = text.partition("=")
     try:
         return name, float(number)

@@ -1,8 +1,8 @@
 """The promotion rule: `promote` or `hold`, closed on every number that is missing or not finite.
 
 `latentac.evaluation.measures` defines the numbers, `latentac.config.schema.Gate` the bounds.
-A run can be judged again with other bounds, from the same numbers. The verdict then says which bounds were changed, by
-whom, and what the verdicts before it were.
+The gate can decide again with other bounds, from the same numbers. The decision then says which bounds were changed, by
+whom, and what the decisions before it were.
 """
 
 import math
@@ -75,47 +75,47 @@ def override(config: Config, assignments: Sequence[str]) -> tuple[Gate, list[dic
     return settings, [{"field": field, "old": old, "new": new} for field, old, new in named if old != new]
 
 
-def former(verdict: Mapping[str, Any], decided: str) -> list[dict[str, Any]]:
-    """The verdicts up to this one, in short, the oldest first, for the one that takes its place.
+def former(decision: Mapping[str, Any], decided: str) -> list[dict[str, Any]]:
+    """The decisions up to this one, in short, the oldest first, for the one that takes its place.
 
     decided: when it was published.
     """
-    kept = {name: verdict[name] for name in ("decision", "reasons")} | {"decided": decided}
-    bounds = {"overrides": verdict.get("overrides") or [], "by": verdict.get("by")}
-    return [*(verdict.get("former") or []), {**kept, **bounds}]
+    kept = {name: decision[name] for name in ("decision", "reasons")} | {"decided": decided}
+    bounds = {"overrides": decision.get("overrides") or [], "by": decision.get("by")}
+    return [*(decision.get("former") or []), {**kept, **bounds}]
 
 
-def against(verdict: Mapping[str, Any]) -> list[str]:
-    """The reasons of a verdict that holds; none for one that promotes."""
-    return [] if verdict["decision"] == "promote" else list(verdict["reasons"])
+def against(decision: Mapping[str, Any]) -> list[str]:
+    """The reasons of a decision that holds; none for one that promotes."""
+    return [] if decision["decision"] == "promote" else list(decision["reasons"])
 
 
-def overridden(verdict: Mapping[str, Any]) -> list[str]:
-    """Which bounds a verdict has changed, in words."""
-    return [f"{each['field']} is {each['new']}, not {each['old']}" for each in verdict.get("overrides") or ()]
+def overridden(decision: Mapping[str, Any]) -> list[str]:
+    """Which bounds a decision has changed, in words."""
+    return [f"{each['field']} is {each['new']}, not {each['old']}" for each in decision.get("overrides") or ()]
 
 
-def markdown(verdict: Mapping[str, Any], run: str) -> str:
+def markdown(decision: Mapping[str, Any], run: str) -> str:
     """The decision and its checks as a Markdown document, the failed checks first."""
-    checks = sorted(verdict["checks"], key=lambda check: bool(check["passed"]))
+    checks = sorted(decision["checks"], key=lambda check: bool(check["passed"]))
     rows = [
         f"| {'passed' if check['passed'] else '**failed**'} | {_cell(check['name'])} | {_cell(_text(check['value']))} "
         f"| {check['relation']} {_cell(_text(check['bound']))} |"
         for check in checks
     ]
-    heading = "Promoted" if verdict["decision"] == "promote" else "Held back"
+    heading = "Promoted" if decision["decision"] == "promote" else "Held back"
     failed = sum(not check["passed"] for check in checks)
     summary = f"{failed} of {len(checks)} checks failed." if failed else f"All {len(checks)} checks passed."
     table = ["| result | check | value | must be |", "|---|---|---|---|", *rows]
     lines = [f"# {heading}: run {_cell(run)}", "", summary, "", *table]
-    if verdict.get("former") or verdict.get("overrides"):
-        lines += ["", "## Decisions, the oldest first", "", *_story(verdict)]
+    if decision.get("former") or decision.get("overrides"):
+        lines += ["", "## Decisions, the oldest first", "", *_story(decision)]
     return "\n".join(lines) + "\n"
 
 
-def _story(verdict: Mapping[str, Any]) -> Iterator[str]:
+def _story(decision: Mapping[str, Any]) -> Iterator[str]:
     """Each decision about the run up to this one, and the bounds that it was made with."""
-    for each in [*(verdict.get("former") or ()), verdict]:
+    for each in [*(decision.get("former") or ()), decision]:
         bounds = "; ".join(overridden(each)) or "the bounds of the run's configuration"
         person = f" by {each['by']}" if each.get("by") else ""
         yield "- " + _cell(f"{each['decision']}, {each.get('decided', 'now')}{person}: {bounds}")

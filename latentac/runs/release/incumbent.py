@@ -44,7 +44,7 @@ class Production:
 @dataclass(frozen=True)
 class Incumbent:
     """version: in production, None where nothing is; sha256: of its manifest.json, None if that cannot be read;
-    problem: why its pictures cannot be compared, or ""; policy: None without version or with a problem."""
+    problem: why its images cannot be compared, or ""; policy: None without version or with a problem."""
 
     version: str | None
     sha256: str | None
@@ -133,8 +133,8 @@ def load_incumbent(space: Workspace, base: "Policy") -> Incumbent:
     version = in_production(space)
     if version is None:
         if _has(space.store, BEFORE_PROJECTS):
-            told = "%s is of a version of latentac without projects; this run is not held against what it names"
-            _log.warning(told, f"{space.store.url}/{BEFORE_PROJECTS}")
+            message = "%s is of a version of latentac without projects; this run is not held against what it names"
+            _log.warning(message, f"{space.store.url}/{BEFORE_PROJECTS}")
         return Incumbent(None, None, "", None)
     sha256 = None
     try:
@@ -174,14 +174,14 @@ def _load(space: Workspace, version: str, base: "Policy") -> "Policy":
     backbone = load_backbone(exported.backbone, folder, space.device)
     for what, size, own in (
         ("latents", backbone.latent_shape, base.backbone.latent_shape),
-        ("pictures", _picture_shape(backbone, space.device), _picture_shape(base.backbone, space.device)),
+        ("images", _image_shape(backbone, space.device), _image_shape(base.backbone, space.device)),
     ):
         if size != own:
             raise _unfit(version, f"its {what} are {size}, those of this run {own}")
     return Policy(backbone, KERNELS.make(exported.kernel, path="kernel"))
 
 
-def _picture_shape(backbone: "Denoiser", device: "torch.device") -> tuple[int, ...]:
+def _image_shape(backbone: "Denoiser", device: "torch.device") -> tuple[int, ...]:
     import torch
 
     return backbone.decode(torch.zeros(1, *backbone.latent_shape, device=device)).shape[1:]

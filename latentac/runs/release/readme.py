@@ -58,7 +58,7 @@ def _facts(space: Workspace, history: Sequence[dict[str, Any]]) -> Facts:
         "evaluation": _read(space, "evaluate", "evaluation.json"),
         "training": history,
         "steering": _read(space, "steer", "steering.json"),
-        "gate": space.verdict(),
+        "gate": space.decision(),
         "serving": None,
     }
 

@@ -95,13 +95,13 @@ def _is_hub_id(source: str) -> bool:
 def _front_matter(facts: Facts, kind: str, adapter: bool) -> str:
     """YAML, of which JSON strings and lists are a part."""
     settings = facts["settings"]
-    told = settings.get("card") or {}
+    card = settings.get("card") or {}
     base = base_model(settings)
-    fields: dict[str, Any] = {"license": told.get("licence") or "unknown"}
+    fields: dict[str, Any] = {"license": card.get("licence") or "unknown"}
     if _is_hub_id(base):
         fields |= {"base_model": base, "base_model_relation": "finetune"}
-    if told.get("datasets"):
-        fields["datasets"] = list(told["datasets"])
+    if card.get("datasets"):
+        fields["datasets"] = list(card["datasets"])
     tags = ["diffusers", "latentac", "reinforcement-learning", *([_TAGS[kind]] if kind in _TAGS else [])]
     fields |= {
         "library_name": "diffusers",
@@ -115,7 +115,7 @@ def _front_matter(facts: Facts, kind: str, adapter: bool) -> str:
 
 def _body(facts: Facts) -> Iterator[str]:
     settings = facts["settings"]
-    told = settings.get("card") or {}
+    card = settings.get("card") or {}
     backbone, prompts, training = settings["backbone"], settings.get("prompts") or {}, facts["training"] or []
     yield "## The run"
     yield _table(
@@ -124,7 +124,7 @@ def _body(facts: Facts) -> Iterator[str]:
             ("recipe", f"{_text(facts['recipe'])}, seed {_text(facts['seed'])}"),
             ("backbone", f"{_text(_name(backbone))} from {_text(_place(backbone['source']))}"),
             ("base model", _text(base_model(settings))),
-            ("licence", _text(told.get("licence") or "unknown: `card.licence`")),
+            ("licence", _text(card.get("licence") or "unknown: `card.licence`")),
             ("prompts", _text(_place(prompts.get("source", "")))),
             ("code", _text(facts["commit"] or "unknown")),
             # The count is of all iterations so far, so that of the last one is the run's.
@@ -150,9 +150,9 @@ def _body(facts: Facts) -> Iterator[str]:
             yield "\n".join(["Forced into production against the gate's decision. The gate's reasons:", "", *reasons])
     elif gate is not None and gate["decision"] == "promote":
         yield "Promoted, but not deployed."
-    yield f"## Data\n\n{_prose(told.get('data')) or _unknown('card.data')}"
-    yield f"## Intended use\n\n{_prose(told.get('intended_use')) or _DEFAULT_USE}"
-    yield f"## Limits\n\n{_prose(told.get('limits')) or _DEFAULT_LIMITS}"
+    yield f"## Data\n\n{_prose(card.get('data')) or _unknown('card.data')}"
+    yield f"## Intended use\n\n{_prose(card.get('intended_use')) or _DEFAULT_USE}"
+    yield f"## Limits\n\n{_prose(card.get('limits')) or _DEFAULT_LIMITS}"
 
 
 def _rewards(facts: Facts) -> Iterator[str]:
@@ -214,7 +214,7 @@ def _steering(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         (
             _code(row["method"]),
             "–" if row.get("strength") is None else f"{row['strength']:g}",
-            _text(row.get("candidates") or "–"),
+            _text(row.get("particles") or "–"),
             _text(row["nfe"]),
             _code(row["reward"]),
             _interval(row),

@@ -210,7 +210,7 @@ def _steering(name: str, unit: str, rows: Sequence[Row]) -> str:
             for place, row in enumerate(beside):
                 x = nfe * 2 ** (0.15 * (place - (len(beside) - 1) / 2))
                 top = _mark(axes, x, row, *marks[row["method"]])
-                if (row["candidates"] or 1) == 1:
+                if (row["particles"] or 1) == 1:
                     words = f"{row['strength'] or 0:g}"
                     axes.annotate(words, (x, top), (0, 3), textcoords="offset points", ha="center", va="bottom")
         for method, (colour, mark) in marks.items():

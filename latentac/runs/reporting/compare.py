@@ -12,7 +12,7 @@ from typing import Any
 
 from latentac.runs.reporting.charts import draw_comparison
 from latentac.runs.reporting.comparison import Read, compare, letter
-from latentac.runs.reporting.rendering import number, pictures_of, render, short
+from latentac.runs.reporting.rendering import images_of, number, render, short
 from latentac.runs.reporting.summary import Summary, fetch_run, prepared, read_timings, summarise
 from latentac.store import Store, open_store
 from latentac.system.errors import ConfigError, Problem
@@ -90,7 +90,7 @@ def _check(store: Store, runs: Sequence[str]) -> None:
 
 
 def _gallery(reads: Sequence[Read]) -> tuple[Summary | None, list[dict[str, Any]], str]:
-    """Which pictures stand side by side; the columns with their pictures; and what to tell of it, if anything.
+    """Which images stand side by side; the columns with their images; and what to tell of it, if anything.
 
     Of a sweep's point its first run is shown. {same_seeds, rows: [{prompt, cells: [{place, seed}]}], columns}.
     """
@@ -117,13 +117,13 @@ def _gallery(reads: Sequence[Read]) -> tuple[Summary | None, list[dict[str, Any]
     one_base = same_seeds and all(base == bases[0] for base in bases)
     columns = []
     for read, own in zip(shown, keys, strict=True):
-        pictures = pictures_of(read.files, read.summary["gallery"])
+        images = images_of(read.files, read.summary["gallery"])
         for arm in ("base", "trained"):
             if arm == "base" and one_base and read is not shown[0]:
                 continue
             name = "base" if arm == "base" and one_base else f"{letters[read.point]} {arm}"
             column = {"name": name, "letter": letters[read.point], "arm": arm, "gallery": read.summary["gallery"]}
-            columns.append({**column, "pictures": pictures[arm], "places": [own.index(key) for key in common]})
+            columns.append({**column, "images": images[arm], "places": [own.index(key) for key in common]})
     rows = [
         {
             "prompt": prompt,

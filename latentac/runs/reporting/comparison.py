@@ -1,7 +1,7 @@
 """What several runs have in common, where they differ, and what of them can be compared: one dictionary of plain JSON.
 
 Runs are gathered into series: a series is one run, or the runs of one point of a sweep, which differ in their seed. The
-numbers of a series of one run have intervals over its pictures, those of several runs intervals over their seeds.
+numbers of a series of one run have intervals over its images, those of several runs intervals over their seeds.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ class Read:
         return {file.path: file.sha256 for file in files if file.path.startswith("backbone/")}
 
     def reward(self, name: str) -> Mapping[str, Any] | None:
-        """How the reward is configured, but for what changes no score of a picture."""
+        """How the reward is configured, but for what changes no score of an image."""
         for entry in self.summary["settings"]["rewards"]:
             if entry.get("name", entry.get("use")) == name:
                 return {field: value for field, value in entry.items() if field not in _NO_SCORE}
@@ -179,7 +179,7 @@ def _reward(name: str, series: Sequence[Sequence[Read]]) -> Summary:
         "series": [
             {
                 **{figure: _figure(group, name, figure) for figure in _FIGURES},
-                "over": "seeds" if len(group) > 1 else "pictures",
+                "over": "seeds" if len(group) > 1 else "images",
             }
             for group in series
         ],
@@ -199,7 +199,7 @@ def _difference(group: Sequence[Read], reference: Sequence[Read], reward: str) -
     if _obstacle(group[0], reference[0], reward) or not all(run.figure(reward, "trained") for run in reference[:1]):
         return None
     if len(group) == len(reference) == 1:
-        return _of_pictures(group[0], reference[0], reward) if group[0].figure(reward, "trained") else None
+        return _of_images(group[0], reference[0], reward) if group[0].figure(reward, "trained") else None
     others = {run.summary["seed"]: run.figure(reward, "trained") for run in reference}
     pairs = [
         trained["mean"] - other["mean"]
@@ -209,7 +209,7 @@ def _difference(group: Sequence[Read], reference: Sequence[Read], reward: str) -
     return {**over_seeds(pairs), "how": "seed by seed"} if pairs else None
 
 
-def _of_pictures(run: Read, reference: Read, reward: str) -> Summary | None:
+def _of_images(run: Read, reference: Read, reward: str) -> Summary | None:
     scores = [read_scores(each.files) for each in (run, reference)]
     if None in scores:  # an earlier version published means alone
         return _of_intervals(run.figure(reward, "trained"), reference.figure(reward, "trained"))

@@ -1,4 +1,4 @@
-"""What pages are made of: templates with the project's way to write numbers, and pictures as data: URIs."""
+"""What pages are made of: templates with the project's way to write numbers, and images as data: URIs."""
 
 import base64
 import io
@@ -16,14 +16,14 @@ from latentac.system.terminal import printable
 
 _ARMS = {"base": "evaluate", "incumbent": "evaluate", "trained": "evaluate", "steered": "steer"}
 _INDEX = ("prompts", "seeds", "image_size", "columns")
-_MAX_PICTURE = 256  # pixels a side; larger pictures are reduced, so that a gallery stays within a few MB
+_MAX_IMAGE = 256  # pixels a side; larger images are reduced, so that a gallery stays within a few MB
 _MOST_PIXELS = 2**27
-"""Of a file: 128 pictures of 1,024 x 1,024. A PNG of a few kB can say that it has a billion."""
+"""Of a file: 128 images of 1,024 x 1,024. A PNG of a few kB can say that it has a billion."""
 
 
-def pictures_of(files: Files, gallery: Mapping[str, Any] | None) -> dict[str, list[str]]:
-    """data: URIs of PNGs: the gallery's pictures for each arm that there is, and `served`, at most one."""
-    pictures: dict[str, list[str]] = {}
+def images_of(files: Files, gallery: Mapping[str, Any] | None) -> dict[str, list[str]]:
+    """data: URIs of PNGs: the gallery's images for each arm that there is, and `served`, at most one."""
+    images: dict[str, list[str]] = {}
     if gallery is not None:
         for arm, step in _ARMS.items():
             if step in files:
@@ -34,16 +34,16 @@ def pictures_of(files: Files, gallery: Mapping[str, Any] | None) -> dict[str, li
                     raise IntegrityError(manifest.key, problem, AGAIN)
                 if arm == "incumbent" and not (folder / "gallery" / "incumbent.png").exists():
                     continue
-                pictures[arm] = _cut(folder / "gallery" / f"{arm}.png", manifest.key, gallery)
+                images[arm] = _cut(folder / "gallery" / f"{arm}.png", manifest.key, gallery)
     if "deploy" in files:
         manifest, folder = files["deploy"]
-        with _opened(folder / "picture.png", manifest.key) as image:
-            pictures["served"] = [_uri(image.convert("RGB"))]
-    return pictures
+        with _opened(folder / "image.png", manifest.key) as image:
+            images["served"] = [_uri(image.convert("RGB"))]
+    return images
 
 
 def _cut(sheet: Path, key: str, gallery: Mapping[str, Any]) -> list[str]:
-    """The pictures of a contact sheet, row by row."""
+    """The images of a contact sheet, row by row."""
     count, columns, side = len(gallery["prompts"]), gallery["columns"], gallery["image_size"]
     expected = (columns * side, math.ceil(count / columns) * side)
     with _opened(sheet, key) as image:
@@ -57,7 +57,7 @@ def _cut(sheet: Path, key: str, gallery: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def _opened(file: Path, key: str) -> Iterator[Any]:
-    """A PNG of an artifact as a PIL picture. Raises IntegrityError where it is none that steps write."""
+    """A PNG of an artifact as a PIL image. Raises IntegrityError where it is none that steps write."""
     from PIL import Image
 
     try:
@@ -73,12 +73,12 @@ def _opened(file: Path, key: str) -> Iterator[Any]:
         raise IntegrityError(key, problem, AGAIN) from None
 
 
-def _uri(picture: Any) -> str:
-    """A data: URI of a PIL picture."""
-    if max(picture.size) > _MAX_PICTURE:
-        picture.thumbnail((_MAX_PICTURE, _MAX_PICTURE))
+def _uri(image: Any) -> str:
+    """A data: URI of a PIL image."""
+    if max(image.size) > _MAX_IMAGE:
+        image.thumbnail((_MAX_IMAGE, _MAX_IMAGE))
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -1,7 +1,7 @@
-"""The report of a run: summary.json holds every number, report.html shows them with the pictures, in one file.
+"""The report of a run: summary.json holds every number, report.html shows them with the images, in one file.
 
 Both are made from the published artifacts `<run>/<step>` alone, at any time after `prepare`: a step that has not run
-is null in the summary and says so in the report. The page is rendered from the summary and the pictures and from
+is null in the summary and says so in the report. The page is rendered from the summary and the images and from
 nothing else, so whatever number it shows can be read by a program too.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from latentac.runs.reporting.charts import draw
-from latentac.runs.reporting.rendering import pictures_of, render
+from latentac.runs.reporting.rendering import images_of, render
 from latentac.runs.reporting.summary import Summary, fetch_run, prepared, read_timings, summarise
 from latentac.store import Manifest, open_store
 from latentac.system.commands import program, typed
@@ -40,7 +40,7 @@ def write_report(run: str, store: str, output: str) -> tuple[Path, Path]:
     with hidden_folder(folder, "report") as scratch:
         files = fetch_run(open_store(store), run, scratch)
         summary = summarise(run, files, read_timings(folder / "timings.json"))
-        page = _render(summary, pictures_of(files, summary["gallery"]), next_commands(run, store, output))
+        page = _render(summary, images_of(files, summary["gallery"]), next_commands(run, store, output))
     report, numbers = folder / "report.html", folder / "summary.json"
     write_whole(numbers, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     write_whole(report, page)
@@ -55,7 +55,7 @@ def step_page(step: str, run: str, store: str) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         files = fetch_run(open_store(store), run, Path(scratch))
         summary = summarise(run, files, {})
-        return _render(summary, pictures_of(files, summary["gallery"]), {}, _SECTIONS[step])
+        return _render(summary, images_of(files, summary["gallery"]), {}, _SECTIONS[step])
 
 
 def gate_reasons(run: str, store: str) -> str:
@@ -94,7 +94,7 @@ def next_commands(run: str, store: str, output: str) -> dict[str, str]:
 
 def _render(
     summary: Summary,
-    pictures: Mapping[str, Sequence[str]],
+    images: Mapping[str, Sequence[str]],
     commands: Mapping[str, str],
     sections: Sequence[str] | None = None,
 ) -> str:
@@ -103,6 +103,4 @@ def _render(
 
     drawn = draw(summary) if sections is None else draw(summary, [kind for part in sections for kind in _CHARTS[part]])
     charts = {name: Markup(svg) for name, svg in drawn.items()}  # noqa: S704 - our own SVG, its words escaped
-    return render(
-        "report.html.j2", summary=summary, pictures=pictures, charts=charts, commands=commands, sections=sections
-    )
+    return render("report.html.j2", summary=summary, images=images, charts=charts, commands=commands, sections=sections)

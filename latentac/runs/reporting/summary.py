@@ -18,9 +18,9 @@ from latentac.system.steps import up_to
 STEPS = up_to("deploy")
 AGAIN = "Run this step again with this version of latentac"
 _INTERVAL = ("mean", "low", "high", "n")
-_STEERED = ("method", "strength", "candidates", "nfe", "reward", *_INTERVAL, "seconds", "diversity")
+_STEERED = ("method", "strength", "particles", "nfe", "reward", *_INTERVAL, "seconds", "diversity")
 _ITERATION = ("iteration", "images", "reward_mean", "rewards", "kl", "clip_share", "explained_variance", "seconds")
-_SERVING = ("version", "project", "forced", "picture_sha256", "seconds", "endpoint", "request")
+_SERVING = ("version", "project", "forced", "image_sha256", "seconds", "endpoint", "request")
 _GATE, _CHANGED = ("decision", "reasons", "checks", "by"), ("overrides", "former")
 _POLICIES = ("base", "trained", "incumbent")
 
@@ -47,7 +47,7 @@ def prepared(store: Store, runs: Sequence[str], path: str = "run") -> list[Manif
 
 
 def fetch_run(store: Store, run: str, scratch: Path) -> Files:
-    """Verified copies of what pages show of the run, by step: numbers, words and pictures. Weights, which may be many
+    """Verified copies of what pages show of the run, by step: numbers, words and images. Weights, which may be many
     GB, are not read."""
     files = {}
     for step in STEPS:
@@ -121,13 +121,13 @@ def summarise(run: str, files: Files, timings: Mapping[str, Any]) -> Summary:
 def _steered(rows: Sequence[Mapping[str, Any]], reward: str) -> Summary | None:
     """The arm that the gallery shows and the endpoint uses by default."""
     best = best_steered(rows, reward)
-    return None if best is None else {name: best[name] for name in ("method", "strength", "candidates")}
+    return None if best is None else {name: best[name] for name in ("method", "strength", "particles")}
 
 
 def _gallery(files: Files, reward: str) -> Summary | None:
-    """The index of evaluate's gallery, and what each picture of each arm scored: {reward, binary, scores: {arm: [..]}}.
+    """The index of evaluate's gallery, and what each image of each arm scored: {reward, binary, scores: {arm: [..]}}.
 
-    binary: the reward was 0 or 1 for every picture that was evaluated, so 1 is right and 0 is wrong.
+    binary: the reward was 0 or 1 for every image that was evaluated, so 1 is right and 0 is wrong.
     """
     if "evaluate" not in files:
         return None
@@ -191,15 +191,15 @@ def _keep(row: Mapping[str, Any] | None, value: str) -> Summary | None:
 
 
 def _seconds(files: Files, timings: Mapping[str, Any]) -> tuple[dict[str, float | None], list[str]]:
-    """Seconds a stage and in total, and a note where these do not fit.
+    """Seconds per step and in total, and a note where these do not fit.
 
-    A stage as the driver saw it, with the start of its process and with attempts that failed; as its manifest says
+    A step as the driver saw it, with the start of its process and with attempts that failed; as its manifest says
     where no driver ran it.
     """
-    stages = dict(timings.get("stages") or {})
+    booked = dict(timings.get("steps") or {})
     own = {step: _known(manifest.metrics.get("seconds")) for step, (manifest, _) in files.items()}
-    seconds: dict[str, float | None] = {step: stages.get(step, own.get(step)) for step in STEPS}
-    seconds |= {stage: value for stage, value in stages.items() if stage not in seconds}
+    seconds: dict[str, float | None] = {step: booked.get(step, own.get(step)) for step in STEPS}
+    seconds |= {step: value for step, value in booked.items() if step not in seconds}
     spent = sum(value for value in seconds.values() if value is not None)
     total = timings.get("total", spent)
     note = "seconds.total is less than the sum of the steps, because the driver has not measured all of them"
@@ -225,6 +225,6 @@ def _finite(value: Any, path: str, dropped: Counter[str]) -> Any:
 
 
 def read_timings(path: Path) -> Mapping[str, Any]:
-    """What the driver wrote: {"stages": {step: seconds}, "total": seconds}, or nothing."""
+    """What the driver wrote: {"steps": {step: seconds}, "total": seconds}, or nothing."""
     found: Mapping[str, Any] = published.read(path, remedy="Remove it") if path.exists() else {}
     return found

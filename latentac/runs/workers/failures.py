@@ -80,9 +80,9 @@ def _key(run: str) -> str:
 
 
 def _repeated(error: Exception, iteration: int, starts: int) -> TrainingError:
-    told = " ".join(str(error).split())[:300]
+    reason = " ".join(str(error).split())[:300]
     return TrainingError(
         f"iteration {iteration}",
-        f"the workers were started {starts} times, and each time ended there with {type(error).__name__} ({told})",
+        f"the workers were started {starts} times, and each time ended there with {type(error).__name__} ({reason})",
         "See the traceback in the workers' log. A resumed run continues from its last checkpoint",
     )

@@ -147,7 +147,7 @@ def work(space: Workspace, position: Position) -> bool:
                 log.write(entry)
                 last = trainer.finished or position.stop
                 if last or trainer.iteration % space.config.train.checkpoint_every == 0:
-                    log.write_picture(trainer.last_pictures(), trainer.iteration)
+                    log.write_image(trainer.last_images(), trainer.iteration)
                     _checkpoint(space, trainer)
                     log.publish()
             if position.stop and not trainer.finished:
@@ -186,9 +186,9 @@ class Log:
         for tracker in self._everywhere():
             tracker.log(entry["iteration"], of_iteration(entry))
 
-    def write_picture(self, picture: np.ndarray, iteration: int) -> None:
+    def write_image(self, image: np.ndarray, iteration: int) -> None:
         for tracker in self._everywhere():
-            tracker.image("rollouts", iteration, picture)
+            tracker.image("rollouts", iteration, image)
 
     def publish(self) -> None:
         """Put TensorBoard's files into the store."""

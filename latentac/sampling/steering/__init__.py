@@ -2,7 +2,7 @@
 
 One file per method, one row here.
 
-An image has N particles (candidates), which are consecutive rows of a rollout. A method may move each transition
+An image has N particles, which are consecutive rows of a rollout. A method may move each transition
 (`guide`), may replace particles by copies of others (`resample`), and chooses one at the end (`select`).
 """
 
@@ -29,7 +29,7 @@ class SteeringSettings(Settings):
     """First step at which the method acts, as a share of the steps: it acts if k / K >= start, for step k of K."""
     stop: Fraction = 0.8
     """Share of the steps after which the method no longer acts: it acts only if k / K < stop."""
-    candidates: list[Positive] = [2, 4, 8]
+    sweep_particles: list[Positive] = [2, 4, 8]
     """Numbers of particles. The benchmark has one arm for each, with this strength."""
     sweep: list[Rate] = []
     """Strengths. The benchmark has one arm for each, with one particle."""
@@ -47,7 +47,7 @@ class SteeringSettings(Settings):
 
 @dataclass(frozen=True)
 class SteeringState:
-    """One step of a rollout, before the next latents are drawn. B images, N candidates each.
+    """One step of a rollout, before the next latents are drawn. B images, N particles each.
 
     latents: [B N, *latent], a leaf that requires grad where the method needs gradients
     transition: the policy's own      values: [B N, M], standardised, with the graph to `latents` where it is needed
@@ -78,15 +78,15 @@ class Guide:
 
 
 class Steering(Protocol):
-    """Built as `Class(settings, weights, candidates)` with `SteeringSettings`. Several threads use the same object.
+    """Built as `Class(settings, weights, particles)` with `SteeringSettings`. Several threads use the same object.
 
     weights: [M], how much each reward's head counts, in standard deviations of that reward, or [B, M], a row per image.
-    candidates: rollouts per image; needs_gradient: whether `guide` takes the values' gradient by the latents.
+    particles: rollouts per image; needs_gradient: whether `guide` takes the values' gradient by the latents.
     summary: what it does, in a few words, for a person who chooses among methods.
     """
 
     summary: str
-    candidates: int
+    particles: int
     needs_gradient: bool
 
     def steps(self, num_steps: int) -> range:
@@ -99,7 +99,7 @@ class Steering(Protocol):
         ...
 
     def select(self, values: Tensor) -> Tensor:
-        """Which candidate each image keeps. values: [B, N, M], standardised, at the last denoised state. int64 [B]."""
+        """Which particle each image keeps. values: [B, N, M], standardised, at the last denoised state. int64 [B]."""
         ...
 
 
@@ -126,10 +126,10 @@ def per_row(weights: Tensor, rows: int) -> Tensor:
 
 
 def evaluations(steering: Steering | None, num_steps: int, guided: bool = False) -> int:
-    """NFE an image: for every step of every candidate a forward counts 1, and a backward, where there is one, 2; with
+    """NFE an image: for every step of every particle a forward counts 1, and a backward, where there is one, 2; with
     classifier-free guidance each of them twice."""
     forwards = num_steps
     if steering is not None:
         gradients = len(steering.steps(num_steps)) if steering.needs_gradient else 0
-        forwards = steering.candidates * (num_steps + 2 * gradients)
+        forwards = steering.particles * (num_steps + 2 * gradients)
     return forwards * (2 if guided else 1)

@@ -17,10 +17,10 @@ class BestOfN:
     class Settings(SteeringSettings):
         """Those of every method. When the method acts makes no difference here."""
 
-    def __init__(self, settings: SteeringSettings, weights: Tensor, candidates: int) -> None:
-        if candidates < 1:
-            raise ValueError(f"steering needs at least one candidate, got {candidates}")
-        self.settings, self.weights, self.candidates = settings, weights, candidates
+    def __init__(self, settings: SteeringSettings, weights: Tensor, particles: int) -> None:
+        if particles < 1:
+            raise ValueError(f"steering needs at least one particle, got {particles}")
+        self.settings, self.weights, self.particles = settings, weights, particles
 
     def steps(self, num_steps: int) -> range:
         return self.settings.steps(num_steps)

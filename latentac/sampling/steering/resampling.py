@@ -1,4 +1,4 @@
-"""Resampling with the critic: sequential Monte Carlo whose potentials are values. No picture is decoded on the way."""
+"""Resampling with the critic: sequential Monte Carlo whose potentials are values. No image is decoded on the way."""
 
 import math
 from typing import Literal
@@ -47,14 +47,14 @@ class Particles(Guide):
     """log_weights: [B, N] since the last resampling; log_normaliser: [B], log of the estimate of Z up to then."""
 
     def __init__(self, steering: Resampling, uniforms: Tensor) -> None:
-        self.weights, self.candidates, self.settings = steering.weights, steering.candidates, steering.settings
+        self.weights, self.particles, self.settings = steering.weights, steering.particles, steering.settings
         self.steps, self.uniforms = steering.steps(uniforms.shape[1]), uniforms
-        self.log_weights = uniforms.new_zeros(len(uniforms), self.candidates)
+        self.log_weights = uniforms.new_zeros(len(uniforms), self.particles)
         self.log_normaliser = uniforms.new_zeros(len(uniforms))
-        self._psi = uniforms.new_zeros(len(uniforms), self.candidates)
+        self._psi = uniforms.new_zeros(len(uniforms), self.particles)
 
     def resample(self, state: SteeringState) -> Tensor | None:
-        psi = weighted(state.values.detach(), self.weights).unflatten(0, (-1, self.candidates))
+        psi = weighted(state.values.detach(), self.weights).unflatten(0, (-1, self.particles))
         first = state.step == self.steps.start
         if self.settings.potential == "max" and not first:
             psi = psi.maximum(self._psi)
@@ -66,7 +66,7 @@ class Particles(Guide):
     def moved(self, transition: GaussianTransition, proposal: GaussianTransition, next_latents: Tensor) -> None:
         if proposal is not transition:
             change = transition.log_prob(next_latents) - proposal.log_prob(next_latents)
-            self.log_weights = self.log_weights + change.unflatten(0, (-1, self.candidates))
+            self.log_weights = self.log_weights + change.unflatten(0, (-1, self.particles))
 
     def _temperature(self, step: int) -> float:
         """lambda_k = ((k + 1) / n)^tempering of the k-th of n steered steps."""

@@ -9,7 +9,7 @@ from latentac.method.diffusion import GaussianTransition
 from latentac.sampling.steering import Guide, Steering, SteeringState
 
 Callback = Callable[[int, Tensor], None]
-"""Called with each step and the values of its states, [B, N, M]: B images of N candidates, in each reward's own unit.
+"""Called with each step and the values of its states, [B, N, M]: B images of N particles, in each reward's own unit.
 An exception that it raises ends the rollout."""
 
 
@@ -17,9 +17,9 @@ class SteeringRun:
     """What `rollout` calls at each step. It is for one rollout.
 
     method: how to steer; None only calls the callback.
-    uniforms: [B, K] from U(0, 1), one row per image; needed where an image has N > 1 candidates. These are consecutive
+    uniforms: [B, K] from U(0, 1), one row per image; needed where an image has N > 1 particles. These are consecutive
         rows of the rollout.
-    callback: called with each step's values as soon as they are known, before any candidate continues from another.
+    callback: called with each step's values as soon as they are known, before any particle continues from another.
 
     A row that continues from another one has that row's past.
     """
@@ -28,7 +28,7 @@ class SteeringRun:
         self, method: Steering | None = None, uniforms: Tensor | None = None, *, callback: Callback | None = None
     ) -> None:
         self._method, self._uniforms, self._callback = method, uniforms, callback
-        self._candidates = 1 if method is None else method.candidates
+        self._particles = 1 if method is None else method.particles
         self._guide, self._steps = Guide(), range(0)
         self._critic: ValueFunction | None = None
 
@@ -39,9 +39,9 @@ class SteeringRun:
             return
         num_steps, uniforms = noise.shape[1] - 1, self._uniforms
         if uniforms is None:
-            if self._candidates > 1:
-                raise ValueError(f"{self._candidates} candidates per image need uniforms, [images, steps]")
-            uniforms = noise.new_zeros(len(noise), num_steps)  # one candidate alone is never resampled
+            if self._particles > 1:
+                raise ValueError(f"{self._particles} particles per image need uniforms, [images, steps]")
+            uniforms = noise.new_zeros(len(noise), num_steps)  # one particle alone is never resampled
         self._guide, self._steps = self._method.begin(uniforms), self._method.steps(num_steps)
 
     def needs_gradient(self, step: int) -> bool:
@@ -54,7 +54,7 @@ class SteeringRun:
         if self._callback is not None:
             values = state.values.detach()
             shown = values if self._critic is None else self._critic.unstandardise(values)
-            self._callback(state.step, shown.unflatten(0, (-1, self._candidates)))
+            self._callback(state.step, shown.unflatten(0, (-1, self._particles)))
         guide = self._guide if state.step in self._steps else Guide()
         proposal, rows = guide.guide(state), guide.resample(state)
         if rows is None:
@@ -67,7 +67,7 @@ class SteeringRun:
         self._guide.moved(transition, proposal, next_latents)
 
     def select(self, values: Tensor) -> Tensor:
-        """The candidate that each image keeps, int64 [B]. values: [B, N, M], standardised, at the last state."""
+        """The particle that each image keeps, int64 [B]. values: [B, N, M], standardised, at the last state."""
         if self._method is None:
             return values.new_zeros(len(values)).long()
         return self._method.select(values)

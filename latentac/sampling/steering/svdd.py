@@ -14,15 +14,15 @@ class SVDD(BestOfN):
     summary = "at each step, all particles continue from the best one"
 
     def begin(self, uniforms: Tensor) -> Guide:
-        return Greedy(self.weights, self.candidates)
+        return Greedy(self.weights, self.particles)
 
 
 class Greedy(Guide):
-    def __init__(self, weights: Tensor, candidates: int) -> None:
-        self.weights, self.candidates = weights, candidates
+    def __init__(self, weights: Tensor, particles: int) -> None:
+        self.weights, self.particles = weights, particles
 
     def resample(self, state: SteeringState) -> Tensor | None:
         psi = weighted(state.values.detach(), self.weights)
-        best = psi.unflatten(0, (-1, self.candidates)).argmax(1)
-        first = torch.arange(len(best), device=best.device) * self.candidates
-        return (first + best).repeat_interleave(self.candidates)
+        best = psi.unflatten(0, (-1, self.particles)).argmax(1)
+        first = torch.arange(len(best), device=best.device) * self.particles
+        return (first + best).repeat_interleave(self.particles)

@@ -23,7 +23,7 @@ class Twisted(Resampling):
         """Those of `resampling`, and the length of the shift."""
 
         strength: Rate = 10.0
-        candidates: list[Positive] = [2, 4]
+        sweep_particles: list[Positive] = [2, 4]
         normalised: bool = False
         """As in `value_gradient`."""
 

@@ -24,7 +24,7 @@ class ValueGradient(BestOfN):
 
         strength: Rate = 20.0
         particles: Positive = 1
-        candidates: list[Positive] = [2, 4]
+        sweep_particles: list[Positive] = [2, 4]
         sweep: list[Rate] = [10.0, 20.0, 30.0]
         normalised: bool = False
         """Normalise the gradient. The strength is then the length of the shift, in standard deviations of the

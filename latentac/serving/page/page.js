@@ -1,7 +1,7 @@
 "use strict";
 
-// The page of a latentac endpoint. It asks for one prompt's picture three times at the same seed: from the base model,
-// from the trained one, and from the trained one steered by the dials. Nothing is checked here: what is wrong with a
+// The page of a latentac endpoint. It asks for one prompt's image three times at the same seed: from the base model,
+// from the trained one, and from the trained one steered by its weights. Nothing is checked here: what is wrong with a
 // request is told in the server's words, beside the field that it names.
 
 const ARMS = ["base", "trained", "steered"];
@@ -9,19 +9,19 @@ const FIELDS = ["prompt", "seed", "num_steps", "guidance_scale", "method", "part
 const MAX_TRIES = 8; // of a server that is busy
 const MAX_WAIT_SECONDS = 60;
 const MAX_HISTORY = 24;
-const MAX_KEPT_CHARACTERS = 50_000_000; // of pictures, in memory
+const MAX_KEPT_CHARACTERS = 50_000_000; // of images, in memory
 const MAX_STORED_CHARACTERS = 2_000_000; // sessionStorage takes about 5 million of everything
 const STORED_HISTORY = "latentac.history";
 // A website may open any link, and change the one of a page that it has opened. So a link fills in and draws nothing.
 const LINKED = "The link's settings are filled in: press Draw, or Enter in any field.";
 const LIMITED = { particles: "Rollouts per image, at most", num_steps: "At most", guidance_scale: "1 is off, at most" };
-const REACHES = [5, 10, 20, 50, 100]; // of a dial; a hundredth is one step of it
+const REACHES = [5, 10, 20, 50, 100]; // of a weight; a hundredth is one step of it
 
 let options = null; // what the server offers
 let running = null; // the AbortController of the draw that is under way
-let shown = null; // the draw whose pictures are on the page
+let shown = null; // the draw whose images are on the page
 let earlier = []; // finished draws, newest first
-let methodShown = ""; // what the dials' reach and defaults are of
+let methodShown = ""; // what the weights' reach and defaults are of
 
 const $ = (id) => document.getElementById(id);
 
@@ -45,22 +45,22 @@ const offered = () => ARMS.filter((arm) => arm !== "base" || options.policies.in
 // A field of numbers hides what was typed if it is none; the server shall refuse it all the same.
 const typed = (input) => (input.validity.badInput ? "not a number" : input.value);
 
-const dials = () => [...document.querySelectorAll(".dial")];
+const weightControls = () => [...document.querySelectorAll(".steering-weight")];
 
-const numberOf = (dial) => dial.querySelector("input[type=number]");
+const numberOf = (weightControl) => weightControl.querySelector("input[type=number]");
 
-const rangeOf = (dial) => dial.querySelector("input[type=range]");
+const rangeOf = (weightControl) => weightControl.querySelector("input[type=range]");
 
 function readSettings() {
   const settings = Object.fromEntries(FIELDS.map((name) => [name, typed($(name))]));
-  settings.weights = Object.fromEntries(dials().map((dial) => [dial.dataset.reward, typed(numberOf(dial))]));
+  settings.weights = Object.fromEntries(weightControls().map((weightControl) => [weightControl.dataset.reward, typed(numberOf(weightControl))]));
   return settings;
 }
 
 function writeSettings(settings) {
   for (const name of FIELDS) $(name).value = settings[name];
   showMethod();
-  for (const dial of dials()) turn(dial, settings.weights[dial.dataset.reward] ?? "0");
+  for (const weightControl of weightControls()) turn(weightControl, settings.weights[weightControl.dataset.reward] ?? "0");
   settingsChanged();
 }
 
@@ -100,46 +100,46 @@ function showMethod() {
   $("particles-field").hidden = !method?.several;
   const strongest = Math.max(...Object.values(defaultWeights(methodShown)).map(Math.abs), 0);
   const reach = Math.min(REACHES.find((each) => each >= 2 * strongest) ?? Infinity, ...strongestAllowed());
-  for (const dial of dials()) {
-    Object.assign(rangeOf(dial), { min: -reach, max: reach, step: reach / 100 });
-    followNumber(dial);
+  for (const weightControl of weightControls()) {
+    Object.assign(rangeOf(weightControl), { min: -reach, max: reach, step: reach / 100 });
+    followNumber(weightControl);
   }
 }
 
 // What nobody has changed follows the method.
 function methodChosen() {
   const { weights, particles } = readSettings();
-  const sameDials = sameSettings(weights, defaultWeights(methodShown));
+  const sameWeights = sameSettings(weights, defaultWeights(methodShown));
   const sameParticles = particles === defaultParticles(methodShown);
   showMethod();
-  if (sameDials) resetDials();
+  if (sameWeights) resetWeights();
   if (sameParticles) $("particles").value = defaultParticles(methodShown);
   settingsChanged();
 }
 
-function resetDials() {
+function resetWeights() {
   const weights = defaultWeights($("method").value);
-  for (const dial of dials()) turn(dial, weights[dial.dataset.reward]);
+  for (const weightControl of weightControls()) turn(weightControl, weights[weightControl.dataset.reward]);
   settingsChanged();
 }
 
-function turn(dial, text) {
-  numberOf(dial).value = text;
-  followNumber(dial);
+function turn(weightControl, text) {
+  numberOf(weightControl).value = text;
+  followNumber(weightControl);
 }
 
-function followNumber(dial) {
-  const range = rangeOf(dial);
-  range.value = numberOf(dial).value;
-  showTurn(dial);
+function followNumber(weightControl) {
+  const range = rangeOf(weightControl);
+  range.value = numberOf(weightControl).value;
+  showTurn(weightControl);
 }
 
-function showTurn(dial) {
-  const range = rangeOf(dial);
+function showTurn(weightControl) {
+  const range = rangeOf(weightControl);
   const share = (range.valueAsNumber - range.min) / (range.max - range.min);
   range.style.setProperty("--low", Math.min(share, 0.5));
   range.style.setProperty("--high", Math.max(share, 0.5));
-  range.setAttribute("aria-valuetext", `${numberOf(dial).value} standard deviations`);
+  range.setAttribute("aria-valuetext", `${numberOf(weightControl).value} standard deviations`);
 }
 
 function settingsChanged() {
@@ -150,7 +150,7 @@ function settingsChanged() {
 }
 
 function showWhatWasDrawn(settings) {
-  const drawn = shown && Object.values(shown.arms).some((told) => told.image);
+  const drawn = shown && Object.values(shown.arms).some((record) => record.image);
   $("drawn").textContent = drawn ? `“${shown.settings.prompt}”, seed ${shown.settings.seed}.` : "";
   if (drawn && !sameSettings(shown.settings, settings)) {
     $("drawn").append(" The settings have changed since: draw to see what they do.");
@@ -193,7 +193,7 @@ const addressOf = (path) => new URL(path, document.baseURI).href;
 function curlOf(settings) {
   const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
   const read = 'import base64, json, sys; answer = json.load(sys.stdin); "error" in answer and sys.exit(answer["error"]); ';
-  const write = 'open("picture.png", "wb").write(base64.b64decode(answer["predictions"][0]["images"][0]))';
+  const write = 'open("image.png", "wb").write(base64.b64decode(answer["predictions"][0]["images"][0]))';
   return [
     `curl -sS ${quoted(addressOf(`v1/models/${encodeURIComponent(options.name)}:predict`))}`,
     "-H 'Content-Type: application/json'",
@@ -241,7 +241,7 @@ function followLink() {
   return linked;
 }
 
-// ---- What is told
+// ---- Messages
 
 const say = (text) => { $("status").textContent = text; };
 
@@ -261,9 +261,9 @@ class Refusal extends Error {
 function placeOf(field) {
   const name = field.replace(/^instances\.\d+\./, "");
   if (FIELDS.includes(name)) return { control: $(name), line: $(`${name}-problem`) };
-  const dial = dials().find((each) => name === `steering.${each.dataset.reward}`);
-  if (dial) return { control: numberOf(dial), line: dial.querySelector(".problem") };
-  if (name === "steering") return { control: dials().length ? numberOf(dials()[0]) : $("method"), line: $("steering-problem") };
+  const weightControl = weightControls().find((each) => name === `steering.${each.dataset.reward}`);
+  if (weightControl) return { control: numberOf(weightControl), line: weightControl.querySelector(".problem") };
+  if (name === "steering") return { control: weightControls().length ? numberOf(weightControls()[0]) : $("method"), line: $("steering-problem") };
   return null;
 }
 
@@ -284,7 +284,7 @@ function tellRefusal(error) {
   const first = !document.querySelector("[aria-invalid=true]");
   if (error instanceof Refusal && error.problems.length) error.problems.forEach(tellProblem);
   else warn(error instanceof Refusal ? error.message : `The connection to the server was lost (${error.message}). Draw again.`);
-  // Once a draw: three pictures refused for one reason shall not take the focus three times.
+  // Once a draw: three images refused for one reason shall not take the focus three times.
   const wrong = first ? document.querySelector("[aria-invalid=true]") : null;
   wrong?.focus();
   wrong?.scrollIntoView({ block: "nearest" }); // one that has the focus already may be out of sight
@@ -366,7 +366,7 @@ function pause(seconds, signal) {
   });
 }
 
-// The stream of an arm's picture, asked for again when a busy server says so.
+// The stream of an arm's image, asked for again when a busy server says so.
 async function streamOf(draw, arm, signal) {
   const headers = { "Content-Type": "application/json", Accept: "text/event-stream" };
   const request = { method: "POST", headers, body: requestOf(draw.settings, arm), signal };
@@ -401,14 +401,14 @@ const ON_EVENT = {
     note(draw, arm, ahead > 0 ? `Waiting, ${ahead} ahead` : "Starting");
   },
   step(draw, arm, { step, num_steps: steps, values }) {
-    const told = draw.arms[arm];
-    Object.assign(told, { step: step + 1, steps });
-    for (const [reward, numbers] of Object.entries(values)) (told.values[reward] ??= [])[step] = numbers[0];
+    const record = draw.arms[arm];
+    Object.assign(record, { step: step + 1, steps });
+    for (const [reward, numbers] of Object.entries(values)) (record.values[reward] ??= [])[step] = numbers[0];
     note(draw, arm, `Step ${step + 1} of ${steps}`, true);
   },
-  picture(draw, arm, { images, nfe, values }) {
-    // Those of the picture that was chosen; the steps told the best particle of their moment.
-    const own = Object.entries(values).map(([reward, pictures]) => [reward, pictures[0]]);
+  image(draw, arm, { images, nfe, values }) {
+    // Those of the image that was chosen; the steps told the best particle of their moment.
+    const own = Object.entries(values).map(([reward, each]) => [reward, each[0]]);
     Object.assign(draw.arms[arm], { image: `data:image/png;base64,${images[0]}`, nfe, values: Object.fromEntries(own) });
     note(draw, arm, "");
     if (draw === shown) showWhatWasDrawn(readSettings());
@@ -419,15 +419,15 @@ const ON_EVENT = {
 };
 
 async function drawArm(draw, arm, signal) {
-  const told = draw.arms[arm];
+  const record = draw.arms[arm];
   const began = performance.now();
   try {
     for await (const event of eventsOf(await streamOf(draw, arm, signal))) {
-      told.seconds = (performance.now() - began) / 1000;
+      record.seconds = (performance.now() - began) / 1000;
       ON_EVENT[event.name]?.(draw, arm, event.data);
       if (draw === shown) showCurveSoon();
     }
-    if (!told.image) throw new Refusal("The connection ended before the image was complete. Draw again.");
+    if (!record.image) throw new Refusal("The connection ended before the image was complete. Draw again.");
   } catch (error) {
     if (!signal.aborted) tellRefusal(error);
     note(draw, arm, signal.aborted ? "Stopped" : "Not drawn");
@@ -456,7 +456,7 @@ async function drawAll() {
 
 function finish(draw, seconds) {
   const arms = Object.values(draw.arms);
-  const drawn = arms.filter((told) => told.image).length;
+  const drawn = arms.filter((record) => record.image).length;
   if (drawn === arms.length) say(`${drawn} images drawn in ${seconds.toFixed(1)} s.`);
   else say(`${drawn || "None"} of ${arms.length} images drawn. Problems are marked with ⚠.`);
   if (!drawn) return;
@@ -478,7 +478,7 @@ function showRunning(active) {
   $("stop").hidden = !active;
 }
 
-// ---- Pictures
+// ---- Images
 
 function show(draw) {
   shown = draw;
@@ -490,11 +490,11 @@ function show(draw) {
 
 function showArm(arm) {
   const figure = document.querySelector(`figure[data-arm=${arm}]`);
-  const told = shown?.arms[arm];
-  figure.querySelector(".state").textContent = told ? told.note : "Not drawn yet";
-  Object.assign(figure.querySelector("progress"), { hidden: !told?.drawing, max: told?.steps || 1, value: told?.step ?? 0 });
-  showImage(figure, arm, told?.image ?? null);
-  figure.querySelector(".facts").replaceChildren(...(told?.image ? factsOf(told) : []));
+  const record = shown?.arms[arm];
+  figure.querySelector(".state").textContent = record ? record.note : "Not drawn yet";
+  Object.assign(figure.querySelector("progress"), { hidden: !record?.drawing, max: record?.steps || 1, value: record?.step ?? 0 });
+  showImage(figure, arm, record?.image ?? null);
+  figure.querySelector(".facts").replaceChildren(...(record?.image ? factsOf(record) : []));
 }
 
 function showImage(figure, arm, source) {
@@ -504,12 +504,12 @@ function showImage(figure, arm, source) {
   if (source) figure.querySelector(".frame").append(element("img", { src: source, alt: `${arm}: ${shown.settings.prompt}` }));
 }
 
-function factsOf(told) {
+function factsOf(record) {
   const evaluations = element("abbr", { title: "network evaluations", textContent: "NFE" });
-  const value = lastOf(told.values[rewardShown()]);
-  const facts = [element("span", {}, evaluations, ` ${told.nfe}`)];
+  const value = lastOf(record.values[rewardShown()]);
+  const facts = [element("span", {}, evaluations, ` ${record.nfe}`)];
   if (value !== null) facts.push(element("span", {}, `value ${formatted(value)}`));
-  return [...facts, element("span", {}, `${told.seconds.toFixed(1)} s`)];
+  return [...facts, element("span", {}, `${record.seconds.toFixed(1)} s`)];
 }
 
 // ---- The critic's values
@@ -534,22 +534,22 @@ function svg(name, attributes, ...children) {
 // Arm -> its values so far of the reward that is shown.
 function linesShown() {
   const arms = shown ? Object.entries(shown.arms) : [];
-  return new Map(arms.map(([arm, told]) => [arm, told.values[rewardShown()] ?? []]).filter(([, line]) => line.length));
+  return new Map(arms.map(([arm, record]) => [arm, record.values[rewardShown()] ?? []]).filter(([, line]) => line.length));
 }
 
 function showCurve() {
   const reward = options.rewards.find((each) => each.name === rewardShown());
   if (!reward) return;
   const lines = linesShown();
-  const steps = Math.max(...Object.values(shown?.arms ?? {}).map((told) => told.steps), 0) || options.defaults.num_steps;
+  const steps = Math.max(...Object.values(shown?.arms ?? {}).map((record) => record.steps), 0) || options.defaults.num_steps;
   const width = Math.max(240, $("curve").clientWidth);
   const box = { left: 44, right: width - 104, top: 10, bottom: 180 };
   const scale = scaleOf(box, rangeOfValues(reward, lines), steps);
-  const picture = svg("svg", { width, height: 220, role: "img", "aria-label": curveInWords(reward, lines, steps) });
+  const chart = svg("svg", { width, height: 220, role: "img", "aria-label": curveInWords(reward, lines, steps) });
   // The base's dots last: where it is as good as the trained model, they show on its dashes.
-  picture.append(...gridOf(box, scale, steps), ...curvesOf(lines, scale).reverse());
-  if (!lines.size) picture.append(svg("text", { x: (box.left + box.right) / 2, y: 95, "text-anchor": "middle" }, "The values appear while the images are drawn"));
-  $("curve").replaceChildren(picture);
+  chart.append(...gridOf(box, scale, steps), ...curvesOf(lines, scale).reverse());
+  if (!lines.size) chart.append(svg("text", { x: (box.left + box.right) / 2, y: 95, "text-anchor": "middle" }, "The values appear while the images are drawn"));
+  $("curve").replaceChildren(chart);
   $("value-axis").textContent = `↑ ${reward.name}: ${reward.unit}`;
   showTable(lines);
 }
@@ -624,8 +624,8 @@ function spread(ends) {
 }
 
 function curveInWords(reward, lines, steps) {
-  const told = [...lines].map(([arm, line]) => `${arm} from ${formatted(line[0])} to ${formatted(lastOf(line))}`);
-  return `The critic's value of ${reward.name} over ${steps} denoising steps: ${told.join(", ") || "nothing drawn yet"}.`;
+  const parts = [...lines].map(([arm, line]) => `${arm} from ${formatted(line[0])} to ${formatted(lastOf(line))}`);
+  return `The critic's value of ${reward.name} over ${steps} denoising steps: ${parts.join(", ") || "nothing drawn yet"}.`;
 }
 
 function showTable(lines) {
@@ -642,12 +642,12 @@ function showTable(lines) {
 
 // ---- Earlier draws
 
-// As many of the newest draws as have no more characters of pictures than that.
+// As many of the newest draws as have no more characters of images than that.
 function newest(draws, characters) {
   const kept = [];
   let left = characters;
   for (const draw of draws) {
-    for (const told of Object.values(draw.arms)) left -= told.image?.length ?? 0;
+    for (const record of Object.values(draw.arms)) left -= record.image?.length ?? 0;
     if (left < 0) break;
     kept.push(draw);
   }
@@ -711,23 +711,23 @@ function forget() {
 
 // ---- The start
 
-function makeDial(reward) {
-  const dial = $("dial").content.firstElementChild.cloneNode(true);
-  const id = `dial-${options.rewards.indexOf(reward)}`;
-  dial.dataset.reward = reward.name;
-  const [label, hint, problem] = ["label", ".hint", ".problem"].map((selector) => dial.querySelector(selector));
+function makeWeightControl(reward) {
+  const weightControl = $("steering-weight").content.firstElementChild.cloneNode(true);
+  const id = `steering-weight-${options.rewards.indexOf(reward)}`;
+  weightControl.dataset.reward = reward.name;
+  const [label, hint, problem] = ["label", ".hint", ".problem"].map((selector) => weightControl.querySelector(selector));
   Object.assign(label, { htmlFor: id, textContent: reward.name });
   Object.assign(hint, { id: `${id}-hint`, textContent: `${reward.unit}; 1\u00a0σ\u00a0is\u00a0${formatted(reward.std)}` });
   problem.id = `${id}-problem`;
-  const number = numberOf(dial);
+  const number = numberOf(weightControl);
   number.id = id;
-  rangeOf(dial).setAttribute("aria-label", `Weight of ${reward.name}`);
-  for (const input of [number, rangeOf(dial)]) {
+  rangeOf(weightControl).setAttribute("aria-label", `Weight of ${reward.name}`);
+  for (const input of [number, rangeOf(weightControl)]) {
     input.setAttribute("aria-describedby", `${hint.id} ${problem.id} steering-problem`);
   }
-  number.addEventListener("input", () => followNumber(dial));
-  rangeOf(dial).addEventListener("input", () => turn(dial, rangeOf(dial).value));
-  return dial;
+  number.addEventListener("input", () => followNumber(weightControl));
+  rangeOf(weightControl).addEventListener("input", () => turn(weightControl, rangeOf(weightControl).value));
+  return weightControl;
 }
 
 function makeExample(prompt) {
@@ -750,7 +750,7 @@ function furnish() {
   for (const frame of document.querySelectorAll(".frame")) frame.style.aspectRatio = `${size[1]} / ${size[0]}`;
   $("how-many").textContent = offered().length === 3 ? "three" : "two";
   document.querySelector("figure[data-arm=base]").hidden = !offered().includes("base");
-  $("dial-list").replaceChildren(...rewards.map(makeDial));
+  $("steering-weight-list").replaceChildren(...rewards.map(makeWeightControl));
   $("method").replaceChildren(...methods.filter((method) => method.name !== "none").map((method) => option(method.name)));
   $("reward").replaceChildren(...rewards.map((reward) => option(reward.name)));
   $("reward-choice").hidden = rewards.length < 2;
@@ -761,7 +761,7 @@ function furnish() {
   }
   $("examples").replaceChildren(...examples.map(makeExample));
   $("examples").hidden = !examples.length;
-  for (const id of ["draw", "draw-dials", "reset"]) $(id).disabled = false;
+  for (const id of ["draw", "draw-weights", "reset"]) $(id).disabled = false;
 }
 
 async function copy(field, button) {
@@ -787,7 +787,7 @@ function listen() {
   $("method").addEventListener("change", methodChosen);
   $("ask").addEventListener("submit", (event) => { event.preventDefault(); drawAll(); });
   $("stop").addEventListener("click", stop);
-  $("reset").addEventListener("click", resetDials);
+  $("reset").addEventListener("click", resetWeights);
   $("new-seed").addEventListener("click", newSeed);
   $("forget").addEventListener("click", forget);
   $("reward").addEventListener("change", () => { ARMS.forEach(showArm); showCurve(); });

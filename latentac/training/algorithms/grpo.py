@@ -40,16 +40,16 @@ class GRPO(Algorithm):
         settings, weights = self.settings, self.weights.to(rewards)
         if settings.combination == "sum":
             rewards, weights = (rewards @ weights)[:, None], torch.ones_like(weights[:1])
-        relative, told = group_advantages(rewards, settings.group_size)
+        relative, mask = group_advantages(rewards, settings.group_size)
         advantages = relative @ weights
-        told = (told & (weights > 0)).any(1)
-        scale = advantages[told].square().mean().sqrt() if bool(told.any()) else advantages.new_ones(())
+        mask = (mask & (weights > 0)).any(1)
+        scale = advantages[mask].square().mean().sqrt() if bool(mask.any()) else advantages.new_ones(())
         # A dropped group leaves the mean over transitions, not a zero in it.
-        kept = told.float().mean().clamp(min=1e-8)
+        kept = mask.float().mean().clamp(min=1e-8)
         clip = settings.advantage_clip
         advantages = (advantages / scale.clamp(min=1e-8)).clamp(-clip, clip) / kept
         return Credit(
-            advantages[:, None].expand(-1, values.shape[1]), values, {"zero_std_share": 1 - float(told.float().mean())}
+            advantages[:, None].expand(-1, values.shape[1]), values, {"zero_std_share": 1 - float(mask.float().mean())}
         )
 
     def loss(self, transition: GaussianTransition, minibatch: Minibatch) -> PolicyLoss:

@@ -1,4 +1,4 @@
-"""The embedded world: a procedural, captioned picture set, and the tiny text-to-image pipelines pretrained on it."""
+"""The embedded world: a procedural, captioned image set, and the tiny text-to-image pipelines pretrained on it."""
 
 from pathlib import Path
 

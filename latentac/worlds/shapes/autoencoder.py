@@ -1,4 +1,4 @@
-"""The pipeline's autoencoder: 32 x 32 pictures to 4 x 8 x 8 latents and back, and its training."""
+"""The pipeline's autoencoder: 32 x 32 images to 4 x 8 x 8 latents and back, and its training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ def encode(autoencoder: AutoencoderKL, images: np.ndarray, batch: int = 256) -> 
 
 @torch.no_grad()
 def decode(autoencoder: AutoencoderKL, latents: Tensor, batch: int = 256) -> np.ndarray:
-    """Pictures uint8 [N, 32, 32, 3] of *scaled* latents float32 [N, 4, 8, 8]."""
+    """Images uint8 [N, 32, 32, 3] of *scaled* latents float32 [N, 4, 8, 8]."""
     scale, shift = scale_and_shift(autoencoder)
     return np.concatenate([to_images(autoencoder.decode(part / scale + shift).sample) for part in latents.split(batch)])
 

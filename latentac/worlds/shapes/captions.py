@@ -6,8 +6,8 @@
     relation     a red circle left of a green square  two kinds of different colours, 4 relations
     two_objects  a red circle and a blue triangle     two kinds of different colours, anywhere
 
-A combination is what a picture shows, not how it is said: `A left of B` and `B right of A` are one combination, and so
-are `A and B` and `B and A`. The split is by combination: no held-out picture is asked for in training in other words.
+A combination is what an image shows, not how it is said: `A left of B` and `B right of A` are one combination, and so
+are `A and B` and `B and A`. The split is by combination: no held-out image is asked for in training in other words.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Specification:
-    """What a picture must show and nothing else: `count` objects of each of `kinds`; the first in `relation` to the
+    """What an image must show and nothing else: `count` objects of each of `kinds`; the first in `relation` to the
     second."""
 
     category: str
@@ -63,7 +63,7 @@ class Specification:
 
     @property
     def combination(self) -> str:
-        """The same text for every wording of the same picture."""
+        """The same text for every wording of the same image."""
         kinds, relation = self.kinds, self.relation
         if self.category == "two_objects":
             kinds = tuple(sorted(kinds))

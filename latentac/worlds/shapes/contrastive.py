@@ -1,8 +1,8 @@
 """Makes the weights in `weights/clip`: python -m latentac.worlds.shapes.contrastive --output FOLDER
 
-A tiny CLIP (Radford et al. 2021, arXiv 2103.00020) that learns which caption belongs to which picture from rendered
-pictures of every sentence of the language, held-out ones included, as the base does. A batch is made of groups of
-sentences that differ in one respect, so that it has to tell `left of` from `above`. It sees neither pictures of a
+A tiny CLIP (Radford et al. 2021, arXiv 2103.00020) that learns which caption belongs to which image from rendered
+images of every sentence of the language, held-out ones included, as the base does. A batch is made of groups of
+sentences that differ in one respect, so that it has to tell `left of` from `above`. It sees neither images of a
 diffusion model nor the verifier's answers: it is a learned reward with the blind spots of one.
 """
 
@@ -34,7 +34,7 @@ from latentac.worlds.shapes.captions import (
     specifications,
 )
 from latentac.worlds.shapes.provenance import Provenance
-from latentac.worlds.shapes.scenes import BACKGROUND, IMAGE_SIZE, sample_pictures
+from latentac.worlds.shapes.scenes import BACKGROUND, IMAGE_SIZE, sample_images
 from latentac.worlds.shapes.tokens import TEXT_LENGTH, build_tokenizer, tokenize
 from latentac.worlds.shapes.verifier import verify
 
@@ -47,7 +47,7 @@ _MIRRORED = {"left of": "right of", "right of": "left of"}
 
 @dataclass(frozen=True)
 class ContrastiveTraining:
-    """A batch has `batch` pictures in groups of `group`: a sentence and others that differ from it in one respect."""
+    """A batch has `batch` images in groups of `group`: a sentence and others that differ from it in one respect."""
 
     steps: int = 4500
     batch: int = 64
@@ -74,7 +74,7 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     return clip
 
 
-def picture_features(clip: CLIPModel, images: np.ndarray) -> Tensor:
+def image_features(clip: CLIPModel, images: np.ndarray) -> Tensor:
     """Unit vectors float32 [B, 64] of `images` uint8 [B, 32, 32, 3]."""
     offset = torch.from_numpy(images).float() - torch.tensor(BACKGROUND)  # an empty patch is all zeros
     pooled = clip.vision_model(pixel_values=offset.permute(0, 3, 1, 2) / PIXEL_SCALE).pooler_output
@@ -89,7 +89,7 @@ def caption_features(clip: CLIPModel, token_ids: Tensor) -> Tensor:
 
 @cache
 def hard_negatives(spec: Specification) -> dict[str, list[Specification]]:
-    """The sentences whose pictures differ from those of `spec` in one respect: respect -> sentences, none empty.
+    """The sentences whose images differ from those of `spec` in one respect: respect -> sentences, none empty.
 
     The respects are colour and shape of one kind, count, relation, and the exchange of the two kinds' shapes.
     """
@@ -123,26 +123,26 @@ _LANGUAGE = specifications()
 _INDEX = {spec: index for index, spec in enumerate(_LANGUAGE)}
 
 
-class PicturePool:
-    """Rendered pictures of every sentence, equally many for each sentence of a category and for each category."""
+class ImagePool:
+    """Rendered images of every sentence, equally many for each sentence of a category and for each category."""
 
     def __init__(self, count: int, generator: np.random.Generator):
-        """About `count` pictures, at least one a sentence."""
+        """About `count` images, at least one per sentence."""
         sizes = Counter(spec.category for spec in _LANGUAGE)
         share = {category: max(1, count // len(CATEGORIES) // size) for category, size in sizes.items()}
-        self._pictures = [
-            sample_pictures([spec] * share[spec.category], generator)
-            for spec in tqdm(_LANGUAGE, desc="pictures", unit="sentence")
+        self._images = [
+            sample_images([spec] * share[spec.category], generator)
+            for spec in tqdm(_LANGUAGE, desc="images", unit="sentence")
         ]
 
     def draw(self, index: int, generator: np.random.Generator) -> np.ndarray:
-        """uint8 [32, 32, 3]: a picture of sentence `index`, every other time the mirror image of its mirrored one."""
+        """uint8 [32, 32, 3]: an image of sentence `index`, every other time the mirror image of its mirrored one."""
         spec, mirrored = _LANGUAGE[index], bool(generator.integers(2))
         if mirrored:
             index = _INDEX[replace(spec, relation=_MIRRORED.get(spec.relation or "", spec.relation))]
-        choices = self._pictures[index]
-        picture = choices[generator.integers(len(choices))]
-        return picture[:, ::-1] if mirrored else picture
+        choices = self._images[index]
+        image = choices[generator.integers(len(choices))]
+        return image[:, ::-1] if mirrored else image
 
 
 def draw_sentences(training: ContrastiveTraining, generator: np.random.Generator) -> list[int]:
@@ -164,9 +164,9 @@ def draw_sentences(training: ContrastiveTraining, generator: np.random.Generator
 
 
 def contrastive_loss(logits: Tensor, specs: Sequence[Specification]) -> Tensor:
-    """CLIP's loss for `logits` [B, B] of pictures (rows) and captions of `specs`, without its false negatives.
+    """CLIP's loss for `logits` [B, B] of images (rows) and captions of `specs`, without its false negatives.
 
-    Captions of one combination are equally right. `A and B` is true of a picture of `A left of B`, though it is not its
+    Captions of one combination are equally right. `A and B` is true of an image of `A left of B`, though it is not its
     caption: such a pair counts neither way.
     """
     combinations = [spec.combination for spec in specs]
@@ -188,7 +188,7 @@ def _equal(values: Sequence[object]) -> Tensor:
 def train_clip(
     clip: CLIPModel,
     tokenizer: CLIPTokenizer,
-    pool: PicturePool,
+    pool: ImagePool,
     training: ContrastiveTraining,
     generator: np.random.Generator,
     report: Callable[[int, float], None],
@@ -206,7 +206,7 @@ def train_clip(
     for step in range(training.steps):
         indices = draw_sentences(training, generator)
         images = np.stack([pool.draw(index, generator) for index in indices])
-        cosines = picture_features(clip, images) @ caption_features(clip, token_ids[indices, :longest]).T
+        cosines = image_features(clip, images) @ caption_features(clip, token_ids[indices, :longest]).T
         logits = clip.logit_scale.exp().clamp(max=MOST_SCALE) * cosines
         loss = contrastive_loss(logits, [_LANGUAGE[index] for index in indices])
         optimizer.zero_grad(set_to_none=True)
@@ -220,14 +220,14 @@ def train_clip(
 
 @torch.no_grad()
 def retrieval(clip: CLIPModel, tokenizer: CLIPTokenizer, count: int, seed: int) -> dict[str, dict[str, float]]:
-    """How often a fresh picture is nearer to its own caption than to its hard negatives: category -> `all` of them,
+    """How often a fresh image is nearer to its own caption than to its hard negatives: category -> `all` of them,
     and respect -> share of pairs. `count` balanced prompts, the two splits in equal parts.
     """
     specs = _balanced(count, seed)
     captions = caption_features(clip, tokenize(tokenizer, [spec.caption for spec in _LANGUAGE]))
-    pictures = picture_features(clip, sample_pictures(specs, np.random.default_rng(seed)))
+    images = image_features(clip, sample_images(specs, np.random.default_rng(seed)))
     won: dict[str, dict[str, list[bool]]] = {category: {"all": []} for category in CATEGORIES}
-    for spec, row in zip(specs, pictures @ captions.T, strict=True):
+    for spec, row in zip(specs, images @ captions.T, strict=True):
         rows = won[spec.category]
         respects = {
             respect: [bool(row[_INDEX[spec]] > row[_INDEX[other]]) for other in others]
@@ -244,20 +244,20 @@ def retrieval(clip: CLIPModel, tokenizer: CLIPTokenizer, count: int, seed: int) 
 
 @torch.no_grad()
 def verifier_correlation(
-    clip: CLIPModel, tokenizer: CLIPTokenizer, count: int, seed: int, pictures: int = 8
+    clip: CLIPModel, tokenizer: CLIPTokenizer, count: int, seed: int, shown_each: int = 8
 ) -> dict[str, float]:
     """Correlation of the cosine with the verifier's answer within a caption, its mean for each category and over all.
 
-    `count` captions, each with `pictures` pictures of its own and as many of its hard negatives.
+    `count` captions, each with `shown_each` images of its own and as many of its hard negatives.
     """
     generator = np.random.default_rng(seed)
     found: dict[str, list[float]] = {category: [] for category in CATEGORIES}
     for spec in _balanced(count, seed):
         others = list(hard_negatives(spec).values())
-        respects = [others[index % len(others)] for index in range(pictures)]
-        shown = [spec] * pictures + [specs[generator.integers(len(specs))] for specs in respects]
-        images = sample_pictures(shown, generator)
-        cosines = picture_features(clip, images) @ caption_features(clip, tokenize(tokenizer, [spec.caption]))[0]
+        respects = [others[index % len(others)] for index in range(shown_each)]
+        shown = [spec] * shown_each + [specs[generator.integers(len(specs))] for specs in respects]
+        images = sample_images(shown, generator)
+        cosines = image_features(clip, images) @ caption_features(clip, tokenize(tokenizer, [spec.caption]))[0]
         answers = verify(images, [spec] * len(images))
         found[spec.category].append(float(np.corrcoef(cosines.numpy(), answers)[0, 1]))
     everything = [each for rows in found.values() for each in rows]
@@ -269,11 +269,11 @@ def _balanced(count: int, seed: int) -> list[Specification]:
     return [parse_caption(prompt.text) for prompts in drawn for prompt in prompts]
 
 
-def pretrain(output: Path, seed: int, pictures: int, training: ContrastiveTraining, command: str) -> None:
+def pretrain(output: Path, seed: int, images: int, training: ContrastiveTraining, command: str) -> None:
     """Trains a CLIP and writes its folder, `provenance.json` included, to `output`."""
     provenance = Provenance.begin(output / "provenance.json", seed, command)
     generator = np.random.default_rng(seed)
-    pool = PicturePool(pictures, generator)
+    pool = ImagePool(images, generator)
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(output)
     clip, began = build_clip(tokenizer), time.perf_counter()
@@ -291,7 +291,7 @@ def pretrain(output: Path, seed: int, pictures: int, training: ContrastiveTraini
     for weights in output.glob("*.safetensors"):
         weights.chmod(0o644)  # they are written for the owner only, and would be installed so
     record = {
-        "settings": {"pictures": pictures, **asdict(training)},
+        "settings": {"images": images, **asdict(training)},
         "parameters": sum(p.numel() for p in clip.parameters()),
         "seconds": seconds,
         "logit_scale": clip.logit_scale.exp().item(),
@@ -306,13 +306,13 @@ def pretrain(output: Path, seed: int, pictures: int, training: ContrastiveTraini
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m latentac.worlds.shapes.contrastive",
-        description="Train the tiny CLIP of the embedded world on rendered pictures and captions.",
+        description="Train the tiny CLIP of the embedded world on rendered images and captions.",
         epilog="example: python -m latentac.worlds.shapes.contrastive --output build/clip --threads 1",
     )
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder of the CLIP")
-    add("--seed", type=int, default=0, help="decides pictures, weights and batches (default %(default)s)")
-    add("--pictures", type=int, default=16384, help="training pictures (default %(default)s)")
+    add("--seed", type=int, default=0, help="decides images, weights and batches (default %(default)s)")
+    add("--images", type=int, default=16384, help="training images (default %(default)s)")
     add("--steps", type=int, default=ContrastiveTraining.steps, help="training steps (default %(default)s)")
     add("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
     return parser
@@ -321,12 +321,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments_given: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(arguments_given)
     torch.set_num_threads(arguments.threads)
-    options = {name: getattr(arguments, name) for name in ("seed", "pictures", "steps")}
+    options = {name: getattr(arguments, name) for name in ("seed", "images", "steps")}
     flags = " ".join(f"--{name} {value}" for name, value in options.items())
     pretrain(
         arguments.output,
         arguments.seed,
-        arguments.pictures,
+        arguments.images,
         ContrastiveTraining(steps=arguments.steps),
         f"python -m latentac.worlds.shapes.contrastive --output FOLDER {flags}",
     )

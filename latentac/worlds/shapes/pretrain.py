@@ -1,6 +1,6 @@
 """Makes the weights in `weights`: python -m latentac.worlds.shapes.pretrain --pipeline unet --output FOLDER
 
-First the autoencoder, then denoiser and text encoders together on its latents. The pictures are drawn for every caption
+First the autoencoder, then denoiser and text encoders together on its latents. The images are drawn for every caption
 of the language, held-out ones included: the base knows all sentences about equally well, and what is held out is held
 out from reinforcement learning. Training stops on purpose when the base is mediocre (see `--target`). A second run in
 the same folder with the same settings keeps the finished autoencoder; `--autoencoder` takes that of another pipeline.
@@ -33,7 +33,7 @@ from latentac.worlds.shapes.autoencoder import (
 )
 from latentac.worlds.shapes.captions import CATEGORIES, Specification, balanced_prompts, parse_caption, specifications
 from latentac.worlds.shapes.provenance import Provenance
-from latentac.worlds.shapes.scenes import sample_pictures
+from latentac.worlds.shapes.scenes import sample_images
 from latentac.worlds.shapes.training import CaptionedDenoiser, DenoiserTraining, train_denoiser
 from latentac.worlds.shapes.verifier import verify
 
@@ -43,7 +43,7 @@ BUILDERS: dict[str, Callable[[Path], CaptionedDenoiser]] = {
 }
 TRAININGS = {"unet": unet.TRAINING, "dit": dit.TRAINING}
 SAMPLING_STEPS = 10
-_BATCH = 256  # pictures sampled together
+_BATCH = 256  # images sampled together
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Settings:
     """
 
     seed: int
-    pictures: int
+    images: int
     autoencoder: AutoencoderTraining
     denoiser: DenoiserTraining
     target: float
     check_every: int
     most_steps: int
-    check_pictures: int = 256
-    final_pictures: int = 1024
+    check_images: int = 256
+    final_images: int = 1024
     pipeline: str = "unet"
     other: Path | None = None
 
@@ -69,8 +69,8 @@ def pretrain(output: Path, settings: Settings, command: str) -> None:
     """Trains both stages and writes the pipeline's folder, `provenance.json` included, to `output`."""
     provenance = Provenance.begin(output / "provenance.json", settings.seed, command)
     generator = np.random.default_rng(settings.seed)
-    specs = training_specifications(settings.pictures, generator)
-    images = np.stack([sample_pictures([spec], generator)[0] for spec in tqdm(specs, desc="pictures", unit="")])
+    specs = training_specifications(settings.images, generator)
+    images = np.stack([sample_images([spec], generator)[0] for spec in tqdm(specs, desc="images", unit="")])
 
     if settings.other is None:
         autoencoder = autoencoder_stage(output, settings, images, provenance)
@@ -85,7 +85,7 @@ def pretrain(output: Path, settings: Settings, command: str) -> None:
     save_pipeline(output, autoencoder, denoiser)
     for split in ("held_out", "train"):
         provenance.record(
-            f"score_{split}", score(autoencoder, denoiser, split, settings.final_pictures, seed=settings.seed + 3)
+            f"score_{split}", score(autoencoder, denoiser, split, settings.final_images, seed=settings.seed + 3)
         )
     provenance.finish(output)
 
@@ -99,7 +99,7 @@ def training_specifications(count: int, generator: np.random.Generator) -> list[
 
 def autoencoder_stage(output: Path, settings: Settings, images: np.ndarray, provenance: Provenance) -> AutoencoderKL:
     """The trained autoencoder: from `output/vae` if the same settings made it, otherwise trained and saved there."""
-    wanted = {"seed": settings.seed, "pictures": settings.pictures, **asdict(settings.autoencoder)}
+    wanted = {"seed": settings.seed, "images": settings.images, **asdict(settings.autoencoder)}
     if provenance.value("autoencoder", "settings") == wanted and (output / "vae" / "config.json").exists():
         return AutoencoderKL.from_pretrained(output / "vae").eval()
     torch.manual_seed(settings.seed)
@@ -114,7 +114,7 @@ def autoencoder_stage(output: Path, settings: Settings, images: np.ndarray, prov
 
         train_autoencoder(autoencoder, images, settings.autoencoder, report)
     autoencoder.save_pretrained(output / "vae")
-    specs, held_images = _fresh_pictures(settings.check_pictures * 2, settings.seed + 2)
+    specs, held_images = _fresh_images(settings.check_images * 2, settings.seed + 2)
     with torch.no_grad():
         reconstructed = to_images(autoencoder.decode(encode(autoencoder, held_images)[0]).sample)
     provenance.record(
@@ -143,11 +143,11 @@ def denoiser_stage(
     autoencoder: AutoencoderKL,
     denoiser: CaptionedDenoiser,
     settings: Settings,
-    pictures: tuple[list[Specification], np.ndarray],
+    captioned: tuple[list[Specification], np.ndarray],
     provenance: Provenance,
 ) -> None:
-    """Trains `denoiser` in place on the latents of `pictures` until its checked score reaches the target."""
-    specs, images = pictures
+    """Trains `denoiser` in place on the latents of `captioned` until its checked score reaches the target."""
+    specs, images = captioned
     began = time.perf_counter()
     scale, shift = scale_and_shift(autoencoder)
     mean, deviation = encode(autoencoder, images)
@@ -162,7 +162,7 @@ def denoiser_stage(
             if step % settings.check_every:
                 return False
             candidate = denoiser.with_modules(averaged.eval())
-            result = score(autoencoder, candidate, "train", settings.check_pictures, seed=settings.seed + 4)
+            result = score(autoencoder, candidate, "train", settings.check_images, seed=settings.seed + 4)
             checks.append({"step": step, **result})
             bar.set_postfix(loss=f"{np.mean(curve[-100:]):.4f}", score=f"{result['mean']:.3f}")
             return bool(result["mean"] >= settings.target or step >= settings.most_steps)
@@ -170,7 +170,7 @@ def denoiser_stage(
         train_denoiser(denoiser, ((mean - shift) * scale, deviation * scale), token_ids, settings.denoiser, after_step)
     denoiser.modules().eval()
     rule = (
-        f"the first check, every {settings.check_every} steps, whose score on {settings.check_pictures} pictures of "
+        f"the first check, every {settings.check_every} steps, whose score on {settings.check_images} images of "
         f"training prompts, sampled by {denoiser.sampler}, is at least {settings.target}; "
         f"at most {settings.most_steps} steps"
     )
@@ -191,7 +191,7 @@ def denoiser_stage(
 def score(
     autoencoder: AutoencoderKL, denoiser: CaptionedDenoiser, split: str, count: int, seed: int
 ) -> dict[str, float]:
-    """Share of pictures that the verifier accepts, for each category and their mean, on `count` balanced prompts of
+    """Share of images that the verifier accepts, for each category and their mean, on `count` balanced prompts of
     `split`: the denoiser's own sampler, 10 steps, no guidance.
     """
     texts = [prompt.text for prompt in balanced_prompts(split, count, seed)]
@@ -204,7 +204,7 @@ def score(
 
 
 def by_category(specs: list[Specification], accepted: np.ndarray) -> dict[str, float]:
-    """The share accepted in each category, `mean` over all pictures, and `n`, the number of pictures."""
+    """The share accepted in each category, `mean` over all images, and `n`, the number of images."""
     categories = np.array([spec.category for spec in specs])
     shares = {category: float(accepted[categories == category].mean()) for category in CATEGORIES}
     return {"mean": float(accepted.mean()), "n": len(specs), **shares}
@@ -217,10 +217,10 @@ def save_pipeline(output: Path, autoencoder: AutoencoderKL, denoiser: CaptionedD
         weights.chmod(0o644)  # they are written for the owner only, and would be installed so
 
 
-def _fresh_pictures(count: int, seed: int) -> tuple[list[Specification], np.ndarray]:
+def _fresh_images(count: int, seed: int) -> tuple[list[Specification], np.ndarray]:
     generator = np.random.default_rng(seed)
     specs = training_specifications(count, generator)
-    return specs, sample_pictures(specs, generator)
+    return specs, sample_images(specs, generator)
 
 
 def _thinned(curve: list[float], every: int = 25) -> list[list[float]]:
@@ -243,8 +243,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--pipeline", choices=sorted(BUILDERS), default="unet", help="the kind of denoiser (default %(default)s)")
     add("--autoencoder", type=Path, help="take the finished autoencoder of the pipeline in this folder")
     add("--output", type=Path, required=True, help="folder of the pipeline; a finished autoencoder there is kept")
-    add("--seed", type=int, default=0, help="decides pictures, weights and noise (default %(default)s)")
-    add("--pictures", type=int, default=16384, help="training pictures (default %(default)s)")
+    add("--seed", type=int, default=0, help="decides images, weights and noise (default %(default)s)")
+    add("--images", type=int, default=16384, help="training images (default %(default)s)")
     add("--vae-steps", type=int, default=AutoencoderTraining.steps, help="autoencoder steps (default %(default)s)")
     add("--denoiser-steps", type=int, default=4000, help="denoiser steps at most (default %(default)s)")
     add("--check-every", type=int, default=100, help="denoiser steps between two checks (default %(default)s)")
@@ -258,7 +258,7 @@ def main(arguments_given: Sequence[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     settings = Settings(
         seed=arguments.seed,
-        pictures=arguments.pictures,
+        images=arguments.images,
         autoencoder=AutoencoderTraining(steps=arguments.vae_steps),
         denoiser=TRAININGS[arguments.pipeline],
         target=arguments.target,

@@ -1,6 +1,6 @@
-"""Pictures of the embedded world: where the objects of a specification stand, and their anti-aliased rendering.
+"""Images of the embedded world: where the objects of a specification stand, and their anti-aliased rendering.
 
-Coordinates are pixels, x to the right and y down, from the upper left corner of a 32 x 32 picture.
+Coordinates are pixels, x to the right and y down, from the upper left corner of a 32 x 32 image.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ TRIANGLE_HALF_HEIGHT = 1.15
 _SUPERSAMPLING = 4
 _TRIES = 20  # places tried before a crowded scene is begun anew
 _GAP = 2.0  # pixels between bounding boxes, so that neighbours never blur into each other
-_EDGE = 0.5  # pixels between a bounding box and the picture's edge
+_EDGE = 0.5  # pixels between a bounding box and the image's edge
 _SIZES = {"one_object": (4.5, 8.0), "counting": (3.2, 4.6), "relation": (3.8, 5.6), "two_objects": (3.8, 5.6)}
 _GRID = (np.arange(IMAGE_SIZE * _SUPERSAMPLING, dtype=np.float32) + 0.5) / _SUPERSAMPLING
 
@@ -80,15 +80,15 @@ def sample_scene(spec: Specification, generator: np.random.Generator) -> Scene:
 
 def render(scene: Scene) -> np.ndarray:
     """uint8 [32, 32, 3]: every pixel is the mean of 4 x 4 samples, so edges are anti-aliased. Deterministic."""
-    picture = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
-    picture[:] = BACKGROUND
+    image = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
+    image[:] = BACKGROUND
     for item in scene.objects:
         coverage = _coverage(item)[..., None]
-        picture += coverage * (np.asarray(PALETTE[item.kind.colour], np.float32) - picture)
-    return np.rint(picture).astype(np.uint8)
+        image += coverage * (np.asarray(PALETTE[item.kind.colour], np.float32) - image)
+    return np.rint(image).astype(np.uint8)
 
 
-def sample_pictures(specs: Sequence[Specification], generator: np.random.Generator) -> np.ndarray:
+def sample_images(specs: Sequence[Specification], generator: np.random.Generator) -> np.ndarray:
     """One rendered scene for each of `specs`: uint8 [B, 32, 32, 3]."""
     return np.stack([render(sample_scene(spec, generator)) for spec in specs])
 

@@ -1,4 +1,4 @@
-"""The training that both pipelines share: text encoders and denoiser together, on latents of captioned pictures."""
+"""The training that both pipelines share: text encoders and denoiser together, on latents of captioned images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

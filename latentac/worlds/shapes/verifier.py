@@ -1,4 +1,4 @@
-"""Does a picture show what its specification says, and nothing else? In GenEval's manner, with classical vision.
+"""Does an image show what its specification says, and nothing else? In GenEval's manner, with classical vision.
 
 Every pixel goes to the palette colour whose mixture with the background it is nearest to; connected pixels of one
 colour are an object; its shape is the one of three ideal shapes, of the same area and centroid, that overlaps it most.
@@ -26,13 +26,13 @@ SPECK_PIXELS = 3  # a component of at most so many pixels is noise of the autoen
 STRAY_PIXELS = 6  # at most so many pixels of noise, of specks and of hues outside the palette together
 LEAST_OVERLAP = 0.80  # intersection over union with the ideal shape
 LEAST_PIXELS = 14  # below this the three shapes cannot be told apart
-MOST_PIXELS = 280  # the renderer's largest objects have 210; a picture all of one colour is no square
+MOST_PIXELS = 280  # the renderer's largest objects have 210; an image all of one colour is no square
 
 _COLOURS = tuple(PALETTE)
 _OFFSETS = np.array([PALETTE[name] for name in _COLOURS], np.float32) - np.array(BACKGROUND, np.float32)
 _STRENGTHS = np.linalg.norm(_OFFSETS, axis=1)
 _HUES = _OFFSETS / _STRENGTHS[:, None]
-_IN_PLANE = np.zeros((3, 3, 3, 3), bool)  # pixels touch within one picture and one colour, along an edge or a corner
+_IN_PLANE = np.zeros((3, 3, 3, 3), bool)  # pixels touch within one image and one colour, along an edge or a corner
 _IN_PLANE[1, 1] = True
 
 
@@ -60,17 +60,17 @@ def detect(images: np.ndarray) -> list[list[Detection] | None]:
     labels, _ = ndimage.label(masks, structure=_IN_PLANE)
     results: list[list[Detection] | None] = [[] for _ in images]
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
-        picture, colour, rows, columns = box[0].start, box[1].start, box[2], box[3]
-        detections = results[picture]
+        image, colour, rows, columns = box[0].start, box[1].start, box[2], box[3]
+        detections = results[image]
         if detections is None:
             continue
         pixels = int(np.count_nonzero(labels[box] == label))
         if pixels <= SPECK_PIXELS:
-            stray[picture] += pixels
+            stray[image] += pixels
             continue
-        detection = _classify(coverage[picture, colour], rows, columns, colour)
+        detection = _classify(coverage[image, colour], rows, columns, colour)
         if detection is None or not LEAST_PIXELS <= pixels <= MOST_PIXELS:
-            results[picture] = None
+            results[image] = None
         else:
             detections.append(detection)
     return [None if noise > STRAY_PIXELS else result for noise, result in zip(stray, results, strict=True)]

@@ -42,7 +42,7 @@ class Failing:
     def _fail(self, means: np.ndarray, how: str) -> np.ndarray:
         match how:
             case "raises":
-                raise ValueError("this picture has no colours")
+                raise ValueError("this image has no colours")
             case "http":
                 raise urllib.error.HTTPError("http://127.0.0.1:9/score", 503, "Service Unavailable", Message(), None)
             case "exits":

@@ -7,9 +7,9 @@ from latentac.rewards import REWARDS
 
 
 def colourfulness(*pixels):
-    """Of a picture with these pixels in equal parts."""
-    picture = np.resize(np.array(pixels, np.uint8), (8, 8 * len(pixels), 3))
-    return float(REWARDS.build("colourfulness")(picture[None], ["any"])[0])
+    """Of an image with these pixels in equal parts."""
+    image = np.resize(np.array(pixels, np.uint8), (8, 8 * len(pixels), 3))
+    return float(REWARDS.build("colourfulness")(image[None], ["any"])[0])
 
 
 def test_grey_has_none():

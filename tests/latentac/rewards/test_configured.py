@@ -82,7 +82,7 @@ def test_booleans_are_0_and_1() -> None:
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (np.zeros(2), r"returned shape \[2\] for 3 pictures, not \[3\]"),
+        (np.zeros(2), r"returned shape \[2\] for 3 images, not \[3\]"),
         (np.zeros((3, 2)), r"returned shape \[3, 2\]"),
         (0.5, r"returned shape \[\]"),
         (None, r"returned shape \[\]"),
@@ -90,7 +90,7 @@ def test_booleans_are_0_and_1() -> None:
         (np.zeros(3, complex), "not numbers"),
         ([1.0, [2.0], 3.0], "returned no array"),
         (np.ma.array([1.0, 2.0, 3.0], mask=[True, False, False]), "masked array"),
-        ([0.0, float("nan"), 0.0], r"prompt 'b': returned nan \(1 of 3 pictures\)"),
+        ([0.0, float("nan"), 0.0], r"prompt 'b': returned nan \(1 of 3 images\)"),
         ([0.0, 0.0, 1e300], r"prompt 'c': returned inf"),
     ],
 )
@@ -124,9 +124,9 @@ def test_an_exception_is_the_rewards_failure(failure: BaseException) -> None:
 
     with pytest.raises(RewardError) as caught:
         configured(reward)(IMAGES, PROMPTS)
-    told = str(caught.value)
-    assert told.startswith(f"reward mine, prompt 'b': {type(failure).__name__}")
-    assert all(str(part) in told for part in failure.args)
+    message = str(caught.value)
+    assert message.startswith(f"reward mine, prompt 'b': {type(failure).__name__}")
+    assert all(str(part) in message for part in failure.args)
 
 
 class Unreadable(Exception):
@@ -210,7 +210,7 @@ def test_settings_of_a_class_are_not_those_of_every_reward() -> None:
         load_rewards([Reward.model_validate({"use": f"{HERE}:Weighted", "weight": 0.5})])
 
 
-def test_pictures_are_read_only_and_metadata_comes_where_it_is_wanted() -> None:
+def test_images_are_read_only_and_metadata_comes_where_it_is_wanted() -> None:
     """A reward cannot change what the next one sees."""
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict[str, int]]) -> list[int]:

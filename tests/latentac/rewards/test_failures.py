@@ -1,4 +1,4 @@
-"""A failing reward is reported as that reward's failure: in every stage and every worker, with exit code 5."""
+"""A failing reward is reported as that reward's failure: in every step and every worker, with exit code 5."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from latentac.runs.verbs import prepare
+from latentac.runs.steps import prepare
 from latentac.runs.workers import failures
 from latentac.store import open_store
 from latentac.system.errors import RewardError
@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 USE = "tests.latentac.rewards.failing:Failing"
 
 
-def run(folder: Path, verb: str, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "latentac.runs.cli", verb, "--run", RUN, "--output", str(folder), *words]
+def run(folder: Path, step: str, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "latentac.runs.cli", step, "--run", RUN, "--output", str(folder), *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
 
 
@@ -71,7 +71,7 @@ def test_in_value_pretraining(tmp_path: Path) -> None:
     """In the step's own process, whose threads call it."""
     prepare_only(tmp_path, "raises", where="after")
     done = run(tmp_path, "pretrain-value", LATENTAC_TEST_FAIL="raises")
-    is_told(done, "ValueError: this picture has no colours")
+    is_told(done, "ValueError: this image has no colours")
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +81,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "steer"])
+@pytest.mark.parametrize("step", ["evaluate", "steer"])
 @pytest.mark.parametrize(
-    ("how", "words"), [("raises", "ValueError: this picture has no colours"), ("crashes", "was killed by SIGSEGV")]
+    ("how", "words"), [("raises", "ValueError: this image has no colours"), ("crashes", "was killed by SIGSEGV")]
 )
-def test_when_a_trained_model_is_measured(verb: str, how: str, words: str, trained: Path) -> None:
+def test_when_a_trained_model_is_measured(step: str, how: str, words: str, trained: Path) -> None:
     """In the steps that call it last."""
-    is_told(run(trained, verb, LATENTAC_TEST_FAIL=how), words)
+    is_told(run(trained, step, LATENTAC_TEST_FAIL=how), words)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_in_a_worker_on_a_cluster(tmp_path: Path) -> None:
     [
         ("exits", "crashed, was killed, or ran out of memory"),
         ("locks", "did not answer within 3 s and let no other thread run"),
-        ("raises", "ValueError: this picture"),
+        ("raises", "ValueError: this image"),
     ],
 )
 def test_in_a_step_of_a_whole_run(how: str, words: str, tmp_path: Path) -> None:
@@ -141,5 +141,5 @@ def test_in_a_step_of_a_whole_run(how: str, words: str, tmp_path: Path) -> None:
 
 def test_while_prepare_calls_it(tmp_path: Path) -> None:
     """Before anything is trained."""
-    with pytest.raises(RewardError, match=r"reward fragile, prompt .*: ValueError: this picture has no colours"):
+    with pytest.raises(RewardError, match=r"reward fragile, prompt .*: ValueError: this image has no colours"):
         prepare_only(tmp_path, "raises", where="always")

@@ -1,4 +1,4 @@
-"""What every reward of the table promises, and what each of them says about fixed pictures."""
+"""What every reward of the table promises, and what each of them says about fixed images."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,11 @@ import pytest
 from latentac.rewards import REWARDS
 from latentac.system.errors import ConfigError, RewardError
 from latentac.worlds.shapes.captions import parse_caption
-from latentac.worlds.shapes.scenes import sample_pictures
+from latentac.worlds.shapes.scenes import sample_images
 
 PROMPTS = ("a red circle", "three blue squares", "a cyan square above a red circle", "a green square and a red circle")
-# The first two pictures show their prompts, the other two are of each other's prompts.
-IMAGES = sample_pictures([parse_caption(PROMPTS[index]) for index in (0, 1, 3, 2)], np.random.default_rng(0))
+# The first two images show their prompts, the other two are of each other's prompts.
+IMAGES = sample_images([parse_caption(PROMPTS[index]) for index in (0, 1, 3, 2)], np.random.default_rng(0))
 STORED = {
     "shapes_verifier": [1.0, 1.0, 0.0, 0.0],
     "jpeg_compressibility": [-0.961, -0.993, -1.077, -0.982],
@@ -36,7 +36,7 @@ def test_its_unit_is_stated(reward):
     assert len(reward.unit) > 5
 
 
-def test_values_on_fixed_pictures(name, reward):
+def test_values_on_fixed_images(name, reward):
     """Finite float32 [B], the same at every call, and the values stored here."""
     values = reward(IMAGES, PROMPTS)
     assert values.dtype == np.float32
@@ -46,7 +46,7 @@ def test_values_on_fixed_pictures(name, reward):
 
 
 def test_permutation_equivariant(reward):
-    """Each number depends on its own picture and prompt only."""
+    """Each number depends on its own image and prompt only."""
     order = [2, 0, 3, 1]
     permuted = reward(IMAGES[order], [PROMPTS[index] for index in order])
     assert (permuted == reward(IMAGES, PROMPTS)[order]).all()
@@ -54,7 +54,7 @@ def test_permutation_equivariant(reward):
     assert (alone == reward(IMAGES, PROMPTS)).all()
 
 
-def test_it_gives_the_right_answers_to_its_known_pictures(reward):
+def test_it_gives_the_right_answers_to_its_known_images(reward):
     """And they are not all the same, or a broken installation could not be told."""
     images, prompts, expected = reward.known()
     assert reward(images, prompts) == pytest.approx(expected, abs=1e-3)
@@ -73,13 +73,13 @@ def test_a_prompt_that_cannot_be_parsed_is_named():
     assert raised.value.remedy
 
 
-def test_pictures_of_another_size_are_refused():
-    """The verifier's thresholds are pixels of 32 x 32 pictures."""
+def test_images_of_another_size_are_refused():
+    """The verifier's thresholds are pixels of 32 x 32 images."""
     with pytest.raises(RewardError, match="64"):
         REWARDS.build("shapes_verifier")(np.zeros((1, 64, 64, 3), np.uint8), PROMPTS[:1])
 
 
-def test_compressibility_prefers_the_plainer_picture():
+def test_compressibility_prefers_the_plainer_image():
     """Higher is better: noise costs more bytes than one colour."""
     noise = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
     plain, noisy = REWARDS.build("jpeg_compressibility")(np.concatenate([np.zeros_like(noise), noise]), PROMPTS[:2])

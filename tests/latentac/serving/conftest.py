@@ -55,8 +55,8 @@ def exported_folder(tmp_path_factory: pytest.TempPathFactory, resolved: Resolved
     torch.nn.init.normal_(critic.heads.weight, std=0.5)
     critic.save(folder / "critic")
     add_base(folder, builtin_pipeline("shapes-unet"))
-    told = resolved.described()
-    export(folder, config, run="some-run", version="some-version", examples=["two red squares"], extensions=told)
+    answered = resolved.described()
+    export(folder, config, run="some-run", version="some-version", examples=["two red squares"], extensions=answered)
     return folder
 
 
@@ -90,7 +90,7 @@ def small(exported_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What was fuzzed in this process."""
-    if lines := list(fuzzing.told()):
+    if lines := list(fuzzing.answered()):
         terminalreporter.section(f"fuzzed from seed {fuzzing.SEED}")
         for line in lines:
             terminalreporter.line(line)

@@ -35,7 +35,7 @@ def counted(category: str, statuses: Iterable[int | str] = (), *, connections: i
     _COUNTED[category].update(requests=len(each) + requests, connections=connections)
 
 
-def told() -> Iterator[str]:
+def answered() -> Iterator[str]:
     """A line a category."""
     for category, counts in sorted(_COUNTED.items()):
         classes = ", ".join(f"{number:,} {name}" for name, number in sorted(counts.items()) if name.endswith("xx"))

@@ -45,7 +45,7 @@ def test_a_connection_that_breaks_is_told_at_once() -> None:
 def test_a_server_that_hangs_is_given_the_time_that_its_model_gives_itself(
     exported_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`serving.request_seconds` says how long a picture may take, and whoever asks waits a little longer."""
+    """`serving.request_seconds` says how long an image may take, and whoever asks waits a little longer."""
     monkeypatch.setattr("latentac.serving.process.SPARE_SECONDS", 1.0)
     folder = changed(exported_folder, tmp_path / "model", batching={"request_seconds": 1.0})
     with ServerProcess(folder, ready_seconds=READY_SECONDS) as server:

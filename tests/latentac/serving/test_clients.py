@@ -42,15 +42,15 @@ def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
 
 def seed_of(answer: openai.types.ImagesResponse) -> int:
     """The seed that an answer tells."""
-    told: dict[str, Any] = (answer.model_extra or {})["latentac"]
-    return int(told["seed"])
+    reported: dict[str, Any] = (answer.model_extra or {})["latentac"]
+    return int(reported["seed"])
 
 
 # OpenAI's client
 
 
-def test_two_calls_of_openais_client_give_two_pictures(client: openai.OpenAI, server: ServerProcess) -> None:
-    """Without a seed each call draws a fresh one; the seed that is told gives the same picture again, by V1 too."""
+def test_two_calls_of_openais_client_give_two_images(client: openai.OpenAI, server: ServerProcess) -> None:
+    """Without a seed each call draws a fresh one; the seed that is told gives the same image again, by V1 too."""
     first, second = (client.images.generate(prompt="a red circle", extra_body={"num_steps": 3}) for _ in range(2))
     assert seed_of(first) != seed_of(second)
     assert first.data
@@ -63,7 +63,7 @@ def test_two_calls_of_openais_client_give_two_pictures(client: openai.OpenAI, se
     assert (first.size, first.output_format, first.background) == ("32x32", "png", "opaque")
 
 
-def test_kserves_protocols_draw_the_same_picture_without_a_seed(server: ServerProcess) -> None:
+def test_kserves_protocols_draw_the_same_image_without_a_seed(server: ServerProcess) -> None:
     """Seed 0: a retry is answered as its first try was."""
     assert server.predict({"prompt": "a", "num_steps": 2}) == server.predict({"prompt": "a", "num_steps": 2, "seed": 0})
     inputs = [tensor("prompt", "BYTES", "a"), tensor("num_steps", "INT64", 2)]
@@ -173,7 +173,7 @@ def inputs_of(shape: list[int], integer: Any, number: Any, *, binary: bool) -> l
 def test_kserves_client_works_with_its_defaults(
     server: ServerProcess, shape: list[int], integer: Any, number: Any, binary: bool
 ) -> None:
-    """Binary tensors, which are its default, of any shape and type of number; the same picture as by V1."""
+    """Binary tensors, which are its default, of any shape and type of number; the same image as by V1."""
     request = InferRequest("any", inputs_of(shape, integer, number, binary=binary), request_id="mine")
     answer: InferResponse = infer(server, request)
     first = infer(server, {"instances": [ASKED]}, "v1")["predictions"][0]
@@ -306,8 +306,8 @@ def test_a_wrong_binary_body_is_the_callers_mistake(
     if not message:
         assert head["status"] == "200", answer
         return
-    told = json.loads(answer)
-    assert (head["status"], message in told["error"]) == ("422", True), told
+    reported = json.loads(answer)
+    assert (head["status"], message in reported["error"]) == ("422", True), reported
     assert len(answer) < 5_000
 
 

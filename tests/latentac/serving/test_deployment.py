@@ -1,4 +1,4 @@
-"""The proof that deploy asks for: a real server, a steered picture, checked."""
+"""The proof that deploy asks for: a real server, a steered image, checked."""
 
 import hashlib
 import io
@@ -30,24 +30,24 @@ def test_a_good_folder_is_served_and_checked(exported_folder: Path, generator: G
         port = free.getsockname()[1]
     deployment = serve_and_check(exported_folder, REQUEST, READY_SECONDS, port)
     print(f"ready after {deployment.ready_seconds:.1f} s, all checks after {deployment.seconds:.1f} s")
-    pictures = generator.generate("two red squares", 11)
-    assert deployment.picture == png(pictures.images[0])
-    assert deployment.picture_sha256 == hashlib.sha256(deployment.picture).hexdigest()
-    assert Image.open(io.BytesIO(deployment.picture)).size == (32, 32)
-    assert deployment.values["shapes_verifier"] == pytest.approx(pictures.values[0, :, 0].tolist())
+    images = generator.generate("two red squares", 11)
+    assert deployment.image == png(images.images[0])
+    assert deployment.image_sha256 == hashlib.sha256(deployment.image).hexdigest()
+    assert Image.open(io.BytesIO(deployment.image)).size == (32, 32)
+    assert deployment.values["shapes_verifier"] == pytest.approx(images.values[0, :, 0].tolist())
     assert (deployment.version, deployment.nfe, deployment.request) == ("some-version", 30, REQUEST)
     assert deployment.endpoint == f"http://127.0.0.1:{port}/v1/models/latentac:predict"
     bind("127.0.0.1", port).close()
 
 
 def test_a_critic_that_steers_nothing_is_found_out(exported_folder: Path, tmp_path: Path) -> None:
-    """Untrained heads are zero, so the steered picture is the plain one."""
+    """Untrained heads are zero, so the steered image is the plain one."""
     folder = tmp_path / "exported"
     shutil.copytree(exported_folder, folder)
     critic = Critic.load(folder / "critic", load_backbone(Extension(use="unet"), folder, torch.device("cpu")))
     torch.nn.init.zeros_(critic.heads.weight)
     critic.save(folder / "critic")
-    with pytest.raises(ServingError, match="the steered picture is the unsteered one"):
+    with pytest.raises(ServingError, match="the steered image is the unsteered one"):
         serve_and_check(folder, REQUEST, READY_SECONDS)
 
 

@@ -103,8 +103,8 @@ def test_every_weight_is_told_once_and_all_of_them() -> None:
     weights = {"jpeg": "x", "shapes_verifier": 101, "jpeg_compressibility": 1}
     with pytest.raises(ConfigError) as caught:
         validated(FORMS.request, {"prompt": "a", "method": "none", "steering": weights, "particles": 2, "seed": -1})
-    told = {problem.path: problem.problem for problem in caught.value.problems}
-    assert told == {
+    message = {problem.path: problem.problem for problem in caught.value.problems}
+    assert message == {
         "seed": "input should be greater than or equal to 0",
         "steering.jpeg": "the critic has no head for this reward",
         "steering.shapes_verifier": "is too strong",
@@ -124,6 +124,6 @@ def test_each_field_is_an_input_of_its_kind() -> None:
 
 @pytest.mark.parametrize("limit", [{"max_guidance_scale": 0.5}, {"max_steps": 1}, {"max_images": 0}])
 def test_a_limit_that_would_allow_nothing_is_refused(limit: dict[str, Any]) -> None:
-    """A request needs room for its default guidance scale, for two steps and for one picture."""
+    """A request needs room for its default guidance scale, for two steps and for one image."""
     with pytest.raises(ValidationError):
         Limits.model_validate(limit)

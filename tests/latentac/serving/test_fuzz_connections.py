@@ -48,7 +48,7 @@ Misuse = Callable[[ServerProcess, st.DataObject], None]
 
 
 class Others:
-    """While it is entered: a caller that probes, and one that draws the same picture again and again. What they got
+    """While it is entered: a caller that probes, and one that draws the same image again and again. What they got
     is judged at the end."""
 
     def __init__(self, server: ServerProcess, right: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ class Others:
 
     def _draw(self) -> None:
         if self._server.predict(HONEST) != self._right:
-            self.wrong.append("another picture")
+            self.wrong.append("another image")
         counted("connections: others", [200], connections=1)
 
     def __enter__(self) -> Self:
@@ -253,7 +253,7 @@ def bounded(small: ServerProcess, right: dict[str, Any]) -> Iterator[None]:
 def test_who_misuses_connections_disturbs_nobody(
     small: ServerProcess, right: dict[str, Any], data: st.DataObject
 ) -> None:
-    """Meanwhile and afterwards probes are answered in time, and whoever asks for a picture gets the right one."""
+    """Meanwhile and afterwards probes are answered in time, and whoever asks for an image gets the right one."""
     with Others(small, right) as others:
         for misuse in data.draw(st.lists(st.sampled_from(MISUSES), min_size=1, max_size=3)):
             misuse(small, data)

@@ -114,15 +114,15 @@ def places(document: dict[str, Any], name: str) -> list[Place]:
     for path, form, listed in forms:
         properties = schemas[form]["properties"]
         fields: dict[str, Any] = {each: {each: SLOT} for each, schema in properties.items() if _is_numeric(schema)}
-        told = {each: properties[each] for each in fields}
+        answered = {each: properties[each] for each in fields}
         for head, weight in properties["steering"]["anyOf"][0]["properties"].items():
-            fields[f"steering.{head}"], told[f"steering.{head}"] = {"steering": {head: SLOT}}, weight
+            fields[f"steering.{head}"], answered[f"steering.{head}"] = {"steering": {head: SLOT}}, weight
         for each, value in fields.items():
             content, keys = PLAIN | value, tuple(each.split("."))
             found.append(
-                _placed(path, each, {"instances": [content]}, ("instances", 0, *keys), told[each])
+                _placed(path, each, {"instances": [content]}, ("instances", 0, *keys), answered[each])
                 if listed
-                else _placed(path, each, content, keys, told[each])
+                else _placed(path, each, content, keys, answered[each])
             )
     request = schemas["Request"]["properties"]
     for each, datatype in INPUTS.items():
@@ -209,15 +209,15 @@ def expected(place: Place, content: str) -> set[int]:
     if isinstance(value, Decimal) and abs(value) > 2**53:
         right.add(422)  # a double that may stand for several whole numbers
     if place.name.endswith(("shapes_verifier", "jpeg_compressibility", "of steering")):
-        right.add(422)  # weights within the limits may still drive a picture to infinity
+        right.add(422)  # weights within the limits may still drive an image to infinity
     return right
 
 
-def told(place: Place, answer: Any) -> dict[str, Any]:
-    """The fields that a picture was drawn with, whichever the protocol."""
+def answered(place: Place, answer: Any) -> dict[str, Any]:
+    """The fields that an image was drawn with, whichever the protocol."""
     if place.path.endswith("stream"):
         name, last = events(answer)[-1]
-        return last if name == "picture" else {}
+        return last if name == "image" else {}
     if place.path.endswith("infer"):
         found: dict[str, Any] = json.loads({one["name"]: one for one in answer["outputs"]}["metadata"]["data"][0])
         return found
@@ -280,7 +280,7 @@ def test_a_number_is_taken_only_as_the_document_has_it(asking: Asking, data: st.
         return
     assert headers["X-Request-Id"]
     field = place.name.removeprefix("data of ")
-    drawn = told(place, answer)
+    drawn = answered(place, answer)
     if field in drawn and place.schema is not None and not place.inner:
         value = functools.reduce(lambda inner, key: inner[key], place.keys, strict(content))
         if value is not None:

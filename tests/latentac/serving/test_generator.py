@@ -1,4 +1,4 @@
-"""Pictures from an exported folder."""
+"""Images from an exported folder."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from latentac.backbones import BACKBONES
 from latentac.config.extensions import ALLOWED, Table
 from latentac.critic import BODIES
-from latentac.runs.release.deploy import generate_picture
+from latentac.runs.release.deploy import generate_image
 from latentac.sampling.kernels import KERNELS
 from latentac.sampling.steering import STEERING
 from latentac.serving.exported import FILE, image_size
@@ -28,47 +28,47 @@ PROMPT = "two red squares"
 
 
 def test_the_same_request_gives_the_same_bytes(generator: Generator) -> None:
-    """Steered or not; another seed gives another picture."""
+    """Steered or not; another seed gives another image."""
     first, again = generator.generate(PROMPT, seed=5), generator.generate(PROMPT, seed=5)
     assert first.images.tobytes() == again.images.tobytes()
     assert first.values.tobytes() == again.values.tobytes()
     assert generator.generate(PROMPT, seed=6).images.tobytes() != first.images.tobytes()
 
 
-def test_a_picture_does_not_depend_on_its_neighbours(generator: Generator) -> None:
-    """Picture i is the same however many are asked for, and each differs from the others."""
+def test_an_image_does_not_depend_on_its_neighbours(generator: Generator) -> None:
+    """Image i is the same however many are asked for, and each differs from the others."""
     three, one = (generator.generate(PROMPT, seed=5, num_steps=4, count=count) for count in (3, 1))
     assert three.images[:1].tobytes() == one.images.tobytes()
     assert len({image.tobytes() for image in three.images}) == 3
 
 
 def test_shapes_units_and_cost(generator: Generator) -> None:
-    """Sizes as documented; a backward counts as two forwards, and candidates count each."""
-    pictures = generator.generate(PROMPT, count=2)
-    assert pictures.images.shape == (2, 32, 32, 3)
-    assert pictures.images.dtype == np.uint8
-    assert pictures.values.shape == (2, 10, 2)
-    assert pictures.reward_names == ("shapes_verifier", "jpeg_compressibility")
-    assert pictures.weights == {"shapes_verifier": 20.0}
-    assert pictures.nfe == 30
+    """Sizes as documented; a backward counts as two forwards, and particles count each."""
+    images = generator.generate(PROMPT, count=2)
+    assert images.images.shape == (2, 32, 32, 3)
+    assert images.images.dtype == np.uint8
+    assert images.values.shape == (2, 10, 2)
+    assert images.reward_names == ("shapes_verifier", "jpeg_compressibility")
+    assert images.weights == {"shapes_verifier": 20.0}
+    assert images.nfe == 30
     assert generator.generate(PROMPT, method="none").nfe == 10
     assert generator.generate(PROMPT, method="best_of_n", particles=3, num_steps=4).nfe == 12
 
 
-def test_strength_zero_is_bitwise_the_plain_picture(generator: Generator) -> None:
-    """All weights at 0 is no steering; so is one candidate alone, whose values are asked step by step."""
+def test_strength_zero_is_bitwise_the_plain_image(generator: Generator) -> None:
+    """All weights at 0 is no steering; so is one particle alone, whose values are asked step by step."""
     plain = generator.generate(PROMPT, seed=5, method="none")
-    for pictures in (
+    for images in (
         generator.generate(PROMPT, seed=5, steering={"shapes_verifier": 0.0}),
         generator.generate(PROMPT, seed=5, steering={}),
         *(generator.generate(PROMPT, seed=5, method=name, particles=1) for name in ("best_of_n", "resampling")),
     ):
-        assert pictures.images.tobytes() == plain.images.tobytes()
-        np.testing.assert_allclose(pictures.values, plain.values, atol=1e-5)
+        assert images.images.tobytes() == plain.images.tobytes()
+        np.testing.assert_allclose(images.values, plain.values, atol=1e-5)
 
 
-def test_a_vanishing_weight_hardly_changes_the_picture(generator: Generator) -> None:
-    """The steered path itself, not only the short cut at weight 0, ends at the plain picture."""
+def test_a_vanishing_weight_hardly_changes_the_image(generator: Generator) -> None:
+    """The steered path itself, not only the short cut at weight 0, ends at the plain image."""
     plain = generator.generate(PROMPT, seed=5, method="none")
     faint = generator.generate(PROMPT, seed=5, steering={"shapes_verifier": 1e-12})
     assert faint.nfe == 30
@@ -85,8 +85,8 @@ def test_steering_moves_the_values_the_way_it_is_told(generator: Generator) -> N
     assert last[-8.0][0, -1, 1] < last[0.0][0, -1, 1] < last[8.0][0, -1, 1]
 
 
-def test_best_of_n_keeps_the_candidate_that_the_critic_prefers(generator: Generator) -> None:
-    """Its last value is at least that of the first candidate, the plain picture."""
+def test_best_of_n_keeps_the_particle_that_the_critic_prefers(generator: Generator) -> None:
+    """Its last value is at least that of the first particle, the plain image."""
     plain = generator.generate(PROMPT, seed=5, count=2, num_steps=4, method="none").values[:, -1, 0]
     best = generator.generate(PROMPT, seed=5, count=2, num_steps=4, method="best_of_n").values[:, -1, 0]
     assert (best >= plain - 1e-5).all()
@@ -95,8 +95,8 @@ def test_best_of_n_keeps_the_candidate_that_the_critic_prefers(generator: Genera
 
 @pytest.mark.parametrize("method", list(STEERING))
 def test_each_method_gives_the_same_bytes_again_and_a_higher_value(generator: Generator, method: str) -> None:
-    """With four candidates, those that are resampled included, on any number of cores; the critic's last value is above
-    that of plain pictures in the mean."""
+    """With four particles, those that are resampled included, on any number of cores; the critic's last value is above
+    that of plain images in the mean."""
     plain = generator.generate(PROMPT, seed=7, count=4, num_steps=4, method="none")
     first, again = (
         generator.generate(PROMPT, seed=7, count=4, num_steps=4, method=method, steering={"shapes_verifier": 3.0})
@@ -107,7 +107,7 @@ def test_each_method_gives_the_same_bytes_again_and_a_higher_value(generator: Ge
 
 
 def test_the_untouched_weights_are_the_base_policy(exported_folder: Path, generator: Generator, tmp_path: Path) -> None:
-    """Where the trained ones differ, `base` still gives the pictures of the pipeline that training began with; a folder
+    """Where the trained ones differ, `base` still gives the images of the pipeline that training began with; a folder
     without them refuses to."""
     folder = tmp_path / "trained"
     shutil.copytree(exported_folder, folder)
@@ -124,7 +124,7 @@ def test_the_untouched_weights_are_the_base_policy(exported_folder: Path, genera
         Generator(folder, torch.device("cpu")).generate(PROMPT, policy="base")
 
 
-def test_guidance_changes_the_picture_and_doubles_its_cost(generator: Generator) -> None:
+def test_guidance_changes_the_image_and_doubles_its_cost(generator: Generator) -> None:
     """A scale of 1 is none."""
     plain, guided = (generator.generate(PROMPT, seed=5, method="none", guidance_scale=s) for s in (1.0, 4.0))
     assert (plain.nfe, guided.nfe) == (10, 20)
@@ -132,8 +132,8 @@ def test_guidance_changes_the_picture_and_doubles_its_cost(generator: Generator)
 
 
 @pytest.mark.parametrize("method", [*STEERING, "none"])
-def test_a_picture_is_the_same_in_any_batch(generator: Generator, method: str) -> None:
-    """Bit for bit: alone, or beside pictures of other prompts, seeds and weights, at any place."""
+def test_an_image_is_the_same_in_any_batch(generator: Generator, method: str) -> None:
+    """Bit for bit: alone, or beside images of other prompts, seeds and weights, at any place."""
     weights = {} if method == "none" else {"shapes_verifier": 3.0}
     particles = None if method == "none" else 2
     fields: dict[str, Any] = {"method": method, "num_steps": 3, "particles": particles, "steering": weights or None}
@@ -174,7 +174,7 @@ def test_a_prompt_that_would_be_cut_is_refused(generator: Generator) -> None:
 def test_where_truncation_is_allowed_the_answer_says_so(
     exported_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The generator's, the pipeline's and that of `latentac generate`; the picture is that of what is read."""
+    """The generator's, the pipeline's and that of `latentac generate`; the image is that of what is read."""
     folder = changed(exported_folder, tmp_path, limits={"allow_truncation": True})
     found = Generator(folder, torch.device("cpu")).generate(LONG, num_steps=2, method="none")
     read = Generator(folder, torch.device("cpu")).generate(" ".join(LONG.split()[:14]), num_steps=2, method="none")
@@ -183,7 +183,7 @@ def test_where_truncation_is_allowed_the_answer_says_so(
     pipe = LatentacPipeline.from_pretrained(folder, "cpu")
     several = pipe([LONG, PROMPT], num_inference_steps=2, method="none")
     assert (several.tokens[0], several.truncated) == (18, [True, False])
-    used = generate_picture(folder, LONG, 0, 1, [], tmp_path / "picture.png")
+    used = generate_image(folder, LONG, 0, 1, [], tmp_path / "image.png")
     assert (used["tokens"], used["truncated"]) == (18, True)
 
 

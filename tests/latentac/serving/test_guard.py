@@ -127,7 +127,7 @@ def test_what_cannot_be_allowed_is_refused(tmp_path: Path) -> None:
     assert TOKEN not in repr(access("127.0.0.1", [], [], file))
 
 
-def told(*headers: tuple[str, str], path: str = PREDICT, method: str = "POST") -> tuple[int, str]:
+def answered(*headers: tuple[str, str], path: str = PREDICT, method: str = "POST") -> tuple[int, str]:
     """Status of a request with these headers, and which one is wrong."""
     app = Starlette(routes=[Route("/{path:path}", lambda request: PlainTextResponse("drawn"), methods=["POST"])])
     app.add_middleware(Guard, access=LOOPBACK)
@@ -144,24 +144,24 @@ def told(*headers: tuple[str, str], path: str = PREDICT, method: str = "POST") -
 def test_a_header_that_decides_stands_there_once(name: str) -> None:
     """Of two, a proxy may have believed the other one; also where both say the same."""
     value = {"Host": "localhost:8080", "Origin": "http://localhost:8080"}.get(name, "x")
-    assert told((name, value)) == (200, "")
-    assert told((name, value), (name, value)) == (400, name)
-    assert told((name, value), (name.lower(), "other")) == (400, name)
-    assert told(("Accept", "a"), ("Accept", "b")) == (200, "")
+    assert answered((name, value)) == (200, "")
+    assert answered((name, value), (name, value)) == (400, name)
+    assert answered((name, value), (name.lower(), "other")) == (400, name)
+    assert answered(("Accept", "a"), ("Accept", "b")) == (200, "")
 
 
 def test_a_length_is_told_in_one_way() -> None:
     """Content-Length beside Transfer-Encoding is how requests are smuggled past a proxy: refused, and the connection
     ends."""
-    assert told(("Content-Length", "3"), ("Transfer-Encoding", "chunked")) == (400, "Transfer-Encoding")
+    assert answered(("Content-Length", "3"), ("Transfer-Encoding", "chunked")) == (400, "Transfer-Encoding")
 
 
 def test_headers_have_a_size() -> None:
     """Also where they come at once."""
-    assert told(("X", "a" * 60_000)) == (200, "")
-    assert told(("X", "a" * 66_000)) == (431, "headers")
-    assert told(*((f"X{index}", "a") for index in range(8_000))) == (431, "headers")
-    assert told(("X", "a" * 30_000), path="/" + "a" * 40_000) == (431, "headers")
+    assert answered(("X", "a" * 60_000)) == (200, "")
+    assert answered(("X", "a" * 66_000)) == (431, "headers")
+    assert answered(*((f"X{index}", "a") for index in range(8_000))) == (431, "headers")
+    assert answered(("X", "a" * 30_000), path="/" + "a" * 40_000) == (431, "headers")
 
 
 def test_another_version_of_http_is_refused() -> None:
@@ -191,4 +191,4 @@ def test_whoever_lacks_the_token_is_told_how_to_give_it() -> None:
 
 def test_a_tunnel_is_not_opened() -> None:
     """And the connection ends: what follows was meant for somebody else."""
-    assert told(method="CONNECT") == (400, "method")
+    assert answered(method="CONNECT") == (400, "method")

@@ -23,9 +23,9 @@ def line(record: Record, capsys: pytest.CaptureFixture[str]) -> dict[str, object
 
 def test_a_prompt_is_logged_only_where_that_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
     """The rest of the request always is, in one line of JSON."""
-    told = line(Record("v1", "some-id", prompts=False), capsys)
-    assert (told["request"], told["protocol"], told["status"]) == ("some-id", "v1", 200)
-    assert isinstance(told["asked"], list)
-    assert told["asked"][0]["seed"] == 3
-    assert "secret" not in json.dumps(told)
+    output = line(Record("v1", "some-id", prompts=False), capsys)
+    assert (output["request"], output["protocol"], output["status"]) == ("some-id", "v1", 200)
+    assert isinstance(output["asked"], list)
+    assert output["asked"][0]["seed"] == 3
+    assert "secret" not in json.dumps(output)
     assert "a secret circle" in json.dumps(line(Record("v1", "some-id", prompts=True), capsys))

@@ -119,20 +119,20 @@ def status(page: Page) -> Locator:
     return page.get_by_role("status")
 
 
-def dial(page: Page, reward: str = "shapes_verifier") -> Locator:
+def steering_weight(page: Page, reward: str = "shapes_verifier") -> Locator:
     return page.get_by_role("spinbutton", name=reward)
 
 
 def draw(page: Page, prompt: str | None = None) -> None:
-    """Types, draws by the button, and waits for the pictures."""
+    """Types, draws by the button, and waits for the images."""
     if prompt is not None:
         page.get_by_role("textbox", name="Prompt").fill(prompt)
     page.get_by_role("button", name="Draw", exact=True).click()
     expect(status(page)).to_contain_text("3 images drawn in", timeout=DRAW_MS)
 
 
-def pictures(page: Page) -> dict[str, str]:
-    """Arm -> the picture on the page, as a data URL."""
+def images(page: Page) -> dict[str, str]:
+    """Arm -> the image on the page, as a data URL."""
     found = {}
     for arm in ARMS:
         found[arm] = page.locator(f"figure[data-arm={arm}] img").get_attribute("src") or ""
@@ -140,31 +140,31 @@ def pictures(page: Page) -> dict[str, str]:
     return found
 
 
-def test_the_dial_moves_the_steered_picture_alone(visit: Visit, server: ServerProcess) -> None:
-    """Three pictures of one prompt and seed, those that the endpoint answers with; at 0 the steered one is plain."""
+def test_a_steering_weight_moves_the_steered_image_alone(visit: Visit, server: ServerProcess) -> None:
+    """Three images of one prompt and seed, those that the endpoint answers with; at 0 the steered one is plain."""
     page = visit()
-    dial(page).fill("0")
+    steering_weight(page).fill("0")
     draw(page, "a red circle")
-    plain = pictures(page)
+    plain = images(page)
     assert plain["steered"] == plain["trained"]
-    dial(page).fill("4.5")
+    steering_weight(page).fill("4.5")
     expect(page.get_by_text("The settings have changed since")).to_be_visible()
     draw(page)
-    steered = pictures(page)
+    steered = images(page)
     assert (steered["base"], steered["trained"]) == (plain["base"], plain["trained"])
     assert steered["steered"] != plain["steered"]
     expect(page.get_by_text("The settings have changed since")).to_be_hidden()
     for arm, policy, weights in (("base", "base", None), ("steered", "trained", {"shapes_verifier": 4.5})):
         method = {"steering": weights} if weights else {"method": "none"}
-        told = server.predict({"prompt": "a red circle", "seed": 0, "policy": policy, **method})
-        assert steered[arm] == f"data:image/png;base64,{told['images'][0]}"
+        answer = server.predict({"prompt": "a red circle", "seed": 0, "policy": policy, **method})
+        assert steered[arm] == f"data:image/png;base64,{answer['images'][0]}"
         facts = page.locator(f"figure[data-arm={arm}] .facts")
-        value = f"{told['values']['shapes_verifier'][0][-1]:.3g}"
-        expect(facts).to_have_text(re.compile(rf"^NFE {told['nfe']}value {re.escape(value)}\d*[\d.]+ s$"))
+        value = f"{answer['values']['shapes_verifier'][0][-1]:.3g}"
+        expect(facts).to_have_text(re.compile(rf"^NFE {answer['nfe']}value {re.escape(value)}\d*[\d.]+ s$"))
 
 
 def test_a_method_brings_its_own_defaults(visit: Visit, server: ServerProcess) -> None:
-    """Of the dials and the particles, where nobody has changed them; what was changed stays."""
+    """Of the steering weights and the particles, where nobody has changed them; what was changed stays."""
     with urllib.request.urlopen(f"{server.address}/v1/images/options", timeout=30) as answer:
         options = json.load(answer)
     strengths, [reward, *_] = options["defaults"]["strengths"], options["rewards"]
@@ -172,13 +172,13 @@ def test_a_method_brings_its_own_defaults(visit: Visit, server: ServerProcess) -
     particles = next(method["particles"] for method in options["methods"] if method["name"] == "resampling")
     page = visit()
     page.get_by_label("Method", exact=True).select_option("resampling")
-    assert float(dial(page).input_value()) == pytest.approx(expected)
+    assert float(steering_weight(page).input_value()) == pytest.approx(expected)
     expect(page.get_by_label("Particles", exact=True)).to_have_value(str(particles))
-    dial(page).fill("2.5")
+    steering_weight(page).fill("2.5")
     page.get_by_label("Method", exact=True).select_option("value_gradient")
-    expect(dial(page)).to_have_value("2.5")
+    expect(steering_weight(page)).to_have_value("2.5")
     page.get_by_role("button", name="Defaults").click()
-    assert float(dial(page).input_value()) == pytest.approx(reward["default_weight"])
+    assert float(steering_weight(page).input_value()) == pytest.approx(reward["default_weight"])
 
 
 def test_the_critics_values_grow_while_it_draws(visit: Visit) -> None:
@@ -198,7 +198,7 @@ def test_the_critics_values_grow_while_it_draws(visit: Visit) -> None:
     name = curve.get_attribute("aria-label") or ""
     assert all(f"{arm} from" in name for arm in ARMS)
     expect(curve).to_contain_text("denoising step")
-    expect(page.locator("#value-axis")).to_contain_text("shapes_verifier: share of pictures")
+    expect(page.locator("#value-axis")).to_contain_text("shapes_verifier: share of images")
     page.get_by_text("The values as a table").click()
     table = page.get_by_role("table")
     expect(table.get_by_role("row")).to_have_count(61)
@@ -215,30 +215,30 @@ def test_what_is_wrong_is_told_beside_its_field(visit: Visit) -> None:
     prompt.fill("")
     steps.fill("999")
     page.get_by_label("Seed", exact=True).fill("seven")
-    dial(page).fill("1000")
+    steering_weight(page).fill("1000")
     page.get_by_role("button", name="Draw", exact=True).click()
     expect(status(page)).to_contain_text("None of 3 images drawn")
     expect(prompt).to_be_focused()
-    for control, told in (
-        (prompt, r"prompt = \"\": .+\. Write what the picture shall show\."),
+    for control, found in (
+        (prompt, r"prompt = \"\": .+\. Write what the image shall show\."),
         (steps, r"num_steps = 999: is above this model's limit\. Use at most 100\."),
         (page.get_by_label("Seed", exact=True), r"seed = \"seven\": .+\. Use a whole number from 0"),
-        (dial(page), r"steering\.shapes_verifier = 1000: is too strong\. Use a number"),
+        (steering_weight(page), r"steering\.shapes_verifier = 1000: is too strong\. Use a number"),
     ):
         expect(control).to_have_attribute("aria-invalid", "true")
-        expect(control).to_have_accessible_description(re.compile(told))
+        expect(control).to_have_accessible_description(re.compile(found))
     page.keyboard.type("a red circle")
     expect(prompt).not_to_have_attribute("aria-invalid", "true")
-    expect(page.get_by_text("Write what the picture shall show")).to_be_hidden()
+    expect(page.get_by_text("Write what the image shall show")).to_be_hidden()
     expect(steps).to_have_attribute("aria-invalid", "true")
     steps.fill("4")
     page.get_by_label("Seed", exact=True).fill("7")
-    dial(page).fill("1")
+    steering_weight(page).fill("1")
     draw(page)
     expect(page.locator("[aria-invalid=true]")).to_have_count(0)
 
 
-def test_a_link_leads_to_the_same_pictures(visit: Visit) -> None:
+def test_a_link_leads_to_the_same_images(visit: Visit) -> None:
     """In another browser, with every setting, once they are drawn; the seed has more digits than a number of
     JavaScript."""
     page = visit()
@@ -247,15 +247,15 @@ def test_a_link_leads_to_the_same_pictures(visit: Visit) -> None:
     page.get_by_label("Particles", exact=True).fill("3")
     page.get_by_label("Steps", exact=True).fill("6")
     page.get_by_label("Guidance scale (CFG)", exact=True).fill("2.5")
-    dial(page).fill("3.75")
-    dial(page, "jpeg_compressibility").fill("-0.5")
+    steering_weight(page).fill("3.75")
+    steering_weight(page, "jpeg_compressibility").fill("-0.5")
     draw(page, "“a” & 5% <b>")
     link = page.get_by_role("textbox", name="A link to these settings").input_value()
     assert page.url == link
     other = visit(link[link.index("#") :])
     other.get_by_role("button", name="Draw", exact=True).click()
     expect(status(other)).to_contain_text("3 images drawn in", timeout=DRAW_MS)
-    assert pictures(other) == pictures(page)
+    assert images(other) == images(page)
     expect(other.get_by_label("Particles", exact=True)).to_have_value("3")
     assert other.get_by_label("Seed", exact=True).input_value() == "9223372036854775807"
     assert other.get_by_role("textbox", name="A link to these settings").input_value() == link
@@ -263,7 +263,7 @@ def test_a_link_leads_to_the_same_pictures(visit: Visit) -> None:
 
 
 def test_a_link_to_another_model_says_so(visit: Visit) -> None:
-    """What it asks for and this model has not, or that the pictures may differ."""
+    """What it asks for and this model has not, or that the images may differ."""
     page = visit("#prompt=a+red+circle&num_steps=2&steering.beauty=2&method=magic")
     expect(page.get_by_role("alert")).to_have_text(
         "The link has settings that this model does not have: the method magic, a weight for beauty."
@@ -290,7 +290,7 @@ def test_a_link_draws_nothing_by_itself(visit: Visit) -> None:
 
 
 def test_without_a_seed_the_page_takes_a_new_one(visit: Visit) -> None:
-    """The same for all three pictures, shown and in the link; so two draws give two pictures."""
+    """The same for all three images, shown and in the link; so two draws give two images."""
     page = visit()
     seed, found = page.get_by_label("Seed", exact=True), []
     for _ in range(2):
@@ -298,20 +298,20 @@ def test_without_a_seed_the_page_takes_a_new_one(visit: Visit) -> None:
         draw(page, "a red circle")
         expect(seed).to_have_value(re.compile(r"^\d+$"))
         assert f"seed={seed.input_value()}" in page.url
-        found.append((seed.input_value(), pictures(page)["trained"]))
+        found.append((seed.input_value(), images(page)["trained"]))
     assert found[0][0] != found[1][0]
     assert found[0][1] != found[1][1]
 
 
 def test_earlier_draws_come_back(visit: Visit) -> None:
-    """With their settings and pictures, undrawn, and also after the page was loaded again; until they are forgotten."""
+    """With their settings and images, undrawn, and also after the page was loaded again; until they are forgotten."""
     page = visit()
     page.get_by_label("Steps", exact=True).fill("4")
     draw(page, "a red circle")
-    first = pictures(page)
+    first = images(page)
     page.get_by_role("button", name="New seed").click()
     draw(page, "a blue square")
-    second = pictures(page)
+    second = images(page)
     assert first["trained"] != second["trained"]
     earlier = page.get_by_role("region", name="Earlier draws").get_by_role("listitem").get_by_role("button")
     expect(earlier).to_have_count(2)
@@ -320,19 +320,19 @@ def test_earlier_draws_come_back(visit: Visit) -> None:
     earlier.filter(has=page.get_by_alt_text("a red circle, seed 0")).click()
     expect(page.get_by_role("textbox", name="Prompt")).to_have_value("a red circle")
     expect(page.get_by_label("Seed", exact=True)).to_have_value("0")
-    assert pictures(page) == first
+    assert images(page) == first
     assert "POST" not in asked
     page.goto(page.url.partition("#")[0])
     expect(earlier).to_have_count(2)
     earlier.first.click()
     expect(page.get_by_role("textbox", name="Prompt")).to_have_value("a blue square")
-    assert pictures(page) == second
+    assert images(page) == second
     page.get_by_role("button", name="Delete them").click()
     expect(earlier).to_have_count(0)
 
 
 def test_the_keyboard_is_enough(visit: Visit) -> None:
-    """Tab leads from the prompt to the dial, arrows turn it, Enter draws; one sees where one is all the way."""
+    """Tab leads from the prompt to the weight, arrows turn it, Enter draws; one sees where one is all the way."""
     page = visit()
 
     def tab_to(target: Locator) -> None:
@@ -348,10 +348,10 @@ def test_the_keyboard_is_enough(visit: Visit) -> None:
     page.keyboard.type("a green triangle")
     slider = page.get_by_role("slider", name="Weight of shapes_verifier")
     tab_to(slider)
-    before = float(dial(page).input_value())
+    before = float(steering_weight(page).input_value())
     page.keyboard.press("ArrowRight")
-    assert float(dial(page).input_value()) > before
-    expect(slider).to_have_attribute("aria-valuetext", f"{dial(page).input_value()} standard deviations")
+    assert float(steering_weight(page).input_value()) > before
+    expect(slider).to_have_attribute("aria-valuetext", f"{steering_weight(page).input_value()} standard deviations")
     page.keyboard.press("Enter")
     expect(status(page)).to_contain_text("3 images drawn in", timeout=DRAW_MS)
     expect(page.get_by_alt_text("steered: a green triangle")).to_be_visible()
@@ -410,27 +410,27 @@ def test_a_server_that_is_gone_is_told(browser: Browser, server: ServerProcess) 
         page.get_by_role("button", name="Try again").click()
         expect(button).to_be_enabled()
         expect(alert).to_be_hidden()
-        for code, body, told in (
+        for code, body, found in (
             (500, "oh", "The server answered 500"),
             (200, "event: queued\ndata: {}\n\n", "The connection ended before the image was complete"),
             (200, "event: step\ndata: {\n\n", "The connection to the server was lost"),
         ):
             page.route(images, partial(Route.fulfill, status=code, body=body))
             button.click()
-            expect(alert).to_contain_text(told)
+            expect(alert).to_contain_text(found)
             expect(status(page)).to_contain_text("None of 3 images drawn")
             page.unroute(images)
 
 
-def test_the_curl_line_makes_the_steered_picture(visit: Visit, tmp_path: Path) -> None:
+def test_the_curl_line_makes_the_steered_image(visit: Visit, tmp_path: Path) -> None:
     """Pasted into a shell as it is, with quotes in the prompt; a refusal is told there too."""
     page = visit()
     page.get_by_label("Steps", exact=True).fill("4")
-    dial(page).fill("2")
+    steering_weight(page).fill("2")
     draw(page, """it's "$A" `id` \\""")
     line = page.get_by_role("textbox", name="The steered image with curl")
     subprocess.run(["bash", "-c", line.input_value()], cwd=tmp_path, check=True, timeout=120)
-    assert (tmp_path / "picture.png").read_bytes() == base64.b64decode(pictures(page)["steered"].partition(",")[2])
+    assert (tmp_path / "image.png").read_bytes() == base64.b64decode(images(page)["steered"].partition(",")[2])
     page.get_by_label("Steps", exact=True).fill("999")
     done = subprocess.run(["bash", "-c", line.input_value()], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, "above this model's limit" in done.stderr) == (1, True)

@@ -22,8 +22,8 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_a_generator_decides_the_pictures(pipe: LatentacPipeline) -> None:
-    """The same one gives the same pictures, one that has drawn already gives others, and so does none at all."""
+def test_a_generator_decides_the_images(pipe: LatentacPipeline) -> None:
+    """The same one gives the same images, one that has drawn already gives others, and so does none at all."""
     settings: dict[str, Any] = {"num_inference_steps": 3, "method": "none"}
     drawn = seeded(1)
     first, second = (pipe(PROMPTS[0], generator=drawn, **settings) for _ in range(2))
@@ -33,8 +33,8 @@ def test_a_generator_decides_the_pictures(pipe: LatentacPipeline) -> None:
     assert len({pipe(PROMPTS[0], **settings).images[0].tobytes() for _ in range(2)}) == 2
 
 
-def test_pictures_are_those_of_the_endpoint(pipe: LatentacPipeline, generator: Generator) -> None:
-    """Each prompt has its pictures beside each other, bitwise those that a request with its seed gets."""
+def test_images_are_those_of_the_endpoint(pipe: LatentacPipeline, generator: Generator) -> None:
+    """Each prompt has its images beside each other, bitwise those that a request with its seed gets."""
     weights = {"shapes_verifier": 1.5, "jpeg_compressibility": -0.5}
     settings: dict[str, Any] = {"steering": weights, "method": "resampling"}
     found = pipe(PROMPTS, particles=3, num_inference_steps=4, num_images_per_prompt=2, generator=seeded(2), **settings)

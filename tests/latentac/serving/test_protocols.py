@@ -1,4 +1,4 @@
-"""Each way to ask a real server for pictures, and what an operator sees of it."""
+"""Each way to ask a real server for images, and what an operator sees of it."""
 
 import asyncio
 import base64
@@ -60,7 +60,7 @@ def tensor(name: str, datatype: str, *data: Any) -> dict[str, Any]:
     return {"name": name, "datatype": datatype, "shape": [len(data)], "data": list(data)}
 
 
-def test_all_protocols_draw_the_same_picture(server: ServerProcess) -> None:
+def test_all_protocols_draw_the_same_image(server: ServerProcess) -> None:
     """V1, V2, OpenAI's and the stream, with one seed: the same PNG, byte for byte, and the same figures."""
     fields = ASKED | {"steering": {"shapes_verifier": 2.0}, "method": "resampling", "particles": 3}
     first = server.predict(fields)
@@ -81,13 +81,13 @@ def test_all_protocols_draw_the_same_picture(server: ServerProcess) -> None:
     status, headers, text = ask(server, "POST", "/v1/images/stream", fields)
     assert (status, headers.get_content_type()) == (200, "text/event-stream")
     name, last = events(text)[-1]
-    assert name == "picture"
-    pictures = [first["images"], outputs["image"]["data"], [third["data"][0]["b64_json"]], last["images"]]
-    assert all(picture == pictures[0] for picture in pictures)
-    told = {key: value for key, value in first.items() if key != "images"}
-    assert json.loads(outputs["metadata"]["data"][0]) == third["latentac"] == told
+    assert name == "image"
+    images = [first["images"], outputs["image"]["data"], [third["data"][0]["b64_json"]], last["images"]]
+    assert all(image == images[0] for image in images)
+    found = {key: value for key, value in first.items() if key != "images"}
+    assert json.loads(outputs["metadata"]["data"][0]) == third["latentac"] == found
     assert last == first
-    assert base64.b64decode(pictures[0][0]).startswith(b"\x89PNG")
+    assert base64.b64decode(images[0][0]).startswith(b"\x89PNG")
 
 
 def long_prompt_on_every_route(server: ServerProcess) -> list[tuple[int, Any]]:
@@ -124,13 +124,13 @@ def test_every_route_says_that_a_prompt_was_cut(exported_folder: Path, tmp_path:
     with ServerProcess(folder, ready_seconds=READY_SECONDS) as server:
         (_, first), (_, second), (_, third), (_, stream) = long_prompt_on_every_route(server)
     outputs = {one["name"]: one for one in second["outputs"]}
-    told = [
+    reported = [
         *first["predictions"],
         *map(json.loads, outputs["metadata"]["data"]),
         third["latentac"],
         events(stream)[-1][1],
     ]
-    found = [(one["tokens"], one["truncated"]) for one in told]
+    found = [(one["tokens"], one["truncated"]) for one in reported]
     assert found == [(5, False), (18, True), (5, False), (18, True), (18, True), (18, True)]
 
 
@@ -218,13 +218,13 @@ def test_openais_errors_have_its_form(server: ServerProcess) -> None:
 
 
 def test_the_stream_tells_the_values_as_they_come(server: ServerProcess) -> None:
-    """Queued, then each step in order, then the picture; the last step's value is the picture's own."""
+    """Queued, then each step in order, then the image; the last step's value is the image's own."""
     found = events(ask(server, "POST", "/v1/images/stream", ASKED | {"policy": "base"})[2])
-    assert [name for name, _ in found] == ["queued", "step", "step", "step", "picture"]
-    steps, picture = [content for name, content in found if name == "step"], found[-1][1]
+    assert [name for name, _ in found] == ["queued", "step", "step", "step", "image"]
+    steps, image = [content for name, content in found if name == "step"], found[-1][1]
     assert [step["step"] for step in steps] == [0, 1, 2]
-    assert picture["policy"] == "base"
-    for name, [values] in picture["values"].items():
+    assert image["policy"] == "base"
+    for name, [values] in image["values"].items():
         assert [step["values"][name][0] for step in steps] == pytest.approx(values)
     status, _, refused = ask(server, "POST", "/v1/images/stream", {"prompt": ""})
     assert (status, refused["problems"][0]["field"]) == (422, "prompt")
@@ -271,8 +271,8 @@ def test_an_operator_sees_numbers_and_no_prompts(exported_folder: Path, tmp_path
     assert 'latentac_requests_total{protocol="v1",status="200"} 1.0' in metrics
     assert 'latentac_requests_total{protocol="v1",status="400"} 1.0' in metrics
     assert 'latentac_function_evaluations_total{method="none"} 3.0' in metrics
-    assert "latentac_queued_pictures 0.0" in metrics
-    for name in ("request_seconds", "wait_seconds", "batch_pictures", "batch_seconds"):
+    assert "latentac_queued_images 0.0" in metrics
+    for name in ("request_seconds", "wait_seconds", "batch_images", "batch_seconds"):
         assert f"latentac_{name}_count" in metrics
     assert [(line["request"] == "mine-1", line["status"]) for line in log] == [(True, 200), (False, 400)]
     assert log[0]["asked"][0]["seed"] == 7
@@ -321,15 +321,15 @@ def test_whoever_goes_away_has_its_work_ended(server: ServerProcess) -> None:
             connection.close()
     began = time.monotonic()
     assert server.predict(ASKED)["num_steps"] == 3
-    assert time.monotonic() - began < 30  # eight times 8 pictures of 32 particles, 100 steps, would take minutes
-    assert "latentac_queued_pictures 0.0" in ask(server, "GET", "/metrics")[2]
+    assert time.monotonic() - began < 30  # eight times 8 images of 32 particles, 100 steps, would take minutes
+    assert "latentac_queued_images 0.0" in ask(server, "GET", "/metrics")[2]
 
 
 @pytest.mark.parametrize("reads", [False, True], ids=["before its first event", "while it waits for the next"])
 def test_whoever_leaves_a_stream_has_its_work_ended(
     exported_folder: Path, caplog: pytest.LogCaptureFixture, reads: bool
 ) -> None:
-    """Also where not one byte could be sent: the pictures are given up, the operator is told 499, and nothing goes on
+    """Also where not one byte could be sent: the images are given up, the operator is told 499, and nothing goes on
     waiting."""
     model = SteeredDiffusion("latentac", exported_folder, "cpu")
     model.load()
@@ -360,5 +360,5 @@ def test_whoever_leaves_a_stream_has_its_work_ended(
         assert asyncio.run(left()) == []
     began = time.monotonic()
     model.close()
-    assert time.monotonic() - began < 30  # 8 pictures of 32 particles, 100 steps, take longer
+    assert time.monotonic() - began < 30  # 8 images of 32 particles, 100 steps, take longer
     assert [json.loads(line.getMessage())["status"] for line in caplog.records] == [499]

@@ -55,7 +55,7 @@ def parse_images(body: object) -> ImagesRequest:
     return validated(FORMS.images, body)
 
 
-def told(body: object) -> list[str]:
+def answered(body: object) -> list[str]:
     """The problems of a body, one line each."""
     with pytest.raises(ConfigError) as caught:
         parse(body)
@@ -76,7 +76,7 @@ def test_defaults_and_all_fields() -> None:
 @pytest.mark.parametrize(
     ("instance", "message"),
     [
-        ({"promt": "a"}, "instances.0.prompt = None: is required. Write what the picture shall show."),
+        ({"promt": "a"}, "instances.0.prompt = None: is required. Write what the image shall show."),
         ({"prompt": ""}, "instances.0.prompt = '': string should have at least 1 character."),
         ({"prompt": "x" * 101}, "has 101 characters, above 100. Use at most 100."),
         ({"prompt": "a", "promt": "a"}, "instances.0.promt = 'a': unknown field. Did you mean \"prompt\"?"),
@@ -105,7 +105,7 @@ def test_defaults_and_all_fields() -> None:
         ({"prompt": "a", "steering": {"shapes_verifier": "x"}}, "instances.0.steering.shapes_verifier = 'x': input"),
         ({"prompt": "a", "method": "none", "steering": {"shapes_verifier": 1}}, 'does nothing with method "none"'),
         ({"prompt": "a", "method": "none", "particles": 2}, "instances.0.particles = 2: does nothing with method"),
-        ({"prompt": " \t"}, "is nothing but white space. Write what the picture shall show."),
+        ({"prompt": " \t"}, "is nothing but white space. Write what the image shall show."),
         ({"prompt": "a\x1bb"}, "has a control character (U+001B) at character 2"),
         (
             {"prompt": "a", "guidance_scale": 21},
@@ -122,13 +122,13 @@ def test_defaults_and_all_fields() -> None:
 )
 def test_a_bad_field_is_told_with_path_value_and_remedy(instance: Any, message: str) -> None:
     """One line a problem, which says where, what, and what to do."""
-    assert any(message in line for line in told({"instances": [instance]})), told({"instances": [instance]})
+    assert any(message in line for line in answered({"instances": [instance]})), answered({"instances": [instance]})
 
 
 def test_every_problem_is_told_at_once() -> None:
     """Of all instances, whether a field is malformed or only above a limit."""
     first = {"prompt": "a", "seed": -1, "count": 9, "method": "x", "steering": {"y": 1}}
-    assert len(told({"instances": [first, {"prompt": "a", "particles": 0}]})) == 5
+    assert len(answered({"instances": [first, {"prompt": "a", "particles": 0}]})) == 5
 
 
 @pytest.mark.parametrize(
@@ -139,13 +139,13 @@ def test_every_problem_is_told_at_once() -> None:
         ({"instances": {"prompt": "a"}}, "instances = {'prompt': 'a'}: input should be a valid list."),
         ({"prompt": "a"}, "prompt = 'a': unknown field."),
         ({"inputs": [{"prompt": "a"}]}, "inputs = [{'prompt': 'a'}]: unknown field. Use \"instances\"."),
-        ({"instances": [{"prompt": "a", "count": 5}] * 2}, "instances = 10: is the number of pictures asked for"),
-        ({"instances": [3] * 9}, "instances = 9: is the number of pictures asked for"),
+        ({"instances": [{"prompt": "a", "count": 5}] * 2}, "instances = 10: is the number of images asked for"),
+        ({"instances": [3] * 9}, "instances = 9: is the number of images asked for"),
     ],
 )
 def test_a_bad_body_is_told(body: object, message: str) -> None:
     """The frame around the requests is held to the same."""
-    assert any(message in line for line in told(body)), told(body)
+    assert any(message in line for line in answered(body)), answered(body)
 
 
 def test_a_byte_order_mark_is_no_mistake() -> None:
@@ -210,8 +210,8 @@ def test_openais_form_is_the_same_request() -> None:
         *((name, [None]) for name in ("seed", "num_steps", "guidance_scale", "policy", "method", "steering")),
     ],
 )
-def test_openais_defaults_are_the_default_picture(name: str, values: list[Any]) -> None:
-    """What its clients send where a caller has chosen nothing is taken, and changes nothing about the picture."""
+def test_openais_defaults_are_the_default_image(name: str, values: list[Any]) -> None:
+    """What its clients send where a caller has chosen nothing is taken, and changes nothing about the image."""
     ours, default = set(Request.model_fields) - {"seed", "size"}, FORMS.images(prompt="a")
     for value in values:
         asked = parse_images({"prompt": "a", name: value})
@@ -228,7 +228,7 @@ def test_openais_defaults_are_the_default_picture(name: str, values: list[Any]) 
         ("stream", True, "POST /v1/images/stream answers by events."),
         ("partial_images", 2, "POST /v1/images/stream tells each step."),
         ("response_format", "url", "Use b64_json"),
-        ("background", "transparent", "the pictures have no transparency."),
+        ("background", "transparent", "the images have no transparency."),
         ("output_format", "webp", "Use png"),
         ("output_compression", 50, "Use 100"),
         ("quality", "ultra", "num_steps"),
@@ -263,7 +263,7 @@ def test_null_is_the_same_as_a_field_that_is_left_out() -> None:
     """Many clients send null for what is not set; but a prompt must be there."""
     nulls = dict.fromkeys(set(Request.model_fields) - {"prompt"})
     assert parse_one({"prompt": "a", **nulls}) == FORMS.request(prompt="a")
-    assert told({"instances": [{"prompt": None}]})[0].startswith("instances.0.prompt = None: input should be")
+    assert answered({"instances": [{"prompt": None}]})[0].startswith("instances.0.prompt = None: input should be")
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_null_is_the_same_as_a_field_that_is_left_out() -> None:
 )
 def test_another_programs_name_of_a_field_is_refused_with_ours(name: str, remedy: str) -> None:
     """A field has one name; whoever comes from diffusers or OpenAI is told it."""
-    [line] = told({"instances": [{"prompt": "a", name: 2}]})
+    [line] = answered({"instances": [{"prompt": "a", name: 2}]})
     assert line.startswith(f"instances.0.{name} = 2: unknown field. {remedy}")
 
 
@@ -301,7 +301,7 @@ def test_an_error_is_never_much_larger_than_a_line() -> None:
     """Whatever is sent, it is quoted at most in part."""
     long = "x" * 100_000
     body = {"instances": [{"prompt": long, long: 1, "seed": long, "steering": {long: long}, "method": long}]}
-    assert all(len(line) < 600 for line in told(body))
+    assert all(len(line) < 600 for line in answered(body))
 
 
 def test_the_default_weights_follow_the_rewards(config: Config) -> None:
@@ -320,7 +320,7 @@ def test_the_default_weights_follow_the_rewards(config: Config) -> None:
     ],
 )
 def test_a_body_of_many_values_is_refused_before_they_are_looked_at(body: object) -> None:
-    """What is told of each takes time, in which no other caller is answered. The limit grows with the pictures that one
+    """What is told of each takes time, in which no other caller is answered. The limit grows with the images that one
     request may ask for."""
     with pytest.raises(ConfigError, match="has more than 2000 values"):
         decoded(json.dumps(body).encode(), 2000)

@@ -25,7 +25,7 @@ from tests.latentac.serving.test_protocols import ask
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-# Two rules that a JSON schema cannot tell: the pictures of all instances together, and elements of a tensor's type.
+# Two rules that a JSON schema cannot tell: the images of all instances together, and elements of a tensor's type.
 CONFIGURATION = """
 [[operations]]
 include-path-regex = "predict|infer"
@@ -56,7 +56,7 @@ def resident(server: ServerProcess) -> int:
 
 
 def statuses(server: ServerProcess) -> Counter[str]:
-    """Requests for pictures by status, as the server counts them."""
+    """Requests for images by status, as the server counts them."""
     counted: Counter[str] = Counter()
     for status, number in re.findall(
         r'latentac_requests_total\{.*status="(\d+)"\} (\S+)', ask(server, "GET", "/metrics")[2]
@@ -160,11 +160,11 @@ def test_a_thousand_requests_at_once_are_all_right(exported_folder: Path) -> Non
         metrics = ask(server, "GET", "/metrics")[2]
     wrong = [index for index, answer in zip(order, together, strict=True) if answer != alone[index]]
     assert (len(together), wrong) == (1000, [])
-    batches, pictures = (
-        float(re.findall(rf"latentac_batch_pictures_{name} (\S+)", metrics)[0]) for name in ("count", "sum")
+    batches, images = (
+        float(re.findall(rf"latentac_batch_images_{name} (\S+)", metrics)[0]) for name in ("count", "sum")
     )
-    print(f"{pictures / batches:.2f} pictures a batch")
-    assert pictures / batches > 1.2  # they did share
+    print(f"{images / batches:.2f} images per batch")
+    assert images / batches > 1.2  # they did share
 
 
 def test_sigterm_under_load_answers_what_was_accepted(exported_folder: Path) -> None:

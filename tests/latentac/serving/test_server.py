@@ -59,17 +59,17 @@ def ask(server: ServerProcess, path: str, body: bytes | None = None, kind: str =
         return error.code, json.load(error)
 
 
-def decoded(picture: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))))
+def decoded(image: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(image))))
 
 
-def test_a_prediction_is_the_generators_picture(server: ServerProcess, generator: Generator) -> None:
+def test_a_prediction_is_the_generators_image(server: ServerProcess, generator: Generator) -> None:
     """Bit for bit, in another process; with everything that is needed to ask for it again."""
     weights = {"shapes_verifier": 1.5, "jpeg_compressibility": -0.5}
     request = {"prompt": "a red circle", "seed": 7, "count": 2, "steering": weights}
-    answer, pictures = server.predict(request), generator.generate("a red circle", 7, 2, steering=weights)
-    assert np.array_equal(np.stack([decoded(picture) for picture in answer["images"]]), pictures.images)
-    np.testing.assert_array_equal(np.float32(answer["values"]["shapes_verifier"]), pictures.values[:, :, 0])
+    answer, images = server.predict(request), generator.generate("a red circle", 7, 2, steering=weights)
+    assert np.array_equal(np.stack([decoded(image) for image in answer["images"]]), images.images)
+    np.testing.assert_array_equal(np.float32(answer["values"]["shapes_verifier"]), images.values[:, :, 0])
     assert {name: answer[name] for name in ("seed", "nfe", "method", "steering", "version")} == {
         "seed": 7,
         "nfe": 30,
@@ -215,9 +215,9 @@ def test_a_taken_port_is_told_before_anything_is_loaded(server: ServerProcess, e
     port = server.address.rpartition(":")[2]
     command = [sys.executable, "-X", "importtime", "-m", "latentac.serving", "--model", str(exported_folder)]
     done = subprocess.run([*command, "--port", port], capture_output=True, text=True, timeout=60, check=False)
-    told = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 6
-    assert told == [f"serving: 127.0.0.1:{port}: the port is in use. Stop what listens there, or choose another port."]
+    assert said == [f"serving: 127.0.0.1:{port}: the port is in use. Stop what listens there, or choose another port."]
     assert not {"torch", "kserve", "pydantic"} & {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     with (
         pytest.raises(ResourceError, match="the port is in use"),
@@ -243,7 +243,7 @@ def test_help_is_light_and_has_an_example() -> None:
 
 
 def test_sigterm_lets_the_accepted_request_finish(exported_folder: Path) -> None:
-    """The picture arrives whole, then the process ends with code 0."""
+    """The image arrives whole, then the process ends with code 0."""
     with ServerProcess(exported_folder, ready_seconds=READY_SECONDS) as server, ThreadPoolExecutor(1) as pool:
         drawing = pool.submit(server.predict, LONG)
         time.sleep(0.5)
@@ -268,16 +268,16 @@ def test_ctrl_c_stops_it_cleanly(exported_folder: Path) -> None:
     command = [sys.executable, "-m", "latentac.serving", "--model", str(exported_folder), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        told = [process.stdout.readline() for _ in range(4)]
+        output = [process.stdout.readline() for _ in range(4)]
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         _, complaints = process.communicate(timeout=300)
-    assert told[0].startswith("Serving latentac at http://127.0.0.1:")
-    assert told[1].startswith("  curl")
+    assert output[0].startswith("Serving latentac at http://127.0.0.1:")
+    assert output[1].startswith("  curl")
     assert (process.returncode, complaints) == (0, "")
 
 
-def test_the_command_that_is_told_draws_a_picture(exported_folder: Path, tmp_path: Path) -> None:
+def test_the_command_that_is_told_draws_an_image(exported_folder: Path, tmp_path: Path) -> None:
     """As it is printed, in a shell: of the model's own first prompt, whatever characters are in it. And the terminal,
     the options and the folder say what the model is not for."""
     folder = tmp_path / "model"
@@ -289,16 +289,16 @@ def test_the_command_that_is_told_draws_a_picture(exported_folder: Path, tmp_pat
     command = [sys.executable, "-m", "latentac.serving", "--model", str(folder), "--port", "0", "--log-prompts"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        told = [process.stdout.readline() for _ in range(5)]
-        assert told[0] == f"{notice}\n"
-        script = "".join(told[2:])
+        output = [process.stdout.readline() for _ in range(5)]
+        assert output[0] == f"{notice}\n"
+        script = "".join(output[2:])
         drawn = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, check=False, timeout=300)
-        address = re.findall(r"http://[\d.:]+", told[1])[0]
+        address = re.findall(r"http://[\d.:]+", output[1])[0]
         with urllib.request.urlopen(f"{address}/v1/images/options", timeout=30) as answer:
             options = json.load(answer)
         process.send_signal(signal.SIGINT)
         log = [json.loads(line) for line in process.communicate(timeout=300)[0].splitlines()]
     assert drawn.returncode == 0
     assert [one["prompt"] for line in log for one in line.get("asked", ())] == [prompt]
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "image.png").read_bytes().startswith(b"\x89PNG")
     assert options["notice"] == notice

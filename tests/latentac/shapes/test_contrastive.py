@@ -23,7 +23,7 @@ def captions_beside(caption):
 
 
 def test_hard_negatives_differ_in_one_respect():
-    """And ask for another picture: no wording of the same one is among them."""
+    """And ask for another image: no wording of the same one is among them."""
     beside = captions_beside("a red circle left of a blue square")
     assert beside["exchange"] == {"a red square left of a blue circle"}
     assert beside["relation"] == {f"a red circle {word} a blue square" for word in ("right of", "above", "below")}
@@ -34,7 +34,7 @@ def test_hard_negatives_differ_in_one_respect():
 
 
 def test_another_wording_is_no_negative():
-    """Rows of two wordings of one picture share the target: logits that prefer neither lose nothing by it."""
+    """Rows of two wordings of one image share the target: logits that prefer neither lose nothing by it."""
     specs = [parse_caption(f"a red circle {rest}") for rest in ("left of a blue square", "above a blue square")]
     specs.append(parse_caption("a blue square right of a red circle"))
     logits = torch.tensor([[50.0, 0.0, 50.0], [0.0, 50.0, 0.0], [50.0, 0.0, 50.0]])
@@ -42,7 +42,7 @@ def test_another_wording_is_no_negative():
 
 
 def test_what_a_caption_implies_counts_neither_way():
-    """`A and B` is true of a picture of `A left of B`: their logit has no gradient."""
+    """`A and B` is true of an image of `A left of B`: their logit has no gradient."""
     specs = [parse_caption(f"a red circle {rest} a blue square") for rest in ("left of", "and", "above")]
     logits = torch.zeros(3, 3, requires_grad=True)
     (gradient,) = torch.autograd.grad(contrastive_loss(logits, specs), logits)

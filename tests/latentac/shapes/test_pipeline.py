@@ -19,7 +19,7 @@ from latentac.system.errors import ConfigError
 from latentac.worlds.shapes import PIPELINES, builtin_pipeline
 from latentac.worlds.shapes.autoencoder import encode, to_images
 from latentac.worlds.shapes.captions import CATEGORIES, balanced_prompts, parse_caption, specifications
-from latentac.worlds.shapes.scenes import sample_pictures
+from latentac.worlds.shapes.scenes import sample_images
 from latentac.worlds.shapes.tokens import build_tokenizer
 from latentac.worlds.shapes.transformer import KERNEL
 from latentac.worlds.shapes.verifier import verify
@@ -66,8 +66,8 @@ def tokenizers(pipeline):
     return [part for key, part in pipeline.components.items() if key.startswith("tokenizer") and part is not None]
 
 
-def test_diffusers_loads_it_and_makes_pictures(name, pipeline, caplog):
-    """Nothing of latentac is needed to use the folder; same seed, same picture, without a warning."""
+def test_diffusers_loads_it_and_makes_images(name, pipeline, caplog):
+    """Nothing of latentac is needed to use the folder; same seed, same image, without a warning."""
     with caplog.at_level(logging.WARNING):
         first, again = (sample(name, pipeline, "a red circle", 5) for _ in range(2))
     assert first.shape == (1, 32, 32, 3)
@@ -87,13 +87,13 @@ def test_it_does_what_it_is_asked_sometimes(name, folder):
 
 
 def test_the_autoencoder_keeps_what_the_verifier_looks_at(folder):
-    """At least 90 % of reconstructed pictures still pass."""
+    """At least 90 % of reconstructed images still pass."""
     generator = np.random.default_rng(21)
     everything = specifications()
     specs = [everything[index] for index in generator.integers(len(everything), size=64)]
     autoencoder = AutoencoderKL.from_pretrained(folder / "vae").eval()
     with torch.no_grad():
-        decoded = autoencoder.decode(encode(autoencoder, sample_pictures(specs, generator))[0]).sample
+        decoded = autoencoder.decode(encode(autoencoder, sample_images(specs, generator))[0]).sample
     assert verify(to_images(decoded), specs).mean() >= 0.9
 
 
@@ -103,7 +103,7 @@ def test_latents_have_unit_variance(folder):
     generator = np.random.default_rng(22)
     specs = [parse_caption(prompt.text) for prompt in balanced_prompts("train", 64, seed=2)]
     autoencoder = AutoencoderKL.from_pretrained(folder / "vae").eval()
-    mean, deviation = encode(autoencoder, sample_pictures(specs, generator))
+    mean, deviation = encode(autoencoder, sample_images(specs, generator))
     variance = (mean.var() + deviation.square().mean()).item() * autoencoder.config.scaling_factor**2
     assert variance == pytest.approx(1.0, abs=0.1)
     if autoencoder.config.shift_factor is not None:

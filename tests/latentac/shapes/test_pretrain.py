@@ -14,14 +14,14 @@ from latentac.worlds.shapes.training import DenoiserTraining
 
 SETTINGS = Settings(
     seed=1,
-    pictures=16,
+    images=16,
     autoencoder=AutoencoderTraining(steps=2, batch=4),
     denoiser=DenoiserTraining(batch=4),
     target=0.5,
     check_every=2,
     most_steps=2,
-    check_pictures=4,
-    final_pictures=4,
+    check_images=4,
+    final_images=4,
 )
 
 

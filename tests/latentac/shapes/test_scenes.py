@@ -13,29 +13,29 @@ from latentac.worlds.shapes.scenes import (
     Object,
     Scene,
     render,
-    sample_pictures,
+    sample_images,
     sample_scene,
 )
 
-PICTURES_SHA256 = "d48e82e787af4bdff7f512b00ac483464641f6f821a74b31568934a4462e7934"
+IMAGES_SHA256 = "d48e82e787af4bdff7f512b00ac483464641f6f821a74b31568934a4462e7934"
 SQUARE = Scene((Object(Kind("red", "square"), 16.0, 16.0, 8.0),))
 
 
 def test_a_scene_renders_to_the_same_bytes_everywhere():
     """Sampling and rendering are functions of the specification and the generator's seed."""
     specs = [parse_caption(text) for text in ("four cyan triangles", "a red circle above a blue square")]
-    pictures = sample_pictures(specs, np.random.default_rng(7))
-    assert (pictures == sample_pictures(specs, np.random.default_rng(7))).all()
-    assert hashlib.sha256(pictures.tobytes()).hexdigest() == PICTURES_SHA256
+    images = sample_images(specs, np.random.default_rng(7))
+    assert (images == sample_images(specs, np.random.default_rng(7))).all()
+    assert hashlib.sha256(images.tobytes()).hexdigest() == IMAGES_SHA256
 
 
-def test_a_picture_has_the_object_in_its_colour_on_the_plain_background():
+def test_an_image_has_the_object_in_its_colour_on_the_plain_background():
     """Centre and corner pixels are pure."""
-    picture = render(SQUARE)
-    assert picture.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
-    assert picture.dtype == np.uint8
-    assert tuple(picture[16, 16]) == PALETTE["red"]
-    assert tuple(picture[0, 0]) == BACKGROUND
+    image = render(SQUARE)
+    assert image.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+    assert image.dtype == np.uint8
+    assert tuple(image[16, 16]) == PALETTE["red"]
+    assert tuple(image[0, 0]) == BACKGROUND
 
 
 def test_edges_are_anti_aliased():
@@ -50,7 +50,7 @@ def test_edges_are_anti_aliased():
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_a_scene_shows_its_specification(category):
-    """The right objects, inside the picture, apart from one another, and in a clear relation."""
+    """The right objects, inside the image, apart from one another, and in a clear relation."""
     generator = np.random.default_rng(1)
     for spec in [spec for spec in specifications() if spec.category == category][:60]:
         scene = sample_scene(spec, generator)

@@ -1,4 +1,4 @@
-"""The verifier says yes to true pictures, no to wrong ones, and cannot be talked round."""
+"""The verifier says yes to true images, no to wrong ones, and cannot be talked round."""
 
 from dataclasses import replace
 
@@ -14,17 +14,17 @@ from latentac.worlds.shapes.captions import (
     parse_caption,
     specifications,
 )
-from latentac.worlds.shapes.scenes import BACKGROUND, PALETTE, render, sample_pictures, sample_scene
+from latentac.worlds.shapes.scenes import BACKGROUND, PALETTE, render, sample_images, sample_scene
 from latentac.worlds.shapes.verifier import verify
 
-PICTURES = 150
+IMAGES = 150
 
 
-def pictures_of(category: str, seed: int) -> tuple[list[Specification], np.ndarray]:
+def images_of(category: str, seed: int) -> tuple[list[Specification], np.ndarray]:
     generator = np.random.default_rng(seed)
     choices = [spec for spec in specifications() if spec.category == category]
-    specs = [choices[index] for index in generator.integers(len(choices), size=PICTURES)]
-    return specs, sample_pictures(specs, generator)
+    specs = [choices[index] for index in generator.integers(len(choices), size=IMAGES)]
+    return specs, sample_images(specs, generator)
 
 
 def another_colour(spec: Specification) -> Specification:
@@ -61,22 +61,22 @@ CHANGES += [("counting", another_count), ("relation", opposite), ("relation", tu
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_yes_to_the_renderers_own_pictures(category):
+def test_yes_to_the_renderers_own_images(category):
     """At least 93 % in every category."""
-    specs, images = pictures_of(category, seed=11)
+    specs, images = images_of(category, seed=11)
     assert verify(images, specs).mean() >= 0.93
 
 
 @pytest.mark.parametrize(("category", "change"), CHANGES)
 def test_no_when_one_attribute_is_changed(category, change):
     """At least 95 %, whichever attribute it is."""
-    specs, images = pictures_of(category, seed=12)
+    specs, images = images_of(category, seed=12)
     assert verify(images, [change(spec) for spec in specs]).mean() <= 0.05
 
 
 def test_no_when_two_objects_swap_colours():
-    """Each object has its own colour; only where both are of one shape is the picture still right."""
-    specs, images = pictures_of("two_objects", seed=13)
+    """Each object has its own colour; only where both are of one shape is the image still right."""
+    specs, images = images_of("two_objects", seed=13)
     different = np.array([spec.kinds[0].shape != spec.kinds[1].shape for spec in specs])
     accepted = verify(images, [swapped_colours(spec) for spec in specs])
     assert accepted[different].mean() <= 0.05
@@ -85,7 +85,7 @@ def test_no_when_two_objects_swap_colours():
 
 def test_no_to_a_missing_and_to_an_extra_object():
     """One of two is not both, and two are not one."""
-    specs, images = pictures_of("two_objects", seed=14)
+    specs, images = images_of("two_objects", seed=14)
     only_first = [Specification("one_object", spec.kinds[:1]) for spec in specs]
     assert verify(images, only_first).mean() <= 0.05
     generator = np.random.default_rng(0)
@@ -95,8 +95,8 @@ def test_no_to_a_missing_and_to_an_extra_object():
 
 def blob(name: str) -> np.ndarray:
     """Red things that are nearly a circle, a square or a triangle."""
-    picture = np.empty((32, 32, 3), np.uint8)
-    picture[:] = BACKGROUND
+    image = np.empty((32, 32, 3), np.uint8)
+    image[:] = BACKGROUND
     rows, columns = np.mgrid[0:32, 0:32]
     masks = {
         "ellipse": ((rows - 16) / 5) ** 2 + ((columns - 16) / 9) ** 2 <= 1,
@@ -108,8 +108,8 @@ def blob(name: str) -> np.ndarray:
         "upside-down triangle": (rows >= 8) & (rows <= 24) & (abs(columns - 16) <= (24 - rows) / 2),
         "everything": rows >= 0,
     }
-    picture[masks[name]] = PALETTE["red"]
-    return picture
+    image[masks[name]] = PALETTE["red"]
+    return image
 
 
 @pytest.mark.parametrize(
@@ -121,23 +121,23 @@ def test_no_to_what_is_nearly_a_shape(name):
     assert not verify(images, [parse_caption(f"a red {shape}") for shape in SHAPES]).any()
 
 
-def test_no_to_dim_objects_noise_and_empty_pictures():
-    """Half a colour is no colour, and a good object among clutter is no good picture."""
+def test_no_to_dim_objects_noise_and_empty_images():
+    """Half a colour is no colour, and a good object among clutter is no good image."""
     spec = parse_caption("a red circle")
-    picture = render(sample_scene(spec, np.random.default_rng(2))).astype(float)
+    image = render(sample_scene(spec, np.random.default_rng(2))).astype(float)
     background = np.array(BACKGROUND, float)
-    dim = background + 0.55 * (picture - background)
-    cluttered = picture.copy()
+    dim = background + 0.55 * (image - background)
+    cluttered = image.copy()
     cluttered[::5, ::5] = 200.0
-    empty = np.broadcast_to(background, picture.shape)
-    noise = np.random.default_rng(3).uniform(0, 255, picture.shape)
+    empty = np.broadcast_to(background, image.shape)
+    noise = np.random.default_rng(3).uniform(0, 255, image.shape)
     images = np.stack([dim, cluttered, empty, noise]).astype(np.uint8)
     assert not verify(images, [spec] * len(images)).any()
 
 
 def test_a_little_blur_and_noise_is_forgiven():
-    """What an autoencoder does to a picture is not the picture's fault."""
-    specs, images = pictures_of("one_object", seed=15)
+    """What an autoencoder does to an image is not the image's fault."""
+    specs, images = images_of("one_object", seed=15)
     blurred = images.astype(float)
     for axis in (1, 2):
         blurred = 0.8 * blurred + 0.1 * np.roll(blurred, 1, axis) + 0.1 * np.roll(blurred, -1, axis)

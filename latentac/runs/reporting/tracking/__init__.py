@@ -1,4 +1,4 @@
-"""Where the numbers and pictures of a training go: TensorBoard always, MLflow and Weights & Biases by configuration.
+"""Where the numbers and images of a training go: TensorBoard always, MLflow and Weights & Biases by configuration.
 
     tracking:
       - {use: mlflow, experiment: shapes}
@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """One place for the numbers and pictures of a run. A run is opened again after a resume, and by `evaluate`."""
+    """One place for the numbers and images of a run. A run is opened again after a resume, and by `evaluate`."""
 
     def start(self, run: str, settings: Mapping[str, Any]) -> None:
         """Open `run`, or go on with it. settings: what differs from the defaults, flat: `policy.learning_rate`."""
@@ -53,8 +53,8 @@ class Tracker(Protocol):
         """Numbers of iteration `step`, by names such as `reward/redness`. A step that is known already may come again:
         a run that was killed repeats what came after its last checkpoint."""
 
-    def image(self, name: str, step: int, picture: np.ndarray) -> None:
-        """picture: uint8 [H, W, 3]."""
+    def image(self, name: str, step: int, image: np.ndarray) -> None:
+        """image: uint8 [H, W, 3]."""
 
     def finish(self) -> None:
         """All of it is to be in its place now."""
@@ -110,8 +110,8 @@ class Background:
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._put(lambda tracker: tracker.log(step, scalars))
 
-    def image(self, name: str, step: int, picture: np.ndarray) -> None:
-        self._put(lambda tracker: tracker.image(name, step, picture))
+    def image(self, name: str, step: int, image: np.ndarray) -> None:
+        self._put(lambda tracker: tracker.image(name, step, image))
 
     def finish(self) -> None:
         if not self._thread.is_alive():
@@ -122,14 +122,14 @@ class Background:
             self._calls.put(None, timeout=max(0.0, until - time.monotonic()))
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
-            told = "%s does not answer: what it was not told within %g s is lost"
-            _log.warning(told, self._where(), self._patience)
+            message = "%s does not answer: what it was not told within %g s is lost"
+            _log.warning(message, self._where(), self._patience)
             self._given_up = True
             if self._abandon():
                 self._thread.join(_ENDING_SECONDS)  # a thread that ends with the interpreter may take it down
 
     def _put(self, call: Callable[[Tracker], None]) -> None:
-        """Nothing waits here: pictures for a tracker that hangs, or has ended, would fill the memory."""
+        """Nothing waits here: images for a tracker that hangs, or has ended, would fill the memory."""
         if not self._thread.is_alive():
             return
         try:

@@ -11,7 +11,7 @@ from pydantic import field_validator
 
 from latentac.config import extensions
 
-_RUN_TAG = "latentac.runs.verbs"
+_RUN_TAG = "latentac.run"
 _MAX_PARAMS = 100  # of one call
 _MAX_VALUE = 6000  # characters
 _SQLITE = "sqlite:///"
@@ -35,8 +35,8 @@ class MLflow:
         @field_validator("tracking_uri")
         @classmethod
         def _usable(cls, uri: str | None) -> str | None:
-            told = urlsplit(uri) if uri else None
-            if told and (told.password or (told.scheme.startswith("http") and "@" in str(uri))):
+            parts = urlsplit(uri) if uri else None
+            if parts and (parts.password or (parts.scheme.startswith("http") and "@" in str(uri))):
                 raise ValueError("has a password, which would appear in every report: use MLFLOW_TRACKING_PASSWORD")
             if uri and uri.startswith(_SQLITE) and not all(map(importlib.util.find_spec, ("sqlalchemy", "alembic"))):
                 raise ValueError("needs packages that are not installed: pip install sqlalchemy alembic")
@@ -89,16 +89,16 @@ class MLflow:
         now = int(time.time() * 1000)
         self._client.log_batch(self._id, [Metric(name, value, now, step) for name, value in scalars.items()])
 
-    def image(self, name: str, step: int, picture: np.ndarray) -> None:
+    def image(self, name: str, step: int, image: np.ndarray) -> None:
         if self._settings.images and step not in self._known:
-            self._client.log_image(self._id, picture, key=name, step=step)
+            self._client.log_image(self._id, image, key=name, step=step)
 
     def finish(self) -> None:
         self._client.set_terminated(self._id)
 
 
 def _placed(uri: str | None, output: Path) -> tuple[str | None, str | None]:
-    """`uri` and, for SQLite, where pictures go: by default both depend on the working folder, and a run may be resumed
+    """`uri` and, for SQLite, where images go: by default both depend on the working folder, and a run may be resumed
     from another one."""
     if uri and uri.startswith(_SQLITE):
         file = (output / uri.removeprefix(_SQLITE)).absolute()

@@ -67,8 +67,8 @@ class TensorBoard:
             self._writer.add_scalar(tag_of(name), value, step)
         self._results |= {tag_of(name): value for name, value in scalars.items() if name.startswith(GAIN)}
 
-    def image(self, name: str, step: int, picture: np.ndarray) -> None:
-        self._writer.add_image(name, picture, step, dataformats="HWC")
+    def image(self, name: str, step: int, image: np.ndarray) -> None:
+        self._writer.add_image(name, image, step, dataformats="HWC")
 
     def flush(self) -> None:
         """Everything written so far is in the files."""

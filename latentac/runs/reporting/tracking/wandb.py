@@ -68,11 +68,11 @@ class WandB:
         self._run.log(dict(scalars), step=step)  # of a step that is behind the last one nothing is taken
         self._run.summary.update({name: value for name, value in scalars.items() if name.startswith("evaluation/")})
 
-    def image(self, name: str, step: int, picture: np.ndarray) -> None:
+    def image(self, name: str, step: int, image: np.ndarray) -> None:
         if self._settings.images:
             import wandb
 
-            self._run.log({name: wandb.Image(picture)}, step=step)
+            self._run.log({name: wandb.Image(image)}, step=step)
 
     def finish(self) -> None:
         self._run.finish()

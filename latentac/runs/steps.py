@@ -1,7 +1,7 @@
-"""The verbs as functions. Read this first: it is what latentac does, in order.
+"""The steps as functions. Read this first: it is what latentac does, in order.
 
-Each verb is one step of the pipeline, one command of the command line and one component. It reads the artifacts of
-the steps before from the store, does its work, publishes `<run>/<step>` and returns that manifest. A verb whose
+Each step is one function, one command of the command line and one component. It reads the artifacts of
+the steps before from the store, does its work, publishes `<run>/<step>` and returns that manifest. A step whose
 artifact is there already, for the same configuration, returns it at once.
 """
 
@@ -62,7 +62,7 @@ def prepare(
 
 
 def pretrain_value(run: str, store: str, output: str) -> Manifest:
-    """Regress the critic on rollouts of the frozen actor. Publishes critic/, metrics.json, and the scored pictures that
+    """Regress the critic on rollouts of the frozen actor. Publishes critic/, metrics.json, and the scored images that
     it learned from, as latents (scored.safetensors)."""
 
     def work(space: Workspace, folder: Path) -> dict[str, Any]:
@@ -158,24 +158,24 @@ def gate(run: str, store: str, output: str, *, overrides: Sequence[str] = ()) ->
     metrics too.
 
     overrides: `gate.field=value` over the run's own bounds: decide again from the published evaluation, and publish
-    that verdict in place of the one before, which it names. Without any, a verdict that is there stays.
+    that decision in place of the one before, which it names. Without any, a decision that is there stays.
     """
 
     def work(space: Workspace, folder: Path) -> dict[str, Any]:
         from latentac.runs.release.gate import markdown
 
-        verdict = judge(space, overrides)
-        write_json(folder / "gate.json", verdict)
-        (folder / "reasons.md").write_text(markdown(verdict, run), encoding="utf-8")
-        for reason in verdict["reasons"]:
-            _log.info("%s: %s", verdict["decision"], reason)
-        passed = sum(check["passed"] for check in verdict["checks"])
-        return {"decision": verdict["decision"], "passed": passed, "failed": len(verdict["checks"]) - passed}
+        decision = decide(space, overrides)
+        write_json(folder / "gate.json", decision)
+        (folder / "reasons.md").write_text(markdown(decision, run), encoding="utf-8")
+        for reason in decision["reasons"]:
+            _log.info("%s: %s", decision["decision"], reason)
+        passed = sum(check["passed"] for check in decision["checks"])
+        return {"decision": decision["decision"], "passed": passed, "failed": len(decision["checks"]) - passed}
 
     return _step(run, store, output, "gate", work, again=bool(overrides))
 
 
-def judge(space: Workspace, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def decide(space: Workspace, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What `gate` would write to gate.json now; see there. Publishes nothing. Raises ConfigError for the overrides."""
     from latentac.runs.release import gate as rule
     from latentac.runs.release.incumbent import in_production, trouble
@@ -189,33 +189,33 @@ def judge(space: Workspace, overrides: Sequence[str] = ()) -> dict[str, Any]:
     compared = version is not None and not evaluated.get("problem")
     found = trouble(space, version, evaluated.get("sha256")) if version is not None and compared else ""
     production = {"version": version, "trouble": found}
-    verdict = rule.decide(bounds, space.config.reward_names, evaluation, production)
-    before, published = space.verdict(), space.finished("gate")
+    decision = rule.decide(bounds, space.config.reward_names, evaluation, production)
+    before, published = space.decision(), space.finished("gate")
     earlier = rule.former(before, published.created) if before and published else []
-    told = {"overrides": changed, "by": person() if overrides else None, "former": earlier}
-    return {**verdict, "production": version, **told}
+    record = {"overrides": changed, "by": person() if overrides else None, "former": earlier}
+    return {**decision, "production": version, **record}
 
 
 def deploy(run: str, store: str, output: str, *, prove: "Prove | None" = None, force: bool = False) -> Manifest:
-    """Export the model, serve it with KServe on loopback, ask it for a steered picture, and make it the production one
+    """Export the model, serve it with KServe on loopback, ask it for a steered image, and make it the production one
     of its project.
 
     prove: serves and questions it elsewhere (a cluster's rollout) instead. force: also where the gate holds it, and
     also where it was deployed before. Publishes models/<version>, registry/<project>/production.json, and
-    deployment.json with the picture. Raises ConfigError where the gate holds it and nothing forces it.
+    deployment.json with the image. Raises ConfigError where the gate holds it and nothing forces it.
     """
     space = open_run(run, store, output)
-    done, judged = space.finished("deploy"), space.store.manifest(f"{run}/gate")
+    done, decided = space.finished("deploy"), space.store.manifest(f"{run}/gate")
     reasons = _reasons_against(space, force)
-    current = done is not None and judged.digest in [parent.sha256 for parent in done.parents]
+    current = done is not None and decided.digest in [parent.sha256 for parent in done.parents]
 
     def work(space: Workspace, folder: Path) -> dict[str, Any]:
         from latentac.runs.release.deploy import on_loopback, release
 
-        content, picture = release(space, prove or on_loopback, reasons)
+        content, image = release(space, prove or on_loopback, reasons)
         write_json(folder / "deployment.json", content)
-        (folder / "picture.png").write_bytes(picture)
-        return {"version": content["version"], "picture_sha256": content["picture_sha256"]}
+        (folder / "image.png").write_bytes(image)
+        return {"version": content["version"], "image_sha256": content["image_sha256"]}
 
     return _step(run, store, output, "deploy", work, again=force or not current)
 
@@ -226,14 +226,16 @@ def _reasons_against(space: Workspace, force: bool) -> list[str]:
     from latentac.runs.release.incumbent import in_production
     from latentac.system.commands import typed
 
-    verdict = space.verdict() or {"decision": "hold", "reasons": ["its verdict is of another configuration"]}
-    reasons, now = against(verdict), in_production(space)
-    if now != verdict.get("production", now):
-        reasons.append(f"it was judged against {verdict['production'] or 'nothing'}, and {now or 'nothing'} serves now")
+    decision = space.decision() or {"decision": "hold", "reasons": ["its decision is of another configuration"]}
+    reasons, now = against(decision), in_production(space)
+    if now != decision.get("production", now):
+        reasons.append(
+            f"it was decided against {decision['production'] or 'nothing'}, and {now or 'nothing'} serves now"
+        )
     if reasons and not force:
         place = (space.store.url, str(space.folder.parent))
         again = typed("gate", space.run, *place, "--set", "gate.FIELD=VALUE")
-        remedy = f"Judge it again with other bounds ({again}), or put it in production all the same "
+        remedy = f"Decide again with other bounds ({again}), or put it in production all the same "
         remedy += f"({typed('deploy', space.run, *place, '--force')})."
         raise ConfigError([Problem("run", space.run, f"is not to be deployed: {'; '.join(reasons)}", remedy)])
     for reason in reasons:
@@ -253,7 +255,7 @@ def finish(run: str, store: str, output: str) -> Manifest | None:
     url = store or default_store(output)
     opened = open_store(url)
     known = set(opened.keys(run))
-    origins = [opened.manifest(f"{run}/{step}") for step in VERBS if step != "finish" and f"{run}/{step}" in known]
+    origins = [opened.manifest(f"{run}/{step}") for step in FUNCTIONS if step != "finish" and f"{run}/{step}" in known]
     if f"{run}/prepare" not in known:
         return None
     refuse_links(folder)
@@ -280,7 +282,7 @@ def finish(run: str, store: str, output: str) -> Manifest | None:
         )
 
 
-VERBS: dict[str, Callable[..., Manifest | None]] = {step.name: globals()[step.function] for step in STEPS}
+FUNCTIONS: dict[str, Callable[..., Manifest | None]] = {step.name: globals()[step.function] for step in STEPS}
 
 
 def _step(
