@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from latentac.config.fields import merge
+from latentac.config.model_recipes import MODEL_RECIPES
 from latentac.system.names import as_name
 
 _METHODS = [{"use": name} for name in ("value_gradient", "best_of_n", "resampling", "twisted", "svdd")]
@@ -75,6 +76,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "shapes-unet-smoke": merge(_SHAPES_UNET, {**_SMOKE, "recipe": "shapes-unet-smoke"}),
     "shapes-dit": _SHAPES_DIT,
     "shapes-dit-smoke": merge(_SHAPES_DIT, {**_SMOKE, "recipe": "shapes-dit-smoke"}),
+    **MODEL_RECIPES,
 }
 
 

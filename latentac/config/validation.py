@@ -158,6 +158,15 @@ def _impossible(config: Config, broken: set[str]) -> list[Problem]:
         "train.block_images",
         "train.num_workers",
     )
+    guidance = config.policy.guidance_scale
+    refuse(
+        guidance > config.serving.max_guidance_scale,
+        "policy.guidance_scale",
+        guidance,
+        f"is more than serving.max_guidance_scale = {config.serving.max_guidance_scale:g}",
+        "Raise the limit of the endpoint, which offers this scale by default.",
+        "serving.max_guidance_scale",
+    )
     rows = train.block_images * (kernel.num_steps - 1)
     refuse(
         train.updates_per_iteration > rows,

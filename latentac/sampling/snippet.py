@@ -19,6 +19,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from latentac.backbones import Denoiser
+from latentac.backbones.guided import Guided
 from latentac.method.diffusion import DDIM, Kernel, Prediction, alpha_of
 from latentac.method.diffusion import Path as Mixing
 from latentac.sampling.policy import Policy
@@ -105,7 +107,7 @@ class _Steps:
 def usage(policy: Policy, folder: Path, num_steps: int, prompt: str, seed: int, adapter: str = "") -> str:
     """Python to be run in the exported `folder`, or "" where its scheduler cannot sample as `policy` does.
 
-    prompt, seed: of the image that it draws, with `num_steps`, without guidance; adapter: where the base comes from
+    prompt, seed: of the image that it draws, with `num_steps`; adapter: where the base comes from
     (`base_of`), to load the low-rank adapters onto it instead.
     """
     steps, scheduler = _steps(folder, num_steps)
@@ -114,7 +116,9 @@ def usage(policy: Policy, folder: Path, num_steps: int, prompt: str, seed: int, 
     levels = policy.backbone.schedule(num_steps).double()
     if not torch.allclose(levels[:-1], steps.sigmas[:num_steps], atol=_CLOSE, rtol=0):
         return ""
-    arguments = {"num_inference_steps": str(num_steps), "guidance_scale": "1.0"} | steps.arguments | _text(folder)
+    arguments = (
+        {"num_inference_steps": str(num_steps)} | _of_backbone(policy.backbone) | steps.arguments | _text(folder)
+    )
     fields = {"prompt": _quoted(prompt), "seed": seed, "purpose": PURPOSE}
     loaded = _adapted(folder, scheduler, adapter) if adapter else _loaded(folder)
     imports = f"DiffusionPipeline, {scheduler}" if adapter else "DiffusionPipeline"
@@ -130,6 +134,13 @@ def usage(policy: Policy, folder: Path, num_steps: int, prompt: str, seed: int, 
     return head + _RENEWED.format(
         before=before, after=after, fresh=fresh, shape=shape, arguments=_joined(arguments, 8), **fields
     )
+
+
+def _of_backbone(backbone: Denoiser) -> dict[str, str]:
+    """The guidance scale, and the image's size where it is not the model's own."""
+    scale, own = (backbone.scale, backbone.backbone) if isinstance(backbone, Guided) else (1.0, backbone)
+    size = getattr(getattr(own, "settings", None), "image_size", None)
+    return {"guidance_scale": repr(float(scale))} | ({"height": str(size[0]), "width": str(size[1])} if size else {})
 
 
 def base_of(source: str) -> str:

@@ -59,10 +59,10 @@ class Head(Section):
 
 
 class Exported(Section):
-    """latentac.json. version: of the model, chosen by who deploys; rewards: the critic's heads, in their order; size:
-    (height, width) of an image in pixels; examples: prompts to begin with; notice: what its users must know, or "";
-    methods: of steering, by name; default_method: of a request that names none: the best one of the run's benchmark, or
-    `none`."""
+    """latentac.json. version: of the model, chosen by who deploys; guidance_scale: of classifier-free guidance where a
+    request does not say; rewards: the critic's heads, in their order; size: (height, width) of an image in pixels;
+    examples: prompts to begin with; notice: what its users must know, or ""; methods: of steering, by name;
+    default_method: of a request that names none: the best one of the run's benchmark, or `none`."""
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
@@ -71,6 +71,7 @@ class Exported(Section):
     run: str
     backbone: Extension
     kernel: Kernel
+    guidance_scale: Annotated[float, Field(ge=1, le=100)] = 1.0
     size: tuple[Side, Side]
     policies: list[Literal["trained", "base"]]
     rewards: Annotated[list[Head], Field(max_length=64)]
@@ -131,7 +132,8 @@ def export(
         run=run,
         backbone=Extension.model_validate({"use": config.backbone.use, **config.backbone.own}),
         kernel=config.kernel,
-        size=image_size(folder),
+        guidance_scale=config.policy.guidance_scale,
+        size=tuple(config.backbone.own.get("image_size") or image_size(folder)),
         policies=["trained", "base"] if (folder / BASE).is_dir() else ["trained"],
         rewards=[Head(name=one.name, weight=one.weight, unit=units[one.name]) for one in config.rewards],
         examples=list(examples),

@@ -75,7 +75,8 @@ def request_model(exported: Exported, base: type[AnyRequest]) -> type[AnyRequest
     for name, limit in narrower.items():
         field = base.model_fields[name]
         kind = dict[str, Annotated[Number, _WEIGHT]] | None if name == "steering" else field.annotation
-        fields[name] = Annotated[kind, field, limit], ... if field.is_required() else field.default
+        default = exported.guidance_scale if name == "guidance_scale" else field.default
+        fields[name] = Annotated[kind, field, limit], ... if field.is_required() else default
     return create_model(base.__name__, __base__=base, __doc__=base.__doc__, **fields)
 
 

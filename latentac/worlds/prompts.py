@@ -12,6 +12,7 @@ from typing import Any
 
 from latentac.config.schema import Prompts, Serving, suggestion
 from latentac.system.errors import ConfigError, Problem
+from latentac.worlds import animals
 from latentac.worlds.promptfiles import READERS, SPLITS, Flaw, Row, read_file
 
 _PROBLEMS = 20  # told at once; a longer list helps nobody
@@ -56,8 +57,8 @@ class PromptSet:
 def load_prompts(source: str | Prompts) -> PromptSet:
     """The prompts that the settings name; a text is their `source`, with the defaults of the rest.
 
-    `builtin:shapes`; a file (formats: `latentac.worlds.promptfiles`); or a folder with train.* and held_out.* (or
-    test.*, val.*). Where there is one list, `held_out_fraction` of it is held out, by a hash of the text alone.
+    `builtin:shapes` or `builtin:animals`; a file (formats: `latentac.worlds.promptfiles`); or a folder with train.* and
+    held_out.* (or test.*, val.*). Where there is one list, `held_out_fraction` of it is held out, by a hash of the text alone.
     A prompt that is repeated within a list, with the same category and metadata, counts once. Raises ConfigError with
     the problems of all files together: unreadable, empty or malformed ones, and a prompt that is in both splits.
     """
@@ -113,8 +114,10 @@ def balanced(prompts: Sequence[Prompt], count: int, seed: int, *purpose: object)
 
 
 def _builtin(source: str) -> PromptSet:
+    if source == "builtin:animals":
+        return PromptSet(*(tuple(Prompt(text) for text in animals.prompts(split)) for split in SPLITS))
     if source != "builtin:shapes":
-        remedy = f"{suggestion(source, ['builtin:shapes'])} Your own: a file or a folder."
+        remedy = f"{suggestion(source, ['builtin:shapes', 'builtin:animals'])} Your own: a file or a folder."
         raise ConfigError([Problem("prompts.source", source, "is not a built-in prompt set", remedy)])
     from latentac.worlds.shapes import captions
 

@@ -14,7 +14,7 @@ from latentac.system.errors import ResourceError, StoreError
 FILES = {
     "latentac.json": json.dumps(
         {
-            "schema": 3,
+            "schema": 4,
             "version": "v1",
             "run": "some-run",
             "backbone": {"use": "unet"},

@@ -159,6 +159,7 @@ def trouble(space: Workspace, version: str, sha256: object) -> str:
 def _load(space: Workspace, version: str, base: "Policy") -> "Policy":
     """Raises ServingError where the model does not fit this run, ConfigError where it names what is not to be had."""
     from latentac.backbones import load_backbone
+    from latentac.backbones.guided import guided
     from latentac.sampling.kernels import KERNELS
     from latentac.sampling.policy import Policy
     from latentac.serving.exported import read
@@ -178,7 +179,8 @@ def _load(space: Workspace, version: str, base: "Policy") -> "Policy":
     ):
         if size != own:
             raise _unfit(version, f"its {what} are {size}, those of this run {own}")
-    return Policy(backbone, KERNELS.make(exported.kernel, path="kernel"))
+    kernel = KERNELS.make(exported.kernel, path="kernel")
+    return Policy(guided(backbone, exported.guidance_scale), kernel, base.rows)
 
 
 def _image_shape(backbone: "Denoiser", device: "torch.device") -> tuple[int, ...]:
