@@ -110,7 +110,7 @@ SCALES = {scale.name: scale for scale in (FULL, QUICK)}
 
 def require_clean_tree(output: Path) -> None:
     """Committed results must name the code that made them. Ends the program where `output` is among them and the tree
-    has changes that are not committed, or is no git checkout."""
+    has changes that are not committed, or is not a git checkout."""
     if output.resolve().is_relative_to(FULL.results) and (commit() == "unknown" or commit().endswith("-dirty")):
         remedy = "Commit the changes, or write elsewhere with --output"
         error = ResourceError(str(output), f"is for results of one commit, and this tree is {commit()}", remedy)

@@ -61,7 +61,7 @@ class Signer:
         found = []
         if self.key and "://" not in self.key:
             if not Path(self.key).is_file():
-                found.append(f"COSIGN_KEY={self.key} is no file: `cosign generate-key-pair` makes one")
+                found.append(f"COSIGN_KEY={self.key} is not a file: `cosign generate-key-pair` makes one")
             if "COSIGN_PASSWORD" not in os.environ:
                 found.append("COSIGN_PASSWORD is not in the environment: export it (empty for a key without one)")
         if not self.key:

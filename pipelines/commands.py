@@ -47,25 +47,19 @@ def _parser() -> argparse.ArgumentParser:
         f"{_ENVIRONMENT}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(metavar="command", required=True)
+    group = parser.add_subparsers(metavar="command", required=True)
     release = "--release latentac --kube-namespace latentac"
 
-    compiling = _add(commands, "compile", "write the YAML for a cluster", f"{release} --to latentac.yaml", _compile)
+    compiling = _add(group, "compile", "write the YAML for a cluster", f"{release} --to latentac.yaml", _compile)
     _add_cluster(compiling)
     compiling.add_argument("--to", type=Path, required=True, metavar="FILE", help="the pipeline's YAML")
     compiling.add_argument("--manifests", type=Path, metavar="FILE", help="also write Kubernetes objects to this file")
 
-    upload = _add(commands, "upload", "upload the pipeline, if it has changed", f"{_HOST} {release}", _upload)
+    upload = _add(group, "upload", "upload the pipeline, if it has changed", f"{_HOST} {release}", _upload)
     submit = _add(
-        commands,
-        "submit",
-        "start a run",
-        f"{_HOST} {release} --recipe shapes-unet-smoke --set seed=1 --follow",
-        _submit,
+        group, "submit", "start a run", f"{_HOST} {release} --recipe shapes-unet-smoke --set seed=1 --follow", _submit
     )
-    schedule = _add(
-        commands, "schedule", "start runs on a schedule", f"{_HOST} {release} --cron '0 0 3 * * 1'", _schedule
-    )
+    schedule = _add(group, "schedule", "start runs on a schedule", f"{_HOST} {release} --cron '0 0 3 * * 1'", _schedule)
     for each in (upload, submit, schedule):
         _add_host(each)
         _add_cluster(each)
@@ -77,15 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     schedule.add_argument("--cron", required=True, help="times: second minute hour day month weekday")
     schedule.add_argument("--name", default="latentac", help="name of the schedule (default: %(default)s)")
 
-    follow = _add(
-        commands, "follow", "show the progress of a run until it ends", f"{_HOST} 8f14e45f-ceea-467f", _follow
-    )
+    follow = _add(group, "follow", "show the progress of a run until it ends", f"{_HOST} 8f14e45f-ceea-467f", _follow)
     _add_bounds(follow)
-    report = _add(commands, "report", "fetch a run's report", f"{_HOST} 8f14e45f-ceea-467f --to report.html", _report)
+    report = _add(group, "report", "fetch a run's report", f"{_HOST} 8f14e45f-ceea-467f --to report.html", _report)
     report.add_argument("--to", type=Path, required=True, metavar="FILE", help="the page")
     report.add_argument("--store", default="", metavar="URL", help="the store (default: the run's own)")
-    cancel = _add(commands, "cancel", "stop a run and its training job", f"{_HOST} 8f14e45f-ceea-467f", _cancel)
-    runs = _add(commands, "runs", "list the newest runs", _HOST, _runs)
+    cancel = _add(group, "cancel", "stop a run and its training job", f"{_HOST} 8f14e45f-ceea-467f", _cancel)
+    runs = _add(group, "runs", "list the newest runs", _HOST, _runs)
     runs.add_argument("--count", type=whole(1, 1000), default=10, metavar="N", help="how many (default: %(default)s)")
     for each in (follow, report, cancel, runs):
         _add_host(each)
@@ -96,9 +88,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(
-    commands: Any, name: str, summary: str, example: str, command: Callable[[argparse.Namespace], None]
+    group: Any, name: str, summary: str, example: str, command: Callable[[argparse.Namespace], None]
 ) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser: argparse.ArgumentParser = group.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
@@ -132,9 +124,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         "--package", type=Path, metavar="DIR", help="your own code (at most 48 KiB packed), importable in each step"
     )
     parser.add_argument("--experiment", default="latentac", help="experiment in the UI (default: %(default)s)")
-    parser.add_argument(
-        "--pipeline-root", default="", metavar="URL", help="root of KFP's own artifacts (default: KFP's)"
-    )
+    parser.add_argument("--pipeline-root", default="", metavar="URL", help="root of KFP's artifacts (default: KFP's)")
 
 
 def _add_bounds(parser: argparse.ArgumentParser) -> None:

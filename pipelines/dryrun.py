@@ -37,7 +37,7 @@ def print_plan(request: Request, output: Path, run: str) -> int:
         given = (request.recipe, request.config, request.overrides, request.package)
         try:
             made = plan(*given, request.store_url(output), output)
-        finally:  # an exception is no crash
+        finally:  # an exception is not a crash
             (folder / _PLANNED).touch()
         return _print(made, settings_text(made.settings) if made.settings else "", request, output, run)
     code, crash = ended

@@ -83,7 +83,7 @@ _SWEEP = TypeAdapter(Sweep)
 
 
 def load(name: str, output: Path) -> Sweep:
-    """The sweep `name`. Raises ConfigError where there is none, IntegrityError where its file is no sweep's."""
+    """The sweep `name`. Raises ConfigError where there is none, IntegrityError where its file is not a sweep's."""
     path = output / name / _FILE
     if not is_name(name) or not path.is_file():
         known = sorted((each.parent.name for each in output.glob(f"*/{_FILE}")), reverse=True)
@@ -148,7 +148,7 @@ def read_seeds(text: str) -> list[int]:
         match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < first + MAX_MEMBERS or len(seeds) > MAX_MEMBERS:
-            raise ConfigError([Problem("--seeds", text, "are no seeds", "Write for example --seeds 0,1,2 or 0-4.")])
+            raise ConfigError([Problem("--seeds", text, "are not seeds", "Write for example --seeds 0,1,2 or 0-4.")])
         seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))
 

@@ -195,7 +195,7 @@ class Service:
         raise ClusterError(f"{self.host}, list", f"its list has no end after {len(seen)} pages of {_PAGE}", remedy)
 
     def _once(self, where: str, method: Callable[..., Answer], *arguments: Any) -> Answer:
-        """For what must not be done twice: no answer is no proof that it was not done."""
+        """For what must not be done twice: no answer is not proof that it was not done."""
         return self._call(where, method, *arguments, retries=0)
 
     def _call(

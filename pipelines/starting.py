@@ -102,7 +102,7 @@ def start(options: argparse.Namespace, *, containers: bool) -> int:
 
 
 def flush() -> None:
-    """Write out what was printed; a reader that is gone (`... | head`) is no error."""
+    """Write out what was printed; a reader that is gone (`... | head`) is not an error."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:  # the interpreter would complain about it when it ends

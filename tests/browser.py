@@ -27,7 +27,7 @@ def chromium() -> str:
     """Path of the browser. Raises Unavailable if there is none, saying how to install it."""
     named = os.environ.get("LATENTAC_CHROMIUM")
     if named and not os.access(named, os.X_OK):
-        raise Unavailable(f"LATENTAC_CHROMIUM = {named!r} is no executable file. Correct or unset it.")
+        raise Unavailable(f"LATENTAC_CHROMIUM = {named!r} is not an executable file. Correct or unset it.")
     found = named or shutil.which("chromium")
     if not found:
         raise Unavailable("there is no Chromium here. On Debian: apt-get install chromium")

@@ -356,7 +356,7 @@ def pins(name: str) -> dict[str, str]:
     found = {}
     for row in filter(None, map(str.strip, rows.splitlines())):
         match = re.fullmatch(r"([\w.-]+)==([\w.+-]+)(?: ;.*)?", row)
-        assert match, f"requirements/{name}: {row!r} is no exact pin"
+        assert match, f"requirements/{name}: {row!r} is not an exact pin"
         found[match[1].lower()] = match[2]
     return found
 

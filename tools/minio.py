@@ -35,7 +35,7 @@ def find() -> Path | None:
     """The server's binary if it is here already. Raises Unavailable if MINIO_BIN names no program."""
     named = os.environ.get("MINIO_BIN")
     if named and not os.access(named, os.X_OK):
-        raise Unavailable(f"MINIO_BIN = {named!r} is no executable file. Correct or unset it.")
+        raise Unavailable(f"MINIO_BIN = {named!r} is not an executable file. Correct or unset it.")
     built = cached("minio", RELEASE)
     found = named or shutil.which("minio") or (built if built.exists() else None)
     return Path(found) if found else None

@@ -21,7 +21,7 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
 
 
 def tracked() -> list[str]:
-    """Paths of the repository's files: committed, or new and not ignored. Hidden folders are no documents."""
+    """Paths of the repository's files: committed, or new and not ignored. Hidden folders are not documents."""
     listing = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, capture_output=True, check=True, text=True).stdout.split("\0")
     return [name for name in sorted(set(names)) if name and not name.startswith(".") and (ROOT / name).is_file()]
@@ -99,7 +99,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """A link to a file or folder that is no page leads to its module in the reference, or to the source on GitHub."""
+    """A link to what is not a page leads to its module in the reference, or to its source on GitHub."""
     place = os.path.dirname(page.file.src_uri)
     folders = modules()
 

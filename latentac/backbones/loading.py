@@ -133,6 +133,6 @@ def _configured(kind: Any, view: Path) -> Any:
 
 
 def _names(keys: Any) -> list[str]:
-    """Sorted names of weights; a mismatch is (name, shape, shape). Integers that older versions kept are no weights."""
+    """Sorted names of weights; a mismatch is (name, shape, shape). Integers of older versions are not weights."""
     names = [key if isinstance(key, str) else key[0] for key in keys]
     return sorted(name for name in names if not name.endswith("position_ids"))

@@ -64,7 +64,7 @@ class Table:
             found: Any = import_module(module)
             for name in attribute.split("."):
                 found = getattr(found, name)
-        except (Exception, SystemExit) as error:  # a script that ends itself where it is imported is no module
+        except (Exception, SystemExit) as error:  # a script that ends itself where it is imported is not a module
             remedy = (
                 "Check the name, and that the steps can import the module: from the working directory, from the folder "
                 "that --package names, or from their image."
@@ -146,7 +146,7 @@ def operator_allows() -> frozenset[str]:
 
 
 def declared_settings(kind: Any) -> type[BaseModel] | None:
-    """The class's `Settings`, or None. Raises ConfigError if that is no pydantic model."""
+    """The class's `Settings`, or None. Raises ConfigError if that is not a pydantic model."""
     declared = getattr(kind, "Settings", None)
     if declared is None or (inspect.isclass(declared) and issubclass(declared, BaseModel)):
         return declared

@@ -63,7 +63,7 @@ def binary_of(body: bytes, most: int, length: str | None) -> tuple[Any, bytes]:
     if length is None:
         return json_of(body, most), b""
     if not (length.isascii() and length.isdigit() and len(length) < 10 and int(length) <= len(body)):
-        problem = f"is no number of bytes up to {len(body)}, the body's length"
+        problem = f"is not a number of bytes up to {len(body)}, the body's length"
         raise Refused(
             400, Problem("Inference-Header-Content-Length", shortened(length), problem, "Give the length of the JSON.")
         )

@@ -158,7 +158,7 @@ def read(folder: Path) -> Exported:
     for part in (FILE, "model_index.json", "critic/config.json"):
         if not (folder / part).exists():
             raise ServingError(
-                str(folder), f"is no exported model: it has no {part}", "Name the folder of a deployed model."
+                str(folder), f"is not an exported model: it has no {part}", "Name the folder of a deployed model."
             )
     try:
         check(folder, FILE, "model_index.json", "critic/config.json")

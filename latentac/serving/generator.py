@@ -94,7 +94,7 @@ class Generator:
     """An exported folder on a device. Everything may be called from any thread, several at a time."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        """Raises ServingError if `folder` is no exported model, or is damaged."""
+        """Raises ServingError if `folder` is not an exported model, or is damaged."""
         self.exported = exported.read(folder)
         self.forms = forms_of(self.exported)
         self.device = device

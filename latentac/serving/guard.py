@@ -41,7 +41,7 @@ class Guard:
 
     def _problem(self, scope: Scope, headers: Headers) -> tuple[int, Problem | None]:
         if not scope["http_version"].startswith("1."):
-            return 400, Problem("HTTP", scope["http_version"], "is no version of this server", "Use HTTP/1.1.")
+            return 400, Problem("HTTP", scope["http_version"], "is not a version of this server", "Use HTTP/1.1.")
         if scope["method"] == "CONNECT":  # for a proxy in front, what follows is no HTTP
             return 400, Problem("method", "CONNECT", "opens no tunnel here", "Use GET or POST.")
         size = len(scope["raw_path"]) + sum(len(name) + len(value) + 4 for name, value in headers.raw)
@@ -77,6 +77,6 @@ def _is_open(path: str) -> bool:
 
 
 def _name_of(host: str) -> str:
-    """A Host header in lower case without its port; an IPv6 address without its brackets. "" for what is no host."""
+    """A Host header in lower case without its port; an IPv6 address without its brackets. "" for what is not a host."""
     found = _HOST.fullmatch(host)
     return found[1].strip("[]").rstrip(".") if found else ""

@@ -158,6 +158,6 @@ async def _not_here(request: HTTPRequest, error: Any) -> Response:
     close = difflib.get_close_matches(request.url.path, known, n=1)
     remedy = f"Did you mean {close[0]}? " if error.status_code == 404 and close else ""
     allowed = (error.headers or {}).get("Allow", "")
-    fault = "is no address of this server" if error.status_code == 404 else f"is asked with {allowed}"
+    fault = "is not an address of this server" if error.status_code == 404 else f"is asked with {allowed}"
     problem = Problem("address", shortened(request.url.path), fault, f"{remedy}GET /openapi.json lists all.")
     return refusal(error.status_code, [problem], error.headers, openai=is_openai(request.url.path))

@@ -185,7 +185,7 @@ def _elements(inputs: Sequence[RequestInput], binary: bytes) -> list[list[Any]]:
         start += size or 0
     if start < len(binary):
         remedy = f"Give each input's binary_data_size, and the length of the JSON in the header {BINARY_HEADER}."
-        problems.append(Problem("body", len(binary) - start, "bytes are no input's", remedy))
+        problems.append(Problem("body", len(binary) - start, "bytes belong to no input", remedy))
     if problems:
         raise ConfigError(problems[:MOST_PROBLEMS])
     return found
@@ -213,11 +213,11 @@ def _unpacked(at: str, one: RequestInput, content: bytes, size: int) -> list[Any
         return _texts(at, content)
     dtype = np.dtype(to_np_dtype(one.datatype.upper())).newbyteorder("<")
     if size % dtype.itemsize:
-        problem, remedy = f"is no multiple of {dtype.itemsize}", f"Use {dtype.itemsize} bytes an element."
+        problem, remedy = f"is not a multiple of {dtype.itemsize}", f"Use {dtype.itemsize} bytes an element."
         raise ConfigError([Problem(place, size, problem, remedy)])
     data = np.frombuffer(content, dtype)
     if not np.isfinite(data).all():
-        raise ConfigError([Problem(f"{at}.data", None, "has an element that is no finite number", "Use numbers.")])
+        raise ConfigError([Problem(f"{at}.data", None, "has an element that is not a finite number", "Use numbers.")])
     elements: list[Any] = data.tolist()
     return elements
 

@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 def snapshot(source: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """The folder in the hub's cache of the repository `source`, with the files that match `patterns` downloaded where
-    the hub can be reached. Raises OSError, TimeUp among them, and ValueError for a name that is no hub id."""
+    the hub can be reached. Raises OSError, TimeUp among them, and ValueError for a name that is not a hub id."""
     wanted: dict[str, Any] = {"source": source, "revision": revision, "patterns": list(patterns)}
     if offline():
         return Path(_snapshot(**wanted))

@@ -64,7 +64,7 @@ def own_descendants() -> None:
     """Watch the owners named in the environment and join them: descendants die with this process.
 
     Alone, without `die_with_parent`, it is for the top of the tree, which may outlive the shell that started it. Raises
-    ConfigError where the environment names what is no process.
+    ConfigError where the environment names what is not a process.
     """
     this = _identity(os.getpid())
     owners = [text for text in os.environ.get(OWNERS, "").split(",") if text and text != this]

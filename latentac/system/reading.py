@@ -135,7 +135,7 @@ def whole_variable(name: str, least: int, most: int, default: int) -> int:
 
 
 def _whole(text: str, least: int, most: int) -> int | None:
-    """None where `text` is no whole number from `least` to `most`."""
+    """None where `text` is not a whole number from `least` to `most`."""
     return int(text) if re.fullmatch(r"-?[0-9]{1,20}", text, re.ASCII) and least <= int(text) <= most else None
 
 

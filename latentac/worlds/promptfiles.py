@@ -269,7 +269,7 @@ def _header(name: str, content: str) -> tuple[list[str], str]:
 
 
 def _from_cells(header: Sequence[str], cells: Sequence[str]) -> Any:
-    """As a JSON object. White space around a cell is no part of it. An empty cell is none, unless it is that of the
+    """As a JSON object. White space around a cell is not a part of it. An empty cell is none, unless it is that of the
     text; `metadata` holds JSON."""
     trimmed = zip(header, (cell.strip() for cell in cells), strict=True)
     found: dict[str, Any] = {column: cell for column, cell in trimmed if cell or column in _TEXT}

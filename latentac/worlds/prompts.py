@@ -58,8 +58,8 @@ def load_prompts(source: str | Prompts) -> PromptSet:
     """The prompts that the settings name; a text is their `source`, with the defaults of the rest.
 
     `builtin:shapes` or `builtin:animals`; a file (formats: `latentac.worlds.promptfiles`); or a folder with train.* and
-    held_out.* (or test.*, val.*). Where there is one list, `held_out_fraction` of it is held out, by a hash of the text alone.
-    A prompt that is repeated within a list, with the same category and metadata, counts once. Raises ConfigError with
+    held_out.* (or test.*, val.*). Where there is one list, `held_out_fraction` of it is held out, by a hash of the text
+    alone. A prompt that is repeated within a list, with the same category and metadata, counts once. Raises ConfigError with
     the problems of all files together: unreadable, empty or malformed ones, and a prompt that is in both splits.
     """
     settings = Prompts(source=source) if isinstance(source, str) else source

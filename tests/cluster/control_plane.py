@@ -135,7 +135,7 @@ class Cluster:
         """Those of the folder in LATENTAC_CRDS and the Gateway API's; returns when all of them are established."""
         named = os.environ.get(CRDS)
         if named and not Path(named).is_dir():
-            raise Unavailable(f"{CRDS} = {named!r} is no folder. Correct or unset it.")
+            raise Unavailable(f"{CRDS} = {named!r} is not a folder. Correct or unset it.")
         folders = [folder for folder in (Path(named).absolute() if named else None, gateway_crds()) if folder]
         if not folders:
             return

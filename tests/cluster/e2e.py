@@ -246,7 +246,7 @@ def fetch_report(tools: Tools, settings: Cluster, host: str, run_id: str) -> Non
         ]
         run(command, SECONDS, environment)
     if b"<html" not in place.read_bytes()[:200]:
-        raise Failed(f"{place} is no page")
+        raise Failed(f"{place} is not a page")
     say(f"report: {place}, {place.stat().st_size / 1e6:.1f} MB")
 
 

@@ -71,7 +71,7 @@ def _is_file(entry: dict[str, Any]) -> bool:
 
 
 def _raw(entry: dict[str, Any]) -> bytes:
-    """Bytes of the archive that are no file's content; an entry of an empty file has none."""
+    """Bytes of the archive that are not a file's content; an entry of an empty file has none."""
     return b"" if entry["type"] == _FILE else base64.b64decode(entry["payload"])
 
 

@@ -84,7 +84,7 @@ def test_each_number_can_speak_against_it(space: Workspace) -> None:
 
 
 def test_chance_alone_does_not_speak_against_it(space: Workspace) -> None:
-    """One prompt of eight that went wrong is no evidence of a loss; four of eight are."""
+    """One prompt of eight that went wrong is not evidence of a loss; four of eight are."""
     requests = shadow_requests(space, 8)
     good = [right(each) for each in requests]
     one = compare(space, requests, answers([EMPTY, *good[1:]]), answers([*good]))

@@ -137,7 +137,7 @@ def test_a_base_that_nobody_has_is_refused_before_a_build(
     ],
 )
 def test_a_repository_is_the_name_without_tag_and_digest(name: str, plain: str) -> None:
-    """A registry's port is no tag."""
+    """A registry's port is not a tag."""
     assert repository(name) == plain
     assert Base(name, "sha256:cd").reference == f"{plain}@sha256:cd"
 

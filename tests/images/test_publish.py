@@ -148,7 +148,7 @@ def test_everything_that_is_missing_is_said_at_once(clean: None, monkeypatch: py
 @pytest.mark.parametrize(
     ("signer", "said"),
     [
-        (Signer("/nonexistent/cosign.key"), "is no file: `cosign generate-key-pair`"),
+        (Signer("/nonexistent/cosign.key"), "is not a file: `cosign generate-key-pair`"),
         (Signer("/nonexistent/cosign.key"), "COSIGN_PASSWORD is not in the environment"),
         (KEYLESS, "there is no key and no identity"),
         (Signer(), "IDENTITY and ISSUER"),

@@ -74,7 +74,7 @@ def test_no_address_of_a_server_that_is_gone() -> None:
 
 
 def test_rewards_have_unit_weight_and_both_means() -> None:
-    """Before, after, and the difference, each with its interval; what was not measured is no number."""
+    """Before, after, and the difference, each with its interval; what was not measured is not a number."""
     card = model_card(facts())
     row = "| `shapes_verifier` | share that is right | 1 |" + " 0.400 [0.300, 0.500] |" * 3
     assert row in card

@@ -25,7 +25,7 @@ Change = Callable[[dict[str, Any]], None]
 
 
 def settings(**sections: Any) -> dict[str, Any]:
-    """The fixture's settings with fields of sections replaced; a section that is no dictionary is replaced itself."""
+    """The fixture's settings with fields of sections replaced; what is not a dictionary is replaced itself."""
     changed: dict[str, Any] = copy.deepcopy(SETTINGS)
     for name, fields in sections.items():
         changed[name] = changed[name] | fields if isinstance(fields, dict) else fields
@@ -292,7 +292,7 @@ def test_words_of_runs_are_escaped(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
-    """One message for all of them, with the known runs and where else one may look; one run alone is no comparison."""
+    """One message for all of them, with the known runs and where else to look; one run alone is not a comparison."""
     publish_until(tmp_path, "prepare", run="first")
     url, output = f"file://{tmp_path}/runs/store", str(tmp_path / "runs")
     with pytest.raises(ConfigError, match=r"(?s)second.*third.*Known there: first") as caught:

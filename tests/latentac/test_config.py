@@ -212,7 +212,7 @@ def test_the_configuration_knows_no_extension():
 
 
 def test_what_depends_on_a_broken_field_is_not_guessed():
-    """A block of a size that is no number says nothing about the images per iteration."""
+    """A block of a size that is not a number says nothing about the images per iteration."""
     assert len(problems("train.block_images=many", "train.num_workers=0")) == 2
 
 

@@ -111,7 +111,7 @@ def test_error_is_the_same_in_another_process(error: LatentacError) -> None:
 def test_what_no_worker_has_left_is_no_traceback(
     store: Store, monkeypatch: pytest.MonkeyPatch, left: dict[str, object]
 ) -> None:
-    """Who may write to the store may write anything there: it is no news, or an error that says so."""
+    """Who may write to the store may write anything there: it is not news, or an error that says so."""
     meet(monkeypatch, 1)
     record = {"attempt": "attempt-1", "where": "RuntimeError in iteration 5", "starts": ["a"], "error": None}
     store.write_json("failures/r.json", {**record, **left} if isinstance(left, dict) else left)

@@ -134,7 +134,7 @@ def test_other_files_are_never_touched(store: Store, tmp_path: Path, capsys: pyt
 
 
 def test_what_is_wrong_is_told(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No such version: 3; a damaged file: 4, and nothing arrives; an artifact that is no model: 8."""
+    """No such version: 3; a damaged file: 4, and nothing arrives; an artifact that is not a model: 8."""
 
     def code(version: str) -> int:
         shutil.rmtree(tmp_path / "to", ignore_errors=True)
@@ -143,7 +143,7 @@ def test_what_is_wrong_is_told(store: Store, tmp_path: Path, capsys: pytest.Capt
     assert code("v0") == 3
     assert "nothing was published there" in capsys.readouterr().err
     assert code("other") == 8
-    assert "is no exported model" in capsys.readouterr().err
+    assert "is not an exported model" in capsys.readouterr().err
     stored = tmp_path / "store" / store.manifest("models/v1").folder / "unet" / "weights.bin"
     stored.write_text("Weights")
     assert code("v1") == 4

@@ -35,7 +35,7 @@ def test_a_file_with_a_key_twice_is_refused(tmp_path: Path, name: str, text: str
 
 
 def test_a_value_of_set_with_a_key_twice_is_refused() -> None:
-    """The assignment is named; two assignments of one field are no mistake, the later counts."""
+    """The assignment is named; two assignments of one field are not a mistake, the later counts."""
     with pytest.raises(ConfigError, match=r"--set = 'train=.*has the key 'num_workers' twice"):
         read_overrides(["train={num_workers: 1, num_workers: 2}"])
     assert read_overrides(["seed=1", "seed=2"]) == {"seed": 2}

@@ -51,7 +51,7 @@ def test_a_run_that_ended_early_is_reported_as_far_as_it_came(tmp_path: Path, la
 
 
 def test_a_run_that_has_published_nothing_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its first step has failed: there is nothing to tell, and that is no failure of this one."""
+    """Its first step has failed: there is nothing to tell, and that is not a failure of this one."""
     assert finish("run-1", f"file://{tmp_path}/store", str(tmp_path / "runs")) is None
     assert list(tmp_path.iterdir()) == []
     assert main(["finish", "--run", "run-1", "--output", str(tmp_path / "runs")]) == 0

@@ -167,7 +167,7 @@ def test_another_model_in_production_than_the_evaluated_one_holds(
 
 @pytest.mark.parametrize("production", [{"version": VERSION, "trouble": "sha256 differs"}, {"version": VERSION}])
 def test_an_incumbent_that_is_not_whole_holds(production: dict[str, Any]) -> None:
-    """Its files must be those that were published; not having looked is no proof."""
+    """Its files must be those that were published; not having looked is not proof."""
     assert failed(decide(settings(), REWARDS, BESIDE, production)) == ["files of the incumbent"]
 
 

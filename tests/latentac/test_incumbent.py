@@ -170,7 +170,7 @@ def test_nothing_in_production_is_nothing_to_compare(copy: Workspace) -> None:
 
 @pytest.mark.parametrize("content", [{}, [], {"version": 3, "run": "x"}, {"run": "first"}], ids=repr)
 def test_a_pointer_that_names_nothing_is_refused(copy: Workspace, content: object) -> None:
-    """A damaged registry is no empty registry."""
+    """A damaged registry is not an empty registry."""
     copy.store.write_json(POINTER, content)
     with pytest.raises(IntegrityError, match="it names no version and run"):
         in_production(copy)
@@ -208,7 +208,7 @@ def test_an_incumbent_that_does_not_fit_is_named_with_the_reason(
 
 
 def test_a_model_of_another_project_judges_nobody(copy: Workspace, caplog: pytest.LogCaptureFixture) -> None:
-    """A demo in the same store is no incumbent of another model: by its name, by its file's, by what it is for."""
+    """A demo in the same store is not an incumbent of another model: by its name, by its file's, by what it is for."""
     mine = copy.folder.parent / "mine.yaml"
     mine.write_text("evaluation: {num_images: 8}\n")
     named = again(copy, "named", "project=mine")

@@ -376,7 +376,7 @@ DIT_REFUSED = {
     "no second tokenizer": (without("tokenizer_2"), "tokenizer_2: is missing"),
     "lengths": (setting("tokenizer_2/tokenizer_config.json", model_max_length=12), "model_max_length differs"),
     "a shift that is text": (setting(VAE_FILE, shift_factor="0.1"), "shift_factor is '0.1'"),
-    "a shift that is no number": (setting(VAE_FILE, shift_factor=float("nan")), "shift_factor is nan"),
+    "a shift that is not a number": (setting(VAE_FILE, shift_factor=float("nan")), "shift_factor is nan"),
     "no shift": (setting(VAE_FILE, shift_factor=None), "shift_factor is null"),
     "an encoder without projection": (
         setting(INDEX, text_encoder=["transformers", "CLIPTextModel"]),

@@ -84,7 +84,7 @@ def test_paired_ratio_is_the_delta_method_on_gaussian_data() -> None:
 
 
 def test_a_difference_of_two_samples_is_welchs_on_gaussian_data() -> None:
-    """Mean difference and an interval of 1.96 sqrt(s1^2 / n1 + s2^2 / n2); samples of unequal size are no pairs."""
+    """Mean difference and an interval of 1.96 sqrt(s1^2 / n1 + s2^2 / n2); samples of unequal size are not pairs."""
     generator = np.random.default_rng(1)
     first, second = generator.normal(1.0, 2.0, 900), generator.normal(0.4, 1.0, 2500)
     found = difference(first, second, 4000, 0)

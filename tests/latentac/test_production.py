@@ -21,7 +21,7 @@ def store(tmp_path: Path) -> Store:
     "content", [{}, [], "a-1", None, *({**SOUND, name: 3} for name in ("version", "run", "previous"))]
 )
 def test_a_pointer_that_names_no_model_is_refused(store: Store, content: Any) -> None:
-    """A damaged registry is no empty one."""
+    """A damaged registry is not an empty one."""
     store.write_json(pointer("mine"), content)
     with pytest.raises(IntegrityError, match="it names no version and run"):
         production(store, "mine")
@@ -37,7 +37,7 @@ def test_the_reasons_against_a_forced_model_are_a_list_of_texts(store: Store, fo
 
 
 def test_one_damaged_pointer_concerns_its_own_project(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    """The others are listed, the last deployed first; what is no project is none."""
+    """The others are listed, the last deployed first; what is not a project is none."""
     store.write_json(pointer("old"), SOUND)
     store.write_json(pointer("new"), {**SOUND, "deployed": "2026-02-01T00:00:00+00:00"})
     store.write_json(pointer("damaged"), {})

@@ -111,7 +111,7 @@ def test_a_run_is_judged_again_with_other_bounds(held: Path) -> None:
     decision = published(held, "gate", "gate.json")
     assert decision["decision"] == "hold"
     assert [each["decision"] for each in decision["former"]] == ["hold", "promote"]
-    assert command(held, "deploy") == 2  # what was deployed by a decision that stands no more is no excuse
+    assert command(held, "deploy") == 2  # what was deployed by a decision that stands no more is not an excuse
 
 
 def test_a_dry_run_of_the_gate_only_prints(held: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,7 +287,7 @@ def test_images_of_a_run_that_is_not_judged_yet(held: Path, capsys: pytest.Captu
 
 
 def test_make_serves_what_was_deployed_last(held: Path) -> None:
-    """`make serve` is `latentac serve`: a held run with the newest summary is no model to serve."""
+    """`make serve` is `latentac serve`: a held run with the newest summary is not a model to serve."""
     write_report("held", workspace(held).store.url, str(held))
     call = ["make", "-C", str(ROOT), "serve", f"OUTPUT={held}"]
     output = subprocess.run(call, capture_output=True, text=True, check=False, env=os.environ | {"MAKEFLAGS": ""})

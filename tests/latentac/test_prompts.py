@@ -68,7 +68,7 @@ def test_a_list_is_read_in_every_format_with_or_without_a_byte_order_mark(
 
 
 def test_plain_text_is_a_prompt_a_line(tmp_path: Path) -> None:
-    """White space around it is none of it, and empty lines at the end are no prompts."""
+    """White space around it is none of it, and empty lines at the end are not prompts."""
     found = load_prompts(str(written(tmp_path, {"p.TXT": "\ufeff a cat \r\na dog, and a cat\r\n\r\n"}) / "p.TXT"))
     assert {prompt.text for prompt in found.train + found.held_out} == {"a cat", "a dog, and a cat"}
 
@@ -278,7 +278,7 @@ def test_all_problems_of_all_files_are_told_together(tmp_path: Path) -> None:
 
 
 def test_a_source_that_is_not_there_is_told(tmp_path: Path) -> None:
-    """Also one that no file could be called, one that is no file, and a built-in set that does not exist."""
+    """Also one that no file could be called, one that is not a file, and a built-in set that does not exist."""
     assert "does not exist" in refused(tmp_path / "p.jsonl")[0]
     assert "cannot be read" in refused(tmp_path / ("p" * 5000 + ".txt"))[0]
     (tmp_path / "p.txt").mkdir()

@@ -61,7 +61,7 @@ WRONG = {
     "diversity of a list": ("evaluate", "evaluation.json", "diversity/kept", [1], "diversity.kept is [1]"),
     "fewer scores than images": (
         "evaluate", "scores.json", "rewards/base/shapes_verifier", [1.0], "has 1 scores for 128 images"),
-    "a score that is no number": (
+    "a score that is not a number": (
         "evaluate", "scores.json", "rewards/base/shapes_verifier/3", float("nan"), "shapes_verifier.3 is nan"),
     "no columns": ("evaluate", "gallery/gallery.json", "columns", 0, "columns is 0"),
     "a huge image": ("evaluate", "gallery/gallery.json", "image_size", 2**40, "image_size is 1099511627776"),

@@ -133,7 +133,7 @@ def test_problems_are_told_together():
 
 
 def test_more_steps_than_the_model_has_levels_are_refused(tmp_path):
-    """Two steps at one noise level are no step."""
+    """Two steps at one noise level are not a step."""
     folder = miniatures.sd15(tmp_path / "model", num_train_timesteps=8)
     assert "schedule" in problems(config(kernel__num_steps=10), folder)["kernel.num_steps"]
 

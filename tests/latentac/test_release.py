@@ -110,7 +110,7 @@ def test_the_best_arm_of_the_benchmark_is_the_default(tmp_path: Path) -> None:
         {
             "method": method,
             "strength": strength,
-            "candidates": count,
+            "particles": count,
             "nfe": 5,
             "reward": "shapes_verifier",
             "mean": mean,

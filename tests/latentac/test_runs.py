@@ -239,7 +239,7 @@ def test_the_table_fits_a_terminal(here: Place) -> None:
 
 
 def test_the_list_comes_without_torch_and_soon(here: Place) -> None:
-    """A second of work at most, as text and as JSON; an empty folder is no error."""
+    """A second of work at most, as text and as JSON; an empty folder is not an error."""
     here.run("one")
     script = (
         "import sys, time\nfrom latentac.runs.cli import main\nbegan = time.process_time()\n"

@@ -467,7 +467,7 @@ def test_a_bad_url_is_a_problem_of_the_configuration(bad: str) -> None:
 
 
 def test_what_cannot_be_published(tmp_path: Path) -> None:
-    """Nothing, a link to a folder, and metrics that are no numbers are refused before anything is written."""
+    """Nothing, a link to a folder, and metrics that are not numbers are refused before anything is written."""
     store = open_store(f"file://{tmp_path}/store")
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "absent"):

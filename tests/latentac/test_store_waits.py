@@ -362,7 +362,7 @@ def test_a_stream_stops_at_its_limit() -> None:
 
 
 def test_a_stream_tells_when_its_last_byte_passed() -> None:
-    """That nothing came, or that the end was reached, is no movement: the server is given up by it."""
+    """That nothing came, or that the end was reached, is not movement: the server is given up by it."""
     stream = Stream(BytesIO(b"ab"))
     moved = stream.moved_at
     time.sleep(0.01)

@@ -108,7 +108,7 @@ CALL = (
 
 @pytest.mark.parametrize("end", ["os._exit(0)", "os.kill(os.getpid(), 11)"])
 def test_what_ends_the_process_in_a_call_of_a_reward_is_told_as_its_failure(tmp_path: Path, end: str) -> None:
-    """By who waits for that process; an exit with code 0 is no success."""
+    """By who waits for that process; an exit with code 0 is not a success."""
     failed = task(CALL + end, tmp_path, "evaluate")
 
     assert failed.returncode == 5

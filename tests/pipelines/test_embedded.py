@@ -96,7 +96,7 @@ def test_store_without_access_fails_in_prepare_and_says_how_to_go_on(tmp_path: P
 
 @pytest.mark.parametrize("run", ["shapes-unet-19990101-000000", "../runs", "store", "", "x" * 300, "a\nb"])
 def test_resume_of_a_run_that_is_not_there_lists_those_that_are(tmp_path: Path, run: str) -> None:
-    """A folder without a request is no run."""
+    """A folder without a request is not a run."""
     (tmp_path / "store").mkdir()
     known, _ = create_run(Request("shapes-unet"), tmp_path)
     failed = pipelines("run", "--output", str(tmp_path), "--resume", run)

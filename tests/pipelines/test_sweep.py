@@ -67,7 +67,7 @@ def test_seeds_are_a_list_or_a_range() -> None:
     assert read_seeds("0,1,2") == [0, 1, 2]
     assert read_seeds("0-2, 7,1") == [0, 1, 2, 7]
     for wrong in ("", "a", "3-1", "-1", "1.5"):
-        with pytest.raises(ConfigError, match="are no seeds"):
+        with pytest.raises(ConfigError, match="are not seeds"):
             read_seeds(wrong)
 
 
@@ -105,7 +105,7 @@ def test_a_dry_run_lists_the_members_and_writes_nothing(tmp_path: Path, capsys: 
         (["--name", "x" * 300], ["cannot be the name of a new sweep"]),
         (["--name", ""], ["cannot be the name of a new sweep"]),
         (["--name", "store"], ["cannot be the id of a run"]),
-        (["--seeds", "0-99999999999"], ["are no seeds"]),
+        (["--seeds", "0-99999999999"], ["are not seeds"]),
         (["--seeds", "0-4999", "--grid", "kernel.num_steps=4,5,6"], ["gives 15000 members"]),
         (["--resume", "../x"], ["no such sweep"]),
         (["--resume", ""], ["no such sweep"]),

@@ -214,7 +214,7 @@ def _text(value: float | str | None) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that stays in its cell of a Markdown table and is no markup."""
+    """Text that stays in its cell of a Markdown table and is not markup."""
     plain = printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
     plain = re.sub(r"@|:(?=//)|(?<=www)\.", r"\\\g<0>", plain)  # an address becomes no link
     return plain.replace("|", "\\|").replace("*", "\\*").replace("_", "\\_").replace("`", "\\`").replace("[", "\\[")

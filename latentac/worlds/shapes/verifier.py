@@ -2,7 +2,7 @@
 
 Every pixel goes to the palette colour whose mixture with the background it is nearest to; connected pixels of one
 colour are an object; its shape is the one of three ideal shapes, of the same area and centroid, that overlaps it most.
-Counts, colours, shapes and relations must then all be right, and whatever is no clean object makes the answer no.
+Counts, colours, shapes and relations must then all be right, and whatever is not a clean object makes the answer no.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ SPECK_PIXELS = 3  # a component of at most so many pixels is noise of the autoen
 STRAY_PIXELS = 6  # at most so many pixels of noise, of specks and of hues outside the palette together
 LEAST_OVERLAP = 0.80  # intersection over union with the ideal shape
 LEAST_PIXELS = 14  # below this the three shapes cannot be told apart
-MOST_PIXELS = 280  # the renderer's largest objects have 210; an image all of one colour is no square
+MOST_PIXELS = 280  # the renderer's largest objects have 210; an image all of one colour is not a square
 
 _COLOURS = tuple(PALETTE)
 _OFFSETS = np.array([PALETTE[name] for name in _COLOURS], np.float32) - np.array(BACKGROUND, np.float32)
@@ -53,7 +53,7 @@ def verify(images: np.ndarray, specs: Sequence[Specification]) -> np.ndarray:
 
 
 def detect(images: np.ndarray) -> list[list[Detection] | None]:
-    """The objects of each of `images` uint8 [B, 32, 32, 3]; None where anything is no clean object."""
+    """The objects of each of `images` uint8 [B, 32, 32, 3]; None where anything is not a clean object."""
     if not len(images):
         return []
     coverage, masks, stray = _segment(images)
@@ -92,7 +92,7 @@ def _segment(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _classify(coverage: np.ndarray, rows: slice, columns: slice, colour: int) -> Detection | None:
-    """The object whose foreground fills `rows` x `columns` of `coverage` float32 [32, 32]; None if it is no shape."""
+    """The object whose foreground fills `rows` x `columns` of `coverage` float32 [32, 32]; None if it has no shape."""
     top, left = max(rows.start - 1, 0), max(columns.start - 1, 0)
     crop = coverage[top : min(rows.stop + 1, IMAGE_SIZE), left : min(columns.stop + 1, IMAGE_SIZE)]
     area = float(crop.sum())

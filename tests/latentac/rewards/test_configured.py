@@ -130,7 +130,7 @@ def test_an_exception_is_the_rewards_failure(failure: BaseException) -> None:
 
 
 class Unreadable(Exception):
-    """Its text is no text, and it cannot be sent to another process."""
+    """Its text is not a text, and it cannot be sent to another process."""
 
     def __init__(self, error: BaseException) -> None:
         self.error, self.lock = error, threading.Lock()

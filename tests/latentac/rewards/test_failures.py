@@ -100,7 +100,7 @@ def test_when_a_trained_model_is_measured(step: str, how: str, words: str, train
     ],
 )
 def test_in_a_step_that_is_a_command_of_its_own(how: str, words: str, tmp_path: Path) -> None:
-    """What ends the process leaves nobody in it to say so, and an end with code 0 is no success."""
+    """What ends the process leaves nobody in it to say so, and an end with code 0 is not a success."""
     changes = [word for change in [*SMALL, *settings(how, "always", 3.0)] for word in ("--set", change)]
     is_told(run(tmp_path, "prepare", "--recipe", "shapes-unet-smoke", *changes), f"the process that called it {words}")
 

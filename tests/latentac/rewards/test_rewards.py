@@ -32,7 +32,7 @@ def reward(name):
 
 
 def test_its_unit_is_stated(reward):
-    """A number without a unit is no result."""
+    """A number without a unit is not a result."""
     assert len(reward.unit) > 5
 
 

@@ -68,7 +68,7 @@ def test_a_server_that_is_never_ready_is_stopped(exported_folder: Path) -> None:
 
 def test_what_can_be_told_without_a_server_is(exported_folder: Path, tmp_path: Path) -> None:
     """No exported folder, and a port that somebody has."""
-    with pytest.raises(ServingError, match=r"is no exported model"):
+    with pytest.raises(ServingError, match=r"is not an exported model"):
         serve_and_check(tmp_path, REQUEST, READY_SECONDS)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ResourceError, match="the port is in use"):
         serve_and_check(exported_folder, REQUEST, READY_SECONDS, taken.getsockname()[1])

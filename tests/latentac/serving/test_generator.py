@@ -233,9 +233,9 @@ def test_a_folder_names_rows_only_unless_the_operator_allows_more(
 
 
 def test_a_folder_that_is_not_whole_is_told(exported_folder: Path, tmp_path: Path) -> None:
-    """Each damage names the folder or the file, and is no traceback."""
+    """Each damage names the folder or the file, and is not a traceback."""
     cpu = torch.device("cpu")
-    with pytest.raises(ServingError, match=r"is no exported model: it has no latentac\.json"):
+    with pytest.raises(ServingError, match=r"is not an exported model: it has no latentac\.json"):
         Generator(tmp_path, cpu)
     damaged = tmp_path / "damaged"
     shutil.copytree(exported_folder, damaged)

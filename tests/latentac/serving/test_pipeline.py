@@ -48,7 +48,7 @@ def test_images_are_those_of_the_endpoint(pipe: LatentacPipeline, generator: Gen
 
 
 def test_what_cannot_be_drawn_is_refused(pipe: LatentacPipeline, tmp_path: Path) -> None:
-    """An unknown reward by name; a folder that is no exported model."""
+    """An unknown reward by name; a folder that is not an exported model."""
     with pytest.raises(ConfigError, match="shapes_verifyer"):
         pipe(PROMPTS[0], steering={"shapes_verifyer": 1.0})
     with pytest.raises(ServingError, match=tmp_path.name):

@@ -122,7 +122,7 @@ def test_no_to_what_is_nearly_a_shape(name):
 
 
 def test_no_to_dim_objects_noise_and_empty_images():
-    """Half a colour is no colour, and a good object among clutter is no good image."""
+    """Half a colour is not a colour, and a good object among clutter is not a good image."""
     spec = parse_caption("a red circle")
     image = render(sample_scene(spec, np.random.default_rng(2))).astype(float)
     background = np.array(BACKGROUND, float)

@@ -94,7 +94,7 @@ def _evaluated(tag: str) -> bool:
 def _kept(files: list[Path], keep: Keep) -> Iterator[tuple[Any, bool]]:
     """The events of the files, each with the values that stay and that no file before has, and whether these are all.
 
-    The last record of a killed writer may be cut off; the reader ends before it, and before one that is no record.
+    The last record of a killed writer may be cut off; the reader ends before it, and before one that is not a record.
     """
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
