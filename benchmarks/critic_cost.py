@@ -2,7 +2,7 @@
 
     python -m benchmarks.critic_cost [--recipe shapes-unet] [--pairs 12]
 
-All do the same images, denoising steps and actor updates in one process. `values` asks the critic at every state and
+All do the same images, denoising steps and policy updates in one process. `values` asks the critic at every state and
 trains it on them; `recipe` does what the recipe says besides: takes the values' gradient by the latents at every step,
 and learns from remembered images, each state of which costs a forward.
 """
@@ -31,7 +31,8 @@ from latentac.system.progress import progress
 from latentac.training import value_pretraining as pretraining
 from latentac.training.algorithms import ALGORITHMS
 from latentac.training.distributed import Mesh
-from latentac.training.trainer import Block, CreditedBlock, Trainer
+from latentac.training.policy_learning import Block, CreditedBlock
+from latentac.training.trainer import Trainer
 from latentac.worlds.prompts import load_prompts
 
 _BOOTSTRAP = 2000
@@ -48,17 +49,17 @@ _ARMS = {
 class Timed(Trainer):
     """Tells an iteration's seconds by part. On a CPU they are the processor's, so what else runs does not count."""
 
-    actor_seconds = 0.0
+    policy_seconds = 0.0
     rollout_seconds: list[float]
 
     def seconds(self) -> dict[str, float]:
-        """Of one more iteration: rollout and scoring, actor updates, critic updates and credit, and all."""
+        """Of one more iteration: rollout and scoring, policy updates, critic updates and credit, and all."""
         began = self.clock()
-        self.actor_seconds, self.rollout_seconds = 0.0, []
+        self.policy_seconds, self.rollout_seconds = 0.0, []
         self.iterate()
         total, rollouts = self.clock() - began, sum(self.rollout_seconds)
-        rest = total - rollouts - self.actor_seconds
-        return {"rollout": rollouts, "actor": self.actor_seconds, "critic": rest, "all": total}
+        rest = total - rollouts - self.policy_seconds
+        return {"rollout": rollouts, "actor": self.policy_seconds, "critic": rest, "all": total}
 
     def clock(self) -> float:
         if self.mesh.device.type == "cpu":
@@ -73,10 +74,10 @@ class Timed(Trainer):
         self.rollout_seconds.append(clock() - began)
         return block
 
-    def _update_actor(self, blocks: Sequence[CreditedBlock], update: int) -> dict[str, float]:
+    def _update_policy(self, blocks: Sequence[CreditedBlock], update: int) -> dict[str, float]:
         began = self.clock()
-        metrics = super()._update_actor(blocks, update)
-        self.actor_seconds += self.clock() - began
+        metrics = super()._update_policy(blocks, update)
+        self.policy_seconds += self.clock() - began
         return metrics
 
 

@@ -1,4 +1,4 @@
-"""The sections of the configuration that say how actor and critic learn."""
+"""The sections of the configuration that say how policy and critic learn."""
 
 from typing import Annotated, Literal
 

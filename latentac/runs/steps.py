@@ -62,7 +62,7 @@ def prepare(
 
 
 def pretrain_value(run: str, store: str, output: str) -> Manifest:
-    """Regress the critic on rollouts of the frozen actor. Publishes critic/, metrics.json, and the scored images that
+    """Regress the critic on rollouts of the frozen policy. Publishes critic/, metrics.json, and the scored images that
     it learned from, as latents (scored.safetensors)."""
 
     def work(space: Workspace, folder: Path) -> dict[str, Any]:

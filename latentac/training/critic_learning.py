@@ -57,7 +57,7 @@ class Replay:
 class Learner:
     """The critic, its optimizer and what it remembers. The same on every worker.
 
-    The policy's forward is asked for features only: the critic reads the actor and never shapes it.
+    The policy's forward is asked for features only: the critic reads the policy and never shapes it.
     """
 
     def __init__(self, config: Config, policy: Policy, critic: Critic, conditioning: Encoded, mesh: Mesh) -> None:

@@ -32,7 +32,7 @@ from latentac.worlds.prompts import Prompt, balanced
 
 
 class Trainer:
-    """Actor and critic, their optimizers, and the iterations that improve them. The same on every worker.
+    """Policy and critic, their optimizers, and the iterations that improve them. The same on every worker.
 
     critic: for an algorithm that uses one; others neither ask nor train it.
     """
@@ -85,10 +85,7 @@ class Trainer:
         rolled_out = time.monotonic()
         self._last_clean = drawn[0].trajectory.clean
         blocks, rewards, watched = self._credit(drawn)
-        metrics = [
-            self.policy_learner.update(blocks, self.iteration, update, self._rate(update))
-            for update in range(train.updates_per_iteration)
-        ]
+        metrics = [self._update_policy(blocks, update) for update in range(train.updates_per_iteration)]
         means = {name: sum(entry[name] for entry in metrics) / len(metrics) for name in metrics[0]}
         entry = {
             "iteration": self.iteration + 1,
@@ -210,6 +207,9 @@ class Trainer:
             if self.algorithm.group_size > 1:
                 watched["rank_correlation"] = rank_correlation(values[..., main], rewards[:, main], prompts).tolist()
         return credited, rewards, watched
+
+    def _update_policy(self, blocks: Sequence[CreditedBlock], update: int) -> dict[str, float]:
+        return self.policy_learner.update(blocks, self.iteration, update, self._rate(update))
 
     def _check_first_ratio(self, deviation: float) -> None:
         """Raises TrainingError where rollout and loss disagree before the first update, so that the ratio tells nothing

@@ -1,6 +1,6 @@
-"""Value pretraining: Monte-Carlo regression of the critic on rollouts of the frozen actor.
+"""Value pretraining: Monte-Carlo regression of the critic on rollouts of the frozen policy.
 
-Each state of a rollout has the rollout's reward as its target. The actor does not change, so the taps of its own
+Each state of a rollout has the rollout's reward as its target. The policy does not change, so the taps of its own
 forward are kept and every further pass over the states costs the heads only.
 """
 
@@ -29,7 +29,7 @@ from latentac.worlds.prompts import Prompt, PromptSet, balanced
 
 @dataclass(frozen=True)
 class States:
-    """Rollouts of a frozen actor as the critic reads them.
+    """Rollouts of a frozen policy as the critic reads them.
 
     features: name -> [B, K, ...]     clean: [B, *latent]     sigmas: [K]     rewards: [B, M]
     conditioning: B rows, in the host's memory: of a large text encoder they are what takes most room

@@ -59,8 +59,8 @@ def load_prompts(source: str | Prompts) -> PromptSet:
 
     `builtin:shapes` or `builtin:animals`; a file (formats: `latentac.worlds.promptfiles`); or a folder with train.* and
     held_out.* (or test.*, val.*). Where there is one list, `held_out_fraction` of it is held out, by a hash of the text
-    alone. A prompt that is repeated within a list, with the same category and metadata, counts once. Raises ConfigError with
-    the problems of all files together: unreadable, empty or malformed ones, and a prompt that is in both splits.
+    alone. A prompt that is repeated within a list, with the same category and metadata, counts once. Raises ConfigError
+    with the problems of all files together: unreadable, empty or malformed ones, and a prompt that is in both splits.
     """
     settings = Prompts(source=source) if isinstance(source, str) else source
     if settings.source.startswith("builtin:") and not (settings.train or settings.held_out):
@@ -115,7 +115,8 @@ def balanced(prompts: Sequence[Prompt], count: int, seed: int, *purpose: object)
 
 def _builtin(source: str) -> PromptSet:
     if source == "builtin:animals":
-        return PromptSet(*(tuple(Prompt(text) for text in animals.prompts(split)) for split in SPLITS))
+        train, held_out = (tuple(Prompt(text) for text in animals.prompts(split)) for split in SPLITS)
+        return PromptSet(train, held_out)
     if source != "builtin:shapes":
         remedy = f"{suggestion(source, ['builtin:shapes', 'builtin:animals'])} Your own: a file or a folder."
         raise ConfigError([Problem("prompts.source", source, "is not a built-in prompt set", remedy)])

@@ -33,7 +33,7 @@ def gradient_of(trainer: Any) -> Tensor:
 
 
 def close(first: Tensor, second: Tensor, tolerance: float) -> None:
-    scale = float(second.abs().max())
+    scale = second.abs().max().item()
     assert scale > 0
     torch.testing.assert_close(first / scale, second / scale, rtol=0, atol=tolerance)
 

@@ -1,7 +1,7 @@
 """What a run needs is counted from its configuration and its weights' headers, and compared with what is there."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -158,8 +158,8 @@ def test_sizes_of_the_field_come_out_as_they_were_measured(tmp_path):
     )
 
     def gib(**settings):
-        common = {"train__num_workers": 1, "kernel__num_steps": 10, "train__updates_per_iteration": 4}
-        common |= {"backbone__precision": "float32", "train__micro_images": 1000}
+        common: dict[str, Any] = {"train__num_workers": 1, "kernel__num_steps": 10}
+        common |= {"train__updates_per_iteration": 4, "backbone__precision": "float32", "train__micro_images": 1000}
         run = config(**common, **settings)
         found = sizing.count(run, model, 0, "cuda")
         return sum(found.memory.values()) / 2**30

@@ -101,7 +101,8 @@ def test_the_result_does_not_depend_on_how_blocks_are_dealt():
         (index,) = half.mesh.own(2)
         expected, found = one._roll_out(index), half._roll_out(index)
         assert torch.equal(expected.trajectory.latents, found.trajectory.latents)
-        first, second = one._share(credited(expected), 1), half._share(credited(found), 1)
+        first = one.policy_learner.minibatch(credited(expected), 0, 1)
+        second = half.policy_learner.minibatch(credited(found), 0, 1)
         assert torch.equal(first.latents, second.latents)
         assert torch.equal(first.old_log_probs, second.old_log_probs)
 
