@@ -12,12 +12,15 @@ from safetensors.torch import load_file, save_file
 from latentac.backbones.unet import UNetBackbone
 from latentac.runs import steps
 from latentac.runs.configuration import recipe_fields
+from latentac.runs.preparation.guidance import compare_guidance
 from latentac.runs.preparation.rehearsal import rehearse
 from latentac.runs.resolution import resolve_all
 from latentac.store import open_store
 from latentac.system.errors import ConfigError, ResourceError, RewardError
+from latentac.worlds.prompts import load_prompts
 from latentac.worlds.shapes import builtin_pipeline
 from tests.latentac import miniatures
+from tests.latentac.trainers import shipped
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -207,3 +210,31 @@ def test_prepare_counts_the_room_before_it_copies(tmp_path, monkeypatch):
     with pytest.raises(ResourceError, match=r"has 1 MiB free, and this run needs \d+ MiB \(base \d+ MiB, trained"):
         prepare(tmp_path)
     assert not (tmp_path / "runs" / "run" / "prepare").exists()
+
+
+class Contrast:
+    """What guidance raises: the spread of an image's grey levels."""
+
+    def __call__(self, images, prompts):
+        return images.astype(np.float32).std((1, 2, 3))
+
+
+class Plain(Contrast):
+    """The contrary."""
+
+    def __call__(self, images, prompts):
+        return -super().__call__(images, prompts)
+
+
+@pytest.mark.parametrize(("sign", "warned"), [(1, True), (-1, False)])
+def test_a_base_that_needs_guidance_is_noticed(caplog, sign, warned):
+    """Where guidance raises the reward, the warning has both means; with guidance in training nothing is compared."""
+    use = f"{__name__}:Contrast" if sign > 0 else f"{__name__}:Plain"
+    overrides = [f'rewards=[{{use: "{use}", name: own}}]', "gate.reward=own"]
+    run = resolve_all(recipe_fields("shapes-unet-smoke", "", overrides))
+    found = compare_guidance(run.config, shipped("unet"), run.rewards, load_prompts("builtin:shapes"))
+    assert found is not None
+    assert (found["with"] > found["without"]) == warned
+    assert ("Consider policy.guidance_scale" in caplog.text) == warned
+    guided = run.config.model_copy(update={"policy": run.config.policy.model_copy(update={"guidance_scale": 2.0})})
+    assert compare_guidance(guided, shipped("unet"), run.rewards, load_prompts("builtin:shapes")) is None

@@ -22,6 +22,7 @@ def publish_prepared(
 ) -> Manifest:
     """Check and fetch what the run needs, and publish it. started: by `time.monotonic`."""
     from latentac.runs.preparation import prepare as preparation
+    from latentac.runs.preparation.guidance import compare_guidance
     from latentac.runs.preparation.rehearsal import rehearse
     from latentac.runs.resolution import resolve_all
     from latentac.sampling.devices import pick_device
@@ -44,7 +45,8 @@ def publish_prepared(
             settings, folder / "backbone", prompts.train[0].text, pick_device(settings.backbone.device)
         )
         preparation.check_scoring(extensions.rewards, prompts, rehearsed.images[0], settings.train.block_images)
-        write_json(folder / "backbone.json", {**described, **rehearsed.to_dict()})
+        guidance = compare_guidance(settings, rehearsed.backbone, extensions.rewards, prompts)
+        write_json(folder / "backbone.json", {**described, **rehearsed.to_dict(), "guidance": guidance})
         write_json(folder / "lengths.json", preparation.check_lengths(settings, prompts, rehearsed.backbone))
         write_json(folder / "config.json", settings.model_dump())
         write_json(folder / EXTENSIONS, extensions.described())
