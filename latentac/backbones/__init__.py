@@ -100,6 +100,7 @@ BACKBONES = Table(
     {
         "unet": "latentac.backbones.unet:UNetBackbone",
         "dit": "latentac.backbones.dit:DiTBackbone",
+        "flux": "latentac.backbones.flux:FluxBackbone",
     },
 )
 

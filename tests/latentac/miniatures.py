@@ -136,7 +136,8 @@ def _saved(pipeline: Any, folder: Path, variant: str, sharded: bool) -> Path:
     with tempfile.TemporaryDirectory() as fresh:  # saving into a folder removes the shards that it holds
         pipeline.save_pretrained(fresh, variant=variant or None, max_shard_size=SHARD if sharded else None)
         for tokenizer in Path(fresh).glob("tokenizer*"):
-            _older_form(tokenizer)
+            if "CLIP" in (tokenizer / "tokenizer_config.json").read_text():
+                _older_form(tokenizer)
         shutil.copytree(fresh, folder, dirs_exist_ok=True)
     return folder
 
