@@ -125,7 +125,7 @@ def table(content: bytes) -> dict[str, str]:
 
 
 def charsmap() -> bytes:
-    """A table of characters in SentencePiece's form that makes R of r: a trie of two units, padded to a block of 256."""
+    """A table of characters in the form of SentencePiece, which makes r of R: a trie of two blocks of 256 units."""
     units = [0] * 512
     letter = ord("R")
     units[0] = 256 << 10 >> 0
