@@ -19,7 +19,7 @@ _TIMESTEPS = 1000  # by which the transformer multiplies the noise level
 
 
 class FluxSettings(PipelineSettings):
-    """How FLUX.1 computes. `image_size` is 1024 x 1024 by default, as in diffusers."""
+    """How FLUX.1 computes."""
 
     distilled_guidance: Annotated[float, Field(ge=0, le=100)] = 3.5
     """The guidance scale that the transformer gets as an input. FLUX.1 dev learned from a guided model, and has such an
@@ -29,11 +29,12 @@ class FluxSettings(PipelineSettings):
 
 
 class FluxBackbone(FlowTransformer):
-    """FLUX.1 dev and schnell. Taps: `block_<i>`, the image tokens on their grid after one third, two thirds and all of
-    the double and single blocks, counted together."""
+    """FLUX.1 dev and schnell, 1,024 x 1,024 pixels by default. Taps: `block_<i>`, the image tokens on their grid after
+    one third, two thirds and all of the double and single blocks, counted together."""
 
     Settings: ClassVar[type[PipelineSettings]] = FluxSettings
     layout = FLUX
+    packed = f"torch.nn.functional.pixel_unshuffle({{}}, {PATCH}).flatten(2).transpose(1, 2)"
 
     def __init__(self, settings: FluxSettings, folder: Path, device: torch.device) -> None:
         super().__init__(settings, folder, device)
@@ -75,6 +76,11 @@ class FluxBackbone(FlowTransformer):
         """T5's."""
         with self._tokenizing:
             return count_tokens(self._t5_tokenizer, prompts)
+
+    def call(self) -> dict[str, str]:
+        height, width = self.image_size
+        own = {"height": str(height), "width": str(width), "max_sequence_length": str(self.max_tokens)}
+        return own if self._guidance is None else own | {"guidance_scale": repr(self._guidance)}
 
     def _network(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         guidance = None if self._guidance is None else torch.full_like(sigma, self._guidance)

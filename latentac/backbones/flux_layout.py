@@ -78,6 +78,17 @@ def _t5_tokens(found: Configurations) -> Iterator[Finding]:
         yield "tokenizer_2", problem, "Use the tokenizer that the text encoder was trained with"
 
 
+def _terms(found: Configurations) -> dict[str, int]:
+    own = found["transformer"]
+    return {
+        "sample_size": CELLS,
+        "patch_size": PATCH,
+        "in_channels": own.get("in_channels", 64) // PATCH**2,
+        "num_layers": own.get("num_layers", 19) + own.get("num_single_layers", 38),
+        "text_tokens": TEXT_TOKENS,
+    }
+
+
 FLUX = Layout(
     pipeline="FluxPipeline",
     network="transformer",
@@ -101,4 +112,5 @@ FLUX = Layout(
         (("text_encoder_2", "tokenizer_2"), _t5_tokens),
     ),
     absent=("feature_extractor", "image_encoder"),
+    terms=_terms,
 )

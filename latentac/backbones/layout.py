@@ -72,7 +72,8 @@ class Layout:
     """pipeline: the class that model_index.json must name; network: the part that is trained; adapted: what the names
     of its layers that get adapters end in; rules: the parts that a rule is about, and what it finds in their
     configurations, by part: which part, what is wrong, the remedy; absent: parts that an export writes as null; flags:
-    what its model_index.json says besides."""
+    what its model_index.json says besides; terms: of the parts' configurations, what that of the network does not say
+    in the words of Stable Diffusion's, for estimates."""
 
     pipeline: str
     network: str
@@ -81,6 +82,7 @@ class Layout:
     rules: tuple[tuple[tuple[str, ...], Rule], ...]
     absent: tuple[str, ...] = ()
     flags: Mapping[str, object] = field(default_factory=dict)
+    terms: Callable[[Mapping[str, Mapping[str, Any]]], Mapping[str, Any]] = field(default=lambda configurations: {})
 
     def part(self, name: str) -> Part:
         return next(part for part in self.parts if part.name == name)

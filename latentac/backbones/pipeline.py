@@ -90,6 +90,8 @@ class PipelineBackbone:
 
     Settings: ClassVar[type[PipelineSettings]] = PipelineSettings
     layout: ClassVar[Layout]
+    packed: ClassVar[str] = "{}"
+    """Python of the latents that the pipeline's call takes, where `{}` stands for those of `latent_shape`."""
     path: diffusion.Path
     latent_shape: tuple[int, int, int]
     tap_shapes: dict[str, tuple[int, int, int]]
@@ -206,6 +208,10 @@ class PipelineBackbone:
         index |= {part.name: (part.library, part.classes[0]) for part in self.layout.parts if part.classes}
         index["scheduler"] = ("diffusers", type(scheduler).__name__)
         folders.write_index(folder, self.layout.pipeline, index, **self.layout.flags)
+
+    def call(self) -> dict[str, str]:
+        """Arguments of the pipeline's call, as Python, that this backbone's settings stand for."""
+        return {}
 
     def _scheduler_of_schedule(self) -> Any:
         """A scheduler of diffusers that takes the steps of `schedule`."""

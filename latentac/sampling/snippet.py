@@ -19,6 +19,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from latentac.backbones import Denoiser
+from latentac.backbones.pipeline import PipelineBackbone
 from latentac.method.diffusion import DDIM, Kernel, Prediction, alpha_of
 from latentac.method.diffusion import Path as Mixing
 from latentac.sampling.policy import Policy
@@ -68,11 +70,11 @@ fresh = {fresh}
 
 def draw(prompt, seed, index=0):
     noise = generator(seed, index)
-    latents = torch.randn(1, {shape}, generator=noise)
+    latents = {first}
     state = [latents.to(pipeline.device)]
 
     def renew(pipeline, step, timestep, tensors):
-        drawn = torch.randn(latents.shape, generator=noise).to(pipeline.device)
+        drawn = {next}.to(pipeline.device)
         state[0] = before[step] * state[0] + after[step] * tensors["latents"] + fresh[step] * drawn
         return {{"latents": state[0]}}
 
@@ -122,14 +124,31 @@ def usage(policy: Policy, folder: Path, num_steps: int, prompt: str, seed: int, 
     moves = _moves(policy.kernel, levels)
     if moves is None:
         return ""
+    arguments |= _called(policy.backbone)
     if steps.eta and (eta := _eta(moves, levels)) is not None:
         arguments["eta"] = repr(eta)
         return head + _PLAIN.format(arguments=_joined(arguments, 4), **fields)
     before, after, fresh = map(_numbers, _parts(moves, levels, steps, policy.backbone.path))
-    shape = ", ".join(map(str, policy.backbone.latent_shape))
+    draws = _draws(policy.backbone)
     return head + _RENEWED.format(
-        before=before, after=after, fresh=fresh, shape=shape, arguments=_joined(arguments, 8), **fields
+        before=before, after=after, fresh=fresh, arguments=_joined(arguments, 8), **draws, **fields
     )
+
+
+def _called(backbone: Denoiser) -> dict[str, str]:
+    """What the call takes besides, where the backbone is a pipeline's."""
+    return backbone.call() if isinstance(backbone, PipelineBackbone) else {}
+
+
+def _draws(backbone: Denoiser) -> dict[str, str]:
+    """Python for the noise of the first level and for that of a step, as the pipeline's call takes latents."""
+    first = f"torch.randn({', '.join(map(str, (1, *backbone.latent_shape)))}, generator=noise)"
+    packed = backbone.packed if isinstance(backbone, PipelineBackbone) else "{}"
+    same = packed == "{}"
+    return {
+        "first": packed.format(first),
+        "next": "torch.randn(latents.shape, generator=noise)" if same else packed.format(first),
+    }
 
 
 def base_of(source: str) -> str:

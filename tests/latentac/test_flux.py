@@ -1,9 +1,10 @@
 """FLUX.1: it is diffusers' FluxPipeline, in every form of its folder, trained, saved and steered."""
 
 import json
+import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -26,19 +27,25 @@ from latentac.config.learning import Critic as CriticSettings
 from latentac.config.learning import Policy as PolicySettings
 from latentac.config.sections import Extension
 from latentac.critic import Critic
+from latentac.method.diffusion import CPS, FlowSDE
 from latentac.method.randomness import noise_for
 from latentac.method.records import Conditioning
 from latentac.runs import testing
 from latentac.runs.cli import main
+from latentac.runs.configuration import recipe_fields
+from latentac.runs.preparation import sizing
+from latentac.runs.resolution import resolve_all
 from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout, steered_rollout
+from latentac.sampling.snippet import base_of, usage
 from latentac.sampling.steering import STEERING
 from latentac.sampling.steering.run import SteeringRun
 from latentac.store import open_store
 from latentac.system import folders
 from latentac.system.errors import ConfigError
 from tests.latentac.flux_miniature import DYNAMIC, flux, table
+from tests.latentac.test_export import PROMPT, drawn, served
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -465,7 +472,8 @@ class Tokenizer:
 class OnMeta(FluxBackbone):
     """The published configuration: shapes without memory."""
 
-    PARTS = {
+    FOLDER: ClassVar[Path]
+    PARTS: ClassVar[dict[str, Any]] = {
         "transformer": lambda: FluxTransformer2DModel(**TRANSFORMER),
         "vae": lambda: AutoencoderKL(**VAE),
         "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**CLIP)),
@@ -514,6 +522,49 @@ def test_the_published_model_has_the_shapes_that_are_announced() -> None:
 
 
 # What runs on it
+
+
+@pytest.mark.parametrize("kernel", [CPS(0.9), FlowSDE(0.7)], ids=repr)
+def test_the_card_call_makes_what_is_served(dev: Path, kernel: Any, tmp_path: Path) -> None:
+    """In plain diffusers, from the folder and from its adapter on the base, within one grey level: with packed latents,
+    the size, the guidance and the number of tokens."""
+    copy(dev, tmp_path / "base", FLUX)
+    backbone, folder = load(tmp_path / "base", distilled_guidance=2.0, text_tokens=12), tmp_path / "export"
+    backbone.adapt(PolicySettings(adaptation="lora", lora_rank=2))
+    with torch.no_grad():
+        for parameter in backbone.module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02)
+    backbone.save(folder)
+    policy = Policy(backbone, kernel)
+    expected = served(policy, STEPS)
+    assert expected.std() > 5
+    code = usage(policy, folder, STEPS, PROMPT, 5)
+    assert np.abs(drawn(code, folder) - expected).max() <= 1
+    base = tmp_path / "base"
+    adapter = usage(policy, folder, STEPS, PROMPT, 5, base_of(str(base))).replace('"base"', repr(str(base)))
+    assert np.abs(drawn(adapter, folder) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("size", [[48, 64], []], ids=str)
+def test_what_a_run_needs_is_counted_for_its_size(dev: Path, size: list[int]) -> None:
+    """Latents, images, taps and text of the backbone that it loads, of 1,024 pixels where no size is given."""
+    folder = {"use": "flux", "source": str(dev), "image_size": size, "text_tokens": 12}
+    overrides = [f"backbone={json.dumps(folder)}", "kernel.use=cps"]
+    config = resolve_all(recipe_fields("shapes-unet-smoke", "", overrides)).config
+    found = sizing._read(dev, FLUX, config)
+    backbone = load(dev, image_size=size, text_tokens=12)
+    height, width = backbone.image_size
+    assert (height, width) == (tuple(size) or (1024, 1024))
+    assert found.latent == math.prod(backbone.latent_shape)
+    assert found.picture == 3 * height * width
+    assert found.channels == sum(shape[0] for shape in backbone.tap_shapes.values())
+    assert found.taps == sum(shape[0] * min(shape[1] * shape[2], 256) for shape in backbone.tap_shapes.values())
+    assert found.text == 12 * backbone.text_width
+    assert found.units == (12 + height * width // 16**2) * 32 * 6
+    assert found.network == sum(each.numel() for each in backbone.module.parameters())
+    backbone.adapt(PolicySettings(adaptation="lora", lora_rank=config.policy.lora_rank))
+    assert found.adapters == sum(each.numel() for each in backbone.module.parameters() if each.requires_grad)
 
 
 @pytest.mark.parametrize("method", STEERING)

@@ -6,6 +6,7 @@ SD3.5-M at 512 px, those for a CPU from one smoke run of the embedded world; oth
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -283,16 +284,19 @@ def _read(folder: Path, layout: Layout | None, config: Config) -> Model:
         network=_count(own),
         frozen=sum(_count(tensors) for name, tensors in found.items() if name != layout.network),
         adapters=config.policy.lora_rank * sum(sum(shape) for shape in adapted),
-        **_maps(layout, settings),
+        **_maps(layout, settings, config.backbone.own),
     )
 
 
-def _maps(layout: Layout, settings: dict[str, Any]) -> dict[str, int]:
-    """The sizes of what the parts compute, from their configurations."""
-    own, vae, text = settings[layout.network], settings["vae"], settings["text_encoder"]
+def _maps(layout: Layout, settings: dict[str, Any], given: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes of what the parts compute, from their configurations and the backbone's own settings."""
+    vae, text = settings["vae"], settings["text_encoder"]
+    own = settings[layout.network] | layout.terms(settings)
     size = own.get("sample_size", 64)
     height, width = size if isinstance(size, list) else (size, size)
     levels = vae.get("block_out_channels", [64])
+    if given.get("image_size"):
+        height, width = (side // 2 ** (len(levels) - 1) for side in given["image_size"])
     cells = height * width
     picture = cells * 4 ** (len(levels) - 1)
     length = (text.get("text_config") or text).get("max_position_embeddings", 77)
@@ -307,6 +311,7 @@ def _maps(layout: Layout, settings: dict[str, Any]) -> dict[str, int]:
         inner = own.get("num_attention_heads", 18) * own.get("attention_head_dim", 64)
         tokens = cells // own.get("patch_size", 2) ** 2
         length += 256 if length >= 77 else 0
+        length = given.get("text_tokens") or own.get("text_tokens", length)
         units = (tokens + length) * inner * own.get("num_layers", 18)
         text_width = own.get("joint_attention_dim", 4096)
         taps = 3 * min(tokens, 256) * inner
