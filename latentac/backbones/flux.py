@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from latentac.backbones import count_tokens
 from latentac.backbones.flow import FlowTransformer, watch_thirds
-from latentac.backbones.flux_layout import CELLS, FLUX, PATCH, TEXT_TOKENS
+from latentac.backbones.flux_layout import CELLS, FLUX, PATCH
 from latentac.backbones.pipeline import PipelineSettings
+from latentac.backbones.t5_layout import LONGEST
 from latentac.method.records import Conditioning
 
 _TIMESTEPS = 1000  # by which the transformer multiplies the noise level
@@ -24,7 +25,7 @@ class FluxSettings(PipelineSettings):
     distilled_guidance: Annotated[float, Field(ge=0, le=100)] = 3.5
     """The guidance scale that the transformer gets as an input. FLUX.1 dev learned from a guided model, and has such an
     input. No effect on models without it, such as FLUX.1 schnell."""
-    text_tokens: Annotated[int, Field(ge=2, le=TEXT_TOKENS)] = TEXT_TOKENS
+    text_tokens: Annotated[int, Field(ge=2, le=LONGEST)] = LONGEST
     """Tokens of T5 per prompt. FLUX.1 schnell was trained with 256."""
 
 

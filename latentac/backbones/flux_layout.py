@@ -11,21 +11,18 @@ from latentac.backbones.stable_diffusion import (
     text_settings,
     tokens,
 )
+from latentac.backbones.t5_layout import LONGEST, t5_parts, t5_rules
 
 PATCH = 2
 """Cells of the latents per token and side: the pipeline packs them, and the transformer does not know of it."""
 CELLS = 128
 """Cells of the latents per side where no image size is given: the pipeline's own default, 1,024 pixels."""
-TEXT_TOKENS = 512
-"""Tokens of T5 per prompt, at most: the pipeline's own default."""
-
 _OTHER_TASKS = {
     96: "FLUX.1 Redux and others that add an image have more",
     128: "FLUX.1 Canny and Depth have 128",
     384: "FLUX.1 Fill has 384",
 }
 _TEXT_TO_IMAGE = "Use FLUX.1 dev, schnell, or a model that was trained from them for text to image"
-_TRAINED_WITH = "Use the text encoders that the transformer was trained with"
 
 
 def _transformer(found: Configurations) -> Iterator[Finding]:
@@ -56,26 +53,7 @@ def _clip(found: Configurations) -> Iterator[Finding]:
     reads = found["transformer"].get("pooled_projection_dim", 768)
     if width != reads:
         problem = f"pooled_projection_dim is {reads!r}, and text_encoder has a hidden_size of {width!r}"
-        yield "transformer", problem, _TRAINED_WITH
-
-
-def _t5(found: Configurations) -> Iterator[Finding]:
-    width = found["text_encoder_2"].get("d_model", 512)
-    reads = found["transformer"].get("joint_attention_dim", 4096)
-    if width != reads:
-        problem = f"joint_attention_dim is {reads!r}, and text_encoder_2 has a d_model of {width!r}"
-        yield "transformer", problem, _TRAINED_WITH
-
-
-def _t5_tokens(found: Configurations) -> Iterator[Finding]:
-    tokenizer, known = found["tokenizer_2"], found["text_encoder_2"].get("vocab_size", 32128)
-    length = tokenizer.get("model_max_length", TEXT_TOKENS)
-    if not isinstance(length, int) or length < 2:
-        problem = f"model_max_length is {length!r}"
-        yield "tokenizer_2", problem, f"Set it to {TEXT_TOKENS} in tokenizer_2/tokenizer_config.json"
-    if tokenizer["highest_id"] >= known:
-        problem = f"has the token {tokenizer['highest_id']}, and text_encoder_2 knows {known} tokens"
-        yield "tokenizer_2", problem, "Use the tokenizer that the text encoder was trained with"
+        yield "transformer", problem, "Use the text encoders that it was trained with"
 
 
 def _terms(found: Configurations) -> dict[str, int]:
@@ -85,7 +63,7 @@ def _terms(found: Configurations) -> dict[str, int]:
         "patch_size": PATCH,
         "in_channels": own.get("in_channels", 64) // PATCH**2,
         "num_layers": own.get("num_layers", 19) + own.get("num_single_layers", 38),
-        "text_tokens": TEXT_TOKENS,
+        "text_tokens": LONGEST,
     }
 
 
@@ -97,19 +75,17 @@ FLUX = Layout(
         Part("transformer", "network", ("FluxTransformer2DModel",)),
         Part("vae", "autoencoder", ("AutoencoderKL",)),
         Part("text_encoder", "text_encoder", ("CLIPTextModel",)),
-        Part("text_encoder_2", "text_encoder", ("T5EncoderModel",)),
         Part("tokenizer", "tokenizer", CLIP_TOKENIZERS),
-        Part("tokenizer_2", "tokenizer", ("T5TokenizerFast", "T5Tokenizer")),
+        *t5_parts("text_encoder_2", "tokenizer_2"),
         Part("scheduler", "scheduler", ()),
     ),
     rules=(
         (("transformer",), _transformer),
         (("transformer", "vae"), _latents),
         (("transformer", "text_encoder"), _clip),
-        (("transformer", "text_encoder_2"), _t5),
         (("vae",), flow_autoencoder("FluxPipeline")),
         (("text_encoder", "tokenizer"), tokens("text_encoder", "tokenizer")),
-        (("text_encoder_2", "tokenizer_2"), _t5_tokens),
+        *t5_rules("text_encoder_2", "tokenizer_2"),
     ),
     absent=("feature_extractor", "image_encoder"),
     terms=_terms,

@@ -89,7 +89,7 @@ class PipelineBackbone:
     """
 
     Settings: ClassVar[type[PipelineSettings]] = PipelineSettings
-    layout: ClassVar[Layout]
+    layout: Layout
     packed: ClassVar[str] = "{}"
     """Python of the latents that the pipeline's call takes, where `{}` stands for those of `latent_shape`."""
     path: diffusion.Path
@@ -100,6 +100,7 @@ class PipelineBackbone:
 
     def __init__(self, settings: PipelineSettings, folder: Path, device: torch.device) -> None:
         self.settings, self.folder, self.device = settings, folder, device
+        self.layout = self.layout_for(settings)
         self.dtype = compute_dtype(settings.precision, device)
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
@@ -115,6 +116,11 @@ class PipelineBackbone:
             self._autoencoder.enable_tiling()
         if settings.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
+
+    @classmethod
+    def layout_for(cls, settings: PipelineSettings) -> Layout:
+        """The folder layout with which a backbone of these settings is loaded and saved."""
+        return cls.layout
 
     def compile(self) -> None:
         """Compile the network as the settings say; a subclass calls this after it has placed its taps."""

@@ -30,7 +30,6 @@ from latentac.system.terminal import printable
 PURPOSE = "serving"
 """What the endpoint's noise is drawn for: a word of the key that `latentac.method.randomness.noise_for` hashes."""
 
-_CLIP_LENGTH = 77  # of Stable Diffusion 3's prompts; beside shorter ones no room is kept for T5
 _CLOSE = 1e-5
 
 _HEAD = """\
@@ -116,7 +115,7 @@ def usage(policy: Policy, folder: Path, num_steps: int, prompt: str, seed: int, 
     levels = policy.backbone.schedule(num_steps).double()
     if not torch.allclose(levels[:-1], steps.sigmas[:num_steps], atol=_CLOSE, rtol=0):
         return ""
-    arguments = {"num_inference_steps": str(num_steps), "guidance_scale": "1.0"} | steps.arguments | _text(folder)
+    arguments = {"num_inference_steps": str(num_steps), "guidance_scale": "1.0"} | steps.arguments
     fields = {"prompt": _quoted(prompt), "seed": seed, "purpose": PURPOSE}
     loaded = _adapted(folder, scheduler, adapter) if adapter else _loaded(folder)
     imports = f"DiffusionPipeline, {scheduler}" if adapter else "DiffusionPipeline"
@@ -158,13 +157,17 @@ def base_of(source: str) -> str:
     return _quoted(source if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) else Path(source).name)
 
 
+_T5 = ", text_encoder_3=None, tokenizer_3=None"
+
+
 def _loaded(folder: Path) -> str:
-    without = ", text_encoder_3=None, tokenizer_3=None" if _is_sd3(folder) else ""
+    without = _T5 if _lacks_t5(folder) else ""
     return f'# This folder, or its id on the hub:\npipeline = DiffusionPipeline.from_pretrained("."{without})'
 
 
 def _adapted(folder: Path, scheduler: str, base: str) -> str:
-    without = ", text_encoder_3=None, tokenizer_3=None" if _is_sd3(folder) else ", safety_checker=None"
+    checked = _index(folder)["_class_name"] == "StableDiffusionPipeline"
+    without = _T5 if _lacks_t5(folder) else ", safety_checker=None" if checked else ""
     lines = [
         f"base = {base}  # the untouched model",
         f"pipeline = DiffusionPipeline.from_pretrained(base, dtype=torch.float32{without})",
@@ -235,17 +238,11 @@ def _parts(moves: Sequence[tuple[float, float, float]], levels: Tensor, steps: _
     return torch.cat([rows, surplus]).T
 
 
-def _text(folder: Path) -> dict[str, str]:
-    """The argument of Stable Diffusion 3 for how many zero tokens stand where T5's would be."""
-    settings = folder / "tokenizer" / "tokenizer_config.json"
-    if not _is_sd3(folder) or not settings.is_file():
-        return {}
-    length = read_record(settings).get("model_max_length", _CLIP_LENGTH)
-    return {"max_sequence_length": "256" if length >= _CLIP_LENGTH else "0"}
-
-
-def _is_sd3(folder: Path) -> bool:
-    return str(_index(folder)["_class_name"]).startswith("StableDiffusion3")
+def _lacks_t5(folder: Path) -> bool:
+    """Stable Diffusion 3 without T5, which a pipeline of diffusers then misses."""
+    index = _index(folder)
+    missing = (index.get("text_encoder_3") or [None])[0] is None
+    return missing and str(index["_class_name"]).startswith("StableDiffusion3")
 
 
 def _index(folder: Path) -> dict[str, Any]:

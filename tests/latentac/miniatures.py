@@ -95,9 +95,10 @@ def sd3(
     max_length: int = 16,
     transformer: dict[str, Any] | None = None,
     vae: dict[str, Any] | None = None,
+    t5: tuple[Any, Any] = (None, None),
     **schedule: Any,
 ) -> Path:
-    """A transformer in StableDiffusion3Pipeline's layout, without T5. medium: as in 3.5 Medium."""
+    """A transformer in StableDiffusion3Pipeline's layout. medium: as in 3.5 Medium; t5: its encoder and tokenizer."""
     torch.manual_seed(seed)
     settings = {
         "sample_size": size // 8,
@@ -122,8 +123,8 @@ def sd3(
         tokenizer=_tokenizer(max_length),
         text_encoder_2=CLIPTextModelWithProjection(_text_config(32, max_length)),
         tokenizer_2=_tokenizer(max_length),
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=t5[0],
+        tokenizer_3=t5[1],
     )
     return _saved(pipeline, folder, variant, sharded)
 
