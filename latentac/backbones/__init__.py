@@ -100,13 +100,18 @@ BACKBONES = Table(
     {
         "unet": "latentac.backbones.unet:UNetBackbone",
         "dit": "latentac.backbones.dit:DiTBackbone",
+        "flux": "latentac.backbones.flux:FluxBackbone",
     },
 )
 
 
 def layout_of(extension: Extension) -> Layout | None:
     """The folder layout of the backbone that `extension` names; None for one that declares none."""
-    layout: Layout | None = getattr(BACKBONES.load(extension.use, "backbone.use"), "layout", None)
+    kind = BACKBONES.load(extension.use, "backbone.use")
+    if hasattr(kind, "layout_for"):  # it depends on the settings
+        chosen: Layout = kind.layout_for(BACKBONES.settings(extension, "backbone"))
+        return chosen
+    layout: Layout | None = getattr(kind, "layout", None)
     return layout
 
 

@@ -1,7 +1,9 @@
-"""A diffusion transformer in the folder layout of diffusers' StableDiffusion3Pipeline, used without its T5 encoder."""
+"""A diffusion transformer in the folder layout of diffusers' StableDiffusion3Pipeline, with or without T5."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
@@ -9,22 +11,43 @@ from torch import Tensor
 
 from latentac.backbones import count_tokens
 from latentac.backbones.flow import FlowTransformer, watch_thirds
+from latentac.backbones.layout import Layout
 from latentac.backbones.pipeline import PipelineSettings
 from latentac.backbones.stable_diffusion import DIT
+from latentac.backbones.t5_layout import t5_parts, t5_rules
 from latentac.method.records import Conditioning
 from latentac.system.errors import ConfigError, Problem
 
 _CLIP_LENGTH = 77  # tokens of Stable Diffusion 3's CLIP encoders,
-_T5_LENGTH = 256  # and the zero tokens that it puts after them where T5 would be
+_T5_LENGTH = 256  # and those of T5 that it puts after them, or as many zeros
+
+DIT_WITH_T5 = replace(
+    DIT,
+    parts=(*DIT.parts, *t5_parts("text_encoder_3", "tokenizer_3")),
+    rules=(*DIT.rules, *t5_rules("text_encoder_3", "tokenizer_3")),
+    absent=("feature_extractor", "image_encoder"),
+)
+
+
+class DiTSettings(PipelineSettings):
+    """How Stable Diffusion 3 computes."""
+
+    t5: bool = False
+    """Use the T5 encoder, which has 4.8 billion parameters. Without it, zeros take the place of its 256 tokens."""
 
 
 class DiTBackbone(FlowTransformer):
     """Stable Diffusion 3 and 3.5. Taps: `block_<i>`, the image tokens on their grid after the blocks at one third, two
     thirds and the end."""
 
+    Settings: ClassVar[type[PipelineSettings]] = DiTSettings
     layout = DIT
 
-    def __init__(self, settings: PipelineSettings, folder: Path, device: torch.device) -> None:
+    @classmethod
+    def layout_for(cls, settings: PipelineSettings) -> Layout:
+        return DIT_WITH_T5 if isinstance(settings, DiTSettings) and settings.t5 else cls.layout
+
+    def __init__(self, settings: DiTSettings, folder: Path, device: torch.device) -> None:
         super().__init__(settings, folder, device)
         # The library's own pipeline encodes the text.
         self._pipeline = StableDiffusion3Pipeline(
@@ -35,11 +58,14 @@ class DiTBackbone(FlowTransformer):
             tokenizer=self._load("tokenizer"),
             text_encoder_2=self._load("text_encoder_2"),
             tokenizer_2=self._load("tokenizer_2"),
-            text_encoder_3=None,
-            tokenizer_3=None,
+            text_encoder_3=self._load("text_encoder_3") if settings.t5 else None,
+            tokenizer_3=self._load("tokenizer_3") if settings.t5 else None,
         )
         self.text_width: int = self.module.config.joint_attention_dim
-        self.max_tokens: int = self._pipeline.tokenizer_max_length  # of both encoders
+        self.max_tokens: int = self._pipeline.tokenizer_max_length  # of both CLIP encoders
+        self._t5_length = _T5_LENGTH if self.max_tokens >= _CLIP_LENGTH else 0
+        if settings.t5:  # which reads the longest texts whole
+            self._t5_length = self.max_tokens = min(_T5_LENGTH, self._pipeline.tokenizer_3.model_max_length)
         _, height, width = self.latent_shape
         grid = height // self._patch, width // self._patch
         most = self.module.config.pos_embed_max_size
@@ -54,7 +80,6 @@ class DiTBackbone(FlowTransformer):
         self.compile()
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        standard = self._pipeline.tokenizer_max_length >= _CLIP_LENGTH
         with self._tokenizing, torch.no_grad():
             tokens, _, pooled, _ = self._pipeline.encode_prompt(
                 list(prompts),
@@ -62,15 +87,21 @@ class DiTBackbone(FlowTransformer):
                 None,
                 device=self.device,
                 do_classifier_free_guidance=False,
-                max_sequence_length=_T5_LENGTH if standard else 0,
+                max_sequence_length=self._t5_length,
             )
         return Conditioning(tokens, pooled)
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """For that of the two tokenizers which makes more of them."""
+        """T5's; without it, those of that CLIP tokenizer which makes more of them."""
+        pipeline = self._pipeline
+        tokenizers = [pipeline.tokenizer_3] if pipeline.tokenizer_3 else [pipeline.tokenizer, pipeline.tokenizer_2]
         with self._tokenizing:
-            both = [count_tokens(one, prompts) for one in (self._pipeline.tokenizer, self._pipeline.tokenizer_2)]
-        return [max(counts) for counts in zip(*both, strict=True)]
+            found = [count_tokens(one, prompts) for one in tokenizers]
+        return [max(counts) for counts in zip(*found, strict=True)]
+
+    def call(self) -> dict[str, str]:
+        """How many tokens stand after those of CLIP."""
+        return super().call() | {"max_sequence_length": str(self._t5_length)}
 
     def _network(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         velocity: Tensor = self.module(

@@ -4,22 +4,22 @@ Everything that a later step would refuse, or would use in another way than the 
 of it together, with the remedy.
 """
 
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from latentac.backbones.bounds import beyond, unheld
 from latentac.backbones.layout import INDEX, Layout, Part, Rule, unreadable
+from latentac.backbones.vocabulary import SENTENCEPIECE, read_tokenizer
 from latentac.backbones.weights import Weights, shapes
 from latentac.system.errors import ConfigError, Problem
-from latentac.system.modelfiles import Damaged, read_bytes, read_json, shorten
+from latentac.system.modelfiles import Damaged, read_json, shorten
 
 SUPPORTED = (
-    "Supported: Stable Diffusion 1.x and 2.x (StableDiffusionPipeline, backbone.use=unet) and Stable Diffusion 3 and "
-    "3.5 (StableDiffusion3Pipeline, backbone.use=dit)"
+    "Supported: Stable Diffusion 1.x and 2.x (StableDiffusionPipeline, backbone.use=unet), Stable Diffusion 3 and "
+    "3.5 (StableDiffusion3Pipeline, backbone.use=dit), FLUX.1 (FluxPipeline, backbone.use=flux)"
 )
-_BACKBONES = {"StableDiffusionPipeline": "unet", "StableDiffusion3Pipeline": "dit"}
+_BACKBONES = {"StableDiffusionPipeline": "unet", "StableDiffusion3Pipeline": "dit", "FluxPipeline": "flux"}
 _KNOWN_PIPELINES = {
     "StableDiffusionXLPipeline": "Stable Diffusion XL",
     "StableDiffusionXLImg2ImgPipeline": "the refiner of Stable Diffusion XL",
@@ -42,7 +42,12 @@ _KNOWN_PIPELINES = {
     "StableDiffusion3Img2ImgPipeline": "an image-to-image pipeline",
     "StableDiffusion3InpaintPipeline": "an inpainting pipeline",
     "StableDiffusion3ControlNetPipeline": "a pipeline with a ControlNet",
-    "FluxPipeline": "FLUX.1",
+    "FluxFillPipeline": "inpainting with FLUX.1",
+    "FluxKontextPipeline": "FLUX.1 Kontext, which edits an image",
+    "FluxControlPipeline": "FLUX.1 with a control image",
+    "FluxControlNetPipeline": "a pipeline with a ControlNet",
+    "FluxImg2ImgPipeline": "an image-to-image pipeline",
+    "FluxInpaintPipeline": "an inpainting pipeline",
     "Flux2Pipeline": "FLUX.2",
     "PixArtAlphaPipeline": "PixArt",
     "PixArtSigmaPipeline": "PixArt",
@@ -60,10 +65,8 @@ _KNOWN_PIPELINES = {
 }
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf")
 _MOST_NAMED = 5  # numbers of a file that are out of bounds; more help nobody
-_MOST_ADDED = 1000  # tokens beside a vocabulary; each is looked for in every prompt
-_LONGEST_TOKEN = 256
-_MOST_TOKENS = 2**20
-_MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"
+_WHOLE_MODELS = {"clip": "CLIPModel", "t5": "T5ForConditionalGeneration"}
+"""Of which the text encoder may be a part."""
 _SINGLE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
 
@@ -164,7 +167,7 @@ def _part(
         return
     try:
         if part.kind == "tokenizer":
-            configurations[part.name] = _tokenizer(folder / part.name)
+            configurations[part.name] = read_tokenizer(folder / part.name, part.model_type)
             return
         file = str(part.configuration)
         described = read_json(folder / part.name / file) if (folder / part.name / file).is_file() else {}
@@ -187,74 +190,16 @@ def _configuration(folder: Path, part: Part) -> dict[str, Any]:
     named = found.get("_class_name") or (
         architectures[0] if isinstance(architectures, list) and architectures else None
     )
-    fitting = {*part.classes, *(("CLIPModel",) if part.kind == "text_encoder" else ())}
+    fitting = {*part.classes, *((_WHOLE_MODELS[part.model_type],) if part.kind == "text_encoder" else ())}
     if named is not None and str(named) not in fitting:
         raise Damaged(f"config.json says {named}, and only {' or '.join(part.classes)} is supported")
-    if part.kind == "text_encoder" and not str(found.get("model_type", "clip")).startswith("clip"):
-        raise Damaged(
-            f"config.json says model_type {found['model_type']!r}, and only CLIP's text encoders are supported"
-        )
+    if part.kind == "text_encoder":
+        kind = str(found.get("model_type", part.model_type))
+        if not kind.startswith(part.model_type):
+            raise Damaged(f"config.json says model_type {kind!r}, and only {part.model_type.upper()} is supported")
     if "quantization_config" in found:
         raise Damaged("config.json has a quantization_config: quantised weights cannot be trained")
     return found
-
-
-def _tokenizer(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, and the highest token as `highest_id`. Raises Damaged."""
-    names = {path.name for path in folder.iterdir()}
-    vocabulary, more = _vocabulary(folder, names)
-    if "tokenizer_config.json" not in names:
-        raise Damaged("has no tokenizer_config.json, which says how many tokens a prompt may have")
-    found = read_json(folder / "tokenizer_config.json")
-    decoder = found.get("added_tokens_decoder")
-    for number, token in decoder.items() if isinstance(decoder, dict) else ():
-        if isinstance(token, dict):
-            more[str(token.get("content"))] = int(number) if re.fullmatch("[0-9]{1,9}", number) else number
-    special = [found, read_json(folder / _MAP) if _MAP in names else {}]
-    listed = [one.get(field) for one in special for field in ("additional_special_tokens", "extra_special_tokens")]
-    _bounded(vocabulary, more, len(more) + sum(len(one) for one in listed if isinstance(one, list | dict)))
-    tokens = vocabulary | more
-    for name in ("bos_token", "eos_token"):
-        given = found.get(name)
-        token = given.get("content") if isinstance(given, dict) else given
-        if token is not None and not (isinstance(token, str) and token in tokens):
-            raise Damaged(f"has no token {token!r}, its {name}, in its vocabulary")
-    return found | {"highest_id": max(tokens.values())}
-
-
-def _vocabulary(folder: Path, names: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Token -> number, and those of the tokens beside them. Raises Damaged."""
-    more: dict[str, Any] = {}
-    if "tokenizer.json" in names:
-        described = read_json(folder / "tokenizer.json")
-        model = described.get("model")
-        vocabulary = model.get("vocab") if isinstance(model, dict) else None
-        added = described.get("added_tokens") or []
-        listed = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-        more = {str(token.get("content")): token.get("id") for token in listed}
-        if not isinstance(added, list) or len(more) < len(added):
-            raise Damaged("tokenizer.json: added_tokens is not a list of different tokens")
-    elif "vocab.json" in names and "merges.txt" in names:
-        vocabulary = read_json(folder / "vocab.json")
-        if not read_bytes(folder / "merges.txt").strip():
-            raise Damaged("merges.txt is empty")
-    else:
-        raise Damaged("has neither tokenizer.json nor vocab.json with merges.txt")
-    if not isinstance(vocabulary, dict) or not vocabulary:
-        raise Damaged("has an empty vocabulary")
-    return vocabulary, more | (read_json(folder / _ADDED) if _ADDED in names else {})
-
-
-def _bounded(vocabulary: Mapping[str, Any], more: Mapping[str, Any], added: int) -> None:
-    """Raises Damaged for tokens that cost more than those of CLIP do. added: how many stand beside the vocabulary."""
-    if added > _MOST_ADDED:
-        raise Damaged(f"adds {added:,} tokens to its vocabulary, and at most {_MOST_ADDED:,} are read")
-    for token, number in (*vocabulary.items(), *more.items()):
-        if len(token) > _LONGEST_TOKEN:
-            raise Damaged(f"has a token of {len(token):,} characters, and at most {_LONGEST_TOKEN} are read")
-        if type(number) is not int or not 0 <= number < _MOST_TOKENS:
-            fault = f"and must be a whole one from 0 to {_MOST_TOKENS - 1:,}"
-            raise Damaged(f"has a token {token!r} whose number is {str(number)[:40]}, {fault}")
 
 
 def _weights(folder: Path, part: Part, configuration: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -305,6 +250,8 @@ def _scheduler(source: str, folder: Path, layout: Layout) -> Sequence[Problem]:
 def _remedy(problem: str) -> str:
     if "git-lfs" in problem:
         return "Run `git lfs pull` in its folder"
+    if SENTENCEPIECE in problem:
+        return "Where sentencepiece is installed, load it with T5TokenizerFast and call save_pretrained"
     if "quantised" in problem:
         return "Use the model in float32, float16 or bfloat16"
     if "supported" in problem:

@@ -15,10 +15,8 @@ from latentac.backbones.weights import Weights, choose, shard_map
 from latentac.system.modelfiles import ADAPTERS, faults, plain, read_json
 
 INDEX = "model_index.json"
-_TOKENIZER_FILES = {
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json"),
-}
+_TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+_MORE_TOKENIZER_FILES = {"clip": {"vocab.json", "merges.txt"}, "t5": set[str]()}
 _ANYTHING_SAFE = (".safetensors", ".json", ".txt", ".model")
 _TEXTS = ("_class_name", "_diffusers_version")  # of model_index.json
 
@@ -42,6 +40,11 @@ class Part:
         return "model" if self.kind == "text_encoder" else None
 
     @property
+    def model_type(self) -> Literal["clip", "t5"]:
+        """The text encoder that it is, or is the tokenizer of."""
+        return "t5" if self.classes[0].startswith("T5") else "clip"
+
+    @property
     def library(self) -> str:
         """The one that model_index.json must name: any other is code of the folder's own."""
         return "transformers" if self.kind in {"text_encoder", "tokenizer"} else "diffusers"
@@ -57,7 +60,9 @@ class Part:
 
     def files(self, names: Collection[str]) -> list[str]:
         """Those of the folder's file `names` that are used."""
-        wanted = _TOKENIZER_FILES if self.kind == "tokenizer" else {str(self.configuration)}
+        wanted = {str(self.configuration)}
+        if self.kind == "tokenizer":
+            wanted = _TOKENIZER_FILES | _MORE_TOKENIZER_FILES[self.model_type]
         weights = self.weights(names)
         return [*sorted(wanted.intersection(names)), *(weights.names if weights else ())]
 

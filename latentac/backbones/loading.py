@@ -20,16 +20,11 @@ from transformers.utils import logging as transformers_logging
 from latentac.backbones.bounds import beyond
 from latentac.backbones.inspection import weights_of
 from latentac.backbones.layout import Part, place
+from latentac.backbones.vocabulary import TOKENIZER, reduced
 from latentac.backbones.weights import shapes
 from latentac.system.errors import ConfigError, Problem
 from latentac.system.modelfiles import ADAPTERS, Damaged, check, read_json
 
-_TOKENIZER = "tokenizer.json"
-_TOKENIZER_FIELDS = (
-    *("version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor"),
-    *("decoder", "model"),
-)
-_READ = ("version", "added_tokens", "model")
 _SPARE = 2**16  # numbers that older versions did not keep, such as a table of positions
 
 
@@ -72,10 +67,9 @@ def load(kind: Any, folder: Path, part: Part, device: torch.device, dtype: torch
 def load_tokenizer(kind: Any, folder: Path, part: Part) -> Any:
     """`kind.from_pretrained` of a tokenizer. Raises ConfigError."""
     with _errors(folder, part), _view(folder, part) as view:
-        if (view / _TOKENIZER).is_file():  # CLIP's class has a normaliser, patterns and marks of its own
-            described = read_json(view / _TOKENIZER)
-            described = {name: described.get(name) if name in _READ else None for name in _TOKENIZER_FIELDS}
-            (view / _TOKENIZER).write_text(json.dumps(described), encoding="utf-8")
+        if (view / TOKENIZER).is_file():
+            described = reduced(read_json(view / TOKENIZER), part.model_type)
+            (view / TOKENIZER).write_text(json.dumps(described), encoding="utf-8")
         return kind.from_pretrained(view, local_files_only=True, trust_remote_code=False)
 
 
@@ -120,7 +114,8 @@ def _check_size(kind: Any, view: Path, folder: Path, part: Part) -> None:
     held = sum(map(prod, shapes(folder / part.name, chosen).values()))
     with torch.device("meta"):  # shapes without memory
         empty = kind.from_config(described) if hasattr(kind, "from_config") else _configured(kind, view)
-    asked = sum(tensor.numel() for tensor in empty.state_dict().values())
+    different = {id(tensor): tensor.numel() for tensor in empty.state_dict(keep_vars=True).values()}  # some are shared
+    asked = sum(different.values())
     if asked > held + _SPARE:
         problem = f"{part.name}: its config.json asks for {asked:,} numbers, and its weights file has {held:,}"
         remedy = f"Use the weights that belong to {part.name}/config.json"

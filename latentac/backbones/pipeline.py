@@ -89,7 +89,9 @@ class PipelineBackbone:
     """
 
     Settings: ClassVar[type[PipelineSettings]] = PipelineSettings
-    layout: ClassVar[Layout]
+    layout: Layout
+    packed: ClassVar[str] = "{}"
+    """Python of the latents that the pipeline's call takes, where `{}` stands for those of `latent_shape`."""
     path: diffusion.Path
     latent_shape: tuple[int, int, int]
     tap_shapes: dict[str, tuple[int, int, int]]
@@ -98,6 +100,7 @@ class PipelineBackbone:
 
     def __init__(self, settings: PipelineSettings, folder: Path, device: torch.device) -> None:
         self.settings, self.folder, self.device = settings, folder, device
+        self.layout = self.layout_for(settings)
         self.dtype = compute_dtype(settings.precision, device)
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
@@ -113,6 +116,11 @@ class PipelineBackbone:
             self._autoencoder.enable_tiling()
         if settings.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
+
+    @classmethod
+    def layout_for(cls, settings: PipelineSettings) -> Layout:
+        """The folder layout with which a backbone of these settings is loaded and saved."""
+        return cls.layout
 
     def compile(self) -> None:
         """Compile the network as the settings say; a subclass calls this after it has placed its taps."""
@@ -206,6 +214,11 @@ class PipelineBackbone:
         index |= {part.name: (part.library, part.classes[0]) for part in self.layout.parts if part.classes}
         index["scheduler"] = ("diffusers", type(scheduler).__name__)
         folders.write_index(folder, self.layout.pipeline, index, **self.layout.flags)
+
+    def call(self) -> dict[str, str]:
+        """Arguments of the pipeline's call, as Python, that this backbone's settings stand for."""
+        height, width = map(str, self.image_size)
+        return {"height": height, "width": width} if self.settings.image_size else {}
 
     def _scheduler_of_schedule(self) -> Any:
         """A scheduler of diffusers that takes the steps of `schedule`."""

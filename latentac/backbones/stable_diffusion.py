@@ -14,7 +14,7 @@ Configurations = Mapping[str, Mapping[str, Any]]
 Finding = tuple[str, str, str]
 """Where (a part's name), what is wrong, the remedy."""
 
-_CLIP = ("CLIPTokenizer", "CLIPTokenizerFast")
+CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 
 _UNUSED_INPUTS = {
     "class_embed_type": "classes or a noise level beside the text, as upscalers and unCLIP do",
@@ -62,7 +62,7 @@ def _unet_latents(found: Configurations) -> Iterator[Finding]:
 
 
 def _unet_text(found: Configurations) -> Iterator[Finding]:
-    text = _text(found["text_encoder"])
+    text = text_settings(found["text_encoder"])
     if text.get("use_attention_mask"):
         yield "text_encoder", "use_attention_mask is true, and latentac reads all tokens alike", _TEXT_TO_IMAGE
     width = text.get("hidden_size", 512)
@@ -96,7 +96,7 @@ def _transformer_latents(found: Configurations) -> Iterator[Finding]:
 
 
 def _transformer_text(found: Configurations) -> Iterator[Finding]:
-    own, texts = found["transformer"], [_text(found["text_encoder"]), _text(found["text_encoder_2"])]
+    own, texts = found["transformer"], [text_settings(found["text_encoder"]), text_settings(found["text_encoder_2"])]
     width, reads = sum(text.get("hidden_size", 512) for text in texts), own.get("joint_attention_dim", 4096)
     if width > reads:
         problem = f"joint_attention_dim is {reads}, and the two text encoders together have {width}"
@@ -107,13 +107,19 @@ def _transformer_text(found: Configurations) -> Iterator[Finding]:
         yield "transformer", problem, "Use the text encoders that it was trained with"
 
 
-def _transformer_autoencoder(found: Configurations) -> Iterator[Finding]:
-    yield from _autoencoder(found["vae"])
-    if found["vae"].get("shift_factor") is None:
-        problem = "shift_factor is null, and StableDiffusion3Pipeline adds it"
-        yield "vae", problem, "Write the number that the model was trained with, 0.0 for none"
-    elif not _is_number(found["vae"]["shift_factor"]):
-        yield "vae", f"shift_factor is {found['vae']['shift_factor']!r}", "Write the number that it was trained with"
+def flow_autoencoder(pipeline: str) -> Callable[[Configurations], Iterator[Finding]]:
+    """An autoencoder with a shift, which the pipeline of a flow model applies."""
+
+    def rule(found: Configurations) -> Iterator[Finding]:
+        yield from _autoencoder(found["vae"])
+        shift = found["vae"].get("shift_factor")
+        if shift is None:
+            problem = f"shift_factor is null, and {pipeline} adds it"
+            yield "vae", problem, "Write the number that the model was trained with, 0.0 for none"
+        elif not _is_number(shift):
+            yield "vae", f"shift_factor is {shift!r}", "Write the number that it was trained with"
+
+    return rule
 
 
 def _two_tokenizers(found: Configurations) -> Iterator[Finding]:
@@ -156,11 +162,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _tokens(encoder: str, name: str) -> Callable[[Configurations], Iterator[Finding]]:
+def tokens(encoder: str, name: str) -> Callable[[Configurations], Iterator[Finding]]:
     """A tokenizer's ids and lengths must be such that its text encoder knows them."""
 
     def rule(found: Configurations) -> Iterator[Finding]:
-        text, tokenizer = _text(found[encoder]), found[name]
+        text, tokenizer = text_settings(found[encoder]), found[name]
         longest, known = text.get("max_position_embeddings", 77), text.get("vocab_size", 49408)
         length = tokenizer.get("model_max_length")
         if not isinstance(length, int) or not 2 < length <= longest:
@@ -174,7 +180,7 @@ def _tokens(encoder: str, name: str) -> Callable[[Configurations], Iterator[Find
     return rule
 
 
-def _text(configuration: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_settings(configuration: Mapping[str, Any]) -> Mapping[str, Any]:
     """A text encoder's own part of a CLIP configuration."""
     nested = configuration.get("text_config")
     return nested if isinstance(nested, dict) else configuration
@@ -187,7 +193,8 @@ def unet_sizes(found: Configurations, size: tuple[int, int] | None) -> Sizes:
     depth = layers if isinstance(layers, int) else max(layers)
     return Sizes(
         latent=own.get("in_channels", 4) * cells,
-        text=_text(found["text_encoder"]).get("max_position_embeddings", 77) * own.get("cross_attention_dim", 1280),
+        text=text_settings(found["text_encoder"]).get("max_position_embeddings", 77)
+        * own.get("cross_attention_dim", 1280),
         units=sum((cells >> (2 * level)) * each for level, each in enumerate(channels)) * (2 * depth + 1),
         taps=min(cells >> (2 * (len(channels) - 1)), 256) * channels[-1] + min(cells, 256) * channels[0],
         channels=channels[-1] + channels[0],
@@ -200,7 +207,7 @@ def _transformer_sizes(found: Configurations, size: tuple[int, int] | None) -> S
     cells = _cells(own, size)
     inner = own.get("num_attention_heads", 18) * own.get("attention_head_dim", 64)
     tokens = cells // own.get("patch_size", 2) ** 2
-    length = _text(found["text_encoder"]).get("max_position_embeddings", 77)
+    length = text_settings(found["text_encoder"]).get("max_position_embeddings", 77)
     length += 256 if length >= 77 else 0  # the zero tokens in place of T5's
     return Sizes(
         latent=own.get("in_channels", 16) * cells,
@@ -228,7 +235,7 @@ UNET = Layout(
         Part("unet", "network", ("UNet2DConditionModel",)),
         Part("vae", "autoencoder", ("AutoencoderKL",)),
         Part("text_encoder", "text_encoder", ("CLIPTextModel",)),
-        Part("tokenizer", "tokenizer", _CLIP),
+        Part("tokenizer", "tokenizer", CLIP_TOKENIZERS),
         Part("scheduler", "scheduler", ()),
     ),
     rules=(
@@ -236,7 +243,7 @@ UNET = Layout(
         (("unet", "vae"), _unet_latents),
         (("unet", "text_encoder"), _unet_text),
         (("vae",), _unet_autoencoder),
-        (("text_encoder", "tokenizer"), _tokens("text_encoder", "tokenizer")),
+        (("text_encoder", "tokenizer"), tokens("text_encoder", "tokenizer")),
     ),
     absent=("feature_extractor", "image_encoder", "safety_checker"),
     flags={"requires_safety_checker": False},
@@ -252,17 +259,17 @@ DIT = Layout(
         Part("vae", "autoencoder", ("AutoencoderKL",)),
         Part("text_encoder", "text_encoder", ("CLIPTextModelWithProjection",)),
         Part("text_encoder_2", "text_encoder", ("CLIPTextModelWithProjection",)),
-        Part("tokenizer", "tokenizer", _CLIP),
-        Part("tokenizer_2", "tokenizer", _CLIP),
+        Part("tokenizer", "tokenizer", CLIP_TOKENIZERS),
+        Part("tokenizer_2", "tokenizer", CLIP_TOKENIZERS),
         Part("scheduler", "scheduler", ()),
     ),
     rules=(
         (("transformer",), _transformer),
         (("transformer", "vae"), _transformer_latents),
         (("transformer", "text_encoder", "text_encoder_2"), _transformer_text),
-        (("vae",), _transformer_autoencoder),
-        (("text_encoder", "tokenizer"), _tokens("text_encoder", "tokenizer")),
-        (("text_encoder_2", "tokenizer_2"), _tokens("text_encoder_2", "tokenizer_2")),
+        (("vae",), flow_autoencoder("StableDiffusion3Pipeline")),
+        (("text_encoder", "tokenizer"), tokens("text_encoder", "tokenizer")),
+        (("text_encoder_2", "tokenizer_2"), tokens("text_encoder_2", "tokenizer_2")),
         (("tokenizer", "tokenizer_2"), _two_tokenizers),
     ),
     absent=("feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3"),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from latentac.backbones import Denoiser
 from latentac.backbones.guided import Guided
+from latentac.backbones.pipeline import PipelineBackbone
 from latentac.method.diffusion import DDIM, Kernel, Prediction, alpha_of
 from latentac.method.diffusion import Path as Mixing
 from latentac.sampling.policy import Policy
@@ -30,7 +31,6 @@ from latentac.system.terminal import printable
 PURPOSE = "serving"
 """What the endpoint's noise is drawn for: a word of the key that `latentac.method.randomness.noise_for` hashes."""
 
-_CLIP_LENGTH = 77  # of Stable Diffusion 3's prompts; beside shorter ones no room is kept for T5
 _CLOSE = 1e-5
 
 _HEAD = """\
@@ -70,11 +70,11 @@ fresh = {fresh}
 
 def draw(prompt, seed, index=0):
     noise = generator(seed, index)
-    latents = torch.randn(1, {shape}, generator=noise)
+    latents = {first}
     state = [latents.to(pipeline.device)]
 
     def renew(pipeline, step, timestep, tensors):
-        drawn = torch.randn(latents.shape, generator=noise).to(pipeline.device)
+        drawn = {next}.to(pipeline.device)
         state[0] = before[step] * state[0] + after[step] * tensors["latents"] + fresh[step] * drawn
         return {{"latents": state[0]}}
 
@@ -116,9 +116,11 @@ def usage(policy: Policy, folder: Path, num_steps: int, prompt: str, seed: int, 
     levels = policy.backbone.schedule(num_steps).double()
     if not torch.allclose(levels[:-1], steps.sigmas[:num_steps], atol=_CLOSE, rtol=0):
         return ""
-    arguments = (
-        {"num_inference_steps": str(num_steps)} | _of_backbone(policy.backbone) | steps.arguments | _text(folder)
-    )
+    scale, backbone = _unguided(policy.backbone)
+    called = backbone.call() if isinstance(backbone, PipelineBackbone) else {}
+    if scale != 1 and "guidance_scale" in called:  # the call's own scale is another thing
+        return ""
+    arguments = {"num_inference_steps": str(num_steps), "guidance_scale": repr(scale)} | called | steps.arguments
     fields = {"prompt": _quoted(prompt), "seed": seed, "purpose": PURPOSE}
     loaded = _adapted(folder, scheduler, adapter) if adapter else _loaded(folder)
     imports = f"DiffusionPipeline, {scheduler}" if adapter else "DiffusionPipeline"
@@ -130,17 +132,26 @@ def usage(policy: Policy, folder: Path, num_steps: int, prompt: str, seed: int, 
         arguments["eta"] = repr(eta)
         return head + _PLAIN.format(arguments=_joined(arguments, 4), **fields)
     before, after, fresh = map(_numbers, _parts(moves, levels, steps, policy.backbone.path))
-    shape = ", ".join(map(str, policy.backbone.latent_shape))
+    draws = _draws(policy.backbone)
     return head + _RENEWED.format(
-        before=before, after=after, fresh=fresh, shape=shape, arguments=_joined(arguments, 8), **fields
+        before=before, after=after, fresh=fresh, arguments=_joined(arguments, 8), **draws, **fields
     )
 
 
-def _of_backbone(backbone: Denoiser) -> dict[str, str]:
-    """The guidance scale, and the image's size where it is not the model's own."""
-    scale, own = (backbone.scale, backbone.backbone) if isinstance(backbone, Guided) else (1.0, backbone)
-    size = getattr(getattr(own, "settings", None), "image_size", None)
-    return {"guidance_scale": repr(float(scale))} | ({"height": str(size[0]), "width": str(size[1])} if size else {})
+def _unguided(backbone: Denoiser) -> tuple[float, Denoiser]:
+    """The scale of classifier-free guidance, and the backbone below it."""
+    return (float(backbone.scale), backbone.backbone) if isinstance(backbone, Guided) else (1.0, backbone)
+
+
+def _draws(backbone: Denoiser) -> dict[str, str]:
+    """Python for the noise of the first level and for that of a step, as the pipeline's call takes latents."""
+    first = f"torch.randn({', '.join(map(str, (1, *backbone.latent_shape)))}, generator=noise)"
+    packed = backbone.packed if isinstance(backbone, PipelineBackbone) else "{}"
+    same = packed == "{}"
+    return {
+        "first": packed.format(first),
+        "next": "torch.randn(latents.shape, generator=noise)" if same else packed.format(first),
+    }
 
 
 def base_of(source: str) -> str:
@@ -150,13 +161,17 @@ def base_of(source: str) -> str:
     return _quoted(source if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) else Path(source).name)
 
 
+_T5 = ", text_encoder_3=None, tokenizer_3=None"
+
+
 def _loaded(folder: Path) -> str:
-    without = ", text_encoder_3=None, tokenizer_3=None" if _is_sd3(folder) else ""
+    without = _T5 if _lacks_t5(folder) else ""
     return f'# This folder, or its id on the hub:\npipeline = DiffusionPipeline.from_pretrained("."{without})'
 
 
 def _adapted(folder: Path, scheduler: str, base: str) -> str:
-    without = ", text_encoder_3=None, tokenizer_3=None" if _is_sd3(folder) else ", safety_checker=None"
+    checked = _index(folder)["_class_name"] == "StableDiffusionPipeline"
+    without = _T5 if _lacks_t5(folder) else ", safety_checker=None" if checked else ""
     lines = [
         f"base = {base}  # the untouched model",
         f"pipeline = DiffusionPipeline.from_pretrained(base, dtype=torch.float32{without})",
@@ -227,17 +242,11 @@ def _parts(moves: Sequence[tuple[float, float, float]], levels: Tensor, steps: _
     return torch.cat([rows, surplus]).T
 
 
-def _text(folder: Path) -> dict[str, str]:
-    """The argument of Stable Diffusion 3 for how many zero tokens stand where T5's would be."""
-    settings = folder / "tokenizer" / "tokenizer_config.json"
-    if not _is_sd3(folder) or not settings.is_file():
-        return {}
-    length = read_record(settings).get("model_max_length", _CLIP_LENGTH)
-    return {"max_sequence_length": "256" if length >= _CLIP_LENGTH else "0"}
-
-
-def _is_sd3(folder: Path) -> bool:
-    return str(_index(folder)["_class_name"]).startswith("StableDiffusion3")
+def _lacks_t5(folder: Path) -> bool:
+    """Stable Diffusion 3 without T5, which a pipeline of diffusers then misses."""
+    index = _index(folder)
+    missing = (index.get("text_encoder_3") or [None])[0] is None
+    return missing and str(index["_class_name"]).startswith("StableDiffusion3")
 
 
 def _index(folder: Path) -> dict[str, Any]:

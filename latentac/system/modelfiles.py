@@ -36,7 +36,7 @@ _TOKENIZER_FIELDS = frozenset(
         *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"),
         *("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder", "model_max_length"),
         *("tokenizer_class", "model_input_names", "do_lower_case", "add_prefix_space", "errors", "padding_side"),
-        *("truncation_side", "clean_up_tokenization_spaces", "split_special_tokens", "backend"),
+        *("truncation_side", "clean_up_tokenization_spaces", "split_special_tokens", "backend", "extra_ids"),
     }
 )
 _MAY_BE_INFINITE = "lambda_min_clipped"  # -Infinity in diffusers' own scheduler configurations

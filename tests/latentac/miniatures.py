@@ -95,9 +95,10 @@ def sd3(
     max_length: int = 16,
     transformer: dict[str, Any] | None = None,
     vae: dict[str, Any] | None = None,
+    t5: tuple[Any, Any] = (None, None),
     **schedule: Any,
 ) -> Path:
-    """A transformer in StableDiffusion3Pipeline's layout, without T5. medium: as in 3.5 Medium."""
+    """A transformer in StableDiffusion3Pipeline's layout. medium: as in 3.5 Medium; t5: its encoder and tokenizer."""
     torch.manual_seed(seed)
     settings = {
         "sample_size": size // 8,
@@ -122,8 +123,8 @@ def sd3(
         tokenizer=_tokenizer(max_length),
         text_encoder_2=CLIPTextModelWithProjection(_text_config(32, max_length)),
         tokenizer_2=_tokenizer(max_length),
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=t5[0],
+        tokenizer_3=t5[1],
     )
     return _saved(pipeline, folder, variant, sharded)
 
@@ -136,7 +137,8 @@ def _saved(pipeline: Any, folder: Path, variant: str, sharded: bool) -> Path:
     with tempfile.TemporaryDirectory() as fresh:  # saving into a folder removes the shards that it holds
         pipeline.save_pretrained(fresh, variant=variant or None, max_shard_size=SHARD if sharded else None)
         for tokenizer in Path(fresh).glob("tokenizer*"):
-            _older_form(tokenizer)
+            if "CLIP" in (tokenizer / "tokenizer_config.json").read_text():
+                _older_form(tokenizer)
         shutil.copytree(fresh, folder, dirs_exist_ok=True)
     return folder
 

@@ -56,7 +56,8 @@ def test_gradient_checkpointing_changes_nothing(name, adaptation):
     sections: dict[str, Any] = {"policy": {"adaptation": adaptation}}
     plain = make_trainer(name, **sections)
     saving = make_trainer(name, **sections)
-    saving.policy.backbone.module.enable_gradient_checkpointing()
+    network: Any = saving.policy.backbone.module
+    network.enable_gradient_checkpointing()
     close(gradient_of(saving), gradient_of(plain), 1e-6)
 
 

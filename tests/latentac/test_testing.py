@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentac.backbones import BACKBONES
 from latentac.backbones.unet import UNetBackbone
 from latentac.critic import BODIES
 from latentac.critic.bodies import FrozenTaps
@@ -24,6 +23,7 @@ from latentac.training.algorithms.grpo import GRPO
 from latentac.training.algorithms.ppo import PPO
 from latentac.worlds.shapes.captions import parse_caption
 from latentac.worlds.shapes.scenes import sample_images
+from tests.latentac.trainers import SHIPPED
 
 HERE = "tests.latentac.test_testing"
 
@@ -61,7 +61,7 @@ def test_each_critic_body_keeps_its_contract(name: str) -> None:
     testing.check_critic_body(name, width=32)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", SHIPPED)
 def test_each_backbone_keeps_its_contract(name: str) -> None:
     """On the pipelines of the embedded world."""
     testing.check_backbone(name)
