@@ -99,6 +99,7 @@ BACKBONES = Table(
     "backbone",
     {
         "unet": "latentac.backbones.unet:UNetBackbone",
+        "sdxl": "latentac.backbones.sdxl:SDXLBackbone",
         "dit": "latentac.backbones.dit:DiTBackbone",
     },
 )

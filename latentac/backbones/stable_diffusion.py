@@ -5,7 +5,7 @@ from in another way than it was trained, without a word.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from latentac.backbones.layout import Layout, Part
@@ -14,7 +14,7 @@ Configurations = Mapping[str, Mapping[str, Any]]
 Finding = tuple[str, str, str]
 """Where (a part's name), what is wrong, the remedy."""
 
-_CLIP = ("CLIPTokenizer", "CLIPTokenizerFast")
+CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 
 _UNUSED_INPUTS = {
     "class_embed_type": "classes or a noise level beside the text, as upscalers and unCLIP do",
@@ -32,23 +32,27 @@ _CHANNELS = {
     8: "instruct-pix2pix has 8",
     9: "inpainting models have 9",
 }
-_TEXT_TO_IMAGE = "Use a text-to-image model of this architecture"
+TEXT_TO_IMAGE = "Use a text-to-image model of this architecture"
 _OTHER_LATENTS = "Use an AutoencoderKL with scaling_factor alone, as Stable Diffusion has it"
 
 
 def _unet(found: Configurations) -> Iterator[Finding]:
-    unet = found["unet"]
+    return unet_inputs(found["unet"])
+
+
+def unet_inputs(unet: Mapping[str, Any], used: Collection[str] = ()) -> Iterator[Finding]:
+    """A UNet must take latents, a timestep and text, and of `_UNUSED_INPUTS` only what is `used`."""
     for name, what in _UNUSED_INPUTS.items():
-        if unet.get(name) is not None:
-            yield "unet", f"{name} is {unet[name]!r}: it takes {what}", _TEXT_TO_IMAGE
+        if name not in used and unet.get(name) is not None:
+            yield "unet", f"{name} is {unet[name]!r}: it takes {what}", TEXT_TO_IMAGE
     if unet.get("attention_type", "default") != "default":
-        yield "unet", f"attention_type is {unet['attention_type']!r}: it takes boxes, as GLIGEN does", _TEXT_TO_IMAGE
+        yield "unet", f"attention_type is {unet['attention_type']!r}: it takes boxes, as GLIGEN does", TEXT_TO_IMAGE
     if unet.get("dual_cross_attention"):
-        yield "unet", "dual_cross_attention is true: it takes text and a picture", _TEXT_TO_IMAGE
+        yield "unet", "dual_cross_attention is true: it takes text and a picture", TEXT_TO_IMAGE
     if unet.get("time_embedding_type", "positional") != "positional":
-        yield "unet", f"time_embedding_type is {unet['time_embedding_type']!r}, and must be positional", _TEXT_TO_IMAGE
+        yield "unet", f"time_embedding_type is {unet['time_embedding_type']!r}, and must be positional", TEXT_TO_IMAGE
     if unet.get("mid_block_type", "UNetMidBlock2DCrossAttn") is None:
-        yield "unet", "mid_block_type is null, and the critic reads the middle block", _TEXT_TO_IMAGE
+        yield "unet", "mid_block_type is null, and the critic reads the middle block", TEXT_TO_IMAGE
     sizes = unet.get("sample_size")
     for size in sizes if isinstance(sizes, list) and len(sizes) == 2 else [sizes]:
         if not _is_count(size):
@@ -56,15 +60,15 @@ def _unet(found: Configurations) -> Iterator[Finding]:
             yield "unet", problem, "Set it to the pictures' side divided by 8 (64 for 512 pixels)"
 
 
-def _unet_latents(found: Configurations) -> Iterator[Finding]:
+def unet_latents(found: Configurations) -> Iterator[Finding]:
     unet = found["unet"]
     return _channels("unet", unet.get("in_channels", 4), unet.get("out_channels", 4), found["vae"])
 
 
 def _unet_text(found: Configurations) -> Iterator[Finding]:
-    text = _text(found["text_encoder"])
+    text = text_settings(found["text_encoder"])
     if text.get("use_attention_mask"):
-        yield "text_encoder", "use_attention_mask is true, and latentac reads all tokens alike", _TEXT_TO_IMAGE
+        yield "text_encoder", "use_attention_mask is true, and latentac reads all tokens alike", TEXT_TO_IMAGE
     width = text.get("hidden_size", 512)
     reads = found["unet"].get("cross_attention_dim", 1280)
     if reads != width:
@@ -72,10 +76,10 @@ def _unet_text(found: Configurations) -> Iterator[Finding]:
         yield "unet", problem, "Use the text encoder that the UNet was trained with"
 
 
-def _unet_autoencoder(found: Configurations) -> Iterator[Finding]:
+def unet_autoencoder(found: Configurations) -> Iterator[Finding]:
     yield from _autoencoder(found["vae"])
     if found["vae"].get("shift_factor"):
-        problem = f"shift_factor is {found['vae']['shift_factor']}, which StableDiffusionPipeline does not apply"
+        problem = f"shift_factor is {found['vae']['shift_factor']}, which the pipelines of UNets do not apply"
         yield "vae", problem, _OTHER_LATENTS
 
 
@@ -96,7 +100,7 @@ def _transformer_latents(found: Configurations) -> Iterator[Finding]:
 
 
 def _transformer_text(found: Configurations) -> Iterator[Finding]:
-    own, texts = found["transformer"], [_text(found["text_encoder"]), _text(found["text_encoder_2"])]
+    own, texts = found["transformer"], [text_settings(found["text_encoder"]), text_settings(found["text_encoder_2"])]
     width, reads = sum(text.get("hidden_size", 512) for text in texts), own.get("joint_attention_dim", 4096)
     if width > reads:
         problem = f"joint_attention_dim is {reads}, and the two text encoders together have {width}"
@@ -116,7 +120,7 @@ def _transformer_autoencoder(found: Configurations) -> Iterator[Finding]:
         yield "vae", f"shift_factor is {found['vae']['shift_factor']!r}", "Write the number that it was trained with"
 
 
-def _two_tokenizers(found: Configurations) -> Iterator[Finding]:
+def two_tokenizers(found: Configurations) -> Iterator[Finding]:
     lengths = {str(found[name].get("model_max_length")) for name in ("tokenizer", "tokenizer_2")}
     if len(lengths) > 1:
         problem = f"model_max_length differs from that of tokenizer ({', '.join(sorted(lengths))})"
@@ -127,16 +131,16 @@ def _channels(part: str, inputs: object, outputs: object, vae: Mapping[str, Any]
     latent = vae.get("latent_channels", 4)
     if inputs != latent:
         hint = f" ({_CHANNELS[inputs]})" if isinstance(inputs, int) and inputs in _CHANNELS and part == "unet" else ""
-        yield part, f"in_channels is {inputs!r}{hint}, and vae has latent_channels {latent}", _TEXT_TO_IMAGE
+        yield part, f"in_channels is {inputs!r}{hint}, and vae has latent_channels {latent}", TEXT_TO_IMAGE
     if outputs is not None and outputs != inputs:
         hint = ": it predicts a variance too" if outputs == 2 * latent else ""
-        yield part, f"out_channels is {outputs!r} and in_channels {inputs!r}{hint}", _TEXT_TO_IMAGE
+        yield part, f"out_channels is {outputs!r} and in_channels {inputs!r}{hint}", TEXT_TO_IMAGE
 
 
 def _autoencoder(vae: Mapping[str, Any]) -> Iterator[Finding]:
     for name in ("latents_mean", "latents_std"):
         if vae.get(name) is not None:
-            yield "vae", f"{name} is set, and diffusers' pipeline of this model does not apply it", _OTHER_LATENTS
+            yield "vae", f"{name} is set, and latentac does not apply it", _OTHER_LATENTS
     scale = vae.get("scaling_factor", 0.18215)
     if not _is_number(scale) or not 1e-3 < scale < 1e3:
         yield "vae", f"scaling_factor is {scale!r}", "Write the number that the model was trained with"
@@ -156,11 +160,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _tokens(encoder: str, name: str) -> Callable[[Configurations], Iterator[Finding]]:
+def tokens(encoder: str, name: str) -> Callable[[Configurations], Iterator[Finding]]:
     """A tokenizer's ids and lengths must be such that its text encoder knows them."""
 
     def rule(found: Configurations) -> Iterator[Finding]:
-        text, tokenizer = _text(found[encoder]), found[name]
+        text, tokenizer = text_settings(found[encoder]), found[name]
         longest, known = text.get("max_position_embeddings", 77), text.get("vocab_size", 49408)
         length = tokenizer.get("model_max_length")
         if not isinstance(length, int) or not 2 < length <= longest:
@@ -174,7 +178,7 @@ def _tokens(encoder: str, name: str) -> Callable[[Configurations], Iterator[Find
     return rule
 
 
-def _text(configuration: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_settings(configuration: Mapping[str, Any]) -> Mapping[str, Any]:
     """A text encoder's own part of a CLIP configuration."""
     nested = configuration.get("text_config")
     return nested if isinstance(nested, dict) else configuration
@@ -188,15 +192,15 @@ UNET = Layout(
         Part("unet", "network", ("UNet2DConditionModel",)),
         Part("vae", "autoencoder", ("AutoencoderKL",)),
         Part("text_encoder", "text_encoder", ("CLIPTextModel",)),
-        Part("tokenizer", "tokenizer", _CLIP),
+        Part("tokenizer", "tokenizer", CLIP_TOKENIZERS),
         Part("scheduler", "scheduler", ()),
     ),
     rules=(
         (("unet",), _unet),
-        (("unet", "vae"), _unet_latents),
+        (("unet", "vae"), unet_latents),
         (("unet", "text_encoder"), _unet_text),
-        (("vae",), _unet_autoencoder),
-        (("text_encoder", "tokenizer"), _tokens("text_encoder", "tokenizer")),
+        (("vae",), unet_autoencoder),
+        (("text_encoder", "tokenizer"), tokens("text_encoder", "tokenizer")),
     ),
     absent=("feature_extractor", "image_encoder", "safety_checker"),
     flags={"requires_safety_checker": False},
@@ -211,8 +215,8 @@ DIT = Layout(
         Part("vae", "autoencoder", ("AutoencoderKL",)),
         Part("text_encoder", "text_encoder", ("CLIPTextModelWithProjection",)),
         Part("text_encoder_2", "text_encoder", ("CLIPTextModelWithProjection",)),
-        Part("tokenizer", "tokenizer", _CLIP),
-        Part("tokenizer_2", "tokenizer", _CLIP),
+        Part("tokenizer", "tokenizer", CLIP_TOKENIZERS),
+        Part("tokenizer_2", "tokenizer", CLIP_TOKENIZERS),
         Part("scheduler", "scheduler", ()),
     ),
     rules=(
@@ -220,9 +224,9 @@ DIT = Layout(
         (("transformer", "vae"), _transformer_latents),
         (("transformer", "text_encoder", "text_encoder_2"), _transformer_text),
         (("vae",), _transformer_autoencoder),
-        (("text_encoder", "tokenizer"), _tokens("text_encoder", "tokenizer")),
-        (("text_encoder_2", "tokenizer_2"), _tokens("text_encoder_2", "tokenizer_2")),
-        (("tokenizer", "tokenizer_2"), _two_tokenizers),
+        (("text_encoder", "tokenizer"), tokens("text_encoder", "tokenizer")),
+        (("text_encoder_2", "tokenizer_2"), tokens("text_encoder_2", "tokenizer_2")),
+        (("tokenizer", "tokenizer_2"), two_tokenizers),
     ),
     absent=("feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3"),
 )

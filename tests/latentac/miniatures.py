@@ -3,6 +3,7 @@
     sd15(folder, sharded=True)                            Stable Diffusion 1.5: five parts, a safety checker's nulls
     sd15(folder, variant="fp16")                          the same weights, as *.fp16.safetensors beside what is there
     sd15(folder, prediction_type="v_prediction")          Stable Diffusion 2
+    sdxl(folder)                                          Stable Diffusion XL 1.0, its scheduler too
     sd3(folder), sd3(folder, medium=True)                 Stable Diffusion 3, and 3.5 Medium (dual attention, qk norm)
 
 Each returns its folder. The weights depend on `seed` alone, so two calls into one folder give two forms of one model.
@@ -23,6 +24,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -79,6 +81,56 @@ def sd15(
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+    return _saved(pipeline, folder, variant, sharded)
+
+
+def sdxl(
+    folder: Path,
+    *,
+    size: int = 64,
+    sharded: bool = False,
+    variant: str = "",
+    prediction_type: str = "epsilon",
+    scheduler: str = "EulerDiscreteScheduler",
+    seed: int = 0,
+    max_length: int = 16,
+    unet: dict[str, Any] | None = None,
+    vae: dict[str, Any] | None = None,
+    zeros: bool = True,
+    **schedule: Any,
+) -> Path:
+    """A UNet in StableDiffusionXLPipeline's layout. zeros: force_zeros_for_empty_prompt. The two encoders differ in
+    width, and the two tokenizers in what they pad with."""
+    torch.manual_seed(seed)
+    settings = {
+        "sample_size": size // 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "cross_attention_dim": 32 + 48,
+        "block_out_channels": (16, 32, 32),
+        "layers_per_block": 1,
+        "attention_head_dim": (1, 2, 4),
+        "transformer_layers_per_block": (1, 1, 2),
+        "use_linear_projection": True,
+        "norm_num_groups": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 48,
+    }
+    spacing = {"timestep_spacing": "leading", "steps_offset": 1} if scheduler == "EulerDiscreteScheduler" else {}
+    pipeline = StableDiffusionXLPipeline(
+        vae=_autoencoder(size, 4, {"scaling_factor": 0.13025, "force_upcast": True} | (vae or {})),
+        text_encoder=CLIPTextModel(_text_config(32, max_length)),
+        tokenizer=_tokenizer(max_length),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(48, max_length)),
+        tokenizer_2=_tokenizer(max_length, pad_token="!"),
+        unet=UNet2DConditionModel(**(settings | (unet or {}))),
+        scheduler=_scheduler(scheduler, prediction_type, spacing | schedule),
+        force_zeros_for_empty_prompt=zeros,
+        add_watermarker=False,
     )
     return _saved(pipeline, folder, variant, sharded)
 
@@ -189,8 +241,8 @@ def _text_config(width: int, max_length: int) -> Any:
     )
 
 
-def _tokenizer(max_length: int) -> Any:
-    return CLIPTokenizer.from_pretrained(_VOCABULARY, model_max_length=max_length)
+def _tokenizer(max_length: int, **marks: str) -> Any:
+    return CLIPTokenizer.from_pretrained(_VOCABULARY, model_max_length=max_length, **marks)
 
 
 def variant_only(folder: Path, source: Path, part: str) -> Path:
