@@ -19,6 +19,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from latentac.backbones import Denoiser
+from latentac.backbones.pipeline import PipelineBackbone
 from latentac.method.diffusion import DDIM, Kernel, Prediction, alpha_of
 from latentac.method.diffusion import Path as Mixing
 from latentac.sampling.policy import Policy
@@ -115,6 +117,7 @@ def usage(policy: Policy, folder: Path, num_steps: int, prompt: str, seed: int, 
     if not torch.allclose(levels[:-1], steps.sigmas[:num_steps], atol=_CLOSE, rtol=0):
         return ""
     arguments = {"num_inference_steps": str(num_steps), "guidance_scale": "1.0"} | steps.arguments | _text(folder)
+    arguments |= _size(policy.backbone)
     fields = {"prompt": _quoted(prompt), "seed": seed, "purpose": PURPOSE}
     loaded = _adapted(folder, scheduler, adapter) if adapter else _loaded(folder)
     imports = f"DiffusionPipeline, {scheduler}" if adapter else "DiffusionPipeline"
@@ -139,13 +142,17 @@ def base_of(source: str) -> str:
     return _quoted(source if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) else Path(source).name)
 
 
+_T5 = ", text_encoder_3=None, tokenizer_3=None"
+
+
 def _loaded(folder: Path) -> str:
-    without = ", text_encoder_3=None, tokenizer_3=None" if _is_sd3(folder) else ""
+    without = _T5 if _is_sd3(folder) else ""
     return f'# This folder, or its id on the hub:\npipeline = DiffusionPipeline.from_pretrained("."{without})'
 
 
 def _adapted(folder: Path, scheduler: str, base: str) -> str:
-    without = ", text_encoder_3=None, tokenizer_3=None" if _is_sd3(folder) else ", safety_checker=None"
+    checked = _index(folder)["_class_name"] == "StableDiffusionPipeline"
+    without = _T5 if _is_sd3(folder) else ", safety_checker=None" if checked else ""
     lines = [
         f"base = {base}  # the untouched model",
         f"pipeline = DiffusionPipeline.from_pretrained(base, dtype=torch.float32{without})",
@@ -223,6 +230,14 @@ def _text(folder: Path) -> dict[str, str]:
         return {}
     length = read_record(settings).get("model_max_length", _CLIP_LENGTH)
     return {"max_sequence_length": "256" if length >= _CLIP_LENGTH else "0"}
+
+
+def _size(backbone: Denoiser) -> dict[str, str]:
+    """Height and width, where the images have not the size that the pipeline's call takes by itself."""
+    if not isinstance(backbone, PipelineBackbone) or not backbone.settings.image_size:
+        return {}
+    height, width = backbone.image_size
+    return {"height": str(height), "width": str(width)}
 
 
 def _is_sd3(folder: Path) -> bool:

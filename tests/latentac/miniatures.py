@@ -6,14 +6,18 @@
     sdxl(folder)                                          Stable Diffusion XL 1.0, its scheduler too
     sd3(folder), sd3(folder, medium=True)                 Stable Diffusion 3, and 3.5 Medium (dual attention, qk norm)
 
+    pipeline_of("sdxl")                                   for tests of every backbone, whose weights do not matter
+
 Each returns its folder. The weights depend on `seed` alone, so two calls into one folder give two forms of one model.
 The tokenizer is CLIP's true format (vocab.json, merges.txt) with the small vocabulary of the embedded world. `size` is
 the picture's side, `max_length` that of a prompt in tokens.
 """
 
+import functools
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from latentac.worlds.shapes import builtin_pipeline
+from latentac.worlds.shapes import PIPELINES, builtin_pipeline
 
 SHARD = "60KB"
 """Of sharded weights: small enough that each part but the tiniest has several files."""
@@ -178,6 +182,20 @@ def sd3(
         tokenizer_3=None,
     )
     return _saved(pipeline, folder, variant, sharded)
+
+
+@functools.cache
+def pipeline_of(name: str) -> Path:
+    """A pipeline for the backbone `name`: the embedded world's, or a miniature that lives as long as the process."""
+    if f"shapes-{name}" in PIPELINES:
+        return builtin_pipeline(f"shapes-{name}")
+    folder = tempfile.TemporaryDirectory(prefix=f"latentac-{name}-")
+    _KEPT.append(folder)
+    return _MINIATURES[name](Path(folder.name))
+
+
+_MINIATURES: dict[str, Callable[[Path], Path]] = {"sdxl": sdxl}
+_KEPT: list["tempfile.TemporaryDirectory[str]"] = []
 
 
 def _saved(pipeline: Any, folder: Path, variant: str, sharded: bool) -> Path:

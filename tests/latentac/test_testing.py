@@ -24,6 +24,7 @@ from latentac.training.algorithms.grpo import GRPO
 from latentac.training.algorithms.ppo import PPO
 from latentac.worlds.shapes.captions import parse_caption
 from latentac.worlds.shapes.scenes import sample_pictures
+from tests.latentac import miniatures
 
 HERE = "tests.latentac.test_testing"
 
@@ -63,8 +64,8 @@ def test_each_critic_body_keeps_its_contract(name: str) -> None:
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_each_backbone_keeps_its_contract(name: str) -> None:
-    """On the pipelines of the embedded world."""
-    testing.check_backbone(name)
+    """On the pipelines of the embedded world, or a miniature where it has none."""
+    testing.check_backbone(name, miniatures.pipeline_of(name))
 
 
 class Rank:

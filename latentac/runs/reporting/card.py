@@ -15,7 +15,11 @@ from typing import Any
 from latentac.system.terminal import printable
 
 _UNKNOWN = "Unknown. Set it in the configuration:"
-_TAGS = {"StableDiffusionPipeline": "stable-diffusion", "StableDiffusion3Pipeline": "stable-diffusion-3"}
+_TAGS = {
+    "StableDiffusionPipeline": "stable-diffusion",
+    "StableDiffusionXLPipeline": "stable-diffusion-xl",
+    "StableDiffusion3Pipeline": "stable-diffusion-3",
+}
 _USE = "## Use with diffusers"
 _ADAPTER = "## Use only the adapter"
 _FORMER = {_USE: "## Draw with diffusers", _ADAPTER: "## The adapter alone"}
