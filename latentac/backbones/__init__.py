@@ -24,7 +24,8 @@ logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
 class Denoiser(Protocol):
     """A latent diffusion model in eval mode (no dropout), float32 in and out.
 
-    Built as `Class(settings, folder, device)`, or `Class(folder, device)` without `Settings`.
+    Built as `Class(settings, folder, device)`, or `Class(folder, device)` without `Settings`. It may have a method
+    `unconditional()`: the conditioning, one row, that classifier-free guidance takes in place of the empty prompt's.
 
     module: the trainable network          path: how signal and noise mix (`latentac.method.diffusion`)
     device: where it computes, and what it is given must be
@@ -99,6 +100,7 @@ BACKBONES = Table(
     "backbone",
     {
         "unet": "latentac.backbones.unet:UNetBackbone",
+        "sdxl": "latentac.backbones.sdxl:SDXLBackbone",
         "dit": "latentac.backbones.dit:DiTBackbone",
         "flux": "latentac.backbones.flux:FluxBackbone",
     },

@@ -28,6 +28,7 @@ WHOLE: Mapping[str, tuple[int, int]] = {
     **dict.fromkeys(("pooled_projection_dim", "hidden_size", "intermediate_size", "projection_dim"), _WIDTH),
     **dict.fromkeys(("d_model", "d_ff", "d_kv", "num_heads", "axes_dims_rope"), _WIDTH),
     **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), _WIDTH),
+    **dict.fromkeys(("addition_time_embed_dim", "projection_class_embeddings_input_dim"), _WIDTH),
     "vocab_size": (1, 2**20),
     "max_position_embeddings": (3, 4096),
     "sample_size": (1, 4096),
@@ -42,6 +43,7 @@ _HELD = frozenset(
         *("block_out_channels", "in_channels", "out_channels", "latent_channels", "cross_attention_dim"),
         *("joint_attention_dim", "caption_projection_dim", "hidden_size", "intermediate_size", "vocab_size"),
         *("max_position_embeddings", "pos_embed_max_size", "d_model", "d_ff"),
+        "projection_class_embeddings_input_dim",
     }
 )
 _LARGEST_LATENT = 256

@@ -1,6 +1,6 @@
 """Classifier-free guidance: a denoiser that exaggerates what the prompt changes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -15,7 +15,7 @@ from latentac.method.records import Conditioning, join
 
 
 class Guided:
-    """u + scale (c - u) of a denoiser's predictions c with the prompt and u with the empty one (Ho and Salimans 2022,
+    """u + scale (c - u) of a denoiser's predictions c with the prompt and u without (Ho and Salimans 2022,
     eq. 6, where scale is 1 + w), clean and noise alike, so that x = alpha x0 + sigma n stays true.
 
     Both come from one forward of twice the rows. The taps are those of the rows with the prompt: what a critic learned
@@ -27,7 +27,7 @@ class Guided:
         self.module, self.path, self.device = backbone.module, backbone.path, backbone.device
         self.latent_shape, self.tap_shapes = backbone.latent_shape, backbone.tap_shapes
         self.text_width, self.max_tokens = backbone.text_width, backbone.max_tokens
-        self._empty = backbone.encode([""])
+        self._empty = unconditional(backbone)
 
     def predict(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning
@@ -66,6 +66,13 @@ class Guided:
 
     def save(self, folder: Path) -> None:
         self.backbone.save(folder)
+
+
+def unconditional(backbone: Denoiser) -> Conditioning:
+    """What guidance takes for no prompt, one row: the backbone's `unconditional()` if it has that method, otherwise the
+    empty prompt."""
+    own: Callable[[], Conditioning] | None = getattr(backbone, "unconditional", None)
+    return backbone.encode([""]) if own is None else own()
 
 
 def guided(backbone: Denoiser, scale: float) -> Denoiser:

@@ -16,12 +16,17 @@ from latentac.system.errors import ConfigError, Problem
 from latentac.system.modelfiles import Damaged, read_json, shorten
 
 SUPPORTED = (
-    "Supported: Stable Diffusion 1.x and 2.x (StableDiffusionPipeline, backbone.use=unet), Stable Diffusion 3 and "
-    "3.5 (StableDiffusion3Pipeline, backbone.use=dit), FLUX.1 (FluxPipeline, backbone.use=flux)"
+    "Supported: Stable Diffusion 1.x and 2.x (StableDiffusionPipeline, backbone.use=unet), Stable Diffusion XL "
+    "(StableDiffusionXLPipeline, backbone.use=sdxl), Stable Diffusion 3 and 3.5 (StableDiffusion3Pipeline, "
+    "backbone.use=dit), FLUX.1 (FluxPipeline, backbone.use=flux)"
 )
-_BACKBONES = {"StableDiffusionPipeline": "unet", "StableDiffusion3Pipeline": "dit", "FluxPipeline": "flux"}
+_BACKBONES = {
+    "StableDiffusionPipeline": "unet",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "dit",
+    "FluxPipeline": "flux",
+}
 _KNOWN_PIPELINES = {
-    "StableDiffusionXLPipeline": "Stable Diffusion XL",
     "StableDiffusionXLImg2ImgPipeline": "the refiner of Stable Diffusion XL",
     "StableDiffusionXLInpaintPipeline": "inpainting with Stable Diffusion XL",
     "StableDiffusionInpaintPipeline": "an inpainting model",
@@ -115,7 +120,7 @@ def conversion(file: str) -> str:
     return (
         'Convert it: python -c "from diffusers import StableDiffusionPipeline as P; '
         f"P.from_single_file({file!r}, safety_checker=None).save_pretrained('converted')\" "
-        "(StableDiffusion3Pipeline for 3.x), then backbone.source=converted"
+        "(StableDiffusionXLPipeline for XL, StableDiffusion3Pipeline for 3.x), then backbone.source=converted"
     )
 
 

@@ -185,7 +185,7 @@ def place(source: Path, folder: Path, part: Part, put: Callable[[Path, Path], No
 def _reduced(index: Mapping[str, object], layout: Layout) -> dict[str, object]:
     kept = {part.name for part in layout.parts}
     reduced = {
-        name: [None, None] if name not in kept and (entry is None or isinstance(entry, list)) else entry
+        name: [None, None] if name in layout.absent or (name not in kept and isinstance(entry, list)) else entry
         for name, entry in index.items()
         if not isinstance(entry, str | dict) or name in _TEXTS
     }

@@ -6,7 +6,7 @@ the noise schedule, and which layers are taps.
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -213,7 +213,11 @@ class PipelineBackbone:
         index: dict[str, tuple[str | None, str | None]] = dict.fromkeys(self.layout.absent, (None, None))
         index |= {part.name: (part.library, part.classes[0]) for part in self.layout.parts if part.classes}
         index["scheduler"] = ("diffusers", type(scheduler).__name__)
-        folders.write_index(folder, self.layout.pipeline, index, **self.layout.flags)
+        folders.write_index(folder, self.layout.pipeline, index, **self._flags())
+
+    def _flags(self) -> Mapping[str, object]:
+        """What the model_index.json of an export says beside the parts."""
+        return self.layout.flags
 
     def call(self) -> dict[str, str]:
         """Arguments of the pipeline's call, as Python, that this backbone's settings stand for."""

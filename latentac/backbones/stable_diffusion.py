@@ -5,7 +5,7 @@ from in another way than it was trained, without a word.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from latentac.backbones.layout import Layout, Part, Sizes, decoded
@@ -32,23 +32,27 @@ _CHANNELS = {
     8: "instruct-pix2pix has 8",
     9: "inpainting models have 9",
 }
-_TEXT_TO_IMAGE = "Use a text-to-image model of this architecture"
+TEXT_TO_IMAGE = "Use a text-to-image model of this architecture"
 _OTHER_LATENTS = "Use an AutoencoderKL with scaling_factor alone, as Stable Diffusion has it"
 
 
 def _unet(found: Configurations) -> Iterator[Finding]:
-    unet = found["unet"]
+    return unet_inputs(found["unet"])
+
+
+def unet_inputs(unet: Mapping[str, Any], used: Collection[str] = ()) -> Iterator[Finding]:
+    """A UNet must take latents, a timestep and text, and of `_UNUSED_INPUTS` only what is `used`."""
     for name, what in _UNUSED_INPUTS.items():
-        if unet.get(name) is not None:
-            yield "unet", f"{name} is {unet[name]!r}: it takes {what}", _TEXT_TO_IMAGE
+        if name not in used and unet.get(name) is not None:
+            yield "unet", f"{name} is {unet[name]!r}: it takes {what}", TEXT_TO_IMAGE
     if unet.get("attention_type", "default") != "default":
-        yield "unet", f"attention_type is {unet['attention_type']!r}: it takes boxes, as GLIGEN does", _TEXT_TO_IMAGE
+        yield "unet", f"attention_type is {unet['attention_type']!r}: it takes boxes, as GLIGEN does", TEXT_TO_IMAGE
     if unet.get("dual_cross_attention"):
-        yield "unet", "dual_cross_attention is true: it takes text and an image", _TEXT_TO_IMAGE
+        yield "unet", "dual_cross_attention is true: it takes text and an image", TEXT_TO_IMAGE
     if unet.get("time_embedding_type", "positional") != "positional":
-        yield "unet", f"time_embedding_type is {unet['time_embedding_type']!r}, and must be positional", _TEXT_TO_IMAGE
+        yield "unet", f"time_embedding_type is {unet['time_embedding_type']!r}, and must be positional", TEXT_TO_IMAGE
     if unet.get("mid_block_type", "UNetMidBlock2DCrossAttn") is None:
-        yield "unet", "mid_block_type is null, and the critic reads the middle block", _TEXT_TO_IMAGE
+        yield "unet", "mid_block_type is null, and the critic reads the middle block", TEXT_TO_IMAGE
     sizes = unet.get("sample_size")
     for size in sizes if isinstance(sizes, list) and len(sizes) == 2 else [sizes]:
         if not _is_count(size):
@@ -56,7 +60,7 @@ def _unet(found: Configurations) -> Iterator[Finding]:
             yield "unet", problem, "Set it to the images' side divided by 8 (64 for 512 pixels)"
 
 
-def _unet_latents(found: Configurations) -> Iterator[Finding]:
+def unet_latents(found: Configurations) -> Iterator[Finding]:
     unet = found["unet"]
     return _channels("unet", unet.get("in_channels", 4), unet.get("out_channels", 4), found["vae"])
 
@@ -64,7 +68,7 @@ def _unet_latents(found: Configurations) -> Iterator[Finding]:
 def _unet_text(found: Configurations) -> Iterator[Finding]:
     text = text_settings(found["text_encoder"])
     if text.get("use_attention_mask"):
-        yield "text_encoder", "use_attention_mask is true, and latentac reads all tokens alike", _TEXT_TO_IMAGE
+        yield "text_encoder", "use_attention_mask is true, and latentac reads all tokens alike", TEXT_TO_IMAGE
     width = text.get("hidden_size", 512)
     reads = found["unet"].get("cross_attention_dim", 1280)
     if reads != width:
@@ -72,10 +76,10 @@ def _unet_text(found: Configurations) -> Iterator[Finding]:
         yield "unet", problem, "Use the text encoder that the UNet was trained with"
 
 
-def _unet_autoencoder(found: Configurations) -> Iterator[Finding]:
+def unet_autoencoder(found: Configurations) -> Iterator[Finding]:
     yield from _autoencoder(found["vae"])
     if found["vae"].get("shift_factor"):
-        problem = f"shift_factor is {found['vae']['shift_factor']}, which StableDiffusionPipeline does not apply"
+        problem = f"shift_factor is {found['vae']['shift_factor']}, which the pipelines of UNets do not apply"
         yield "vae", problem, _OTHER_LATENTS
 
 
@@ -122,7 +126,7 @@ def flow_autoencoder(pipeline: str) -> Callable[[Configurations], Iterator[Findi
     return rule
 
 
-def _two_tokenizers(found: Configurations) -> Iterator[Finding]:
+def two_tokenizers(found: Configurations) -> Iterator[Finding]:
     lengths = {str(found[name].get("model_max_length")) for name in ("tokenizer", "tokenizer_2")}
     if len(lengths) > 1:
         problem = f"model_max_length differs from that of tokenizer ({', '.join(sorted(lengths))})"
@@ -133,16 +137,16 @@ def _channels(part: str, inputs: object, outputs: object, vae: Mapping[str, Any]
     latent = vae.get("latent_channels", 4)
     if inputs != latent:
         hint = f" ({_CHANNELS[inputs]})" if isinstance(inputs, int) and inputs in _CHANNELS and part == "unet" else ""
-        yield part, f"in_channels is {inputs!r}{hint}, and vae has latent_channels {latent}", _TEXT_TO_IMAGE
+        yield part, f"in_channels is {inputs!r}{hint}, and vae has latent_channels {latent}", TEXT_TO_IMAGE
     if outputs is not None and outputs != inputs:
         hint = ": it predicts a variance too" if outputs == 2 * latent else ""
-        yield part, f"out_channels is {outputs!r} and in_channels {inputs!r}{hint}", _TEXT_TO_IMAGE
+        yield part, f"out_channels is {outputs!r} and in_channels {inputs!r}{hint}", TEXT_TO_IMAGE
 
 
 def _autoencoder(vae: Mapping[str, Any]) -> Iterator[Finding]:
     for name in ("latents_mean", "latents_std"):
         if vae.get(name) is not None:
-            yield "vae", f"{name} is set, and diffusers' pipeline of this model does not apply it", _OTHER_LATENTS
+            yield "vae", f"{name} is set, and latentac does not apply it", _OTHER_LATENTS
     scale = vae.get("scaling_factor", 0.18215)
     if not _is_number(scale) or not 1e-3 < scale < 1e3:
         yield "vae", f"scaling_factor is {scale!r}", "Write the number that the model was trained with"
@@ -191,10 +195,10 @@ def unet_sizes(found: Configurations, size: tuple[int, int] | None) -> Sizes:
     cells = _cells(own, size)
     channels, layers = own.get("block_out_channels", [320, 640, 1280, 1280]), own.get("layers_per_block", 2)
     depth = layers if isinstance(layers, int) else max(layers)
+    length = text_settings(found["text_encoder"]).get("max_position_embeddings", 77)
     return Sizes(
         latent=own.get("in_channels", 4) * cells,
-        text=text_settings(found["text_encoder"]).get("max_position_embeddings", 77)
-        * own.get("cross_attention_dim", 1280),
+        text=length * own.get("cross_attention_dim", 1280),
         units=sum((cells >> (2 * level)) * each for level, each in enumerate(channels)) * (2 * depth + 1),
         taps=min(cells >> (2 * (len(channels) - 1)), 256) * channels[-1] + min(cells, 256) * channels[0],
         channels=channels[-1] + channels[0],
@@ -240,9 +244,9 @@ UNET = Layout(
     ),
     rules=(
         (("unet",), _unet),
-        (("unet", "vae"), _unet_latents),
+        (("unet", "vae"), unet_latents),
         (("unet", "text_encoder"), _unet_text),
-        (("vae",), _unet_autoencoder),
+        (("vae",), unet_autoencoder),
         (("text_encoder", "tokenizer"), tokens("text_encoder", "tokenizer")),
     ),
     absent=("feature_extractor", "image_encoder", "safety_checker"),
@@ -270,7 +274,7 @@ DIT = Layout(
         (("vae",), flow_autoencoder("StableDiffusion3Pipeline")),
         (("text_encoder", "tokenizer"), tokens("text_encoder", "tokenizer")),
         (("text_encoder_2", "tokenizer_2"), tokens("text_encoder_2", "tokenizer_2")),
-        (("tokenizer", "tokenizer_2"), _two_tokenizers),
+        (("tokenizer", "tokenizer_2"), two_tokenizers),
     ),
     absent=("feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3"),
     sizes=_transformer_sizes,

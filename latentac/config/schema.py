@@ -37,7 +37,8 @@ class Backbone(Extension):
     """The pretrained diffusion model."""
 
     use: str = "unet"
-    """`unet` (StableDiffusionPipeline), `dit` (StableDiffusion3Pipeline), `flux` (FluxPipeline), or `module:Class`."""
+    """`unet` (StableDiffusionPipeline), `sdxl` (StableDiffusionXLPipeline), `dit` (StableDiffusion3Pipeline), `flux`
+    (FluxPipeline), or `module:Class`."""
     source: str
     """`builtin:<name>`, a diffusers folder, or a hub id: `builtin:shapes-unet`, `/models/sd15`."""
     revision: str = ""

@@ -223,7 +223,9 @@ def _check_training(
         with tempfile.TemporaryDirectory() as folder:
             backbone.save(Path(folder) / "saved")
             found, _ = load_backbone(extension, Path(folder) / "saved", _CPU).predict(*state)
-    close = torch.allclose(found.noise, expected.noise, rtol=1e-2, atol=1e-2)
+    # A merged adapter is rounded once more to the weights' dtype.
+    tolerance = max(1e-2, 8 * torch.finfo(trained[0].dtype).eps)
+    close = torch.allclose(found.noise, expected.noise, rtol=tolerance, atol=tolerance)
     _holds(close, f"what is saved after {settings.adaptation} training predicts as what was trained")
 
 

@@ -3,16 +3,21 @@
     sd15(folder, sharded=True)                            Stable Diffusion 1.5: five parts, a safety checker's nulls
     sd15(folder, variant="fp16")                          the same weights, as *.fp16.safetensors beside what is there
     sd15(folder, prediction_type="v_prediction")          Stable Diffusion 2
+    sdxl(folder)                                          Stable Diffusion XL 1.0, its scheduler too
     sd3(folder), sd3(folder, medium=True)                 Stable Diffusion 3, and 3.5 Medium (dual attention, qk norm)
+
+    pipeline_of("sdxl")                                   for tests of every backbone, whose weights do not matter
 
 Each returns its folder. The weights depend on `seed` alone, so two calls into one folder give two forms of one model.
 The tokenizer is CLIP's true format (vocab.json, merges.txt) with the small vocabulary of the embedded world. `size` is
 the image's side, `max_length` that of a prompt in tokens.
 """
 
+import functools
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +28,12 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from latentac.worlds.shapes import builtin_pipeline
+from latentac.worlds.shapes import PIPELINES, builtin_pipeline
 
 SHARD = "60KB"
 """Of sharded weights: small enough that each part but the tiniest has several files."""
@@ -83,6 +89,56 @@ def sd15(
     return _saved(pipeline, folder, variant, sharded)
 
 
+def sdxl(
+    folder: Path,
+    *,
+    size: int = 64,
+    sharded: bool = False,
+    variant: str = "",
+    prediction_type: str = "epsilon",
+    scheduler: str = "EulerDiscreteScheduler",
+    seed: int = 0,
+    max_length: int = 16,
+    unet: dict[str, Any] | None = None,
+    vae: dict[str, Any] | None = None,
+    zeros: bool = True,
+    **schedule: Any,
+) -> Path:
+    """A UNet in StableDiffusionXLPipeline's layout. zeros: force_zeros_for_empty_prompt. The two encoders differ in
+    width, and the two tokenizers in what they pad with."""
+    torch.manual_seed(seed)
+    settings = {
+        "sample_size": size // 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "cross_attention_dim": 32 + 48,
+        "block_out_channels": (16, 32, 32),
+        "layers_per_block": 1,
+        "attention_head_dim": (1, 2, 4),
+        "transformer_layers_per_block": (1, 1, 2),
+        "use_linear_projection": True,
+        "norm_num_groups": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 48,
+    }
+    spacing = {"timestep_spacing": "leading", "steps_offset": 1} if scheduler == "EulerDiscreteScheduler" else {}
+    pipeline = StableDiffusionXLPipeline(
+        vae=_autoencoder(size, 4, {"scaling_factor": 0.13025, "force_upcast": True} | (vae or {})),
+        text_encoder=CLIPTextModel(_text_config(32, max_length)),
+        tokenizer=_tokenizer(max_length),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(48, max_length)),
+        tokenizer_2=_tokenizer(max_length, pad_token="!"),
+        unet=UNet2DConditionModel(**(settings | (unet or {}))),
+        scheduler=_scheduler(scheduler, prediction_type, spacing | schedule),
+        force_zeros_for_empty_prompt=zeros,
+        add_watermarker=False,
+    )
+    return _saved(pipeline, folder, variant, sharded)
+
+
 def sd3(
     folder: Path,
     *,
@@ -127,6 +183,20 @@ def sd3(
         tokenizer_3=t5[1],
     )
     return _saved(pipeline, folder, variant, sharded)
+
+
+@functools.cache
+def pipeline_of(name: str) -> Path:
+    """A pipeline for the backbone `name`: the embedded world's, or a miniature that lives as long as the process."""
+    if f"shapes-{name}" in PIPELINES:
+        return builtin_pipeline(f"shapes-{name}")
+    folder = tempfile.TemporaryDirectory(prefix=f"latentac-{name}-")
+    _KEPT.append(folder)
+    return _MINIATURES[name](Path(folder.name))
+
+
+_MINIATURES: dict[str, Callable[[Path], Path]] = {"sdxl": sdxl}
+_KEPT: list["tempfile.TemporaryDirectory[str]"] = []
 
 
 def _saved(pipeline: Any, folder: Path, variant: str, sharded: bool) -> Path:
@@ -191,8 +261,8 @@ def _text_config(width: int, max_length: int) -> Any:
     )
 
 
-def _tokenizer(max_length: int) -> Any:
-    return CLIPTokenizer.from_pretrained(_VOCABULARY, model_max_length=max_length)
+def _tokenizer(max_length: int, **marks: str) -> Any:
+    return CLIPTokenizer.from_pretrained(_VOCABULARY, model_max_length=max_length, **marks)
 
 
 def variant_only(folder: Path, source: Path, part: str) -> Path:

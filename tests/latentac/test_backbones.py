@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
-from latentac.backbones import load_backbone
-from latentac.backbones.guided import Guided, guided
+from latentac.backbones import BACKBONES, load_backbone
+from latentac.backbones.guided import Guided, guided, unconditional
 from latentac.config.learning import Policy as PolicySettings
 from latentac.config.sections import Extension
 from latentac.method.diffusion import forward_noise
@@ -19,6 +19,7 @@ from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout
 from latentac.worlds.shapes import builtin_pipeline
+from tests.latentac import miniatures
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "two blue squares", "a green triangle above a red square", "a cyan circle and a red square"]
@@ -28,7 +29,7 @@ PIPELINES = {"unet": "shapes-unet", "dit": "shapes-dit"}
 
 def load(name):
     torch.set_num_threads(1)
-    return load_backbone(Extension(use=name), builtin_pipeline(PIPELINES[name]), CPU)
+    return load_backbone(Extension(use=name), miniatures.pipeline_of(name), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -202,12 +203,13 @@ def test_a_clone_predicts_the_same_and_learns_alone(backbone):
         assert torch.equal(again_taps[name], tap)
 
 
-def test_guidance_goes_from_the_empty_prompt_through_the_given_one(backbone):
-    """Scale 0 is the prediction of the empty prompt, 1 that of the prompt, and the others lie on the line through both,
+def test_guidance_goes_from_no_prompt_through_the_given_one(backbone):
+    """Scale 0 is the prediction without a prompt, 1 that of the prompt, and the others lie on the line through both,
     clean and noise alike; the taps are the prompt's at every scale."""
     latents, sigma, conditioning = some_state(backbone)
     with torch.no_grad():
-        empty, _ = backbone.predict(latents, sigma, backbone.encode([""] * len(latents)))
+        nothing = unconditional(backbone).rows(torch.zeros(len(latents), dtype=torch.int64))
+        empty, _ = backbone.predict(latents, sigma, nothing)
         given, taps = backbone.predict(latents, sigma, conditioning)
         for scale in (0.0, 1.0, 2.5, -1.0):
             found, found_taps = Guided(backbone, scale).predict(latents, sigma, conditioning)
@@ -271,7 +273,7 @@ def test_what_is_saved_samples_as_what_was_trained(name, adaptation, tmp_path):
         torch.testing.assert_close(found_taps[tap], taps[tap], rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["unet", "dit", "flux"])
+@pytest.mark.parametrize("name", sorted(BACKBONES))
 def test_importing_a_backbone_prints_nothing(name):
     """Its libraries warn of packages that nothing here needs."""
     command = [sys.executable, "-c", f"from latentac.backbones import BACKBONES; BACKBONES.load({name!r})"]

@@ -45,6 +45,7 @@ WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 LORA = PolicySettings(adaptation="lora", lora_rank=4, lora_alpha=12)
 PARTS = {
     "unet": {"unet", "vae", "text_encoder", "tokenizer", "scheduler"},
+    "sdxl": {"unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"},
     "dit": {"transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"},
 }
 
@@ -55,7 +56,9 @@ def one_thread() -> None:
 
 
 def miniature(name: str, folder: Path, **settings: Any) -> Path:
-    return miniatures.sd15(folder, **settings) if name == "unet" else miniatures.sd3(folder, **settings)
+    makers: dict[str, Any] = {"unet": miniatures.sd15, "sdxl": miniatures.sdxl, "dit": miniatures.sd3}
+    made: Path = makers[name](folder, **settings)
+    return made
 
 
 def trained(name: str, base: Path, settings: PolicySettings | None = None) -> Denoiser:
@@ -96,7 +99,7 @@ def drawn(code: str, folder: Path) -> np.ndarray:
 
 def clutter(base: Path, name: str) -> None:
     """What lies in published folders beside the parts that are used."""
-    network = "unet" if name == "unet" else "transformer"
+    network = "transformer" if name == "dit" else "unet"
     index = json.loads((base / "model_index.json").read_text())
     for part in ("text_encoder_3", "tokenizer_3", "safety_checker"):
         (base / part).mkdir()
@@ -136,7 +139,7 @@ def test_an_export_holds_its_parts_and_nothing_else(name: str, tmp_path: Path) -
     assert {path.split("/")[0] for path in found if "/" in path} == PARTS[name]
     assert {path for path in found if "/" not in path} == {"model_index.json", "LICENSE.md"}
     assert not [path for path in found if re.search(r"fp16|\.bin|\.ckpt|\.py$|/\.", path)]
-    network = "unet" if name == "unet" else "transformer"
+    network = "transformer" if name == "dit" else "unet"
     assert {path for path in found if path.startswith(network)} == {
         f"{network}/config.json",
         f"{network}/diffusion_pytorch_model.safetensors",
@@ -165,7 +168,7 @@ def test_sharded_weights_go_round(name: str, tmp_path: Path, monkeypatch: pytest
     backbone = trained(name, miniature(name, tmp_path / "base", sharded=True))
     backbone.save(tmp_path / "export")
     folders.copy_pipeline(tmp_path / "export", tmp_path / "copy")
-    network = "unet" if name == "unet" else "transformer"
+    network = "transformer" if name == "dit" else "unet"
     shards = list((tmp_path / "copy" / network).glob("*-of-*.safetensors"))
     assert len(shards) > 1
     assert files(tmp_path / "copy") == files(tmp_path / "export")
@@ -226,6 +229,8 @@ CALLS = [
     ("unet", DDIM(1.0), 61, {}),
     ("unet", DDIM(1.0), 10, {"prediction_type": "v_prediction", "scheduler": "DDIMScheduler", "clip_sample": True}),
     ("unet", DDIM(0.7), 10, {"scheduler": "EulerDiscreteScheduler"}),
+    ("sdxl", DDIM(1.0), 10, {}),
+    ("sdxl", DDIM(0.7), 12, {"prediction_type": "v_prediction", "variant": "fp16"}),
     ("dit", CPS(0.9), 10, {}),
     ("dit", CPS(1.0), 7, {"shift": 1.0}),
     ("dit", FlowSDE(0.7), 10, {"medium": True}),
@@ -324,7 +329,7 @@ def resolved_of(name: str, base: Path) -> Resolved:
         {
             "recipe": "test",
             "backbone": {"use": name, "source": str(base)},
-            "kernel": {"use": "ddim" if name == "unet" else "cps", "noise": 0.9, "num_steps": 5},
+            "kernel": {"use": "cps" if name == "dit" else "ddim", "noise": 0.9, "num_steps": 5},
             "prompts": {"source": "builtin:shapes"},
             "rewards": [{"use": "jpeg_compressibility"}],
             "gate": {"reward": "jpeg_compressibility"},
@@ -337,7 +342,7 @@ def resolved_of(name: str, base: Path) -> Resolved:
 def test_the_untouched_base_is_served_from_any_form(name: str, form: str, tmp_path: Path) -> None:
     """`include_base` of a sharded base, and of one that has the variant alone."""
     whole = miniature(name, tmp_path / "whole")
-    network = "unet" if name == "unet" else "transformer"
+    network = "transformer" if name == "dit" else "unet"
     base = miniature(name, tmp_path / "base", **({"sharded": True} if form == "sharded" else {"variant": "fp16"}))
     backbone = trained(name, whole)
     folder, resolved = tmp_path / "export", resolved_of(name, whole)

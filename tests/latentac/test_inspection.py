@@ -226,7 +226,7 @@ def linked_part(folder):
 
 
 PIPELINES = {
-    "StableDiffusionXLPipeline": "Stable Diffusion XL",
+    "StableDiffusionXLPipeline": "another backbone's",
     "StableDiffusionXLImg2ImgPipeline": "refiner",
     "FluxPipeline": "FLUX",
     "StableDiffusionInpaintPipeline": "inpainting",

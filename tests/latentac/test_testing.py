@@ -23,6 +23,7 @@ from latentac.training.algorithms.grpo import GRPO
 from latentac.training.algorithms.ppo import PPO
 from latentac.worlds.shapes.captions import parse_caption
 from latentac.worlds.shapes.scenes import sample_images
+from tests.latentac import miniatures
 from tests.latentac.trainers import SHIPPED
 
 HERE = "tests.latentac.test_testing"
@@ -61,10 +62,10 @@ def test_each_critic_body_keeps_its_contract(name: str) -> None:
     testing.check_critic_body(name, width=32)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", [*SHIPPED, "sdxl"])
 def test_each_backbone_keeps_its_contract(name: str) -> None:
-    """On the pipelines of the embedded world."""
-    testing.check_backbone(name)
+    """On the pipelines of the embedded world, or a miniature where it has none."""
+    testing.check_backbone(name, miniatures.pipeline_of(name))
 
 
 class Rank:

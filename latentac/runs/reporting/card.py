@@ -17,6 +17,7 @@ from latentac.system.terminal import printable
 _UNKNOWN = "Unknown. Set it in the configuration:"
 _TAGS = {
     "StableDiffusionPipeline": "stable-diffusion",
+    "StableDiffusionXLPipeline": "stable-diffusion-xl",
     "StableDiffusion3Pipeline": "stable-diffusion-3",
     "FluxPipeline": "flux",
 }
