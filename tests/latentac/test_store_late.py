@@ -1,0 +1,80 @@
+"""A store whose answers come late, piece by piece: what begins in time is read to its end, and no longer than that."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from latentac.store import Store, open_store
+from latentac.store.blobs import Patience
+from latentac.system.errors import StoreUnavailable
+
+PATIENCE = Patience(retries=3, back_off_seconds=0.05, timeout_seconds=2.0, idle_seconds=0.5)
+"""An answer may begin after half a second, and a read of it takes up to two."""
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/xml\r\n"
+LIST = b"<ListBucketResult><Name>bucket</Name></ListBucketResult>"
+OPERATIONS: dict[str, tuple[Callable[[Store], object], bytes, object]] = {
+    "list": (lambda store: store.keys(), LIST, []),
+    "read": (lambda store: store.read_json("registry/x.json"), b"{}", {}),
+}
+
+
+@contextlib.contextmanager
+def in_pieces(pieces: list[bytes], pause: float) -> Iterator[str]:
+    """The address of a server that sends them to each caller, and waits before each."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve(client: socket.socket) -> None:
+        with contextlib.suppress(OSError), client:
+            client.recv(65_536)
+            for piece in pieces:
+                time.sleep(pause)
+                client.sendall(piece)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                threading.Thread(target=serve, args=(client,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+@pytest.fixture
+def store_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Store]:
+    def opened(address: str) -> Store:
+        monkeypatch.setenv("LATENTAC_S3_ENDPOINT", f"http://{address}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-secret")
+        return open_store("s3://bucket/store", PATIENCE)
+
+    return opened
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_answer_that_begins_late_is_read_to_its_end(store_at: Callable[[str], Store], operation: str) -> None:
+    """Its first half comes after more than may pass without a byte, and its second half after twice as much."""
+    ask, body, expected = OPERATIONS[operation]
+    with in_pieces([HEAD, b"Content-Length: %d\r\n\r\n%s" % (len(body), body)], 1.0) as address:
+        began = time.monotonic()
+        assert ask(store_at(address)) == expected
+        assert time.monotonic() - began > 3 * PATIENCE.idle_seconds
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_no_read_begins_that_could_end_after_the_bound(store_at: Callable[[str], Store], operation: str) -> None:
+    """Each piece comes in time for a read, and the answer as a whole too late."""
+    with in_pieces([HEAD, *[b"X: x\r\n"] * 9], 1.6) as address:
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailable, match=r"given up after \d"):
+            OPERATIONS[operation][0](store_at(address))
+        assert time.monotonic() - began < PATIENCE.bound_seconds
