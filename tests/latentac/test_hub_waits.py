@@ -116,3 +116,13 @@ def test_another_process_with_the_same_file_is_not_waited_for_without_end(cache:
     shutil.rmtree(cache / "models--someone--a-model")
     with FileLock(locks[0]), pytest.raises(TimeUp):
         hub.snapshot(NAME, COMMIT, ["big.safetensors"])
+
+
+def test_bytes_that_a_file_is_to_have_do_not_count_as_arrived(cache: Path) -> None:
+    """A client may give a file its size before it has any of its bytes."""
+    blobs = cache / "models--someone--a-model" / "blobs"
+    blobs.mkdir(parents=True)
+    with (blobs / "big.incomplete").open("wb") as file:
+        file.truncate(2**30)
+        file.write(b"x")
+    assert 0 < hub._cached_bytes(NAME) < 2**20

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from latentac.store import Store, open_store
-from latentac.store.blobs import Patience
+from latentac.store.blobs import Patience, Stream
+from latentac.store.places import connect
 from latentac.system.errors import StoreUnavailable
 
 PATIENCE = Patience(retries=3, back_off_seconds=0.05, timeout_seconds=2.0, idle_seconds=0.5)
@@ -78,3 +79,17 @@ def test_no_read_begins_that_could_end_after_the_bound(store_at: Callable[[str],
         with pytest.raises(StoreUnavailable, match=r"given up after \d"):
             OPERATIONS[operation][0](store_at(address))
         assert time.monotonic() - began < PATIENCE.bound_seconds
+
+
+def test_a_download_that_begins_fast_and_then_dribbles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came in a second before does not count for this one."""
+    patience = Patience(retries=3, timeout_seconds=2.0, idle_seconds=1.0, bytes_per_second=65_536)
+    body = b"Content-Length: 100000000\r\n\r\n" + bytes(4 * 2**20)
+    with in_pieces([HEAD + body, *[b"x"] * 400], 0.05) as address:
+        monkeypatch.setenv("LATENTAC_S3_ENDPOINT", f"http://{address}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-secret")
+        store, began = connect("s3://bucket/store", patience), time.monotonic()
+        with pytest.raises(StoreUnavailable, match=r"only \d+ bytes came within 1 s"):
+            store.get("weights", Stream(None))
+        assert time.monotonic() - began < 8

@@ -122,3 +122,18 @@ def test_an_answer_over_tls_that_is_too_long_is_refused(
     """As over plain HTTP."""
     with pytest.raises(StoreAccessError, match="an answer has more than 8 MiB"):
         store_at(secured(too_long)).keys()
+
+
+def test_a_certificate_that_is_not_trusted_is_told_at_once(
+    secured: Callable[[Callable[..., None]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting does not make it trusted."""
+    monkeypatch.setenv("LATENTAC_S3_ENDPOINT", secured(too_long))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-secret")
+    monkeypatch.delenv("LATENTAC_S3_CA")
+    store = open_store("s3://bucket/store", Patience(retries=6, back_off_seconds=1.0))
+    began = time.monotonic()
+    with pytest.raises(StoreAccessError, match="no trusted TLS connection.*LATENTAC_S3_CA"):
+        store.keys()
+    assert time.monotonic() - began < 4

@@ -146,3 +146,16 @@ def test_a_daemon_that_answers_lets_a_run_be(monkeypatch: pytest.MonkeyPatch) ->
             time.sleep(2)
         with pytest.raises(KeyboardInterrupt), containers._answering():
             raise KeyboardInterrupt
+
+
+def test_a_connection_that_breaks_is_made_again_a_few_times() -> None:
+    """Not a few times for each of ours; and what must not be done twice is asked for once."""
+    with faulty("reset") as server:
+        service = Service(server.url, bounds=SHORT)
+        with pytest.raises(ClusterUnavailable, match="does not answer"):
+            service.run("x")
+        assert 1 < server.accepted <= 4
+        server.accepted = 0
+        with pytest.raises(ClusterUnavailable, match="does not answer"):
+            service._once("start x", service._runs.run_service_create_run, kfp_server_api.V2beta1Run())
+        assert server.accepted == 1

@@ -301,15 +301,19 @@ def test_whoever_lets_the_server_wait_holds_no_file_for_long(
         assert kept <= 20
 
 
-def test_streams_that_nobody_reads_keep_nobody_away(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as are allowed: the server could go on with them if they were read, so they wait for their callers."""
+@pytest.mark.parametrize("sent", [UNFINISHED, b"GET /stream" + HEAD + b"\r\n"], ids=["body", "stream"])
+def test_requests_that_wait_for_their_callers_keep_nobody_away(
+    port: int, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    """As many as are allowed, in the middle of a body or of a stream: the server is not done with them, and could not
+    go on either."""
     monkeypatch.setattr(connections, "UNREAD_SECONDS", 60.0)
     with ExitStack() as stack:
         for _ in range(20):
-            held = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
-            held.sendall(b"GET /stream" + HEAD + b"\r\n")
+            stack.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(sent)
+        time.sleep(1)
         deadline = time.monotonic() + 15
-        while True:  # until what the system keeps for each of them is full
+        while True:  # until what the system keeps of each stream is full
             with contextlib.suppress(OSError, http.client.HTTPException):
                 assert probe(port) < 1
                 break
