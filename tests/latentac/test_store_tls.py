@@ -134,6 +134,6 @@ def test_a_certificate_that_is_not_trusted_is_told_at_once(
     monkeypatch.delenv("LATENTAC_S3_CA")
     store = open_store("s3://bucket/store", Patience(retries=6, back_off_seconds=1.0))
     began = time.monotonic()
-    with pytest.raises(StoreAccessError, match="no trusted TLS connection.*LATENTAC_S3_CA"):
+    with pytest.raises(StoreAccessError, match=r"no trusted TLS connection.*LATENTAC_S3_CA"):
         store.keys()
     assert time.monotonic() - began < 4
