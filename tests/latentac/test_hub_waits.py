@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,3 +127,19 @@ def test_bytes_that_a_file_is_to_have_do_not_count_as_arrived(cache: Path) -> No
         file.truncate(2**30)
         file.write(b"x")
     assert 0 < hub._cached_bytes(NAME) < 2**20
+
+
+@pytest.mark.timeout(120)
+def test_a_hub_that_falls_silent_in_the_middle_is_given_up(cache: Path, slow_hub: Hub) -> None:
+    """What came before does not count for the time after it."""
+
+    def fall_silent() -> None:
+        while hub._cached_bytes(NAME) < 2**19:
+            time.sleep(0.05)
+        slow_hub.seconds = 1e5
+
+    threading.Thread(target=fall_silent, daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(TimeUp, match=r"\d+ bytes came within 8 s"):
+        hub.snapshot(NAME, COMMIT, ["big.safetensors"])
+    assert seconds_of(began) < 3 * LONG_SECONDS + MARGIN_SECONDS
