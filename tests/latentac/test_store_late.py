@@ -25,13 +25,13 @@ OPERATIONS: dict[str, tuple[Callable[[Store], object], bytes, object]] = {
 
 
 @contextlib.contextmanager
-def in_pieces(pieces: list[bytes], pause: float) -> Iterator[str]:
-    """The address of a server that sends them to each caller, and waits before each."""
-    listener = socket.create_server(("127.0.0.1", 0))
+def in_pieces(pieces: list[bytes], pause: float, asked: list[bytes] | None = None) -> Iterator[str]:
+    """The address of a server that sends them to each caller, and waits before each. asked: what the callers said."""
+    listener, asked = socket.create_server(("127.0.0.1", 0)), [] if asked is None else asked
 
     def serve(client: socket.socket) -> None:
         with contextlib.suppress(OSError), client:
-            client.recv(65_536)
+            asked.append(client.recv(65_536))
             for piece in pieces:
                 time.sleep(pause)
                 client.sendall(piece)
@@ -85,7 +85,8 @@ def test_a_download_that_begins_fast_and_then_dribbles_is_given_up(monkeypatch: 
     """What came in a second before does not count for this one."""
     patience = Patience(retries=3, timeout_seconds=2.0, idle_seconds=1.0, bytes_per_second=65_536)
     body = b"Content-Length: 100000000\r\n\r\n" + bytes(4 * 2**20)
-    with in_pieces([HEAD + body, *[b"x"] * 400], 0.05) as address:
+    asked: list[bytes] = []
+    with in_pieces([HEAD + body, *[b"x"] * 400], 0.05, asked) as address:
         monkeypatch.setenv("LATENTAC_S3_ENDPOINT", f"http://{address}")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-secret")
@@ -93,3 +94,4 @@ def test_a_download_that_begins_fast_and_then_dribbles_is_given_up(monkeypatch: 
         with pytest.raises(StoreUnavailable, match=r"only \d+ bytes came within 1 s"):
             store.get("weights", Stream(None))
         assert time.monotonic() - began < 8
+    assert len(asked) == 1, "it was asked for again"

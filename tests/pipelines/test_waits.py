@@ -159,3 +159,12 @@ def test_a_connection_that_breaks_is_made_again_a_few_times() -> None:
         with pytest.raises(ClusterUnavailable, match="does not answer"):
             service._once("start x", service._runs.run_service_create_run, kfp_server_api.V2beta1Run())
         assert server.accepted == 1
+
+
+def test_a_server_without_tls_is_told_at_once() -> None:
+    """Waiting does not mend what is wrong with a certificate, or with `https` in the address."""
+    with faulty("cut") as server:
+        service = Service(f"https://{server.address}", bounds=SHORT)
+        with pytest.raises(ClusterError, match=r"there is no trusted TLS connection to it .*--ca"):
+            service.run("x")
+        assert server.accepted == 1
