@@ -168,3 +168,34 @@ def test_a_server_without_tls_is_told_at_once() -> None:
         with pytest.raises(ClusterError, match=r"there is no trusted TLS connection to it .*--ca"):
             service.run("x")
         assert server.accepted == 1
+
+
+@contextlib.contextmanager
+def refusing(content: bytes) -> Iterator[str]:
+    """The address of what refuses each question, with these words."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(400)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("content", [b'{"message": "%s"}' % (b"a " * 500_000), b"<html>a proxy's page", b"[]", b"{"])
+def test_a_refusal_is_told_in_few_words(content: bytes) -> None:
+    """Whatever the server, or a proxy before it, says."""
+    with refusing(content) as address:
+        with pytest.raises(ClusterError, match="run x: 400 ") as caught:
+            Service(address, bounds=SHORT).run("x")
+        assert len(str(caught.value)) < 1000
