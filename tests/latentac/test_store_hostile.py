@@ -521,3 +521,11 @@ def test_a_list_without_a_length_is_refused_where_it_is_too_long(ask: Callable[[
 
     with pytest.raises(StoreAccessError, match="an answer has more than 8 MiB"):
         ask(answer).keys()
+
+
+@pytest.mark.parametrize("body", [page(item(changed="y" * 10**6)), page(*[item("a" * 10**6)] * 2)])
+def test_what_a_listing_says_wrongly_is_told_in_few_words(ask: Callable[[Answer], Store], body: bytes) -> None:
+    """Its dates and names may be as long as an answer."""
+    with pytest.raises(StoreAccessError) as caught:
+        ask(says(200, body)).keys()
+    assert len(str(caught.value)) < 2000

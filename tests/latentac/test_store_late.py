@@ -95,3 +95,16 @@ def test_a_download_that_begins_fast_and_then_dribbles_is_given_up(monkeypatch: 
             store.get("weights", Stream(None))
         assert time.monotonic() - began < 8
     assert len(asked) == 1, "it was asked for again"
+
+
+def test_a_download_that_never_gives_a_byte_is_asked_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer begins at once and breaks off: no attempt begins later than what may pass without a byte."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-secret")
+    patience = Patience(retries=6, back_off_seconds=0.5, timeout_seconds=2.0, idle_seconds=1.5)
+    with in_pieces([HEAD + b"Content-Length: 1000\r\n\r\n"], 0.0) as address:
+        monkeypatch.setenv("LATENTAC_S3_ENDPOINT", f"http://{address}")
+        store, began = connect("s3://bucket/store", patience), time.monotonic()
+        with pytest.raises(StoreUnavailable, match=r"no answer \(\w+\), given up after"):
+            store.get("weights", Stream(None))
+        assert time.monotonic() - began < 4
