@@ -134,7 +134,7 @@ def test_a_hub_that_falls_silent_in_the_middle_is_given_up(cache: Path, slow_hub
     """What came before does not count for the time after it."""
 
     def fall_silent() -> None:
-        while hub._cached_bytes(NAME) < 2**19:
+        while hub._cached_bytes(NAME) < 2**18:
             time.sleep(0.05)
         slow_hub.seconds = 1e5
 
@@ -142,4 +142,4 @@ def test_a_hub_that_falls_silent_in_the_middle_is_given_up(cache: Path, slow_hub
     began = time.monotonic()
     with pytest.raises(TimeUp, match=r"\d+ bytes came within 8 s"):
         hub.snapshot(NAME, COMMIT, ["big.safetensors"])
-    assert seconds_of(began) < 3 * LONG_SECONDS + MARGIN_SECONDS
+    assert seconds_of(began) < 2.5 * LONG_SECONDS, "not at the end of the first time without bytes"
