@@ -48,6 +48,18 @@ class Order:
     root: str
 
 
+class _Client(api.ApiClient):
+    """The package's own client turns an error of TLS into one without a body, and fails when it decodes this body."""
+
+    def request(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().request(*arguments, **options)
+        except api.ApiException as error:
+            if error.status:
+                raise
+            raise SSLError(" ".join(str(error.reason).split())) from None
+
+
 class Service:
     """Kubeflow Pipelines at `host`. namespace: of the user, where it serves many, else empty.
 
@@ -67,7 +79,7 @@ class Service:
         if token := _token():
             configuration.api_key["authorization"] = token
             configuration.api_key_prefix["authorization"] = "Bearer"
-        self._client = api.ApiClient(configuration, cookie=_secret(COOKIE) or None)
+        self._client = _Client(configuration, cookie=_secret(COOKIE) or None)
         self._pipelines, self._uploads = (
             api.PipelineServiceApi(self._client),
             api.PipelineUploadServiceApi(self._client),

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,3 +117,32 @@ def test_another_process_with_the_same_file_is_not_waited_for_without_end(cache:
     shutil.rmtree(cache / "models--someone--a-model")
     with FileLock(locks[0]), pytest.raises(TimeUp):
         hub.snapshot(NAME, COMMIT, ["big.safetensors"])
+
+
+def test_bytes_that_a_file_is_to_have_do_not_count_as_arrived(cache: Path) -> None:
+    """A client may give a file its size before it has any of its bytes."""
+    blobs = cache / "models--someone--a-model" / "blobs"
+    blobs.mkdir(parents=True)
+    with (blobs / "big.incomplete").open("wb") as file:
+        file.truncate(2**30)
+        file.write(b"x")
+    assert 0 < hub._cached_bytes(NAME) < 2**20
+
+
+@pytest.mark.timeout(120)
+def test_a_hub_that_falls_silent_in_the_middle_is_given_up(
+    cache: Path, slow_hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came before does not count for the time after it. The client itself would wait on."""
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "60")
+
+    def fall_silent() -> None:
+        while hub._cached_bytes(NAME) < 2**18:
+            time.sleep(0.05)
+        slow_hub.seconds = 1e5
+
+    threading.Thread(target=fall_silent, daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(TimeUp, match=r"\d+ bytes came within 8 s"):
+        hub.snapshot(NAME, COMMIT, ["big.safetensors"])
+    assert seconds_of(began) < 2.5 * LONG_SECONDS, "not at the end of the first time without bytes"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import AutoencoderKL
 
 from latentac.config.fields import merge
 from latentac.runs import steps
@@ -261,3 +262,18 @@ def test_trouble_is_told_and_what_it_was_made_from_may_be_gone(copy: Workspace) 
     assert trouble(copy, "first-1", digest) == ""
     assert trouble(copy, "first-1", "0" * 64) == "models/first-1 was replaced after the evaluation"
     assert "nothing was published there" in trouble(copy, "gone-1", digest)
+
+
+def test_an_incumbent_with_images_of_another_size_does_not_fit(copy: Workspace) -> None:
+    """Its latents have the size of this run's, and its autoencoder has one layer fewer that doubles it."""
+    folder = copy.folder.parent / "small"
+    shutil.copytree(copy.folder.parent / "model-first-1", folder)
+    described = json.loads((folder / "vae" / "config.json").read_text())
+    layers = {name: described[name][:-1] for name in ("block_out_channels", "down_block_types", "up_block_types")}
+    shutil.rmtree(folder / "vae")
+    AutoencoderKL.from_config({**described, **layers}).save_pretrained(folder / "vae")
+    put(copy, "small-1", folder)
+    space = again(copy, "second")
+    found = load_incumbent(space, space.base_policy())
+    assert found.policy is None
+    assert re.search(r"its \w+ are \(16, 16, 3\), those of this run \(32, 32, 3\)", found.problem), found.problem

@@ -281,3 +281,21 @@ def test_artifacts_that_do_not_fit_their_configuration_are_one_error(
     with pytest.raises(IntegrityError, match=expected):
         check_agreement("r", config, {"units": units, "methods": methods}, best)
     check_agreement("r", config, {"units": {"shapes_verifier": ""}, "methods": {"best_of_n": {}}}, None)
+
+
+@pytest.mark.parametrize("link", ["the folder", "summary.json"])
+def test_a_report_that_is_there_is_written_through_no_link_either(tmp_path: Path, link: str) -> None:
+    """`finish` has nothing to make anew then, and fetches what it has published."""
+    url = publish_until(tmp_path, "prepare")
+    folder, outside = tmp_path / "runs" / "run-1", tmp_path / "outside"
+    finish("run-1", url, str(tmp_path / "runs"))
+    outside.mkdir()
+    if link == "the folder":
+        folder.rename(tmp_path / "moved")
+        folder.symlink_to(outside)
+    else:
+        (folder / link).unlink()
+        (folder / link).symlink_to(outside / "new")
+    with pytest.raises(ResourceError, match="is a link to"):
+        finish("run-1", url, str(tmp_path / "runs"))
+    assert not any(outside.iterdir())

@@ -508,3 +508,24 @@ def test_names_of_a_listing_are_taken_once(ask: Callable[[Answer], Store]) -> No
 
     assert ask(answer).keys() == ["a0", "a1", "a2", "b"]
     assert connect("file:///nowhere", PATIENCE).names("") == []
+
+
+def test_a_list_without_a_length_is_refused_where_it_is_too_long(ask: Callable[[Answer], Store]) -> None:
+    """Its end is cut off by the bound, and what is left of it may look like a whole one."""
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.send_header("Content-Type", "application/xml")
+        request.end_headers()
+        request.wfile.write(page(item()) + b" " * 9 * 2**20)
+
+    with pytest.raises(StoreAccessError, match="an answer has more than 8 MiB"):
+        ask(answer).keys()
+
+
+@pytest.mark.parametrize("body", [page(item(changed="y" * 10**6)), page(*[item("a" * 10**6)] * 2)])
+def test_what_a_listing_says_wrongly_is_told_in_few_words(ask: Callable[[Answer], Store], body: bytes) -> None:
+    """Its dates and names may be as long as an answer."""
+    with pytest.raises(StoreAccessError) as caught:
+        ask(says(200, body)).keys()
+    assert len(str(caught.value)) < 2000

@@ -146,3 +146,56 @@ def test_a_daemon_that_answers_lets_a_run_be(monkeypatch: pytest.MonkeyPatch) ->
             time.sleep(2)
         with pytest.raises(KeyboardInterrupt), containers._answering():
             raise KeyboardInterrupt
+
+
+def test_a_connection_that_breaks_is_made_again_a_few_times() -> None:
+    """Not a few times for each of ours; and what must not be done twice is asked for once."""
+    with faulty("reset") as server:
+        service = Service(server.url, bounds=SHORT)
+        with pytest.raises(ClusterUnavailable, match="does not answer"):
+            service.run("x")
+        assert 1 < server.accepted <= 4
+        server.accepted = 0
+        with pytest.raises(ClusterUnavailable, match="does not answer"):
+            service._once("start x", service._runs.run_service_create_run, kfp_server_api.V2beta1Run())
+        assert server.accepted == 1
+
+
+def test_a_server_without_tls_is_told_at_once() -> None:
+    """Waiting does not mend what is wrong with a certificate, or with `https` in the address."""
+    with faulty("cut") as server:
+        service = Service(f"https://{server.address}", bounds=SHORT)
+        with pytest.raises(ClusterError, match=r"there is no trusted TLS connection to it .*--ca"):
+            service.run("x")
+        assert server.accepted == 1
+
+
+@contextlib.contextmanager
+def refusing(content: bytes) -> Iterator[str]:
+    """The address of what refuses each question, with these words."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(400)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("content", [b'{"message": "%s"}' % (b"a " * 500_000), b"<html>a proxy's page", b"[]", b"{"])
+def test_a_refusal_is_told_in_few_words(content: bytes) -> None:
+    """Whatever the server, or a proxy before it, says."""
+    with refusing(content) as address:
+        with pytest.raises(ClusterError, match="run x: 400 ") as caught:
+            Service(address, bounds=SHORT).run("x")
+        assert len(str(caught.value)) < 1000

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import http.client
+import os
 import resource
 import socket
 import threading
@@ -14,7 +15,7 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from latentac.serving import bodies, connections
@@ -34,8 +35,12 @@ async def answer(request: Request) -> Response:
             await bodies.body_of(request, LARGE)
         except Refused as refused:
             return PlainTextResponse(str(refused), refused.status)
+    if request.url.path == "/block":
+        time.sleep(1)
     if request.url.path == "/slow":
         await asyncio.sleep(2)
+    if request.url.path == "/stream":
+        return StreamingResponse("x" * 65_536 for _ in range(MIDDLE // 65_536))
     return PlainTextResponse("x" * {"/large": LARGE, "/middle": MIDDLE}.get(request.url.path, 1))
 
 
@@ -240,3 +245,105 @@ def test_connections_leave_files_for_others(files: int, most: int, monkeypatch: 
     """A quarter of those that the process may open, within bounds."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
     assert connections.most_connections() == most
+
+
+def is_open(end: socket.socket) -> bool:
+    """At this moment."""
+    end.setblocking(False)
+    try:
+        return end.recv(65_536) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["one by one", "at once"])
+def test_no_more_connections_are_held_than_are_allowed(
+    port: int, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    """The newest stay, as many as are allowed, and all before them are dropped without any time being over."""
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 60.0)
+    with ExitStack() as stack:
+        if at_once:
+            busy = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            busy.sendall(b"GET /block" + HEAD + b"Connection: close\r\n\r\n")
+            time.sleep(0.3)
+        held = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(80)]
+        if at_once:
+            assert read_until_closed(busy) > 0
+        deadline = time.monotonic() + 10
+        while any(map(is_open, held[:60])) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        assert not any(map(is_open, held[:60]))
+        assert all(map(is_open, held[61:]))
+        assert at_once or is_open(held[60])  # the busy one may have had its place
+
+
+@pytest.mark.parametrize("sent", [RESTING, UNFINISHED, UNREAD], ids=["rest", "body", "answer"])
+def test_whoever_lets_the_server_wait_holds_no_file_for_long(
+    port: int, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    """Of four times as many as are allowed the server keeps so many open, before any time is over."""
+    for name in ("HEADER_SECONDS", "UNREAD_SECONDS"):
+        monkeypatch.setattr(connections, name, 60.0)
+    before = len(os.listdir("/proc/self/fd"))
+    with ExitStack() as stack:
+        for _ in range(80):
+            held = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            held.sendall(sent)
+            if sent != UNFINISHED:
+                assert held.recv(100)
+        deadline = time.monotonic() + 1
+        while (kept := len(os.listdir("/proc/self/fd")) - before - 80) > 20 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert kept <= 20
+
+
+@pytest.mark.parametrize("sent", [UNFINISHED, b"GET /stream" + HEAD + b"\r\n"], ids=["body", "stream"])
+def test_requests_that_wait_for_their_callers_keep_nobody_away(
+    port: int, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    """As many as are allowed, in the middle of a body or of a stream: the server is not done with them, and could not
+    go on either."""
+    monkeypatch.setattr(connections, "UNREAD_SECONDS", 60.0)
+    with ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(sent)
+        time.sleep(1)
+        deadline = time.monotonic() + 15
+        while True:  # until what the system keeps of each stream is full
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                assert probe(port) < 1
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def test_who_has_waited_longest_makes_room(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not who came first: a connection that is used stays."""
+    for name in ("HEADER_SECONDS", "_POLL_SECONDS"):
+        monkeypatch.setattr(connections, name, 60.0)
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as used, ExitStack() as stack:
+        used.connect()
+        end = used.sock
+        for _ in range(3):
+            used.request("GET", "/")
+            assert used.getresponse().read() == b"x"
+            for _ in range(19):
+                stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            time.sleep(0.1)
+        assert used.sock is end, "the client had to connect again"
+
+
+def test_what_is_no_body_after_the_answer_ends_the_connection_at_once(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any time is over."""
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 60.0)
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as end:
+        end.sendall(b"POST /" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n")
+        time.sleep(0.2)
+        end.sendall(b"no size\r\n\r\n")
+        assert read_until_closed(end) > 0

@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 
 from latentac.backbones import load_backbone
+from latentac.config.extensions import ALLOWED
 from latentac.config.sections import Extension
 from latentac.critic import Critic
 from latentac.serving.deployment import serve_and_check
 from latentac.serving.generator import Generator, png
 from latentac.serving.server import bind
 from latentac.system.errors import ResourceError, ServingError
+from tests.latentac.serving.conftest import changed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -72,3 +74,16 @@ def test_what_can_be_told_without_a_server_is(exported_folder: Path, tmp_path: P
         serve_and_check(tmp_path, REQUEST, READY_SECONDS)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ResourceError, match="the port is in use"):
         serve_and_check(exported_folder, REQUEST, READY_SECONDS, taken.getsockname()[1])
+
+
+def test_a_class_of_ones_own_is_served_where_somebody_allows_it(
+    exported_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operator by the environment, or the run that deploys its own model: both together, and neither for the
+    other."""
+    kernel, backbone = "latentac.sampling.kernels:DDIM", "latentac.backbones.unet:UNetBackbone"
+    folder = changed(exported_folder, tmp_path / "own", kernel={"use": kernel}, backbone={"use": backbone})
+    monkeypatch.setenv(ALLOWED, backbone)
+    with pytest.raises(ServingError, match=rf"exit code 8.*names a kernel that is not built in.*{kernel}"):
+        serve_and_check(folder, REQUEST, READY_SECONDS)
+    assert serve_and_check(folder, REQUEST, READY_SECONDS, allowed=[kernel]).version == "some-version"
