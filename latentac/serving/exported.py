@@ -131,7 +131,7 @@ def export(
         run=run,
         backbone=Extension.model_validate({"use": config.backbone.use, **config.backbone.own}),
         kernel=config.kernel,
-        size=image_size(folder),
+        size=tuple(config.backbone.own.get("image_size") or image_size(folder)),
         policies=["trained", "base"] if (folder / BASE).is_dir() else ["trained"],
         rewards=[Head(name=one.name, weight=one.weight, unit=units[one.name]) for one in config.rewards],
         examples=list(examples),
@@ -175,10 +175,13 @@ def read(folder: Path) -> Exported:
 
 
 def image_size(folder: Path) -> tuple[int, int]:
-    """(height, width) of the pictures, in pixels, from the diffusers configs alone."""
+    """(height, width) of the images, in pixels: what latentac.json says, or the diffusers configs."""
+    if (folder / FILE).is_file():
+        return read(folder).size
     denoiser = read_json(folder / denoiser_folder(folder) / "config.json")
     autoencoder = read_json(folder / "vae" / "config.json")
-    size, factor = denoiser["sample_size"], 2 ** (len(autoencoder["block_out_channels"]) - 1)
+    # FLUX.1 names no size of its own; its pipeline has this default.
+    size, factor = denoiser.get("sample_size", 128), 2 ** (len(autoencoder["block_out_channels"]) - 1)
     height, width = size if isinstance(size, list) else (size, size)
     return height * factor, width * factor
 
