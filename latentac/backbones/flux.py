@@ -22,7 +22,7 @@ _TIMESTEPS = 1000  # by which the transformer multiplies the noise level
 class FluxSettings(PipelineSettings):
     """How FLUX.1 computes."""
 
-    distilled_guidance: Annotated[float, Field(ge=0, le=100)] = 3.5
+    distilled_guidance: Annotated[float, Field(ge=0, le=50)] = 3.5
     """The guidance scale that the transformer gets as an input. FLUX.1 dev learned from a guided model, and has such an
     input. No effect on models without it, such as FLUX.1 schnell."""
     text_tokens: Annotated[int, Field(ge=2, le=LONGEST)] = LONGEST

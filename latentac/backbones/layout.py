@@ -115,7 +115,7 @@ class Layout:
         return next(part for part in self.parts if part.name == name)
 
     def files(self, names: Iterable[str]) -> list[str]:
-        """Those of a folder's files, by relative name, that are used: no T5, no safety checker, no other precision."""
+        """Those of a folder's files, by relative name, that are used: no other part, and no other precision."""
         within: dict[str, set[str]] = {}
         for name in names:
             folder, _, file = name.rpartition("/")

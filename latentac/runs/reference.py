@@ -4,6 +4,7 @@ Everything is read off the classes: a field's type, default, bounds and the text
 """
 
 import json
+import re
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -195,7 +196,8 @@ def _scalar(value: Any) -> str:
     """JSON is YAML; a text that needs no quotes goes without."""
     if isinstance(value, str) and value.replace("_", "").replace("-", "").isalnum() and not value[0].isdigit():
         return value if value.lower() not in {"true", "false", "null", "yes", "no", "on", "off"} else json.dumps(value)
-    return json.dumps(value if not isinstance(value, Mapping) else dict(value), ensure_ascii=False)
+    shown = json.dumps(value if not isinstance(value, Mapping) else dict(value), ensure_ascii=False)
+    return re.sub(r"^(-?\d+)e", r"\1.0e", shown) if isinstance(value, float) else shown  # YAML 1.1 reads 1e-05 as text
 
 
 def _comment(text: str, depth: int) -> list[str]:

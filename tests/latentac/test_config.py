@@ -174,7 +174,7 @@ def test_misspelt_settings_of_all_tables_are_told_together_with_the_nearest_name
     found = problems(
         *("kernel.noisse=0.5", "algorithm.gea_lambda=1", "critic.body.widht=8", "backbone.sorce=x"),
         "rewards=[{use: shapes_verifier}, {use: shapes_verifier, name: b, wieght: 1, timeout_second: 3}]",
-        "steering.methods=[{use: svdd, canddiates: [2]}, {use: best_of_n, strenght: 1}]",
+        "steering.methods=[{use: svdd, sweep_partciles: [2]}, {use: best_of_n, strenght: 1}]",
         "tracking=[{use: mlflow, experimnt: x}, {use: wandb, nmae: y}]",
     )
     nearest = {

@@ -228,7 +228,8 @@ def linked_part(folder):
 PIPELINES = {
     "StableDiffusionXLPipeline": "another backbone's",
     "StableDiffusionXLImg2ImgPipeline": "refiner",
-    "FluxPipeline": "FLUX",
+    "FluxFillPipeline": "inpainting with FLUX.1",
+    "Flux2Pipeline": "FLUX.2",
     "StableDiffusionInpaintPipeline": "inpainting",
     "StableDiffusionImg2ImgPipeline": "image-to-image",
     "StableDiffusionInstructPix2PixPipeline": "instruct-pix2pix",
@@ -244,6 +245,7 @@ PIPELINES = {
 REFUSED = {
     **{f"pipeline {name}": (setting(INDEX, _class_name=name), what) for name, what in PIPELINES.items()},
     "another backbone": (setting(INDEX, _class_name="StableDiffusion3Pipeline"), "another backbone's"),
+    "FLUX.1": (setting(INDEX, _class_name="FluxPipeline"), "another backbone's"),
     "no index": (without(INDEX), "model_index.json: is missing"),
     "an index that is not JSON": (text(INDEX, "{"), "model_index.json is not JSON"),
     "no tokenizer": (without("tokenizer"), "tokenizer: is missing"),
