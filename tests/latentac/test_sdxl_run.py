@@ -29,7 +29,7 @@ def test_a_run_goes_from_prepare_to_the_endpoint(
         f"backbone.precision={precision}",
         f"policy.adaptation={adaptation}",
         *("evaluation.num_images=8", "evaluation.num_diversity_prompts=2", "evaluation.pictures_per_prompt=2"),
-        *("evaluation.num_gallery_prompts=2", "steering.num_images=8"),
+        *("evaluation.num_gallery_prompts=2", "steering.num_images=8", "steering.methods.twisted.candidates=[2]"),
     )
     assert train_here(tmp_path, monkeypatch) == (0, "")
     manifest = space.finished("train")

@@ -6,6 +6,7 @@ SD3.5-M at 512 px, those for a CPU from one smoke run of the embedded world; oth
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -299,7 +300,9 @@ def _maps(layout: Layout, settings: dict[str, Any]) -> dict[str, int]:
     if layout.network == "unet":
         channels, layers = own.get("block_out_channels", [320, 640, 1280, 1280]), own.get("layers_per_block", 2)
         depth = layers if isinstance(layers, int) else max(layers)
-        units = sum((cells >> (2 * level)) * each for level, each in enumerate(channels)) * (2 * depth + 1)
+        kept = zip(channels, _blocks(own, len(channels)), strict=True)
+        units = sum((cells >> (2 * level)) * round(each * more) for level, (each, more) in enumerate(kept))
+        units *= 2 * depth + 1
         text_width = own.get("cross_attention_dim", 1280)
         taps = min(cells >> (2 * (len(channels) - 1)), 256) * channels[-1] + min(cells, 256) * channels[0]
         seen = channels[-1] + channels[0]
@@ -320,6 +323,14 @@ def _maps(layout: Layout, settings: dict[str, Any]) -> dict[str, int]:
         "taps": taps,
         "channels": seen,
     }
+
+
+def _blocks(unet: Mapping[str, Any], num_levels: int) -> list[float]:
+    """Of each level of a UNet: what its layers keep, in units of a layer with one transformer block."""
+    found = unet.get("transformer_layers_per_block", 1)  # or one per level, or per layer of each level
+    levels = found if isinstance(found, list) else [found] * num_levels
+    block = _SAVED_TENSORS["transformer"] / _SAVED_TENSORS["unet"]
+    return [1 + (max(each if isinstance(each, list) else [each]) - 1) * block for each in levels]
 
 
 def _count(tensors: dict[str, tuple[int, ...]]) -> int:
