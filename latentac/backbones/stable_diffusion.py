@@ -16,6 +16,8 @@ Finding = tuple[str, str, str]
 
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 
+_BLOCK_SHARE = 20 / 28
+"""Tensors that a transformer block keeps for the gradient, as a share of those of a UNet's layer with its block."""
 _UNUSED_INPUTS = {
     "class_embed_type": "classes or a noise level beside the text, as upscalers and unCLIP do",
     "num_class_embeds": "classes beside the text",
@@ -196,14 +198,24 @@ def unet_sizes(found: Configurations, size: tuple[int, int] | None) -> Sizes:
     channels, layers = own.get("block_out_channels", [320, 640, 1280, 1280]), own.get("layers_per_block", 2)
     depth = layers if isinstance(layers, int) else max(layers)
     length = text_settings(found["text_encoder"]).get("max_position_embeddings", 77)
+    levels = enumerate(zip(channels, _blocks(own, len(channels)), strict=True))
+    kept = [(cells >> (2 * level)) * round(width * blocks) for level, (width, blocks) in levels]
     return Sizes(
         latent=own.get("in_channels", 4) * cells,
         text=length * own.get("cross_attention_dim", 1280),
-        units=sum((cells >> (2 * level)) * each for level, each in enumerate(channels)) * (2 * depth + 1),
+        units=sum((cells >> (2 * level)) * round(each * more) for level, (each, more) in enumerate(kept))
+        * (2 * depth + 1),
         taps=min(cells >> (2 * (len(channels) - 1)), 256) * channels[-1] + min(cells, 256) * channels[0],
         channels=channels[-1] + channels[0],
         **decoded(found["vae"], cells),
     )
+
+
+def _blocks(unet: Mapping[str, Any], num_levels: int) -> list[float]:
+    """Of each level of a UNet: what a layer keeps for the gradient, in units of a layer with one transformer block."""
+    found = unet.get("transformer_layers_per_block", 1)  # or one per level, or per layer of each level
+    levels = found if isinstance(found, list) else [found] * num_levels
+    return [1 + (max(each if isinstance(each, list) else [each]) - 1) * _BLOCK_SHARE for each in levels]
 
 
 def _transformer_sizes(found: Configurations, size: tuple[int, int] | None) -> Sizes:

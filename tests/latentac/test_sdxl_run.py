@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusionXLPipeline
-from latentac.runs.verbs import deploy, evaluate, finish, gate, steer
 
+from latentac.runs.steps import deploy, evaluate, finish, gate, steer
 from latentac.system import folders
 from tests.latentac import miniatures
 from tests.latentac.workers import RUN, prepared, train_here
@@ -28,8 +28,8 @@ def test_a_run_goes_from_prepare_to_the_endpoint(
         f"backbone.source={model}",
         f"backbone.precision={precision}",
         f"policy.adaptation={adaptation}",
-        *("evaluation.num_images=8", "evaluation.num_diversity_prompts=2", "evaluation.pictures_per_prompt=2"),
-        *("evaluation.num_gallery_prompts=2", "steering.num_images=8"),
+        *("evaluation.num_images=8", "evaluation.num_diversity_prompts=2", "evaluation.images_per_prompt=2"),
+        *("evaluation.num_gallery_prompts=2", "steering.num_images=8", "steering.methods.twisted.sweep_particles=[2]"),
     )
     assert train_here(tmp_path, monkeypatch) == (0, "")
     manifest = space.finished("train")

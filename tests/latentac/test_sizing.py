@@ -57,6 +57,17 @@ def test_half_precision_on_disk_is_whole_in_memory(tmp_path):
     assert other.disk["base"] < 0.7 * one.disk["base"]
 
 
+def test_each_transformer_block_of_a_unet_counts(tmp_path):
+    """As in Stable Diffusion XL, whose deepest level has ten per layer; and the weights of both text encoders."""
+    few = miniatures.sdxl(tmp_path / "few")
+    many = miniatures.sdxl(tmp_path / "many", unet={"transformer_layers_per_block": (1, 1, 10)})
+    one, other = (needed(folder=folder, backbone__use="sdxl") for folder in (few, many))
+    assert 1.2 < other.memory["activations"] / one.memory["activations"] < 8
+    backbone = BACKBONES.build("sdxl", few, CPU)
+    parts = [backbone.module, backbone._autoencoder, backbone._pipeline.text_encoder, backbone._pipeline.text_encoder_2]
+    assert one.memory["weights"] == 4 * sum(each.numel() for part in parts for each in part.parameters())
+
+
 @pytest.mark.parametrize(
     ("item", "kind", "settings"),
     [
