@@ -22,7 +22,7 @@ from benchmarks.gpu.flops import BACKWARD
 from benchmarks.gpu.models import Model
 from benchmarks.gpu.ours import Arm, Ours, configuration
 from benchmarks.gpu.plain import PlainLoop
-from benchmarks.gpu.turns import TURNS, Make, Record, compared, measure, release
+from benchmarks.gpu.turns import TURNS, Make, Record, compared, described, measure, release
 from benchmarks.plan import FULL, require_clean_tree
 from latentac.runs.preparation.prepare import environment
 from latentac.sampling.devices import few_threads
@@ -103,7 +103,7 @@ class Bench:
             return {**otherwise, "note": str(stopped)}
         except Exception as error:  # noqa: BLE001 - the other parts are still worth their numbers
             traceback.print_exc()
-            return {**otherwise, "note": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+            return {**otherwise, "note": described(error)}
         finally:
             release(self.device)
 

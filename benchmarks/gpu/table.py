@@ -35,7 +35,7 @@ def markdown(found: Record) -> str:
     lines += ["", "Notes:", "", *notes] if notes else []
     if not dry:
         lines += ["", "Goals on one H100:", "", *goals(found["cases"])]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).strip() + "\n"
 
 
 def _training(cases: Sequence[Record], peak: float) -> Iterator[str]:

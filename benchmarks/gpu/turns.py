@@ -151,7 +151,7 @@ def _begin(make: Make, known: Measured, rows: int, device: torch.device, *, alon
             problem = f"out of memory with {rows} rows"
         except Exception as error:  # noqa: BLE001 - whatever fails in one arm, the others are still worth their numbers
             traceback.print_exc()
-            known.note = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            known.note = described(error)
             return None
         arm = None  # what it holds goes before the next attempt
         release(device)
@@ -162,6 +162,11 @@ def _begin(make: Make, known: Measured, rows: int, device: torch.device, *, alon
             known.note = problem
             return None
         rows //= 2
+
+
+def described(error: Exception) -> str:
+    """An error in one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(".")
 
 
 def allocated(device: torch.device) -> int | None:
