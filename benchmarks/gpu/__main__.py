@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where["machine"]["gpu"] = None
     found = {
         "experiment": "gpu",
-        "command": "make bench-gpu",
+        "command": _command(options.models, options.set),
         "dry_run": dry,
         "commit": where["commit"],
         "machine": where["machine"],
@@ -181,6 +181,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (options.output / f"{name}.md").write_text(text)
     print(text)
     return 0 if all(_complete(one) for one in (*found["cases"], *found["inference"])) else 1
+
+
+def _command(names: Sequence[str], own: Sequence[str]) -> str:
+    chosen = "" if list(names) == list(models.REAL) else f' MODELS="{" ".join(names)}"'
+    return f"make bench-gpu{chosen}" + (f' SET="{" ".join(own)}"' if own else "")
 
 
 def _names(text: str) -> list[str]:
