@@ -1,6 +1,7 @@
 """`make bench-gpu`: see the package."""
 
 import argparse
+import json
 import sys
 import tempfile
 import traceback
@@ -150,7 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of the whole run; each part has a share of it")
     parser.add_argument("--dry-run", action="store_true", help="walk through miniatures, as without a GPU")
     parser.add_argument("--set", action="append", default=[], help="path=value over latentac's configuration")
-    parser.add_argument("--output", type=Path, default=FULL.results / "gpu", help="folder of <machine>.json and .md")
+    parser.add_argument(
+        "--output", type=Path, default=FULL.results / "gpu", help="folder of <machine>.json and README.md"
+    )
     options = parser.parse_args(arguments)
     dry = options.dry_run or not torch.cuda.is_available()
     if not dry:
@@ -177,9 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = as_name(where["machine"]["gpu"] or f"dry-run-{where['machine']['cpu']}").lower()
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / f"{name}.json").write_text(dump(found))
-    text = table.markdown(found)
-    (options.output / f"{name}.md").write_text(text)
-    print(text)
+    known = [json.loads(path.read_text()) for path in options.output.glob("*.json")]
+    (options.output / "README.md").write_text(table.document(known))
+    print(table.markdown(found))
     return 0 if all(_complete(one) for one in (*found["cases"], *found["inference"])) else 1
 
 

@@ -1,6 +1,6 @@
 """The results as Markdown."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 Record = dict[str, Any]
@@ -11,11 +11,20 @@ RATIO, MEMORY, CRITIC = 1.5, 40 * GIB, 0.05
 _NAMES = {"ours": "latentac", "grpo": "latentac, GRPO", "plain": "plain loop"}
 
 
+def document(records: Iterable[Record]) -> str:
+    """README.md of a folder of results: those of GPUs first, then dry runs."""
+    ordered = sorted(records, key=lambda record: (record["dry_run"], _name(record)))
+    head = (
+        "# Models of real size\n\n`make bench-gpu` writes this file from the JSON files beside it, one per machine. "
+        "[Benchmarks](../../README.md#models-of-real-size) explains each number.\n"
+    )
+    return "\n".join([head, *map(markdown, ordered)])
+
+
 def markdown(found: Record) -> str:
     """All tables of a record of `benchmarks.gpu`."""
-    machine, dry = found["machine"], found["dry_run"]
-    name = machine["gpu"] or machine["cpu"]
-    lines = [f"# {'Dry run of models of real size' if dry else 'Models of real size'}: {name}", ""]
+    dry = found["dry_run"]
+    lines = [f"## {'Dry run on ' if dry else ''}{_name(found)}", ""]
     if dry:
         lines += [
             "**Dry run.** The script walked through miniatures of the same layouts. These numbers show that it works. "
@@ -36,6 +45,11 @@ def markdown(found: Record) -> str:
     if not dry:
         lines += ["", "Goals on one H100:", "", *goals(found["cases"])]
     return "\n".join(lines).strip() + "\n"
+
+
+def _name(found: Record) -> str:
+    machine = found["machine"]
+    return str(machine["gpu"] or machine["cpu"])
 
 
 def _training(cases: Sequence[Record], peak: float) -> Iterator[str]:
