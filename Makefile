@@ -41,7 +41,7 @@ EVIDENCE_OPTIONS = $(call option,ONLY,only) $(call option,RECIPE,recipe) $(call 
 
 .PHONY: help install run run-containers serve test test-wheel test-fast lint format compile minio images sbom release-images chart reference
 .PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering bench-serving
-.PHONY: bench-against chaos-store fuzz docs lock clean
+.PHONY: bench-gpu bench-against chaos-store fuzz docs lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 } /^#:/ { print "      " substr($$0, 4) }' Makefile
@@ -159,6 +159,11 @@ bench-steering: install ## reward against network evaluations for every steering
 bench-serving: install ## the endpoint: throughput with and without batching, HTTP overhead, probes under load
 #: RECIPE=shapes-unet ROUNDS=6
 	@$(PARALLEL) $(PY) -m benchmarks.serving $(call option,RECIPE,recipe) $(call option,ROUNDS,rounds)
+
+bench-gpu: install ## SD1.5 and SD3.5-M sizes on one GPU beside the field's plain loop (8 minutes; without a GPU a dry run)
+#: MODELS="sd15 sd35m" BUDGET=450 SET="backbone.compile=blocks" DRY=1
+	@$(PARALLEL) $(PY) -m benchmarks.gpu $(call option,MODELS,models) $(call option,BUDGET,seconds) $(call option,SET,set) \
+		$(if $(DRY),--dry-run)
 
 bench-against: install minio ## throughput of endpoint and store: this version against an earlier commit (minutes)
 #: COMMIT=966fe4c ROUNDS=12; the commit needs the same dependencies

@@ -43,6 +43,9 @@ def test_every_other_value_comes_whole_too(tmp_path: Path) -> None:
     assert words == ["run", "--seed", "1", "--config", odd, "--project", "mine", "--package", odd,
                      "--output", odd, "--store", f"file://{odd}", "--resume", odd]  # fmt: skip
     assert called(tmp_path, "bench-steering", f"RUN={odd}")[-2:] == ["--run", odd]
+    assert called(tmp_path, "bench-gpu", "MODELS=sd15 sd35m", "BUDGET=60", "SET=a.b=1 c=2", "DRY=1")[1:] == [
+        "benchmarks.gpu", "--models", "sd15 sd35m", "--seconds", "60", "--set", "a.b=1 c=2", "--dry-run",
+    ]  # fmt: skip
     assert called(tmp_path, "evidence", "ONLY=main critic")[-2:] == ["--only", "main critic"]
     released = called(
         tmp_path, "release-images", "IMAGES=train serve", "PREFIX=r.example", f"COSIGN_KEY={odd}", "TLOG=no"
