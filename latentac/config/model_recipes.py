@@ -60,6 +60,15 @@ _SD15_FULL = merge(
     _SD15_LORA, {"recipe": "sd15-full", "policy": {"adaptation": "full", "learning_rate": 1e-4}}
 )  # paper
 
+_SDXL_LORA = merge(
+    _SD15_LORA,
+    {
+        "recipe": "sdxl-lora",
+        "backbone": {"use": "sdxl", "source": "stabilityai/stable-diffusion-xl-base-1.0"},
+        "train": {"images_per_iteration": 64, "block_images": 8},
+    },
+)
+
 _SD35M_LORA = merge(
     _MODEL,
     {
@@ -81,8 +90,23 @@ _SD35M_LORA = merge(
     },
 )
 
+_FLUX_LORA = merge(
+    _SD35M_LORA,
+    {
+        "recipe": "flux-lora",
+        "backbone": {
+            "use": "flux",
+            "source": "black-forest-labs/FLUX.1-dev",
+            "gradient_checkpointing": True,  # 12 billion weights leave little room for activations
+        },
+        "train": {"images_per_iteration": 64, "block_images": 8},
+    },
+)
+
 MODEL_RECIPES: dict[str, dict[str, Any]] = {
     "sd15-lora": _SD15_LORA,
     "sd15-full": _SD15_FULL,
+    "sdxl-lora": _SDXL_LORA,
     "sd35m-lora": _SD35M_LORA,
+    "flux-lora": _FLUX_LORA,
 }
