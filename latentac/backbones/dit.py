@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
@@ -79,13 +79,18 @@ class DiTBackbone(FlowTransformer):
         self.tap_shapes = dict.fromkeys(names, (self.module.inner_dim, *grid))
         self.compile()
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        with self._tokenizing, torch.no_grad():
+    def _text_encoders(self) -> Sequence[Any]:
+        pipeline = self._pipeline
+        encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
+        return [encoder for encoder in encoders if encoder is not None]
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        with self._tokenizing:
             tokens, _, pooled, _ = self._pipeline.encode_prompt(
                 list(prompts),
                 None,
                 None,
-                device=self.device,
+                device=self._text_device,
                 do_classifier_free_guidance=False,
                 max_sequence_length=self._t5_length,
             )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -62,16 +62,18 @@ class FluxBackbone(FlowTransformer):
         """The transformer knows no size of its own."""
         return super()._latent_size(factor) if self.settings.image_size else (CELLS, CELLS)
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def _text_encoders(self) -> Sequence[Any]:
+        return [self._text_encoder, self._t5]
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
         """The tokens are T5's, and pooled is CLIP's vector of the prompt's beginning, up to 77 tokens."""
         settings = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         longest = min(self._tokenizer.model_max_length, self._text_encoder.config.max_position_embeddings)
         with self._tokenizing:
             short = self._tokenizer(list(prompts), max_length=longest, **settings).input_ids
             long = self._t5_tokenizer(list(prompts), max_length=self.max_tokens, **settings).input_ids
-        with torch.no_grad():
-            tokens = self._t5(long.to(self.device)).last_hidden_state
-            return Conditioning(tokens, self._text_encoder(short.to(self.device)).pooler_output)
+        tokens = self._t5(long.to(self._text_device)).last_hidden_state
+        return Conditioning(tokens, self._text_encoder(short.to(self._text_device)).pooler_output)
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         """T5's."""

@@ -6,7 +6,7 @@ the noise schedule, and which layers are taps.
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -107,6 +107,7 @@ class PipelineBackbone:
         self.module: Any = self._load(self.layout.network)
         self._autoencoder: Any = self._load("vae", self._decoder_dtype(folder))
         self._taps = Taps()
+        self._text_device = device
         self._tokenizing = threading.Lock()  # a tokenizer's padding is state that a call may change
         factor = 2 ** (len(self._autoencoder.config.block_out_channels) - 1)
         height, width = self._latent_size(factor)
@@ -158,6 +159,24 @@ class PipelineBackbone:
     def _patch(self) -> int:
         """Cells of the latents per token and side; 1 where the network has no tokens."""
         return getattr(self.module.config, "patch_size", None) or 1
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        with torch.no_grad():
+            return self._encode(prompts).to(self.device)
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        """As `encode`, on `self._text_device`, where the text encoders are."""
+        raise NotImplementedError
+
+    def release_text_encoders(self) -> None:
+        """Move the text encoders to the host's memory, where `encode` still works, but slowly."""
+        self._text_device = torch.device("cpu")
+        for encoder in self._text_encoders():
+            encoder.to(self._text_device)
+
+    def _text_encoders(self) -> Sequence[Any]:
+        """The modules that encode text."""
+        raise NotImplementedError
 
     def clone(self) -> Self:
         other = copy.copy(self)  # the hooks are copied with the module, and `predict` takes the taps that it made

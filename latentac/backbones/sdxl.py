@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
@@ -45,18 +46,21 @@ class SDXLBackbone(VariancePreservingUNet):
         sizes = (*self.image_size, 0, 0, *self.image_size)
         self._sizes = torch.tensor([sizes], dtype=torch.float32, device=device)
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        with self._tokenizing, torch.no_grad():
+    def _text_encoders(self) -> Sequence[Any]:
+        return [self._pipeline.text_encoder, self._pipeline.text_encoder_2]
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        with self._tokenizing:
             tokens, _, pooled, _ = self._pipeline.encode_prompt(
-                list(prompts), device=self.device, do_classifier_free_guidance=False
+                list(prompts), device=self._text_device, do_classifier_free_guidance=False
             )
         return Conditioning(tokens, pooled)
 
     def unconditional(self) -> Conditioning:
         """What the pipeline takes for no prompt: zeros, or the empty prompt's states where model_index.json says so."""
         with self._tokenizing, torch.no_grad():
-            _, tokens, _, pooled = self._pipeline.encode_prompt([""], device=self.device)
-        return Conditioning(tokens, pooled)
+            _, tokens, _, pooled = self._pipeline.encode_prompt([""], device=self._text_device)
+        return Conditioning(tokens, pooled).to(self.device)
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         """For that of the two tokenizers which makes more of them."""

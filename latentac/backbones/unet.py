@@ -92,7 +92,10 @@ class UNetBackbone(VariancePreservingUNet):
         longest = self._text_encoder.config.max_position_embeddings  # some tokenizers name no bound of their own
         self.max_tokens: int = min(self._tokenizer.model_max_length, longest)
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def _text_encoders(self) -> Sequence[Any]:
+        return [self._text_encoder]
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
         with self._tokenizing:
             tokens = self._tokenizer(
                 list(prompts),
@@ -101,8 +104,7 @@ class UNetBackbone(VariancePreservingUNet):
                 max_length=self.max_tokens,
                 return_tensors="pt",
             )
-        with torch.no_grad():
-            return Conditioning(self._text_encoder(tokens.input_ids.to(self.device)).last_hidden_state)
+        return Conditioning(self._text_encoder(tokens.input_ids.to(self._text_device)).last_hidden_state)
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         with self._tokenizing:

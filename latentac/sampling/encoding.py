@@ -11,6 +11,8 @@ from latentac.method.records import Conditioning, join
 
 WHOLE_BYTES = 64 * 2**20
 KEPT_BYTES = 2**30
+HOST_BYTES = 8 * 2**30
+"""Kept in the host's memory beside a GPU."""
 _TOGETHER = 32
 
 
@@ -37,6 +39,17 @@ class Encoded:
         self._whole = backbone.encode(texts) if len(texts) * row_bytes <= whole_bytes else None
         self._most = kept_bytes // row_bytes
         self._kept: OrderedDict[int, Conditioning] = OrderedDict()
+
+    def release_encoders(self) -> None:
+        """Encode every text that is missing, and free the device of the text encoders, where all texts may be kept."""
+        backbone = getattr(self._backbone, "backbone", self._backbone)  # below classifier-free guidance
+        release = getattr(backbone, "release_text_encoders", None)
+        if release is None or (self._whole is None and len(self._texts) > self._most):
+            return
+        if self._whole is None:
+            for start in range(0, len(self._texts), _TOGETHER):
+                self._kept |= self._encode(range(start, min(start + _TOGETHER, len(self._texts))))
+        release()
 
     def rows(self, index: Tensor) -> Conditioning:
         """The conditioning of the texts that `index`, int64 [N], names, on the backbone's device."""

@@ -19,7 +19,7 @@ from latentac.method.randomness import noise_for
 from latentac.method.returns import explained_variance, rank_correlation
 from latentac.rewards.configured import ConfiguredReward
 from latentac.sampling.devices import map_blocks
-from latentac.sampling.encoding import Encoded
+from latentac.sampling.encoding import HOST_BYTES, Encoded
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import Keep, rollout, score
 from latentac.system.errors import Diverged, TrainingError
@@ -50,7 +50,10 @@ class Trainer:
     ) -> None:
         self.config, self.policy, self.critic, self.algorithm = config, policy, critic, algorithm
         self.rewards, self.prompts, self.mesh = rewards, prompts, mesh
-        self.conditioning = Encoded(policy.backbone, [prompt.text for prompt in prompts])
+        texts, on_gpu = [prompt.text for prompt in prompts], mesh.device.type == "cuda"
+        self.conditioning = Encoded(policy.backbone, texts, **({"kept_bytes": HOST_BYTES} if on_gpu else {}))
+        if on_gpu:  # which has better uses for its memory
+            self.conditioning.release_encoders()
         self.policy_learner = PolicyLearner(config, policy, algorithm, mesh)
         self.learner = Learner(config, policy, critic, self.conditioning, mesh) if algorithm.uses_critic else None
         weights = torch.tensor([reward.weight for reward in config.rewards], device=mesh.device)

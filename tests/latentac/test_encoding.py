@@ -64,6 +64,47 @@ def test_what_was_asked_for_lately_is_not_encoded_again():
     assert set(lazy._kept) == {1, 3, 4, 2}
 
 
+class Releasing(Counting):
+    """It notes whether its text encoders were released."""
+
+    released = False
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.backbone: Any = self  # as seen through classifier-free guidance
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        self.sizes.append(len(prompts))
+        return shipped(SHIPPED[0]).encode(prompts)
+
+    def release_text_encoders(self) -> None:
+        self.released = True
+
+
+@pytest.mark.parametrize(("kept", "released"), [(10**9, True), (50_000, False)])
+def test_text_encoders_are_released_when_all_texts_are_kept(kept, released):
+    """Every text is encoded once before. Where there is no room for all, the encoders stay."""
+    backbone = Releasing(SHIPPED[0])
+    expected = Encoded(backbone, TEXTS).rows(torch.arange(70))
+    lazy = Encoded(backbone, TEXTS, whole_bytes=0, kept_bytes=kept)
+    backbone.sizes.clear()
+    lazy.release_encoders()
+    assert backbone.released is released
+    assert (sum(backbone.sizes) >= len(TEXTS)) is released
+    backbone.sizes.clear()
+    assert torch.equal(lazy.rows(torch.arange(70)).tokens, expected.tokens)
+    assert (not backbone.sizes) is released
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_released_encoders_encode_the_same(name):
+    backbone = shipped(name).clone()
+    expected = backbone.encode(TEXTS[:3])
+    released: Any = backbone
+    released.release_text_encoders()
+    assert torch.equal(backbone.encode(TEXTS[:3]).tokens, expected.tokens)
+
+
 @pytest.fixture
 def lazily(monkeypatch):
     """Nothing is small enough to be encoded at once, and few rows are kept."""
