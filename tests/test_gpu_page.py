@@ -1,6 +1,7 @@
 """docs/gpu.md: every command, with a miniature in the layout of Stable Diffusion 1.5 in the hub's cache."""
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ SMALL = [
     *("steering.num_images=8", "gate.min_gain=-100", "gate.min_lower_bound=-100", "gate.min_diversity_kept=0"),
     *("gate.max_latency_ratio=100", "gate.max_loss_fraction=100", "evaluation.num_gallery_prompts=2"),
 ]
-"""The page's run in seconds on a CPU: what a command sets itself stays."""
+"""The page's run in seconds on a CPU."""
 
 
 def cached(home: Path) -> Path:
@@ -33,17 +34,10 @@ def cached(home: Path) -> Path:
     return home
 
 
-def shortened(line: str) -> list[str]:
-    """A command of the page, with the settings of SMALL that it does not make itself."""
-    command, _, given = line.partition(" --set ")
-    words = command.split()
-    if words[1:2] != ["run"]:
-        return words
-    own = given.split()
-    names = {setting.partition("=")[0] for setting in own}
-    small = [setting for setting in SMALL if setting.partition("=")[0] not in names]
-    merged = [setting if "num_images" not in setting else f"{setting.partition('=')[0]}=8" for setting in own]
-    return [*words, "--set", *merged, *small]
+def arguments(line: str) -> list[str]:
+    """Those of a command of the page; of a run, with the settings of SMALL, which have the last word."""
+    words = shlex.split(line)[1:]
+    return words + [word for setting in SMALL for word in ("--set", setting)] if words[0] == "run" else words
 
 
 @pytest.mark.slow
@@ -59,7 +53,7 @@ def test_every_command_of_the_page_works_on_a_miniature(tmp_path: Path) -> None:
             (tmp_path / block.file).write_text(block.text)
         elif "test_gpu_page" in block.reason:
             for line in block.text.splitlines():
-                command = [sys.executable, "-m", "latentac.runs.cli", *_arguments(line)]
+                command = [sys.executable, "-m", "latentac.runs.cli", *arguments(line)]
                 if "serve" in command:
                     _serves(command, tmp_path, environment)
                 else:
@@ -70,10 +64,6 @@ def test_every_command_of_the_page_works_on_a_miniature(tmp_path: Path) -> None:
                 ran += 1
     assert ran == 5
     assert (tmp_path / "fox.png").read_bytes().startswith(b"\x89PNG")
-
-
-def _arguments(line: str) -> list[str]:
-    return shortened(line)[1:]
 
 
 def _serves(command: list[str], folder: Path, environment: dict[str, str]) -> None:

@@ -203,8 +203,7 @@ def unet_sizes(found: Configurations, size: tuple[int, int] | None) -> Sizes:
     return Sizes(
         latent=own.get("in_channels", 4) * cells,
         text=length * own.get("cross_attention_dim", 1280),
-        units=sum((cells >> (2 * level)) * round(each * more) for level, (each, more) in enumerate(kept))
-        * (2 * depth + 1),
+        units=(2 * depth + 1) * sum(kept),
         taps=min(cells >> (2 * (len(channels) - 1)), 256) * channels[-1] + min(cells, 256) * channels[0],
         channels=channels[-1] + channels[0],
         **decoded(found["vae"], cells),
