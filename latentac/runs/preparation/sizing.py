@@ -6,7 +6,6 @@ SD3.5-M at 512 px, those for a CPU from one smoke run of the embedded world; oth
 
 import math
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ _INTERPRETER = 800 * 2**20  # a worker's own pages of torch, diffusers and trans
 _CUDA_CONTEXT = 500 * 2**20
 # Kept of a layer for the gradient, in units of its tokens times its width.
 _SAVED_TENSORS = {"unet": 28, "transformer": 20}
+_BLOCK = _SAVED_TENSORS["transformer"] / _SAVED_TENSORS["unet"]  # of a UNet's layer, which has one or more
 _PASSED_TENSORS = 8  # of a layer, without a gradient: fitted to a server's peak at 4 to 4,096 rows on a CPU
 _SMALL = 8 * 2**20  # reports, logs, critic: what does not grow with the model
 _ARMS = 20  # of evaluation and steering, each with a gallery
@@ -300,9 +300,8 @@ def _maps(layout: Layout, settings: dict[str, Any]) -> dict[str, int]:
     if layout.network == "unet":
         channels, layers = own.get("block_out_channels", [320, 640, 1280, 1280]), own.get("layers_per_block", 2)
         depth = layers if isinstance(layers, int) else max(layers)
-        kept = zip(channels, _blocks(own, len(channels)), strict=True)
-        units = sum((cells >> (2 * level)) * round(each * more) for level, (each, more) in enumerate(kept))
-        units *= 2 * depth + 1
+        kept = [round(each * more) for each, more in zip(channels, _blocks(own, len(channels)), strict=True)]
+        units = sum((cells >> (2 * level)) * each for level, each in enumerate(kept)) * (2 * depth + 1)
         text_width = own.get("cross_attention_dim", 1280)
         taps = min(cells >> (2 * (len(channels) - 1)), 256) * channels[-1] + min(cells, 256) * channels[0]
         seen = channels[-1] + channels[0]
@@ -325,12 +324,11 @@ def _maps(layout: Layout, settings: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def _blocks(unet: Mapping[str, Any], num_levels: int) -> list[float]:
+def _blocks(unet: dict[str, Any], num_levels: int) -> list[float]:
     """Of each level of a UNet: what its layers keep, in units of a layer with one transformer block."""
     found = unet.get("transformer_layers_per_block", 1)  # or one per level, or per layer of each level
     levels = found if isinstance(found, list) else [found] * num_levels
-    block = _SAVED_TENSORS["transformer"] / _SAVED_TENSORS["unet"]
-    return [1 + (max(each if isinstance(each, list) else [each]) - 1) * block for each in levels]
+    return [1 + (max(each if isinstance(each, list) else [each]) - 1) * _BLOCK for each in levels]
 
 
 def _count(tensors: dict[str, tuple[int, ...]]) -> int:
