@@ -28,7 +28,7 @@ SMALL = [
 def cached(home: Path) -> Path:
     """The cache of a hub that has the miniature under the recipe's id."""
     repository = home / "hub" / f"models--{HUB_ID.replace('/', '--')}"
-    miniatures.sd15(repository / "snapshots" / COMMIT)
+    miniatures.sd15(repository / "snapshots" / COMMIT, max_length=77)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
     return home

@@ -20,9 +20,10 @@ _ZEROS = "force_zeros_for_empty_prompt"
 
 
 class SDXLBackbone(VariancePreservingUNet):
-    """Stable Diffusion XL: the states of two CLIP encoders before their last layer, the second one's pooled text, and
-    the image's size.
+    """Stable Diffusion XL without its refiner. Taps: `middle`, the mid block's output, and `last`, the last up-block's
+    output.
 
+    The network gets the states of two CLIP encoders before their last layer, the second one's pooled text, and sizes.
     Original and target size are `image_size`, and nothing is cropped: diffusers' defaults.
     """
 

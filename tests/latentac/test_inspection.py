@@ -226,7 +226,6 @@ def linked_part(folder):
 
 
 PIPELINES = {
-    "StableDiffusionXLPipeline": "another backbone's",
     "StableDiffusionXLImg2ImgPipeline": "refiner",
     "FluxFillPipeline": "inpainting with FLUX.1",
     "Flux2Pipeline": "FLUX.2",
@@ -246,6 +245,7 @@ REFUSED = {
     **{f"pipeline {name}": (setting(INDEX, _class_name=name), what) for name, what in PIPELINES.items()},
     "another backbone": (setting(INDEX, _class_name="StableDiffusion3Pipeline"), "another backbone's"),
     "FLUX.1": (setting(INDEX, _class_name="FluxPipeline"), "another backbone's"),
+    "Stable Diffusion XL": (setting(INDEX, _class_name="StableDiffusionXLPipeline"), "another backbone's"),
     "no index": (without(INDEX), "model_index.json: is missing"),
     "an index that is not JSON": (text(INDEX, "{"), "model_index.json is not JSON"),
     "no tokenizer": (without("tokenizer"), "tokenizer: is missing"),

@@ -25,16 +25,19 @@ from latentac.config.learning import Critic as CriticSettings
 from latentac.config.learning import Policy as PolicySettings
 from latentac.config.sections import Extension
 from latentac.critic import Critic
+from latentac.method.diffusion import DDIM
 from latentac.method.randomness import noise_for
 from latentac.runs.testing import check_backbone
 from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout, steered_rollout
+from latentac.sampling.snippet import usage
 from latentac.sampling.steering import STEERING
 from latentac.sampling.steering.run import SteeringRun
 from latentac.system import folders
 from latentac.system.errors import ConfigError, Problem
 from tests.latentac import miniatures
+from tests.latentac.test_export import PROMPT, drawn, served
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -201,6 +204,17 @@ def test_what_is_saved_samples_in_plain_diffusers_as_trained(folder: Path, adapt
         base.load_lora_weights((tmp_path / "export" / folders.ADAPTER).parent)
         base.scheduler = merged.scheduler
         assert np.abs(by_diffusers(base, backbone, **call) - ours).max() <= 1
+
+
+def test_the_card_call_has_the_size_of_the_images(folder: Path, tmp_path: Path) -> None:
+    """Where it is not the folder's own: diffusers would tell the network another one, and take other latents."""
+    backbone = load(folder, image_size=[48, 80])
+    backbone.save(tmp_path / "export")
+    for kernel in (DDIM(1.0), DDIM(0.7)):
+        policy = Policy(backbone, kernel)
+        code = usage(policy, tmp_path / "export", 10, PROMPT, 5)
+        assert "height=48" in code
+        assert np.abs(drawn(code, tmp_path / "export") - served(policy, 10)).max() <= 1
 
 
 @pytest.mark.parametrize("name", STEERING)
