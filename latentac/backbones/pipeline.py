@@ -186,7 +186,7 @@ class PipelineBackbone:
     def predict(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning
     ) -> tuple[diffusion.Prediction, dict[str, Tensor]]:
-        dtype = next(self.module.parameters()).dtype  # a critic's own copy may have another one
+        dtype = getattr(self.module, "dtype", self.dtype)  # a critic's own copy may have another one
         given = Conditioning(
             conditioning.tokens.to(dtype), None if conditioning.pooled is None else conditioning.pooled.to(dtype)
         )
