@@ -32,7 +32,6 @@ from latentac.method.diffusion import CPS, FlowSDE
 from latentac.method.randomness import noise_for
 from latentac.method.records import Conditioning
 from latentac.runs import testing
-from latentac.runs.cli import main
 from latentac.runs.configuration import recipe_fields
 from latentac.runs.preparation.model_sizes import read_model
 from latentac.runs.resolution import resolve_all
@@ -42,7 +41,6 @@ from latentac.sampling.rollout import rollout, steered_rollout
 from latentac.sampling.snippet import base_of, usage
 from latentac.sampling.steering import STEERING
 from latentac.sampling.steering.run import SteeringRun
-from latentac.store import open_store
 from latentac.system import folders
 from latentac.system.errors import ConfigError
 from tests.latentac.flux_miniature import DYNAMIC, flux, table
@@ -590,43 +588,3 @@ def test_every_steering_method_runs_on_it(dev: Path, method: str) -> None:
     found = steered(50.0)
     assert bool(found.isfinite().all())
     assert not torch.equal(found, plain)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("adaptation", ["full", "lora"])
-def test_a_whole_run_from_prepare_to_deploy(dev: Path, adaptation: str, precision: str, tmp_path: Path) -> None:
-    """Of the smoke recipe, on one worker, with fewer images."""
-    fields = {
-        "backbone.use": "flux",
-        "backbone.source": dev,
-        "backbone.image_size": "[32, 32]",
-        "backbone.precision": precision,
-        "backbone.device": "cpu",
-        "kernel.use": "cps",
-        "kernel.num_steps": 3,
-        "policy.adaptation": adaptation,
-        "policy.lora_rank": 2,
-        "train.num_workers": 1,
-        "train.num_iterations": 2,
-        "train.images_per_iteration": 8,
-        "train.block_images": 4,
-        "pretrain.num_images": 8,
-        "pretrain.num_held_out_images": 8,
-        "pretrain.num_passes": 1,
-        "evaluation.num_images": 8,
-        "evaluation.num_gallery_prompts": 2,
-        "evaluation.num_diversity_prompts": 2,
-        "steering.num_images": 8,
-        "rewards": "[{use: jpeg_compressibility}]",
-        "gate.reward": "jpeg_compressibility",
-    }
-    sets = [part for name, value in fields.items() for part in ("--set", f"{name}={value}")]
-    output = tmp_path / "runs"
-    assert main(["run", "--recipe", "shapes-unet-smoke", "--output", str(output), *sets]) == 0
-    store = open_store(f"file://{output}/store")
-    (version,) = [key for key in store.keys("models") if key.startswith("models/")]
-    store.fetch(version, tmp_path / "model")
-    pipeline = pipeline_of(tmp_path / "model")
-    assert made(pipeline, torch.zeros(3, 4, 6, 8)).shape == (3, *SIZE, 3)

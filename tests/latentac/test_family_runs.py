@@ -1,40 +1,64 @@
-"""A whole run on a miniature of Stable Diffusion XL, from `prepare` to an endpoint that answers."""
+"""A whole run on a miniature of each family, from `prepare` to an endpoint that answers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 
+from latentac.backbones import BACKBONES
 from latentac.runs.steps import deploy, evaluate, finish, gate, steer
 from latentac.system import folders
 from tests.latentac import miniatures
+from tests.latentac.flux_miniature import flux
 from tests.latentac.workers import RUN, prepared, train_here
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
+MINIATURES: dict[str, Callable[..., Path]] = {
+    "unet": miniatures.sd15,
+    "sdxl": miniatures.sdxl,
+    "dit": miniatures.sd3,
+    "flux": flux,
+}
+OWN: dict[str, list[str]] = {
+    "dit": ["kernel.use=cps"],
+    "flux": ["kernel.use=cps", "backbone.image_size=[32, 32]"],
+}
+WITHOUT: dict[str, Any] = {"dit": {"text_encoder_3": None, "tokenizer_3": None}}
+"""What diffusers' pipeline of the family must be told is missing."""
+
+
+def test_every_backbone_has_a_miniature() -> None:
+    assert MINIATURES.keys() == set(BACKBONES)
+
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
+@pytest.mark.parametrize("name", MINIATURES)
 def test_a_run_goes_from_prepare_to_the_endpoint(
-    adaptation: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, adaptation: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The policy learns, every steering method is measured, the endpoint serves a steered image, and the exported
     folder loads in plain diffusers."""
-    model = miniatures.sdxl(tmp_path / "model", size=32)
+    model = MINIATURES[name](tmp_path / "model", **({} if name == "flux" else {"size": 32}))
     space = prepared(
         tmp_path,
-        "backbone.use=sdxl",
+        f"backbone.use={name}",
         f"backbone.source={model}",
         f"backbone.precision={precision}",
         f"policy.adaptation={adaptation}",
         *("evaluation.num_images=8", "evaluation.num_diversity_prompts=2", "evaluation.images_per_prompt=2"),
         *("evaluation.num_gallery_prompts=2", "steering.num_images=8", "steering.methods.twisted.sweep_particles=[2]"),
+        *OWN.get(name, []),
     )
     assert train_here(tmp_path, monkeypatch) == (0, "")
     manifest = space.finished("train")
     assert manifest is not None
-    assert manifest.metrics["last"]["gradient_norm"] > 0
+    last = manifest.metrics["last"]
+    assert last["gradient_norm"] > 0
     place = (RUN, "", str(tmp_path))
     for step in (evaluate, steer, gate):
         step(*place)
@@ -44,7 +68,8 @@ def test_a_run_goes_from_prepare_to_the_endpoint(
     assert finish(*place) is not None
     space.store.fetch(f"models/{version}", tmp_path / "exported")
     assert (tmp_path / "exported" / folders.ADAPTER).is_file() == (adaptation == "lora")
-    assert "stable-diffusion-xl" in (tmp_path / "exported" / "README.md").read_text()
-    pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path / "exported")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "exported", **WITHOUT.get(name, {}))
     pipeline.set_progress_bar_config(disable=True)
-    assert pipeline("a red circle", num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
+    call = {"height": 32, "width": 32} if name == "flux" else {}
+    images = pipeline("a red circle", num_inference_steps=2, output_type="np", **call).images
+    assert images.shape == (1, 32, 32, 3)
