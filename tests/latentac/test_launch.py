@@ -1,6 +1,7 @@
 """Training by a real torchrun agent on machines that are not as they should be."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from latentac.method.diffusion import GaussianTransition
+from latentac.method.records import Minibatch
 from latentac.runs.workers.failures import ATTEMPT
 from latentac.runs.workers.worker import STOPPED
+from latentac.training.algorithms import PolicyLoss
+from latentac.training.algorithms.ppo import PPO
 from tests.latentac.test_store import eventually
 from tests.latentac.workers import RUN, prepared
 
@@ -50,6 +55,27 @@ def test_what_the_environment_says_of_another_group_of_workers_does_not_count(tm
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["1"]
+
+
+class Exploding(PPO):
+    """An algorithm with a mistake."""
+
+    def loss(self, transition: GaussianTransition, minibatch: Minibatch) -> PolicyLoss:
+        raise RuntimeError("the device is on fire")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_workers_own_error_is_reported(tmp_path: Path) -> None:
+    """Not the agent's table: the kind of error, its text, the iteration and the place."""
+    prepared(tmp_path, f"algorithm.use={__name__}:Exploding", "train.max_restarts=0")
+    command = [sys.executable, "-m", "latentac.runs.cli", "train", "--run", RUN, "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 7, done.stderr
+    told = r"ended FAILED: RuntimeError: the device is on fire \(in iteration 1, test_launch.py:\d+\)"
+    found = re.search(told, done.stderr)
+    assert found, done.stderr
+    assert "Root Cause" not in done.stderr[found.start() :]
 
 
 @pytest.mark.slow
