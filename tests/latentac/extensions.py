@@ -1,12 +1,14 @@
 """What somebody adds from outside the package, each named as `tests.latentac.extensions:Class` in a configuration."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from latentac.backbones import Denoiser
+from latentac.backbones.pipeline import PipelineSettings
 from latentac.backbones.unet import UNetBackbone
 from latentac.critic.reader import ReaderSettings
 from latentac.method.diffusion import GaussianTransition, Prediction
@@ -53,6 +55,10 @@ class Reinforce(Algorithm):
 
 class Backwards(UNetBackbone):
     """A backbone: the UNet, with its taps under other names and images upside down."""
+
+    def __init__(self, settings: PipelineSettings, folder: Path, device: torch.device) -> None:
+        super().__init__(settings, folder, device)
+        self.tap_shapes = {f"the_{name}": shape for name, shape in self.tap_shapes.items()}
 
     def predict(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning

@@ -187,7 +187,7 @@ def test_rewards_are_called_on_as_many_images_as_the_run_has_together(tmp_path):
     Counting.sizes.clear()
     own = [f'rewards=[{{use: "{__name__}:Counting", name: own}}]', "gate.reward=own", "train.num_workers=1"]
     prepare(tmp_path, f"prompts.source={tmp_path}/p.jsonl", "train.block_images=4", *own)
-    assert Counting.sizes == [4, 4, 4]
+    assert Counting.sizes == [4, 4, 4, *[4, 4] * 2]  # of each category, and eight with guidance and without
 
 
 def test_prepare_refuses_before_anything_is_published(tmp_path):
@@ -212,24 +212,27 @@ def test_prepare_counts_the_room_before_it_copies(tmp_path, monkeypatch):
     assert not (tmp_path / "runs" / "run" / "prepare").exists()
 
 
-class Contrast:
-    """What guidance raises: the spread of an image's grey levels."""
+class Later:
+    """A reward that rises with each image that it is asked about, or falls."""
+
+    step = 1.0
+
+    def __init__(self):
+        self.asked = 0
 
     def __call__(self, images, prompts):
-        return images.astype(np.float32).std((1, 2, 3))
+        self.asked += len(images)
+        return np.full(len(images), self.step * self.asked, np.float32)
 
 
-class Plain(Contrast):
-    """The contrary."""
-
-    def __call__(self, images, prompts):
-        return -super().__call__(images, prompts)
+class Sooner(Later):
+    step = -1.0
 
 
 @pytest.mark.parametrize(("sign", "warned"), [(1, True), (-1, False)])
 def test_a_base_that_needs_guidance_is_noticed(caplog, sign, warned):
     """Where guidance raises the reward, the warning has both means; with guidance in training nothing is compared."""
-    use = f"{__name__}:Contrast" if sign > 0 else f"{__name__}:Plain"
+    use = f"{__name__}:{'Later' if sign > 0 else 'Sooner'}"
     overrides = [f'rewards=[{{use: "{use}", name: own}}]', "gate.reward=own"]
     run = resolve_all(recipe_fields("shapes-unet-smoke", "", overrides))
     found = compare_guidance(run.config, shipped("unet"), run.rewards, load_prompts("builtin:shapes"))

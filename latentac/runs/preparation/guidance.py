@@ -39,7 +39,8 @@ def compare_guidance(
     scores = []
     for scale in (1.0, SCALE):
         policy = Policy(guided(backbone, scale), kernel)
-        arm = sample(policy, None, [main], chosen, config.seed, config.kernel.num_steps, block_images=1)
+        block = config.train.block_images
+        arm = sample(policy, None, [main], chosen, config.seed, config.kernel.num_steps, block_images=block)
         scores.append(arm.scores.rewards[:, 0].double())
     without, with_guidance = scores
     gain = with_guidance - without

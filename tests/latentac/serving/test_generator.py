@@ -245,7 +245,7 @@ def test_a_folder_that_is_not_whole_is_told(exported_folder: Path, tmp_path: Pat
         (damaged / FILE).write_text(json.dumps(content | change))
 
     write({"schema": 1})
-    with pytest.raises(ServingError, match=r"latentac\.json: is not valid \(schema: Input should be 3, not 1\)"):
+    with pytest.raises(ServingError, match=r"latentac\.json: is not valid \(schema: Input should be 4, not 1\)"):
         Generator(damaged, cpu)
     write({"rewards": [{"name": "shapes_verifier", "weight": 1.0, "unit": ""}]})
     with pytest.raises(ServingError, match="the critic's heads"):
