@@ -79,6 +79,13 @@ class DiTBackbone(FlowTransformer):
         self.tap_shapes = dict.fromkeys(names, (self.module.inner_dim, *grid))
         self.compile()
 
+    def compile(self) -> None:
+        if self.settings.compile != "blocks":
+            super().compile()
+            return
+        for block in self.module.transformer_blocks:  # diffusers names no repeated blocks for this class
+            block.compile()
+
     def _text_encoders(self) -> Sequence[Any]:
         pipeline = self._pipeline
         encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)

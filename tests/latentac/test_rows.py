@@ -1,6 +1,7 @@
 """Rows per forward pass, memory that runs out, precision, and Adam at any number of dimensions."""
 
 import math
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,6 +60,27 @@ def test_gradient_checkpointing_changes_nothing(name, adaptation):
     network: Any = saving.policy.backbone.module
     network.enable_gradient_checkpointing()
     close(gradient_of(saving), gradient_of(plain), 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns within itself, and fails where warnings are errors
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("name", SHIPPED)
+def test_compiled_blocks_compute_the_same(name):
+    """Prediction, taps and gradients, but for rounding."""
+    found = []
+    for mode in ("none", "blocks"):
+        extension = Extension.model_validate({"use": name, "compile": mode})
+        backbone = load_backbone(extension, builtin_pipeline(f"shapes-{name}"), CPU)
+        backbone.module.requires_grad_(True)
+        latents = noise_for([(place,) for place in range(4)], 0, 1, backbone.latent_shape)[:, 0]
+        prediction, taps = backbone.predict(latents, torch.full((4,), 0.7), backbone.encode(PROMPTS))
+        prediction.noise.square().mean().backward()
+        gradients = [p.grad.flatten() for p in backbone.module.parameters() if p.grad is not None]
+        found.append([prediction.noise, *taps.values(), torch.cat(gradients)])
+    for plain, compiled in zip(*found, strict=True):
+        close(compiled.detach(), plain.detach(), 1e-4)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
