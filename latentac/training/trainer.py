@@ -217,7 +217,7 @@ class Trainer:
     def _check_first_ratio(self, deviation: float) -> None:
         """Raises TrainingError where rollout and loss disagree before the first update, so that the ratio tells nothing
         of the policy. A lower learning rate does not help, so training does not go back to a checkpoint."""
-        share, clip = self.config.train.guard.max_first_ratio_share, self.algorithm.clip
+        share, clip = self.config.train.guard.max_first_ratio_share, getattr(self.algorithm, "clip", None)
         if clip is not None and deviation > share * clip:
             problem = (
                 f"before the first update the ratio deviates from 1 by {deviation:.2g}, and at most "
