@@ -262,7 +262,7 @@ NUMBERS: dict[str, tuple[Change, str]] = {
     "true for a number": (fields(UNET, attention_head_dim=True), "attention_head_dim is True"),
     "NaN": (text(UNET, r'"norm_eps": [^,]+', '"norm_eps": NaN'), "norm_eps is nan"),
     "infinity by its exponent": (text(UNET, r'"norm_eps": [^,]+', '"norm_eps": 1e400'), "norm_eps is inf"),
-    "a number of 5,000 digits": (text(UNET, r'"layers_per_block": 1', f'"layers_per_block": {"9" * 5000}'), "no JSON"),
+    "a number of 5,000 digits": (text(UNET, r'"layers_per_block": 1', f'"layers_per_block": {"9" * 5000}'), "not JSON"),
     "a fraction of channels": (fields(VAE, latent_channels=4.5), "latent_channels is 4.5"),
     "huge channels of the autoencoder": (fields(VAE, block_out_channels=[8, 8, 16, 2**40]), "block_out_channels is"),
     "autoencoder beyond its weights": (fields(VAE, block_out_channels=[8, 8, 16, 65536]), "no tensor of its weights"),

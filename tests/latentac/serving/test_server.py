@@ -269,7 +269,10 @@ def test_ctrl_c_stops_it_cleanly(exported_folder: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         output = [process.stdout.readline() for _ in range(4)]
-        time.sleep(0.5)
+        # The address is printed before the server answers. A request waits until it does.
+        address = re.findall(r"http://[\d.:]+", output[0])[0]
+        with urllib.request.urlopen(f"{address}/v2/health/ready", timeout=120) as answer:
+            assert answer.status == 200
         process.send_signal(signal.SIGINT)
         _, complaints = process.communicate(timeout=300)
     assert output[0].startswith("Serving latentac at http://127.0.0.1:")
