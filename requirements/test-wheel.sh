@@ -3,6 +3,7 @@
 # and run the small pipeline from each, outside the checkout.
 #
 #     test-wheel.sh <python>     the newest versions move: a failure there may be a new release of a dependency
+#     VERSIONS=oldest test-wheel.sh <python>     one of the two
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
