@@ -56,20 +56,20 @@ class PipelineSettings(Settings):
 class Taps:
     """The outputs of chosen layers, for the critic. Only what a `recording` surrounds is kept, per thread."""
 
-    def __init__(self) -> None:
-        self._local = threading.local()
+    def __init__(self, compiled: bool) -> None:
+        """compiled: whether the layers will be; their compiler must not follow the hooks."""
+        self._compiled, self._local = compiled, threading.local()
 
     def watch(self, layer: nn.Module, name: str, read: Callable[[Any], Tensor]) -> None:
         """Record `read` of the layer's output under `name`. A copy of the layer records too."""
         local = self._local  # a closure: a deep copy of the layer would copy an object
 
-        @torch.compiler.disable
         def hook(module: nn.Module, inputs: object, output: Any) -> None:
             recorded = getattr(local, "taps", None)
             if recorded is not None:
                 recorded[name] = read(output)
 
-        layer.register_forward_hook(hook)
+        layer.register_forward_hook(torch.compiler.disable(hook) if self._compiled else hook)
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, Tensor]]:
@@ -106,7 +106,7 @@ class PipelineBackbone:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
         self.module: Any = self._load(self.layout.network)
         self._autoencoder: Any = self._load("vae", self._decoder_dtype(folder))
-        self._taps = Taps()
+        self._taps = Taps(settings.compile != "none")
         self._text_device = device
         self._tokenizing = threading.Lock()  # a tokenizer's padding is state that a call may change
         factor = 2 ** (len(self._autoencoder.config.block_out_channels) - 1)
