@@ -35,6 +35,7 @@ class FluxBackbone(FlowTransformer):
 
     Settings: ClassVar[type[PipelineSettings]] = FluxSettings
     layout = FLUX
+    guides = False  # it is the distilled guidance
     packed = f"torch.nn.functional.pixel_unshuffle({{}}, {PATCH}).flatten(2).transpose(1, 2)"
 
     def __init__(self, settings: FluxSettings, folder: Path, device: torch.device) -> None:

@@ -92,6 +92,8 @@ class PipelineBackbone:
     layout: Layout
     packed: ClassVar[str] = "{}"
     """Python of the latents that the pipeline's call takes, where `{}` stands for those of `latent_shape`."""
+    guides: ClassVar[bool] = True
+    """Whether `guidance_scale` of the pipeline's call is the scale of classifier-free guidance."""
     path: diffusion.Path
     latent_shape: tuple[int, int, int]
     tap_shapes: dict[str, tuple[int, int, int]]

@@ -117,8 +117,8 @@ def usage(policy: Policy, folder: Path, num_steps: int, prompt: str, seed: int, 
     if not torch.allclose(levels[:-1], steps.sigmas[:num_steps], atol=_CLOSE, rtol=0):
         return ""
     scale, backbone = _unguided(policy.backbone)
-    called = backbone.call() if isinstance(backbone, PipelineBackbone) else {}
-    if scale != 1 and "guidance_scale" in called:  # the call's own scale is another thing
+    called, guides = (backbone.call(), backbone.guides) if isinstance(backbone, PipelineBackbone) else ({}, True)
+    if scale != 1 and not guides:
         return ""
     arguments = {"num_inference_steps": str(num_steps), "guidance_scale": repr(scale)} | called | steps.arguments
     fields = {"prompt": _quoted(prompt), "seed": seed, "purpose": PURPOSE}
@@ -132,7 +132,7 @@ def usage(policy: Policy, folder: Path, num_steps: int, prompt: str, seed: int, 
         arguments["eta"] = repr(eta)
         return head + _PLAIN.format(arguments=_joined(arguments, 4), **fields)
     before, after, fresh = map(_numbers, _parts(moves, levels, steps, policy.backbone.path))
-    draws = _draws(policy.backbone)
+    draws = _draws(backbone)
     return head + _RENEWED.format(
         before=before, after=after, fresh=fresh, arguments=_joined(arguments, 8), **draws, **fields
     )

@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from latentac.backbones import Denoiser, load_backbone
 from latentac.backbones.flux import FluxBackbone, FluxSettings
 from latentac.backbones.flux_layout import FLUX
+from latentac.backbones.guided import guided
 from latentac.backbones.layout import copy, listing
 from latentac.backbones.source import locate
 from latentac.backbones.t5_layout import LONGEST
@@ -588,3 +589,12 @@ def test_every_steering_method_runs_on_it(dev: Path, method: str) -> None:
     found = steered(50.0)
     assert bool(found.isfinite().all())
     assert not torch.equal(found, plain)
+
+
+def test_the_card_has_no_call_for_classifier_free_guidance(dev: Path, schnell: Path, tmp_path: Path) -> None:
+    """`guidance_scale` of FluxPipeline is the distilled guidance, also where the transformer ignores it."""
+    for folder in (dev, schnell):
+        backbone = load(folder, image_size=[*SIZE])
+        backbone.save(tmp_path / folder.name)
+        assert usage(Policy(backbone, CPS(0.9)), tmp_path / folder.name, 10, PROMPT, 5)
+        assert not usage(Policy(guided(backbone, 3.0), CPS(0.9)), tmp_path / folder.name, 10, PROMPT, 5)

@@ -20,7 +20,7 @@ from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import Keep, rollout
 from latentac.sampling.rows import Rows
 from latentac.system.errors import ConfigError, ResourceError, TrainingError
-from latentac.training.policy_learning import _adam_eps
+from latentac.training.policy_learning import _adam_eps, _share_below
 from latentac.training.value_pretraining import new_critic
 from latentac.worlds.shapes import builtin_pipeline
 from tests.latentac.trainers import CPU, PAIRS, PROMPTS, SHIPPED, make_config, make_trainer, shipped
@@ -264,8 +264,11 @@ def test_adam_moves_as_far_in_a_hundred_times_the_dimensions():
 
 
 def test_the_share_of_gradient_entries_below_eps_is_logged():
-    entry = make_trainer().iterate()
-    assert 0 <= entry["gradient_below_eps"] < 1
+    """It counts entries of all weights together, by their absolute value."""
+    weights = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(5))]
+    weights[0].grad, weights[1].grad = torch.tensor([0.0, -2e-8, 9e-9]), torch.tensor([-9e-9])
+    assert float(_share_below(weights, 1e-8)) == 0.75
+    assert 0 <= make_trainer().iterate()["gradient_below_eps"] < 1
 
 
 @pytest.mark.parametrize(
