@@ -5,8 +5,11 @@ no file descriptors left, nothing is accepted any more, probes included.
 """
 
 import asyncio
+import fcntl
 import resource
+import termios
 import time
+from array import array
 
 import h11
 import uvicorn
@@ -20,7 +23,7 @@ UNREAD_SECONDS = 60.0
 """In which a caller must read something of its answer."""
 MAX_CONNECTIONS = 1024
 """At most; fewer where the process may open fewer than four times as many files. The one that has waited longest for
-its caller makes room for a new one."""
+its caller, and has no unread bytes of it, makes room for a new one."""
 KEEP_ALIVE_SECONDS = 65
 """How long a connection may rest between two requests. Longer than the 60 s of common proxies, so that they close it
 first."""
@@ -48,8 +51,10 @@ class Connection(H11Protocol):
         # One that was dropped stays in the set until the event loop comes to its end.
         held = [each for each in self.connections if isinstance(each, Connection) and not each.dropped]
         if len(held) > most_connections():
-            idle = [each for each in held if each.turn() != "answer"]
-            min(idle, key=lambda each: each.state_since).drop()
+            idle = sorted((each for each in held if each.turn() != "answer"), key=lambda each: each.state_since)
+            # Many connections can arrive before the event loop reads from any of them: a caller whose bytes wait in the
+            # socket is not idle. If all of them have sent something, the oldest one still makes room.
+            next((each for each in idle if not each.has_unread_bytes()), idle[0]).drop()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -75,6 +80,12 @@ class Connection(H11Protocol):
         if state != self.state:
             self.state, self.state_since = state, time.monotonic()
         return state
+
+    def has_unread_bytes(self) -> bool:
+        """Whether the operating system holds bytes of the caller that the event loop has not read yet."""
+        count = array("i", [0])
+        fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.FIONREAD, count)
+        return count[0] > 0
 
     def send_400_response(self, msg: str) -> None:
         """The answer to what is no HTTP. Where the request before it has been answered, or is being answered, there is

@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import signal
 import socket
 import struct
 import threading
@@ -298,3 +299,17 @@ def test_more_connections_than_are_allowed_do_not_keep_a_probe_away(
     counted("connections", connections=number, requests=number)
     assert others.wrong == []
     assert others.slowest < PROBE_SECONDS
+
+
+def test_a_request_that_has_arrived_keeps_its_connection_in_a_burst(small: ServerProcess) -> None:
+    """The server is busy (here: stopped) while a request arrives, and then more silent connections than are allowed."""
+    os.kill(small.pid, signal.SIGSTOP)
+    try:
+        with ExitStack() as stack, connect(small) as honest:
+            honest.sendall(LAST)
+            for _ in range(most_connections() + 100):
+                stack.enter_context(connect(small))
+            os.kill(small.pid, signal.SIGCONT)
+            assert [answer.status for answer in answers_in(read_to_end(honest))] == [200]
+    finally:
+        os.kill(small.pid, signal.SIGCONT)
