@@ -40,7 +40,7 @@ _ARMS = {
     "DDPO": ["algorithm.use=ddpo"],
     "values": [
         *("algorithm.use=ppo", "critic.body.use=frozen_taps"),
-        *("algorithm.value_guidance=0", "critic.replay_images=0"),
+        *("algorithm.value_gradient=0", "critic.replay_images=0"),
     ],
     "recipe": ["algorithm.use=ppo", "critic.body.use=frozen_taps"],
 }

@@ -162,7 +162,7 @@ ARMS: dict[str, Arm] = {
     "lambda_1": Arm("lambda 1", {**_PLAIN, "algorithm.gae_lambda": 1.0}),
     "lambda_095": Arm("lambda 0.95", {**_PLAIN, "algorithm.gae_lambda": 0.95}),
     "unguided": Arm(
-        "without value gradient: the critic is only a baseline", {**_PLAIN, "algorithm.value_guidance": 0.0}
+        "without value gradient: the critic is only a baseline", {**_PLAIN, "algorithm.value_gradient": 0.0}
     ),
     "no_time": Arm("without time conditioning", {**_PLAIN, "critic.body.time_conditioning": False}),
     "no_pretraining": Arm("without value pretraining", _PLAIN, pretrained=False),

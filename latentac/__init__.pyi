@@ -23,7 +23,7 @@ from .sampling.policy import Policy as Policy
 from .sampling.rollout import rollout as rollout
 from .sampling.rollout import steered_rollout as steered_rollout
 from .sampling.steering import STEERING as STEERING
-from .sampling.steering import Guide as Guide
+from .sampling.steering import SteeredRollout as SteeredRollout
 from .sampling.steering import Steering as Steering
 from .sampling.steering import SteeringSettings as SteeringSettings
 from .sampling.steering import SteeringState as SteeringState

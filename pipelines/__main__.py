@@ -21,10 +21,10 @@ examples:
 
 def main(arguments: list[str] | None = None) -> int:
     from latentac.system.errors import LatentacError, expected
-    from latentac.system.terminal import guard_streams
+    from latentac.system.terminal import escape_streams
 
     if arguments is None:
-        guard_streams()
+        escape_streams()
     options = _parser().parse_args(arguments)
     try:
         if options.command == "compile":

@@ -19,7 +19,7 @@ from latentac.runs.task import EVENT_MARK
 from latentac.system.progress import duration
 from latentac.system.reading import parse_json
 from latentac.system.scratch import write_whole
-from latentac.system.terminal import Guarded
+from latentac.system.terminal import EscapingStream
 
 _KFP_INDENT = " " * 4
 _KFP_RECORD = re.compile(r"\d\d:\d\d:\d\d(\.\d+)? - [A-Z]+ - |-{20}")
@@ -34,7 +34,7 @@ class Console(io.TextIOBase):
     """
 
     def __init__(self, steps: Sequence[str], out: TextIO, timings: Path, optional: Sequence[str] = ()) -> None:
-        self._steps, self._out, self._file, self._optional = list(steps), Guarded(out), timings, set(optional)
+        self._steps, self._out, self._file, self._optional = list(steps), EscapingStream(out), timings, set(optional)
         before = read_timings(timings)
         self._booked: dict[str, float] = dict(before.get("steps", {}))
         self._total: float = before.get("total", 0.0)

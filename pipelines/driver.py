@@ -19,7 +19,7 @@ from latentac.system.errors import LatentacError, ServingError
 from latentac.system.lifetime import own_descendants, refuse_links, run_lock, stop_on_sigterm
 from latentac.system.reading import read_json
 from latentac.system.steps import NAMES, OPTIONAL
-from latentac.system.terminal import Guarded
+from latentac.system.terminal import EscapingStream
 
 _STOPPED = 130
 _CONFIG_ERROR = 2
@@ -218,7 +218,7 @@ def _report(message: str, exit_code: int, run: str, request: Request, output: Pa
     from latentac.system.commands import program
 
     command = f"{program()} run --resume {run}{_output_argument(output)}{containers}"
-    shown = Guarded(sys.stderr)
+    shown = EscapingStream(sys.stderr)
     shown.clear_line()
     print(f"{message}\nresume with: {command}", file=shown)
     return exit_code

@@ -9,7 +9,7 @@ import torch
 from benchmarks.gpu.flops import clock
 from benchmarks.gpu.models import PROMPTS, Model
 from benchmarks.gpu.turns import Turn
-from latentac.config.learning import Guard, Train
+from latentac.config.learning import DivergenceCheck, Train
 from latentac.config.schema import Config
 from latentac.method.diffusion import num_stochastic_steps
 from latentac.rewards.configured import load_rewards
@@ -56,7 +56,7 @@ def configuration(arm: Arm, rows: int) -> Config:
         f"policy.learning_rate={rate:g}",
         f"algorithm.use={algorithm}",
         f"algorithm.clip={model.clip}",
-        *(["algorithm.value_guidance=0"] if algorithm == "ppo" else []),
+        *(["algorithm.value_gradient=0"] if algorithm == "ppo" else []),
         "critic.replay_images=0",
         f"train.images_per_iteration={model.rows * model.blocks}",
         f"train.updates_per_iteration={model.updates}",
@@ -64,8 +64,8 @@ def configuration(arm: Arm, rows: int) -> Config:
         *([f"train.micro_images={rows}"] if "micro_images" in Train.model_fields else []),
         "train.num_workers=1",
         *(
-            f"train.guard.{name}={1 if name == 'max_clip_share' else 1e9}"
-            for name in Guard.model_fields
+            f"train.divergence.{name}={1 if name == 'max_clip_share' else 1e9}"
+            for name in DivergenceCheck.model_fields
             if "max" in name
         ),
         f"serving.batch_rows={rows}",

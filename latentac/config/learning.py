@@ -103,7 +103,7 @@ class EarlyStopping(Section):
     """Smallest rise that counts, in the reward's unit."""
 
 
-class Guard(Section):
+class DivergenceCheck(Section):
     """Bounds beyond which training counts as diverged. The first time, the run returns to its last checkpoint and goes
     on with a lower learning rate. The second time, it fails. An update that is not finite also counts."""
 
@@ -142,7 +142,7 @@ class Train(Section):
     """Iterations between checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """How many of the newest checkpoints are kept."""
-    guard: Guard = Guard()
+    divergence: DivergenceCheck = DivergenceCheck()
     """The divergence check."""
     early_stopping: EarlyStopping | None = None
     """When to stop before the last iteration; by default, never."""

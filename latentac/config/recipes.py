@@ -20,7 +20,7 @@ _SHAPES_UNET: dict[str, Any] = {
         {"use": "jpeg_compressibility", "weight": 0.0},
     ],
     "policy": {"learning_rate": 1e-4},
-    "algorithm": {"use": "ppo", "gae_lambda": 0.9, "clip": 0.0015, "value_guidance": 5.0},
+    "algorithm": {"use": "ppo", "gae_lambda": 0.9, "clip": 0.0015, "value_gradient": 5.0},
     "critic": {"body": {"use": "frozen_taps", "num_queries": 0}},
     "steering": {"methods": _METHODS},
     "pretrain": {"num_images": 2048, "num_passes": 10},

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentac.method.diffusion import GaussianTransition, Path, Prediction, broadcast
-from latentac.method.records import Guidance
+from latentac.method.records import ValueGradients
 
 
 @dataclass(frozen=True)
@@ -73,20 +73,23 @@ def value_loss(
     return squares.mean() if weights is None else (squares * weights).sum(1).mean() / weights.sum()
 
 
-def guidance_loss(
-    transition: GaussianTransition, old_mean: Float[Tensor, "N *latent"], guidance: Guidance, strength: float
+def value_gradient_loss(
+    transition: GaussianTransition,
+    old_mean: Float[Tensor, "N *latent"],
+    value_gradients: ValueGradients,
+    strength: float,
 ) -> Float[Tensor, ""]:
-    """[], mean KL in nats a step to the acting policy steered uphill on the critic, N(mean_old + w std^2 g, std^2).
+    """[], mean KL in nats per step to the acting policy moved along the value gradient, N(mean_old + w std^2 g, std^2).
 
-    old_mean: [N, *latent]; guidance: N rows, g its gradients, rows without one count 0; strength: w.
+    old_mean: [N, *latent]; value_gradients: N rows, g the gradients; rows without one count 0; strength: w.
     Where the policy is still the acting one the loss descends along -w g d mean/d theta. That is the pathwise gradient
     of w E[V(z')] (Heess et al. 2015, eq. 13), by Stein's identity the expectation of the likelihood-ratio gradient with
     V as the advantage, without that one's noise. The optimum lies at the steered policy, so a step is bounded however
     steep the critic is.
     """
     std = broadcast(transition.std, old_mean)
-    steered = GaussianTransition(old_mean + strength * std**2 * guidance.gradients, transition.std)
-    return (transition_kl(steered, transition) * guidance.known).mean()
+    steered = GaussianTransition(old_mean + strength * std**2 * value_gradients.gradients, transition.std)
+    return (transition_kl(steered, transition) * value_gradients.known).mean()
 
 
 def transition_kl(p: GaussianTransition, q: GaussianTransition) -> Float[Tensor, "B"]:

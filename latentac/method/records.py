@@ -42,14 +42,14 @@ def join(parts: Sequence[Conditioning]) -> Conditioning:
 
 
 @dataclass(frozen=True)
-class Guidance:
+class ValueGradients:
     """The values' gradient by the latents that a stochastic step led to. gradients: [B, S, *latent], of the weighted,
     standardised values; known: bool [B, S], where there is one. Or [N, *latent] and [N]."""
 
     gradients: Float[Tensor, "..."]
     known: Bool[Tensor, "..."]
 
-    def rows(self, index: Tensor | tuple[Tensor, Tensor]) -> "Guidance":
+    def rows(self, index: Tensor | tuple[Tensor, Tensor]) -> "ValueGradients":
         return replace(self, gradients=self.gradients[index], known=self.known[index])
 
 
@@ -64,7 +64,7 @@ class Trajectory:
     log_probs:    [B, S] summed log-density of each stochastic step's next latents under the acting policy, nats
     values:       [B, K, M] the critic's estimate at each state that was denoised; M = 0 without a critic
     features: name -> [B, K, ...], what the critic saw of each state; nothing unless it was asked for
-    guidance: where the critic would have each stochastic step's next latents; None unless it was asked for
+    value_gradients: at the latents that each stochastic step led to; None unless they were asked for
     """
 
     conditioning: Conditioning
@@ -74,7 +74,7 @@ class Trajectory:
     log_probs: Float[Tensor, "B S"]
     values: Float[Tensor, "B K M"]
     features: Mapping[str, Tensor] = field(default_factory=dict)
-    guidance: Guidance | None = None
+    value_gradients: ValueGradients | None = None
 
     @property
     def num_steps(self) -> int:
@@ -101,14 +101,14 @@ class Trajectory:
             log_probs=self.log_probs[index],
             values=self.values[index],
             features={name: feature[index] for name, feature in self.features.items()},
-            guidance=None if self.guidance is None else self.guidance.rows(index),
+            value_gradients=None if self.value_gradients is None else self.value_gradients.rows(index),
         )
 
 
 def join_trajectories(parts: Sequence[Trajectory]) -> Trajectory:
     """The rollouts of all parts, in order. The parts have the same noise levels and keep the same things."""
     first = parts[0]
-    guidance = [part.guidance for part in parts if part.guidance is not None]
+    known = [part.value_gradients for part in parts if part.value_gradients is not None]
     return Trajectory(
         conditioning=join([part.conditioning for part in parts]),
         latents=torch.cat([part.latents for part in parts]),
@@ -117,8 +117,8 @@ def join_trajectories(parts: Sequence[Trajectory]) -> Trajectory:
         log_probs=torch.cat([part.log_probs for part in parts]),
         values=torch.cat([part.values for part in parts]),
         features={name: torch.cat([part.features[name] for part in parts]) for name in first.features},
-        guidance=Guidance(torch.cat([g.gradients for g in guidance]), torch.cat([g.known for g in guidance]))
-        if guidance
+        value_gradients=ValueGradients(torch.cat([g.gradients for g in known]), torch.cat([g.known for g in known]))
+        if known
         else None,
     )
 
@@ -141,7 +141,7 @@ class Minibatch:
 
     latents, next_latents: [N, *latent]     sigma, sigma_next: [N]     conditioning: N rows
     old_means: [N, *latent], old_log_probs: [N]: of the acting policy     advantages: [N], whitened
-    guidance: N rows, or None
+    value_gradients: N rows, or None
     """
 
     latents: Float[Tensor, "N *latent"]
@@ -152,7 +152,7 @@ class Minibatch:
     old_means: Float[Tensor, "N *latent"]
     old_log_probs: Float[Tensor, "N"]
     advantages: Float[Tensor, "N"]
-    guidance: Guidance | None = None
+    value_gradients: ValueGradients | None = None
 
     def __len__(self) -> int:
         """N, the number of denoising steps."""
@@ -172,7 +172,7 @@ class Minibatch:
             old_means=self.old_means[index],
             old_log_probs=self.old_log_probs[index],
             advantages=self.advantages[index],
-            guidance=None if self.guidance is None else self.guidance.rows(index),
+            value_gradients=None if self.value_gradients is None else self.value_gradients.rows(index),
         )
 
 
@@ -192,5 +192,5 @@ def flatten_steps(
         old_means=trajectory.means[image, step],
         old_log_probs=trajectory.log_probs[image, step],
         advantages=advantages[image, step],
-        guidance=None if trajectory.guidance is None else trajectory.guidance.rows((image, step)),
+        value_gradients=None if trajectory.value_gradients is None else trajectory.value_gradients.rows((image, step)),
     )

@@ -14,7 +14,7 @@ from latentac.runs.running import run_step
 from latentac.system.errors import ConfigError, LatentacError, Problem, ResourceError, expected
 from latentac.system.reading import PORTS, SEEDS, whole
 from latentac.system.steps import STEPS
-from latentac.system.terminal import guard_streams
+from latentac.system.terminal import escape_streams
 
 if TYPE_CHECKING:
     pass
@@ -34,7 +34,7 @@ _EXIT_CODES = """exit codes:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is the error's (see `latentac.system.errors`)."""
     if arguments is None:  # else the caller is a program, whose streams, signals and import path are its own
-        guard_streams()
+        escape_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in _FURTHER:
         options = argparse.Namespace(command=_run_further, words=words)

@@ -47,7 +47,7 @@ _MEMBERS = {
 }
 """What a class of each table must have. What is set when it is built is checked there."""
 
-_BUILT_ALGORITHM = ("uses_critic", "memory", "group_size", "value_guidance", "prediction_kl")
+_BUILT_ALGORITHM = ("uses_critic", "memory", "group_size", "value_gradient", "prediction_kl")
 _LEVELS = torch.tensor([0.9]), torch.tensor([0.5])  # noise levels within any schedule
 
 Made = TypeVar("Made")

@@ -29,7 +29,7 @@ from latentac.system.lifetime import die_with_parent, refuse_links, run_lock, st
 from latentac.system.names import working_folder
 from latentac.system.scratch import remove_hidden, temporary_files, write_whole
 from latentac.system.steps import SCORING
-from latentac.system.terminal import guard_streams
+from latentac.system.terminal import escape_streams
 
 EVENTS = "LATENTAC_EVENTS"
 """Environment variable: a driver reads this process's output, so mark begin and end, and leave the error to it."""
@@ -61,7 +61,7 @@ def pipeline_task(name: str, run: str, output: str, manifest_path: str) -> Itera
         reused = datetime.fromisoformat(manifest.created).timestamp() < started
         return manifest
 
-    guard_streams()
+    escape_streams()
     try:
         die_with_parent()
         folder = working_folder(run, output)

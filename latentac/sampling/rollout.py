@@ -9,7 +9,7 @@ from torch import Tensor
 
 from latentac.critic import ValueFunction
 from latentac.method.diffusion import num_stochastic_steps
-from latentac.method.records import Conditioning, Guidance, Scores, Trajectory, join_trajectories
+from latentac.method.records import Conditioning, Scores, Trajectory, ValueGradients, join_trajectories
 from latentac.rewards.configured import ConfiguredReward
 from latentac.sampling.policy import Policy
 from latentac.sampling.steering import SteeringState
@@ -123,7 +123,7 @@ def _rollout(
         log_probs=torch.stack(log_probs, 1) if log_probs else noise.new_zeros(len(noise), 0),
         values=_values(critic, kept, values, sigmas[:-1], conditioning, noise),
         features=kept if keep.features else {},
-        guidance=_guidance(gradients, num_stochastic, noise) if gradients else None,
+        value_gradients=_value_gradients(gradients, num_stochastic, noise) if gradients else None,
     )
 
 
@@ -134,12 +134,12 @@ def _standardised(
     return sigma.new_zeros(len(sigma), 0) if critic is None else critic.standardised(features, sigma, conditioning)
 
 
-def _guidance(gradients: dict[int, Tensor], num_stochastic: int, noise: Tensor) -> Guidance:
+def _value_gradients(gradients: dict[int, Tensor], num_stochastic: int, noise: Tensor) -> ValueGradients:
     """`gradients`: stochastic step -> [B, *latent]."""
     nothing = torch.zeros_like(noise[:, 0])
     known = torch.tensor([step in gradients for step in range(num_stochastic)], device=noise.device)
     stacked = torch.stack([gradients.get(step, nothing) for step in range(num_stochastic)], 1)
-    return Guidance(stacked, known.expand(len(noise), -1))
+    return ValueGradients(stacked, known.expand(len(noise), -1))
 
 
 @torch.no_grad()

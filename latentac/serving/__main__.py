@@ -10,7 +10,7 @@ from latentac.serving.access import add_access
 from latentac.serving.server import HOST, NAME, PORT, serve, serve_on
 from latentac.system.errors import LatentacError, expected
 from latentac.system.reading import PORTS, whole
-from latentac.system.terminal import guard_streams
+from latentac.system.terminal import escape_streams
 
 EXAMPLE = """example:
   python -m latentac.serving --model runs/<run>/model --port 8080
@@ -69,5 +69,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    guard_streams()
+    escape_streams()
     raise SystemExit(main(sys.argv[1:]))

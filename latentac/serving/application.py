@@ -7,7 +7,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from latentac.serving import openapi
 from latentac.serving.access import Access
-from latentac.serving.guard import Guard
+from latentac.serving.admission import Admission
 from latentac.serving.model import SteeredDiffusion
 from latentac.serving.routes import Routes
 from latentac.serving.state import State
@@ -32,7 +32,7 @@ def application(
     State(dataplane, model.name, generator.exported, created).register(app)
     document = openapi.document(app, model.name, generator.exported.version)
     app.openapi = lambda: document  # type: ignore[method-assign]
-    app.add_middleware(Guard, access=access)
+    app.add_middleware(Admission, access=access)
     if access.origins:  # a browser asks before it sends JSON for another website
         methods, named = ["GET", "POST"], ["Content-Type", "Authorization", "X-Request-Id"]
         app.add_middleware(

@@ -65,8 +65,9 @@ def serve(
 ) -> None:
     """Serve an exported folder to a person, until Ctrl-C or SIGTERM; tells its address and an example on stdout.
 
-    hosts, origins, token_file: who may ask (`latentac.serving.guard`). Raises ResourceError if the port is taken and
-    ConfigError for what cannot be allowed, before anything is loaded, and ServingError if `folder` cannot be served.
+    hosts, origins, token_file: who may ask (`latentac.serving.admission`). Raises ResourceError if the port is taken
+    and ConfigError for what cannot be allowed, before anything is loaded, and ServingError if `folder` cannot be
+    served.
     """
     with bind(host, port) as listener:
         allowed = access(host, hosts, origins, token_file)

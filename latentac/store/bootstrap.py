@@ -13,7 +13,7 @@ from latentac.store.blobs import Patience
 from latentac.store.places import connect
 from latentac.system.errors import ConfigError, LatentacError, Problem
 from latentac.system.reading import seconds
-from latentac.system.terminal import guard_streams
+from latentac.system.terminal import escape_streams
 
 EXAMPLE = """example:
   python -m latentac.store.bootstrap --store s3://latentac/store
@@ -73,5 +73,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    guard_streams()
+    escape_streams()
     raise SystemExit(main(sys.argv[1:]))

@@ -20,7 +20,7 @@ from latentac.store.objects import below
 from latentac.store.places import connect
 from latentac.system.errors import ConfigError, LatentacError
 from latentac.system.reading import seconds, whole
-from latentac.system.terminal import guard_streams
+from latentac.system.terminal import escape_streams
 
 PARTIAL = ".partial"
 BLOCK_BYTES = 4096
@@ -137,5 +137,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    guard_streams()
+    escape_streams()
     raise SystemExit(main(sys.argv[1:]))

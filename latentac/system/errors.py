@@ -10,7 +10,7 @@
     +- RewardError               5   a reward failed, or returned NaN or infinity
     +- ResourceError             6   disk full, port taken, device or package missing
     +- TrainingError             7   the training app failed
-    |  +- Diverged               7   an update was not finite, or beyond a bound of train.guard
+    |  +- Diverged               7   an update was not finite, or beyond a bound of train.divergence
     +- ServingError              8   the model server did not start or answered wrongly
     +- ClusterError              9   Kubernetes refused a call, or what was asked of it failed
        +- ClusterUnavailable     75  its API server did not answer, retries included: try again later

@@ -1,6 +1,6 @@
 """What a process prints: names, prompts and messages come from elsewhere, and must neither steer a terminal nor fail.
 
-A control character or a bidirectional one can repaint what stands above, or show a name as another. `guard_streams`
+A control character or a bidirectional one can repaint what stands above, or show a name as another. `escape_streams`
 puts one filter before stdout and stderr of the process, so nothing that prints or logs has to think of it.
 """
 
@@ -23,7 +23,7 @@ def printable(text: str) -> str:
     return _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-class Guarded:
+class EscapingStream:
     """A text stream that writes what is `printable`, and escapes what its encoding has not. `raw`: the stream itself,
     for what is meant to steer a terminal.
 
@@ -64,9 +64,9 @@ class Guarded:
 
 def raw(stream: Any) -> Any:
     """The stream behind a guarded one; any other is itself."""
-    return stream.raw if isinstance(stream, Guarded) else stream
+    return stream.raw if isinstance(stream, EscapingStream) else stream
 
 
-def guard_streams() -> None:
+def escape_streams() -> None:
     """From here on stdout and stderr of this process are guarded. Call it first, where a process begins."""
-    sys.stdout, sys.stderr = Guarded(sys.stdout), Guarded(sys.stderr)
+    sys.stdout, sys.stderr = EscapingStream(sys.stdout), EscapingStream(sys.stderr)

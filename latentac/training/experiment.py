@@ -80,8 +80,8 @@ class Experiment:
     def train(self, iterations: int | None = None) -> list[dict[str, Any]]:
         """Train policy and critic for `iterations` more, or up to `train.num_iterations`. Returns `history`.
 
-        Raises Diverged where an update is not finite or beyond a bound of `train.guard`, RewardError for a reward that
-        fails. The policy then holds the weights of the last update.
+        Raises Diverged where an update is not finite or beyond a bound of `train.divergence`, RewardError for a reward
+        that fails. The policy then holds the weights of the last update.
         """
         if self._trainer is None:
             mesh = Mesh.single(self.policy.backbone.device)

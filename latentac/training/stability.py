@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from latentac.config.learning import EarlyStopping, Guard
+from latentac.config.learning import DivergenceCheck, EarlyStopping
 
 
 def window_means(stopping: EarlyStopping, history: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -28,9 +28,9 @@ def stop_early(stopping: EarlyStopping | None, history: Sequence[Mapping[str, An
     return stopping is not None and len(history) - best_iteration(stopping, history) >= stopping.patience
 
 
-def diverged(guard: Guard, entry: Mapping[str, Any]) -> str:
+def diverged(bounds: DivergenceCheck, entry: Mapping[str, Any]) -> str:
     """Why the iteration is beyond a bound; an empty string if it is not. Not a number is beyond every bound."""
-    for name, bound in (("kl", guard.max_kl), ("clip_share", guard.max_clip_share)):
+    for name, bound in (("kl", bounds.max_kl), ("clip_share", bounds.max_clip_share)):
         if not entry[name] <= bound:
-            return f"{name} is {entry[name]:.3g}, beyond train.guard.max_{name} = {bound:g}"
+            return f"{name} is {entry[name]:.3g}, beyond train.divergence.max_{name} = {bound:g}"
     return ""

@@ -57,7 +57,7 @@ class Trainer:
         self.policy_learner = PolicyLearner(config, policy, algorithm, mesh)
         self.learner = Learner(config, policy, critic, self.conditioning, mesh) if algorithm.uses_critic else None
         weights = torch.tensor([reward.weight for reward in config.rewards], device=mesh.device)
-        self.value_weights = weights if self.learner is not None and algorithm.value_guidance > 0 else None
+        self.value_weights = weights if self.learner is not None and algorithm.value_gradient > 0 else None
         self.history: list[dict[str, Any]] = []
         self.recoveries: list[dict[str, Any]] = []
         """Each return to a checkpoint: {iteration, reason}."""
@@ -78,7 +78,7 @@ class Trainer:
     def iterate(self) -> dict[str, Any]:
         """One iteration: rollouts of the present policy, then its updates. Returns its entry in the history.
 
-        Raises Diverged when an update is not finite or the iteration is beyond a bound of `train.guard`.
+        Raises Diverged when an update is not finite or the iteration is beyond a bound of `train.divergence`.
         """
         train, started = self.config.train, time.monotonic()
         own = self.mesh.own(self._num_blocks)
@@ -102,7 +102,7 @@ class Trainer:
             "rollout_seconds": rolled_out - started,
         }
         self._check_first_ratio(entry["first_ratio_deviation"])
-        reason = diverged(train.guard, entry)
+        reason = diverged(train.divergence, entry)
         if reason:
             raise Diverged(f"iteration {self.iteration + 1}", reason, REMEDY)
         if self.learner is not None:
@@ -217,11 +217,11 @@ class Trainer:
     def _check_first_ratio(self, deviation: float) -> None:
         """Raises TrainingError where rollout and loss disagree before the first update, so that the ratio tells nothing
         of the policy. A lower learning rate does not help, so training does not go back to a checkpoint."""
-        share, clip = self.config.train.guard.max_first_ratio_share, getattr(self.algorithm, "clip", None)
+        share, clip = self.config.train.divergence.max_first_ratio_share, getattr(self.algorithm, "clip", None)
         if clip is not None and deviation > share * clip:
             problem = (
                 f"before the first update the ratio deviates from 1 by {deviation:.2g}, and at most "
-                f"{share:g} of the clip range {clip:g} is allowed (train.guard.max_first_ratio_share)"
+                f"{share:g} of the clip range {clip:g} is allowed (train.divergence.max_first_ratio_share)"
             )
             remedy = "Use backbone.precision=float32, or a larger algorithm.clip if the deviation may be so large"
             raise TrainingError(f"iteration {self.iteration + 1}", problem, remedy)
@@ -230,7 +230,7 @@ class Trainer:
         """Adam's first steps are sign steps: the policy's rate rises linearly over its first updates."""
         done = self.iteration * self.config.train.updates_per_iteration + update + 1
         factor = min(1.0, done / max(1, self.config.policy.warmup_updates))
-        factor *= self.config.train.guard.rate_factor ** len(self.recoveries)
+        factor *= self.config.train.divergence.rate_factor ** len(self.recoveries)
         return factor * self.config.policy.learning_rate
 
     def _remember(self) -> None:

@@ -12,7 +12,7 @@ from latentac.training.trainer import Trainer
 from tests.latentac.trainers import BRIGHTNESS, REDNESS, make_trainer
 
 _BOLD = {"learning_rate": 3e-4, "warmup_updates": 0}
-_ANYTHING_GOES = {"guard": {"max_kl": 1e3, "max_clip_share": 1.0}}
+_ANYTHING_GOES = {"divergence": {"max_kl": 1e3, "max_clip_share": 1.0}}
 RUNS: dict[str, dict[str, Any]] = {
     "ppo": {
         "rewards": [
@@ -21,7 +21,7 @@ RUNS: dict[str, dict[str, Any]] = {
         ],
         "critic": {"replay_images": 12},
         "policy": {**_BOLD, "ema_decay": 0.9},
-        "algorithm": {"prediction_kl": 0.1, "value_guidance": 2.0},
+        "algorithm": {"prediction_kl": 0.1, "value_gradient": 2.0},
         "train": _ANYTHING_GOES,
     },
     "grpo": {"algorithm": {"use": "grpo", "group_size": 2}, "policy": _BOLD, "train": _ANYTHING_GOES},

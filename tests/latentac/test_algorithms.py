@@ -218,8 +218,8 @@ def test_what_ddpo_remembers_is_in_the_checkpoint(tmp_path):
 
 
 def test_the_guarded_ratio_has_mean_0_and_is_the_log_ratio_without_its_kl():
-    """log r = n delta / std - delta^2 / (2 std^2), summed over D dimensions; the guard is mean_D(n delta), so it is
-    (log r + KL) std / D exactly. Under the old policy its mean is 0, where that of log r is -KL."""
+    """log r = n delta / std - delta^2 / (2 std^2), summed over D dimensions; that of GRPO-Guard is mean_D(n delta), so
+    it is (log r + KL) std / D exactly. Under the old policy its mean is 0, where that of log r is -KL."""
     count = 20000
     mean, old_mean = 0.3 * draw(1, *LATENT), torch.zeros(1, *LATENT)
     for level in (0.2, 1.0):
@@ -228,10 +228,10 @@ def test_the_guarded_ratio_has_mean_0_and_is_the_log_ratio_without_its_kl():
         new = GaussianTransition(mean.expand(count, -1, -1, -1), std)
         sampled = old.sample(draw(count, *LATENT, seed=1))
         log_ratio, kl = new.log_prob(sampled) - old.log_prob(sampled), transition_kl(old, new)
-        guard = guarded_log_ratio(new, old.mean, sampled)
-        torch.testing.assert_close(guard, (log_ratio + kl) * level / mean.numel(), rtol=1e-3, atol=1e-4)
+        bounded = guarded_log_ratio(new, old.mean, sampled)
+        torch.testing.assert_close(bounded, (log_ratio + kl) * level / mean.numel(), rtol=1e-3, atol=1e-4)
         error = 4 / count**0.5
-        assert abs(float(guard.mean())) < error * float(guard.std())
+        assert abs(float(bounded.mean())) < error * float(bounded.std())
         assert abs(float(log_ratio.mean() + kl[0])) < error * float(log_ratio.std())
         assert float(kl[0]) > 0.5
 

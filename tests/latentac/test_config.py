@@ -60,7 +60,7 @@ def test_all_problems_come_at_once_with_path_value_and_remedy():
     [
         (["kernel.noise=0"], "kernel.noise", "deterministic"),
         (["algorithm={use: grpo, group_size: 1}"], "algorithm.group_size", "greater than or equal to 2"),
-        (["algorithm={use: ddpo, value_guidance: 2}"], "algorithm.value_guidance", "ddpo has no such setting"),
+        (["algorithm={use: ddpo, value_gradient: 2}"], "algorithm.value_gradient", "ddpo has no such setting"),
         (["kernel.use=cps"], "kernel.use", "samples flow models, and unet is a variance_preserving one"),
         (["steering.methods.svdd.start=0.9"], "steering.methods.4", "start = 0.9 is not before stop = 0.8"),
         (["train.early_stopping={reward: shapes_verifier}"], "train.early_stopping.reward", "rises to the end"),
@@ -69,7 +69,7 @@ def test_all_problems_come_at_once_with_path_value_and_remedy():
         (["policy.ema_decay=1"], "policy.ema_decay", "less than 1"),
         (["critic.body.dropout=1"], "critic.body.dropout", "less than 1"),
         (["algorithm.clip=0"], "algorithm.clip", "greater than 0"),
-        (["train.guard.rate_factor=2"], "train.guard.rate_factor", "less than or equal to 1"),
+        (["train.divergence.rate_factor=2"], "train.divergence.rate_factor", "less than or equal to 1"),
         (["algorithm.group_size=3"], "train.block_images", "multiple"),
         (["train.num_workers=3"], "train.images_per_iteration", "dealt evenly"),
         (["train.updates_per_iteration=1000"], "train.updates_per_iteration", "transitions of a block"),

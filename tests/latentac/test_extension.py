@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = "tests.latentac.extensions"
 ADDED = {
     "reward": [f"rewards=[{{use: {HERE}:Warmth}}]", "gate.reward=Warmth"],
-    "algorithm": [f"algorithm.use={HERE}:Reinforce", "train.guard.max_kl=100.0"],
+    "algorithm": [f"algorithm.use={HERE}:Reinforce", "train.divergence.max_kl=100.0"],
     "backbone": [f"backbone.use={HERE}:Backwards"],
     "critic": [f"critic.body.use={HERE}:Mean"],
 }

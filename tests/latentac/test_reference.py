@@ -69,7 +69,7 @@ def test_what_is_shown_explains_itself() -> None:
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("train", ["num_iterations: integer > 0; default 30", "Images per iteration", "train.guard"]),
+        ("train", ["num_iterations: integer > 0; default 30", "Images per iteration", "train.divergence"]),
         ("rewards.weight", ["number >= 0; default 1.0"]),
         ("algorithm.grpo", ["group_size: integer >= 2; default 4", "Shao et al. 2024"]),
         ("algorithm.grpo.group_size", ["Rollouts per prompt"]),

@@ -44,7 +44,7 @@ def close(first: Tensor, second: Tensor, tolerance: float) -> None:
 def test_rows_per_forward_change_the_gradient_by_rounding_only(name, adaptation):
     """One row, three (which divide neither a block nor an update's share), and all at once, with the value gradient and
     the penalty towards the base."""
-    sections: dict[str, Any] = {"algorithm": {"value_guidance": 2.0, "prediction_kl": 0.1}}
+    sections: dict[str, Any] = {"algorithm": {"value_gradient": 2.0, "prediction_kl": 0.1}}
     sections["policy"] = {"adaptation": adaptation}
     whole = gradient_of(make_trainer(name, **sections))
     for rows in (1, 3):
@@ -97,15 +97,15 @@ def test_a_rollout_in_parts_is_the_whole_one(name):
         keep = Keep(features=True, value_gradient=torch.ones(1))
         found.append(rollout(policy, critic, backbone.encode(PROMPTS), noise, keep=keep))
     whole, parts = found
-    assert whole.guidance is not None
-    assert parts.guidance is not None
+    assert whole.value_gradients is not None
+    assert parts.value_gradients is not None
     pairs = [(getattr(whole, name), getattr(parts, name)) for name in ("latents", "means", "log_probs", "values")]
-    pairs += [(whole.guidance.gradients, parts.guidance.gradients)]
+    pairs += [(whole.value_gradients.gradients, parts.value_gradients.gradients)]
     pairs += [(whole.features[key], parts.features[key]) for key in whole.features]
     for first, second in pairs:
         assert first.shape == second.shape
         close(second, first, 1e-4)
-    assert torch.equal(whole.guidance.known, parts.guidance.known)
+    assert torch.equal(whole.value_gradients.known, parts.value_gradients.known)
     assert torch.equal(whole.conditioning.tokens, parts.conditioning.tokens)
 
 
@@ -118,7 +118,7 @@ def test_the_first_ratio_is_bitwise_1_with_the_same_rows(name, adaptation, preci
         Extension.model_validate({"use": name, "precision": precision}), builtin_pipeline(f"shapes-{name}"), CPU
     )
     sections: dict[str, Any] = {"policy": {"adaptation": adaptation, "warmup_updates": 0, "learning_rate": 1e-4}}
-    train = {"micro_images": 2, "guard": {"max_kl": 1e3, "max_clip_share": 1.0}}
+    train = {"micro_images": 2, "divergence": {"max_kl": 1e3, "max_clip_share": 1.0}}
     trainer = make_trainer(name, backbone=backbone, train=train, **sections)
     for _ in range(2):
         entry = trainer.iterate()
@@ -177,7 +177,7 @@ def test_a_first_ratio_beyond_its_share_of_the_clip_range_ends_training():
     with pytest.raises(TrainingError, match=r"ratio deviates from 1 by .* 0\.1 of the clip range .*precision=float32"):
         make_trainer(backbone=backbone).iterate()
     backbone = Imprecise(shipped("unet").clone(), 99)
-    trainer = make_trainer(backbone=backbone, train={"guard": {"max_first_ratio_share": 1e6, "max_kl": 1e6}})
+    trainer = make_trainer(backbone=backbone, train={"divergence": {"max_first_ratio_share": 1e6, "max_kl": 1e6}})
     assert trainer.iterate()["first_ratio_deviation"] > 0
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentac.config.learning import EarlyStopping, Guard
+from latentac.config.learning import DivergenceCheck, EarlyStopping
 from latentac.system.errors import Diverged
 from latentac.training.stability import best_iteration, diverged, stop_early, window_means
 from tests.latentac.extensions import Stumbling
@@ -58,15 +58,15 @@ def test_training_stops_when_patience_is_at_its_end():
     [
         (0.5, 0.2, ""),
         (1.0, 0.9, ""),
-        (1.5, 0.2, "kl is 1.5, beyond train.guard.max_kl = 1"),
-        (0.5, 0.95, "clip_share is 0.95, beyond train.guard.max_clip_share = 0.9"),
+        (1.5, 0.2, "kl is 1.5, beyond train.divergence.max_kl = 1"),
+        (0.5, 0.95, "clip_share is 0.95, beyond train.divergence.max_clip_share = 0.9"),
         (float("nan"), 0.2, "kl is nan"),
         (0.1, float("inf"), "clip_share is inf"),
     ],
 )
 def test_an_iteration_beyond_a_bound_is_told(kl, clip_share, words):
     """The bound itself is allowed; what is not a number is beyond every bound."""
-    found = diverged(Guard(), {"kl": kl, "clip_share": clip_share})
+    found = diverged(DivergenceCheck(), {"kl": kl, "clip_share": clip_share})
     assert found.startswith(words)
     assert bool(found) == bool(words)
 
@@ -74,7 +74,7 @@ def test_an_iteration_beyond_a_bound_is_told(kl, clip_share, words):
 def test_the_average_of_the_weights_is_its_closed_form(monkeypatch):
     """After n updates: d^n of the first weights and (1 - d) d^(n - i) of those after update i."""
     decay = 0.7
-    trainer = make_trainer(policy={"ema_decay": decay, "learning_rate": 1e-3}, train={"guard": {"max_kl": 1e3}})
+    trainer = make_trainer(policy={"ema_decay": decay, "learning_rate": 1e-3}, train={"divergence": {"max_kl": 1e3}})
     name = max(trainer.policy_learner.parameters, key=lambda key: trainer.policy_learner.parameters[key].numel())
     weights = [trainer.policy_learner.parameters[name].detach().clone()]
     step = trainer.policy_learner.optimizer.step
@@ -103,7 +103,7 @@ def test_what_is_published_is_the_last_the_average_or_the_best():
         trainer = make_trainer(
             rewards=WATCHED,
             policy={"ema_decay": decay, "learning_rate": 1e-3},
-            train={"early_stopping": stopping, "guard": {"max_kl": 1e3, "max_clip_share": 1.0}},
+            train={"early_stopping": stopping, "divergence": {"max_kl": 1e3, "max_clip_share": 1.0}},
         )
         trainer.iterate()
         after = snapshot(trainer)
@@ -142,8 +142,8 @@ def test_a_run_is_finished_when_early_stopping_says_so():
 
 def test_an_update_that_is_not_a_number_is_told_with_its_place():
     """And one whose KL is beyond its bound, with the bound; neither becomes an entry of the history."""
-    trainer = make_trainer(policy={"learning_rate": 1e-3, "warmup_updates": 0}, train={"guard": {"max_kl": 1e-9}})
-    with pytest.raises(Diverged, match=r"iteration 1: kl is .*, beyond train\.guard\.max_kl = 1e-09"):
+    trainer = make_trainer(policy={"learning_rate": 1e-3, "warmup_updates": 0}, train={"divergence": {"max_kl": 1e-9}})
+    with pytest.raises(Diverged, match=r"iteration 1: kl is .*, beyond train\.divergence\.max_kl = 1e-09"):
         trainer.iterate()
     assert trainer.iteration == 0
     trainer = make_trainer()
@@ -155,8 +155,10 @@ def test_an_update_that_is_not_a_number_is_told_with_its_place():
 
 
 def test_after_a_recovery_the_rate_is_lower():
-    """By the guard's factor, warm-up included, for the rest of the run."""
-    trainer = make_trainer(policy={"warmup_updates": 2, "learning_rate": 1e-3}, train={"guard": {"rate_factor": 0.1}})
+    """By the factor of `train.divergence`, warm-up included, for the rest of the run."""
+    trainer = make_trainer(
+        policy={"warmup_updates": 2, "learning_rate": 1e-3}, train={"divergence": {"rate_factor": 0.1}}
+    )
     rates = []
     for count in (0, 1):
         trainer.recoveries = [{}] * count
@@ -184,7 +186,7 @@ def test_a_run_comes_back_from_a_divergence(tmp_path: Path, monkeypatch: pytest.
         stumble(monkeypatch, *calls)
         (tmp_path / name).mkdir()
         adapted = ["policy.adaptation=lora", "critic.body.use=lora", "critic.body.rank=4"]
-        space = prepared(tmp_path / name, STUMBLING, *adapted, "train.guard.rate_factor=1.0")
+        space = prepared(tmp_path / name, STUMBLING, *adapted, "train.divergence.rate_factor=1.0")
         assert train_here(tmp_path / name, monkeypatch) == (0, "")
         ends.append(weights(space))
     (metrics, expected), (recovered, found) = ends

@@ -18,7 +18,7 @@ from latentac.method.records import Trajectory
 from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import Keep, rollout, steered_rollout
-from latentac.sampling.steering import STEERING, Guide, Steering, SteeringState, evaluations
+from latentac.sampling.steering import STEERING, SteeredRollout, Steering, SteeringState, evaluations
 from latentac.sampling.steering.resampling import Particles, Resampling, systematic
 from latentac.sampling.steering.run import SteeringRun
 from latentac.sampling.steering.twisted import Twisted, TwistedParticles
@@ -205,7 +205,7 @@ class Watched(Resampling):
     made_of = Particles
     made: Particles
 
-    def begin(self, uniforms: Tensor) -> Guide:
+    def begin(self, uniforms: Tensor) -> SteeredRollout:
         self.made = self.made_of(self, uniforms)
         return self.made
 
@@ -339,7 +339,7 @@ class ExactTwist(Particles):
 
     twists: list[Quadratic]
 
-    def guide(self, state: SteeringState) -> GaussianTransition:
+    def propose(self, state: SteeringState) -> GaussianTransition:
         if state.step + 1 >= len(self.twists):
             return state.transition
         twist, variance = self.twists[state.step + 1], state.transition.std**2
@@ -369,7 +369,7 @@ def test_the_exact_twist_gives_constant_weights(kernel):
     critic.values = soft_values(affine_steps(policy.backbone, kernel, STEPS), critic.values[STEPS - 1])
 
     class Exact(Resampling):
-        def begin(self, uniforms: Tensor) -> Guide:
+        def begin(self, uniforms: Tensor) -> SteeredRollout:
             self.made = ExactTwist(self, uniforms)
             self.made.twists = critic.values
             return self.made

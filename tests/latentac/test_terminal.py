@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from latentac.system.terminal import CLEAR_LINE, Guarded, printable
+from latentac.system.terminal import CLEAR_LINE, EscapingStream, printable
 
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 HOSTILE = "a\x1b[2J\x9b31m\r\x07\u202eb\u2066\u200f\u061c é 日本 😀"
@@ -38,15 +38,15 @@ def test_what_steers_a_terminal_is_shown_escaped(text: str, shown: str) -> None:
 def test_printing_fails_in_no_encoding(encoding: str) -> None:
     """What the encoding has not is escaped too."""
     written = io.BytesIO()
-    stream = Guarded(io.TextIOWrapper(written, encoding=encoding))
+    stream = EscapingStream(io.TextIOWrapper(written, encoding=encoding))
     print(HOSTILE + "\ud800", file=stream, flush=True)
     assert not STEERING.search(written.getvalue().decode(encoding).removesuffix("\n"))
 
 
 def test_a_guard_is_one_guard() -> None:
-    """Guarded twice, a stream is written to once; and its own sequences get through to a terminal only."""
+    """EscapingStream twice, a stream is written to once; and its own sequences get through to a terminal only."""
     plain = io.StringIO()
-    stream = Guarded(Guarded(plain))
+    stream = EscapingStream(EscapingStream(plain))
     stream.clear_line()
     stream.write("x\x1b")
     assert plain.getvalue() == "x\\x1b"
@@ -58,7 +58,7 @@ def test_a_guard_is_one_guard() -> None:
 def test_bars_of_libraries_are_drawn() -> None:
     """Two at once, whose words are escaped; a return within a line, or a move behind a text, is none of a bar."""
     drawn = io.StringIO()
-    stream = Guarded(drawn)
+    stream = EscapingStream(drawn)
     with tqdm(total=2, file=stream, desc="a\x1b[2J", leave=False) as bar, tqdm(total=2, file=stream, desc="b") as below:
         bar.update()
         below.update()
@@ -118,7 +118,7 @@ def test_no_door_lets_it_through(tmp_path: Path, arguments: list[str], code: int
 def test_a_tracebacks_text_is_guarded_too() -> None:
     """Whoever prints: a log, a bug's traceback, a warning of a library."""
     code = (
-        "from latentac.system.terminal import guard_streams; guard_streams()\n"
+        "from latentac.system.terminal import escape_streams; escape_streams()\n"
         "import logging, warnings\n"
         f"logging.warning({HOSTILE!r}); warnings.warn({HOSTILE!r})\n"
         f"raise ValueError({HOSTILE!r})"

@@ -110,7 +110,7 @@ class Eager(BestOfN):
 
 
 class _Pushing:
-    def guide(self, state: Any) -> GaussianTransition:
+    def propose(self, state: Any) -> GaussianTransition:
         moved: GaussianTransition = state.transition.shifted(torch.ones_like(state.latents))
         return moved
 

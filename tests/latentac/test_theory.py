@@ -9,7 +9,7 @@ from latentac.config.recipes import RECIPES
 from latentac.config.validation import resolve
 from latentac.critic import Critic
 from latentac.method.diffusion import alpha_of, broadcast, forward_noise
-from latentac.method.losses import clipped_surrogate, guidance_loss
+from latentac.method.losses import clipped_surrogate, value_gradient_loss
 from latentac.method.records import flatten_steps
 from latentac.method.returns import explained_variance, gae
 from latentac.sampling.kernels import KERNELS
@@ -156,35 +156,35 @@ def test_the_policy_gradient_is_that_of_the_mean_reward(kernel):
 
 @pytest.mark.parametrize("kernel", NOISY, ids=repr)
 def test_the_values_gradient_is_the_policy_gradient_without_its_noise(kernel):
-    """Guidance by V* gives the analytic dE[R]/dtheta too (Stein's identity), and its variance is less than half of the
-    best likelihood-ratio estimate's. Its optimum is the steered policy, where it has no gradient left."""
+    """The gradient of V* gives the analytic dE[R]/dtheta too (Stein's identity), and its variance is less than half of
+    the best likelihood-ratio estimate's. Its optimum is the steered policy, where it has no gradient left."""
     policy, count = Policy(GaussianBackbone(kernel.path), kernel), 20000
     critic = AnalyticCritic(policy.backbone, kernel)
     trajectory = roll(policy, critic, count, seed=5, keep=Keep(value_gradient=torch.ones(1)))
     stochastic = trajectory.num_stochastic_steps
-    assert trajectory.guidance is not None
-    guided = trajectory.guidance.known[0]
-    assert bool(guided[: STEPS - 1].all())  # a step that leads to the image itself has no value behind it
-    assert len(guided) == stochastic
+    assert trajectory.value_gradients is not None
+    known = trajectory.value_gradients.known[0]
+    assert bool(known[: STEPS - 1].all())  # a step that leads to the image itself has no value behind it
+    assert len(known) == stochastic
     rewards = REWARD(trajectory.clean.flatten(1))
     advantages, _ = gae(rewards, trajectory.values[:, :stochastic], 1.0, 1.0)
-    noisy = gradients(policy, trajectory, advantages[..., 0] * guided)
+    noisy = gradients(policy, trajectory, advantages[..., 0] * known)
 
     rows = torch.arange(count * stochastic)
     batch = flatten_steps(trajectory, advantages[..., 0], rows // stochastic, rows % stochastic)
-    guidance = batch.guidance
-    assert guidance is not None
+    value_gradients = batch.value_gradients
+    assert value_gradients is not None
     theta = torch.zeros(len(batch.latents), 1, 1, 1, requires_grad=True)
     transition = policy.transition(batch.latents, batch.sigma, batch.sigma_next, batch.conditioning)
-    loss = guidance_loss(transition.shifted(theta), batch.old_means, guidance, 1.0)
+    loss = value_gradient_loss(transition.shifted(theta), batch.old_means, value_gradients, 1.0)
     (pathwise,) = torch.autograd.grad(-loss * len(theta), theta)
     pathwise = pathwise.reshape(count, stochastic).sum(1)
     error = 4 * (float(noisy.var()) / count + float(pathwise.var()) / count) ** 0.5
     assert abs(float(pathwise.mean()) - float(noisy.mean())) < error
     assert float(pathwise.var()) < 0.5 * float(noisy.var())
 
-    steered = transition.shifted(broadcast(transition.std**2, batch.latents) * guidance.gradients)
-    assert float(guidance_loss(steered, batch.old_means, guidance, 1.0)) == pytest.approx(0, abs=1e-9)
+    steered = transition.shifted(broadcast(transition.std**2, batch.latents) * value_gradients.gradients)
+    assert float(value_gradient_loss(steered, batch.old_means, value_gradients, 1.0)) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("kernel", NOISY, ids=repr)

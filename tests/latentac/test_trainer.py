@@ -38,7 +38,7 @@ EVERYTHING: dict[str, Any] = {
     ],
     "critic": {"replay_images": 12},
     "policy": {"ema_decay": 0.9},
-    "algorithm": {"prediction_kl": 0.1, "value_guidance": 2.0},
+    "algorithm": {"prediction_kl": 0.1, "value_gradient": 2.0},
     "train": {"early_stopping": {"reward": "redness", "window": 1, "patience": 9}},
 }
 """Sections that turn on whatever has a state of its own."""
@@ -63,7 +63,7 @@ def with_adaptation(adaptation):
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
 def test_the_first_ratio_of_an_iteration_is_exactly_1(name, adaptation):
     """Through blocks, shuffling and minibatches the first update of every iteration sees ratio 1 to the last bit."""
-    trainer = make_trainer(name, policy={"adaptation": adaptation}, algorithm={"value_guidance": 2.0})
+    trainer = make_trainer(name, policy={"adaptation": adaptation}, algorithm={"value_gradient": 2.0})
     for _ in range(2):
         assert trainer.iterate()["first_ratio_deviation"] == 0.0
     assert trainer.history[-1]["kl"] > 0
@@ -120,7 +120,7 @@ def test_blocks_and_steps_add_up_to_one_batch(name):
     found = []
     for block_images in (2, 4):
         train = {"block_images": block_images, "updates_per_iteration": 1}
-        trainer = make_trainer(name, train=train, algorithm={"value_guidance": 2.0})
+        trainer = make_trainer(name, train=train, algorithm={"value_gradient": 2.0})
         blocks, *_ = trainer._credit([trainer._roll_out(index) for index in range(4 // block_images)])
         for block in blocks:
             learner = trainer.policy_learner
@@ -173,7 +173,7 @@ def test_two_workers_do_what_one_does(tmp_path):
 def test_actor_and_critic_do_not_shape_each_other(name):
     """The critic's passes leave actor and reference bitwise as they were, and give them no gradient; an update of the
     actor leaves the critic; with zero advantages the actor gets no gradient at all."""
-    trainer = make_trainer(name, critic={"replay_images": 8}, algorithm={"prediction_kl": 0.1, "value_guidance": 2.0})
+    trainer = make_trainer(name, critic={"replay_images": 8}, algorithm={"prediction_kl": 0.1, "value_gradient": 2.0})
     assert trainer.policy_learner._reference is not None
     assert trainer.learner is not None
     reference = trainer.policy_learner._reference.backbone.module
@@ -229,12 +229,12 @@ def test_the_prediction_kl_pulls_back(name):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_guidance_leads_uphill_on_the_critic(name):
+def test_the_value_gradient_raises_the_critics_value(name):
     """With every advantage 0, updates towards the steered policy raise the critic's value of the very same draws, and
-    against a negative weight they would lower it; the loss falls from one to the next. Without guidance no gradient."""
+    against a negative weight they would lower it; the loss falls from one to the next. With weight 0, no gradient."""
     found = []
     for weight in (1.0, -1.0):
-        trainer = make_trainer(name, algorithm={"value_guidance": 5.0}, critic={"num_passes": 8, "learning_rate": 5e-3})
+        trainer = make_trainer(name, algorithm={"value_gradient": 5.0}, critic={"num_passes": 8, "learning_rate": 5e-3})
         assert trainer.learner is not None
         blocks, *_ = trainer._credit([trainer._roll_out(index) for index in range(2)])
         trainer.learner.learn(
@@ -246,7 +246,7 @@ def test_guidance_leads_uphill_on_the_critic(name):
         scale = minibatch.latents[0].numel() * 2  # of the loss: a mean over dimensions and blocks
         for _ in range(3):
             trainer.policy_learner.optimizer.zero_grad()
-            distances.append(float(trainer.policy_learner.add_gradient(minibatch)["guidance"]))
+            distances.append(float(trainer.policy_learner.add_gradient(minibatch)["value_gradient_kl"]))
             norm = float(gradient(trainer).norm())
             with torch.no_grad():
                 for parameter in trainer.policy_learner.parameters.values():
@@ -263,7 +263,7 @@ def test_guidance_leads_uphill_on_the_critic(name):
 def test_the_actor_learns_a_smooth_reward(name):
     """Six iterations on brightness raise that of the very images, prompts and noise, that it began with, so the
     sign of everything is right."""
-    anything_goes = {"guard": {"max_kl": 1e3, "max_clip_share": 1.0}}
+    anything_goes = {"divergence": {"max_kl": 1e3, "max_clip_share": 1.0}}
     trainer = make_trainer(
         name,
         policy={"learning_rate": 5e-4, "warmup_updates": 2},

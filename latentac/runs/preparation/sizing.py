@@ -75,7 +75,7 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
         activations  the largest of these, for a state c tensors a layer of tokens times width with a gradient (28 of a
                      UNet, 20 of the transformer), 8 without or with backbone.gradient_checkpointing:
                      an update, with a gradient, B K / updates_per_iteration states; a rollout, B, with a gradient where
-                     algorithm.value_guidance is on; an arm of steering, B times its particles, with a gradient where
+                     algorithm.value_gradient is on; an arm of steering, B times its particles, with a gradient where
                      its method takes one; the server, serving.batch_rows; the critic's replay, or with a gradient its
                      own backbone, B K / critic.updates_per_pass; value pretraining with pretrain.forward_noised, or
                      with a gradient such a backbone, pretrain.minibatch_states; the decoder: 3 of its largest maps for
@@ -178,7 +178,7 @@ def _activations(config: Config, model: Model, device: str) -> int:
     needed = [
         saved * min(most, math.ceil(block * steps / train.updates_per_iteration)),
         shown * min(most, block),
-        (saved if config.algorithm.own.get("value_guidance", 0) > 0 else passed) * min(most, block),
+        (saved if config.algorithm.own.get("value_gradient", 0) > 0 else passed) * min(most, block),
         (passed + shown) * config.serving.batch_rows,
     ]
     for method in config.steering.methods:

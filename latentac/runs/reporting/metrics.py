@@ -12,7 +12,7 @@ DEFINITIONS = {
     "value_loss": "0.5 (V - clamp(R))^2 in squared standard deviations of each reward, mean over the last pass",
     "kl": "KL(policy of the rollouts || present policy) per denoising step in nats, mean over transitions and updates",
     "clip_share": "share of transitions whose gradient the trust region removed",
-    "guidance": "KL(policy moved by the value gradient || present policy) per denoising step in nats",
+    "value_gradient_kl": "KL(policy moved by the value gradient || present policy) per denoising step in nats",
     "prediction_kl": "mean (prediction - the base's prediction)^2 over transitions and dimensions",
     "zero_std_share": "share of images in groups whose rewards are all equal, which were dropped",
     "ratio_deviation": "mean |ratio - 1|, in the unit of algorithm.log_prob_scale",

@@ -17,7 +17,7 @@ from latentac.store import open_store
 from latentac.system.calls import CALLS, supervised
 from latentac.system.errors import RewardError, StoreError
 from latentac.system.lifetime import die_with_parent
-from latentac.system.terminal import guard_streams
+from latentac.system.terminal import escape_streams
 
 _log = logging.getLogger(__name__)
 
@@ -48,5 +48,5 @@ def _report(run: str, store: str, failure: str, crash: RewardError) -> None:
 
 
 if __name__ == "__main__":
-    guard_streams()
+    escape_streams()
     sys.exit(main(*sys.argv[1:]))

@@ -3,7 +3,7 @@
 One file per method, one row here.
 
 An image has N particles, which are consecutive rows of a rollout. A method may move each transition
-(`guide`), may replace particles by copies of others (`resample`), and chooses one at the end (`select`).
+(`propose`), may replace particles by copies of others (`resample`), and chooses one at the end (`select`).
 """
 
 import math
@@ -59,13 +59,13 @@ class SteeringState:
     values: Tensor
 
 
-class Guide:
+class SteeredRollout:
     """A method applied to one rollout; it may keep state from step to step. This one changes nothing.
 
-    At each step of `Steering.steps` the rollout calls `guide`, then `resample`, draws, and tells `moved`.
+    At each step of `Steering.steps` the rollout calls `propose`, then `resample`, draws, and tells `moved`.
     """
 
-    def guide(self, state: SteeringState) -> GaussianTransition:
+    def propose(self, state: SteeringState) -> GaussianTransition:
         """The proposal: the transition to draw the next latents from."""
         return state.transition
 
@@ -81,7 +81,7 @@ class Steering(Protocol):
     """Built as `Class(settings, weights, particles)` with `SteeringSettings`. Several threads use the same object.
 
     weights: [M], how much each reward's head counts, in standard deviations of that reward, or [B, M], a row per image.
-    particles: rollouts per image; needs_gradient: whether `guide` takes the values' gradient by the latents.
+    particles: rollouts per image; needs_gradient: whether `propose` takes the values' gradient by the latents.
     summary: what it does, in a few words, for a person who chooses among methods.
     """
 
@@ -93,9 +93,9 @@ class Steering(Protocol):
         """The steps of a rollout at which the method acts; at the others the rollout is a plain one."""
         ...
 
-    def begin(self, uniforms: Tensor) -> Guide:
-        """A guide for one rollout of B images. uniforms: [B, K] from U(0, 1), one for each time that an image may be
-        resampled."""
+    def begin(self, uniforms: Tensor) -> SteeredRollout:
+        """The method applied to one rollout of B images. uniforms: [B, K] from U(0, 1), one for each time that an
+        image may be resampled."""
         ...
 
     def select(self, values: Tensor) -> Tensor:

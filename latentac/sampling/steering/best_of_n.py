@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from latentac.sampling.steering import Guide, SteeringSettings, weighted
+from latentac.sampling.steering import SteeredRollout, SteeringSettings, weighted
 
 
 class BestOfN:
@@ -25,8 +25,8 @@ class BestOfN:
     def steps(self, num_steps: int) -> range:
         return self.settings.steps(num_steps)
 
-    def begin(self, uniforms: Tensor) -> Guide:
-        return Guide()
+    def begin(self, uniforms: Tensor) -> SteeredRollout:
+        return SteeredRollout()
 
     def select(self, values: Tensor) -> Tensor:
         return weighted(values.flatten(0, 1), self.weights).view(values.shape[:2]).argmax(1)

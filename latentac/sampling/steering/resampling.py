@@ -8,7 +8,7 @@ from torch import Tensor
 
 from latentac.config.sections import Fraction, NonNegative, Rate
 from latentac.method.diffusion import GaussianTransition
-from latentac.sampling.steering import Guide, SteeringSettings, SteeringState, weighted
+from latentac.sampling.steering import SteeredRollout, SteeringSettings, SteeringState, weighted
 from latentac.sampling.steering.best_of_n import BestOfN
 
 
@@ -39,11 +39,11 @@ class Resampling(BestOfN):
 
     settings: Settings
 
-    def begin(self, uniforms: Tensor) -> Guide:
+    def begin(self, uniforms: Tensor) -> SteeredRollout:
         return Particles(self, uniforms)
 
 
-class Particles(Guide):
+class Particles(SteeredRollout):
     """log_weights: [B, N] since the last resampling; log_normaliser: [B], log of the estimate of Z up to then."""
 
     def __init__(self, steering: Resampling, uniforms: Tensor) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from latentac.critic import ValueFunction
 from latentac.method.diffusion import GaussianTransition
-from latentac.sampling.steering import Guide, Steering, SteeringState
+from latentac.sampling.steering import SteeredRollout, Steering, SteeringState
 
 Callback = Callable[[int, Tensor], None]
 """Called with each step and the values of its states, [B, N, M]: B images of N particles, in each reward's own unit.
@@ -29,7 +29,7 @@ class SteeringRun:
     ) -> None:
         self._method, self._uniforms, self._callback = method, uniforms, callback
         self._particles = 1 if method is None else method.particles
-        self._guide, self._steps = Guide(), range(0)
+        self._rollout, self._steps = SteeredRollout(), range(0)
         self._critic: ValueFunction | None = None
 
     def begin(self, noise: Tensor, critic: ValueFunction | None) -> None:
@@ -42,7 +42,7 @@ class SteeringRun:
             if self._particles > 1:
                 raise ValueError(f"{self._particles} particles per image need uniforms, [images, steps]")
             uniforms = noise.new_zeros(len(noise), num_steps)  # one particle alone is never resampled
-        self._guide, self._steps = self._method.begin(uniforms), self._method.steps(num_steps)
+        self._rollout, self._steps = self._method.begin(uniforms), self._method.steps(num_steps)
 
     def needs_gradient(self, step: int) -> bool:
         """Whether `act` takes the gradient of the values with respect to the latents at this step."""
@@ -55,8 +55,8 @@ class SteeringRun:
             values = state.values.detach()
             shown = values if self._critic is None else self._critic.unstandardise(values)
             self._callback(state.step, shown.unflatten(0, (-1, self._particles)))
-        guide = self._guide if state.step in self._steps else Guide()
-        proposal, rows = guide.guide(state), guide.resample(state)
+        rollout = self._rollout if state.step in self._steps else SteeredRollout()
+        proposal, rows = rollout.propose(state), rollout.resample(state)
         if rows is None:
             return state.transition, proposal, None
         transition = state.transition.rows(rows)
@@ -64,7 +64,7 @@ class SteeringRun:
 
     def moved(self, transition: GaussianTransition, proposal: GaussianTransition, next_latents: Tensor) -> None:
         """What was drawn from `proposal`, where the policy has `transition`."""
-        self._guide.moved(transition, proposal, next_latents)
+        self._rollout.moved(transition, proposal, next_latents)
 
     def select(self, values: Tensor) -> Tensor:
         """The particle that each image keeps, int64 [B]. values: [B, N, M], standardised, at the last state."""

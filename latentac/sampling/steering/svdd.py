@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from latentac.sampling.steering import Guide, SteeringState, weighted
+from latentac.sampling.steering import SteeredRollout, SteeringState, weighted
 from latentac.sampling.steering.best_of_n import BestOfN
 
 
@@ -13,11 +13,11 @@ class SVDD(BestOfN):
 
     summary = "at each step, all particles continue from the best one"
 
-    def begin(self, uniforms: Tensor) -> Guide:
+    def begin(self, uniforms: Tensor) -> SteeredRollout:
         return Greedy(self.weights, self.particles)
 
 
-class Greedy(Guide):
+class Greedy(SteeredRollout):
     def __init__(self, weights: Tensor, particles: int) -> None:
         self.weights, self.particles = weights, particles
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from latentac.config.sections import Positive, Rate
 from latentac.method.diffusion import GaussianTransition
-from latentac.sampling.steering import Guide, SteeringState
+from latentac.sampling.steering import SteeredRollout, SteeringState
 from latentac.sampling.steering.resampling import Particles, Resampling
 from latentac.sampling.steering.value_gradient import ascent
 
@@ -29,14 +29,14 @@ class Twisted(Resampling):
 
     settings: Settings
 
-    def begin(self, uniforms: Tensor) -> Guide:
+    def begin(self, uniforms: Tensor) -> SteeredRollout:
         return TwistedParticles(self, uniforms)
 
 
 class TwistedParticles(Particles):
     settings: Twisted.Settings
 
-    def guide(self, state: SteeringState) -> GaussianTransition:
+    def propose(self, state: SteeringState) -> GaussianTransition:
         if bool((state.transition.std <= 0).any()):
             return state.transition  # a step without noise has no other proposal than itself
         return state.transition.shifted(ascent(state, self.weights, self.settings.normalised))

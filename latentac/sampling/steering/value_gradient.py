@@ -1,11 +1,11 @@
-"""Value-gradient steering: each mean moves uphill on the critic."""
+"""Value-gradient steering: each mean moves along the gradient of the critic."""
 
 import torch
 from torch import Tensor
 
 from latentac.config.sections import Positive, Rate
 from latentac.method.diffusion import GaussianTransition, broadcast
-from latentac.sampling.steering import Guide, SteeringSettings, SteeringState, per_row, weighted
+from latentac.sampling.steering import SteeredRollout, SteeringSettings, SteeringState, per_row, weighted
 from latentac.sampling.steering.best_of_n import BestOfN
 
 
@@ -32,15 +32,15 @@ class ValueGradient(BestOfN):
 
     settings: Settings
 
-    def begin(self, uniforms: Tensor) -> Guide:
-        return Uphill(self.weights, self.settings.normalised)
+    def begin(self, uniforms: Tensor) -> SteeredRollout:
+        return GradientAscent(self.weights, self.settings.normalised)
 
 
-class Uphill(Guide):
+class GradientAscent(SteeredRollout):
     def __init__(self, weights: Tensor, normalised: bool) -> None:
         self.weights, self.normalised = weights, normalised
 
-    def guide(self, state: SteeringState) -> GaussianTransition:
+    def propose(self, state: SteeringState) -> GaussianTransition:
         return state.transition.shifted(ascent(state, self.weights, self.normalised))
 
 

@@ -36,7 +36,7 @@ class Algorithm(Protocol):
     uses_critic: without, no critic is called or trained, and `values` has no columns.
     memory: tensors that are kept from iteration to iteration; part of every checkpoint.
     group_size: rollouts per prompt in an iteration.
-    value_guidance: above 0, each minibatch comes with the gradient of the critic's values (`Minibatch.guidance`).
+    value_gradient: above 0, each minibatch has the gradient of the critic's values (`Minibatch.value_gradients`).
     prediction_kl: weight of mean (prediction - prediction of the base)^2 in the loss; 0 keeps no reference.
     clip: the range of |ratio - 1| before the first update is bounded by a share of this; None where there is no ratio.
     """
@@ -44,7 +44,7 @@ class Algorithm(Protocol):
     uses_critic: bool
     memory: dict[str, Tensor]
     group_size: int = 1
-    value_guidance: float = 0.0
+    value_gradient: float = 0.0
     prediction_kl: float = 0.0
     clip: float | None = None
 

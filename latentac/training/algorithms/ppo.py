@@ -6,7 +6,7 @@ from torch import Tensor
 
 from latentac.config.sections import Fraction, NonNegative
 from latentac.method.diffusion import GaussianTransition
-from latentac.method.losses import guidance_loss
+from latentac.method.losses import value_gradient_loss
 from latentac.method.records import Minibatch
 from latentac.method.returns import combine, gae
 from latentac.training.algorithms import Algorithm, Credit, PolicyLoss
@@ -30,7 +30,7 @@ class PPO(Algorithm):
         """Lambda for the critic's own targets. With 1 the target is the reward."""
         whitening: Literal["global", "per_step"] = "global"
         """Whiten the advantages over all steps together, or each step separately."""
-        value_guidance: NonNegative = 0.0
+        value_gradient: NonNegative = 0.0
         """Weight of the value gradient in the policy's loss. It moves the policy's mean by std^2 times the gradient of
         the values, in standard deviations of each reward. With 0 the critic is only a baseline."""
 
@@ -38,7 +38,7 @@ class PPO(Algorithm):
         self.settings, self.weights = settings, weights
         self.group_size, self.prediction_kl = settings.group_size, settings.prediction_kl
         self.clip = clip_range(settings)
-        self.value_guidance = settings.value_guidance
+        self.value_gradient = settings.value_gradient
         self.memory: dict[str, Tensor] = {}
 
     def credit(self, rewards: Tensor, values: Tensor, prompts: Tensor) -> Credit:
@@ -57,8 +57,10 @@ class PPO(Algorithm):
 
     def loss(self, transition: GaussianTransition, minibatch: Minibatch) -> PolicyLoss:
         found = policy_loss(self.settings, transition, minibatch)
-        if minibatch.guidance is None:
+        if minibatch.value_gradients is None:
             return found
-        guidance = guidance_loss(transition, minibatch.old_means, minibatch.guidance, self.settings.value_guidance)
+        gradient = value_gradient_loss(
+            transition, minibatch.old_means, minibatch.value_gradients, self.settings.value_gradient
+        )
         dimensions = minibatch.latents[0].numel() if self.settings.log_prob_scale == "mean" else 1
-        return PolicyLoss(found.loss + guidance / dimensions, {**found.metrics, "guidance": guidance.detach()})
+        return PolicyLoss(found.loss + gradient / dimensions, {**found.metrics, "value_gradient_kl": gradient.detach()})

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
 from latentac.serving.access import Access, access
-from latentac.serving.guard import Guard
+from latentac.serving.admission import Admission
 from latentac.system.errors import ConfigError
 
 TOKEN = "0123456789abcdef"
@@ -20,7 +20,7 @@ PREDICT = "/v1/models/latentac:predict"
 def status(allowed: Access, headers: dict[str, str], path: str = PREDICT) -> int:
     """Of a POST that names the server localhost:8080, unless the headers say otherwise."""
     app = Starlette(routes=[Route("/{path:path}", lambda request: PlainTextResponse("drawn"), methods=["POST"])])
-    app.add_middleware(Guard, access=allowed)
+    app.add_middleware(Admission, access=allowed)
     with TestClient(app, base_url="http://localhost:8080") as client:
         return client.post(path, headers=headers).status_code
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_allowed_is_refused(tmp_path: Path) -> None:
 def answered(*headers: tuple[str, str], path: str = PREDICT, method: str = "POST") -> tuple[int, str]:
     """Status of a request with these headers, and which one is wrong."""
     app = Starlette(routes=[Route("/{path:path}", lambda request: PlainTextResponse("drawn"), methods=["POST"])])
-    app.add_middleware(Guard, access=LOOPBACK)
+    app.add_middleware(Admission, access=LOOPBACK)
     with TestClient(app, base_url="http://localhost:8080") as client:
         answer = client.request(method, path, headers=list(headers))
     assert (answer.headers.get("connection") == "close") == (answer.status_code == 400)
@@ -165,12 +165,12 @@ def test_headers_have_a_size() -> None:
 
 
 def test_another_version_of_http_is_refused() -> None:
-    """Its requests end elsewhere than those of HTTP/1; nothing behind the guard sees them."""
-    guard = Guard(PlainTextResponse("drawn"), LOOPBACK)
+    """Its requests end elsewhere than those of HTTP/1; nothing behind the admission sees them."""
+    admission = Admission(PlainTextResponse("drawn"), LOOPBACK)
     for version, expected in (("1.1", 200), ("1.0", 200), ("0.9", 400), ("2", 400), ("9.9", 400)):
 
         async def app(scope: Scope, receive: Receive, send: Send, version: str = version) -> None:
-            await guard({**scope, "http_version": version}, receive, send)
+            await admission({**scope, "http_version": version}, receive, send)
 
         assert TestClient(app, base_url="http://localhost").post(PREDICT).status_code == expected, version
 
@@ -178,14 +178,16 @@ def test_another_version_of_http_is_refused() -> None:
 @pytest.mark.parametrize("name", ["Host", "Origin"])
 def test_a_refusal_is_short_whatever_was_sent(name: str) -> None:
     """An answer is no larger than a few lines."""
-    app = Guard(PlainTextResponse("drawn"), LOOPBACK)
+    app = Admission(PlainTextResponse("drawn"), LOOPBACK)
     answer = TestClient(app, base_url="http://localhost").post(PREDICT, headers={name: "a" * 10_000})
     assert (answer.status_code, len(answer.content) < 1000) == (403, True)
 
 
 def test_whoever_lacks_the_token_is_told_how_to_give_it() -> None:
     """By the header that HTTP asks for beside 401."""
-    answer = TestClient(Guard(PlainTextResponse("drawn"), Access(token=TOKEN)), base_url="http://localhost").get("/v2")
+    answer = TestClient(Admission(PlainTextResponse("drawn"), Access(token=TOKEN)), base_url="http://localhost").get(
+        "/v2"
+    )
     assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
 
 

@@ -24,7 +24,7 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:[0-9]*)?", re.ASCII | re.IGNOREC
 _OPEN = ("/", "/metrics", "/v2/health/live", "/v2/health/ready")
 
 
-class Guard:
+class Admission:
     """Refuses what `access` does not allow, before a request's body is read."""
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
