@@ -1,6 +1,7 @@
 """A run on this machine from its start to its report: kfp.local executes the graph, in processes or in containers."""
 
 import contextlib
+import json
 import os
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from latentac.system.calls import FOLDER as REWARD_CALLS
 from latentac.system.errors import LatentacError, ServingError
 from latentac.system.lifetime import own_descendants, refuse_links, run_lock, stop_on_sigterm
 from latentac.system.reading import read_json
+from latentac.system.scratch import write_whole
 from latentac.system.steps import NAMES, OPTIONAL
 from latentac.system.terminal import EscapingStream
 
@@ -51,9 +53,13 @@ def run_pipeline(run: str, request: Request, output: Path, *, fresh: bool) -> in
         try:
             with _way(run, request, output) as way:
                 console.say(f"run {run}, recipe {request.recipe}, in {folder}")
-                if not _done_already(run, request, way, console):
-                    _execute(run, request, way, folder, console)
-                _conclude(run, request, output, way, console)
+                try:
+                    if not _done_already(run, request, way, console):
+                        _execute(run, request, way, folder, console)
+                    _conclude(run, request, output, way, console)
+                except StepFailed as failure:
+                    _keep(failure, run, folder, way.store, output)
+                    raise
         except KeyboardInterrupt:
             console.count(console.running)
             return _report(
@@ -211,6 +217,18 @@ def _conclude(run: str, request: Request, output: Path, way: Way, console: Conso
         lines.append(f"compare  {commands['compare'].replace('ANOTHER-RUN', others[0])}")
     for line in lines:
         console.say(line)
+
+
+def _keep(failure: StepFailed, run: str, folder: Path, store: str, output: Path) -> None:
+    """Leave a failure that no step could write itself, such as a kill, and let the report of the run say it."""
+    from latentac.runs.reporting.report import write_report
+
+    with contextlib.suppress(OSError, LatentacError):
+        if not (folder / ERROR_FILE).exists():
+            left = {"task": failure.step, "exit_code": failure.exit_code, "message": failure.message}
+            write_whole(folder / ERROR_FILE, json.dumps(left, indent=2))
+        if (folder / "report.html").exists():
+            write_report(run, store, str(output))
 
 
 def _report(message: str, exit_code: int, run: str, request: Request, output: Path) -> int:

@@ -25,7 +25,7 @@ from latentac.components.cluster.objects import (
 )
 from latentac.components.cluster.settings import Cluster, Train
 from latentac.config.schema import Config
-from latentac.runs.workers.failures import ATTEMPT as ATTEMPT_VARIABLE
+from latentac.runs.failures import ATTEMPT as ATTEMPT_VARIABLE
 from latentac.system.errors import ConfigError, Problem
 
 ROLE = "worker"

@@ -33,7 +33,7 @@ from latentac.components.train.job import (
 )
 from latentac.components.train.logs import Logs
 from latentac.components.train.waiting import Waiting
-from latentac.runs.workers import failures
+from latentac.runs import failures
 from latentac.runs.workspace import Workspace
 from latentac.system.errors import ClusterError, ClusterUnavailable, StoreError, StoreUnavailable, TrainingError
 

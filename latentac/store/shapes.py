@@ -288,6 +288,14 @@ class Timings(Shape):
     total: Annotated[Finite, Field(ge=0)] = 0.0
 
 
+class Failure(Shape):
+    """error.json: the error that ended a step of a run on this machine."""
+
+    task: str
+    exit_code: int
+    message: str
+
+
 class Latest(Shape):
     """The pointer LATEST of a run's checkpoints."""
 
@@ -304,6 +312,7 @@ class Progress(Shape):
 SHAPES: dict[str, Any] = {
     "config.json": Settings,
     "deployment.json": Deployment,
+    "error.json": Failure,
     "environment.json": Environment,
     "evaluation.json": Evaluation,
     "extensions.json": Extensions,

@@ -22,8 +22,8 @@ from latentac.components.train import job as jobs
 from latentac.components.train.logs import _Seen
 from latentac.components.train.volcano import LAST_WORDS, Volcano, abort
 from latentac.components.train.waiting import Waiting
+from latentac.runs import failures
 from latentac.runs.configuration import resolve_recipe
-from latentac.runs.workers import failures
 from latentac.runs.workspace import Workspace
 from latentac.store import open_store
 from latentac.system.errors import ClusterError, ConfigError, RewardError, TrainingError

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from latentac.runs.workers import failures
+from latentac.runs import failures
 from latentac.store import Store, open_store
 from latentac.system.errors import (
     ConfigError,

@@ -11,7 +11,7 @@ import pytest
 
 from latentac.method.diffusion import GaussianTransition
 from latentac.method.records import Minibatch
-from latentac.runs.workers.failures import ATTEMPT
+from latentac.runs.failures import ATTEMPT
 from latentac.runs.workers.worker import STOPPED
 from latentac.training.algorithms import PolicyLoss
 from latentac.training.algorithms.ppo import PPO

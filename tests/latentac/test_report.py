@@ -13,7 +13,7 @@ from PIL import Image
 from latentac.runs.reporting import charts
 from latentac.runs.reporting.report import gate_reasons, next_commands, numbers, step_page, write_report
 from latentac.store import open_store
-from latentac.system.errors import ArtifactNotFound, ConfigError, IntegrityError
+from latentac.system.errors import ArtifactNotFound, ConfigError, IntegrityError, RewardError
 from tests.latentac.published import (
     EVALUATION,
     PROMPTS,
@@ -27,6 +27,7 @@ from tests.latentac.published import (
     leaves,
     make,
     publish,
+    publish_until,
     steering,
     with_incumbent,
 )
@@ -44,8 +45,8 @@ SECTIONS = (
     "settings",
 )
 KEYS = (
-    *("run", "recipe", "seed", "commit", "created", "machine", "versions", "settings", "seconds", "evaluation"),
-    *("gallery", "critic", "training", "steering", "steered", "gate", "serving", "notes"),
+    *("run", "recipe", "seed", "commit", "created", "machine", "versions", "settings", "seconds", "failure"),
+    *("evaluation", "gallery", "critic", "training", "steering", "steered", "gate", "serving", "notes"),
 )
 
 
@@ -250,6 +251,31 @@ def test_a_run_that_ended_early_is_reported_as_far_as_it_came(tmp_path: Path, la
     assert "not run" in page.text
     assert ("Not finished" in page.text) == (last != "gate")
     assert [step for step in STEPS if summary["seconds"][step] is None] == list(STEPS[STEPS.index(last) + 1 :])
+
+
+@pytest.mark.parametrize("left_in", ["the folder of the run", "the store"])
+def test_a_run_that_failed_says_where_and_why(tmp_path: Path, left_in: str) -> None:
+    """The error of the step is in the headline and in the summary, until that step is published."""
+    url = publish_until(tmp_path, "pretrain-value")
+    error = RewardError("reward <mine>", "it returned NaN", "Return finite numbers")
+    if left_in == "the store":
+        open_store(url).write_json("failures/run-1.json", {"attempt": "1", "starts": [], "error": error.to_dict()})
+    else:
+        left = {"task": "train", "exit_code": error.exit_code, "message": str(error)}
+        (tmp_path / "runs/run-1/error.json").write_text(json.dumps(left))
+    report, numbers = write_report("run-1", url, str(tmp_path / "runs"))
+    summary = json.loads(numbers.read_text())
+    assert summary["failure"] == {"step": "train", "exit_code": error.exit_code, "message": str(error)}
+    check_schema(summary)
+    text = Page(report.read_text()).text
+    assert "Failed in train" in text
+    assert "Not finished" not in text
+    assert str(error) in text
+
+    publish_until(tmp_path, "train")
+    report, numbers = write_report("run-1", url, str(tmp_path / "runs"))
+    assert json.loads(numbers.read_text())["failure"] is None
+    assert "Failed in train" not in Page(report.read_text()).text
 
 
 def test_a_held_run_says_so_with_the_reasons(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from latentac.config.fields import read_overrides
+from latentac.runs import failures
 from latentac.runs.steps import FUNCTIONS
 from latentac.runs.task import ERROR_FILE, LOCK_FILE
 from latentac.runs.workspace import default_store
@@ -263,13 +264,7 @@ def _failed(traces: Traces) -> str:
 
 def _failure(store: Store, traces: Traces) -> bool:
     """Whether the training's workers left the error that ended them, as on a cluster."""
-    if f"failures/{traces.name}.json" not in traces.objects:
-        return False
-    try:
-        left = store.read_json(f"failures/{traces.name}.json")
-    except (ArtifactNotFound, IntegrityError):
-        return False
-    return isinstance(left, dict) and bool(left.get("error"))
+    return f"failures/{traces.name}.json" in traces.objects and failures.last(store, traces.name) is not None
 
 
 def _gained(evaluation: dict[str, Any], reward: str) -> dict[str, float]:

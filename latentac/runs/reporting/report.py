@@ -16,7 +16,7 @@ from typing import Any
 
 from latentac.runs.reporting.charts import draw
 from latentac.runs.reporting.rendering import images_of, render
-from latentac.runs.reporting.summary import Summary, fetch_run, prepared, read_timings, summarise
+from latentac.runs.reporting.summary import Summary, fetch_run, prepared, read_failure, read_timings, summarise
 from latentac.store import Manifest, open_store
 from latentac.system.commands import program, typed
 from latentac.system.lifetime import refuse_links
@@ -38,8 +38,10 @@ def write_report(run: str, store: str, output: str) -> tuple[Path, Path]:
     refuse_links(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with hidden_folder(folder, "report") as scratch:
-        files = fetch_run(open_store(store), run, scratch)
-        summary = summarise(run, files, read_timings(folder / "timings.json"))
+        opened = open_store(store)
+        files = fetch_run(opened, run, scratch)
+        failure = read_failure(opened, run, folder, files)
+        summary = summarise(run, files, read_timings(folder / "timings.json"), failure)
         page = _render(summary, images_of(files, summary["gallery"]), next_commands(run, store, output))
     report, numbers = folder / "report.html", folder / "summary.json"
     write_whole(numbers, json.dumps(summary, indent=2, allow_nan=False) + "\n")

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from latentac.evaluation.arms import best_steered
+from latentac.runs import failures
+from latentac.runs.task import ERROR_FILE
 from latentac.store import Manifest, Store, published
 from latentac.system.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem
 from latentac.system.reading import MOST_SECONDS
@@ -74,8 +76,27 @@ def read_json(artifact: tuple[Manifest, Path], name: str) -> Any:
         raise IntegrityError(manifest.key, f"the artifact has no {name}", AGAIN) from None
 
 
-def summarise(run: str, files: Files, timings: Mapping[str, Any]) -> Summary:
-    """The content of summary.json; its schema is in the README. What is not a finite number becomes null and a note."""
+def read_failure(store: Store, run: str, folder: Path, files: Files) -> Summary | None:
+    """{step, exit_code, message} of the error that ended the run, unless its step was published since.
+
+    folder: `<output>/<run>`. A step leaves the error there. The workers of a training on a cluster leave it in the
+    store.
+    """
+    if (folder / ERROR_FILE).exists():
+        left = published.read(folder / ERROR_FILE, remedy="Remove it")
+        found = {"step": left["task"], "exit_code": left["exit_code"], "message": left["message"]}
+    elif (error := failures.last(store, run)) is not None:
+        found = {"step": "train", "exit_code": error.exit_code, "message": str(error)}
+    else:
+        return None
+    return None if found["step"] in files else found
+
+
+def summarise(run: str, files: Files, timings: Mapping[str, Any], failure: Summary | None = None) -> Summary:
+    """The content of summary.json; its schema is in the README. What is not a finite number becomes null and a note.
+
+    failure: what `read_failure` found.
+    """
 
     def read(step: str, name: str) -> Any:
         return read_json(files[step], name) if step in files else None
@@ -96,6 +117,7 @@ def summarise(run: str, files: Files, timings: Mapping[str, Any]) -> Summary:
         "versions": environment.get("versions"),
         "settings": settings,
         "seconds": seconds,
+        "failure": failure,
         "evaluation": evaluation and _evaluation(evaluation),
         "gallery": _gallery(files, settings["gate"]["reward"]),
         "critic": {

@@ -12,8 +12,8 @@ from torchx import specs
 from torchx.components import dist
 from torchx.runner import Runner, get_runner
 
+from latentac.runs import failures
 from latentac.runs.preparation.memory import count_workers
-from latentac.runs.workers import failures
 from latentac.runs.workspace import Workspace
 from latentac.system.errors import TrainingError, restore
 from latentac.system.lifetime import keeping_signals

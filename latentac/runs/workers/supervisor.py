@@ -12,7 +12,7 @@ import logging
 import sys
 from pathlib import Path
 
-from latentac.runs.workers import failures
+from latentac.runs import failures
 from latentac.store import open_store
 from latentac.system.calls import CALLS, supervised
 from latentac.system.errors import RewardError, StoreError

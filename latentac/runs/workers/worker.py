@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from latentac.critic import Critic
+from latentac.runs import failures
 from latentac.runs.release.readme import write_trained
 from latentac.runs.reporting.metrics import of_iteration
-from latentac.runs.workers import failures
 from latentac.runs.workspace import Workspace, open_run
 from latentac.store import open_store
 from latentac.store.published import checked

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from latentac.runs import failures
 from latentac.runs.steps import prepare
-from latentac.runs.workers import failures
 from latentac.store import open_store
 from latentac.system.errors import RewardError
 from tests.latentac.test_incumbent import start

@@ -49,6 +49,16 @@ def read(store: Store, run: str, attempt: str) -> LatentacError | None:
     return restore(fields) if fields else None
 
 
+def last(store: Store, run: str) -> LatentacError | None:
+    """The error that ended the last attempt of training `run`, if one did. Raises StoreError."""
+    try:
+        left = store.read_json(_key(run))
+    except (ArtifactNotFound, IntegrityError):
+        return None
+    fields = left.get("error") if isinstance(left, dict) else None
+    return restore(fields) if isinstance(fields, dict) else None
+
+
 def note(folder: Path, error: Exception, iteration: int) -> None:
     """Leave in `folder` an unexpected error of a worker of this machine. The last note counts: workers start again."""
     last = traceback.extract_tb(error.__traceback__)[-1]
