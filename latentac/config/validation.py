@@ -189,7 +189,7 @@ def _impossible(config: Config, broken: set[str]) -> list[Problem]:
             name not in names,
             path,
             config.gate.floors.get(name, name),
-            f"{name} is none of this run's rewards",
+            f"{name} is not a reward of this run",
             f"Choose one of {', '.join(names)}.",
             "rewards",
         )

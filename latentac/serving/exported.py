@@ -85,7 +85,7 @@ class Exported(Section):
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.default_method not in {PLAIN, *self.methods}:
-            raise ValueError(f"default_method is {self.default_method!r}, which is none of the methods")
+            raise ValueError(f"default_method is {self.default_method!r}, which is not one of the methods")
         if "trained" not in self.policies:
             raise ValueError("policies lacks `trained`")
         return self

@@ -227,7 +227,7 @@ def test_markdown_is_a_table_with_the_failures_first() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"floors": {"beauty": 0.5}}, r"gate\.floors\.beauty = 0\.5: beauty is none of this run's rewards"),
+        ({"floors": {"beauty": 0.5}}, r"gate\.floors\.beauty = 0\.5: beauty is not a reward of this run"),
         ({"floors": {"shapes_verifier": math.nan}}, r"gate\.floors\.shapes_verifier = nan"),
         ({"max_incumbent_loss": -0.1}, r"gate\.max_incumbent_loss = -0\.1"),
         ({"unfit_incumbent": "promote"}, r"gate\.unfit_incumbent = 'promote'"),

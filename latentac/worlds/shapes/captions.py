@@ -146,5 +146,5 @@ def parse_caption(text: str) -> Specification:
     """
     spec = _BY_CAPTION.get(" ".join(text.lower().split()))
     if spec is None:
-        raise ValueError(f"the caption {text!r} is none of the {len(_BY_CAPTION)} sentences of the shapes language")
+        raise ValueError(f"the caption {text!r} is not one of the {len(_BY_CAPTION)} sentences of the shapes language")
     return spec
