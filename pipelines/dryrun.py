@@ -16,30 +16,33 @@ import yaml
 from latentac.pipelines.request import Request
 from latentac.runs.task import LOCK_FILE
 from latentac.system.calls import supervised
+from latentac.system.commands import program
 from latentac.system.errors import ConfigError, StoreError
 from latentac.system.lifetime import lock_holder
 
 if TYPE_CHECKING:
+    from latentac.config.schema import Config
     from latentac.runs.plan import Plan
 
 _PLANNED = "planned"
 _STOPPED = (130, 128 + signal.SIGTERM)
 
 
-def print_plan(request: Request, output: Path, run: str) -> int:
-    """run: the one that would be resumed, or "". Returns 0, or a configuration error's code if anything is refused."""
+def print_plan(request: Request, output: Path, run: str, gpu: str = "", price: float = 0.0) -> int:
+    """run: the one that would be resumed, or "". gpu, price: to estimate time and cost for. Returns 0, or a
+    configuration error's code if anything is refused."""
     sys.dont_write_bytecode = True  # beside the user's own code
     folder = Path(tempfile.mkdtemp(prefix="latentac-"))
     ended = supervised(folder)
     if ended is None:
-        from latentac.runs.plan import plan, settings_text
+        from latentac.runs.plan import Given, plan
 
-        given = (request.recipe, request.config, request.overrides, request.package)
+        given = Given(request.recipe, request.config, request.overrides, request.package, gpu, price)
         try:
-            made = plan(*given, request.store_url(output), output)
+            made = plan(given, request.store_url(output), output)
         finally:  # an exception is not a crash
             (folder / _PLANNED).touch()
-        return _print(made, settings_text(made.settings) if made.settings else "", request, output, run)
+        return _print(made, request, output, run)
     code, crash = ended
     planned = (folder / _PLANNED).exists()
     shutil.rmtree(folder, ignore_errors=True)
@@ -47,9 +50,7 @@ def print_plan(request: Request, output: Path, run: str) -> int:
         return code
     problem = f"one of your classes ended the process that tried it (exit code {code}), or the process was killed"
     made = _without_classes(request, str(crash) if crash is not None else problem)
-    fields = made.settings.model_dump(mode="json") if made.settings else {}
-    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True) if fields else ""
-    return _print(made, text, request, output, run)
+    return _print(made, request, output, run)
 
 
 def _without_classes(request: Request, problem: str) -> "Plan":
@@ -65,8 +66,7 @@ def _without_classes(request: Request, problem: str) -> "Plan":
     return Plan(settings, None, (problem,))
 
 
-def _print(made: "Plan", settings: str, request: Request, output: Path, run: str) -> int:
-    """settings: as text, "" where they are refused."""
+def _print(made: "Plan", request: Request, output: Path, run: str) -> int:
     from latentac.runs.steps import FUNCTIONS
 
     store, refused = request.store_url(output), list(made.refused)
@@ -75,8 +75,8 @@ def _print(made: "Plan", settings: str, request: Request, output: Path, run: str
         refused += [
             f"run {run}: in use by pid {holder}. Wait until it ends, or stop it." for holder in holders if holder
         ]
-    if settings:
-        print(settings)
+    if made.settings is not None:
+        print(_settings(made.settings))
     print(f"run      {run or 'a new one'}, recipe {request.recipe}, in {output / run if run else output}")
     print(f"store    {store}")
     print("steps")
@@ -89,6 +89,15 @@ def _print(made: "Plan", settings: str, request: Request, output: Path, run: str
     for message in refused:
         print(f"refused: {message}", file=sys.stderr)
     return ConfigError.exit_code if refused else 0
+
+
+def _settings(settings: "Config") -> str:
+    """The settings that differ from their defaults, as YAML."""
+    chosen = settings.model_dump(mode="json", exclude_defaults=True)
+    for part in ("backbone", "kernel", "algorithm"):
+        chosen[part] = {"use": getattr(settings, part).use} | chosen.get(part, {})
+    text = yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
+    return f"{text}# All other settings have their defaults: `{program()} config show` prints every setting.\n"
 
 
 def _needs(made: "Plan") -> str:

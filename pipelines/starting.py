@@ -5,11 +5,13 @@ Imports are lazy: the help must come at once.
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from latentac.runs.gpus import GPUS
 from latentac.system.reading import SEEDS, whole
 
 PROGRAM = "latentac run"
@@ -18,7 +20,7 @@ _EXAMPLES = """\
 examples:
   latentac run
   latentac run --recipe shapes-unet-smoke --seed 1 --set train.num_iterations=8
-  latentac run --config mine.yaml --dry-run
+  latentac run --config mine.yaml --dry-run --gpu h100 --gpu-price 2.50
   latentac run --resume shapes-unet-20260131-120000 --output runs
   latentac run --containers --store s3://bucket/prefix
 """
@@ -65,6 +67,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true",
         help="write nothing; print settings, steps, requirements, and what would be refused (exit code 2)",
     )  # fmt: skip
+    parser.add_argument(
+        "--gpu",
+        choices=sorted(GPUS),
+        default="",
+        help="with --dry-run: estimate the hours of computation on one such GPU",
+    )
+    parser.add_argument(
+        "--gpu-price", type=_price, default=0.0, metavar="PRICE", help="with --gpu: of a GPU-hour, to estimate the cost"
+    )
+
+
+def _price(text: str) -> float:
+    try:
+        price = float(text)
+    except ValueError:
+        price = math.nan
+    if not 0 <= price < math.inf:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a price: a number of at least 0")
+    return price
 
 
 def start(options: argparse.Namespace, *, containers: bool) -> int:
@@ -90,7 +111,7 @@ def start(options: argparse.Namespace, *, containers: bool) -> int:
     if options.dry_run:
         from latentac.pipelines.dryrun import print_plan
 
-        return print_plan(absolute(request), output, run or "")
+        return print_plan(absolute(request), output, run or "", options.gpu, options.gpu_price)
     if run is None:
         if request.package:
             use_in_place(Path(request.package))

@@ -15,6 +15,7 @@ from latentac.runs import package as packages
 from latentac.runs.configuration import recipe_fields
 from latentac.runs.preparation import prepare as preparation
 from latentac.runs.preparation import sizing
+from latentac.runs.preparation.costs import count_operations, describe_costs
 from latentac.runs.preparation.rehearsal import rehearse
 from latentac.runs.workspace import existing
 from latentac.sampling.devices import pick_device
@@ -30,15 +31,28 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plan:
-    """settings: None where they are refused themselves; needs: disk and memory by item, a line each, None where the
-    backbone is not on this machine; refused: one message each."""
+    """settings: None where they are refused themselves; needs: disk, memory and operations by item, a line each, None
+    where the backbone is not on this machine; refused: one message each."""
 
     settings: Config | None
     needs: tuple[str, ...] | None
     refused: tuple[str, ...]
 
 
-def plan(recipe: str, config: str, overrides: Sequence[str], package: str, store: str, output: Path) -> Plan:
+@dataclass(frozen=True)
+class Given:
+    """What a run is asked to do: recipe, file, `path=value`, folder of code; and the GPU to estimate its time for,
+    with the price of an hour."""
+
+    recipe: str
+    config: str
+    overrides: Sequence[str]
+    package: str
+    gpu: str = ""
+    price: float = 0.0
+
+
+def plan(given: Given, store: str, output: Path) -> Plan:
     """All that `prepare` would check, each check on its own, so that one refusal does not hide another."""
     refused: list[str] = []
 
@@ -51,12 +65,12 @@ def plan(recipe: str, config: str, overrides: Sequence[str], package: str, store
 
     attempt(lambda: _check_output(output))
     attempt(lambda: _check_store(store))
-    if package:
-        attempt(lambda: _check_package(Path(package)))
+    if given.package:
+        attempt(lambda: _check_package(Path(given.package)))
     from latentac.runs.resolution import resolve_all
     from latentac.worlds.prompts import load_prompts
 
-    fields = attempt(lambda: recipe_fields(recipe, config, overrides))
+    fields = attempt(lambda: recipe_fields(given.recipe, given.config, given.overrides))
     resolved = attempt(lambda: resolve_all(fields)) if fields is not None else None
     # An extension that is refused hides nothing else, a field that is wrong does.
     settings = resolved.config if resolved else attempt(lambda: resolve(fields)) if fields is not None else None
@@ -79,6 +93,9 @@ def plan(recipe: str, config: str, overrides: Sequence[str], package: str, store
         block = settings.train.block_images
         attempt(lambda: preparation.check_scoring(resolved.rewards, prompts, rehearsed.images[0], block))
     needs = None if needed is None else tuple(sizing.describe(needed))
+    if needs is not None and rehearsed is not None and prompts is not None:
+        counted = attempt(lambda: count_operations(settings, rehearsed.backbone, prompts.train[0].text))
+        needs += tuple(describe_costs(settings, counted, given.gpu, given.price)) if counted else ()
     return Plan(resolved.config if resolved else None, needs, tuple(refused))
 
 
@@ -104,13 +121,6 @@ def on_this_machine(source: str, revision: str) -> Path | None:
     except HFValidationError:
         return locate(source, None)[0]  # says what is wrong with it
     return Path(index).parent if isinstance(index, str) else None
-
-
-def settings_text(settings: Config) -> str:
-    """The resolved settings as `latentac config show` prints them."""
-    from latentac.runs.reference import commented_yaml
-
-    return commented_yaml(settings)
 
 
 def _check_package(folder: Path) -> None:

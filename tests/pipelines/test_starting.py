@@ -201,6 +201,10 @@ def test_a_dry_run_tells_settings_steps_and_needs_and_writes_nothing(tmp_path: P
         "mine",
         "--output",
         "out",
+        "--gpu",
+        "a100",
+        "--gpu-price",
+        "2",
     ]
     found = latentac(tmp_path, *arguments)
 
@@ -213,6 +217,10 @@ def test_a_dry_run_tells_settings_steps_and_needs_and_writes_nothing(tmp_path: P
         assert f" {step}" in found.stdout
     assert re.search(r"^needs    disk: \d+ MiB \(base \d+ MiB", found.stdout, re.M)
     assert re.search(r"^         memory \(\w+\): \d+ MiB .* in each of 2 workers$", found.stdout, re.M)
+    assert re.search(r"^         compute: [\d.]+ \wFLOP \(pretrain-value ", found.stdout, re.M)
+    assert re.search(r"^         time on one a100: about \S+ h at 15% of its 312 TFLOP/s$", found.stdout, re.M)
+    assert re.search(r"^         cost: about \S+ at 2 per GPU-hour$", found.stdout, re.M)
+    assert "max_clip_share" not in found.stdout  # a setting that has its default
     assert everything(tmp_path) == {}
 
 
