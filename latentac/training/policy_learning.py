@@ -39,10 +39,12 @@ class Block:
 
 @dataclass(frozen=True)
 class CreditedBlock(Block):
-    """advantages: [B, S]; returns: [B, K, M], the critic's targets, None where no critic learns."""
+    """advantages: [B, S]; returns: [B, K, M], the critic's targets, None where no critic learns; counts: bool [B, S] in
+    the host's memory, which advantages are not 0."""
 
     advantages: Tensor
     returns: Tensor | None
+    counts: Tensor
 
 
 class PolicyLearner:
@@ -75,9 +77,12 @@ class PolicyLearner:
         self._reference = _frozen(policy) if algorithm.prediction_kl > 0 else None
         self.ema = self.copy() if config.policy.ema_decay > 0 else {}
         self._num_blocks = config.train.images_per_iteration // config.train.block_images
+        # Other terms of the loss have a gradient where the advantage is 0.
+        self._only_advantages = not algorithm.value_gradient and self._reference is None
 
     def update(self, blocks: Sequence[CreditedBlock], iteration: int, update: int, rate: float) -> dict[str, float]:
-        """One optimizer step on this update's share of every block's transitions. Returns means over all transitions.
+        """One optimizer step on this update's share of every block's transitions. Returns means over all transitions
+        that `minibatch` keeps.
 
         iteration: the number of iterations before this one; rate: the learning rate. Raises Diverged when a number is
         not finite.
@@ -144,9 +149,10 @@ class PolicyLearner:
                 for block in blocks:
                     minibatch = self.minibatch(block, iteration, update)
                     most = max(most, len(minibatch))
+                    every = len(self._transitions(block, iteration, update))
                     for part in self.policy.rows.parts(len(minibatch)):
                         share = len(part) / len(minibatch)
-                        for name, value in self.add_gradient(minibatch.part(part), share).items():
+                        for name, value in self.add_gradient(minibatch.part(part), len(part) / every).items():
                             before = sums.get(name, torch.zeros((), device=self.mesh.device))
                             sums[name] = before + share * value / self._num_blocks
                 return sums
@@ -170,12 +176,21 @@ class PolicyLearner:
         return metrics
 
     def minibatch(self, block: CreditedBlock, iteration: int, update: int) -> Minibatch:
-        """The transitions of a block that belong to `update`."""
+        """The transitions of a block that belong to `update`. Those with advantage 0 are left out where they have no
+        gradient; one stays, so that each worker has a gradient to send."""
         steps = block.trajectory.num_stochastic_steps
-        generator = generator_for(self.config.seed, "order", "actor", iteration, block.index)
-        order = torch.randperm(len(block.rewards) * steps, generator=generator)
-        rows = order.tensor_split(self.config.train.updates_per_iteration)[update].to(self.mesh.device)
+        rows = self._transitions(block, iteration, update)
+        if self._only_advantages:
+            kept = rows[block.counts.flatten()[rows]]
+            rows = kept if len(kept) else rows[:1]
+        rows = rows.to(self.mesh.device)
         return flatten_steps(block.trajectory, block.advantages, rows // steps, rows % steps)
+
+    def _transitions(self, block: CreditedBlock, iteration: int, update: int) -> Tensor:
+        """int64 [N] in the host's memory, the flattened (image, step) that belong to `update`, in random order."""
+        generator = generator_for(self.config.seed, "order", "actor", iteration, block.index)
+        order = torch.randperm(block.advantages.numel(), generator=generator)
+        return order.tensor_split(self.config.train.updates_per_iteration)[update]
 
 
 def _frozen(policy: Policy) -> Policy:

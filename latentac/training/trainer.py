@@ -191,6 +191,7 @@ class Trainer:
         credit = self.algorithm.credit(rewards, values[:, :stochastic], prompts)
         size = self.config.train.block_images
         credited = []
+        counts = (credit.advantages != 0).cpu()
         for block in blocks:
             rows = slice(block.index * size, (block.index + 1) * size)
             returns = None
@@ -198,11 +199,8 @@ class Trainer:
                 # A deterministic step changes nothing any more: from there on the reward itself is the return.
                 settled = block.rewards[:, None].expand_as(values[rows, stochastic:])
                 returns = torch.cat([credit.returns[rows], settled], 1)
-            credited.append(
-                CreditedBlock(
-                    block.index, block.trajectory, block.prompts, block.rewards, credit.advantages[rows], returns
-                )
-            )
+            made = (block.index, block.trajectory, block.prompts, block.rewards)
+            credited.append(CreditedBlock(*made, credit.advantages[rows], returns, counts[rows]))
         watched: dict[str, Any] = dict(credit.metrics)
         if self.learner is not None:
             main = self.config.main_reward

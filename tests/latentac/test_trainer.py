@@ -29,6 +29,7 @@ from tests.latentac.trainers import (
     make_trainer,
     same,
     snapshot,
+    with_advantages,
 )
 
 EVERYTHING: dict[str, Any] = {
@@ -200,6 +201,45 @@ def test_actor_and_critic_do_not_shape_each_other(name):
         learner = plain.policy_learner
         learner.add_gradient(learner.minibatch(credited(plain._roll_out(index)), plain.iteration, 0))
     assert float(gradient(plain).abs().max()) == 0
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("known", [1, 0], ids=["one image counts", "no image counts"])
+def test_transitions_without_advantage_are_not_computed(name, known, monkeypatch):
+    """The gradient of an update is that of all its transitions. Where none has an advantage, one is computed, so that
+    workers do not wait for each other."""
+    trainer = make_trainer(name, algorithm={"use": "grpo", "group_size": 2}, train={"updates_per_iteration": 1})
+    learner, block = trainer.policy_learner, trainer._roll_out(0)
+    advantages = torch.zeros_like(block.trajectory.log_probs)
+    advantages[:known] = 0.7
+    chosen = with_advantages(block, advantages)
+    every = flatten_steps(block.trajectory, advantages, *[i.flatten() for i in torch.where(advantages == advantages)])
+    learner.add_gradient(every)
+    expected = gradient(trainer).clone()
+
+    rows: list[int] = []
+    forward = trainer.policy.forward
+
+    def counting(*given):
+        rows.append(len(given[0]))
+        return forward(*given)
+
+    monkeypatch.setattr(trainer.policy, "forward", counting)
+    sums = learner._gradients([chosen], 0, 0)
+    torch.testing.assert_close(gradient(trainer), expected, rtol=1e-4, atol=1e-7)
+    steps = block.trajectory.num_stochastic_steps
+    assert rows == [steps if known else 1]
+    assert float(sums["kl"]) < 1e-6  # rounding depends on the number of rows
+    assert (float(expected.abs().max()) > 0) == bool(known)
+
+
+@pytest.mark.parametrize("algorithm", [{"value_gradient": 2.0}, {"prediction_kl": 0.1}])
+def test_what_has_a_gradient_without_an_advantage_is_computed(algorithm):
+    """The value gradient and the KL to the base act on every transition."""
+    trainer = make_trainer(algorithm=algorithm)
+    block = credited(trainer._roll_out(0))
+    every = block.advantages.numel() // trainer.config.train.updates_per_iteration
+    assert len(trainer.policy_learner.minibatch(block, 0, 0)) == every
 
 
 @pytest.mark.parametrize("name", SHIPPED)

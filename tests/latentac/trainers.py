@@ -114,8 +114,13 @@ def make_config(backbone: str = SHIPPED[0], **sections: Any) -> Config:
 
 def credited(block: Block, advantage: float = 0.0) -> CreditedBlock:
     """`block` with this advantage at each step, and nothing for a critic to learn."""
-    advantages = torch.full_like(block.trajectory.log_probs, advantage)
-    return CreditedBlock(block.index, block.trajectory, block.prompts, block.rewards, advantages, None)
+    return with_advantages(block, torch.full_like(block.trajectory.log_probs, advantage))
+
+
+def with_advantages(block: Block, advantages: Tensor) -> CreditedBlock:
+    """`block` with these advantages, [B, S], and nothing for a critic to learn."""
+    made = (block.index, block.trajectory, block.prompts, block.rewards)
+    return CreditedBlock(*made, advantages, None, advantages != 0)
 
 
 def make_trainer(
