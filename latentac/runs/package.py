@@ -13,8 +13,11 @@ import os
 import sys
 import zipfile
 import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
+from latentac.config.schema import Config
+from latentac.config.sections import Extension
 from latentac.system.errors import ConfigError, Problem
 
 INLINE = "zip:"
@@ -162,3 +165,30 @@ def _files(base: Path) -> list[Path]:
 
 def _refused(value: str, problem: str, remedy: str) -> ConfigError:
     return ConfigError([Problem("--package", value, problem, remedy)])
+
+
+def source_digests(config: Config) -> dict[str, str]:
+    """`module:Class` -> sha256 of the file of its module, hex, for the classes of one's own in `config`.
+
+    A module that this process has not imported is left out, and so is one without a file.
+    """
+    found = {}
+    for address in _own_classes(config):
+        file = getattr(sys.modules.get(address.partition(":")[0]), "__file__", None)
+        if file is not None and Path(file).is_file():
+            found[address] = digest(Path(file).read_bytes())
+    return found
+
+
+def changed_sources(config: Config, before: Mapping[str, str]) -> list[str]:
+    """The classes whose code is not what it was. before: what `source_digests` gave then."""
+    now = source_digests(config)
+    return sorted(address for address, sha256 in before.items() if now.get(address, sha256) != sha256)
+
+
+def _own_classes(config: Config) -> Iterator[str]:
+    """The `module:Class` that `config` names."""
+    single: list[Extension] = [config.backbone, config.kernel, config.algorithm, config.critic.body]
+    for extension in [*single, *config.rewards, *config.tracking, *config.steering.methods]:
+        if ":" in extension.use:
+            yield extension.use

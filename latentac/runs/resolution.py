@@ -19,6 +19,7 @@ from latentac.config.validation import examine
 from latentac.critic import BODIES
 from latentac.rewards import REWARDS
 from latentac.rewards.configured import ConfiguredReward, load_rewards
+from latentac.runs import package as packages
 from latentac.runs.reporting.tracking import TRACKERS, missing_packages
 from latentac.sampling.kernels import KERNELS
 from latentac.sampling.steering import STEERING, SteeringSettings
@@ -65,6 +66,7 @@ class Resolved:
     def described(self) -> dict[str, Any]:
         """What the classes say of themselves, for steps that do not import torch: extensions.json."""
         return {
+            "code": packages.source_digests(self.config),
             "units": {reward.name: reward.unit for reward in self.rewards},
             "methods": {
                 name: {

@@ -5,6 +5,7 @@ torch and diffusers are imported where they are needed: the steps that only laun
 
 import functools
 import getpass
+import logging
 import os
 import shutil
 import tempfile
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentac.config.schema import Config
 from latentac.config.validation import resolve
-from latentac.runs.package import make_unpacked_importable
+from latentac.runs.package import changed_sources, make_unpacked_importable
 from latentac.runs.reporting.summary import prepared
 from latentac.store import Manifest, Store, open_store
 from latentac.store.published import parse, read
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from latentac.rewards.configured import ConfiguredReward
     from latentac.sampling.policy import Policy
     from latentac.worlds.prompts import Prompt, PromptSet
+
+_log = logging.getLogger(__name__)
 
 EXTENSIONS = "extensions.json"
 """In the artifact of `prepare`: what the classes of the extensions say of themselves, for steps without torch."""
@@ -97,7 +100,15 @@ class Workspace:
     def rewards(self) -> "list[ConfiguredReward]":
         from latentac.rewards.configured import load_rewards
 
-        return load_rewards(self.config.rewards)
+        found = load_rewards(self.config.rewards)
+        before = read(self.artifact("prepare") / EXTENSIONS).get("code", {})
+        for address in changed_sources(self.config, before):
+            _log.warning(
+                "%s: its code has changed since the run was prepared, so this run has results of both. To separate "
+                "them, start a new run. `--package` keeps the code with the run.",
+                address,
+            )
+        return found
 
     def base_policy(self) -> "Policy":
         """The untrained policy."""

@@ -98,6 +98,7 @@ class Extensions(Shape):
 
     units: dict[str, str]
     methods: dict[str, _Method]
+    code: dict[str, str] = {}
 
 
 class _Truncated(Shape):

@@ -192,3 +192,38 @@ def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"\xff.py")).write_text("x = 1")
     with pytest.raises(ConfigError, match="has a name that is not UTF-8"):
         pack(tmp_path)
+
+
+def test_code_that_changed_since_prepare_is_named(tmp_path: Path) -> None:
+    """A class outside of a package is the file as it is now: a step warns if that is not the file of `prepare`."""
+    reward = tmp_path / "mine.py"
+    reward.write_text(
+        "class Bright:\n    def __call__(self, images, prompts):\n        return images.mean((1, 2, 3))\n"
+    )
+    given = ["--set", "rewards=[{use: 'mine:Bright'}]", "--set", "gate.reward=Bright"]
+    prepare = [
+        "-c",
+        "import sys; from latentac.runs.cli import main; sys.exit(main())",
+        "prepare",
+        "--run",
+        "r",
+        "--recipe",
+        "shapes-unet-smoke",
+        "--output",
+        "out",
+        *given,
+    ]
+    score = "from latentac.runs.workspace import open_run; open_run('r', '', 'out').rewards()"
+
+    def run(*arguments: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": f".:{Path.cwd()}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    run(*prepare)
+    assert "has changed" not in run("-c", score)
+    reward.write_text(reward.read_text() + "# better\n")
+    assert "mine:Bright: its code has changed since the run was prepared" in run("-c", score)
