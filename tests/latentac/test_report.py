@@ -278,6 +278,23 @@ def test_a_run_that_failed_says_where_and_why(tmp_path: Path, left_in: str) -> N
     assert "Failed in train" not in Page(report.read_text()).text
 
 
+def test_a_gate_that_allows_a_loss_is_noted(tmp_path: Path) -> None:
+    """As that of the smoke recipes, which only try the pipeline. One bound that demands a gain is enough."""
+
+    def allow(bounds: dict[str, float]) -> list[str]:
+        def change(files: dict[str, Any]) -> None:
+            settings = files["prepare"]["config.json"]
+            files["prepare"]["config.json"] = settings | {"gate": settings["gate"] | bounds}
+
+        name = f"run-{len(bounds)}"
+        page, summary = make(tmp_path, change=change, run=name)
+        assert all(note in page for note in summary["notes"])
+        return [note for note in summary["notes"] if "proves no gain" in note]
+
+    assert len(allow({"min_gain": -1.0, "min_lower_bound": -0.5})) == 1
+    assert allow({"min_gain": -1.0}) == []
+
+
 def test_a_held_run_says_so_with_the_reasons(tmp_path: Path) -> None:
     """The gate's hold is the headline; nothing was deployed, and the page says why."""
 

@@ -133,11 +133,24 @@ def summarise(run: str, files: Files, timings: Mapping[str, Any], failure: Summa
     }
     dropped: Counter[str] = Counter()
     summary = _finite(summary, "", dropped)
-    summary["notes"] = late + [
-        f"{path}: {f'{times} values were' if times > 1 else 'was'} not finite and became null"
-        for path, times in sorted(dropped.items())
-    ]
+    summary["notes"] = (
+        late
+        + _lenient(gate, settings["gate"])
+        + [
+            f"{path}: {f'{times} values were' if times > 1 else 'was'} not finite and became null"
+            for path, times in sorted(dropped.items())
+        ]
+    )
     return summary
+
+
+def _lenient(gate: Mapping[str, Any] | None, bounds: Mapping[str, Any]) -> list[str]:
+    """A note for a model that was promoted by bounds that a worse model meets too."""
+    names = ("min_gain", "min_lower_bound")
+    if not gate or gate["decision"] != "promote" or any(bounds.get(name, 0) >= 0 for name in names):
+        return []
+    allowed = " and ".join(f"gate.{name} = {bounds[name]:g}" for name in names)
+    return [f"the gate also promotes a model that is worse than its base ({allowed}), so its decision proves no gain"]
 
 
 def _steered(rows: Sequence[Mapping[str, Any]], reward: str) -> Summary | None:
