@@ -22,6 +22,7 @@ from latentac.rewards.configured import ConfiguredReward, load_rewards
 from latentac.sampling.devices import few_threads, pick_device
 from latentac.sampling.policy import Policy, configured_policy
 from latentac.sampling.steering import STEERING, Steering
+from latentac.system.errors import ConfigError, Problem
 from latentac.system.progress import progress
 from latentac.training import value_pretraining
 from latentac.training.critic_learning import Replay
@@ -65,6 +66,7 @@ class Experiment:
         """One entry per iteration of `train`: rewards, KL, clip share, losses, seconds."""
         self._scored: Replay | None = None
         self._trainer: Trainer | None = None
+        self._last: dict[str, torch.Tensor] = {}
 
     def pretrain(self) -> list[dict[str, Any]]:
         """Fit the critic to rollouts of the untrained policy. Returns one entry per pass: its loss, and the explained
@@ -80,6 +82,9 @@ class Experiment:
     def train(self, iterations: int | None = None) -> list[dict[str, Any]]:
         """Train policy and critic for `iterations` more, or up to `train.num_iterations`. Returns `history`.
 
+        The policy then has the weights that a run would publish: the last ones, their average (`policy.ema_decay`), or
+        the best ones (`train.early_stopping`). A further call goes on from the last weights.
+
         Raises Diverged where an update is not finite or beyond a bound of `train.divergence`, RewardError for a reward
         that fails. The policy then holds the weights of the last update.
         """
@@ -89,6 +94,8 @@ class Experiment:
                 self.config, self.policy, self.critic, self.rewards, self.prompts.train, mesh=mesh, scored=self._scored
             )
         trainer = self._trainer
+        if self._last:
+            trainer.policy_learner.load(self._last)
         left = self.config.train.num_iterations - trainer.iteration
         with few_threads(), progress(left if iterations is None else iterations, "train", "iterations") as bar:
             while not trainer.finished if iterations is None else iterations > 0:
@@ -98,6 +105,7 @@ class Experiment:
                 bar.update()
                 bar.note(f"reward {entry['reward_mean']:.3f}  kl {entry['kl']:.4f}")
         if trainer.finished:
+            self._last = trainer.policy_learner.copy()
             trainer.publish_weights()
         return self.history
 
@@ -116,21 +124,23 @@ class Experiment:
             weights.
         strength: multiplies the weights. particles: rollouts per image.
 
-        Raises ConfigError for an unknown method.
+        Raises ConfigError for an unknown method or reward.
         """
         used = weights or {reward.name: reward.weight for reward in self.config.rewards}
+        _check_rewards(used, self.config.reward_names)
         known = {one.name: one for one in self.config.steering.methods}
         row = known.get(method) or Named(use=method)
         vector = torch.tensor([strength * used.get(name, 0.0) for name in self.config.reward_names])
         made: Steering = STEERING.make(row, vector, particles, path="steering.methods")
         return made
 
-    def evaluate(self, *, steering: Steering | None = None, num_images: int | None = None) -> dict[str, Any]:
+    def evaluate(self, *, steering: Steering | str | None = None, num_images: int | None = None) -> dict[str, Any]:
         """Score images of held-out prompts, sampled with the present policy.
 
+        steering: as `steering` returns it, or a method's name. num_images: by default `evaluation.num_images`.
+
         Returns reward name -> {mean, low, high, n}: the mean over n images and its 95 % bootstrap interval. Prompts and
-        noise are the same at each call, so that two results can be compared image by image. num_images: by
-        default `evaluation.num_images`.
+        noise are the same at each call, so that two results can be compared image by image.
         """
         count = num_images or self.config.evaluation.num_images
         chosen = balanced(self.prompts.held_out, count, self.config.seed, "evaluation")
@@ -144,13 +154,16 @@ class Experiment:
                 self.config.seed,
                 self.config.kernel.num_steps,
                 block_images=self.config.train.block_images,
-                steering=steering,
+                steering=self._steering(steering),
                 bar=bar,
             )
         return intervals(arm.scores, self.config.evaluation.num_bootstrap, self.config.seed)
 
-    def sample(self, prompts: Sequence[str], *, seed: int = 0, steering: Steering | None = None) -> np.ndarray:
-        """One image per prompt, uint8 [B, H, W, 3]. The noise of image i depends on `seed` and i alone."""
+    def sample(self, prompts: Sequence[str], *, seed: int = 0, steering: Steering | str | None = None) -> np.ndarray:
+        """One image per prompt, uint8 [B, H, W, 3]. The noise of image i depends on `seed` and i alone.
+
+        steering: as for `evaluate`.
+        """
         arm = sample(
             self.policy,
             self.critic,
@@ -159,9 +172,12 @@ class Experiment:
             seed,
             self.config.kernel.num_steps,
             block_images=self.config.train.block_images,
-            steering=steering,
+            steering=self._steering(steering),
         )
         return arm.images
+
+    def _steering(self, given: Steering | str | None) -> Steering | None:
+        return self.steering(given) if isinstance(given, str) else given
 
     def save(self, folder: str | Path) -> None:
         """Write `policy/`, a diffusers pipeline folder, and `critic/` below `folder`. Weights are safetensors."""
@@ -179,9 +195,20 @@ def load_policy(config: Config) -> Policy:
 
 def _with_rewards(config: Config, rewards: Mapping[str, Callable[..., Any]], weights: Mapping[str, float]) -> Config:
     """`config` with these rewards in place of its own; the gate judges the first one."""
+    _check_rewards(weights, list(rewards))
     rows = [
         RewardSettings(use=f"{type(one).__module__}:{type(one).__qualname__}", name=name, weight=weights.get(name, 1.0))
         for name, one in rewards.items()
     ]
     gate = config.gate.model_copy(update={"reward": rows[0].name})
     return config.model_copy(update={"rewards": rows, "gate": gate})
+
+
+def _check_rewards(weights: Mapping[str, float], names: Sequence[str]) -> None:
+    """Raises ConfigError for a weight of a reward that there is not."""
+    remedy = f"Choose one of {', '.join(names)}."
+    problems = [
+        Problem("weights", name, "is not a reward of this experiment", remedy) for name in set(weights) - set(names)
+    ]
+    if problems:
+        raise ConfigError(problems)

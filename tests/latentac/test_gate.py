@@ -160,7 +160,7 @@ def test_another_model_in_production_than_the_evaluated_one_holds(
     evaluation: dict[str, Any], production: dict[str, Any]
 ) -> None:
     """A comparison with a model that no longer serves, or with none where one serves now, decides nothing."""
-    assert "model in production, against the evaluated one" in failed(
+    assert "model in production, still the one that was compared" in failed(
         decide(settings(), REWARDS, evaluation, production)
     )
 

@@ -127,7 +127,7 @@ def test_a_second_run_is_held_against_the_first(copy: Workspace) -> None:
     assert steps.gate(**place).metrics["decision"] == "promote"
     reasons = (space.artifact("gate") / "reasons.md").read_text()
     assert "| passed | files of the incumbent | as published | is as published |" in reasons
-    assert "| passed | model in production, against the evaluated one | first-1 | is first-1 |" in reasons
+    assert "| passed | model in production, still the one that was compared | first-1 | is first-1 |" in reasons
 
 
 def test_an_incumbent_that_was_damaged_after_the_evaluation_holds(copy: Workspace) -> None:
@@ -155,7 +155,7 @@ def test_a_model_promoted_in_between_holds(copy: Workspace) -> None:
     promote(copy, "first-2")
     assert steps.gate(**place).metrics["decision"] == "hold"
     assert read(space, "gate", "gate.json")["reasons"][0] == (
-        "model in production, against the evaluated one: first-2, not first-1"
+        "model in production, still the one that was compared: first-2, not first-1"
     )
 
 

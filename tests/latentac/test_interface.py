@@ -83,12 +83,33 @@ def test_an_experiment_is_the_loop_of_a_run() -> None:
     assert len(noise_for([("evaluation", 0, 0)], 3, 4, first.policy.backbone.latent_shape)) == 1
 
 
+def test_training_goes_on_from_the_last_weights() -> None:
+    """Not from the average of the weights, which the policy has after the last iteration."""
+    average = ["policy.ema_decay=0.5", "policy.learning_rate=1e-3"]
+    short = latentac.Experiment(latentac.load_config("shapes-unet", [*SMALL, *average, "train.num_iterations=1"]))
+    long = latentac.Experiment(latentac.load_config("shapes-unet", [*SMALL, *average]))
+    short.train()
+    history, expected = short.train(iterations=1), long.train()
+    for name in ("reward_mean", "policy_loss", "gradient_norm"):
+        assert [entry[name] for entry in history] == [entry[name] for entry in expected]
+
+
+def test_a_weight_of_no_reward_is_refused() -> None:
+    """In training and in steering; the error names it."""
+    with pytest.raises(latentac.ConfigError, match="weights = 'greenness': is not a reward of this experiment"):
+        small(rewards={"redness": Redness()}, weights={"greenness": 1.0})
+    with pytest.raises(latentac.ConfigError, match="weights = 'greenness'"):
+        small().steering(weights={"greenness": 1.0})
+
+
 def test_steering_of_strength_0_is_plain_sampling() -> None:
     """And an unknown method is refused with the names that exist."""
     experiment = small()
     plain = experiment.sample(["a red circle"])
     assert np.array_equal(plain, experiment.sample(["a red circle"], steering=experiment.steering(strength=0.0)))
     steered = experiment.steering("best_of_n", particles=3)
+    named = experiment.sample(["a red circle"], steering="best_of_n")
+    assert np.array_equal(named, experiment.sample(["a red circle"], steering=experiment.steering("best_of_n")))
     assert steered.particles == 3
     with pytest.raises(latentac.ConfigError, match=r"no_method.*best_of_n|best_of_n"):
         experiment.steering("no_method")

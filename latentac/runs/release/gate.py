@@ -141,7 +141,7 @@ def _against_incumbent(settings: Gate, evaluation: Mapping[str, Any], production
     """Nothing to check where nothing is in production; otherwise all that has to be known of it."""
     evaluated = _at(evaluation, "production") or {}
     version = _version(production)
-    yield _same("model in production, against the evaluated one", version, _version(evaluated))
+    yield _same("model in production, still the one that was compared", version, _version(evaluated))
     if version == _NOTHING:
         return
     problem = _at(evaluated, "problem")
