@@ -120,7 +120,7 @@ _REFUSALS = {
     "429": "The queue is full; Retry-After says for how long",
     "431": "The headers are too long",
     "500": "The server failed",
-    "503": "Not drawn within the time that a request may take",
+    "503": "Not generated within the time that a request may take",
 }
 _NOT_READY: dict[str, type[BaseModel]] = {"503": KServeError}
 _KSERVE: dict[str, dict[str, type[BaseModel]]] = {

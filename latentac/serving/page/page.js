@@ -13,7 +13,7 @@ const MAX_KEPT_CHARACTERS = 50_000_000; // of images, in memory
 const MAX_STORED_CHARACTERS = 2_000_000; // sessionStorage takes about 5 million of everything
 const STORED_HISTORY = "latentac.history";
 // A website may open any link, and change the one of a page that it has opened. So a link fills in and draws nothing.
-const LINKED = "The link's settings are filled in: press Draw, or Enter in any field.";
+const LINKED = "The link's settings are filled in: press Generate, or Enter in any field.";
 const LIMITED = { particles: "Rollouts per image, at most", num_steps: "At most", guidance_scale: "1 is off, at most" };
 const REACHES = [5, 10, 20, 50, 100]; // of a weight; a hundredth is one step of it
 
@@ -153,7 +153,7 @@ function showWhatWasDrawn(settings) {
   const drawn = shown && Object.values(shown.arms).some((record) => record.image);
   $("drawn").textContent = drawn ? `“${shown.settings.prompt}”, seed ${shown.settings.seed}.` : "";
   if (drawn && !sameSettings(shown.settings, settings)) {
-    $("drawn").append(" The settings have changed since: draw to see what they do.");
+    $("drawn").append(" The settings have changed since: generate again to see what they do.");
   }
 }
 
@@ -283,7 +283,7 @@ function tellProblem({ field, value, problem, remedy }) {
 function tellRefusal(error) {
   const first = !document.querySelector("[aria-invalid=true]");
   if (error instanceof Refusal && error.problems.length) error.problems.forEach(tellProblem);
-  else warn(error instanceof Refusal ? error.message : `The connection to the server was lost (${error.message}). Draw again.`);
+  else warn(error instanceof Refusal ? error.message : `The connection to the server was lost (${error.message}). Generate again.`);
   // Once a draw: three images refused for one reason shall not take the focus three times.
   const wrong = first ? document.querySelector("[aria-invalid=true]") : null;
   wrong?.focus();
@@ -427,10 +427,10 @@ async function drawArm(draw, arm, signal) {
       ON_EVENT[event.name]?.(draw, arm, event.data);
       if (draw === shown) showCurveSoon();
     }
-    if (!record.image) throw new Refusal("The connection ended before the image was complete. Draw again.");
+    if (!record.image) throw new Refusal("The connection ended before the image was complete. Generate again.");
   } catch (error) {
     if (!signal.aborted) tellRefusal(error);
-    note(draw, arm, signal.aborted ? "Stopped" : "Not drawn");
+    note(draw, arm, signal.aborted ? "Stopped" : "Not generated");
   }
 }
 
@@ -445,7 +445,7 @@ async function drawAll() {
   show(draw);
   history.replaceState(null, "", linkTo(draw.settings));
   showRunning(true);
-  say("Drawing.");
+  say("Generating.");
   const began = performance.now();
   await Promise.all(Object.keys(draw.arms).map((arm) => drawArm(draw, arm, controller.signal)));
   if (controller.signal.aborted) return;
@@ -457,8 +457,8 @@ async function drawAll() {
 function finish(draw, seconds) {
   const arms = Object.values(draw.arms);
   const drawn = arms.filter((record) => record.image).length;
-  if (drawn === arms.length) say(`${drawn} images drawn in ${seconds.toFixed(1)} s.`);
-  else say(`${drawn || "None"} of ${arms.length} images drawn. Problems are marked with ⚠.`);
+  if (drawn === arms.length) say(`${drawn} images generated in ${seconds.toFixed(1)} s.`);
+  else say(`${drawn || "None"} of ${arms.length} images generated. Problems are marked with ⚠.`);
   if (!drawn) return;
   earlier = newest([draw, ...earlier].slice(0, MAX_HISTORY), MAX_KEPT_CHARACTERS);
   store();
@@ -491,7 +491,7 @@ function show(draw) {
 function showArm(arm) {
   const figure = document.querySelector(`figure[data-arm=${arm}]`);
   const record = shown?.arms[arm];
-  figure.querySelector(".state").textContent = record ? record.note : "Not drawn yet";
+  figure.querySelector(".state").textContent = record ? record.note : "Not generated yet";
   Object.assign(figure.querySelector("progress"), { hidden: !record?.drawing, max: record?.steps || 1, value: record?.step ?? 0 });
   showImage(figure, arm, record?.image ?? null);
   figure.querySelector(".facts").replaceChildren(...(record?.image ? factsOf(record) : []));
@@ -819,7 +819,7 @@ async function begin() {
   const linked = followLink();
   listen();
   show(null);
-  say(linked ? LINKED : "Ready: press Draw, or Enter in any field.");
+  say(linked ? LINKED : "Ready: press Generate, or Enter in any field.");
 }
 
 $("reload").addEventListener("click", begin);

@@ -89,7 +89,7 @@ def visit(browser: Browser, server: ServerProcess) -> Iterator[Visit]:
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", check)
         page.goto(f"{server.address}/{fragment}")
-        expect(page.get_by_role("button", name="Draw", exact=True)).to_be_enabled()
+        expect(page.get_by_role("button", name="Generate", exact=True)).to_be_enabled()
         return page
 
     yield visit
@@ -111,7 +111,7 @@ def test_a_model_that_is_not_in_production_says_so(
         page.goto(inspected.address)
         expect(page.locator("header")).to_contain_text(notice)
         page.goto(server.address)
-        expect(page.get_by_role("button", name="Draw", exact=True)).to_be_enabled()
+        expect(page.get_by_role("button", name="Generate", exact=True)).to_be_enabled()
         expect(page.locator("#notice")).to_be_hidden()
 
 
@@ -127,8 +127,8 @@ def draw(page: Page, prompt: str | None = None) -> None:
     """Types, draws by the button, and waits for the images."""
     if prompt is not None:
         page.get_by_role("textbox", name="Prompt").fill(prompt)
-    page.get_by_role("button", name="Draw", exact=True).click()
-    expect(status(page)).to_contain_text("3 images drawn in", timeout=DRAW_MS)
+    page.get_by_role("button", name="Generate", exact=True).click()
+    expect(status(page)).to_contain_text("3 images generated in", timeout=DRAW_MS)
 
 
 def images(page: Page) -> dict[str, str]:
@@ -189,9 +189,9 @@ def test_the_critics_values_grow_while_it_draws(visit: Visit) -> None:
     line = page.locator("#curve [data-arm=steered] polyline")
     lengths = set()
     expect(line).to_be_attached(timeout=DRAW_MS)
-    while "Drawing" in status(page).inner_text():
+    while "Generating" in status(page).inner_text():
         lengths.add(len((line.get_attribute("points") or "").split()))
-    expect(status(page)).to_contain_text("3 images drawn in")
+    expect(status(page)).to_contain_text("3 images generated in")
     assert len(lengths) > 3, f"drawn at once: {lengths}"
     assert len((line.get_attribute("points") or "").split()) == 60
     curve = page.get_by_role("img", name="The critic's value of shapes_verifier over 60 denoising steps")
@@ -216,8 +216,8 @@ def test_what_is_wrong_is_told_beside_its_field(visit: Visit) -> None:
     steps.fill("999")
     page.get_by_label("Seed", exact=True).fill("seven")
     steering_weight(page).fill("1000")
-    page.get_by_role("button", name="Draw", exact=True).click()
-    expect(status(page)).to_contain_text("None of 3 images drawn")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    expect(status(page)).to_contain_text("None of 3 images generated")
     expect(prompt).to_be_focused()
     for control, found in (
         (prompt, r"prompt = \"\": .+\. Write what the image shall show\."),
@@ -253,8 +253,8 @@ def test_a_link_leads_to_the_same_images(visit: Visit) -> None:
     link = page.get_by_role("textbox", name="A link to these settings").input_value()
     assert page.url == link
     other = visit(link[link.index("#") :])
-    other.get_by_role("button", name="Draw", exact=True).click()
-    expect(status(other)).to_contain_text("3 images drawn in", timeout=DRAW_MS)
+    other.get_by_role("button", name="Generate", exact=True).click()
+    expect(status(other)).to_contain_text("3 images generated in", timeout=DRAW_MS)
     assert images(other) == images(page)
     expect(other.get_by_label("Particles", exact=True)).to_have_value("3")
     assert other.get_by_label("Seed", exact=True).input_value() == "9223372036854775807"
@@ -279,14 +279,14 @@ def test_a_link_draws_nothing_by_itself(visit: Visit) -> None:
     asked: list[str] = []
     page = visit("#prompt=a+red+circle&num_steps=2")
     page.on("request", lambda request: asked.append(request.method))
-    expect(status(page)).to_contain_text("press Draw")
+    expect(status(page)).to_contain_text("press Generate")
     expect(page.get_by_role("textbox", name="Prompt")).to_have_value("a red circle")
     page.evaluate("location.hash = 'prompt=a+blue+circle&num_steps=2'")
     expect(page.get_by_role("textbox", name="Prompt")).to_have_value("a blue circle")
-    expect(status(page)).to_contain_text("press Draw")
+    expect(status(page)).to_contain_text("press Generate")
     page.wait_for_timeout(500)  # in which it would have asked
     assert "POST" not in asked
-    expect(page.get_by_text("Not drawn yet")).to_have_count(3)
+    expect(page.get_by_text("Not generated yet")).to_have_count(3)
 
 
 def test_without_a_seed_the_page_takes_a_new_one(visit: Visit) -> None:
@@ -353,7 +353,7 @@ def test_the_keyboard_is_enough(visit: Visit) -> None:
     assert float(steering_weight(page).input_value()) > before
     expect(slider).to_have_attribute("aria-valuetext", f"{steering_weight(page).input_value()} standard deviations")
     page.keyboard.press("Enter")
-    expect(status(page)).to_contain_text("3 images drawn in", timeout=DRAW_MS)
+    expect(status(page)).to_contain_text("3 images generated in", timeout=DRAW_MS)
     expect(page.get_by_alt_text("steered: a green triangle")).to_be_visible()
     expect(slider).to_be_focused()
 
@@ -370,7 +370,7 @@ def test_stop_stops(visit: Visit) -> None:
         expect(status(page)).to_have_text("Stopped.")
         expect(page.locator("figure .state")).to_have_text(["Stopped"] * 3)
         expect(stop).to_be_hidden()
-    expect(page.get_by_role("button", name="Draw", exact=True)).to_be_enabled()
+    expect(page.get_by_role("button", name="Generate", exact=True)).to_be_enabled()
     page.get_by_label("Steps", exact=True).fill("2")
     draw(page)
 
@@ -393,7 +393,7 @@ def test_a_busy_server_is_asked_again(visit: Visit) -> None:
     page.get_by_label("Steps", exact=True).fill("2")
     page.get_by_role("textbox", name="Prompt").press("Enter")
     expect(page.locator("figure[data-arm=base] .state")).to_have_text(re.compile(r"busy\. Trying again in [12] s"))
-    expect(status(page)).to_contain_text("3 images drawn in", timeout=DRAW_MS)
+    expect(status(page)).to_contain_text("3 images generated in", timeout=DRAW_MS)
 
 
 def test_a_server_that_is_gone_is_told(browser: Browser, server: ServerProcess) -> None:
@@ -401,7 +401,7 @@ def test_a_server_that_is_gone_is_told(browser: Browser, server: ServerProcess) 
     images = "**/v1/images/*"
     with browser.new_context() as context:
         page = context.new_page()
-        alert, button = page.get_by_role("alert"), page.get_by_role("button", name="Draw", exact=True)
+        alert, button = page.get_by_role("alert"), page.get_by_role("button", name="Generate", exact=True)
         page.route(images, lambda route: route.abort())
         page.goto(server.address)
         expect(alert).to_contain_text("The server cannot be reached")
@@ -418,7 +418,7 @@ def test_a_server_that_is_gone_is_told(browser: Browser, server: ServerProcess) 
             page.route(images, partial(Route.fulfill, status=code, body=body))
             button.click()
             expect(alert).to_contain_text(found)
-            expect(status(page)).to_contain_text("None of 3 images drawn")
+            expect(status(page)).to_contain_text("None of 3 images generated")
             page.unroute(images)
 
 
@@ -457,7 +457,7 @@ def test_a_phone_and_a_reader_can_use_it(visit: Visit, colour_scheme: str) -> No
     page.get_by_text("The values as a table").click()
     check()
     page.get_by_role("textbox", name="Prompt").fill("long" * 300)
-    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_role("button", name="Generate", exact=True).click()
     expect(page.get_by_text("has 1200 characters")).to_be_visible()
     check()
     identifiers = page.locator("[id]").evaluate_all("nodes => nodes.map((node) => node.id)")
