@@ -346,16 +346,15 @@ def start(folder: Path, *arguments: str) -> Driver:
 def test_a_run_that_was_killed_and_moved_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """kill -9 in training, everything moved, the sources gone, another working folder: bitwise the same weights. The
     state is right at each point."""
-    ids = {}
     home, away = tmp_path / "home", tmp_path / "away"
     for folder in (home, away):
         folder.mkdir()
         prompts(folder / "mine.json"), model(folder / "base")
         (folder / "mine.yaml").write_text("prompts: {source: mine.json}\n")
     options = [*OPTIONS, "--config", "mine.yaml", "--set", "backbone.source=base", "--output", "out"]
-    undisturbed = latentac(home, "run", *options)
-    assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
-    ids["home"] = undisturbed.stdout.split()[1].rstrip(",")
+    for step, given in (("prepare", options), ("pretrain-value", ["--output", "out"]), ("train", ["--output", "out"])):
+        undisturbed = latentac(home, step, "--run", "undisturbed", *given)
+        assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
 
     driver = start(away, *options)
     run = run_id(driver)
@@ -376,7 +375,7 @@ def test_a_run_that_was_killed_and_moved_ends_as_if_nothing_had_happened(tmp_pat
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert not (away / "out").exists()
     assert state(moved, run) == ("done", "")
-    trained = [open_store(f"file://{home}/out/store").manifest(f"{ids['home']}/train")]
+    trained = [open_store(f"file://{home}/out/store").manifest("undisturbed/train")]
     trained.append(open_store(f"file://{moved}/store").manifest(f"{run}/train"))
     assert weights(trained[0]) == weights(trained[1])
 
