@@ -45,7 +45,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "two blue squares and " + "a green triangle above " * 6, ""]
-"""Of 22, 51 and 8 tokens, so that diffusers pads one of them to 64 and the others to 32."""
+"""Of 22, 51 and 19 tokens, so that diffusers pads one of them to 64 and the others to 32."""
 SIZE = [48, 64]
 TOKENS = 96
 STEPS = 4
@@ -566,3 +566,22 @@ def test_every_steering_method_runs_on_it(turbo: Path, method: str) -> None:
     found = steered(50.0)
     assert bool(found.isfinite().all())
     assert not torch.equal(found, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns within itself, and fails where warnings are errors
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("mode", ["blocks", "whole"])
+def test_a_compiled_network_computes_the_same(turbo: Path, mode: str) -> None:
+    """Prediction, taps and gradients, but for rounding."""
+    found = []
+    for each in ("none", mode):
+        backbone = load(turbo, compile=each)
+        backbone.module.requires_grad_(True)
+        prediction, taps = backbone.predict(*state(backbone))
+        prediction.noise.square().mean().backward()
+        gradients = [weights.grad.flatten() for weights in backbone.module.parameters() if weights.grad is not None]
+        found.append([prediction.noise, *taps.values(), torch.cat(gradients)])
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-5)
