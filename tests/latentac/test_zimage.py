@@ -143,6 +143,26 @@ def test_a_row_does_not_depend_on_the_other_prompts(turbo: Path, precision: str)
     assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_ratio_is_1_before_the_first_update(turbo: Path, precision: str) -> None:
+    """Bitwise: the density of a step, computed again in its batch, is what the rollout recorded. In float32 an image is
+    the same in blocks of 16 and of 32."""
+    backbone, prompts = load(turbo, precision=precision), (PROMPTS * 11)[:32]
+    policy, noise = Policy(backbone, KERNELS.build("cps", noise=0.7)), noise_of(backbone, 32, 3)
+    whole = rollout(policy, None, backbone.encode(prompts), noise)
+    training = Policy(backbone.clone(), policy.kernel)
+    training.backbone.adapt(PolicySettings(adaptation="full"))
+    for step in range(whole.num_stochastic_steps):
+        sigma, after = (whole.sigmas[each].expand(32) for each in (step, step + 1))
+        transition = training.transition(whole.latents[:, step], sigma, after, whole.conditioning)
+        log_probs = transition.log_prob(whole.latents[:, step + 1])
+        assert log_probs.requires_grad
+        assert torch.equal(log_probs.detach(), whole.log_probs[:, step])
+    if precision == "float32":
+        part = rollout(policy, None, backbone.encode(prompts[16:]), noise[16:])
+        assert torch.equal(part.latents, whole.latents[16:])
+
+
 def test_text_is_encoded_as_the_pipeline_does_it(turbo: Path) -> None:
     """The states before the last layer of the prompt in its chat, and zeros after them."""
     backbone, pipeline = load(turbo), pipeline_of(turbo)
