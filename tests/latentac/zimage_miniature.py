@@ -2,8 +2,8 @@
 
     zimage(folder)                   the shift of Z-Image-Turbo
 
-The tokenizer is in the form of the published folder: vocab.json and merges.txt, the marks in tokenizer_config.json with
-a chat template, and tokenizer.json beside them.
+As in the published folder, the text encoder's weights are those of a whole language model, and the tokenizer has
+vocab.json and merges.txt, marks and chat template in tokenizer_config.json, and tokenizer.json beside them.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from tests.latentac import miniatures
 
@@ -42,13 +42,14 @@ def zimage(
     *,
     sharded: bool = False,
     variant: str = "",
+    whole: bool = True,
     seed: int = 0,
     transformer: dict[str, Any] | None = None,
     vae: dict[str, Any] | None = None,
     **schedule: Any,
 ) -> Path:
-    """A transformer in ZImagePipeline's layout. transformer, vae: settings over those parts' own; schedule: over the
-    scheduler's."""
+    """A transformer in ZImagePipeline's layout. whole: whether the encoder's file is the language model's; transformer,
+    vae: settings over those parts' own; schedule: over the scheduler's."""
     torch.manual_seed(seed)
     settings = {
         "in_channels": 4,
@@ -68,16 +69,18 @@ def zimage(
         transformer=network,
         scheduler=FlowMatchEulerDiscreteScheduler(**({"shift": 3.0} | schedule)),
         vae=miniatures._autoencoder(64, 4, {"scaling_factor": 0.3611, "shift_factor": 0.1159} | (vae or {})),
-        text_encoder=qwen3(24),
+        text_encoder=qwen3(24) if whole else qwen3(24).model,
         tokenizer=qwen2_tokenizer(),
     )
     miniatures._saved(pipeline, folder, variant, sharded)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"text_encoder": ["transformers", "Qwen3Model"]}))
     as_published(folder / "tokenizer")
     return folder
 
 
-def qwen3(width: int) -> Qwen3Model:
-    return Qwen3Model(
+def qwen3(width: int) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(qwen2_tokenizer()) + 20,  # the published one has more rows than its tokenizer has tokens
             hidden_size=width,
@@ -87,6 +90,7 @@ def qwen3(width: int) -> Qwen3Model:
             num_key_value_heads=2,
             head_dim=8,
             max_position_embeddings=256,
+            tie_word_embeddings=True,
         )
     )
 
