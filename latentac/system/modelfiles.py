@@ -34,7 +34,11 @@ CHAT_MARKS = ("<|im_start|>", "<|im_end|>")
 _MOST_SHOWN = 400
 _LARGE = ("tokenizer.json", "vocab.json", "merges.txt", ".index.json")
 _NAMES_PLACES = ("_name_or_path", "name_or_path")  # where the libraries note what they loaded: a path of that machine
-_NAMES_CODE = ("auto_map", "custom_pipelines", "trust_remote_code", "quantization_config")
+_NAMES_CODE = (
+    *("auto_map", "custom_pipelines", "trust_remote_code", "quantization_config"),
+    # transformers takes a hub id in these, and runs the kernel that lies there where `kernels` is installed.
+    *("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"),
+)
 _TOKENIZER_FIELDS = frozenset(
     {
         *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"),
