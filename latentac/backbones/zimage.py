@@ -82,10 +82,8 @@ class ZImageBackbone(FlowTransformer):
                 return_tensors="pt",
             ).to(self._text_device)
         known = found.attention_mask.bool()
-        states = self._text_encoder(
-            input_ids=found.input_ids, attention_mask=known, output_hidden_states=True, return_dict=True
-        ).hidden_states
-        return Conditioning(states[-2].masked_fill(~known[..., None], 0.0))
+        output = self._text_encoder(input_ids=found.input_ids, attention_mask=known, output_hidden_states=True)
+        return Conditioning(output.hidden_states[-2].masked_fill(~known[..., None], 0.0))
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         """With those of the chat around the prompt."""

@@ -39,6 +39,7 @@ _NAMES_CODE = (
     # transformers takes a hub id in these, and runs the kernel that lies there where `kernels` is installed.
     *("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"),
 )
+_CHANGES_CALLS = ("return_dict",)  # where false, an encoder returns a tuple, which no caller reads
 _TOKENIZER_FIELDS = frozenset(
     {
         *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"),
@@ -149,7 +150,8 @@ def walk(content: Mapping[str, Any]) -> Iterator[tuple[str, int, Any]]:
 
 
 def plain(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """A description without what names code, files or another machine's places. name: of its file.
+    """A description without what names code, files or another machine's places, or changes what a call returns. name:
+    of its file.
 
     Of `tokenizer_config.json` only known fields stay: the library takes any of them as an argument. A chat template is
     a program, so no folder's own is kept: that of Qwen is written anew.
@@ -172,7 +174,7 @@ def _stripped(value: Any) -> Any:
         return {
             field: _stripped(below)
             for field, below in value.items()
-            if field not in _NAMES_PLACES and field not in _NAMES_CODE
+            if field not in (*_NAMES_PLACES, *_NAMES_CODE, *_CHANGES_CALLS)
         }
     return [_stripped(below) for below in value] if isinstance(value, list) else value
 
