@@ -103,6 +103,7 @@ BACKBONES = Table(
         "sdxl": "latentac.backbones.sdxl:SDXLBackbone",
         "dit": "latentac.backbones.dit:DiTBackbone",
         "flux": "latentac.backbones.flux:FluxBackbone",
+        "zimage": "latentac.backbones.zimage:ZImageBackbone",
     },
 )
 

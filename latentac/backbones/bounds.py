@@ -19,8 +19,8 @@ _LARGEST = 2**20  # of a number that is not below
 _MOST_TIMESTEPS = 10_000  # and betas
 
 WHOLE: Mapping[str, tuple[int, int]] = {
-    **dict.fromkeys(("num_layers", "num_hidden_layers", "num_single_layers"), _LAYERS),
-    **dict.fromkeys(("layers_per_block", "mid_block_layers"), _BLOCKS),
+    **dict.fromkeys(("num_layers", "num_hidden_layers", "num_single_layers", "n_layers"), _LAYERS),
+    **dict.fromkeys(("layers_per_block", "mid_block_layers", "n_refiner_layers"), _BLOCKS),
     **dict.fromkeys(("transformer_layers_per_block", "reverse_transformer_layers_per_block"), _BLOCKS),
     **dict.fromkeys(("block_out_channels", "in_channels", "out_channels", "latent_channels"), _WIDTH),
     **dict.fromkeys(("attention_head_dim", "num_attention_heads", "norm_num_groups", "num_key_value_heads"), _WIDTH),
@@ -30,10 +30,11 @@ WHOLE: Mapping[str, tuple[int, int]] = {
     **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), _WIDTH),
     **dict.fromkeys(("addition_time_embed_dim", "projection_class_embeddings_input_dim"), _WIDTH),
     "vocab_size": (1, 2**20),
-    "max_position_embeddings": (3, 4096),
+    **dict.fromkeys(("dim", "n_heads", "n_kv_heads", "cap_feat_dim", "head_dim", "axes_dims", "axes_lens"), _WIDTH),
+    "max_position_embeddings": (3, 2**18),  # those of CLIP are held by a tensor
     "sample_size": (1, 4096),
     "pos_embed_max_size": (1, 1024),
-    "patch_size": (1, 64),
+    **dict.fromkeys(("patch_size", "all_patch_size", "all_f_patch_size"), (1, 64)),
     "num_train_timesteps": (1, _MOST_TIMESTEPS),
 }
 """Field -> the least and the largest whole number that it may have, alone or in a list."""
@@ -42,7 +43,7 @@ _HELD = frozenset(
     {
         *("block_out_channels", "in_channels", "out_channels", "latent_channels", "cross_attention_dim"),
         *("joint_attention_dim", "caption_projection_dim", "hidden_size", "intermediate_size", "vocab_size"),
-        *("max_position_embeddings", "pos_embed_max_size", "d_model", "d_ff"),
+        *("max_position_embeddings", "pos_embed_max_size", "d_model", "d_ff", "dim", "cap_feat_dim"),
         "projection_class_embeddings_input_dim",
     }
 )

@@ -35,6 +35,7 @@ class FluxBackbone(FlowTransformer):
 
     Settings: ClassVar[type[PipelineSettings]] = FluxSettings
     layout = FLUX
+    cells = CELLS
     guides = False  # it is the distilled guidance
     packed = f"torch.nn.functional.pixel_unshuffle({{}}, {PATCH}).flatten(2).transpose(1, 2)"
 
@@ -58,10 +59,6 @@ class FluxBackbone(FlowTransformer):
     @property
     def _patch(self) -> int:
         return PATCH
-
-    def _latent_size(self, factor: int) -> tuple[int, int]:
-        """The transformer knows no size of its own."""
-        return super()._latent_size(factor) if self.settings.image_size else (CELLS, CELLS)
 
     def _text_encoders(self) -> Sequence[Any]:
         return [self._text_encoder, self._t5]

@@ -18,13 +18,14 @@ from latentac.system.modelfiles import Damaged, read_json, shorten
 SUPPORTED = (
     "Supported: Stable Diffusion 1.x and 2.x (StableDiffusionPipeline, backbone.use=unet), Stable Diffusion XL "
     "(StableDiffusionXLPipeline, backbone.use=sdxl), Stable Diffusion 3 and 3.5 (StableDiffusion3Pipeline, "
-    "backbone.use=dit), FLUX.1 (FluxPipeline, backbone.use=flux)"
+    "backbone.use=dit), FLUX.1 (FluxPipeline, backbone.use=flux), Z-Image (ZImagePipeline, backbone.use=zimage)"
 )
 _BACKBONES = {
     "StableDiffusionPipeline": "unet",
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusion3Pipeline": "dit",
     "FluxPipeline": "flux",
+    "ZImagePipeline": "zimage",
 }
 _KNOWN_PIPELINES = {
     "StableDiffusionXLImg2ImgPipeline": "the refiner of Stable Diffusion XL",
@@ -64,13 +65,16 @@ _KNOWN_PIPELINES = {
     "WuerstchenCombinedPipeline": "Würstchen",
     "StableCascadeCombinedPipeline": "Stable Cascade",
     "QwenImagePipeline": "Qwen-Image",
-    "ZImagePipeline": "Z-Image",
+    "ZImageImg2ImgPipeline": "an image-to-image pipeline",
+    "ZImageInpaintPipeline": "an inpainting pipeline",
+    "ZImageControlNetPipeline": "a pipeline with a ControlNet",
+    "ZImageOmniPipeline": "Z-Image-Omni, which takes images beside the text",
     "DiTPipeline": "DiT, which takes classes and no text",
     "DDPMPipeline": "a model without text",
 }
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf")
 _MOST_NAMED = 5  # numbers of a file that are out of bounds; more help nobody
-_WHOLE_MODELS = {"clip": "CLIPModel", "t5": "T5ForConditionalGeneration"}
+_WHOLE_MODELS = {"clip": "CLIPModel", "t5": "T5ForConditionalGeneration", "qwen3": "Qwen3ForCausalLM"}
 """Of which the text encoder may be a part."""
 _SINGLE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
@@ -257,6 +261,8 @@ def _remedy(problem: str) -> str:
         return "Run `git lfs pull` in its folder"
     if SENTENCEPIECE in problem:
         return "Where sentencepiece is installed, load it with T5TokenizerFast and call save_pretrained"
+    if "merges.txt, but" in problem:
+        return "Put vocab.json and merges.txt of the published model's tokenizer beside it"
     if "quantised" in problem:
         return "Use the model in float32, float16 or bfloat16"
     if "supported" in problem:

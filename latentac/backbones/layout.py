@@ -11,12 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from latentac.backbones.vocabulary import ModelType
 from latentac.backbones.weights import Weights, choose, shard_map
 from latentac.system.modelfiles import ADAPTERS, faults, plain, read_json
 
 INDEX = "model_index.json"
 _TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
-_MORE_TOKENIZER_FILES = {"clip": {"vocab.json", "merges.txt"}, "t5": set[str]()}
+_TOKENIZERS = {
+    "clip": _TOKENIZER_FILES | {"vocab.json", "merges.txt"},
+    "t5": _TOKENIZER_FILES,
+    "qwen3": _TOKENIZER_FILES - {"tokenizer.json"} | {"vocab.json", "merges.txt"},
+}
+"""tokenizer.json of Qwen holds the other two again, in 11 MB, with patterns beside them."""
+_MODEL_TYPES: tuple[tuple[str, ModelType], ...] = (("T5", "t5"), ("Qwen", "qwen3"))
 _ANYTHING_SAFE = (".safetensors", ".json", ".txt", ".model")
 _TEXTS = ("_class_name", "_diffusers_version")  # of model_index.json
 
@@ -40,9 +47,9 @@ class Part:
         return "model" if self.kind == "text_encoder" else None
 
     @property
-    def model_type(self) -> Literal["clip", "t5"]:
+    def model_type(self) -> ModelType:
         """The text encoder that it is, or is the tokenizer of."""
-        return "t5" if self.classes[0].startswith("T5") else "clip"
+        return next((kind for begin, kind in _MODEL_TYPES if self.classes[0].startswith(begin)), "clip")
 
     @property
     def library(self) -> str:
@@ -62,7 +69,7 @@ class Part:
         """Those of the folder's file `names` that are used."""
         wanted = {str(self.configuration)}
         if self.kind == "tokenizer":
-            wanted = _TOKENIZER_FILES | _MORE_TOKENIZER_FILES[self.model_type]
+            wanted = _TOKENIZERS[self.model_type]
         weights = self.weights(names)
         return [*sorted(wanted.intersection(names)), *(weights.names if weights else ())]
 

@@ -94,6 +94,10 @@ class PipelineBackbone:
     """Python of the latents that the pipeline's call takes, where `{}` stands for those of `latent_shape`."""
     guides: ClassVar[bool] = True
     """Whether `guidance_scale` of the pipeline's call is the scale of classifier-free guidance."""
+    unguided: ClassVar[float] = 1.0
+    """The `guidance_scale` of the pipeline's call that stands for the scale 1, which is no guidance."""
+    cells: ClassVar[int | None] = None
+    """Cells of the latents per side where no image size is given and the network knows none of its own."""
     path: diffusion.Path
     latent_shape: tuple[int, int, int]
     tap_shapes: dict[str, tuple[int, int, int]]
@@ -148,7 +152,7 @@ class PipelineBackbone:
         """Height and width of the latents. factor: pixels per cell of the latents. Raises ConfigError."""
         size, patch = self.settings.image_size, self._patch
         if not size:
-            own = self.module.config.sample_size
+            own = self.cells or self.module.config.sample_size
             height, width = own if isinstance(own, list | tuple) else (own, own)
             return height, width
         unit = factor * patch

@@ -2,14 +2,16 @@
 
 import base64
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from latentac.system.modelfiles import Damaged, read_bytes, read_json
+from latentac.system.modelfiles import CHAT_MARKS, CHAT_TOKENIZERS, Damaged, read_bytes, read_json
 
+ModelType = Literal["clip", "t5", "qwen3"]
+"""Of a text encoder, and of its tokenizer."""
 TOKENIZER = "tokenizer.json"
 SENTENCEPIECE = "spiece.model"
 
@@ -25,10 +27,10 @@ _FIELDS = (
 _READ = ("version", "added_tokens", "model")
 
 
-def read_tokenizer(folder: Path, kind: Literal["clip", "t5"]) -> dict[str, Any]:
+def read_tokenizer(folder: Path, kind: ModelType) -> dict[str, Any]:
     """tokenizer_config.json, and the highest token as `highest_id`. Raises Damaged."""
     names = {path.name for path in folder.iterdir()}
-    vocabulary, more = _clip(folder, names) if kind == "clip" else _t5(folder, names)
+    vocabulary, more = _READERS[kind](folder, names)
     if "tokenizer_config.json" not in names:
         raise Damaged("has no tokenizer_config.json, which says how many tokens a prompt may have")
     more |= read_json(folder / _ADDED) if _ADDED in names else {}
@@ -43,17 +45,19 @@ def read_tokenizer(folder: Path, kind: Literal["clip", "t5"]) -> dict[str, Any]:
     lists = [extra, *(one for one in listed if isinstance(one, list | dict))]
     _bounded(vocabulary, more, len(more) + sum(map(len, lists)))
     tokens = vocabulary | more
-    for name in ("bos_token", "eos_token"):
+    for name in ("bos_token", "eos_token", *(("pad_token", "unk_token") if kind == "qwen3" else ())):
         given = found.get(name)
         token = given.get("content") if isinstance(given, dict) else given
         if token is not None and not (isinstance(token, str) and token in tokens):
             raise Damaged(f"has no token {token!r}, its {name}, in its vocabulary")
+    if kind == "qwen3":
+        _check_chat(found, tokens)
     # The library gives tokens that it does not know the next numbers.
     unknown = {str(token) for one in lists for token in one}.difference(tokens)
-    return found | {"highest_id": max(tokens.values()) + len(unknown if kind == "t5" else ())}
+    return found | {"highest_id": max(tokens.values()) + len(() if kind == "clip" else unknown)}
 
 
-def reduced(described: Mapping[str, Any], kind: Literal["clip", "t5"]) -> dict[str, Any]:
+def reduced(described: Mapping[str, Any], kind: ModelType) -> dict[str, Any]:
     """tokenizer.json without patterns and marks: the classes of transformers have their own. Of T5's normaliser the
     table of characters is kept, which only the file has. Raises Damaged."""
     kept = {name: described.get(name) if name in _READ else None for name in _FIELDS}
@@ -95,6 +99,23 @@ def _t5(folder: Path, names: Collection[str]) -> tuple[dict[str, Any], dict[str,
         raise Damaged(f"{TOKENIZER} has a token twice")
     _table(described)
     return vocabulary, _added(described)
+
+
+def _qwen(folder: Path, names: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same of a byte-pair encoding in the two files of its own. Raises Damaged."""
+    if not {"vocab.json", "merges.txt"} <= set(names):
+        other = f", but {TOKENIZER}, which is not read" if TOKENIZER in names else ""
+        raise Damaged(f"has no vocab.json with merges.txt{other}")
+    return _clip(folder, set(names) - {TOKENIZER})
+
+
+def _check_chat(settings: Mapping[str, Any], tokens: Collection[str]) -> None:
+    """Raises Damaged where a prompt cannot be put into a chat."""
+    kind = settings.get("tokenizer_class")
+    if kind not in CHAT_TOKENIZERS:
+        raise Damaged(f"tokenizer_config.json says tokenizer_class {kind!r}, and only Qwen2Tokenizer is supported")
+    if missing := [mark for mark in CHAT_MARKS if mark not in tokens]:
+        raise Damaged(f"has no token {missing[0]!r}, which every prompt begins or ends with")
 
 
 def _is_scored(pair: object) -> bool:
@@ -180,3 +201,10 @@ def _is_text(content: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+_READERS: Mapping[ModelType, Callable[[Path, Collection[str]], tuple[dict[str, Any], dict[str, Any]]]] = {
+    "clip": _clip,
+    "t5": _t5,
+    "qwen3": _qwen,
+}

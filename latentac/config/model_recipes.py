@@ -103,10 +103,24 @@ _FLUX_LORA = merge(
     },
 )
 
+_ZIMAGE_LORA = merge(
+    _FLUX_LORA,
+    {
+        "recipe": "zimage-lora",
+        "backbone": {
+            "use": "zimage",
+            "source": "Tongyi-MAI/Z-Image-Turbo",
+            "text_tokens": 128,  # at 512 pixels an image has 1,024
+        },
+        "kernel": {"num_steps": 8},  # as many as Turbo was distilled for
+    },
+)
+
 MODEL_RECIPES: dict[str, dict[str, Any]] = {
     "sd15-lora": _SD15_LORA,
     "sd15-full": _SD15_FULL,
     "sdxl-lora": _SDXL_LORA,
     "sd35m-lora": _SD35M_LORA,
     "flux-lora": _FLUX_LORA,
+    "zimage-lora": _ZIMAGE_LORA,
 }

@@ -38,7 +38,7 @@ class Backbone(Extension):
 
     use: str = "unet"
     """`unet` (StableDiffusionPipeline), `sdxl` (StableDiffusionXLPipeline), `dit` (StableDiffusion3Pipeline), `flux`
-    (FluxPipeline), or `module:Class`."""
+    (FluxPipeline), `zimage` (ZImagePipeline), or `module:Class`."""
     source: str
     """`builtin:<name>`, a diffusers folder, or a hub id: `builtin:shapes-unet`, `/models/sd15`."""
     revision: str = ""

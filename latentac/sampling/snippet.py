@@ -117,9 +117,11 @@ def usage(policy: Policy, folder: Path, num_steps: int, prompt: str, seed: int, 
     if not torch.allclose(levels[:-1], steps.sigmas[:num_steps], atol=_CLOSE, rtol=0):
         return ""
     scale, backbone = _unguided(policy.backbone)
-    called, guides = (backbone.call(), backbone.guides) if isinstance(backbone, PipelineBackbone) else ({}, True)
-    if scale != 1 and not guides:
-        return ""
+    called: dict[str, str] = {}
+    if isinstance(backbone, PipelineBackbone):
+        if scale != 1 and not backbone.guides:
+            return ""
+        called, scale = backbone.call(), round(scale - 1 + backbone.unguided, 9)
     arguments = {"num_inference_steps": str(num_steps), "guidance_scale": repr(scale)} | called | steps.arguments
     fields = {"prompt": _quoted(prompt), "seed": seed, "purpose": PURPOSE}
     loaded = _adapted(folder, scheduler, adapter) if adapter else _loaded(folder)

@@ -182,7 +182,7 @@ def image_size(folder: Path) -> tuple[int, int]:
         return read(folder).size
     denoiser = read_json(folder / denoiser_folder(folder) / "config.json")
     autoencoder = read_json(folder / "vae" / "config.json")
-    # FLUX.1 names no size of its own; its pipeline has this default.
+    # FLUX.1 and Z-Image name no size of their own; their pipelines have this default.
     size, factor = denoiser.get("sample_size", 128), 2 ** (len(autoencoder["block_out_channels"]) - 1)
     height, width = size if isinstance(size, list) else (size, size)
     return height * factor, width * factor

@@ -27,10 +27,19 @@ LFS = b"version https://git-lfs"
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 """Of peft: transformers follows the first of them to a base model elsewhere."""
 
+CHAT_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+"""Those whose text encoder was trained on chats."""
+CHAT_MARKS = ("<|im_start|>", "<|im_end|>")
+
 _MOST_SHOWN = 400
 _LARGE = ("tokenizer.json", "vocab.json", "merges.txt", ".index.json")
 _NAMES_PLACES = ("_name_or_path", "name_or_path")  # where the libraries note what they loaded: a path of that machine
-_NAMES_CODE = ("auto_map", "custom_pipelines", "trust_remote_code", "quantization_config")
+_NAMES_CODE = (
+    *("auto_map", "custom_pipelines", "trust_remote_code", "quantization_config"),
+    # transformers takes a hub id in these, and runs the kernel that lies there where `kernels` is installed.
+    *("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"),
+)
+_CHANGES_CALLS = ("return_dict",)  # where false, an encoder returns a tuple, which no caller reads
 _TOKENIZER_FIELDS = frozenset(
     {
         *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"),
@@ -39,6 +48,8 @@ _TOKENIZER_FIELDS = frozenset(
         *("truncation_side", "clean_up_tokenization_spaces", "split_special_tokens", "backend", "extra_ids"),
     }
 )
+_CHAT_BEGINS, _CHAT_ENDS = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+_CHAT = "{{ %r + messages[0].content + %r }}" % (_CHAT_BEGINS, _CHAT_ENDS)  # noqa: UP031 - the braces are Jinja's
 _MAY_BE_INFINITE = "lambda_min_clipped"  # -Infinity in diffusers' own scheduler configurations
 
 
@@ -139,14 +150,23 @@ def walk(content: Mapping[str, Any]) -> Iterator[tuple[str, int, Any]]:
 
 
 def plain(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """A description without what names code, files or another machine's places. name: of its file.
+    """A description without what names code, files or another machine's places, or changes what a call returns. name:
+    of its file.
 
-    Of `tokenizer_config.json` only known fields stay: the library takes any of them as an argument.
+    Of `tokenizer_config.json` only known fields stay: the library takes any of them as an argument. A chat template is
+    a program, so no folder's own is kept: that of Qwen is written anew.
     """
     if name == "tokenizer_config.json":
         kept = {field: value for field, value in content.items() if field in _TOKENIZER_FIELDS}
+        if kept.get("tokenizer_class") in CHAT_TOKENIZERS:
+            kept["chat_template"] = _CHAT
         return {field: _stripped(value) for field, value in kept.items()}
     return dict(content) if name in {"tokenizer.json", "vocab.json", "added_tokens.json"} else _stripped(dict(content))
+
+
+def chat(prompt: str) -> str:
+    """A prompt as the first message of a chat whose answer begins, as Qwen3 writes it, and `plain`'s template too."""
+    return f"{_CHAT_BEGINS}{prompt}{_CHAT_ENDS}"
 
 
 def _stripped(value: Any) -> Any:
@@ -154,7 +174,7 @@ def _stripped(value: Any) -> Any:
         return {
             field: _stripped(below)
             for field, below in value.items()
-            if field not in _NAMES_PLACES and field not in _NAMES_CODE
+            if field not in (*_NAMES_PLACES, *_NAMES_CODE, *_CHANGES_CALLS)
         }
     return [_stripped(below) for below in value] if isinstance(value, list) else value
 

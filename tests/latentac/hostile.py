@@ -327,6 +327,8 @@ FILES: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 
 HARMLESS: dict[str, Change] = {
+    "an encoder that returns tuples": fields(TEXT, return_dict=False),
+    "a kernel on the hub": fields(TEXT, attn_implementation="evil/kernel", _experts_implementation="evil/kernel"),
     "code, pickles and hidden files beside": _beside,
     "auto_map and trust_remote_code": both(
         fields(TEXT, **REMOTE),

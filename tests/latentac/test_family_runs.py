@@ -14,6 +14,7 @@ from latentac.system import folders
 from tests.latentac import miniatures
 from tests.latentac.flux_miniature import flux
 from tests.latentac.workers import RUN, prepared, train_here
+from tests.latentac.zimage_miniature import zimage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -22,11 +23,15 @@ MINIATURES: dict[str, Callable[..., Path]] = {
     "sdxl": miniatures.sdxl,
     "dit": miniatures.sd3,
     "flux": flux,
+    "zimage": zimage,
 }
 OWN: dict[str, list[str]] = {
     "dit": ["kernel.use=cps"],
     "flux": ["kernel.use=cps", "backbone.image_size=[32, 32]"],
+    "zimage": ["kernel.use=cps", "backbone.image_size=[32, 32]", "backbone.text_tokens=32"],
 }
+SIZELESS = ("flux", "zimage")
+"""Those whose network knows no size of its own."""
 WITHOUT: dict[str, Any] = {"dit": {"text_encoder_3": None, "tokenizer_3": None}}
 """What diffusers' pipeline of the family must be told is missing."""
 
@@ -43,7 +48,7 @@ def test_a_run_goes_from_prepare_to_the_endpoint(
 ) -> None:
     """The policy learns, every steering method is measured, the endpoint serves a steered image, and the exported
     folder loads in plain diffusers."""
-    model = MINIATURES[name](tmp_path / "model", **({} if name == "flux" else {"size": 32}))
+    model = MINIATURES[name](tmp_path / "model", **({} if name in SIZELESS else {"size": 32}))
     space = prepared(
         tmp_path,
         f"backbone.use={name}",
@@ -70,6 +75,6 @@ def test_a_run_goes_from_prepare_to_the_endpoint(
     assert (tmp_path / "exported" / folders.ADAPTER).is_file() == (adaptation == "lora")
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "exported", **WITHOUT.get(name, {}))
     pipeline.set_progress_bar_config(disable=True)
-    call = {"height": 32, "width": 32} if name == "flux" else {}
+    call = {"height": 32, "width": 32} if name in SIZELESS else {}
     images = pipeline("a red circle", num_inference_steps=2, output_type="np", **call).images
     assert images.shape == (1, 32, 32, 3)

@@ -73,7 +73,7 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
         text         L C of each training prompt, up to 64 MiB; beyond, in the host's memory, up to 1 GiB; there also of
                      each image of value pretraining
         activations  the largest of these, for a state c tensors a layer of tokens times width with a gradient (28 of a
-                     UNet, 20 of the transformer), 8 without or with backbone.gradient_checkpointing:
+                     UNet, 20 of a transformer, 45 of Z-Image's), 8 without or with backbone.gradient_checkpointing:
                      an update, with a gradient, B K / updates_per_iteration states; a rollout, B, with a gradient where
                      algorithm.value_gradient is on; an arm of steering, B times its particles, with a gradient where
                      its method takes one; the server, serving.batch_rows; the critic's replay, or with a gradient its

@@ -20,6 +20,7 @@ _TAGS = {
     "StableDiffusionXLPipeline": "stable-diffusion-xl",
     "StableDiffusion3Pipeline": "stable-diffusion-3",
     "FluxPipeline": "flux",
+    "ZImagePipeline": "z-image",
 }
 _USE = "## Use with diffusers"
 _ADAPTER = "## Use only the adapter"
