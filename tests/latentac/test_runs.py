@@ -360,6 +360,17 @@ def test_a_running_run_stays(here: Place, lock: str) -> None:
     assert "train" in place_steps(here, "busy")
 
 
+def test_the_locks_of_a_run_go_last(here: Place) -> None:
+    """While they are there, nobody else begins to work on what is being removed."""
+    here.run("goes", BEFORE_GATE)
+    for lock in runs.LOCKS:
+        (here.output / "goes" / lock).touch()
+    (removal,) = plan_delete(["goes"], here.output, "").removals
+    names = [path.name for path in removal.paths]
+    assert {*names[-len(runs.LOCKS) :]} == {*runs.LOCKS}
+    assert "tensorboard" in names  # which would come after them
+
+
 def place_steps(place: Place, run: str) -> list[str]:
     return [key.rpartition("/")[2] for key in place.store.keys(run)]
 
