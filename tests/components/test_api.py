@@ -121,6 +121,17 @@ def test_the_remedy_is_that_of_the_refusal(code: int, message: str, remedy: str)
     assert caught.value.where == "POST /apis/batch.volcano.sh/v1alpha1/namespaces/latentac/jobs"
 
 
+def test_another_library_is_refused_as_we_are() -> None:
+    """What is no outage is not called one."""
+    with lying(answering((403, status("jobs is forbidden")))) as server:
+        api = api_at(f"http://{server.address}")
+        jobs = client.CustomObjectsApi(api.client)
+        expected = r"GET /x: 403 jobs is forbidden\. Grant the right"
+        with pytest.raises(ClusterError, match=expected) as caught, api.translated("GET", "/x?y"):
+            jobs.get_cluster_custom_object("g", "v", "p", "n")
+    assert (caught.value.exit_code, caught.value.status) == (9, 403)
+
+
 @pytest.mark.parametrize("code", [429, 500, 502, 503, 504])
 def test_an_outage_that_ends_is_none(code: int) -> None:
     """The same question is asked again."""

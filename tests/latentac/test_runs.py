@@ -375,8 +375,9 @@ def place_steps(place: Place, run: str) -> list[str]:
     return [key.rpartition("/")[2] for key in place.store.keys(run)]
 
 
-def test_whoever_waited_for_the_lock_of_a_deleted_run_is_told(here: Place) -> None:
-    """It must not begin in a folder that is no more."""
+@pytest.mark.parametrize("again", [False, True], ids=["deleted", "made anew"])
+def test_whoever_waited_for_the_lock_of_a_deleted_run_is_told(here: Place, again: bool) -> None:
+    """It must not begin in a folder that is no more, nor in one that somebody has made anew and may hold."""
     here.run("goes", ["prepare"])
     script = (
         "import sys\nfrom pathlib import Path\n"
@@ -391,6 +392,8 @@ def test_whoever_waited_for_the_lock_of_a_deleted_run_is_told(here: Place) -> No
         assert waiting.stdout.readline() == "ready\n"
         time.sleep(1)
         lock.unlink()
+        if again:
+            lock.touch()
     out, error = waiting.communicate(timeout=30)
     assert "began" not in out
     assert "was deleted meanwhile" in error
