@@ -153,6 +153,7 @@ def test_whatever_a_hub_says_is_one_error(cache: Path, answer: str, monkeypatch:
             locate(NAME, UNET)
         assert seconds_of(began) < SECONDS + MARGIN_SECONDS
     is_whole(caught.value)
+    assert "client ended" not in str(caught.value)
     assert not list(cache.parent.rglob("x"))
 
 
