@@ -59,10 +59,11 @@ def status(message: object) -> bytes:
         (b"<html>a proxy's page" + b"\n " * 200_000 + b"x", "409 "),
         (status({"much": "x" * 10_000}), "409 {'much'"),
         (b"[" * 100_000, "409 "),
+        (b"[1, 2]", "409 [1, 2]"),
         (b"{}", "409 "),
         (b"", "409 Conflict"),
     ],
-    ids=["status", "page", "object", "deep", "empty object", "nothing"],
+    ids=["status", "page", "object", "deep", "list", "empty object", "nothing"],
 )
 def test_a_refusal_is_told_in_one_short_line(content: bytes, expected: str, preloaded: bool) -> None:
     """In the words of the Status object, or else of what came; whatever a server, or a proxy before it, says."""
