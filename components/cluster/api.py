@@ -280,10 +280,12 @@ def _refused(method: str, path: str, error: client.ApiException) -> ClusterError
 
 def _message(error: client.ApiException) -> str:
     """That of the Status object which the server sent, or else what it sent."""
+    content = error.body or str(error.reason)  # bytes, where a log was asked for
+    text = content if isinstance(content, str) else content.decode(errors="replace")
     try:
-        return str(parse_json(error.body)["message"])
+        return str(parse_json(text)["message"])
     except (TypeError, ValueError, KeyError):
-        return str(error.body or error.reason)
+        return text
 
 
 def _short(words: object) -> str:
