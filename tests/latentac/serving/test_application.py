@@ -105,11 +105,16 @@ def test_the_document_is_ours_and_no_page_about_it_loads_from_elsewhere(client: 
             assert asked.get(path).status_code == 404, path
         document = asked.get("/openapi.json").json()
     assert "/v1/models/{model_name}:predict" in document["paths"]
+    assert document["info"]["title"] == "latentac"
     assert "prompt" in document["components"]["schemas"]["Request"]["properties"]
 
 
-def test_the_state_of_a_model_that_is_not_there_is_kserves_answer(client: Callable[..., TestClient]) -> None:
-    """Not a fault of the server."""
+@pytest.mark.parametrize("path", ["/v1/models/latentac", "/v2/models/latentac/ready"])
+def test_a_model_that_is_not_ready_is_kserves_answer(
+    client: Callable[..., TestClient], model: SteeredDiffusion, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Not a fault of the server: whoever asks comes again."""
     with client() as asked:
-        assert asked.get("/v2/models/other/ready").status_code == 404
-        assert asked.get("/v2/models/latentac/ready").status_code == 200
+        assert asked.get(path).status_code == 200
+        monkeypatch.setattr(model, "ready", False)
+        assert asked.get(path).status_code == 503
