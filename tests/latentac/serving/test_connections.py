@@ -151,6 +151,15 @@ def test_a_header_without_an_end_is_refused(port: int) -> None:
     assert probe(port) < 1
 
 
+def test_a_header_below_the_bound_is_read(port: int) -> None:
+    """In pieces, too: a proxy may add long ones."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as end:
+        end.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 50_000)
+        time.sleep(0.1)
+        end.sendall(b"\r\n\r\n")
+        assert end.recv(65_536).startswith(b"HTTP/1.1 200")
+
+
 def test_an_answer_that_nobody_reads_is_dropped(port: int) -> None:
     """And its memory with it; a caller that reads slowly gets all of it."""
     with socket.create_connection(("127.0.0.1", port)) as end:
