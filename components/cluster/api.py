@@ -124,8 +124,9 @@ class Api:
         self._call("DELETE", f"{kind.path(self.namespace, name)}?propagationPolicy=Background", missing=True)
 
     def log(self, pod: str, container: str, *, tail: int, previous: bool = False) -> list[str]:
-        """The last lines of a container's log; empty where it has none (yet, or any more)."""
-        query = urlencode({"container": container, "tailLines": tail, "previous": str(previous).lower()})
+        """The last lines of a container's log, of a megabyte at most; empty where it has none (yet, or any more)."""
+        bound = {"tailLines": tail, "limitBytes": _LINE_BYTES}
+        query = urlencode({"container": container, **bound, "previous": str(previous).lower()})
         try:
             text = self._call("GET", f"{PODS.path(self.namespace, pod, 'log')}?{query}", missing=True, text=True)
         except ClusterError as error:

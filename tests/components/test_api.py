@@ -164,6 +164,7 @@ def test_a_log_is_text_and_may_not_be_there() -> None:
     with lying(answering((200, b"12\n34"), (400, status("waiting to start")), (404, status("no pod")))) as server:
         api = api_at(f"http://{server.address}")
         assert [api.log("x", "main", tail=5) for _ in range(3)] == [["12", "34"], [], []]
+        assert all("tailLines=5&limitBytes=1048576&" in asked for asked in server.seen), "its lines may be long"
 
 
 @pytest.mark.parametrize("code", [400, 404])
