@@ -20,6 +20,7 @@ from urllib3.exceptions import HTTPError, SSLError
 
 from latentac.system.errors import ClusterError, ClusterUnavailable, ConfigError, Problem
 from latentac.system.reading import parse_json, read_given
+from latentac.system.tls import failed_handshake
 from latentac.system.waiting import Bounds, within
 
 ENDPOINT, TOKEN, TOKEN_FILE = "KF_PIPELINES_ENDPOINT", "LATENTAC_KFP_TOKEN", "KF_PIPELINES_SA_TOKEN_PATH"
@@ -57,7 +58,7 @@ class _Client(api.ApiClient):
         except api.ApiException as error:
             if error.status:
                 raise
-            raise SSLError(" ".join(str(error.reason).split())) from None
+            raise failed_handshake(error) from None
 
 
 class Service:

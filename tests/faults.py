@@ -56,7 +56,11 @@ def _reset(client: socket.socket, ended: threading.Event) -> None:
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-FAULTS = {"silent": _silent, "head": _head, "body": _body, "cut": _cut, "reset": _reset}
+def _closed(client: socket.socket, ended: threading.Event) -> None:
+    """Without a word, in order."""
+
+
+FAULTS = {"silent": _silent, "head": _head, "body": _body, "cut": _cut, "reset": _reset, "closed": _closed}
 
 
 @contextlib.contextmanager

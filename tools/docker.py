@@ -183,19 +183,19 @@ def _remove(server: subprocess.Popen[bytes], state: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.docker", description="a docker daemon for images and tests")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="what", required=True)
     execute = commands.add_parser("exec", help="run a command with DOCKER_HOST set")
     execute.add_argument("command", nargs=argparse.REMAINDER)
     commands.add_parser("serve", help="hold the daemon until Ctrl-C")
     commands.add_parser("keep")
     options = parser.parse_args()
-    if options.command == "keep":
+    if options.what == "keep":
         _keep()
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with daemon() as found:
-            if options.command == "exec":
+            if options.what == "exec":
                 command = options.command[1:] if options.command[:1] == ["--"] else options.command
                 sys.exit(subprocess.run(command, env={**os.environ, **found.environment}).returncode)
             print(f"export DOCKER_HOST={found.host}", flush=True)

@@ -14,10 +14,11 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from kubernetes import client, config
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, SSLError
 
 from latentac.system.errors import ClusterError, ClusterUnavailable, ConfigError, Problem, describe
 from latentac.system.reading import parse_json
+from latentac.system.tls import failed_handshake
 from latentac.system.waiting import Bounds, TimeUp, within
 
 MANAGER = "latentac"
@@ -31,7 +32,11 @@ _LOGIN_SECONDS = 120.0
 
 _BOUNDS = Bounds()
 _TRANSIENT = frozenset({429, 500, 502, 503, 504})
+_LINE_BYTES = 2**20
+"""Of a log, whose container may write no line's end."""
 _UNKNOWN_FIELD = "field not declared in schema"
+_MOST_CHARACTERS = 1000
+"""Of what a server, or a proxy before it, says. Pod Security's refusal of a pod has 800."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,15 @@ class BoundedClient(client.ApiClient):
         ask = super().call_api
         return within(self._seconds, lambda: ask(*arguments, **options))
 
+    def request(self, *arguments: Any, **options: Any) -> Any:
+        """Raises what urllib3 does of TLS. The package makes a refusal of it, which has no status."""
+        try:
+            return super().request(*arguments, **options)
+        except client.ApiException as error:
+            if error.status:
+                raise
+            raise failed_handshake(error) from None
+
 
 class Api:
     """One namespace of one API server. Every method may raise ClusterError (refused) and ClusterUnavailable.
@@ -110,8 +124,9 @@ class Api:
         self._call("DELETE", f"{kind.path(self.namespace, name)}?propagationPolicy=Background", missing=True)
 
     def log(self, pod: str, container: str, *, tail: int, previous: bool = False) -> list[str]:
-        """The last lines of a container's log; empty where it has none (yet, or any more)."""
-        query = urlencode({"container": container, "tailLines": tail, "previous": str(previous).lower()})
+        """The last lines of a container's log, of a megabyte at most; empty where it has none (yet, or any more)."""
+        bound = {"tailLines": tail, "limitBytes": _LINE_BYTES}
+        query = urlencode({"container": container, **bound, "previous": str(previous).lower()})
         try:
             text = self._call("GET", f"{PODS.path(self.namespace, pod, 'log')}?{query}", missing=True, text=True)
         except ClusterError as error:
@@ -123,8 +138,9 @@ class Api:
     def follow(self, pod: str, container: str, *, since: str = "") -> Iterator[str]:
         """The container's log as it is written, `<RFC 3339 time> <text>` a line, until the container ends.
 
-        since: leave out what is older, RFC 3339 in whole seconds. Nothing where the container has not started. Raises
-        ClusterUnavailable where the stream breaks off, and after a minute of silence: follow it again then.
+        since: leave out what is older, RFC 3339 in whole seconds. A line of more than a megabyte comes in pieces, of
+        which the first has the time. Nothing where the container has not started. Raises ClusterUnavailable where the
+        stream breaks off, and after a minute of silence: follow it again then.
         """
         query = {"container": container, "follow": "true", "timestamps": "true"}
         path = (
@@ -149,6 +165,8 @@ class Api:
                 rest = b""
                 for data in response.stream():
                     *lines, rest = (rest + data).split(b"\n")
+                    if len(rest) > _LINE_BYTES:
+                        lines, rest = [*lines, rest], b""
                     yield from (line.decode(errors="replace") for line in lines)
             finally:
                 response.close()
@@ -163,13 +181,23 @@ class Api:
             if error.status not in _TRANSIENT:
                 raise refusal from None
             raise self._unavailable(refusal, f"{method} {path.partition('?')[0]}") from refusal
+        except SSLError as error:
+            raise self._untrusted(error) from None
         except (HTTPError, OSError) as error:
             raise self._unavailable(error, f"{method} {path.partition('?')[0]}") from error
 
     def _unavailable(self, error: Exception, asked: str, waited: str = "") -> ClusterUnavailable:
         host = self.client.configuration.host
-        problem = f"the API server does not answer {asked} ({error}){waited}"
+        problem = f"the API server does not answer {asked} ({_short(error)}){waited}"
         return ClusterUnavailable(host, problem, "Check that it can be reached from here, and try again later")
+
+    def _untrusted(self, error: SSLError) -> ClusterError:
+        settings = self.client.configuration
+        named = f"certificate authority {settings.ssl_ca_cert or 'of certifi'}"
+        named += f", own certificate {settings.cert_file}" if settings.cert_file else ""
+        problem = f"there is no trusted TLS connection to the API server ({error}; {named})"
+        remedy = "Correct server, certificate-authority and client-certificate in the kubeconfig"
+        return ClusterError(settings.host, problem, remedy)
 
     def _call(
         self,
@@ -199,9 +227,11 @@ class Api:
                 if error.status == 404 and missing:
                     return None
                 refusal = _refused(method, path, error)
-                if error.status not in _TRANSIENT or _UNKNOWN_FIELD in refusal.problem:
+                if error.status not in _TRANSIENT or _UNKNOWN_FIELD in _message(error):
                     raise refusal from None
                 last: Exception = refusal
+            except SSLError as error:
+                raise self._untrusted(error) from None
             except (HTTPError, OSError) as error:
                 last = error
             pause = 0.2 * 2**attempt * random.uniform(0.5, 1.5)
@@ -237,12 +267,8 @@ def connect(namespace: str) -> Api:
 
 
 def _refused(method: str, path: str, error: client.ApiException) -> ClusterError:
-    """The server's own words: a Status object where it sent one."""
-    try:
-        status = parse_json(error.body)
-        message = str(status["message"])
-    except (TypeError, ValueError, KeyError):
-        message = str(error.body or error.reason)[:500]
+    """In the server's own words."""
+    message = _message(error)
     remedy = "Correct the object"
     if error.status == 403 and "admission webhook" not in message and "violates PodSecurity" not in message:
         remedy = "Grant the right to this service account: see the chart's Roles"
@@ -250,4 +276,19 @@ def _refused(method: str, path: str, error: client.ApiException) -> ClusterError
         remedy = "Check the service account's token or the kubeconfig"
     elif error.status == 404:
         remedy = "Install what serves that resource: see the chart's prerequisites"
-    return ClusterError(f"{method} {path.partition('?')[0]}", f"{error.status} {message}", remedy, error.status)
+    return ClusterError(f"{method} {path.partition('?')[0]}", f"{error.status} {_short(message)}", remedy, error.status)
+
+
+def _message(error: client.ApiException) -> str:
+    """That of the Status object which the server sent, or else what it sent."""
+    content = error.body or str(error.reason)  # bytes, where a log was asked for
+    text = content if isinstance(content, str) else content.decode(errors="replace")
+    try:
+        return str(parse_json(text)["message"])
+    except (TypeError, ValueError, KeyError):
+        return text
+
+
+def _short(words: object) -> str:
+    """In one line of few words."""
+    return " ".join(str(words)[: 10 * _MOST_CHARACTERS].split())[:_MOST_CHARACTERS]

@@ -92,7 +92,7 @@ def _from_hub(source: str, layout: Layout | None, revision: str | None) -> tuple
                 raise ConfigError(problems)
         return folder, commit
     except (OSError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
         which = f" at revision {revision}" if revision else ""
         hint = "HF_HUB_OFFLINE is set, and the cache does not hold it: fetch it once without. " if offline() else ""
         problem = f"is not a folder here and could not be had from the hub{which} ({reason})"

@@ -80,7 +80,8 @@ class Pools(PoolManager):
     """Follows no redirect and decompresses nothing.
 
     check: called before each read of an answer; raises TimeoutError to end it. connect_seconds: bound of one
-    connection with its name's lookup and its TLS handshake, which have no bound of their own.
+    connection as a whole. A name's lookup has no other bound. Each of its addresses may take `timeout`, and so may the
+    TLS handshake, however many bytes it comes in.
     """
 
     def __init__(self, check: Callable[[], None], connect_seconds: float, **options: Any) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from latentac.system.errors import describe
 from latentac.system.lifetime import die_with_parent
 from latentac.system.waiting import TimeUp
 
@@ -62,9 +63,9 @@ def _asked(what: str, source: str, arguments: dict[str, Any]) -> Any:
     if _endpoint() in _SILENT:
         raise TimeUp(f"{_endpoint()}: did not answer before")
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    before, answer = _cached_bytes(source), ""
+    before = _cached_bytes(source)
     try:
-        while not answer:
+        while True:
             try:
                 answer, _ = process.communicate(timeout=ANSWER_SECONDS)
                 break
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         answer = {"answer": calls[what](**options)}
     except Exception as error:  # noqa: BLE001 - whatever the client raises is told where it was asked for
-        answer = {"error": f"{error}".strip() or type(error).__name__}
+        answer = {"error": describe(error)}
     print(json.dumps(answer), file=sys.stdout, flush=True)
     return 0
 

@@ -129,9 +129,10 @@ def run_lock(path: Path, wait_seconds: float = 30.0) -> Iterator[None]:
     file system has no locks. The file stays: deleting it would let two holders in.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_symlink():
-        raise _link(path)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise _link(path) if error.errno == errno.ELOOP else error from None
     try:
         _acquire(descriptor, path, wait_seconds)
         if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
@@ -150,11 +151,16 @@ def refuse_links(folder: Path) -> None:
     A run writes and deletes there by fixed names, and makes none of these: a link may lead anywhere, and a pipe would
     be waited for.
     """
-    for path in (folder, *(folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ())):
-        if path.is_symlink():
-            raise _link(path)
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise ResourceError(str(path), "is neither a file nor a folder", "Remove it, or start a new run.")
+    _refuse_link(folder)  # before what it leads to is listed
+    for path in folder.iterdir() if folder.is_dir() else ():
+        _refuse_link(path)
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise _link(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ResourceError(str(path), "is neither a file nor a folder", "Remove it, or start a new run.")
 
 
 def _link(path: Path) -> ResourceError:

@@ -13,6 +13,7 @@ import yaml
 
 from helm.readme import README, leaves, rendered
 from latentac import __version__
+from latentac.config.extensions import ALLOWED, operator_allows
 from tests.helm.chart import (
     BUNDLED,
     BUNDLED_EVERYTHING,
@@ -148,13 +149,27 @@ def test_version_is_the_projects() -> None:
     assert runtime["spec"]["containers"][0]["image"] == f"ghcr.io/latentac/serve:{__version__}"
 
 
-def test_own_classes_are_allowed_by_the_operator() -> None:
-    """The server uses those that the values name, and by default none."""
-    assert "env" not in find(render(BUNDLED), "ServingRuntime", "rel")["spec"]["containers"][0]
-    own = ["mine.steering:Second", "mine.kernels:Mine"]
-    serving = {"serving": {"extensions": own}}
-    container = find(render({**BUNDLED, **serving}), "ServingRuntime", "rel")["spec"]["containers"][0]
-    assert container["env"] == [{"name": "LATENTAC_ALLOW_EXTENSIONS", "value": ",".join(own)}]
+@pytest.mark.parametrize("name", HELMS)
+def test_own_classes_are_allowed_by_the_operator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server reads from its environment what the values name, a class in a class too; by default there is none."""
+    assert "env" not in find(render(BUNDLED, name=name), "ServingRuntime", "rel")["spec"]["containers"][0]
+    own = ["mine.steering:Second", "mine.kernels:Mine", "_mine:Outer.Inner2"]
+    runtime = find(render({**BUNDLED, "serving": {"extensions": own}}, name=name), "ServingRuntime", "rel")
+    [variable] = runtime["spec"]["containers"][0]["env"]
+    assert variable["name"] == ALLOWED
+    monkeypatch.setenv(ALLOWED, variable["value"])
+    assert operator_allows() == {*own}
+
+
+@pytest.mark.parametrize("name", HELMS)
+@pytest.mark.parametrize(
+    "address",
+    ["mine:A,other:B", "mine:A, B", "*", "mine.steering", "mine:steering:A", ":A", "mine:", " mine:A", "mine:A\n"],
+)
+def test_what_is_not_one_address_allows_no_class(address: str, name: str) -> None:
+    """One entry is one class that somebody chose: Helm refuses a list in an entry, a pattern, and a module alone."""
+    with pytest.raises(Refused, match="/serving/extensions/1"):
+        render({**BUNDLED, "serving": {"extensions": ["mine:A", address]}}, name=name)
 
 
 def test_chart_packages_and_lints() -> None:

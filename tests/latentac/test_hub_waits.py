@@ -2,9 +2,13 @@
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,8 @@ from latentac.system.waiting import TimeUp
 from tests.faults import faulty, seconds_of
 from tests.latentac import miniatures
 from tests.latentac.hub import COMMIT, Hub, cached, serving
+from tests.latentac.test_lifetime import gone
+from tests.latentac.test_store_hostile import lying
 
 NAME = "someone/a-model"
 SECONDS, LONG_SECONDS = 4.0, 8.0
@@ -62,6 +68,94 @@ def test_no_answer_is_given_up_within_the_bound(cache: Path, fault: str, monkeyp
         assert server.accepted
     assert NAME in str(caught.value)
     assert not [command for _, command in children() if "latentac.system.hub" in command]
+
+
+def test_whoever_ends_leaves_no_client_behind(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even by kill -9."""
+    script = "from latentac.system import hub; hub.snapshot('someone/a-model', None, ['*'])"
+    with faulty("silent") as server:
+        at(server.url, monkeypatch)
+        with subprocess.Popen([sys.executable, "-c", script]) as process:
+            deadline = time.monotonic() + 60
+            while not server.accepted:  # the client is asking
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            asking = clients(process.pid)
+            process.kill()
+        assert len(asking) == 1
+        assert gone(asking[0])
+
+
+def clients(parent: int) -> list[int]:
+    """The processes below `parent` that ask a hub."""
+    listed = subprocess.run(["pgrep", "-P", str(parent), "-f", "latentac.system.hub"], capture_output=True, check=False)
+    return [int(word) for word in listed.stdout.split()]
+
+
+def test_a_client_that_is_killed_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, as where memory runs out."""
+    with faulty("silent") as server:
+        at(server.url, monkeypatch)
+
+        def kill() -> None:
+            while not server.accepted:
+                time.sleep(0.05)
+            os.kill(clients(os.getpid())[0], signal.SIGKILL)
+
+        threading.Thread(target=kill, daemon=True).start()
+        with pytest.raises(ConfigError, match=r"could not be had from the hub .*client ended with -9") as caught:
+            locate(NAME, UNET)
+    is_whole(caught.value)
+
+
+def is_whole(error: ConfigError) -> None:
+    """Field, value and remedy, in one line that is not long."""
+    (problem,) = error.problems
+    assert (problem.path, problem.value) == ("backbone.source", NAME)
+    assert "a hub id; a gated one needs HF_TOKEN" in problem.remedy
+    assert len(str(error)) < 1000
+    assert "\n" not in str(error)
+
+
+SAID: dict[str, tuple[int, dict[str, str], bytes]] = {
+    "gated": (401, {"X-Error-Code": "GatedRepo"}, b"{}"),
+    "forbidden": (403, {"X-Error-Message": "no " * 10_000}, b"{}"),
+    "none": (404, {"X-Error-Code": "RepoNotFound"}, b"{}"),
+    "busy": (429, {"Retry-After": "100000"}, b"{}"),
+    "broken": (500, {}, b"x\n" * 100_000),
+    "a page": (200, {}, b"<html>"),
+    "nothing": (200, {}, b""),
+    "another object": (200, {}, b'{"sha": "../../../x", "siblings": [{"rfilename": "../../../x"}]}'),
+    "a wrong object": (200, {}, b'{"id": 1, "sha": 2, "siblings": 3}'),
+    "numbers without an end": (200, {}, b"[" * 100_000),
+    "round and round": (302, {"Location": "/"}, b""),
+}
+"""What a hub answers: status, headers, body."""
+
+
+@pytest.mark.parametrize("answer", SAID)
+def test_whatever_a_hub_says_is_one_error(cache: Path, answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the field, its value and what to do, in one short line, and within the bound."""
+    status, headers, body = SAID[answer]
+
+    def say(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        if request.command != "HEAD":
+            request.wfile.write(body)
+
+    with lying(say) as server:
+        at(f"http://{server.address}", monkeypatch)
+        began = time.monotonic()
+        with pytest.raises(ConfigError, match="could not be had from the hub") as caught:
+            locate(NAME, UNET)
+        assert seconds_of(began) < SECONDS + MARGIN_SECONDS
+    is_whole(caught.value)
+    assert "client ended" not in str(caught.value)
+    assert "KeyError" in str(caught.value) or answer != "another object"
+    assert not list(cache.parent.rglob("x"))
 
 
 def test_what_the_cache_holds_is_used_where_nobody_answers(

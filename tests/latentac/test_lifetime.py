@@ -143,6 +143,13 @@ def test_who_goes_on_in_a_child_passes_on_what_it_is_sent_and_learns_how_that_en
     assert parent.wait(20) == 100 - signal.SIGKILL
 
 
+def test_who_ignores_its_children_learns_how_the_child_ended(start: Start, tmp_path: Path) -> None:
+    """A shell's `trap "" CHLD` is handed down, and the system keeps no exit codes then."""
+    deaf = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+    parent = start(f"{deaf}os.execv(sys.executable, [sys.executable, '-c', {IN_CHILD + 'sys.exit(5)'!r}])")
+    assert parent.wait(20) == 105
+
+
 def test_the_child_that_goes_on_dies_with_its_parent(start: Start, tmp_path: Path) -> None:
     """Nobody would learn of its end."""
     parent = start(IN_CHILD + TELL, str(tmp_path / "pid"))

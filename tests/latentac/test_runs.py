@@ -360,12 +360,24 @@ def test_a_running_run_stays(here: Place, lock: str) -> None:
     assert "train" in place_steps(here, "busy")
 
 
+def test_the_locks_of_a_run_go_last(here: Place) -> None:
+    """While they are there, nobody else begins to work on what is being removed."""
+    here.run("goes", BEFORE_GATE)
+    for lock in runs.LOCKS:
+        (here.output / "goes" / lock).touch()
+    (removal,) = plan_delete(["goes"], here.output, "").removals
+    names = [path.name for path in removal.paths]
+    assert {*names[-len(runs.LOCKS) :]} == {*runs.LOCKS}
+    assert "tensorboard" in names  # which would come after them
+
+
 def place_steps(place: Place, run: str) -> list[str]:
     return [key.rpartition("/")[2] for key in place.store.keys(run)]
 
 
-def test_whoever_waited_for_the_lock_of_a_deleted_run_is_told(here: Place) -> None:
-    """It must not begin in a folder that is no more."""
+@pytest.mark.parametrize("again", [False, True], ids=["deleted", "made anew"])
+def test_whoever_waited_for_the_lock_of_a_deleted_run_is_told(here: Place, again: bool) -> None:
+    """It must not begin in a folder that is no more, nor in one that somebody has made anew and may hold."""
     here.run("goes", ["prepare"])
     script = (
         "import sys\nfrom pathlib import Path\n"
@@ -380,6 +392,8 @@ def test_whoever_waited_for_the_lock_of_a_deleted_run_is_told(here: Place) -> No
         assert waiting.stdout.readline() == "ready\n"
         time.sleep(1)
         lock.unlink()
+        if again:
+            lock.touch()
     out, error = waiting.communicate(timeout=30)
     assert "began" not in out
     assert "was deleted meanwhile" in error

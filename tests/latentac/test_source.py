@@ -87,9 +87,12 @@ def test_a_cache_that_holds_half_a_model_says_what_is_missing(tmp_path, cache):
 
 
 def test_an_unknown_id_is_refused_with_the_remedy(cache):
-    """Offline it says that it is offline."""
-    with pytest.raises(ConfigError, match=r"could not be had from the hub .*HF_HUB_OFFLINE is set"):
-        locate("nobody/nothing", UNET)
+    """Offline it says that it is offline. However long what was given is, the message is not."""
+    for name in ("nobody/nothing", "n" * 100_000, "nobody/no\nthing"):
+        with pytest.raises(ConfigError, match=r"could not be had from the hub .*HF_HUB_OFFLINE is set") as caught:
+            locate(name, UNET)
+        assert len(str(caught.value)) < 2000
+        assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ class Liar(ThreadingHTTPServer):
                 except ConnectionError:  # the client has had enough
                     inner.close_connection = True
 
-            do_PUT = do_HEAD = do_DELETE = do_POST = do_GET  # noqa: N815
+            do_PUT = do_HEAD = do_DELETE = do_POST = do_PATCH = do_GET  # noqa: N815
 
         super().__init__(("127.0.0.1", 0), Handler)
 

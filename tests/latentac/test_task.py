@@ -12,6 +12,7 @@ import pytest
 from latentac.runs.task import ERROR_FILE, EVENT_MARK, EVENTS
 from latentac.system.calls import FOLDER
 from latentac.system.lifetime import OWNERS
+from tests.latentac.test_lifetime import gone, pid_in
 
 MANIFEST = """
 from latentac.store import Manifest
@@ -23,14 +24,18 @@ def task(
     body: str, output: Path, name: str = "train", run: str = "run-1", **environment: str
 ) -> "subprocess.CompletedProcess[str]":
     """Run `body` as a task of `run`."""
+    clean = {key: value for key, value in os.environ.items() if key not in (EVENTS, OWNERS, FOLDER)}
+    command = command_of(body, output, name, run)
+    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=False)
+
+
+def command_of(body: str, output: Path, name: str, run: str = "run-1") -> list[str]:
     indented = "\n".join(f"    {line}" for line in body.strip().splitlines())
     source = (
         "import sys\nfrom latentac.system.errors import *\nfrom latentac.runs.task import pipeline_task\n"
         f"with pipeline_task({name!r}, {run!r}, sys.argv[1], sys.argv[2]) as publish:\n{indented}\n"
     )
-    clean = {key: value for key, value in os.environ.items() if key not in (EVENTS, OWNERS, FOLDER)}
-    command = [sys.executable, "-c", source, str(output), str(output / "manifest")]
-    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=False)
+    return [sys.executable, "-c", source, str(output), str(output / "manifest")]
 
 
 def events(text: str) -> list[dict[str, object]]:
@@ -171,6 +176,17 @@ def test_interrupt_is_quiet(tmp_path: Path, number: str, name: str) -> None:
 
     assert (stopped.returncode, stopped.stderr) == (130, "")
     assert not (tmp_path / "run-1" / ERROR_FILE).exists()
+
+
+@pytest.mark.parametrize("name", ["prepare", "train"])
+def test_a_step_dies_with_whoever_started_it(tmp_path: Path, name: str) -> None:
+    """kill -9 of the driver leaves no writer behind. A step that calls rewards works in a child, which goes, too."""
+    body = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    driver = f"import subprocess; subprocess.run({command_of(body, tmp_path / 'runs', name)!r})"
+    with subprocess.Popen([sys.executable, "-c", driver]) as process:
+        step = pid_in(tmp_path / "pid")
+        process.kill()
+        assert gone(step)
 
 
 def test_leftovers_of_a_killed_task_are_removed(tmp_path: Path) -> None:

@@ -180,14 +180,19 @@ def test_resume_of_a_finished_run_does_nothing_twice(reference: tuple[str, Path,
     assert published(store, run) == before
 
 
-def test_ctrl_c_stops_everything_and_says_how_to_go_on(tmp_path: Path) -> None:
-    """Within five seconds nothing of the run is alive."""
+@pytest.mark.parametrize(
+    ("number", "send"), [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)], ids=["a terminal", "a batch system"]
+)
+def test_ctrl_c_and_kill_stop_everything_and_say_how_to_go_on(
+    tmp_path: Path, number: signal.Signals, send: Callable[[int, int], None]
+) -> None:
+    """Within five seconds nothing of the run is alive, be the driver alone sent the signal, or all of it."""
     driver = start(tmp_path / "runs", *OPTIONS)
     driver.wait_for(lambda: driver.family().get("worker"))
     family = [pid for pids in driver.family().values() for pid in pids]
     run = run_id(driver)
 
-    os.killpg(driver.process.pid, signal.SIGINT)
+    send(driver.process.pid, number)
 
     assert driver.process.wait(5) == 130
     assert f"latentac run --resume {run} --output {tmp_path / 'runs'}\n" in driver.text

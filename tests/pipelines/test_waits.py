@@ -199,3 +199,11 @@ def test_a_refusal_is_told_in_few_words(content: bytes) -> None:
         with pytest.raises(ClusterError, match="run x: 400 ") as caught:
             Service(address, bounds=SHORT).run("x")
         assert len(str(caught.value)) < 1000
+
+
+def test_a_connection_that_ends_in_its_handshake_is_made_again() -> None:
+    """A server that starts anew does that. It is no matter of certificates."""
+    with faulty("closed") as server:
+        with pytest.raises(ClusterUnavailable, match="does not answer"):
+            Service(f"https://{server.address}", bounds=SHORT).run("x")
+        assert server.accepted > 1

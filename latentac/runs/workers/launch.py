@@ -80,16 +80,13 @@ def run_app(space: Workspace) -> None:
 
 def _run_app(space: Workspace) -> None:
     run, train = space.run, space.config.train
-    with hidden_folder(space.folder, "train") as folder, get_runner() as runner:
+    with hidden_folder(space.folder, "train") as folder, get_runner() as runner:  # which ends the app in any case
         failure, logs = folder / "failure.json", folder / "logs"
         output = str(space.folder.parent)
         definition = app(run, space.store.url, output, failure, count_workers(space.config), train.max_restarts)
         with keeping_signals():  # torchx turns them into exceptions of its own
             handle = runner.run(definition, "local_cwd", {"log_dir": str(logs)})
-        try:
-            state, lines = _follow(runner, handle, logs, failure)
-        finally:
-            runner.cancel(handle)
+        state, lines = _follow(runner, handle, logs, failure)
         if failure.exists():
             raise restore(read_record(failure))
         if state != specs.AppState.SUCCEEDED:

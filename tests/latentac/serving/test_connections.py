@@ -46,20 +46,17 @@ async def answer(request: Request) -> Response:
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Of a real uvicorn with bounds of half a second and 20 connections, in a thread."""
+    """Of a real uvicorn with bounds of half a second, two seconds of rest, and 20 connections, in a thread."""
     for name, value in {
         "HEADER_SECONDS": 0.5,
         "UNREAD_SECONDS": 0.5,
         "_POLL_SECONDS": 0.1,
         "MAX_CONNECTIONS": 20,
+        "KEEP_ALIVE_SECONDS": 2,
     }.items():
         monkeypatch.setattr(connections, name, value)
     monkeypatch.setattr(bodies, "BODY_SECONDS", 0.5)
-    config = uvicorn.Config(
-        Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST"])]),
-        log_config=None,
-        timeout_keep_alive=2,
-    )
+    config = uvicorn.Config(Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST"])]), log_config=None)
     connections.bound(config)
     server = uvicorn.Server(config)
 
@@ -154,6 +151,15 @@ def test_a_header_without_an_end_is_refused(port: int) -> None:
     assert probe(port) < 1
 
 
+def test_a_header_below_the_bound_is_read(port: int) -> None:
+    """In pieces, too: a proxy may add long ones."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as end:
+        end.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 50_000)
+        time.sleep(0.1)
+        end.sendall(b"\r\n\r\n")
+        assert end.recv(65_536).startswith(b"HTTP/1.1 200")
+
+
 def test_an_answer_that_nobody_reads_is_dropped(port: int) -> None:
     """And its memory with it; a caller that reads slowly gets all of it."""
     with socket.create_connection(("127.0.0.1", port)) as end:
@@ -172,6 +178,16 @@ def test_a_connection_may_rest_between_requests(port: int) -> None:
             connection.request("GET", "/")
             assert connection.getresponse().read() == b"x"
             time.sleep(1)
+
+
+def test_a_connection_does_not_rest_without_an_end(port: int) -> None:
+    """It is closed after its own time: not that of headers, and not that of uvicorn, which is longer here."""
+    with socket.create_connection(("127.0.0.1", port)) as end:
+        end.sendall(RESTING)
+        assert end.recv(65_536).startswith(b"HTTP/1.1 200")
+        began = time.monotonic()
+        assert is_closed(end)
+        assert 1.5 < time.monotonic() - began < 3.5
 
 
 HEAD = b" HTTP/1.1\r\nHost: x\r\n"
