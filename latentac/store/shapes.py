@@ -288,6 +288,12 @@ class Timings(Shape):
     total: Annotated[Finite, Field(ge=0)] = 0.0
 
 
+class Fetched(Shape):
+    """backbone.json, as far as an export says it: the commit that a hub id was resolved to."""
+
+    commit: Label | None = None
+
+
 class Latest(Shape):
     """The pointer LATEST of a run's checkpoints."""
 
@@ -302,6 +308,7 @@ class Progress(Shape):
 
 
 SHAPES: dict[str, Any] = {
+    "backbone.json": Fetched,
     "config.json": Settings,
     "deployment.json": Deployment,
     "environment.json": Environment,

@@ -208,10 +208,13 @@ def _plan(survey: Survey, going: list[str], leftovers: list[Removal], kept: dict
 
 
 def _whole_run(survey: Survey, traces: Traces, staying: Collection[str]) -> Removal:
+    kept = [f"models/{version}" for version in staying]
+    for manifest in filter(None, map(survey.manifest, kept[:])):  # the base of an adapter stays with it
+        kept += [parent.key for parent in manifest.parents if parent.key.endswith("/prepare")]
     objects = [
         name
         for name in traces.objects
-        if _OBJECT.fullmatch(name) and not any(name.startswith(f"models/{version}/") for version in staying)
+        if _OBJECT.fullmatch(name) and not any(name.startswith(f"{key}/") for key in kept)
     ]
     folder, paths = traces.folder, list[Path]()
     title = f"run {traces.name}"
