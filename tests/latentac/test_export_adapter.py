@@ -240,14 +240,10 @@ def _emptied(base: Path) -> None:
     base.mkdir()
 
 
-def _linked(file: Path) -> None:
-    file.rename(file.parent.parent / "elsewhere")
-    file.symlink_to("../elsewhere")
-
-
-def _elsewhere(base: Path) -> None:
-    base.rename(base.parent.parent / "elsewhere")
-    base.symlink_to(base.parent.parent / "elsewhere")
+def _elsewhere(place: Path) -> None:
+    """A link where a file or folder was."""
+    place.rename(place.parent.parent / "elsewhere")
+    place.symlink_to(place.parent.parent / "elsewhere")
 
 
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -318,10 +314,7 @@ def _another_rank(weights: dict[str, Tensor]) -> None:
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle": (lambda file: file.write_bytes(b"cos\nsystem\n"), "is not a safetensors file"),
     "nothing": (lambda file: file.unlink(), "has no pytorch_lora_weights.safetensors"),
-    "a link": (
-        lambda file: (file.rename(file.parent.parent / "x"), file.symlink_to("../x")),
-        "leads out of the folder",
-    ),
+    "a link": (_elsewhere, "leads out of the folder"),
     "cut off": (lambda file: file.write_bytes(file.read_bytes()[:-1]), "cut off"),
     "ranks that differ": (_changed(_another_rank), "has adapters of 2 ranks"),
     "a layer less": (_changed(lambda weights: weights.pop(min(weights))), "is nothing, and this base needs of shape"),

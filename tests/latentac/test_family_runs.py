@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 from diffusers import DiffusionPipeline
 
@@ -77,6 +78,8 @@ def test_a_run_goes_from_prepare_to_the_endpoint(
     if alone:
         assert not [file.path for file in space.store.manifest(f"models/{version}").files if BASE in file.path]
         pipeline.load_lora_weights(exported)
+        scheduler = json.loads((exported / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+        pipeline.scheduler = getattr(diffusers, scheduler).from_pretrained(exported, subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
     call = {"height": 32, "width": 32} if name == "flux" else {}
     images = pipeline("a red circle", num_inference_steps=2, output_type="np", **call).images
