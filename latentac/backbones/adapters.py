@@ -64,12 +64,7 @@ def adapted(module: Any, file: Path, layout: Layout) -> Any:
 
     Raises ConfigError where the file does not have exactly the adapters of this module, before they are allocated.
     """
-    try:
-        check(file.parent, file.name)
-        rank = _rank(header(file), _layers(module, layout))
-    except (Damaged, OSError) as error:
-        remedy = "Use the adapter with the base that it was trained on"
-        raise ConfigError([Problem("backbone.source", str(file), f"{file.name}: {error}", remedy)]) from None
+    rank = _check(module, file, layout)
     shared = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
     other = copy.deepcopy(module, shared)
     other.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layout.adapted)))
@@ -78,25 +73,46 @@ def adapted(module: Any, file: Path, layout: Layout) -> Any:
     return other.eval().requires_grad_(False)
 
 
-def _layers(module: nn.Module, layout: Layout) -> dict[str, tuple[int, int]]:
-    """Name in the file -> (inputs, outputs) of each layer that gets adapters."""
+@torch.no_grad()
+def merge(module: nn.Module, file: Path, layout: Layout) -> None:
+    """Add the adapters that `save` wrote to `file` to the weights of `module`. Raises ConfigError as `adapted` does."""
+    _check(module, file, layout)
+    weights = load_file(file)
+    for name, layer in _layers(module, layout).items():
+        change = weights[f"{name}.lora_B.weight"].float() @ weights[f"{name}.lora_A.weight"].float()
+        layer.weight.copy_(layer.weight.float() + change.to(layer.weight.device))
+
+
+def _check(module: nn.Module, file: Path, layout: Layout) -> int:
+    """The rank of the adapters in `file`. Raises ConfigError unless they are those of `module`."""
+    try:
+        check(file.parent, file.name)
+        return _rank(header(file), _layers(module, layout))
+    except (Damaged, OSError) as error:
+        remedy = "Use the adapter with the base that it was trained on"
+        raise ConfigError([Problem("backbone.source", str(file), f"{file.name}: {error}", remedy)]) from None
+
+
+def _layers(module: nn.Module, layout: Layout) -> dict[str, nn.Linear]:
+    """Each layer that gets adapters, by its name in the file."""
     suffixes = tuple(f".{name}" for name in layout.adapted)
     return {
-        f"{layout.network}.{name}": (layer.in_features, layer.out_features)
+        f"{layout.network}.{name}": layer
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear) and f".{name}".endswith(suffixes)
     }
 
 
-def _rank(found: Mapping[str, tuple[int, ...]], layers: Mapping[str, tuple[int, int]]) -> int:
+def _rank(found: Mapping[str, tuple[int, ...]], layers: Mapping[str, nn.Linear]) -> int:
     """The rank of adapters, tensor name -> shape, that belong to these layers. Raises Damaged."""
     ranks = {shape[0] for name, shape in found.items() if name.endswith(".lora_A.weight") and shape}
     if len(ranks) != 1:
         raise Damaged(f"has adapters of {len(ranks)} ranks, and must have one")
     (rank,) = ranks
     wanted: dict[str, tuple[int, ...]] = {}
-    for name, (inputs, outputs) in layers.items():
-        wanted |= {f"{name}.lora_A.weight": (rank, inputs), f"{name}.lora_B.weight": (outputs, rank)}
+    for name, layer in layers.items():
+        wanted[f"{name}.lora_A.weight"] = (rank, layer.in_features)
+        wanted[f"{name}.lora_B.weight"] = (layer.out_features, rank)
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise Damaged(f"{name} is {_shape(found.get(name))}, and this base needs {_shape(wanted.get(name))}")

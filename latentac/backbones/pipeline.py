@@ -193,6 +193,10 @@ class PipelineBackbone:
         other.compile()
         return other
 
+    def merge(self, file: Path) -> None:
+        """Add the LoRA adapter in `file` to the weights. Raises ConfigError where it is not of this network."""
+        adapters.merge(self.module, file, self.layout)
+
     def predict(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning
     ) -> tuple[diffusion.Prediction, dict[str, Tensor]]:

@@ -181,7 +181,7 @@ class Serving(Batching, Limits):
     """How long a server may take to become ready, in seconds."""
     include_base: bool = True
     """Also offer the base denoiser, for comparison. With a large model this doubles the size of a merged export. With
-    `export.weights: adapter` it costs nothing."""
+    `export.weights: adapter` it costs neither space nor memory, and if it is false, the endpoint merges the adapter."""
 
 
 class Export(Section):

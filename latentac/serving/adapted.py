@@ -23,7 +23,7 @@ from latentac.system.modelfiles import Damaged, faults
 def load_denoisers(
     model: exported.Exported, folder: Path, device: torch.device, base: Path | None = None
 ) -> dict[str, Denoiser]:
-    """`trained`, and `base` where it is offered or needed. Raises ConfigError, ServingError.
+    """`trained`, and `base` where it is offered. Raises ConfigError, ServingError.
 
     base: a folder with the base of an adapter, by default `base/` in `folder`.
     """
@@ -46,7 +46,10 @@ def load_denoisers(
     untouched = load_backbone(model.backbone, place, device)
     if not isinstance(untouched, PipelineBackbone):
         raise ServingError(str(folder), f"{model.backbone.use} takes no adapter", "Export it merged")
-    return {"trained": untouched.adapted(folder / exported.ADAPTER), "base": untouched}
+    if "base" in model.policies:
+        return {"trained": untouched.adapted(folder / exported.ADAPTER), "base": untouched}
+    untouched.merge(folder / exported.ADAPTER)  # faster, and nobody asks for the base
+    return {"trained": untouched}
 
 
 def check_base(base: exported.Base, folder: Path, layout: Layout) -> None:

@@ -100,9 +100,9 @@ class Generator:
         try:
             _check_rows(self.exported, folder)
             self._backbones = load_denoisers(self.exported, folder, device, base)
-            # A critic with a backbone of its own began with the base's, without adapters.
-            untouched = self._backbones["base" if self.exported.base else "trained"]
-            self.critic = Critic.load(folder / "critic", untouched)
+            # A critic with a backbone of its own makes it of one without adapters, and then loads its weights.
+            plain = self._backbones.get("base", self._backbones["trained"])
+            self.critic = Critic.load(folder / "critic", plain)
             self._kernel = KERNELS.make(self.exported.kernel)
             for name, method in self.exported.methods.items():
                 STEERING.settings(method.extension, f"{exported.FILE}: methods.{name}.extension")

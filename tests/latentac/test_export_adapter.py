@@ -353,9 +353,19 @@ def test_what_an_adapter_says_of_its_base_has_bounds(change: dict[str, Any], exp
         Generator(adapter, CPU)
 
 
-def test_without_the_base_policy_it_is_not_offered(adapter: Path) -> None:
-    """`serving.include_base: false` holds for an adapter too."""
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_without_the_base_policy_the_adapter_is_merged(precision: str, made: Path, adapter: Path) -> None:
+    """`serving.include_base: false`: the network is that of a merged export, as fast, and the base is not offered."""
     rewritten(adapter, lambda described: described.update(policies=["trained"]))
+    whole = Path(shutil.copytree(made / "merged", adapter.parent / "merged"))
+    for folder in (adapter, whole):
+        rewritten(folder, lambda described: described["backbone"].update(precision=precision))
+    found, expected = (Generator(folder, CPU).policy("trained").backbone.module for folder in (adapter, whole))
+    assert [name for name, _ in found.named_parameters()] == [name for name, _ in expected.named_parameters()]
+    for key, tensor in found.state_dict().items():
+        # In bfloat16 the base is rounded before the adapter is added, and merged weights after.
+        relative, absolute = (1e-5, 1e-5) if precision == "float32" else (0.02, 0.001)
+        torch.testing.assert_close(tensor, expected.state_dict()[key], rtol=relative, atol=absolute)
     with pytest.raises(ConfigError, match="this model has no such policy"):
         Generator(adapter, CPU).generate("a red circle", policy="base")
 
@@ -506,8 +516,9 @@ def test_a_store_without_the_base_is_told(
     found = load_incumbent(space, base)
     assert found.problem == ""
     assert found.policy is not None
-    expected_here = predicted(Generator(fetched(store, version, tmp_path / "sound"), CPU).policy("trained").backbone)
-    assert torch.equal(predicted(found.policy.backbone), expected_here)
+    served = predicted(Generator(fetched(store, version, tmp_path / "sound"), CPU).policy("trained").backbone)
+    torch.testing.assert_close(predicted(found.policy.backbone), served, rtol=1e-5, atol=1e-5)
+    assert not [name for name in found.policy.backbone.module.state_dict() if "lora" in name], "timed as it is merged"
     change(spoilt)
     with pytest.raises(IntegrityError, match=expected):
         fetch_version(version, store.url, tmp_path / "to")
