@@ -87,10 +87,10 @@ def _check(module: nn.Module, file: Path, layout: Layout) -> int:
     """The rank of the adapters in `file`. Raises ConfigError unless they are those of `module`."""
     try:
         check(file.parent, file.name)
-        return _rank(header(file), _layers(module, layout))
+        return _rank(file.name, header(file), _layers(module, layout))
     except (Damaged, OSError) as error:
         remedy = "Use the adapter with the base that it was trained on"
-        raise ConfigError([Problem("backbone.source", str(file), f"{file.name}: {error}", remedy)]) from None
+        raise ConfigError([Problem("backbone.source", str(file), str(error), remedy)]) from None
 
 
 def _layers(module: nn.Module, layout: Layout) -> dict[str, nn.Linear]:
@@ -103,11 +103,11 @@ def _layers(module: nn.Module, layout: Layout) -> dict[str, nn.Linear]:
     }
 
 
-def _rank(found: Mapping[str, tuple[int, ...]], layers: Mapping[str, nn.Linear]) -> int:
-    """The rank of adapters, tensor name -> shape, that belong to these layers. Raises Damaged."""
+def _rank(file: str, found: Mapping[str, tuple[int, ...]], layers: Mapping[str, nn.Linear]) -> int:
+    """The rank of the adapters in a file, tensor name -> shape, that belong to these layers. Raises Damaged."""
     ranks = {shape[0] for name, shape in found.items() if name.endswith(".lora_A.weight") and shape}
     if len(ranks) != 1:
-        raise Damaged(f"has adapters of {len(ranks)} ranks, and must have one")
+        raise Damaged(f"{file} has adapters of {len(ranks)} ranks, and must have one")
     (rank,) = ranks
     wanted: dict[str, tuple[int, ...]] = {}
     for name, layer in layers.items():
@@ -115,7 +115,8 @@ def _rank(found: Mapping[str, tuple[int, ...]], layers: Mapping[str, nn.Linear])
         wanted[f"{name}.lora_B.weight"] = (layer.out_features, rank)
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
-            raise Damaged(f"{name} is {_shape(found.get(name))}, and this base needs {_shape(wanted.get(name))}")
+            problem = f"{name} is {_shape(found.get(name))}, and this base needs {_shape(wanted.get(name))}"
+            raise Damaged(f"{file}: {problem}")
     return rank
 
 

@@ -4,6 +4,7 @@ The base is the copy that `prepare` has published, which training loaded. The mo
 it is kept as long as the model. Whoever fetches the model gets the base from the same store, into the folder's `base/`.
 """
 
+import json
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -15,6 +16,7 @@ from latentac.store import Manifest, Store
 from latentac.store.published import problem_of
 from latentac.store.published import read as read_published
 from latentac.system.errors import ArtifactNotFound, IntegrityError
+from latentac.system.modelfiles import MOST_BYTES, Damaged, parse_json
 
 _BACKBONE = "backbone"
 """Folder of the base in the artifact of `prepare`."""
@@ -70,11 +72,15 @@ def check_published(store: Store, manifest: Manifest) -> None:
     from a run's `prepare`, too. Raises IntegrityError."""
     if not any(parent.key.endswith("/prepare") for parent in manifest.parents):
         return
-    key = f"{store.url}/{manifest.key}/{FILE}"
+    where, raw = f"{store.url}/{manifest.key}/{FILE}", store.read(manifest.key, FILE)
     try:
-        described = Exported.model_validate_json(store.read(manifest.key, FILE))
+        if len(raw) > MOST_BYTES:
+            raise Damaged(f"it has {len(raw):,} bytes, and at most {MOST_BYTES:,} are read")
+        described = Exported.model_validate_json(json.dumps(parse_json(raw, FILE)))
     except ValidationError as error:
-        raise IntegrityError(key, problem_of(error), "Deploy the run again") from None
+        raise IntegrityError(where, problem_of(error), "Deploy the run again") from None
+    except Damaged as error:
+        raise IntegrityError(where, str(error), "Deploy the run again") from None
     if described.base is not None:
         store.verify(check_base(store, described.base), parents=False)
 

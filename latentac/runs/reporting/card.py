@@ -82,7 +82,7 @@ def only_adapter(adapter: str) -> str:
     """How to draw with a folder that is an adapter alone. adapter: the section of the pipeline it comes from, or ""."""
     text = (
         f"{_USE}\n\nThis folder holds LoRA weights for the base model. `pipeline.load_lora_weights(folder)` of"
-        " diffusers loads them, and needs peft."
+        " diffusers loads them, and needs peft. `latentac.json` has commit and sha256s of the base."
     )
     code = re.search(r"```python\n.*?\n```", adapter, re.S)
     if code is None:
