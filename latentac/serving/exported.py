@@ -79,10 +79,10 @@ class Base(Section):
 
 class Exported(Section):
     """latentac.json. version: of the model, chosen by who deploys; base: of an adapter, None for a whole pipeline;
-    guidance_scale: of classifier-free guidance where a
-    request does not say; rewards: the critic's heads, in their order; size: (height, width) of an image in pixels;
-    examples: prompts to begin with; notice: what its users must know, or ""; methods: of steering, by name;
-    default_method: of a request that names none: the best one of the run's benchmark, or `none`."""
+    guidance_scale: of classifier-free guidance where a request does not say; rewards: the critic's heads, in their
+    order; size: (height, width) of an image in pixels; examples: prompts to begin with; notice: what its users must
+    know, or ""; methods: of steering, by name; default_method: of a request that names none: the best one of the
+    run's benchmark, or `none`."""
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
