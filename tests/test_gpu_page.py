@@ -1,5 +1,6 @@
 """docs/gpu.md: every command, with a miniature in the layout of Stable Diffusion 1.5 in the hub's cache."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -63,6 +64,8 @@ def test_every_command_of_the_page_works_on_a_miniature(tmp_path: Path) -> None:
                     assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
                 ran += 1
     assert ran == 5
+    exported = [json.loads(file.read_text()) for file in tmp_path.glob("runs/store/models/*/files-*/latentac.json")]
+    assert {(each["base"]["name"], each["base"]["commit"]) for each in exported} == {(HUB_ID, COMMIT)}
     assert (tmp_path / "fox.png").read_bytes().startswith(b"\x89PNG")
 
 

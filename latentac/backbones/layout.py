@@ -161,17 +161,22 @@ def unreadable(folder: Path, layout: Layout) -> Iterator[tuple[str, str, str]]:
     yield from faults(folder, names)
 
 
-def copy(source: Path, folder: Path, layout: Layout | None) -> None:
+def _copy(file: Path, to: Path) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, to)
+
+
+def copy(source: Path, folder: Path, layout: Layout | None, put: Callable[[Path, Path], None] = _copy) -> None:
     """The files of `source` that are used, in `folder`, weights under their plain names; what is not copied is null in
     model_index.json, so that the folder is a whole pipeline for diffusers too. Of the descriptions nothing is kept that
-    names code or places on another machine."""
+    names code or places on another machine. put: makes a large file in the new place."""
     if layout is None:
         for name in (name for name in listing(source) if name.endswith(_ANYTHING_SAFE)):
-            _copy(source / name, folder / name)
+            put(source / name, folder / name)
         return
     _write(folder / INDEX, _reduced(read_json(source / INDEX), layout))
     for part in layout.parts:
-        place(source / part.name, folder / part.name, part, _copy)
+        place(source / part.name, folder / part.name, part, put)
 
 
 def place(source: Path, folder: Path, part: Part, put: Callable[[Path, Path], None]) -> None:
@@ -202,11 +207,6 @@ def _reduced(index: Mapping[str, object], layout: Layout) -> dict[str, object]:
 def _plain_index(file: Path, weights: Weights) -> dict[str, object]:
     listed = shard_map(file.parent, weights)
     return read_json(file) | {"weight_map": {tensor: weights.plain(name) for tensor, name in listed.items()}}
-
-
-def _copy(file: Path, to: Path) -> None:
-    to.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(file, to)
 
 
 def _write(file: Path, content: Mapping[str, object]) -> None:

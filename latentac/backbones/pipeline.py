@@ -189,6 +189,18 @@ class PipelineBackbone:
         other.module = copy.deepcopy(self.module)
         return other
 
+    def adapted(self, file: Path) -> Self:
+        """Another denoiser with the LoRA adapter in `file`. It shares every weight with this one, which stays as it is.
+        Raises ConfigError where the adapter is not of this network."""
+        other = copy.copy(self)
+        other.module = adapters.adapted(self.module, file, self.layout)
+        other.compile()
+        return other
+
+    def merge(self, file: Path) -> None:
+        """Add the LoRA adapter in `file` to the weights. Raises ConfigError where it is not of this network."""
+        adapters.merge(self.module, file, self.layout)
+
     def predict(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning
     ) -> tuple[diffusion.Prediction, dict[str, Tensor]]:

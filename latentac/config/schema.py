@@ -180,7 +180,16 @@ class Serving(Batching, Limits):
     ready_seconds: Seconds = 120.0
     """How long a server may take to become ready, in seconds."""
     include_base: bool = True
-    """Also export the base denoiser, for comparison. With a large model this doubles the folder's size."""
+    """Also offer the base denoiser, for comparison. With a large model this doubles the size of a merged export. With
+    `export.weights: adapter` it costs neither space nor memory, and if it is false, the endpoint merges the adapter."""
+
+
+class Export(Section):
+    """What `deploy` publishes as the model."""
+
+    weights: Literal["merged", "adapter"] = "merged"
+    """`merged`: a whole pipeline. `adapter`: only the LoRA adapter, with the base by reference and hash; it needs
+    `policy.adaptation: lora`. The endpoint then keeps one copy of the base in memory, also for requests to the base."""
 
 
 class Tracker(Named):
@@ -245,6 +254,8 @@ class Config(Section):
     """Bounds for promotion."""
     serving: Serving = Serving()
     """The endpoint."""
+    export: Export = Export()
+    """What is published as the model."""
     tracking: list[Tracker] = []
     """Where training metrics and images go in addition to TensorBoard."""
     card: Card = Card()

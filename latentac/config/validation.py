@@ -167,6 +167,14 @@ def _impossible(config: Config, broken: set[str]) -> list[Problem]:
         "Raise the limit of the endpoint, which offers this scale by default.",
         "serving.max_guidance_scale",
     )
+    refuse(
+        config.export.weights == "adapter" and config.policy.adaptation != "lora",
+        "export.weights",
+        config.export.weights,
+        f"needs an adapter, and policy.adaptation={config.policy.adaptation} trains none",
+        "Set policy.adaptation=lora, or export.weights=merged.",
+        "policy.adaptation",
+    )
     rows = train.block_images * (kernel.num_steps - 1)
     refuse(
         train.updates_per_iteration > rows,

@@ -120,6 +120,7 @@ class _Resolver:
         self.problems += missing_packages(filled)
         self._check_sampling(filled)
         self._check_algorithm(filled)
+        self._check_export(filled)
         methods = self._methods(filled)
         rewards = self._rewards(filled)
         if self.problems:
@@ -207,6 +208,15 @@ class _Resolver:
             problem = f"is not a multiple of the algorithm's group_size = {algorithm.group_size}"
             value = config.train.block_images
             self.problems.append(Problem("train.block_images", value, problem, "Make a block hold whole groups."))
+
+    def _check_export(self, config: Config) -> None:
+        """A backbone whose adapter is to be exported must be able to load it."""
+        if config.export.weights != "adapter" or self._bad("backbone.use") or self._bad("export"):
+            return
+        if not hasattr(BACKBONES.load(config.backbone.use), "adapted"):
+            remedy = "Use export.weights=merged, or derive the class from latentac.backbones.pipeline.PipelineBackbone."
+            problem = f"needs a backbone that loads adapters, and {config.backbone.use} does not"
+            self.problems.append(Problem("export.weights", config.export.weights, problem, remedy))
 
     def _methods(self, config: Config) -> dict[str, tuple[Any, SteeringSettings]]:
         found = {}

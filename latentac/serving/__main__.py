@@ -28,12 +28,13 @@ def main(arguments: Sequence[str]) -> int:
 
             die_with_parent()
         if options.socket is None:
-            address = {"host": options.host, "name": options.name, "device": options.device}
+            address = {"host": options.host, "name": options.name, "device": options.device, "base": options.base}
             who = {"hosts": options.allow_host, "origins": options.allow_origin, "token_file": options.token_file}
             serve(options.model, options.port, **address, log_prompts=options.log_prompts, **who)
         else:
             with socket.socket(fileno=options.socket) as listener:
-                serve_on(listener, options.model, options.name, options.device, log_prompts=options.log_prompts)
+                where = options.model, options.name, options.device
+                serve_on(listener, *where, base=options.base, log_prompts=options.log_prompts)
     except (LatentacError, OSError, ImportError) as error:
         meant = expected(error)
         if meant is None:
@@ -53,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="what deploy exported")
+    parser.add_argument(
+        "--base", type=Path, metavar="FOLDER", help="the base of an exported adapter (base/ in the model's folder)"
+    )
     parser.add_argument("--name", default=NAME, help=f"name in the address /v1/models/<name>:predict ({NAME})")
     parser.add_argument("--host", default=HOST, help=f"address to listen on ({HOST}: this machine only)")
     parser.add_argument(

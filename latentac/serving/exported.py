@@ -1,6 +1,7 @@
 """An exported model: a plain diffusers pipeline folder, plus `critic/` and `latentac.json`, which says how to sample.
 
-Diffusers ignores what it does not know, so `StableDiffusionPipeline.from_pretrained(folder)` loads the same folder.
+Diffusers ignores what it does not know, so `StableDiffusionPipeline.from_pretrained(folder)` loads the same folder. An
+export of an adapter has LoRA weights in place of the pipeline, for `load_lora_weights(folder)` on the base.
 """
 
 import json
@@ -26,7 +27,9 @@ from latentac.system.names import PLAIN
 
 FILE = "latentac.json"
 BASE = "base"
-"""Folder of the untouched denoiser, where there is one."""
+"""Folder of the untouched denoiser, where there is one; beside an adapter, of its whole base."""
+ADAPTER = Path(folders.ADAPTER).name
+"""In an export of an adapter: its weights."""
 
 Side = Annotated[int, Field(gt=0, le=2**14)]
 
@@ -58,17 +61,35 @@ class Head(Section):
     unit: str
 
 
+class Base(Section):
+    """The model that an adapter belongs to.
+
+    name: `builtin:<name>`, a hub id, or a folder's name; commit: of a hub id, or ""; artifact: key in the store of the
+    run's copy, in whose folder `backbone` it is; files: path in that folder -> sha256.
+    """
+
+    name: Annotated[str, Field(max_length=1000)]
+    commit: Annotated[str, Field(max_length=100)] = ""
+    artifact: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,249}/prepare$")]
+    files: Annotated[
+        dict[Annotated[str, Field(max_length=300)], Annotated[str, Field(pattern="^[0-9a-f]{64}$")]],
+        Field(min_length=1, max_length=1000),
+    ]
+
+
 class Exported(Section):
-    """latentac.json. version: of the model, chosen by who deploys; guidance_scale: of classifier-free guidance where a
-    request does not say; rewards: the critic's heads, in their order; size: (height, width) of an image in pixels;
-    examples: prompts to begin with; notice: what its users must know, or ""; methods: of steering, by name;
-    default_method: of a request that names none: the best one of the run's benchmark, or `none`."""
+    """latentac.json. version: of the model, chosen by who deploys; base: of an adapter, None for a whole pipeline;
+    guidance_scale: of classifier-free guidance where a request does not say; rewards: the critic's heads, in their
+    order; size: (height, width) of an image in pixels; examples: prompts to begin with; notice: what its users must
+    know, or ""; methods: of steering, by name; default_method: of a request that names none: the best one of the
+    run's benchmark, or `none`."""
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
     schema_version: Literal[4] = Field(default=4, alias="schema")
     version: str
     run: str
+    base: Base | None = None
     backbone: Extension
     kernel: Kernel
     guidance_scale: Annotated[float, Field(ge=1, le=100)] = 1.0
@@ -111,12 +132,14 @@ def export(
     notice: str = "",
     extensions: Mapping[str, Any],
     best: Mapping[str, Any] | None = None,
+    base: Base | None = None,
+    pipeline: Path | None = None,
 ) -> Exported:
-    """Complete `folder`, which holds a diffusers pipeline and `critic/`, with its latentac.json.
+    """Complete `folder`, which holds a diffusers pipeline or an adapter and `critic/`, with its latentac.json.
 
     extensions: what `prepare` wrote of them: `units` of the rewards and `methods` of steering. best: the row of the
     steering benchmark whose method, strength and number of particles become the default; without one it is the first
-    configured method.
+    configured method. base: of an adapter; pipeline: its folder.
     """
     serving, units = config.serving, extensions["units"]
     limits = serving.model_dump(include=set(Limits.model_fields))
@@ -130,11 +153,12 @@ def export(
     exported = Exported(
         version=version,
         run=run,
+        base=base,
         backbone=Extension.model_validate({"use": config.backbone.use, **config.backbone.own}),
         kernel=config.kernel,
         guidance_scale=config.policy.guidance_scale,
-        size=tuple(config.backbone.own.get("image_size") or image_size(folder)),
-        policies=["trained", "base"] if (folder / BASE).is_dir() else ["trained"],
+        size=tuple(config.backbone.own.get("image_size") or image_size(pipeline or folder)),
+        policies=["trained", "base"] if (serving.include_base if base else (folder / BASE).is_dir()) else ["trained"],
         rewards=[Head(name=one.name, weight=one.weight, unit=units[one.name]) for one in config.rewards],
         examples=list(examples),
         notice=notice,
@@ -155,14 +179,13 @@ def add_base(folder: Path, base: Path) -> None:
 
 def read(folder: Path) -> Exported:
     """The description of an exported folder. Raises ServingError if it is none, or none that this version reads."""
-    for part in (FILE, "model_index.json", "critic/config.json"):
-        if not (folder / part).exists():
-            raise ServingError(
-                str(folder), f"is not an exported model: it has no {part}", "Name the folder of a deployed model."
-            )
+    _need(folder, FILE, "critic/config.json")
     try:
-        check(folder, FILE, "model_index.json", "critic/config.json")
-        return Exported.model_validate_json(json.dumps(read_json(folder / FILE)))
+        check(folder, FILE, "critic/config.json")
+        described = Exported.model_validate_json(json.dumps(read_json(folder / FILE)))
+        network = ADAPTER if described.base else folders.INDEX
+        _need(folder, network)
+        check(folder, network)
     except Damaged as error:
         raise ServingError(str(folder), str(error), "Deploy the run again, or fetch the model again.") from None
     except ValidationError as error:
@@ -174,6 +197,14 @@ def read(folder: Path) -> Exported:
             f"is not valid ({path or 'the file'}: {first['msg']}{found})",
             "Deploy the run again with this version of latentac.",
         ) from None
+    return described
+
+
+def _need(folder: Path, *parts: str) -> None:
+    for part in parts:
+        if not (folder / part).exists():
+            problem = f"is not an exported model: it has no {part}"
+            raise ServingError(str(folder), problem, "Name the folder of a deployed model.")
 
 
 def image_size(folder: Path) -> tuple[int, int]:

@@ -4,7 +4,6 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +11,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from latentac.backbones import BACKBONES, Denoiser, load_backbone
+from latentac.backbones import BACKBONES
 from latentac.backbones.guided import guided
-from latentac.backbones.layout import Part
-from latentac.backbones.loading import load
 from latentac.critic import Critic
 from latentac.method.randomness import noise_for, uniforms_for
 from latentac.sampling.devices import map_blocks
@@ -25,10 +22,11 @@ from latentac.sampling.rollout import rollout, steered_rollout
 from latentac.sampling.steering import STEERING, Steering, evaluations
 from latentac.sampling.steering.run import SteeringRun
 from latentac.serving import exported
+from latentac.serving.adapted import load_denoisers
 from latentac.serving.forms import forms_of
 from latentac.serving.request import Request, shortened, validated
 from latentac.system.errors import ConfigError, Problem, ServingError
-from latentac.system.modelfiles import faults, shorten
+from latentac.system.modelfiles import shorten
 from latentac.system.names import PLAIN
 
 Observe = Callable[[int, np.ndarray], None]
@@ -93,18 +91,18 @@ class Generated:
 class Generator:
     """An exported folder on a device. Everything may be called from any thread, several at a time."""
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        """Raises ServingError if `folder` is not an exported model, or is damaged."""
+    def __init__(self, folder: Path, device: torch.device, base: Path | None = None) -> None:
+        """base: folder with the base of an adapter, by default `base/` in `folder`. Raises ServingError if `folder` is
+        not an exported model, or is damaged, or its base is not the one that it was trained on."""
         self.exported = exported.read(folder)
         self.forms = forms_of(self.exported)
         self.device = device
         try:
             _check_rows(self.exported, folder)
-            backbone = load_backbone(self.exported.backbone, folder, device)
-            self._backbones = {"trained": backbone}
-            if "base" in self.exported.policies:
-                self._backbones["base"] = _with_weights(backbone, folder / exported.BASE, folder)
-            self.critic = Critic.load(folder / "critic", backbone)
+            self._backbones = load_denoisers(self.exported, folder, device, base)
+            # A critic with a backbone of its own makes it of one without adapters, and then loads its weights.
+            plain = self._backbones.get("base", self._backbones["trained"])
+            self.critic = Critic.load(folder / "critic", plain)
             self._kernel = KERNELS.make(self.exported.kernel)
             for name, method in self.exported.methods.items():
                 STEERING.settings(method.extension, f"{exported.FILE}: methods.{name}.extension")
@@ -284,21 +282,6 @@ def _described(problem: Problem) -> str:
     if problem.path == "backbone.source":
         return problem.problem
     return f"{problem.path} = {shorten(repr(problem.value))}: {problem.problem}"
-
-
-def _with_weights(backbone: Denoiser, base: Path, folder: Path) -> Denoiser:
-    """A second denoiser that has the weights in `base`, and shares everything else with `backbone`."""
-    other, name = backbone.clone(), exported.denoiser_folder(folder)
-    kind: Any = type(other.module)
-    part = Part(name, "network", (kind.__name__,))
-    problems = [
-        Problem("backbone.source", str(folder), f"{name} {report}", remedy)
-        for name, report, remedy in faults(folder, [f"{exported.BASE}/{name}/config.json"])
-    ]
-    if problems:
-        raise ConfigError(problems)
-    other.module.load_state_dict(load(kind, base, part, backbone.device).state_dict())
-    return other
 
 
 def _check_rows(model: exported.Exported, folder: Path) -> None:

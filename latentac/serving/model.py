@@ -46,16 +46,17 @@ class Answer:
 class SteeredDiffusion(Model):
     """`submit` and `finish` are what all routes use; `__call__`, KServe's own, goes through them too."""
 
-    def __init__(self, name: str, folder: Path, device_name: str = "auto") -> None:
+    def __init__(self, name: str, folder: Path, device_name: str = "auto", base: Path | None = None) -> None:
+        """base: folder with the base of an adapter, by default `base/` in `folder`."""
         super().__init__(name)
-        self._folder, self._device = folder, pick_device(device_name)
+        self._folder, self._device, self._base = folder, pick_device(device_name), base
 
     def load(self) -> bool:
         """Load the folder and draw one image: ready means that it has drawn. Raises ServingError."""
         if self._device.type == "cuda":  # same request, same bytes: the gradients need it, and before cuBLAS starts
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
-        self.generator = Generator(self._folder, self._device)
+        self.generator = Generator(self._folder, self._device, self._base)
         self.generator.generate("ready", num_steps=2)
         workers = num_cores() if self._device.type == "cpu" else 1
         self._batcher = Batcher(self.generator, self.generator.exported.batching, workers, observing.drew)

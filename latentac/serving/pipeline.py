@@ -40,9 +40,10 @@ class LatentacPipeline:
         self._generator = generator
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str = "auto") -> Self:
-        """The model that `latentac deploy` exported to `folder`. Raises ServingError if it is none, or damaged."""
-        return cls(Generator(Path(folder), pick_device(device)))
+    def from_pretrained(cls, folder: str | Path, device: str = "auto", base: str | Path | None = None) -> Self:
+        """The model that `latentac deploy` exported to `folder`. base: folder with the base of an adapter, by default
+        `base/` in `folder`. Raises ServingError if it is none, or damaged."""
+        return cls(Generator(Path(folder), pick_device(device), None if base is None else Path(base)))
 
     def __call__(
         self,

@@ -58,6 +58,7 @@ def serve(
     host: str = HOST,
     name: str = NAME,
     device: str = "auto",
+    base: Path | None = None,
     log_prompts: bool = False,
     hosts: Collection[str] = (),
     origins: Collection[str] = (),
@@ -65,13 +66,14 @@ def serve(
 ) -> None:
     """Serve an exported folder to a person, until Ctrl-C or SIGTERM; tells its address and an example on stdout.
 
+    base: folder with the base of an adapter, by default `base/` in `folder`.
     hosts, origins, token_file: who may ask (`latentac.serving.admission`). Raises ResourceError if the port is taken
     and ConfigError for what cannot be allowed, before anything is loaded, and ServingError if `folder` cannot be
     served.
     """
     with bind(host, port) as listener:
         allowed = access(host, hosts, origins, token_file)
-        serve_on(listener, folder, name, device, announce=True, log_prompts=log_prompts, allowed=allowed)
+        serve_on(listener, folder, name, device, base=base, announce=True, log_prompts=log_prompts, allowed=allowed)
 
 
 def serve_on(
@@ -80,6 +82,7 @@ def serve_on(
     name: str,
     device: str,
     *,
+    base: Path | None = None,
     announce: bool = False,
     log_prompts: bool = False,
     allowed: Access | None = None,
@@ -129,7 +132,7 @@ def serve_on(
 
     _log_plainly()
     observing.log_requests()
-    model = SteeredDiffusion(name, folder, device)
+    model = SteeredDiffusion(name, folder, device, base)
     model.load()
     server = LoopbackServer(workers=1, enable_grpc=False, grace_period=GRACE_SECONDS)
     _listen(listener)

@@ -94,35 +94,57 @@ class Store(Objects):
         raw = self._get(f"{self._key(key)}/manifest.json", f"Run the step that publishes {key} first")
         return Manifest.from_json(raw, f"{self.url}/{key}/manifest.json", key)
 
-    def fetch(self, key: str, folder: Path | str, *, cache: Path | None = None) -> Manifest:
+    def fetch(
+        self, key: str, folder: Path | str, *, cache: Path | None = None, below: str = "", beside: str = ""
+    ) -> Manifest:
         """Copies the artifact to `folder`, which appears whole and verified or not at all.
 
         A folder that already holds exactly this artifact is left as it is; one that holds anything else is a
         ResourceError, for nothing is overwritten. cache: a folder above `folder` where equal files are kept once (see
         `latentac.store.pool`); what is fetched is then read-only, for it is shared, with the store too if it can be.
+        below: only what is in this folder of the artifact. beside: a name that the artifact does not use, under which
+        `folder` may hold something else.
         """
-        return self.fetch_files(key, folder, lambda path: True, cache=cache)
+        manifest, folder = self.manifest(key), Path(folder)
+        start = f"{below}/" if below else ""
+        self._fetch(
+            manifest, folder, [file for file in manifest.files if file.path.startswith(start)], cache, start, beside
+        )
+        return manifest
 
     def fetch_files(
         self, key: str, folder: Path | str, wanted: Callable[[str], bool], *, cache: Path | None = None
     ) -> Manifest:
         """As `fetch`, but only the files whose path within the artifact is `wanted`; the others are not read."""
-        manifest, folder = self.manifest(key), Path(folder).absolute()
-        files = [file for file in manifest.files if wanted(file.path)]
-        if _holds(folder, files, key):
-            return manifest
+        manifest = self.manifest(key)
+        self._fetch(manifest, Path(folder), [file for file in manifest.files if wanted(file.path)], cache)
+        return manifest
+
+    def _fetch(
+        self,
+        manifest: Manifest,
+        folder: Path,
+        files: Sequence[File],
+        cache: Path | None,
+        start: str = "",
+        beside: str = "",
+    ) -> None:
+        """start: what the paths of all `files` begin with, and what they do without in `folder`."""
+        folder, key = folder.absolute(), manifest.key
+        there = [replace(file, path=file.path.removeprefix(start)) for file in files]
+        if _holds(folder, there, key, beside):
+            return
         with disk_errors(folder, sum(file.size for file in files)):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with hidden_folder(folder.parent, "fetch") as temporary:
                 whole = temporary / folder.name
-                whole.mkdir()
+                (whole / start).mkdir(parents=True)
                 self._read_files(manifest, whole, files, Pool(cache) if cache else None)
                 try:
-                    os.rename(whole, folder)
+                    os.rename(whole / start, folder)
                 except OSError as error:  # another process fetched to the same place meanwhile
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _holds(folder, files, key):
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _holds(folder, there, key, beside):
                         raise
-        return manifest
 
     def read(self, key: str, path: str) -> bytes:
         """One file of the artifact, verified; no other is read. Raises IntegrityError if it has no such file."""
@@ -294,13 +316,14 @@ def open_store(url: str, patience: Patience = _PATIENCE) -> Store:
     return Store(url, patience)
 
 
-def _holds(folder: Path, files: Sequence[File], key: str) -> bool:
-    """Whether `folder` is exactly these files of an artifact. False where it does not exist or is empty, an error
-    otherwise."""
+def _holds(folder: Path, files: Sequence[File], key: str, beside: str = "") -> bool:
+    """Whether `folder` is exactly these files of an artifact, and perhaps others below `beside`. False where it does
+    not exist or is empty, an error otherwise."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     wanted = set(files)
-    found = set(scan(folder)) if folder.is_dir() else set()
+    others = bool(beside) and not any(file.path.startswith(f"{beside}/") for file in files)
+    found = set(scan(folder, beside if others else "")) if folder.is_dir() else set()
     if {file for file in found if file in wanted or not _bytecode(file)} == wanted:
         return True
     problem = f"it exists and is not the artifact {key}, which was to be put there"

@@ -140,10 +140,12 @@ class Manifest:
 _MANIFEST = TypeAdapter(Manifest)
 
 
-def scan(folder: Path) -> tuple[File, ...]:
-    """Every file below `folder` in the order of their paths, links to files included; anything else is refused."""
+def scan(folder: Path, without: str = "") -> tuple[File, ...]:
+    """Every file below `folder` in the order of their paths, links to files included; anything else is refused.
+    without: a folder in it that is left out."""
     with disk_errors(folder):
         found = sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix())
+        found = [path for path in found if not without or path.relative_to(folder).parts[0] != without]
         odd = [path for path in found if not path.is_file() and (path.is_symlink() or not path.is_dir())]
         if odd:
             raise StoreError(str(odd[0]), "it is neither a file nor a real folder", "Replace it by a copy")

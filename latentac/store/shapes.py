@@ -297,6 +297,12 @@ class Failure(Shape):
     message: str
 
 
+class Fetched(Shape):
+    """backbone.json, as far as an export says it: the commit that a hub id was resolved to."""
+
+    commit: Label | None = None
+
+
 class Latest(Shape):
     """The pointer LATEST of a run's checkpoints."""
 
@@ -311,6 +317,7 @@ class Progress(Shape):
 
 
 SHAPES: dict[str, Any] = {
+    "backbone.json": Fetched,
     "config.json": Settings,
     "deployment.json": Deployment,
     "error.json": Failure,

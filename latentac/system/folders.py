@@ -18,7 +18,7 @@ from latentac.system.modelfiles import Damaged, check, plain, read_json
 INDEX = "model_index.json"
 ADAPTER = "lora/pytorch_lora_weights.safetensors"
 """Low-rank adapters alone, in the folder of the pipeline that they are merged into. `load_lora_weights` of diffusers
-takes the folder `lora`."""
+takes the folder `lora`. Where they are exported without a pipeline, the file is in the folder itself."""
 SHARD = "10GB"
 """The longest file of weights; more are sharded, with an index."""
 
@@ -73,6 +73,19 @@ def copy_pipeline(source: Path, folder: Path) -> None:
     if (source / ADAPTER).is_file():
         (folder / ADAPTER).parent.mkdir()
         shutil.copyfile(source / ADAPTER, folder / ADAPTER)
+
+
+def copy_adapter(source: Path, folder: Path) -> None:
+    """The adapters of the pipeline `source`, its scheduler and its licence, into the empty `folder`.
+
+    Raises ResourceError where that holds something, IntegrityError where `source` has no adapters.
+    """
+    begin(folder)
+    if not (source / ADAPTER).is_file():
+        raise IntegrityError(str(source), f"has no {ADAPTER}", "Train the run again with policy.adaptation=lora")
+    _check(source, ADAPTER)
+    copy_parts(source, folder, ["scheduler"])
+    shutil.copyfile(source / ADAPTER, folder / Path(ADAPTER).name)
 
 
 def copy_parts(source: Path, folder: Path, parts: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ also has a listener that every proxy and the address of the hub lead to.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -355,6 +356,44 @@ PREPARE: dict[str, tuple[Change, str | None]] = {
 }
 
 OURS, CRITIC = "latentac.json", "critic/config.json"
+LORA = "pytorch_lora_weights.safetensors"
+
+
+def _as_adapter(change: Change | None = None, *, hashed: bool = True) -> Change:
+    """The export as that of an adapter with its base, and then `change`. hashed: whether latentac.json says the hashes
+    of what is in `base/` after that, so that only what the base is can be wrong."""
+
+    def make(folder: Path, outside: Path) -> None:
+        for path in [path for path in folder.iterdir() if path.name not in {OURS, "critic"}]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.copytree(folder.parent.parent / "prepared", folder / "base")
+        shutil.copyfile(folder.parent.parent / LORA, folder / LORA)
+        _rehash(folder)
+        if change is not None:
+            change(folder, outside)
+        if hashed:
+            _rehash(folder)
+
+    return make
+
+
+def _without_base(folder: Path, outside: Path) -> None:
+    shutil.rmtree(folder / "base")
+
+
+def _rehash(folder: Path) -> None:
+    files = {}
+    for path in (path for path in (folder / "base").rglob("*") if path.is_file()):
+        raw = path.read_bytes()
+        if path.suffix == ".json":  # as `prepare` writes it
+            raw = f"{json.dumps(json.loads(raw), indent=2, ensure_ascii=False)}\n".encode()
+        files[path.relative_to(folder / "base").as_posix()] = hashlib.sha256(raw).hexdigest()
+    described = json.loads((folder / OURS).read_text())
+    described["base"] = {"name": "a base", "artifact": "r/prepare", "files": files}
+    (folder / OURS).write_text(json.dumps(described))
+
+
+RANK = {"unet.x.lora_A.weight": {"dtype": "F32", "shape": [2**24, 1], "data_offsets": [0, 2**26]}}
 METHOD = {
     "extension": {"use": "best_of_n", "name": "best_of_n"}, "summary": "", "needs_gradient": False, "strength": 1.0,
     "particles": 2,
@@ -416,6 +455,33 @@ SERVE: dict[str, tuple[Change, str | None]] = {
     "the base of many layers": (fields(f"base/{UNET}", layers_per_block=10**9), "layers_per_block is"),
     "the base is a pickle": (content(f"base/{WEIGHTS}", PICKLE), "is not a safetensors file"),
     "the base has an adapter": (_adapter("base/unet", "{outside}"), "is an adapter of peft"),
+    "an adapter with its base": (_as_adapter(), None),
+    "an adapter whose base is another": (
+        _as_adapter(fields(f"base/{UNET}", norm_eps=1e-3), hashed=False), f"{UNET}: has sha256"),
+    "an adapter whose base is in a parent folder": (
+        _as_adapter(fields(OURS, base__artifact="../../outside/prepare"), hashed=False), "base.artifact"),
+    "an adapter whose base is at an address": (
+        _as_adapter(fields(OURS, base__artifact="https://example.org/prepare"), hashed=False), "base.artifact"),
+    "an adapter whose base has files outside": (
+        _as_adapter(fields(OURS, base__files={"../../outside/config.json": "0" * 64}), hashed=False), "base"),
+    "an adapter whose base is a name of the hub": (
+        _as_adapter(both(fields(OURS, base__name="someone/a-model"), _without_base), hashed=False), "is not there"),
+    "an adapter whose base is a link": (
+        _as_adapter(both(_without_base, link("base", "{outside}")), hashed=False), "leads out of the folder"),
+    "an adapter whose base has a link": (
+        _as_adapter(link(f"base/{WEIGHTS}", "{outside}/weights.safetensors"), hashed=False), "leads out of the folder"),
+    "an adapter whose base is a pipe": (_as_adapter(fifo(f"base/{WEIGHTS}"), hashed=False), "is not a regular file"),
+    "an adapter whose base is a pickle": (_as_adapter(content(f"base/{WEIGHTS}", PICKLE)), "is not a safetensors file"),
+    "an adapter whose base asks for more": (
+        _as_adapter(fields(f"base/{UNET}", block_out_channels=[8192, 65536])), "no tensor of its weights"),
+    "an adapter that is a pickle": (_as_adapter(content(LORA, PICKLE)), "is not a safetensors file"),
+    "an adapter that is a link": (_as_adapter(link(LORA, "{outside}/weights.safetensors")), "leads out of the folder"),
+    "an adapter that is a pipe": (_as_adapter(fifo(LORA)), "is not a regular file"),
+    "an adapter of a tensor of 100 GB": (_as_adapter(header(LORA, LARGE)), "it was cut off"),
+    "an adapter of a huge rank": (_as_adapter(header(LORA, RANK, 4 * 2**24)), "this base needs"),
+    "an adapter whose tensors share bytes": (_as_adapter(header(LORA, SHARED, 2**26)), "one after another"),
+    "an adapter of peft in the base of an adapter": (
+        _as_adapter(_adapter("base/unet", "{outside}"), hashed=False), "is an adapter of peft"),
     **{name: case for cases in (CODE_IN_NAMES, OUTSIDE) for name, case in cases.items()},
     **{name: NUMBERS[name] for name in ("a huge image", "channels beyond the weights", "many timesteps",
                                         "a prompt of 100,000,000 tokens", "many positions", "a wide text encoder")},
@@ -435,7 +501,9 @@ def exported_folder(folder: Path, base: Path) -> Path:
     """The sound export that the cases of `serve` begin with."""
     import torch
 
-    from latentac.backbones import load_backbone
+    from latentac.backbones import layout_of, load_backbone
+    from latentac.backbones.layout import copy
+    from latentac.config.learning import Policy as PolicySettings
     from latentac.critic import Critic
     from latentac.runs.resolution import resolve_all
     from latentac.serving.exported import add_base, export
@@ -455,6 +523,10 @@ def exported_folder(folder: Path, base: Path) -> Path:
     Critic(backbone, resolved.config.reward_names, resolved.config.critic).save(folder / "critic")
     add_base(folder, base)
     export(folder, resolved.config, run="r", version="v", extensions=resolved.described())
+    backbone.adapt(PolicySettings(adaptation="lora", lora_rank=4, lora_alpha=4))
+    backbone.save(folder.parent / "trained")
+    (folder.parent / "trained" / "lora" / LORA).rename(folder.parent / LORA)
+    copy(base, folder.parent / "prepared", layout_of(resolved.config.backbone))
     return folder
 
 

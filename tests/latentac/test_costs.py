@@ -87,7 +87,8 @@ def test_the_other_steps_cost_their_images() -> None:
     """Value pretraining its images and their noised states, evaluation its policies, steering its particles."""
     pretrain = {"num_images": 64, "num_held_out_images": 16, "num_passes": 3, "forward_noised": 0.5}
     steering = "[{use: best_of_n, sweep_particles: [4]}, {use: value_gradient, sweep: [10.0], sweep_particles: [2]}]"
-    chosen = config(**{f"pretrain__{name}": value for name, value in pretrain.items()}, steering__methods=steering)
+    own: dict[str, Any] = {f"pretrain__{name}": value for name, value in pretrain.items()}
+    chosen = config(**own, steering__methods=steering)
     found = operations_by_step(chosen, Operations(1.0, 0.0, 9))
     assert found["pretrain-value"] == 80 * 10 + 3 * 64 * 10 * 0.5
     settings = chosen.evaluation

@@ -22,7 +22,7 @@ from latentac.config.sections import Extension
 from latentac.critic import Critic
 from latentac.method.diffusion import CPS, DDIM, DanceSDE, FlowSDE, GaussianTransition
 from latentac.method.randomness import generator_for, noise_for
-from latentac.runs.release.deploy import Candidate
+from latentac.runs.release.deploy import Candidate, fetch_version
 from latentac.runs.release.readme import write_trained
 from latentac.runs.resolution import Resolved, resolve_all
 from latentac.runs.steps import deploy, prepare
@@ -361,10 +361,12 @@ def test_the_untouched_base_is_served_from_any_form(name: str, form: str, tmp_pa
 
 
 def released(run: str, output: Path, name: str, base: Path, adaptation: str) -> Path:
-    """The folder of a model that was trained (a little), judged and deployed, as it is in the store."""
+    """The folder of a model that was trained (a little), judged and deployed, as it is fetched from the store.
+    adaptation: full, lora, or adapter: LoRA, of which the adapter alone is exported."""
     overrides = [
         f"backbone.source={base}",
-        f"policy.adaptation={adaptation}",
+        f"policy.adaptation={'full' if adaptation == 'full' else 'lora'}",
+        f"export.weights={'adapter' if adaptation == 'adapter' else 'merged'}",
         "policy.lora_rank=4",
         "rewards=[{use: jpeg_compressibility}]",
         "gate.reward=jpeg_compressibility",
@@ -390,13 +392,13 @@ def released(run: str, output: Path, name: str, base: Path, adaptation: str) -> 
         return Deployment("http://127.0.0.1:4", candidate.version, candidate.request, b"PNG", "0" * 64, {}, 5, 1, 2, {})
 
     version = deploy(run, "", str(output), prove=proved).metrics["version"]
-    space.store.fetch(f"models/{version}", output / "model")
+    fetch_version(version, space.store.url, output / "model")
     return output / "model"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("adaptation", ["full", "lora"])
+@pytest.mark.parametrize("adaptation", ["full", "lora", "adapter"])
 @pytest.mark.parametrize("name", sorted(PARTS))
 def test_the_model_card_draws_the_served_image(name: str, adaptation: str, tmp_path: Path) -> None:
     """Each block of Python in the README.md of the deployed folder, as it stands, in a fresh process, with the base

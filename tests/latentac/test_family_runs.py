@@ -5,11 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 from diffusers import DiffusionPipeline
 
 from latentac.backbones import BACKBONES
+from latentac.runs.release.deploy import fetch_version
 from latentac.runs.steps import deploy, evaluate, finish, gate, steer
+from latentac.serving.exported import BASE
 from latentac.system import folders
 from tests.latentac import miniatures
 from tests.latentac.flux_miniature import flux
@@ -47,7 +50,8 @@ def test_a_run_goes_from_prepare_to_the_endpoint(
     name: str, adaptation: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The policy learns, every steering method is measured, the endpoint serves a steered image, and the exported
-    folder loads in plain diffusers."""
+    folder loads in plain diffusers. The runs with LoRA in float32 export the adapter alone."""
+    alone = adaptation == "lora" and precision == "float32"
     model = MINIATURES[name](tmp_path / "model", **({} if name in SIZELESS else {"size": 32}))
     space = prepared(
         tmp_path,
@@ -55,6 +59,7 @@ def test_a_run_goes_from_prepare_to_the_endpoint(
         f"backbone.source={model}",
         f"backbone.precision={precision}",
         f"policy.adaptation={adaptation}",
+        f"export.weights={'adapter' if alone else 'merged'}",
         *("evaluation.num_images=8", "evaluation.num_diversity_prompts=2", "evaluation.images_per_prompt=2"),
         *("evaluation.num_gallery_prompts=2", "steering.num_images=8", "steering.methods.twisted.sweep_particles=[2]"),
         *OWN.get(name, []),
@@ -71,9 +76,15 @@ def test_a_run_goes_from_prepare_to_the_endpoint(
     assert {"value_gradient", "best_of_n", "resampling", "twisted", "svdd"} <= {row["method"] for row in rows}
     version = deploy(*place, force=True).metrics["version"]
     assert finish(*place) is not None
-    space.store.fetch(f"models/{version}", tmp_path / "exported")
-    assert (tmp_path / "exported" / folders.ADAPTER).is_file() == (adaptation == "lora")
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "exported", **WITHOUT.get(name, {}))
+    exported = tmp_path / "exported"
+    fetch_version(version, space.store.url, exported)
+    assert (exported / folders.ADAPTER).is_file() == (adaptation == "lora" and not alone)
+    pipeline = DiffusionPipeline.from_pretrained(exported / BASE if alone else exported, **WITHOUT.get(name, {}))
+    if alone:
+        assert not [file.path for file in space.store.manifest(f"models/{version}").files if BASE in file.path]
+        pipeline.load_lora_weights(exported)
+        scheduler = json.loads((exported / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+        pipeline.scheduler = getattr(diffusers, scheduler).from_pretrained(exported, subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
     call = {"height": 32, "width": 32} if name in SIZELESS else {}
     images = pipeline("a red circle", num_inference_steps=2, output_type="np", **call).images

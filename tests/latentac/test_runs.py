@@ -81,9 +81,9 @@ class Place:
             self.model(name, version)
         return version
 
-    def model(self, name: str, version: str) -> None:
+    def model(self, name: str, version: str, *steps: str) -> None:
         folder = write(self.output / "made", {"weights": WEIGHTS, "latentac.json": version.encode()})
-        parents = [self.store.manifest(f"{name}/train")]
+        parents = [self.store.manifest(f"{name}/{step}") for step in ("train", *steps)]
         self.store.publish(f"models/{version}", folder, run=name, step="deploy", config_hash="c", parents=parents)
         for path in folder.iterdir():
             path.unlink()
@@ -339,6 +339,22 @@ def test_a_model_that_another_run_was_compared_with_stays(place: Place) -> None:
     clear(plan)
     place.store.verify(place.store.manifest(f"models/{version}"), parents=False)
     assert {name.split("/")[0] for name in place.objects("older")} == {"models"}
+
+    clear(plan_delete(["newer"], place.output, place.url))
+    clear(plan_prune(place.output, place.url))
+    assert place.objects("older") == []
+
+
+def test_the_base_of_an_adapter_stays_with_it(place: Place) -> None:
+    """An adapter of no base is no model: what `prepare` has published goes when the adapter goes."""
+    version = place.run("older")
+    place.model("older", version, "prepare")
+    place.run("newer", BEFORE_GATE, against=version)
+    clear(plan_delete(["older"], place.output, place.url))
+    clear(plan_prune(place.output, place.url))
+    for key in (f"models/{version}", "older/prepare"):
+        place.store.verify(place.store.manifest(key), parents=False)
+    assert {name.split("/")[1] for name in place.objects("older")} == {version, "prepare"}
 
     clear(plan_delete(["newer"], place.output, place.url))
     clear(plan_prune(place.output, place.url))

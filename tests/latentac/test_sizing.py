@@ -242,3 +242,12 @@ def test_it_is_described_for_a_person():
     assert disk.startswith("disk: ")
     assert "in each of 2 workers" in memory
     assert math.isfinite(needed().disk_bytes)
+
+
+def test_an_exported_adapter_has_no_part_of_the_base():
+    """The weights of the adapter, in each copy, whether or not the base is offered."""
+    lora = {"policy__adaptation": "lora", "policy__lora_rank": 4}
+    merged, alone = needed(**lora), needed(**lora, export__weights="adapter")
+    assert alone.disk["exported"] == sizing.COPIES * merged.memory["training"] // 3
+    without = needed(**lora, export__weights="adapter", serving__include_base="false")
+    assert without.disk["exported"] == alone.disk["exported"]

@@ -179,9 +179,15 @@ def _busy_elsewhere(survey: Survey) -> dict[str, str]:
     return {
         name: "it was written to within the hour, and may be running on another machine"
         for name, traces in survey.traces.items()
-        if traces.folder is None and traces.steps and "finish" not in traces.steps
+        if traces.folder is None and not _is_rest(traces) and "finish" not in traces.steps
         if max(entry.changed for entry in traces.objects.values()) > since
     }
+
+
+def _is_rest(traces: Traces) -> bool:
+    """Whether this is what stayed of a run that was deleted: a model, perhaps with the base of its adapter."""
+    deleted = not traces.steps or (bool(traces.models) and {*traces.steps} == {"prepare"})
+    return traces.folder is None and deleted
 
 
 def _compared(survey: Survey, going: Collection[str]) -> dict[str, str]:
@@ -207,12 +213,17 @@ def _plan(survey: Survey, going: list[str], leftovers: list[Removal], kept: dict
     return Plan(survey, tuple(measured(survey, [*removals, *leftovers])), kept)
 
 
+def _with_bases(survey: Survey, versions: Iterable[str]) -> tuple[str, ...]:
+    """What the names of the objects of these models begin with, and those of the bases of adapters."""
+    keys = [f"models/{version}" for version in versions]
+    for manifest in filter(None, map(survey.manifest, keys[:])):
+        keys += [parent.key for parent in manifest.parents if parent.key.endswith("/prepare")]
+    return tuple(f"{key}/" for key in keys)
+
+
 def _whole_run(survey: Survey, traces: Traces, staying: Collection[str]) -> Removal:
-    objects = [
-        name
-        for name in traces.objects
-        if _OBJECT.fullmatch(name) and not any(name.startswith(f"models/{version}/") for version in staying)
-    ]
+    kept = _with_bases(survey, staying)
+    objects = [name for name in traces.objects if _OBJECT.fullmatch(name) and not name.startswith(kept)]
     folder, paths = traces.folder, list[Path]()
     title = f"run {traces.name}"
     if traces.name in _busy_elsewhere(survey):
@@ -255,9 +266,10 @@ def _leftovers(survey: Survey, going: Collection[str]) -> list[Removal]:
             )
         if traces.folder is not None and not traces.folder.is_symlink():
             add(f"{name}: temporary files of killed processes", paths=_abandoned(traces.folder, "latentac-*/"))
-        elif traces.folder is None and not traces.steps:
-            unused = {version for version in traces.models if version not in compared and version not in pointed}
-            rest = (o for o in objects if not o.startswith("models/") or o.split("/")[1] in unused)
+        elif _is_rest(traces):
+            used = [version for version in traces.models if version in compared or version in pointed]
+            kept = _with_bases(survey, used)
+            rest = (o for o in objects if not o.startswith(kept))
             add(f"{name}: what is left of a run that is gone", rest)
     return made
 

@@ -87,7 +87,8 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
     disk, each but the temporary COPIES times
         base         the files that are used
         trained      P + F
-        exported     P + F, and P again with serving.include_base, and the adapters
+        exported     P + F, and P again with serving.include_base, and the adapters; with export.weights=adapter the
+                     adapters alone
         checkpoints  keep_checkpoints, the one being written and its temporary copy, of N weights, 2 N moments, N
                      average, N best, and the critic's replay
         scored       latents that the critic learned from
@@ -108,6 +109,8 @@ def count(config: Config, model: Model, num_prompts: int, device: str) -> Requir
     replay = config.critic.replay_images * (sizes.latent + 8)
     own = {"lora": model.network, "copy": 4 * model.network}.get(config.critic.body.use, 0)
     parts = model.network + model.frozen
+    alone = config.export.weights == "adapter"
+    exported = merged if alone else parts + model.network * config.serving.include_base + merged
     number = count_workers(config, device)
     memory = {
         "weights": half * (parts + merged),
@@ -127,7 +130,7 @@ def count(config: Config, model: Model, num_prompts: int, device: str) -> Requir
     disk = {
         "base": COPIES * model.files,
         "trained": COPIES * _FLOAT * parts,
-        "exported": COPIES * _FLOAT * (parts + model.network * config.serving.include_base + merged),
+        "exported": COPIES * _FLOAT * exported,
         "checkpoints": (train.keep_checkpoints + 2) * _FLOAT * (kept + 2 * trains + replay + own),
         "scored": COPIES * _FLOAT * config.pretrain.num_images * (sizes.latent + 8),
         "scores": COPIES * config.evaluation.num_images * _POLICIES * len(config.rewards) * _NUMBER,

@@ -10,17 +10,18 @@ from typing import Any
 
 from latentac.config.schema import Config
 from latentac.evaluation.arms import best_steered
+from latentac.runs.release.adapter import fetch_model, place_base, reference
 from latentac.runs.release.incumbent import Production, chosen_production, productions, put_in_production
 from latentac.runs.release.readme import write_released
 from latentac.runs.workspace import EXTENSIONS, Workspace, cache_beside, default_store, open_run, person
 from latentac.serving.deployment import Deployment, serve_and_check
-from latentac.serving.exported import add_base, export, read
+from latentac.serving.exported import add_base, export
 from latentac.store import Manifest, Store, copy_folder, open_store
 from latentac.store.blobs import disk_errors
 from latentac.store.published import metric
 from latentac.store.published import read as read_published
 from latentac.system.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem, ResourceError
-from latentac.system.folders import copy_pipeline
+from latentac.system.folders import copy_adapter, copy_pipeline
 from latentac.system.names import working_folder
 from latentac.system.scratch import empty_folder, hidden_folder
 
@@ -75,9 +76,10 @@ def release(space: Workspace, prove: Prove = on_loopback, forced: Sequence[str] 
             run=space.run,
             step="deploy",
             config_hash=space.config.hash,
-            parents=[trained],
+            parents=[trained, *([space.prepared] if space.config.export.weights == "adapter" else [])],
             owned=True,
         )
+        place_base(space.store, folder, cache_beside(space.folder))
         space.store.write_json(candidate_key(space.config.project), {"version": version, "run": space.run})
         request = {"prompt": space.presentable[0].text, "seed": space.config.seed, "count": 1}
         proof = prove(Candidate(space, folder, published, version, request))
@@ -107,16 +109,22 @@ def _export(space: Workspace, trained: Manifest, folder: Path, notice: str = "")
     """Fill `folder` with what the run has trained, as it is served; its version. notice: told to whoever uses it."""
     version = f"{space.run}-{trained.digest[:8]}"
     source = space.artifact("train") / "policy"
-    copy_pipeline(source, folder)
+    adapter, untouched = space.config.export.weights == "adapter", space.artifact("prepare") / "backbone"
+    if adapter:
+        copy_adapter(source, folder)
+    else:
+        copy_pipeline(source, folder)
+        if space.config.serving.include_base:
+            add_base(folder, untouched)
     copy_folder(space.artifact("train") / "critic", folder / "critic")
-    if space.config.serving.include_base:
-        add_base(folder, space.artifact("prepare") / "backbone")
     examples = list(dict.fromkeys(prompt.text for prompt in space.presentable))[:_EXAMPLES]
     extensions = read_published(space.artifact("prepare") / EXTENSIONS)
     rows = read_published(space.artifact("steer") / "steering.json") if space.finished("steer") else []
     best = best_steered(rows, space.config.gate.reward)
     check_agreement(space.run, space.config, extensions, best)
-    details = {"examples": examples, "notice": notice, "extensions": extensions, "best": best}
+    details: dict[str, Any] = {"examples": examples, "notice": notice, "extensions": extensions, "best": best}
+    if adapter:
+        details |= {"base": reference(space), "pipeline": untouched}
     export(folder, space.config, run=space.run, version=version, **details)
     write_released(space, source, folder, "" if notice else version)
     return version
@@ -153,11 +161,9 @@ def fetch_version(version: str, store: str, folder: Path) -> Manifest:
         folder.mkdir(parents=True, exist_ok=True)
         found = [path for path in folder.iterdir() if path.name != "lost+found"]  # the root of a volume has that
         if found and partial not in found:
-            opened.fetch(key, folder)  # right as it is, or an error that says so
-            return manifest
+            return fetch_model(opened, version, folder)  # right as it is, or an error that says so
         empty_folder(partial)
-        opened.fetch(key, partial / "model")
-        read(partial / "model")
+        fetch_model(opened, version, partial / "model")
         foreign = sorted({path.name for path in found} - {path.name for path in (*_parts(partial / "model"), partial)})
         if foreign:
             remedy = "Move it away or choose another folder"
@@ -169,7 +175,7 @@ def fetch_version(version: str, store: str, folder: Path) -> Manifest:
                 path.rename(folder / path.name)
         shutil.rmtree(partial)
         if found:
-            opened.fetch(key, folder)
+            fetch_model(opened, version, folder)
     return manifest
 
 
@@ -209,7 +215,7 @@ def model_to_use(run: str, project: str, store: str, output: str) -> Iterator[tu
 
 
 def _fetched(store: Store, version: str, folder: Path) -> Path:
-    store.fetch(f"models/{version}", folder, cache=cache_beside(folder.parent))
+    fetch_model(store, version, folder, cache_beside(folder.parent))
     return folder
 
 
@@ -232,6 +238,7 @@ def _inspected(space: Workspace) -> Iterator[tuple[Path, str]]:
     with hidden_folder(space.folder, "inspection") as temporary:
         folder = temporary / "model"
         version = _export(space, trained, folder, notice)
+        place_base(space.store, folder, cache_beside(space.folder))
         yield folder, f"{version}, {notice}"
 
 

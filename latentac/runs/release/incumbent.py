@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from latentac.config.extensions import operator_allows
+from latentac.runs.release.adapter import check_published, fetch_model
 from latentac.runs.workspace import Workspace, cache_beside
 from latentac.store import Store
 from latentac.system.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem, ServingError
@@ -151,6 +152,7 @@ def trouble(space: Workspace, version: str, sha256: object) -> str:
         if manifest.digest != sha256:
             return f"models/{version} was replaced after the evaluation"
         space.store.verify(manifest, parents=False)  # what it was made from may have been cleared away
+        check_published(space.store, manifest)
     except (ArtifactNotFound, IntegrityError) as error:
         return str(error)
     return ""
@@ -158,21 +160,22 @@ def trouble(space: Workspace, version: str, sha256: object) -> str:
 
 def _load(space: Workspace, version: str, base: "Policy") -> "Policy":
     """Raises ServingError where the model does not fit this run, ConfigError where it names what is not to be had."""
-    from latentac.backbones import load_backbone
     from latentac.backbones.guided import guided
     from latentac.sampling.kernels import KERNELS
     from latentac.sampling.policy import Policy
+    from latentac.serving.adapted import load_denoisers
     from latentac.serving.exported import read
 
     # Named by its content too: a version that was published again is not what lies here from before.
     digest = space.store.manifest(f"models/{version}").digest
     folder = space.folder / "incumbent" / f"{version}-{digest[:8]}"
-    space.store.fetch(f"models/{version}", folder, cache=cache_beside(space.folder))
+    fetch_model(space.store, version, folder, cache_beside(space.folder))
     exported, name = read(folder), space.config.backbone.use
     if exported.backbone.use != name:
         raise _unfit(version, f"its backbone is {exported.backbone.use}, that of this run {name}")
     KERNELS.check_row(exported.kernel.use, f"models/{version}", {*operator_allows(), space.config.kernel.use})
-    backbone = load_backbone(exported.backbone, folder, space.device)
+    model = exported.model_copy(update={"policies": ["trained"]})  # its base is not compared
+    backbone = load_denoisers(model, folder, space.device)["trained"]
     for what, size, own in (
         ("latents", backbone.latent_shape, base.backbone.latent_shape),
         ("images", _image_shape(backbone, space.device), _image_shape(base.backbone, space.device)),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentac.runs.reporting.card import Facts, folder_card, sections, use_section
+from latentac.runs.reporting.card import Facts, folder_card, only_adapter, sections, use_section
 from latentac.runs.workspace import EXTENSIONS, Workspace
 from latentac.store.published import read
 from latentac.system.errors import ArtifactNotFound
@@ -29,7 +29,7 @@ def write_trained(space: Workspace, policy: "Policy", folder: Path, history: Seq
     use, adapter = use_section(usage(*call)), ""
     if (folder / ADAPTER).is_file():
         adapter = use_section(usage(*call, base_of(config.card.base_model or config.backbone.source)), adapter=True)
-    _write(folder, _facts(space, history), use, adapter)
+    _write(folder, folder, _facts(space, history), use, adapter)
 
 
 def write_released(space: Workspace, source: Path, folder: Path, version: str) -> None:
@@ -38,11 +38,14 @@ def write_released(space: Workspace, source: Path, folder: Path, version: str) -
     readme = source / FILE
     use, adapter = sections(readme.read_text(encoding="utf-8")) if readme.is_file() else ("", "")
     facts = {**_facts(space, _read(space, "train", "history.json") or []), "serving": version and {"version": version}}
-    _write(folder, facts, use or use_section(""), adapter)
+    if space.config.export.weights == "adapter":
+        _write(folder, source, facts, "", only_adapter(adapter))
+    else:
+        _write(folder, source, facts, use or use_section(""), adapter)
 
 
-def _write(folder: Path, facts: Facts, use: str, adapter: str) -> None:
-    kind = read_record(folder / INDEX)["_class_name"]
+def _write(folder: Path, pipeline: Path, facts: Facts, use: str, adapter: str) -> None:
+    kind = read_record(pipeline / INDEX)["_class_name"]
     (folder / FILE).write_text(folder_card(facts, kind, use, adapter), encoding="utf-8")
 
 

@@ -46,8 +46,16 @@ def model_card(facts: Facts) -> str:
 
 def folder_card(facts: Facts, kind: str, use: str, adapter: str = "") -> str:
     """README.md of an exported folder, as the hub reads it. kind: the pipeline's class; use, adapter: sections made by
-    `use_section`, or ""."""
-    return _joined([_front_matter(facts, kind, adapter != ""), f"# {_text(facts['run'])}", use, adapter, *_body(facts)])
+    `use_section` or `only_adapter`, or "". Without `use` the folder is an adapter alone."""
+    return _joined(
+        [
+            _front_matter(facts, kind, adapter != "", alone=not use),
+            f"# {_text(facts['run'])}",
+            use,
+            adapter,
+            *_body(facts),
+        ]
+    )
 
 
 def use_section(code: str, adapter: bool = False) -> str:
@@ -68,6 +76,21 @@ def use_section(code: str, adapter: bool = False) -> str:
         f"{_USE}\n\nIn this folder, this program makes the same image as latentac's endpoint without steering, from the"
         f" same prompt and seed, within one grey level of 255:\n\n```python\n{code.strip()}\n```\n\nWith another number"
         " of steps, another scheduler, or another guidance scale, the images differ."
+    )
+
+
+def only_adapter(adapter: str) -> str:
+    """How to draw with a folder that is an adapter alone. adapter: the section of the pipeline it comes from, or ""."""
+    text = (
+        f"{_USE}\n\nThis folder holds LoRA weights for the base model. `pipeline.load_lora_weights(folder)` of"
+        " diffusers loads them, and needs peft. `latentac.json` has commit and sha256s of the base."
+    )
+    code = re.search(r"```python\n.*?\n```", adapter, re.S)
+    if code is None:
+        return f"{text} No scheduler of diffusers makes the steps that they were trained with, so the images differ."
+    moved = code[0].replace('load_lora_weights("lora")', 'load_lora_weights(".")')
+    return (
+        f"{text} In this folder, this program makes the same image as latentac's endpoint without steering:\n\n{moved}"
     )
 
 
@@ -98,14 +121,14 @@ def _is_hub_id(source: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", source) is not None
 
 
-def _front_matter(facts: Facts, kind: str, adapter: bool) -> str:
+def _front_matter(facts: Facts, kind: str, adapter: bool, *, alone: bool) -> str:
     """YAML, of which JSON strings and lists are a part."""
     settings = facts["settings"]
     card = settings.get("card") or {}
     base = base_model(settings)
     fields: dict[str, Any] = {"license": card.get("licence") or "unknown"}
     if _is_hub_id(base):
-        fields |= {"base_model": base, "base_model_relation": "finetune"}
+        fields |= {"base_model": base, "base_model_relation": "adapter" if alone else "finetune"}
     if card.get("datasets"):
         fields["datasets"] = list(card["datasets"])
     tags = ["diffusers", "latentac", "reinforcement-learning", *([_TAGS[kind]] if kind in _TAGS else [])]
