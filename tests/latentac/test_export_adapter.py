@@ -38,16 +38,19 @@ from latentac.worlds.shapes import builtin_pipeline
 from tests.latentac import miniatures
 from tests.latentac.flux_miniature import flux
 from tests.latentac.test_export import released
+from tests.latentac.zimage_miniature import zimage
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "two blue squares"]
 LORA = PolicySettings(adaptation="lora", lora_rank=4, lora_alpha=12)
 WITHOUT: dict[str, Any] = {"dit": {"text_encoder_3": None, "tokenizer_3": None}}
 """What diffusers' pipeline of the family must be told is missing."""
+SIZELESS = ("flux", "zimage")
+"""Families whose configuration names no size."""
 
 
 def backbone_of(name: str) -> Extension:
-    own = {"image_size": [32, 32]} if name == "flux" else {}
+    own = {"image_size": [32, 32]} if name in SIZELESS else {}
     return Extension.model_validate({"use": name.removeprefix("shapes-"), **own})
 
 
@@ -60,10 +63,11 @@ def layout(name: str) -> Layout:
 def base_of(name: str, folder: Path) -> Path:
     """A copy of the family's miniature, or of an embedded model, as `prepare` makes it."""
     makers: dict[str, Any] = {"unet": miniatures.sd15, "sdxl": miniatures.sdxl, "dit": miniatures.sd3}
+    makers |= {"flux": flux, "zimage": zimage}
     if name.startswith("shapes-"):
         source = builtin_pipeline(name)
     else:
-        source = flux(folder / "source") if name == "flux" else makers[name](folder / "source", size=32)
+        source = makers[name](folder / "source", **({} if name in SIZELESS else {"size": 32}))
     copy(source, folder / "base", layout(name))
     return folder / "base"
 
@@ -92,7 +96,7 @@ def exports(name: str, folder: Path) -> tuple[Path, Path, Path]:
     """A merged export, the export of its adapter with its base beside it, and the base."""
     base = base_of(name, folder)
     backbone, settings = trained(name, base), backbone_of(name)
-    flow = "cps" if name.endswith(("dit", "flux")) else "ddim"
+    flow = "cps" if name.endswith(("dit", "flux", "zimage")) else "ddim"
     fields = {
         "recipe": "test",
         "backbone": {"source": str(base), "use": settings.use, **settings.own},
@@ -127,7 +131,7 @@ def exports(name: str, folder: Path) -> tuple[Path, Path, Path]:
     return folder / "merged", folder / "adapter", base
 
 
-FAMILIES = ["unet", "sdxl", "dit", "flux", "shapes-unet", "shapes-dit"]
+FAMILIES = ["unet", "sdxl", "dit", "flux", "zimage", "shapes-unet", "shapes-dit"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
