@@ -10,9 +10,9 @@ and learns from remembered images, each state of which costs a forward.
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,8 +32,11 @@ from latentac.training import value_pretraining as pretraining
 from latentac.training.algorithms import ALGORITHMS
 from latentac.training.distributed import Mesh
 from latentac.training.policy_learning import Block, CreditedBlock
-from latentac.training.trainer import Trainer
+from latentac.training.trainer import Rollouts, Trainer
 from latentac.worlds.prompts import load_prompts
+
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 
 _BOOTSTRAP = 2000
 _ARMS = {
@@ -67,12 +70,18 @@ class Timed(Trainer):
         torch.cuda.synchronize(self.mesh.device)
         return time.perf_counter()
 
-    def _roll_out(self, index: int) -> Block:
+    def _roll_out(self, index: int) -> Rollouts:
+        return self._timed(super()._roll_out, index)
+
+    def _score(self, made: Rollouts) -> Block:
+        return self._timed(super()._score, made)
+
+    def _timed(self, work: Callable[[Given], Result], given: Given) -> Result:
         clock = time.thread_time if self.mesh.device.type == "cpu" else self.clock  # on a CPU, one thread per block
         began = clock()
-        block = super()._roll_out(index)
+        result = work(given)
         self.rollout_seconds.append(clock() - began)
-        return block
+        return result
 
     def _update_policy(self, blocks: Sequence[CreditedBlock], update: int) -> dict[str, float]:
         began = self.clock()

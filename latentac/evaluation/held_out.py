@@ -18,7 +18,7 @@ from latentac.method.randomness import noise_for, uniforms_for
 from latentac.method.records import Conditioning, Scores, Trajectory, join_trajectories
 from latentac.method.returns import explained_variance
 from latentac.rewards.configured import ConfiguredReward
-from latentac.sampling.devices import map_blocks
+from latentac.sampling.devices import map_blocks, map_overlapped
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout, score, steered_rollout
 from latentac.sampling.rows import Rows
@@ -63,17 +63,19 @@ def sample(
     device = policy.backbone.device
     blocks = [range(start, min(start + block_images, len(prompts))) for start in range(0, len(prompts), block_images)]
 
-    def run(block: range) -> tuple[np.ndarray, Scores, Tensor]:
-        own = [prompts[slot] for slot in block]
-        conditioning = policy.backbone.encode([prompt.text for prompt in own])
+    def run(block: range) -> tuple[range, np.ndarray, Tensor]:
+        conditioning = policy.backbone.encode([prompts[slot].text for slot in block])
         trajectory = _roll_out(policy, critic, conditioning, block, seed, num_steps=num_steps, steering=steering)
-        images = policy.backbone.decode(trajectory.clean)
-        scores = score(rewards, images, own)
+        return block, policy.backbone.decode(trajectory.clean), trajectory.values
+
+    def scored(made: tuple[range, np.ndarray, Tensor]) -> tuple[np.ndarray, Scores, Tensor]:
+        block, images, values = made
+        scores = score(rewards, images, [prompts[slot] for slot in block])
         if bar is not None:
             bar.update(units * len(block))
-        return images, scores, trajectory.values
+        return images, scores, values
 
-    parts = map_blocks(run, blocks, device)
+    parts = map_overlapped(run, scored, blocks, device)
     return Arm(
         images=np.concatenate([images for images, _, _ in parts]),
         scores=Scores(torch.cat([scores.rewards for _, scores, _ in parts]), parts[0][1].names),

@@ -1,10 +1,11 @@
 """Where a network computes: the device of a process, and the cores that it may use."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 
@@ -13,6 +14,7 @@ from latentac.system.reading import whole_variable
 
 _CPU_WORKERS = 2
 Item = TypeVar("Item")
+Made = TypeVar("Made")
 Result = TypeVar("Result")
 
 
@@ -53,6 +55,53 @@ def map_blocks(function: Callable[[Item], Result], blocks: Sequence[Item], devic
             return list(pool.map(function, blocks))
     finally:
         torch.set_num_threads(threads)
+
+
+def map_overlapped(
+    make: Callable[[Item], Made],
+    finish: Callable[[Made], Result],
+    blocks: Sequence[Item],
+    device: torch.device,
+    alone: bool = True,
+) -> list[Result]:
+    """`finish(make(block))` of each block, in order.
+
+    On a CPU as `map_blocks`. On a GPU, and where other workers have the other cores (`alone` is false), `finish` of a
+    block runs in a thread while `make` of the next one runs here: rewards are scored during the next rollouts. No more
+    than two blocks are held by both. What either raises is raised here, after the call that `finish` is in.
+    """
+    if alone and device.type == "cpu":
+        return map_blocks(lambda block: finish(make(block)), blocks, device)
+    results: list[Result] = []
+    running: _Running[Result] | None = None
+    for block in blocks:
+        made = make(block)
+        if running is not None:
+            results.append(running.result())
+        running = _Running(finish, made)
+    return results if running is None else [*results, running.result()]
+
+
+class _Running(Generic[Result]):
+    """A call in a thread that ends with the process: nobody waits for it who is interrupted."""
+
+    def __init__(self, function: Callable[[Made], Result], argument: Made) -> None:
+        self._result: list[Result] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(function, argument), daemon=True)
+        self._thread.start()
+
+    def _run(self, function: Callable[[Made], Result], argument: Made) -> None:
+        try:
+            self._result.append(function(argument))
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            self._error = error
+
+    def result(self) -> Result:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._result[0]
 
 
 @contextmanager

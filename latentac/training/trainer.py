@@ -6,6 +6,7 @@ updates, so an update sums the same transitions in the same blocks whatever the 
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from latentac.config.schema import Config
 from latentac.critic import Critic
 from latentac.evaluation.held_out import contact_sheet
 from latentac.method.randomness import noise_for
+from latentac.method.records import Trajectory
 from latentac.method.returns import explained_variance, rank_correlation
 from latentac.rewards.configured import ConfiguredReward
-from latentac.sampling.devices import map_blocks
+from latentac.sampling.devices import map_overlapped
 from latentac.sampling.encoding import HOST_BYTES, Encoded
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import Keep, rollout, score
@@ -29,6 +31,17 @@ from latentac.training.distributed import Mesh
 from latentac.training.policy_learning import REMEDY, Block, CreditedBlock, PolicyLearner
 from latentac.training.stability import best_iteration, diverged, stop_early
 from latentac.worlds.prompts import Prompt, balanced
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Those of one block, before they are scored. prompts: indices of the training prompts; images: uint8
+    [B, H, W, 3]."""
+
+    index: int
+    trajectory: Trajectory
+    prompts: list[int]
+    images: np.ndarray
 
 
 class Trainer:
@@ -84,7 +97,7 @@ class Trainer:
         own = self.mesh.own(self._num_blocks)
         # Several workers share the cores already.
         alone = self.mesh.size == 1
-        drawn = map_blocks(self._roll_out, own, self.mesh.device) if alone else [self._roll_out(i) for i in own]
+        drawn = map_overlapped(self._roll_out, self._score, own, self.mesh.device, alone)
         rolled_out = time.monotonic()
         self._last_clean = drawn[0].trajectory.clean
         blocks, rewards, watched = self._credit(drawn)
@@ -159,8 +172,8 @@ class Trainer:
     def _num_blocks(self) -> int:
         return self.config.train.images_per_iteration // self.config.train.block_images
 
-    def _roll_out(self, index: int) -> Block:
-        """Block `index` of this iteration: G consecutive rollouts of each of its prompts."""
+    def _roll_out(self, index: int) -> Rollouts:
+        """Those of block `index` of this iteration: G consecutive ones of each of its prompts."""
         config, train, group = self.config, self.config.train, self.algorithm.group_size
         drawn = balanced(self.prompts, train.images_per_iteration // group, config.seed, "train", self.iteration)
         images = range(index * train.block_images, (index + 1) * train.block_images)
@@ -175,8 +188,12 @@ class Trainer:
             noise.to(self.mesh.device),
             keep=Keep(features=self.learner is not None, value_gradient=self.value_weights),
         )
-        scores = score(self.rewards, self.policy.backbone.decode(trajectory.clean), [self.prompts[p] for p in chosen])
-        return Block(index, trajectory, rows, scores.rewards.to(self.mesh.device))
+        return Rollouts(index, trajectory, chosen, self.policy.backbone.decode(trajectory.clean))
+
+    def _score(self, made: Rollouts) -> Block:
+        scores = score(self.rewards, made.images, [self.prompts[index] for index in made.prompts])
+        rows = torch.tensor(made.prompts, device=self.mesh.device)
+        return Block(made.index, made.trajectory, rows, scores.rewards.to(self.mesh.device))
 
     def _credit(self, blocks: Sequence[Block]) -> tuple[list[CreditedBlock], Tensor, dict[str, Any]]:
         """Advantages over all images of all workers, so that whitening is global. Returns the blocks with their credit,

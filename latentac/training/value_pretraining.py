@@ -6,8 +6,9 @@ forward are kept and every further pass over the states costs the heads only.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,10 +17,10 @@ from latentac.config.schema import Config
 from latentac.critic import Critic
 from latentac.method.diffusion import forward_noise
 from latentac.method.randomness import generator_for, noise_for, seed_for
-from latentac.method.records import Conditioning, join
+from latentac.method.records import Conditioning, Trajectory, join
 from latentac.method.returns import explained_variance, rank_correlation
 from latentac.rewards.configured import ConfiguredReward
-from latentac.sampling.devices import map_blocks
+from latentac.sampling.devices import map_overlapped
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import Keep, rollout, score
 from latentac.system.progress import Progress, progress
@@ -95,8 +96,9 @@ def collect(
     blocks = [keys[start : start + draw.block_images] for start in range(0, draw.count, draw.block_images)]
     device = policy.backbone.device
     with progress(draw.count, f"rollouts ({draw.purpose})", "images") as bar:
-        parts = map_blocks(
-            lambda keys: _collect_block(policy, critic, rewards, prompts, draw, keys=keys, bar=bar),
+        parts = map_overlapped(
+            lambda keys: _roll_out(policy, critic, prompts, draw, keys),
+            lambda made: _score(rewards, prompts, made, bar),
             blocks,
             device,
         )
@@ -110,31 +112,38 @@ def collect(
     )
 
 
-def _collect_block(
-    policy: Policy,
-    critic: Critic,
-    rewards: Sequence[ConfiguredReward],
-    prompts: Sequence[Prompt],
-    draw: Draw,
-    *,
-    keys: Sequence[tuple[str, int, int]],
-    bar: Progress[Any],
-) -> States:
-    """keys: of each image's noise: (purpose, index of its prompt, place)."""
+class _Rollouts(NamedTuple):
+    """Those of one block, before they are scored. keys: of each image's noise: (purpose, index of its prompt, place);
+    images: uint8 [B, H, W, 3]."""
+
+    keys: Sequence[tuple[str, int, int]]
+    conditioning: Conditioning
+    trajectory: Trajectory
+    images: np.ndarray
+
+
+def _roll_out(
+    policy: Policy, critic: Critic, prompts: Sequence[Prompt], draw: Draw, keys: Sequence[tuple[str, int, int]]
+) -> _Rollouts:
     noise = noise_for(keys, draw.seed, draw.num_steps, policy.backbone.latent_shape)
-    own = [prompts[index] for _, index, _ in keys]
-    conditioning = policy.backbone.encode([prompt.text for prompt in own])
-    noise = noise.to(policy.backbone.device)
-    trajectory = rollout(policy, critic, conditioning, noise, keep=Keep(features=True))
-    scores = score(rewards, policy.backbone.decode(trajectory.clean), own)
-    bar.update(len(keys))
+    conditioning = policy.backbone.encode([prompts[index].text for _, index, _ in keys])
+    trajectory = rollout(policy, critic, conditioning, noise.to(policy.backbone.device), keep=Keep(features=True))
+    return _Rollouts(keys, conditioning, trajectory, policy.backbone.decode(trajectory.clean))
+
+
+def _score(
+    rewards: Sequence[ConfiguredReward], prompts: Sequence[Prompt], made: _Rollouts, bar: Progress[Any]
+) -> States:
+    scores = score(rewards, made.images, [prompts[index] for _, index, _ in made.keys])
+    bar.update(len(made.keys))
+    trajectory = made.trajectory
     return States(
         dict(trajectory.features),
         trajectory.clean,
         trajectory.sigmas[:-1],
-        conditioning.to(torch.device("cpu")),
-        scores.rewards.to(noise.device),
-        torch.tensor([index for _, index, _ in keys]),
+        made.conditioning.to(torch.device("cpu")),
+        scores.rewards.to(trajectory.clean.device),
+        torch.tensor([index for _, index, _ in made.keys]),
     )
 
 

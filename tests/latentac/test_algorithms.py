@@ -9,7 +9,16 @@ from latentac.method.records import Conditioning, Minibatch
 from latentac.method.returns import gae, whiten
 from latentac.training.algorithms import ALGORITHMS
 from latentac.training.checkpoint import read_state, write_state
-from tests.latentac.trainers import BRIGHTNESS, REDNESS, SHIPPED, algorithm_of, credited, make_config, make_trainer
+from tests.latentac.trainers import (
+    BRIGHTNESS,
+    REDNESS,
+    SHIPPED,
+    algorithm_of,
+    credited,
+    make_config,
+    make_trainer,
+    rolled_out,
+)
 
 TWO = [BRIGHTNESS, REDNESS]
 LATENT = (2, 3, 3)
@@ -69,7 +78,7 @@ def test_a_positive_advantage_raises_the_log_prob_of_a_network(name, backbone):
     trainer = make_trainer(
         backbone, algorithm={"use": name, **group}, policy={"learning_rate": 1e-5, "warmup_updates": 0}
     )
-    block = credited(trainer._roll_out(0), 1.0)
+    block = credited(rolled_out(trainer, 0), 1.0)
     batch = trainer.policy_learner.minibatch(block, trainer.iteration, 0)
     trainer.policy_learner.add_gradient(batch)
     trainer.policy_learner.optimizer.step()

@@ -1,5 +1,7 @@
 """How many images go through the denoiser together is `train.block_images`, wherever images are made."""
 
+import threading
+
 import pytest
 import torch
 
@@ -10,11 +12,13 @@ from latentac.config.validation import resolve
 from latentac.evaluation.benchmark import run_benchmark
 from latentac.evaluation.held_out import compare
 from latentac.rewards.configured import load_rewards
+from latentac.sampling.devices import map_overlapped
 from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
+from latentac.system.errors import RewardError
 from latentac.training.value_pretraining import new_critic, pretrain
 from latentac.worlds.prompts import load_prompts
-from tests.latentac.trainers import shipped
+from tests.latentac.trainers import CPU, shipped
 
 
 class Watched(Guided):
@@ -64,3 +68,49 @@ def test_every_step_follows_block_images(size):
     backbone.denoised.clear()
     pretrain(config, policy, critic, rewards, prompts)
     assert max(backbone.denoised) == whole
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_blocks_are_finished_in_order(alone: bool, count: int) -> None:
+    """Whatever runs at the same time."""
+    found = map_overlapped(lambda block: block * 10, lambda made: made + 1, range(count), CPU, alone)
+    assert found == [10 * block + 1 for block in range(count)]
+
+
+def test_a_block_is_finished_while_the_next_one_is_made() -> None:
+    """`finish` of the first block ends only when `make` of the second has begun, and the other way round."""
+    begun = [threading.Event() for _ in range(3)]
+    finishing = [threading.Event() for _ in range(3)]
+
+    def make(block: int) -> int:
+        begun[block].set()
+        assert block == 0 or finishing[block - 1].wait(30)
+        return block
+
+    def finish(block: int) -> int:
+        finishing[block].set()
+        assert block == 2 or begun[block + 1].wait(30)
+        return block
+
+    assert map_overlapped(make, finish, range(3), CPU, False) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("part", ["make", "finish"])
+def test_an_error_of_a_block_is_raised(alone: bool, part: str) -> None:
+    """That of the block, and no later block is finished where work is overlapped."""
+    finished = []
+
+    def fail(block: int) -> int:
+        if block == 1:
+            raise RewardError("reward mine", "failed", "Correct it")
+        return block
+
+    def finish(block: int) -> int:
+        finished.append(fail(block) if part == "finish" else block)
+        return block
+
+    with pytest.raises(RewardError, match="reward mine"):
+        map_overlapped(fail if part == "make" else int, finish, range(4), CPU, alone)
+    assert alone or finished in ([], [0])

@@ -16,7 +16,7 @@ from latentac.sampling.encoding import Encoded
 from latentac.training.checkpoint import read_state, write_state
 from latentac.training.distributed import Mesh
 from latentac.worlds.prompts import load_prompts
-from tests.latentac.trainers import CPU, SHIPPED, make_trainer, same, shipped, snapshot
+from tests.latentac.trainers import CPU, SHIPPED, make_trainer, rolled_out, same, shipped, snapshot
 
 BOUNDS: dict[str, Any] = Encoded.__init__.__kwdefaults__ or {}
 TEXTS = [prompt.text for prompt in load_prompts("builtin:shapes").train]
@@ -122,11 +122,11 @@ def test_training_is_the_same_and_resumes_bitwise(lazily, tmp_path):
     resumed.load_state(*read_state(tmp_path / "state"))
     resumed.iterate()
     assert resumed.conditioning._whole is None
-    half = make_trainer(mesh=Mesh(1, 2, CPU), **sections)._roll_out(1)
+    half = rolled_out(make_trainer(mesh=Mesh(1, 2, CPU), **sections), 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(BOUNDS, "whole_bytes", 2**30)
         whole = make_trainer(**sections)
-        expected = whole._roll_out(1).trajectory
+        expected = rolled_out(whole, 1).trajectory
         assert torch.equal(expected.latents, half.trajectory.latents)
         whole.iterate()
         whole.iterate()

@@ -23,12 +23,12 @@ from latentac.system.errors import ConfigError, ResourceError, TrainingError
 from latentac.training.policy_learning import _adam_eps, _share_below
 from latentac.training.value_pretraining import new_critic
 from latentac.worlds.shapes import builtin_pipeline
-from tests.latentac.trainers import CPU, PAIRS, PROMPTS, SHIPPED, make_config, make_trainer, shipped
+from tests.latentac.trainers import CPU, PAIRS, PROMPTS, SHIPPED, make_config, make_trainer, rolled_out, shipped
 
 
 def gradient_of(trainer: Any) -> Tensor:
     """The policy's gradient of the first update, flat."""
-    blocks, *_ = trainer._credit([trainer._roll_out(index) for index in range(2)])
+    blocks, *_ = trainer._credit([rolled_out(trainer, index) for index in range(2)])
     trainer.policy_learner._gradients(blocks, 0, 0)
     return torch.cat([p.grad.flatten() for p in trainer.policy_learner.parameters.values() if p.grad is not None])
 
@@ -314,7 +314,7 @@ def test_a_guided_policy_trains_on_its_own_log_probabilities(pair):
     """With classifier-free guidance the first ratio is bitwise 1, and the means are those of the guided prediction."""
     name, kernel = pair
     trainer = make_trainer(name, kernel={"use": kernel}, policy={"guidance_scale": 3.0})
-    block = trainer._roll_out(0)
+    block = rolled_out(trainer, 0)
     state, levels = block.trajectory.latents[:, 0], block.trajectory.sigmas
     backbone, conditioning = shipped(name), block.trajectory.conditioning
     with torch.no_grad():

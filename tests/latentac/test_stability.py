@@ -10,7 +10,7 @@ from latentac.config.learning import DivergenceCheck, EarlyStopping
 from latentac.system.errors import Diverged
 from latentac.training.stability import best_iteration, diverged, stop_early, window_means
 from tests.latentac.extensions import Stumbling
-from tests.latentac.trainers import BRIGHTNESS, REDNESS, credited, make_trainer, same, snapshot
+from tests.latentac.trainers import BRIGHTNESS, REDNESS, credited, make_trainer, rolled_out, same, snapshot
 from tests.latentac.workers import prepared, train_here
 
 STUMBLING = "algorithm.use=tests.latentac.extensions:Stumbling"
@@ -149,7 +149,7 @@ def test_an_update_that_is_not_a_number_is_told_with_its_place():
     trainer = make_trainer()
     with torch.no_grad():
         next(iter(trainer.policy_learner.parameters.values())).fill_(float("inf"))
-    blocks = [credited(make_trainer()._roll_out(index), 1.0) for index in range(2)]
+    blocks = [credited(rolled_out(make_trainer(), index), 1.0) for index in range(2)]
     with pytest.raises(Diverged, match="iteration 1, update 1: the update is not finite"):
         trainer.policy_learner.update(blocks, trainer.iteration, 0, 1e-4)
 

@@ -27,6 +27,7 @@ from tests.latentac.trainers import (
     configured,
     credited,
     make_trainer,
+    rolled_out,
     same,
     snapshot,
     with_advantages,
@@ -100,7 +101,7 @@ def test_the_result_does_not_depend_on_how_blocks_are_dealt():
     for rank in range(2):
         half = make_trainer(mesh=Mesh(rank, 2, CPU))
         (index,) = half.mesh.own(2)
-        expected, found = one._roll_out(index), half._roll_out(index)
+        expected, found = rolled_out(one, index), rolled_out(half, index)
         assert torch.equal(expected.trajectory.latents, found.trajectory.latents)
         first = one.policy_learner.minibatch(credited(expected), 0, 1)
         second = half.policy_learner.minibatch(credited(found), 0, 1)
@@ -122,7 +123,7 @@ def test_blocks_and_steps_add_up_to_one_batch(name):
     for block_images in (2, 4):
         train = {"block_images": block_images, "updates_per_iteration": 1}
         trainer = make_trainer(name, train=train, algorithm={"value_gradient": 2.0})
-        blocks, *_ = trainer._credit([trainer._roll_out(index) for index in range(4 // block_images)])
+        blocks, *_ = trainer._credit([rolled_out(trainer, index) for index in range(4 // block_images)])
         for block in blocks:
             learner = trainer.policy_learner
             learner.add_gradient(learner.minibatch(block, trainer.iteration, 0))
@@ -179,7 +180,7 @@ def test_actor_and_critic_do_not_shape_each_other(name):
     assert trainer.learner is not None
     reference = trainer.policy_learner._reference.backbone.module
     weights = {key: tensor.clone() for key, tensor in reference.state_dict().items()}
-    blocks, *_ = trainer._credit([trainer._roll_out(index) for index in range(2)])
+    blocks, *_ = trainer._credit([rolled_out(trainer, index) for index in range(2)])
     before = snapshot(trainer)
     trainer.learner.learn(
         0, [(block.index, block.trajectory, block.returns) for block in blocks if block.returns is not None]
@@ -199,7 +200,7 @@ def test_actor_and_critic_do_not_shape_each_other(name):
     plain = make_trainer(name)
     for index in range(2):
         learner = plain.policy_learner
-        learner.add_gradient(learner.minibatch(credited(plain._roll_out(index)), plain.iteration, 0))
+        learner.add_gradient(learner.minibatch(credited(rolled_out(plain, index)), plain.iteration, 0))
     assert float(gradient(plain).abs().max()) == 0
 
 
@@ -209,7 +210,7 @@ def test_transitions_without_advantage_are_not_computed(name, known, monkeypatch
     """The gradient of an update is that of all its transitions. Where none has an advantage, one is computed, so that
     workers do not wait for each other."""
     trainer = make_trainer(name, algorithm={"use": "grpo", "group_size": 2}, train={"updates_per_iteration": 1})
-    learner, block = trainer.policy_learner, trainer._roll_out(0)
+    learner, block = trainer.policy_learner, rolled_out(trainer, 0)
     advantages = torch.zeros_like(block.trajectory.log_probs)
     advantages[:known] = 0.7
     chosen = with_advantages(block, advantages)
@@ -237,7 +238,7 @@ def test_transitions_without_advantage_are_not_computed(name, known, monkeypatch
 def test_what_has_a_gradient_without_an_advantage_is_computed(algorithm):
     """The value gradient and the KL to the base act on every transition."""
     trainer = make_trainer(algorithm=algorithm)
-    block = credited(trainer._roll_out(0))
+    block = credited(rolled_out(trainer, 0))
     every = block.advantages.numel() // trainer.config.train.updates_per_iteration
     assert len(trainer.policy_learner.minibatch(block, 0, 0)) == every
 
@@ -246,7 +247,7 @@ def test_what_has_a_gradient_without_an_advantage_is_computed(algorithm):
 def test_the_prediction_kl_pulls_back(name):
     """It is 0 with a gradient of 0 at the base, and away from it steps down its gradient lead back."""
     trainer = make_trainer(name, algorithm={"prediction_kl": 1.0})
-    block = credited(trainer._roll_out(0))
+    block = credited(rolled_out(trainer, 0))
     minibatch = trainer.policy_learner.minibatch(block, trainer.iteration, 0)
     assert float(trainer.policy_learner.add_gradient(minibatch)["prediction_kl"]) == 0
     assert float(gradient(trainer).abs().max()) == 0
@@ -276,12 +277,12 @@ def test_the_value_gradient_raises_the_critics_value(name):
     for weight in (1.0, -1.0):
         trainer = make_trainer(name, algorithm={"value_gradient": 5.0}, critic={"num_passes": 8, "learning_rate": 5e-3})
         assert trainer.learner is not None
-        blocks, *_ = trainer._credit([trainer._roll_out(index) for index in range(2)])
+        blocks, *_ = trainer._credit([rolled_out(trainer, index) for index in range(2)])
         trainer.learner.learn(
             0, [(block.index, block.trajectory, block.returns) for block in blocks if block.returns is not None]
         )
         trainer.value_weights = torch.tensor([weight])
-        block = credited(trainer._roll_out(0))
+        block = credited(rolled_out(trainer, 0))
         minibatch, distances = trainer.policy_learner.minibatch(block, trainer.iteration, 0), []
         scale = minibatch.latents[0].numel() * 2  # of the loss: a mean over dimensions and blocks
         for _ in range(3):
@@ -294,7 +295,7 @@ def test_the_value_gradient_raises_the_critics_value(name):
                         parameter.sub_(0.2 * distances[-1] / scale / norm**2 * parameter.grad)  # Polyak's step
         assert distances == sorted(distances, reverse=True)
         trainer.value_weights = None
-        change = trainer._roll_out(0).trajectory.values[:, -1] - block.trajectory.values[:, -1]
+        change = rolled_out(trainer, 0).trajectory.values[:, -1] - block.trajectory.values[:, -1]
         found.append(float(change.mean()))
     assert found[1] < 0 < found[0]
 
@@ -309,11 +310,11 @@ def test_the_actor_learns_a_smooth_reward(name):
         policy={"learning_rate": 5e-4, "warmup_updates": 2},
         train={"images_per_iteration": 8, "block_images": 8, **anything_goes},
     )
-    before = float(trainer._roll_out(0).rewards.mean())
+    before = float(rolled_out(trainer, 0).rewards.mean())
     for _ in range(6):
         trainer.iterate()
     trainer.history.clear()  # so that the first iteration's draws come again
-    assert float(trainer._roll_out(0).rewards.mean()) > before + 1
+    assert float(rolled_out(trainer, 0).rewards.mean()) > before + 1
 
 
 def test_a_nan_reward_is_refused_by_name():
@@ -329,7 +330,7 @@ def test_a_group_shares_its_prompt():
     """G consecutive rollouts have one prompt and different noise, whatever the algorithm; PPO then knows how well the
     critic ranks them."""
     trainer = make_trainer(algorithm={"group_size": 2})
-    block = trainer._roll_out(0)
+    block = rolled_out(trainer, 0)
     assert torch.equal(block.prompts[0::2], block.prompts[1::2])
     assert not torch.equal(block.trajectory.latents[0, 0], block.trajectory.latents[1, 0])
     assert len(trainer.iterate()["rank_correlation"]) == 3

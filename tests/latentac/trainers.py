@@ -112,6 +112,11 @@ def make_config(backbone: str = SHIPPED[0], **sections: Any) -> Config:
     return resolve(merge(fields, sections))
 
 
+def rolled_out(trainer: Trainer, index: int) -> Block:
+    """Block `index` of the next iteration, scored."""
+    return trainer._score(trainer._roll_out(index))
+
+
 def credited(block: Block, advantage: float = 0.0) -> CreditedBlock:
     """`block` with this advantage at each step, and nothing for a critic to learn."""
     return with_advantages(block, torch.full_like(block.trajectory.log_probs, advantage))
