@@ -22,11 +22,9 @@ ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
-# Tests stay off the network; two at a time want one core each.
+# Tests stay off the network. Three at a time on two cores: many of them wait for processes and servers that they start.
 TEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
-TEST_WORKERS ?= 2
-# The slow tests often wait for the processes and servers that they start.
-SLOW_WORKERS ?= 3
+TEST_WORKERS ?= 3
 PARALLEL := OMP_NUM_THREADS=1
 CHECKED := $(wildcard latentac images helm benchmarks tools docs tests)
 LOCK := compile -q --universal --fork-strategy fewest --generate-hashes --python-version 3.11 \
@@ -68,10 +66,10 @@ serve: install ## serve a model until Ctrl-C: the last one deployed, or that of 
 	@$(VENV)/bin/latentac serve $(call option,RUN,run) $(call option,PROJECT,project) $(call option,PORT,port) $(PLACE_OPTIONS)
 
 test: install minio ## all tests (up to 40 minutes on two busy cores)
-#: TEST_WORKERS=2 SLOW_WORKERS=3 ARGS="-k ratio"
+#: TEST_WORKERS=3 ARGS="-k ratio"
 	@status=0
 	$(PARALLEL) $(TEST) -m "not slow and not cluster" -n $(TEST_WORKERS) $(ARGS) || status=$$?
-	$(PARALLEL) $(TEST) -m "slow and not cluster" -n $(SLOW_WORKERS) --dist loadfile $(ARGS) || status=$$?
+	$(PARALLEL) $(TEST) -m "slow and not cluster" -n $(TEST_WORKERS) --dist loadfile $(ARGS) || status=$$?
 	exit $$status
 
 test-wheel: install ## a small run from the wheel, with the oldest and with the newest allowed versions

@@ -73,7 +73,7 @@ def test_all_problems_come_at_once_with_path_value_and_remedy():
         (["algorithm.group_size=3"], "train.block_images", "multiple"),
         (["train.num_workers=3"], "train.images_per_iteration", "dealt evenly"),
         (["train.updates_per_iteration=1000"], "train.updates_per_iteration", "transitions of a block"),
-        (["gate.reward=beauty"], "gate.reward", "none of this run's rewards"),
+        (["gate.reward=beauty"], "gate.reward", "not a reward of this run"),
         (["rewards=[{use: shapes_verifier, weight: 0}]"], "rewards", "nothing to learn"),
         (["rewards=[{use: shapes_verifier}, {use: shapes_verifier}]"], "rewards", "is the name of two entries"),
         (["critic.body.num_heads=7"], "critic.body", "width = 64 is not a multiple of num_heads = 7"),
