@@ -12,6 +12,7 @@ REWARDS = Table(
     {
         "shapes_verifier": "latentac.rewards.shapes_verifier:ShapesVerifier",
         "jpeg_compressibility": "latentac.rewards.jpeg_compressibility:JpegCompressibility",
+        "jpeg_incompressibility": "latentac.rewards.jpeg_incompressibility:JpegIncompressibility",
         "shapes_clip": "latentac.rewards.shapes_clip:ShapesClip",
         "colourfulness": "latentac.rewards.colourfulness:Colourfulness",
     },
