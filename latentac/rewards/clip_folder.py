@@ -46,7 +46,8 @@ _REMEDY = "Use a folder that CLIPModel and CLIPProcessor of transformers have sa
 
 def is_local(source: str) -> bool:
     """Whether `source` means a folder of this machine, there or not."""
-    return os.path.exists(os.path.expanduser(source)) or source.startswith(("/", "./", "../", "~"))
+    given = source.startswith(("/", "./", "../", "~")) or source.count("/") > 1  # a hub id is owner/name
+    return given or os.path.exists(os.path.expanduser(source))
 
 
 def locate(source: str, revision: str = "") -> Path:
@@ -120,10 +121,7 @@ class Clip:
 
     def prepare(self, images: np.ndarray) -> Tensor:
         """float32 [B, 3, size, size] of `images` uint8 [B, H, W, 3], as the folder's own settings say."""
-        pixels: Tensor = self._processor(list(images), return_tensors="pt", input_data_format="channels_last")[
-            "pixel_values"
-        ]
-        return pixels
+        return _prepared(self._processor, images)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Numbers and mask int64 [B, max_tokens]: a longer prompt loses its end, as in CLIP itself. Threads must take
@@ -161,14 +159,19 @@ def _problems(folder: Path, *, weights: bool = True) -> Iterator[tuple[str, str]
         if type(vocabulary) is not int or highest >= vocabulary:
             raise Damaged(f"CLIPTokenizer: has a token {highest}, and text_config.vocab_size is {vocabulary}")
         size = vision.get("image_size", 224)
-        prepared = CLIPImageProcessorPil(**_preparation(folder))([np.zeros((3, 5, 3), np.uint8)])["pixel_values"][0]
-        if prepared.shape != (3, size, size):
-            made = " x ".join(map(str, prepared.shape[1:]))
+        prepared = _prepared(CLIPImageProcessorPil(**_preparation(folder)), np.zeros((1, 5, 8, 3), np.uint8))
+        if prepared.shape != (1, 3, size, size):
+            made = " x ".join(map(str, prepared.shape[2:]))
             raise Damaged(f"image settings: make {made} pixels, and vision_config.image_size is {size}")
     except (Damaged, OSError) as error:
         yield str(error), _REMEDY
     except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         yield f"has values of the wrong type ({error})", _REMEDY
+
+
+def _prepared(processor: Any, images: np.ndarray) -> Tensor:
+    found: Tensor = processor(list(images), return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    return found
 
 
 def _preparation(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The rewards that look through a CLIP, on miniatures in the published layout, against transformers' own classes."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ from latentac.runs import testing
 from latentac.runs.preparation.prepare import fetch_rewards
 from latentac.system.errors import ConfigError, RewardError
 from tests.latentac import miniatures
-from tests.latentac.hub import cached
+from tests.latentac.hub import cached, serving
 
 PROMPTS = ["a red circle", "three blue squares", "", "a green triangle above a red square " * 5, "a painting of Zürich"]
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 40, 56, 3), dtype=np.uint8)
@@ -424,3 +425,40 @@ def test_a_hub_id_works_from_the_offline_cache(clip: Path, cache: Path) -> None:
     assert absent.elsewhere
     with pytest.raises(ConfigError, match="could not be had from the hub"):
         absent.fetch()
+
+
+FETCH = """
+import sys
+from latentac.rewards import REWARDS
+from latentac.system.errors import ConfigError
+for name in sys.argv[1:]:
+    try:
+        REWARDS.build("clip_score", source=name).fetch()
+    except ConfigError as error:
+        print(error)
+"""
+
+
+@pytest.mark.timeout(400)
+def test_only_the_files_that_are_used_are_downloaded(copy: Path, tmp_path: Path) -> None:
+    """By the hub's own client from a hub on loopback. Of a repository of pickles only descriptions are."""
+    for name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "README.md", "onnx/model.onnx"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes(b"x" * 1000)
+    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+    def fetch(home: str, url: str) -> str:
+        asked = [sys.executable, "-W", "ignore", "-c", FETCH, "someone/a-clip"]
+        settings = {**environment, "HF_HOME": str(tmp_path / home), "HF_ENDPOINT": url}
+        return subprocess.run(asked, env=settings, capture_output=True, text=True, check=True).stdout
+
+    small = {"config.json", "merges.txt", "preprocessor_config.json", "special_tokens_map.json", "vocab.json"}
+    small |= {"tokenizer_config.json"}
+    with serving("someone/a-clip", copy) as hub:
+        assert fetch("one", hub.url) == ""
+        assert sorted(hub.fetched) == sorted({*small, "model.safetensors"})
+        (copy / "model.safetensors").unlink()
+        hub.fetched.clear()
+        assert "has no safetensors weights: pickles can run code and are never loaded" in fetch("two", hub.url)
+        assert "pytorch_model.bin" not in hub.fetched
