@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from latentac.backbones.bounds import beyond, unheld
-from latentac.backbones.layout import INDEX, Layout, Part, Rule, unreadable
+from latentac.backbones.layout import ADAPTER, INDEX, Layout, Part, Rule, unreadable
 from latentac.backbones.vocabulary import SENTENCEPIECE, read_tokenizer
 from latentac.backbones.weights import Weights, shapes
 from latentac.system.errors import ConfigError, Problem
-from latentac.system.modelfiles import Damaged, read_json, shorten
+from latentac.system.modelfiles import ADAPTERS, Damaged, faults, read_json, shorten
 
 SUPPORTED = (
     "Supported: Stable Diffusion 1.x and 2.x (StableDiffusionPipeline, backbone.use=unet), Stable Diffusion XL "
@@ -105,6 +105,22 @@ def inspect(source: str, folder: Path, layout: Layout, *, weights: bool = True) 
     if "scheduler" not in failed:
         problems += _scheduler(source, folder, layout)
     return problems
+
+
+def inspect_alone(folder: Path, parts: Sequence[Part], *, weights: bool = True) -> Iterator[tuple[str, str, str]]:
+    """The same of parts that lie in `folder` itself, in no pipeline: which part, what is wrong, the remedy."""
+    configurations: dict[str, dict[str, Any]] = {}
+    names = [path.name for path in folder.glob("[!.]*")]
+    refused = list(faults(folder, {name for part in parts for name in part.files(names)}))
+    refused += [(name, *ADAPTER) for name in sorted({*names} & {*ADAPTERS})]
+    yield from refused
+    for part in () if refused else parts:
+        found = list(_part(folder, part, [part.library, part.classes[0]], configurations, network=False))
+        if not found and weights and part.stem is not None:
+            found = list(_weights(folder, part, configurations[part.name]))
+        for problem, remedy in found:
+            own = f"Supported: {' or '.join(part.classes)} of {part.library}" if remedy == SUPPORTED else remedy
+            yield part.label, shorten(problem), own
 
 
 def _ruled(source: str, rule: Rule, configurations: Mapping[str, Mapping[str, Any]]) -> list[Problem]:

@@ -26,6 +26,11 @@ _TOKENIZERS = {
 _MODEL_TYPES: tuple[tuple[str, ModelType], ...] = (("T5", "t5"), ("Qwen", "qwen3"))
 _ANYTHING_SAFE = (".safetensors", ".json", ".txt", ".model")
 _TEXTS = ("_class_name", "_diffusers_version")  # of model_index.json
+ADAPTER = (
+    "is an adapter of peft, whose base model lies elsewhere",
+    "Use the model with its adapter merged (merge_and_unload of peft), without this file",
+)
+"""What is wrong with one of ADAPTERS, and the remedy."""
 
 
 Rule = Callable[[Mapping[str, Mapping[str, Any]]], Iterable[tuple[str, str, str]]]
@@ -33,11 +38,17 @@ Rule = Callable[[Mapping[str, Mapping[str, Any]]], Iterable[tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Part:
-    """name: of its folder and in model_index.json; classes: that the backbone can load; kind: what is in the folder."""
+    """name: of its folder and in model_index.json, "." for a model that is no part of a pipeline; classes: that can be
+    loaded; kind: what is in the folder."""
 
     name: str
     kind: Literal["network", "text_encoder", "autoencoder", "tokenizer", "scheduler"]
     classes: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return self.classes[0] if self.name == "." else self.name
 
     @property
     def stem(self) -> str | None:
@@ -156,8 +167,7 @@ def unreadable(folder: Path, layout: Layout) -> Iterator[tuple[str, str, str]]:
             continue  # it is missing, or no folder: told where the part is judged
         names += [f"{part.name}/{name}" for name in part.files(within)]
         for name in sorted(set(ADAPTERS) & set(within)):
-            remedy = "Use the model with its adapter merged (merge_and_unload of peft), without this file"
-            yield f"{part.name}/{name}", "is an adapter of peft, whose base model lies elsewhere", remedy
+            yield f"{part.name}/{name}", *ADAPTER
     yield from faults(folder, names)
 
 

@@ -53,7 +53,7 @@ def load(kind: Any, folder: Path, part: Part, device: torch.device, dtype: torch
         Problem(
             "backbone.source",
             str(folder),
-            f"{part.name}: its weights file {what} {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}",
+            f"{part.label}: its weights file {what} {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}",
             f"Use the weights that belong to {part.name}/config.json",
         )
         for what, names in wrong.items()
@@ -96,8 +96,8 @@ def _errors(folder: Path, part: Part) -> Iterator[None]:
         raise
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        remedy = f"Use a complete {part.name} whose files belong to each other"
-        problem = f"{part.name}: cannot be loaded ({first})"
+        remedy = f"Use a complete {part.label} whose files belong to each other"
+        problem = f"{part.label}: cannot be loaded ({first})"
         raise ConfigError([Problem("backbone.source", str(folder), problem, remedy)]) from error
 
 
@@ -117,7 +117,7 @@ def _check_size(kind: Any, view: Path, folder: Path, part: Part) -> None:
     different = {id(tensor): tensor.numel() for tensor in empty.state_dict(keep_vars=True).values()}  # some are shared
     asked = sum(different.values())
     if asked > held + _SPARE:
-        problem = f"{part.name}: its config.json asks for {asked:,} numbers, and its weights file has {held:,}"
+        problem = f"{part.label}: its config.json asks for {asked:,} numbers, and its weights file has {held:,}"
         remedy = f"Use the weights that belong to {part.name}/config.json"
         raise ConfigError([Problem("backbone.source", str(folder), problem, remedy)])
 

@@ -77,7 +77,7 @@ def _from_hub(source: str, layout: Layout | None, revision: str | None) -> tuple
         if layout is None:
             patterns = ["*.safetensors", "*.json", "*.txt", "*.model"]
             return snapshot(source, commit, patterns), commit
-        names = _names(source, folder, commit)
+        names = repository_files(source, folder, commit)
         used = layout.files(names)
         if INDEX not in used:
             single = [name for name in names if "/" not in name and name.endswith(_FILES)]
@@ -99,7 +99,7 @@ def _from_hub(source: str, layout: Layout | None, revision: str | None) -> tuple
         raise _bad(source, problem, f"{hint}{_REMEDY}; a gated one needs HF_TOKEN") from error
 
 
-def _names(source: str, folder: Path, commit: str) -> list[str]:
+def repository_files(source: str, folder: Path, commit: str) -> list[str]:
     """Names of the repository's files, or, where the hub cannot be reached, of those that the cache holds."""
     if not offline():
         try:

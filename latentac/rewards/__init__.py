@@ -12,8 +12,12 @@ REWARDS = Table(
     {
         "shapes_verifier": "latentac.rewards.shapes_verifier:ShapesVerifier",
         "jpeg_compressibility": "latentac.rewards.jpeg_compressibility:JpegCompressibility",
+        "jpeg_incompressibility": "latentac.rewards.jpeg_incompressibility:JpegIncompressibility",
         "shapes_clip": "latentac.rewards.shapes_clip:ShapesClip",
         "colourfulness": "latentac.rewards.colourfulness:Colourfulness",
+        "clip_score": "latentac.rewards.clip_score:ClipScore",
+        "pickscore": "latentac.rewards.pickscore:PickScore",
+        "aesthetic": "latentac.rewards.aesthetic:Aesthetic",
     },
 )
 
@@ -25,6 +29,8 @@ class Reward(Protocol):
 
     unit: str, what one unit of the number means.
     transient_errors: exception types and HTTP statuses after which another attempt may help.
+    fetch(): has on this machine whatever it needs from elsewhere. `prepare` calls it once, without a time limit.
+    elsewhere: bool, whether `fetch` would have to download something. A dry run then calls neither it nor the reward.
     known(): (images, prompts, answers): images whose rewards are certain, by which `prepare` finds a broken
         installation.
     """

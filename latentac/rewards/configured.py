@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from latentac.config.extensions import prefixed
 from latentac.config.schema import Reward as RewardSettings
 from latentac.rewards import REWARDS
 from latentac.system.calls import in_flight, watched
@@ -56,6 +57,24 @@ class ConfiguredReward:
         except Exception as error:
             culprit = self._culprit(images, prompts, error)
             raise self._failed(culprit, _described(error)) from error
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether `fetch` would have to download something."""
+        return bool(getattr(self.reward, "elsewhere", False))
+
+    def fetch(self) -> None:
+        """Whatever the reward needs from elsewhere, without a time limit. Raises ConfigError, RewardError."""
+        if not hasattr(self.reward, "fetch"):
+            return
+        try:
+            self.reward.fetch()
+        except ConfigError as error:
+            raise ConfigError(prefixed(error.problems, f"rewards.{self.name}")) from error
+        except LatentacError as error:
+            raise RewardError(f"reward {self.name}, {error.where}", error.problem, error.remedy) from error
+        except (Exception, SystemExit) as error:
+            raise RewardError(f"reward {self.name}", f"fetch() failed: {_described(error)}", _REMEDY) from error
 
     def known(self) -> tuple[np.ndarray, list[str], np.ndarray] | None:
         """The class's known images, or None if it has none. Raises RewardError."""

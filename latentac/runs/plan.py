@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,6 +24,7 @@ from latentac.store import open_store
 from latentac.system.errors import ConfigError, LatentacError, Problem, ResourceError
 
 if TYPE_CHECKING:
+    from latentac.rewards.configured import ConfiguredReward
     from latentac.runs.preparation.sizing import Requirements
     from latentac.worlds.prompts import PromptSet
 
@@ -78,8 +80,9 @@ def plan(given: Given, store: str, output: Path) -> Plan:
         return Plan(None, None, tuple(refused))
     attempt(lambda: preparation.check_machine(settings, output))
     prompts = attempt(lambda: load_prompts(settings.prompts))
-    if resolved is not None:
-        attempt(lambda: preparation.check_known(resolved.rewards))
+    given_rewards = [] if resolved is None else resolved.rewards
+    rewards = [each for each in given_rewards if not each.elsewhere and attempt(partial(_fetched, each))]
+    attempt(lambda: preparation.check_known(rewards))
     rehearsed = None
     folder = attempt(lambda: on_this_machine(settings.backbone.source, settings.backbone.revision))
     needed = attempt(lambda: requirements(settings, folder, prompts)) if folder else None
@@ -91,12 +94,18 @@ def plan(given: Given, store: str, output: Path) -> Plan:
     if rehearsed is not None and prompts is not None and resolved is not None:
         attempt(lambda: preparation.check_lengths(settings, prompts, rehearsed.backbone))
         block = settings.train.block_images
-        attempt(lambda: preparation.check_scoring(resolved.rewards, prompts, rehearsed.images[0], block))
+        attempt(lambda: preparation.check_scoring(rewards, prompts, rehearsed.images[0], block))
     needs = None if needed is None else tuple(sizing.describe(needed))
     if needs is not None and rehearsed is not None and prompts is not None:
         counted = attempt(lambda: count_operations(settings, rehearsed.backbone, prompts.train[0].text))
         needs += tuple(describe_costs(settings, counted, given.gpu, given.price)) if counted else ()
     return Plan(resolved.config if resolved else None, needs, tuple(refused))
+
+
+def _fetched(reward: "ConfiguredReward") -> bool:
+    """Raises ConfigError, RewardError where what the reward needs is not there."""
+    reward.fetch()
+    return True
 
 
 def requirements(settings: Config, folder: Path, prompts: "PromptSet | None") -> "Requirements":

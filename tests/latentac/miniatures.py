@@ -5,6 +5,7 @@
     sd15(folder, prediction_type="v_prediction")          Stable Diffusion 2
     sdxl(folder)                                          Stable Diffusion XL 1.0, its scheduler too
     sd3(folder), sd3(folder, medium=True)                 Stable Diffusion 3, and 3.5 Medium (dual attention, qk norm)
+    clip(folder)                                          a whole CLIP with the settings of its images, for rewards
 
     pipeline_of("sdxl")                                   for tests of every backbone, whose weights do not matter
 
@@ -31,7 +32,14 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from latentac.worlds.shapes import PIPELINES, builtin_pipeline
 
@@ -183,6 +191,32 @@ def sd3(
         tokenizer_3=t5[1],
     )
     return _saved(pipeline, folder, variant, sharded)
+
+
+def clip(folder: Path, *, width: int = 24, size: int = 32, seed: int = 0, max_length: int = 16, **vision: Any) -> Path:
+    """CLIPModel in its published layout: one folder, weights in safetensors, preprocessor_config.json as OpenAI wrote
+    it. width: of the shared vectors; size: of the images; vision: settings over that half's own."""
+    torch.manual_seed(seed)
+    half = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = _text_config(32, max_length).to_dict()
+    seen = {**half, "image_size": size, "patch_size": 8, **vision}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=seen, projection_dim=width))
+    for weight in model.parameters():
+        if weight.ndim > 1:  # with CLIP's own small ones all images look the same
+            torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(folder)
+    _tokenizer(max_length).save_pretrained(folder)
+    _older_form(folder)
+    images = {
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_normalize"), True),
+        **dict.fromkeys(("size", "crop_size"), size),
+        "resample": 3,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2))
+    return folder
 
 
 @functools.cache

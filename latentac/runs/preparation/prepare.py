@@ -50,6 +50,18 @@ def check_machine(config: Config, output: Path) -> None:
                 ) from error
 
 
+def fetch_rewards(rewards: Sequence[ConfiguredReward]) -> None:
+    """Have here whatever they need from elsewhere. Raises ConfigError with all that is wrong, RewardError."""
+    problems: list[Problem] = []
+    for reward in rewards:
+        try:
+            reward.fetch()
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+
+
 def check_known(rewards: Sequence[ConfiguredReward]) -> None:
     """Call each reward on the images that it knows: one that answers 0 to everything is found out now, not after
     training. Raises RewardError by name."""

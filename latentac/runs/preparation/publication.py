@@ -39,6 +39,7 @@ def publish_prepared(
         preparation.check_machine(settings, output)
         store.probe()
         prompts = load_prompts(settings.prompts)
+        preparation.fetch_rewards(extensions.rewards)
         preparation.check_known(extensions.rewards)
         described = preparation.fetch_backbone(settings, folder / "backbone", output, store.url, len(prompts.train))
         rehearsed = rehearse(

@@ -1,0 +1,95 @@
+"""How beautiful people find an image: LAION's aesthetic predictor, a small head on the vectors of CLIP ViT-L/14."""
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from latentac.rewards.clip import ClipReward, ClipSettings
+from latentac.system.errors import ConfigError, Problem
+from latentac.system.modelfiles import Damaged
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latentac.rewards.clip_folder import Clip
+
+_LAYERS = {"layers.0": 1024, "layers.2": 128, "layers.4": 64, "layers.6": 16, "layers.7": 1}
+"""Name -> outputs. Between them lie layers of dropout, which scoring leaves out, and no activations."""
+_CONVERSION = (
+    'Convert what you trust: python -c "import torch; from safetensors.torch import save_file; '
+    'save_file(torch.load({0!r}, weights_only=True), {1!r})", then head={1}'
+)
+
+
+class Aesthetic(ClipReward):
+    """The mean rating that people would give the image, from its unit vector by CLIP ViT-L/14 and a head of five linear
+    layers (768-1024-128-64-16-1, without activations). The prompt does not matter."""
+
+    unit = "LAION aesthetic score: a mean rating from 1 to 10 by people"
+
+    class Settings(ClipSettings):
+        source: str = "openai/clip-vit-large-patch14"
+        head: str
+        """The head's file, as safetensors. It is published as the pickle `sac+logos+ava1-l14-linearMSE.pth`; the error
+        message for a pickle has the command that converts it."""
+
+    def __init__(self, settings: "Aesthetic.Settings") -> None:
+        super().__init__(settings)
+        self._head = settings.head
+
+    def examine(self, folder: Path) -> None:
+        from latentac.backbones.weights import header
+        from latentac.rewards.clip_folder import width
+
+        file, path = Path(os.path.expanduser(self._head)), self._head
+        if file.suffix != ".safetensors":
+            remedy = _CONVERSION.format(path, str(Path(path).with_suffix(".safetensors")))
+            raise _wrong(path, "is no safetensors file, and pickles can run code and are never loaded", remedy)
+        try:
+            found = header(file)
+        except (Damaged, OSError) as error:
+            reason = str(error) if isinstance(error, Damaged) else f"cannot be read ({error.strerror})"
+            raise _wrong(path, reason, "Name the converted head of the aesthetic predictor") from error
+        for name, shape in _shapes(found.get("layers.0.weight", (0, 0))[-1]).items():
+            if found.get(name) != shape:
+                problem = (
+                    f"{name} is {list(found.get(name, ())) or 'missing'}, and the published head has {list(shape)}"
+                )
+                raise _wrong(path, problem, "Name the converted head of the aesthetic predictor")
+        taken, given = found["layers.0.weight"][1], width(folder)
+        if taken != given:
+            problem = f"takes vectors of {taken} numbers, and the CLIP of `source` gives {given}"
+            raise _wrong(path, problem, "Use the CLIP that the head was trained on: openai/clip-vit-large-patch14")
+
+    def score(self, clip: "Clip", images: np.ndarray, prompts: Sequence[str]) -> "Tensor":
+        from torch.nn import functional
+
+        found = clip.image_vectors(clip.prepare(images))
+        for weight, bias in self._layers:
+            found = functional.linear(found, weight.to(found.device), bias.to(found.device))
+        return found[:, 0]
+
+    @cached_property
+    def _layers(self) -> list[tuple["Tensor", "Tensor"]]:
+        """Weight and bias of each layer, float32, on the CPU."""
+        from safetensors.torch import load_file
+
+        held = load_file(os.path.expanduser(self._head))
+        return [(held[f"{name}.weight"].float(), held[f"{name}.bias"].float()) for name in _LAYERS]
+
+
+def _shapes(inputs: int) -> dict[str, tuple[int, ...]]:
+    """Of each tensor, by name, of a head for vectors of so many numbers."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, outputs in _LAYERS.items():
+        found |= {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+        inputs = outputs
+    return found
+
+
+def _wrong(head: str, problem: str, remedy: str) -> ConfigError:
+    return ConfigError([Problem("head", head, problem, remedy)])
