@@ -14,6 +14,7 @@ REWARDS = Table(
         "jpeg_compressibility": "latentac.rewards.jpeg_compressibility:JpegCompressibility",
         "shapes_clip": "latentac.rewards.shapes_clip:ShapesClip",
         "colourfulness": "latentac.rewards.colourfulness:Colourfulness",
+        "remote": "latentac.rewards.remote:Remote",
     },
 )
 

@@ -135,7 +135,7 @@ def test_the_pipeline_image_has_no_torch(images: Images) -> None:
         "latentac.runs.steps, latentac.runs.release.gate, latentac.runs.release.deploy, "
         "latentac.runs.reporting.report, latentac.runs.reporting.charts, torchx.runner"
     )
-    rewards = "from latentac.rewards import REWARDS; [REWARDS.build(name) for name in REWARDS]"
+    rewards = "from latentac.rewards import REWARDS; [REWARDS.build(each) for each in REWARDS if each != 'remote']"
     code, output = images.run("pipeline", "python3", "-c", f"import {modules}; {rewards}")
     assert code == 0, output
 
