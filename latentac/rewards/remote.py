@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import ssl
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from pydantic import Field, field_validator
 from latentac.config import extensions
 from latentac.config.sections import NonNegative, Seconds
 from latentac.rewards.service import SCORE, Patience, Service
-from latentac.system.errors import ConfigError, Problem, RewardError
+from latentac.system.errors import ConfigError, Problem, RewardError, describe
 from latentac.system.reading import read_given
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -68,8 +69,8 @@ class Remote:
         times = settings.connect_seconds, settings.answer_seconds
         patience = Patience(*times, settings.attempts, settings.retry_seconds)
         token = _token(settings.token_file) if settings.token_file else ""
-        if settings.ca_file and not Path(settings.ca_file).is_file():
-            raise ConfigError([Problem("ca_file", settings.ca_file, "is not a file", "Name a PEM file")])
+        if settings.ca_file:
+            _check_authorities(settings.ca_file)
         self._settings = settings
         self._service = Service(settings.url, patience, settings.connections, token=token, authorities=settings.ca_file)
         health = self._service.ready(settings.ready_seconds)
@@ -132,6 +133,15 @@ def _png(image: np.ndarray) -> str:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG", compress_level=1)
     return base64.b64encode(file.getvalue()).decode()
+
+
+def _check_authorities(name: str) -> None:
+    """Raises ConfigError."""
+    try:
+        ssl.create_default_context(cafile=name)
+    except OSError as error:  # SSLError is one
+        problem = f"holds no certificates: {error.strerror or describe(error)}"
+        raise ConfigError([Problem("ca_file", name, problem, "Name a PEM file with the authorities")]) from None
 
 
 def _token(name: str) -> str:

@@ -161,7 +161,9 @@ class Service:
         options: dict[str, Any] = {"retries": False, "preload_content": False, "timeout": timeout}
         answer = self._pools.urlopen(method, self.url + path, body=body, headers=headers, **options)
         try:
-            content = answer.read(MOST_ANSWER_BYTES + 1, decode_content=False)
+            content = b""
+            while part := answer.read(MOST_ANSWER_BYTES + 1 - len(content), decode_content=False):
+                content += part  # to its end, where urllib3 raises for an answer that is shorter than it says
         finally:
             if not answer.closed and answer.length_remaining != 0:  # the rest is not wanted
                 answer.close()

@@ -46,7 +46,9 @@ MOST_IMAGES = 256
 MOST_PIXELS = 64 * 2**20
 """Of the images of a request together."""
 MOST_REQUESTS = 16
-"""That are read or answered at once; a further one gets 503."""
+"""That are read or answered at once. A further one waits, with its body unread."""
+QUEUE_SECONDS = 20.0
+"""How long it waits; then it gets 503, and may come again."""
 _MOST_VALUES = 200_000
 _RETRY_AFTER_SECONDS = 1
 _log = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ class Scoring:
     """The routes over one reward. Scores are computed in threads, one per core, so health is answered meanwhile."""
 
     def __init__(self, reward: ConfiguredReward) -> None:
-        self._reward, self._busy = reward, 0
+        self._reward, self._places = reward, asyncio.Semaphore(MOST_REQUESTS)
         self._threads = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="score")
 
     def application(self, allowed: Access) -> Starlette:
@@ -85,20 +87,22 @@ class Scoring:
 
     async def score(self, request: Request) -> Response:
         """One number per image."""
-        if self._busy >= MOST_REQUESTS:
-            problem = Problem("server", self._busy, "requests are being answered already", "Ask again later.")
+        try:
+            async with asyncio.timeout(QUEUE_SECONDS):
+                await self._places.acquire()
+        except TimeoutError:
+            problem = Problem("server", MOST_REQUESTS, "requests are being answered already", "Ask again later.")
             return refusal(503, [problem], {"Retry-After": str(_RETRY_AFTER_SECONDS)}, openai=True)
-        self._busy += 1
         try:
             body = await body_of(request, MOST_BYTES)
             scores = await asyncio.get_running_loop().run_in_executor(self._threads, self._scores, body)
+        except ConfigError:
+            raise
         except LatentacError as error:
-            if isinstance(error, ConfigError):
-                raise
             _log.warning("%s", error)  # the reward's own failure, which is told to whoever asked, too
             return refusal(500, [Problem(error.where, None, error.problem, error.remedy)], openai=True)
         finally:
-            self._busy -= 1
+            self._places.release()
         return JSONResponse({"scores": scores})
 
     def _scores(self, body: bytes) -> list[float]:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -67,17 +68,19 @@ Answer = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
 
 
 @contextlib.contextmanager
-def answering(score: Answer, health: Answer | None = None) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The address of a server that calls `score` for each question, and the questions that came."""
+def answering(
+    score: Answer, health: Answer | None = None, context: ssl.SSLContext | None = None
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The address of a server that calls `score` for each question, and the questions that came. context: for TLS."""
     asked: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_GET(self) -> None:  # noqa: N802 - as http.server has it
+        def do_GET(self) -> None:
             (health or healthy)(self, {})
 
-        def do_POST(self) -> None:  # noqa: N802 - as http.server has it
+        def do_POST(self) -> None:
             question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append(
                 {**question, "headers": dict(self.headers), "from": self.client_address, "at": time.monotonic()}
@@ -95,10 +98,12 @@ def answering(score: Answer, health: Answer | None = None) -> Iterator[tuple[str
             pass
 
     server = Server(("127.0.0.1", 0), Handler)
+    if context is not None:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        yield f"{'http' if context is None else 'https'}://127.0.0.1:{server.server_address[1]}", asked
     finally:
         server.shutdown()
         server.server_close()
