@@ -15,7 +15,7 @@ from typing import Any
 
 import certifi
 from urllib3 import Retry, Timeout
-from urllib3.exceptions import HTTPError, InvalidHeader, ReadTimeoutError, SSLError
+from urllib3.exceptions import HTTPError, InvalidHeader, NewConnectionError, ReadTimeoutError, SSLError
 
 from latentac.store.transport import Pools
 from latentac.system.errors import RewardError, describe
@@ -131,6 +131,8 @@ class Service:
                     path, f"has no trusted certificate: {self._shown(describe(error))}", remedy
                 ) from None
             raise Unavailable(self._shown(describe(error))) from None
+        except NewConnectionError as error:  # it begins with the address, which is told already
+            raise Unavailable(f"cannot be reached: {self._shown(str(error).partition(': ')[2])}") from None
         except HTTPError as error:
             raise Unavailable(self._shown(describe(error))) from None
         if status in _REPEATED:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ class Slow:
         """Until it is built."""
         score_seconds: NonNegative = 0.0
         """Until it has scored."""
+        log: str = ""
+        """File that gets a line per call."""
 
     def __init__(self, settings: "Slow.Settings") -> None:
         self.settings = settings
@@ -31,6 +34,9 @@ class Slow:
         if "fail" in prompts:
             raise ValueError("this prompt has no score")
         time.sleep(self.settings.score_seconds)
+        if self.settings.log:
+            with Path(self.settings.log).open("a") as file:
+                file.write(f"{len(prompts)}\n")
         more = [float(each.get("more", 0)) for each in metadata]
         found: np.ndarray = images.mean((1, 2, 3)) + np.array(more)
         return found

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import ssl
@@ -34,12 +33,9 @@ class RewardServer:
         self._words = ["reward-server", "--reward", reward, "--port", str(self.port), *words]
         self.process: subprocess.Popen[str] | None = None
 
-    def start(self, **environment: str) -> "RewardServer":
+    def start(self) -> None:
         command = [sys.executable, "-m", "latentac.runs.cli", *self._words]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
-        )
-        return self
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def announced(self) -> str:
         """The line that it prints when it listens."""
