@@ -21,6 +21,7 @@ from latentac.rewards.service import SCORE, Patience, Service
 from latentac.system.errors import ConfigError, Problem, RewardError, describe
 from latentac.system.reading import read_given
 
+_RUN_LENGTHS = 3  # zlib's Z_RLE: of images faster than the others, and smaller than its own lowest level
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -131,7 +132,7 @@ class Remote:
 
 def _png(image: np.ndarray) -> str:
     file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG", compress_level=1)
+    Image.fromarray(image).save(file, "PNG", compress_level=1, compress_type=_RUN_LENGTHS)
     return base64.b64encode(file.getvalue()).decode()
 
 

@@ -191,7 +191,7 @@ def test_a_failure_of_the_reward_is_told_and_the_server_goes_on() -> None:
     """By its exception, as in process; it is not tried again."""
     with RewardServer(SLOW) as server:
         reward = remote(server.url)
-        with pytest.raises(RewardError, match="answered 500: .*prompt 'fail'.*ValueError: this prompt has no score"):
+        with pytest.raises(RewardError, match=r"answered 500: .*prompt 'fail'.*ValueError: this prompt has no score"):
             reward(IMAGES[:2], [PROMPTS[0], Prompt("fail")])
         assert reward(IMAGES, PROMPTS) == pytest.approx(BRIGHTNESS)
         code, stderr = server.end(signal.SIGTERM)
