@@ -151,7 +151,7 @@ def test_other_requests_are_told_in_the_same_form(server: RewardServer) -> None:
         ("/v1/health", None, {"Host": "rewards.example.com"}, 403, "is not a name of this server"),
         ("/v1/health", None, {"Origin": "https://evil.example.com"}, 403, "may not use this server"),
     ):
-        found, answer, _ = ask(server.url + path, content, **headers)  # type: ignore[arg-type]
+        found, answer, _ = ask(server.url + path, content, **headers)
         assert (found, words in str(answer["error"])) == (status, True), answer
     assert ask(f"{server.url}/v1/score", gzip.compress(body()), Content_Encoding="gzip")[0] == 200
 
