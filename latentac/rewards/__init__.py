@@ -18,6 +18,7 @@ REWARDS = Table(
         "clip_score": "latentac.rewards.clip_score:ClipScore",
         "pickscore": "latentac.rewards.pickscore:PickScore",
         "aesthetic": "latentac.rewards.aesthetic:Aesthetic",
+        "remote": "latentac.rewards.remote:Remote",
     },
 )
 

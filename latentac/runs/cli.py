@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentac import __version__
 from latentac.runs.housekeeping.commands import add_commands
+from latentac.runs.reward_command import add_reward_server
 from latentac.runs.running import run_step
 from latentac.system.errors import ConfigError, LatentacError, Problem, ResourceError, expected
 from latentac.system.reading import PORTS, SEEDS, whole
@@ -109,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare(commands)
 
     _add_serve(commands)
+    add_reward_server(_make, commands.add_parser)
 
     fetch = _make(
         commands.add_parser,

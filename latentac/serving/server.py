@@ -135,14 +135,14 @@ def serve_on(
     model = SteeredDiffusion(name, folder, device, base)
     model.load()
     server = LoopbackServer(workers=1, enable_grpc=False, grace_period=GRACE_SECONDS)
-    _listen(listener)
+    listen(listener)
     if announce:
         print(_example(address_of(listener), name, described), file=sys.stdout, flush=True)
     server.start([model])
     model.close()
 
 
-def _listen(listener: socket.socket) -> None:
+def listen(listener: socket.socket) -> None:
     try:
         listener.listen()
     except OSError as error:  # somebody else bound it too, and was faster
