@@ -30,6 +30,7 @@ WHOLE: Mapping[str, tuple[int, int]] = {
     **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), _WIDTH),
     **dict.fromkeys(("addition_time_embed_dim", "projection_class_embeddings_input_dim"), _WIDTH),
     "vocab_size": (1, 2**20),
+    "num_labels": (0, 4096),
     **dict.fromkeys(("dim", "n_heads", "n_kv_heads", "cap_feat_dim", "head_dim", "axes_dims", "axes_lens"), _WIDTH),
     "max_position_embeddings": (3, 2**18),  # those of CLIP are held by a tensor
     "sample_size": (1, 4096),

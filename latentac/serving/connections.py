@@ -21,6 +21,8 @@ HEADER_SECONDS = 10.0
 """From the connection, or from the first byte of a further request, to the end of the headers."""
 UNREAD_SECONDS = 60.0
 """In which a caller must read something of its answer."""
+READ_SECONDS = 300.0
+"""In which a caller must have read everything that is written to it."""
 MAX_CONNECTIONS = 1024
 """At most; fewer where the process may open fewer than four times as many files. The one that has waited longest for
 its caller, and has no unread bytes of it, makes room for a new one."""
@@ -53,8 +55,9 @@ class Connection(H11Protocol):
         if len(held) > most_connections():
             idle = sorted((each for each in held if each.turn() != "answer"), key=lambda each: each.state_since)
             # Many connections can arrive before the event loop reads from any of them: a caller whose bytes wait in the
-            # socket is not idle. If all of them have sent something, the oldest one still makes room.
-            next((each for each in idle if not each.has_unread_bytes()), idle[0]).drop()
+            # socket is not idle, unless it has an answer to read first. If all of them have sent something, the oldest
+            # one still makes room.
+            next((each for each in idle if each.state == "read" or not each.has_unread_bytes()), idle[0]).drop()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -105,7 +108,8 @@ class Connection(H11Protocol):
         if not unread or unread != self.unread:
             self.unread, self.unread_since = unread, now
         late = self.waiting_since is not None and now - self.waiting_since > HEADER_SECONDS
-        if late or now - self.unread_since > UNREAD_SECONDS:
+        slow = self.state == "read" and now - self.state_since > READ_SECONDS
+        if late or slow or now - self.unread_since > UNREAD_SECONDS:
             self.drop()
 
     def drop(self) -> None:

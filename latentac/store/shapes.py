@@ -292,8 +292,8 @@ class Timings(Shape):
 class Failure(Shape):
     """error.json: the error that ended a step of a run on this machine."""
 
-    task: str
-    exit_code: int
+    task: Label
+    exit_code: Annotated[int, Field(ge=0, le=255)]
     message: str
 
 

@@ -52,11 +52,16 @@ def restore(fields: Mapping[str, Any]) -> LatentacError:
         kinds |= {kind.__name__: kind for kind in below}
     try:
         if "problems" in fields:
-            return ConfigError([Problem(**problem) for problem in fields["problems"]])
+            return ConfigError([_restored(problem) for problem in fields["problems"]])
         where, problem, remedy = (str(fields[name]) for name in ("where", "problem", "remedy"))
         return kinds[fields["kind"]](where, problem, remedy)
     except (IndexError, KeyError, TypeError):
         return IntegrityError("the error that was left", "it does not have the expected form", "See the worker's log")
+
+
+def _restored(fields: Mapping[str, Any]) -> "Problem":
+    path, problem, remedy = (str(fields[name]) for name in ("path", "problem", "remedy"))
+    return Problem(path, fields["value"], problem, remedy)
 
 
 _MOST_SHOWN = 500
@@ -66,17 +71,29 @@ _MOST_PROBLEMS = 50
 """Problems in a message, each a line."""
 
 
-_USER = re.compile(r"(\w:/{1,2}|(?<!/)//)(?!/)[^\s\"'<>,]*@")
+_MOST_TOLD = 2000
+"""Characters of what is wrong, which may name what a file of somebody else holds."""
+
+_WORD = re.compile(r"[^\s\"'<>,]+")
+_ADDRESS = re.compile(r"(\w:/{1,2}|(?<!/)//)(?!/)")
 
 
 def without_password(value: Any) -> Any:
     """`value` without what stands before the `@` of an address, which may have any character, also deep in lists. Of a
     path that was made of an address one slash is left."""
     if isinstance(value, str):
-        return _USER.sub(r"\1", value)
+        return _WORD.sub(_without_user, value)
     if isinstance(value, Mapping):
         return {name: without_password(below) for name, below in value.items()}
     return [without_password(below) for below in value] if isinstance(value, list) else value
+
+
+def _without_user(word: re.Match[str]) -> str:
+    """In time proportional to the length: one expression for all of it would try each address up to the word's end."""
+    text = word[0]
+    end = text.rfind("@")
+    found = _ADDRESS.search(text, 0, end) if end > 0 else None
+    return text if found is None else text[: found.end()] + text[end + 1 :]
 
 
 @dataclass(frozen=True)
@@ -93,7 +110,8 @@ class Problem:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "value", without_password(self.value))
-        object.__setattr__(self, "problem", without_password(self.problem))
+        told = self.problem if len(self.problem) <= _MOST_TOLD else f"{self.problem[:_MOST_TOLD]}..."
+        object.__setattr__(self, "problem", without_password(told))
 
     def __str__(self) -> str:
         shown = repr(self.value)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from latentac.system.errors import ConfigError, LatentacError, Problem, ResourceError, expected, require
+from latentac.system.errors import ConfigError, LatentacError, Problem, ResourceError, expected, require, restore
 
 
 def without(module: str, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -123,3 +123,17 @@ def test_a_path_is_told_as_it_is() -> None:
     """Also with an `@` in it."""
     for value in ("file:///data/me@work/store", "/models/a@b", "someone@example.com"):
         assert value in str(ConfigError([Problem("a", value, "is wrong", "Correct it.")]))
+
+
+@pytest.mark.parametrize("text", ["a:/" * 300_000, "//" * 300_000, "a:/b@" * 100_000, "@" * 500_000])
+def test_a_long_text_costs_time_in_proportion(text: str) -> None:
+    """Names and values of a file may be long, and may look like the beginning of an address at each character."""
+    assert len(str(Problem("field", text, text, "Correct it"))) < 4_000
+
+
+@pytest.mark.parametrize("fields", [{"path": 5}, {"path": None}, {"value": {}}, {"problem": 7}, {"remedy": []}])
+def test_an_error_of_wrong_types_is_told_all_the_same(fields: dict[str, object]) -> None:
+    """What workers left in a store may have been written by anybody."""
+    whole = {"path": "field", "value": 1, "problem": "is wrong", "remedy": "Correct it", **fields}
+    for problem in (whole, {name: whole[name] for name in ("value", "remedy")}, 5, None):
+        assert str(restore({"kind": "ConfigError", "problems": [problem]}))

@@ -278,6 +278,24 @@ def test_a_run_that_failed_says_where_and_why(tmp_path: Path, left_in: str) -> N
     assert "Failed in train" not in Page(report.read_text()).text
 
 
+@pytest.mark.parametrize("content", ["a folder", "a huge message", "a huge code"])
+def test_what_is_left_of_a_failure_is_bounded(tmp_path: Path, content: str) -> None:
+    """The file may be of anybody who can write to the folder of the run."""
+    url, file = publish_until(tmp_path, "prepare"), tmp_path / "runs/run-1/error.json"
+    if content == "a folder":
+        file.mkdir()
+    else:
+        code, message = (5, "<" * 4_000_000) if content == "a huge message" else (10**4000, "short")
+        file.write_text(json.dumps({"task": "train", "exit_code": code, "message": message}))
+    if content == "a huge code":
+        with pytest.raises(IntegrityError, match="exit_code"):
+            write_report("run-1", url, str(tmp_path / "runs"))
+        return
+    report, numbers = write_report("run-1", url, str(tmp_path / "runs"))
+    assert report.stat().st_size < 500_000
+    assert (json.loads(numbers.read_text())["failure"] is None) == (content == "a folder")
+
+
 def test_a_gate_that_allows_a_loss_is_noted(tmp_path: Path) -> None:
     """As that of the smoke recipes, which only try the pipeline. One bound that demands a gain is enough."""
 

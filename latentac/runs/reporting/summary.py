@@ -25,6 +25,8 @@ _ITERATION = ("iteration", "images", "reward_mean", "rewards", "kl", "clip_share
 _SERVING = ("version", "project", "forced", "image_sha256", "seconds", "endpoint", "request")
 _GATE, _CHANGED = ("decision", "reasons", "checks", "by"), ("overrides", "former")
 _POLICIES = ("base", "trained", "incumbent")
+_MOST_TOLD = 10_000
+"""Characters of an error."""
 
 Summary = dict[str, Any]
 Files = dict[str, tuple[Manifest, Path]]
@@ -82,13 +84,14 @@ def read_failure(store: Store, run: str, folder: Path, files: Files) -> Summary 
     folder: `<output>/<run>`. A step leaves the error there. The workers of a training on a cluster leave it in the
     store.
     """
-    if (folder / ERROR_FILE).exists():
+    if (folder / ERROR_FILE).is_file():
         left = published.read(folder / ERROR_FILE, remedy="Remove it")
         found = {"step": left["task"], "exit_code": left["exit_code"], "message": left["message"]}
     elif (error := failures.last(store, run)) is not None:
         found = {"step": "train", "exit_code": error.exit_code, "message": str(error)}
     else:
         return None
+    found["message"] = found["message"][:_MOST_TOLD]
     return None if found["step"] in files else found
 
 

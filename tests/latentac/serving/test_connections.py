@@ -210,6 +210,19 @@ def test_whoever_lets_the_server_wait_makes_room(port: int, monkeypatch: pytest.
         assert max(probe(port) for _ in range(30)) < 1
 
 
+def test_an_answer_that_is_read_too_slowly_ends(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However steadily: a whole answer has its time."""
+    monkeypatch.setattr(connections, "UNREAD_SECONDS", 60.0)
+    monkeypatch.setattr(connections, "READ_SECONDS", 0.5)
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as slow:
+        slow.sendall(b"GET /large" + HEAD + b"\r\n")
+        got = 0
+        for _ in range(100):
+            got += len(slow.recv(2000))
+            time.sleep(0.02)
+        assert got + read_until_closed(slow) < LARGE  # what the system had taken over still comes
+
+
 def test_who_waits_for_an_answer_does_not_make_room(port: int) -> None:
     """Whatever others do."""
     with socket.create_connection(("127.0.0.1", port)) as patient, ExitStack() as stack:
