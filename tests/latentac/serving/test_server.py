@@ -245,7 +245,7 @@ def test_help_is_light_and_has_an_example() -> None:
 def test_sigterm_lets_the_accepted_request_finish(exported_folder: Path) -> None:
     """The image arrives whole, then the process ends with code 0."""
     with ServerProcess(exported_folder, ready_seconds=READY_SECONDS) as server, ThreadPoolExecutor(1) as pool:
-        drawing = pool.submit(server.predict, LONG)
+        drawing = pool.submit(server.predict, LONG | {"num_steps": 30})
         time.sleep(0.5)
         assert not drawing.done()
         os.kill(server.pid, signal.SIGTERM)
