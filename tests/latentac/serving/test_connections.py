@@ -210,6 +210,26 @@ def test_whoever_lets_the_server_wait_makes_room(port: int, monkeypatch: pytest.
         assert max(probe(port) for _ in range(30)) < 1
 
 
+def test_unread_requests_do_not_keep_the_place_of_who_does_not_read(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server reads no further request of a caller that does not read its answer, so its bytes stay unread. Who
+    rests between two requests is not dropped instead."""
+    monkeypatch.setattr(connections, "UNREAD_SECONDS", 60.0)
+    with ExitStack() as stack, closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as honest:
+
+        def take_a_place() -> None:
+            held = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            for _ in range(10):
+                held.sendall(UNREAD)
+                time.sleep(0.02)
+
+        for _ in range(19):
+            take_a_place()
+        for _ in range(5):
+            honest.request("GET", "/")
+            assert honest.getresponse().read() == b"x"
+            take_a_place()
+
+
 def test_an_answer_that_is_read_too_slowly_ends(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However steadily: a whole answer has its time."""
     monkeypatch.setattr(connections, "UNREAD_SECONDS", 60.0)
