@@ -92,11 +92,16 @@ def _from_hub(source: str, layout: Layout | None, revision: str | None) -> tuple
                 raise ConfigError(problems)
         return folder, commit
     except (OSError, HFValidationError) as error:
-        reason = " ".join(str(error).split())[:500] or type(error).__name__
-        which = f" at revision {revision}" if revision else ""
-        hint = "HF_HUB_OFFLINE is set, and the cache does not hold it: fetch it once without. " if offline() else ""
-        problem = f"is not a folder here and could not be had from the hub{which} ({reason})"
-        raise _bad(source, problem, f"{hint}{_REMEDY}; a gated one needs HF_TOKEN") from error
+        raise _bad(source, *not_had(revision, error, _REMEDY)) from error
+
+
+def not_had(revision: str | None, error: Exception, remedy: str) -> tuple[str, str]:
+    """What is wrong, and the remedy, where a source is no folder and the hub did not give it."""
+    reason = " ".join(str(error).split())[:500] or type(error).__name__
+    which = f" at revision {revision}" if revision else ""
+    hint = "HF_HUB_OFFLINE is set, and the cache does not hold it: fetch it once without. " if offline() else ""
+    problem = f"is not a folder here and could not be had from the hub{which} ({reason})"
+    return problem, f"{hint}{remedy}; a gated one needs HF_TOKEN"
 
 
 def repository_files(source: str, folder: Path, commit: str) -> list[str]:

@@ -23,7 +23,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from latentac.backbones.inspection import inspect_alone
 from latentac.backbones.layout import Part
 from latentac.backbones.loading import load, load_tokenizer
-from latentac.backbones.source import repository_files
+from latentac.backbones.source import not_had, repository_files
 from latentac.backbones.vocabulary import read_tokenizer
 from latentac.system.errors import ConfigError, Problem
 from latentac.system.hub import offline, snapshot
@@ -78,11 +78,7 @@ def locate(source: str, revision: str = "") -> Path:
             _refuse(source, _problems(folder, weights=wanted is used or offline()))
         return folder
     except (OSError, HFValidationError) as error:
-        reason = " ".join(str(error).split())[:500] or type(error).__name__
-        which = f" at revision {revision}" if revision else ""
-        hint = "HF_HUB_OFFLINE is set, and the cache does not hold it: fetch it once without. " if offline() else ""
-        problem = f"is not a folder here and could not be had from the hub{which} ({reason})"
-        raise _bad(source, problem, f"{hint}{_REMEDY}; a gated one needs HF_TOKEN") from error
+        raise _bad(source, *not_had(revision, error, _REMEDY)) from error
 
 
 def width(folder: Path) -> int:
