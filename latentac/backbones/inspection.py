@@ -222,6 +222,8 @@ def _configuration(folder: Path, part: Part) -> dict[str, Any]:
         kind = str(found.get("model_type", part.model_type))
         if not kind.startswith(part.model_type):
             raise Damaged(f"config.json says model_type {kind!r}, and only {part.model_type.upper()} is supported")
+    if "text_config" in found and part.kind == "text_encoder" and part.model_type != "clip":
+        raise Damaged("config.json has a text_config, which only CLIP's has: it would be checked, and not be read")
     if "quantization_config" in found:
         raise Damaged("config.json has a quantization_config: quantised weights cannot be trained")
     return found

@@ -20,6 +20,7 @@ _MOST_ADDED = 1000  # tokens beside a vocabulary; each is looked for in every pr
 _LONGEST_TOKEN = 256
 _MOST_TOKENS = 2**20
 _EXTRA_IDS = 100  # of T5 where its settings do not say
+_PADDING: Mapping[ModelType, str] = {"clip": "<|endoftext|>", "t5": "<pad>", "qwen3": "<|endoftext|>"}
 _FIELDS = (
     *("version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor"),
     *("decoder", "model"),
@@ -45,11 +46,13 @@ def read_tokenizer(folder: Path, kind: ModelType) -> dict[str, Any]:
     lists = [extra, *(one for one in listed if isinstance(one, list | dict))]
     _bounded(vocabulary, more, len(more) + sum(map(len, lists)))
     tokens = vocabulary | more
-    for name in ("bos_token", "eos_token", *(("pad_token", "unk_token") if kind == "qwen3" else ())):
-        given = found.get(name)
-        token = given.get("content") if isinstance(given, dict) else given
-        if token is not None and not (isinstance(token, str) and token in tokens):
-            raise Damaged(f"has no token {token!r}, its {name}, in its vocabulary")
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        given = [one[name] for one in special if one.get(name) is not None]
+        if name == "pad_token" and not given:  # `plain` leaves out null, so the class pads with its own
+            given = [_PADDING[kind]]
+        for token in [one.get("content") if isinstance(one, dict) else one for one in given]:
+            if not (isinstance(token, str) and token in tokens):
+                raise Damaged(f"has no token {token!r}, its {name}, in its vocabulary")
     if kind == "qwen3":
         _check_chat(found, tokens)
     # The library gives tokens that it does not know the next numbers.

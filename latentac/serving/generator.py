@@ -25,7 +25,7 @@ from latentac.serving import exported
 from latentac.serving.adapted import load_denoisers
 from latentac.serving.forms import forms_of
 from latentac.serving.request import Request, shortened, validated
-from latentac.system.errors import ConfigError, Problem, ServingError
+from latentac.system.errors import ConfigError, Problem, ServingError, describe
 from latentac.system.modelfiles import shorten
 from latentac.system.names import PLAIN
 
@@ -94,6 +94,7 @@ class Generator:
     def __init__(self, folder: Path, device: torch.device, base: Path | None = None) -> None:
         """base: folder with the base of an adapter, by default `base/` in `folder`. Raises ServingError if `folder` is
         not an exported model, or is damaged, or its base is not the one that it was trained on."""
+        self._folder = folder
         self.exported = exported.read(folder)
         self.forms = forms_of(self.exported)
         self.device = device
@@ -116,6 +117,14 @@ class Generator:
         if self.critic.reward_names != names:
             problem = f"the critic's heads {self.critic.reward_names} are not the rewards {names} of {exported.FILE}"
             raise ServingError(str(folder), problem, "Deploy the run again.")
+
+    def rehearse(self) -> None:
+        """Generate one image in two steps. Raises ServingError where the model loads but cannot generate."""
+        try:
+            self.generate("ready", num_steps=2)
+        except Exception as error:
+            problem = f"loads, but cannot generate an image: {shorten(describe(error))}"
+            raise ServingError(str(self._folder), problem, "Fetch the model again, or deploy the run again.") from error
 
     def policy(self, name: str, guidance_scale: float = 1.0) -> Policy:
         """The policy `trained` or `base`, with classifier-free guidance; 1 is none."""

@@ -52,12 +52,12 @@ class SteeredDiffusion(Model):
         self._folder, self._device, self._base = folder, pick_device(device_name), base
 
     def load(self) -> bool:
-        """Load the folder and draw one image: ready means that it has drawn. Raises ServingError."""
+        """Load the folder and generate one image: ready means that it can. Raises ServingError."""
         if self._device.type == "cuda":  # same request, same bytes: the gradients need it, and before cuBLAS starts
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
         self.generator = Generator(self._folder, self._device, self._base)
-        self.generator.generate("ready", num_steps=2)
+        self.generator.rehearse()
         workers = num_cores() if self._device.type == "cpu" else 1
         self._batcher = Batcher(self.generator, self.generator.exported.batching, workers, observing.drew)
         observing.watch_queue(lambda: self._batcher.queued)

@@ -44,7 +44,7 @@ _TOKENIZER_FIELDS = frozenset(
     {
         *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"),
         *("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder", "model_max_length"),
-        *("tokenizer_class", "model_input_names", "do_lower_case", "add_prefix_space", "errors", "padding_side"),
+        *("tokenizer_class", "do_lower_case", "add_prefix_space", "errors", "padding_side"),
         *("truncation_side", "clean_up_tokenization_spaces", "split_special_tokens", "backend", "extra_ids"),
     }
 )
@@ -157,7 +157,8 @@ def plain(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
     a program, so no folder's own is kept: that of Qwen is written anew.
     """
     if name == "tokenizer_config.json":
-        kept = {field: value for field, value in content.items() if field in _TOKENIZER_FIELDS}
+        # A token that is null would not be the class's own but none, and padding would fail.
+        kept = {field: value for field, value in content.items() if field in _TOKENIZER_FIELDS and value is not None}
         if kept.get("tokenizer_class") in CHAT_TOKENIZERS:
             kept["chat_template"] = _CHAT
         return {field: _stripped(value) for field, value in kept.items()}

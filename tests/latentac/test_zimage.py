@@ -311,6 +311,18 @@ def edit(file: Path, **settings: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
 
+@pytest.mark.parametrize("settings", [{"pad_token": None}, {"unk_token": None}, {"model_input_names": ["input_ids"]}])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_settings_that_would_make_each_prompt_fail_are_not_read(
+    turbo: Path, tmp_path: Path, name: str, settings: dict[str, Any]
+) -> None:
+    """They are left out, so that the tokenizer's class has its own. Z-Image pads, and reads the mask."""
+    shutil.copytree(turbo, tmp_path / "turbo")
+    file = tmp_path / "turbo" / "tokenizer" / name
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | settings))
+    assert torch.equal(load(tmp_path / "turbo").encode(PROMPTS).tokens, load(turbo).encode(PROMPTS).tokens)
+
+
 def _without_marks(folder: Path) -> None:
     file = folder / "tokenizer" / "tokenizer_config.json"
     edit(file, added_tokens_decoder={}, additional_special_tokens=[], eos_token="a", pad_token="a", unk_token="a")
@@ -340,6 +352,21 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     ),
     "a tokenizer without a chat's marks": (_without_marks, "tokenizer: has no token '<|im_start|>'", "Fetch"),
     "a token that the encoder does not know": (_added(5000), "tokenizer: has the token 5000", "trained with"),
+    "a token for padding that is not there": (
+        lambda f: edit(f / "tokenizer" / "tokenizer_config.json", pad_token="<none>"),
+        "tokenizer: has no token '<none>', its pad_token",
+        "Fetch",
+    ),
+    "a token for padding that is not there, in its second place": (
+        lambda f: (f / "tokenizer" / "special_tokens_map.json").write_text('{"pad_token": {"content": "<none>"}}'),
+        "tokenizer: has no token '<none>', its pad_token",
+        "Fetch",
+    ),
+    "settings that would be checked and not be read": (
+        lambda f: edit(f / "text_encoder" / "config.json", text_config={}),
+        "text_encoder: config.json has a text_config, which only CLIP's has",
+        "Fetch",
+    ),
     "CLIP in its place": (
         lambda f: edit(f / "text_encoder" / "config.json", architectures=["CLIPTextModel"], model_type="clip"),
         "text_encoder: config.json says CLIPTextModel",

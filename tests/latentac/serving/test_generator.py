@@ -19,6 +19,7 @@ from latentac.sampling.kernels import KERNELS
 from latentac.sampling.steering import STEERING
 from latentac.serving.exported import FILE, image_size
 from latentac.serving.generator import Generator
+from latentac.serving.model import SteeredDiffusion
 from latentac.serving.pipeline import LatentacPipeline
 from latentac.serving.request import validated
 from latentac.system.errors import ConfigError, ServingError
@@ -255,3 +256,14 @@ def test_a_folder_that_is_not_whole_is_told(exported_folder: Path, tmp_path: Pat
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ServingError, match="cannot be loaded"):
         Generator(damaged, cpu)
+
+
+def test_a_model_that_cannot_generate_is_never_ready(exported_folder: Path, tmp_path: Path) -> None:
+    """Its files are of the right form, and its weights are NaN."""
+    folder = Path(shutil.copytree(exported_folder, tmp_path / "damaged"))
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: torch.full_like(each, torch.nan) for name, each in load_file(weights).items()}, weights)
+    model = SteeredDiffusion("m", folder, "cpu")
+    with pytest.raises(ServingError, match="loads, but cannot generate an image: ConfigError: steering"):
+        model.load()
+    assert not model.ready
