@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import stats
 
 if TYPE_CHECKING:  # a comparison of finished runs does without torch
     from latentac.method.records import Scores
@@ -71,6 +70,8 @@ def over_seeds(numbers: Sequence[float]) -> dict[str, Any]:
     count, mean = len(numbers), float(np.mean(numbers))
     if count < 2:
         return {"mean": mean, "low": None, "high": None, "n": count}
+    from scipy import stats  # takes most of a second, and training does not need it
+
     half = float(stats.t.ppf(0.975, count - 1) * np.std(numbers, ddof=1) / count**0.5)
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": count}
 
@@ -95,6 +96,8 @@ def _bounds(
     if all(np.ptp(numbers) == 0 for numbers in samples):
         value = float(statistic(*samples))
         return {"low": value, "high": value, "n": count}
+    from scipy import stats
+
     found = stats.bootstrap(
         samples,
         statistic,

@@ -22,6 +22,7 @@ import pytest
 
 from latentac.store import Manifest, Store, open_store
 from latentac.system.steps import NAMES as STEPS
+from latentac.worlds.shapes import builtin_pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -165,6 +166,15 @@ def test_nothing_is_left_of_a_run_but_its_folder(reference: tuple[str, Path, str
 
     assert list((output / run).glob(".*")) == []
     assert not (output / run / "error.json").exists()
+
+
+def test_unchanged_files_are_links(reference: tuple[str, Path, str]) -> None:
+    """What the trained model shares with its backbone occupies the disk once."""
+    files = [path for path in reference[1].rglob("*") if path.is_file()]
+    checkpoints = {path.lstat().st_ino for path in files if "checkpoints" in path.parts}
+    sizes = {path.lstat().st_ino: path.lstat().st_size for path in files if path.lstat().st_nlink > 1}
+    occupied = sum(size for inode, size in sizes.items() if inode not in checkpoints)
+    assert occupied < 2.2 * sum(path.stat().st_size for path in builtin_pipeline("shapes-unet").rglob("*"))
 
 
 def test_resume_of_a_finished_run_does_nothing_twice(reference: tuple[str, Path, str]) -> None:

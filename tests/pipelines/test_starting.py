@@ -1,4 +1,4 @@
-"""`latentac run`: from any folder, from a wheel, dry, and resumed after everything was moved."""
+"""`latentac run`: from any folder, dry, and resumed after everything was moved. `make test-wheel` tests the wheel."""
 
 import json
 import os
@@ -8,9 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
-import venv
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,6 @@ from latentac.store import open_store
 from latentac.system.errors import ConfigError
 from latentac.worlds.shapes import builtin_pipeline
 from tests.pipelines.test_end_to_end import OPTIONS, Driver, come_to, run_id, weights
-from tests.test_house import FILES, PACKAGES, ROOT
 
 BACKBONE = builtin_pipeline("shapes-unet")
 PROGRAM = str(Path(sys.executable).with_name("latentac"))
@@ -274,62 +271,7 @@ def test_a_dry_run_survives_a_reward_that_ends_the_process(tmp_path: Path, call:
     assert everything(tmp_path) == before
 
 
-# From another folder, and from a wheel
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The program of a wheel that was built from this checkout, in an environment without the checkout; what it needs
-    besides comes from this one."""
-    place = tmp_path_factory.mktemp("installed")
-    for path in FILES:
-        name = path.relative_to(ROOT)
-        if name.parts[0] in {*PACKAGES, "requirements", "pyproject.toml", "LICENSE", "README.md"}:
-            (place / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, place / "source" / name)
-    for link in ("components", "pipelines"):
-        (place / "source" / "latentac" / link).symlink_to(f"../{link}")
-    build = "from setuptools import build_meta; print(build_meta.build_wheel('..'))"
-    subprocess.run([sys.executable, "-c", build], cwd=place / "source", capture_output=True, check=True)
-    shutil.rmtree(place / "source")
-    (wheel,) = place.glob("*.whl")
-    venv.create(place / "venv", with_pip=False, symlinks=True)
-    (site,) = (place / "venv" / "lib").glob("python*/site-packages")
-    for path in Path(sysconfig.get_path("purelib")).iterdir():  # all but the checkout itself
-        if "latentac" not in path.name.lower() and path.suffix != ".pth":
-            (site / path.name).symlink_to(path)
-    shutil.unpack_archive(wheel, site, "zip")
-    script = place / "venv" / "bin" / "latentac"
-    script.write_text(
-        f"#!{script.with_name('python')}\nimport sys\nfrom latentac.runs.cli import main\nsys.exit(main())\n"
-    )
-    script.chmod(0o755)
-    return str(script)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_an_installed_wheel_runs_the_pipeline_anywhere(installed: str, tmp_path: Path) -> None:
-    """No file of the checkout is needed: from start to served and listed, in a folder of its own. Resumed when it is
-    finished, it is done at once."""
-    done = latentac(tmp_path, "run", "--recipe", "shapes-unet-smoke", program=installed)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (report,) = (tmp_path / "runs").glob("*/report.html")
-    assert f"latentac serve --run {report.parent.name}" in done.stdout
-    listed = json.loads(latentac(tmp_path, "runs", "--json", program=installed).stdout)
-    assert [(run["run"], run["state"]) for run in listed] == [(report.parent.name, "done")]
-
-    files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
-    checkpoints = {path.lstat().st_ino for path in files if "checkpoints" in path.parts}
-    sizes = {path.lstat().st_ino: path.lstat().st_size for path in files if path.lstat().st_nlink > 1}
-    occupied = sum(size for inode, size in sizes.items() if inode not in checkpoints)
-    assert occupied < 2.2 * sum(path.stat().st_size for path in BACKBONE.rglob("*")), "unchanged files were copied"
-
-    began = time.monotonic()
-    again = latentac(tmp_path, "run", "--resume", str(Path("runs") / report.parent.name), program=installed)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("done already") == 16  # as it comes to it, and in the table
-    assert time.monotonic() - began < 60
+# Moved and resumed
 
 
 def start(folder: Path, *arguments: str) -> Driver:

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, seed, settings
 
 from latentac.serving.process import ServerProcess
 
-EXAMPLES = int(os.environ.get("LATENTAC_FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("LATENTAC_FUZZ_EXAMPLES", "20"))
 """For each operation of the document, and for each kind of misuse; 1,200 in `make fuzz`."""
 SEED = int(os.environ.get("LATENTAC_FUZZ_SEED", "0"))
 
