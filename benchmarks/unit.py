@@ -24,7 +24,7 @@ from latentac.backbones import load_backbone
 from latentac.config.schema import Config
 from latentac.config.schema import Reward as RewardSettings
 from latentac.critic import Critic
-from latentac.evaluation.held_out import Arm, contact_sheet, sample
+from latentac.evaluation.held_out import Arm, Sampling, contact_sheet, sample
 from latentac.evaluation.measures import diversity, interval, intervals, ratio
 from latentac.method.records import Scores
 from latentac.method.returns import explained_variance, rank_correlation
@@ -90,8 +90,7 @@ class HeldOut:
         return diversity(arm.images.reshape(-1, count, *arm.images.shape[1:]))
 
     def _sample(self, policy: Policy, critic: Critic | None, prompts: Sequence[Prompt]) -> Arm:
-        steps, size = self.config.kernel.num_steps, self.config.train.block_images
-        return sample(policy, critic, self.rewards, prompts, self.config.seed, steps, block_images=size)
+        return sample(policy, critic, self.rewards, prompts, Sampling.of(self.config))
 
 
 class Run:

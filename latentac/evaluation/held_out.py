@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentac.config.schema import Config
+from latentac.config.schema import Config, Evaluation
 from latentac.critic import Critic
 from latentac.evaluation.measures import DEFINITIONS, difference, diversity, interval, intervals, median, ratio
 from latentac.method.randomness import noise_for, uniforms_for
@@ -26,6 +26,23 @@ from latentac.sampling.steering import Steering
 from latentac.sampling.steering.run import SteeringRun
 from latentac.system.progress import Progress, progress
 from latentac.worlds.prompts import Prompt, PromptSet, balanced
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are sampled for a comparison: equal prompts, seeds and steps have equal noise.
+
+    block_images: so many go through the denoiser together, each with all its particles.
+    """
+
+    seed: int
+    num_steps: int
+    block_images: int
+
+    @classmethod
+    def of(cls, config: Config) -> "Sampling":
+        """As the run's images are."""
+        return cls(config.seed, config.kernel.num_steps, config.train.block_images)
 
 
 @dataclass(frozen=True)
@@ -47,25 +64,22 @@ def sample(
     critic: Critic | None,
     rewards: Sequence[ConfiguredReward],
     prompts: Sequence[Prompt],
-    seed: int,
-    num_steps: int,
+    sampling: Sampling,
     *,
-    block_images: int,
     steering: Steering | None = None,
     bar: Progress[Any] | None = None,
     units: int = 1,
 ) -> Arm:
     """One image per prompt. Image i has the same noise in every arm; its particle 0 is the unsteered rollout.
 
-    block_images: so many go through the denoiser together, each with all its particles. bar: of the step that this is
-    a part of; an image counts `units` of it.
+    bar: of the step that this is a part of; an image counts `units` of it.
     """
-    device = policy.backbone.device
-    blocks = [range(start, min(start + block_images, len(prompts))) for start in range(0, len(prompts), block_images)]
+    device, size = policy.backbone.device, sampling.block_images
+    blocks = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
 
     def run(block: range) -> tuple[range, np.ndarray, Tensor]:
         conditioning = policy.backbone.encode([prompts[slot].text for slot in block])
-        trajectory = _roll_out(policy, critic, conditioning, block, seed, num_steps=num_steps, steering=steering)
+        trajectory = _roll_out(policy, critic, conditioning, block, sampling, steering)
         return block, policy.backbone.decode(trajectory.clean), trajectory.values
 
     def scored(made: tuple[range, np.ndarray, Tensor]) -> tuple[np.ndarray, Scores, Tensor]:
@@ -88,12 +102,10 @@ def _roll_out(
     critic: Critic | None,
     conditioning: Conditioning,
     slots: range,
-    seed: int,
-    *,
-    num_steps: int,
+    sampling: Sampling,
     steering: Steering | None,
 ) -> Trajectory:
-    device = policy.backbone.device
+    device, seed, num_steps = policy.backbone.device, sampling.seed, sampling.num_steps
     particles = steering.particles if steering else 1
     keys = [("evaluation", slot, particle) for slot in slots for particle in range(particles)]
     noise = noise_for(keys, seed, num_steps, policy.backbone.latent_shape).to(device)
@@ -114,11 +126,14 @@ def _roll_out(
 
 
 def compare(
-    config: Config,
+    settings: Evaluation,
+    sampling: Sampling,
     policies: Mapping[str, Policy],
     critic: Critic,
     rewards: Sequence[ConfiguredReward],
     prompts: PromptSet,
+    *,
+    main_reward: str,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The policies `base`, `trained` and, where there is one, `incumbent` on held-out prompts, the categories in turn,
     the same noise for each; and `trained` on a quarter as many training prompts.
@@ -126,12 +141,12 @@ def compare(
     Returns evaluation.json and the gallery with scores.json (see `image_scores`). evaluation.json: {<arm>: reward ->
     interval, difference (trained - base), incumbent_difference (trained - incumbent) and held_out_gap: reward ->
     interval, units, categories, critic, and `contrasts`}. Intervals resample images; those of a difference of two
-    policies resample pairs of images with the same prompt and noise.
+    policies resample pairs of images with the same prompt and noise. main_reward: the one that categories and critic
+    are measured by.
     """
-    settings, seed = config.evaluation, config.seed
-    held_out = prompts.held_out
+    seed, held_out = sampling.seed, prompts.held_out
     chosen = [held_out[index] for index in balanced(held_out, settings.num_images, seed, "evaluation")]
-    texts, steps, block = [prompt.text for prompt in chosen], config.kernel.num_steps, config.train.block_images
+    texts = [prompt.text for prompt in chosen]
     seen = [prompts.train[i] for i in balanced(prompts.train, settings.num_images // 4, seed, "evaluation")]
     more = (settings.images_per_prompt - 1) * len(texts[: settings.num_diversity_prompts])
     with progress(len(policies) * (len(texts) + more) + len(seen), "evaluate", "images") as bar:
@@ -139,12 +154,14 @@ def compare(
         for number, (name, policy) in enumerate(policies.items(), 1):
             bar.begin(f"policy {number} of {len(policies)}: {name}")
             watching = critic if name == "trained" else None
-            arms[name] = sample(policy, watching, rewards, chosen, seed, steps, block_images=block, bar=bar)
+            arms[name] = sample(policy, watching, rewards, chosen, sampling, bar=bar)
         bar.begin("trained, on training prompts")
-        fitted = sample(policies["trained"], None, rewards, seen, seed, steps, block_images=block, bar=bar)
+        fitted = sample(policies["trained"], None, rewards, seen, sampling, bar=bar)
         bar.begin("diversity and latency")
-        measured = contrasts(config, policies, texts, {name: arm.images for name, arm in arms.items()}, bar)
-    trained, main = arms["trained"], config.reward_names.index(config.gate.reward)
+        images = {name: arm.images for name, arm in arms.items()}
+        measured = contrasts(settings, sampling, policies, texts, images, bar)
+    trained = arms["trained"]
+    main = trained.scores.names.index(main_reward)
     differences = {
         key: Scores(trained.scores.rewards - arms[name].scores.rewards, trained.scores.names)
         for name, key in (("base", "difference"), ("incumbent", "incumbent_difference"))
@@ -176,20 +193,20 @@ def compare(
         **measured,
     }
     count = min(settings.num_gallery_prompts, len(texts))
-    shown = gallery(config, texts[:count], {name: arm.first(count) for name, arm in arms.items()})
+    shown = gallery(seed, texts[:count], {name: arm.first(count) for name, arm in arms.items()})
     shape = policies["trained"].backbone.latent_shape
-    return content, {**shown, "scores": image_scores(config, texts, arms, shape)}
+    return content, {**shown, "scores": image_scores(sampling, texts, arms, shape)}
 
 
 def image_scores(
-    config: Config, texts: Sequence[str], arms: Mapping[str, Arm], latent_shape: Sequence[int]
+    sampling: Sampling, texts: Sequence[str], arms: Mapping[str, Arm], latent_shape: Sequence[int]
 ) -> dict[str, Any]:
     """scores.json: what each image scored, so that two runs can be compared image by image.
 
     {"prompts": texts, "noise": what it was drawn from: two runs with equal ones have the same noise for image i,
     "rewards": {<arm>: {<reward>: a number per image}}}.
     """
-    noise = {"seed": config.seed, "num_steps": config.kernel.num_steps, "latent_shape": list(latent_shape)}
+    noise = {"seed": sampling.seed, "num_steps": sampling.num_steps, "latent_shape": list(latent_shape)}
     return {"prompts": list(texts), "noise": noise, "rewards": {name: _columns(arm) for name, arm in arms.items()}}
 
 
@@ -198,7 +215,8 @@ def _columns(arm: Arm) -> dict[str, list[float]]:
 
 
 def contrasts(
-    config: Config,
+    settings: Evaluation,
+    sampling: Sampling,
     policies: Mapping[str, Policy],
     texts: Sequence[str],
     images: Mapping[str, np.ndarray],
@@ -210,10 +228,9 @@ def contrasts(
     diversity: {<arm>: interval, difference and kept: of trained to each other arm, prompts resampled in pairs};
     latency: {<arm>: median, ratio: of trained to each other arm, block_images}.
     """
-    settings, seed = config.evaluation, config.seed
     texts = texts[: settings.num_diversity_prompts]
-    more, seconds, block = _more_images(config, policies, texts, bar)
-    resampling = (settings.num_bootstrap, seed)
+    more, seconds, block = _more_images(settings.images_per_prompt, sampling, policies, texts, bar)
+    resampling = (settings.num_bootstrap, sampling.seed)
     spread = {name: diversity(np.concatenate([images[name][: len(texts), None], more[name]], 1)) for name in policies}
     others = [name for name in policies if name != "trained"]
     trained = spread["trained"]
@@ -233,7 +250,11 @@ def contrasts(
 
 
 def _more_images(
-    config: Config, policies: Mapping[str, Policy], texts: Sequence[str], bar: Progress[Any] | None
+    images_per_prompt: int,
+    sampling: Sampling,
+    policies: Mapping[str, Policy],
+    texts: Sequence[str],
+    bar: Progress[Any] | None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], int]:
     """The further images of each prompt, uint8 [P, D - 1, H, W, 3] per policy, the seconds per image of each block of
     them [blocks], and a block's number of images.
@@ -241,8 +262,8 @@ def _more_images(
     All policies do a block one after another, in turns the first first or last, so that a busy machine slows all. On a
     CPU a block is one thread's work: its processor time leaves out what else runs there.
     """
-    draws = range(1, config.evaluation.images_per_prompt)
-    size = min(config.train.block_images, max(1, len(texts) // 8))  # eight of each draw, to be compared in pairs
+    draws = range(1, images_per_prompt)
+    size = min(sampling.block_images, max(1, len(texts) // 8))  # eight of each draw, to be compared in pairs
     blocks = [
         (number, draw, range(start, min(start + size, len(texts))))
         for number, (draw, start) in enumerate(itertools.product(draws, range(0, len(texts), size)))
@@ -257,7 +278,7 @@ def _more_images(
         for name in list(policies)[:: 1 if number % 2 else -1]:
             policy, started = policies[name], clock()
             keys = [("evaluation", slot, draw) for slot in slots]
-            noise = noise_for(keys, config.seed, config.kernel.num_steps, policy.backbone.latent_shape).to(device)
+            noise = noise_for(keys, sampling.seed, sampling.num_steps, policy.backbone.latent_shape).to(device)
             trajectory = rollout(policy, None, policy.backbone.encode(prompts), noise)
             decoded = policy.backbone.decode(trajectory.clean)  # in the CPU's memory, so the device has finished
             found[name] = decoded, (clock() - started) / len(slots)
@@ -274,7 +295,7 @@ def _more_images(
     return images, seconds, size
 
 
-def gallery(config: Config, texts: Sequence[str], arms: Mapping[str, Arm]) -> dict[str, Any]:
+def gallery(seed: int, texts: Sequence[str], arms: Mapping[str, Arm]) -> dict[str, Any]:
     """Contact sheets by arm and their index: image i of each sheet has prompt i and noise i of the run's seed.
 
     The index has what each image scored, {<arm>: {<reward>: a number per image}}.
@@ -282,7 +303,7 @@ def gallery(config: Config, texts: Sequence[str], arms: Mapping[str, Arm]) -> di
     columns = 4
     sheets: dict[str, Any] = {name: contact_sheet(arm.images, columns) for name, arm in arms.items()}
     size = next(iter(arms.values())).images.shape[1]
-    index = {"prompts": list(texts), "seeds": [f"{config.seed}/{i}" for i in range(len(texts))]}
+    index = {"prompts": list(texts), "seeds": [f"{seed}/{i}" for i in range(len(texts))]}
     scores = {name: _columns(arm) for name, arm in arms.items()}
     return {**sheets, "index": {**index, "image_size": size, "columns": columns, "rewards": scores}}
 

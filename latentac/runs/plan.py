@@ -78,7 +78,7 @@ def plan(given: Given, store: str, output: Path) -> Plan:
     settings = resolved.config if resolved else attempt(lambda: resolve(fields)) if fields is not None else None
     if settings is None:
         return Plan(None, None, tuple(refused))
-    attempt(lambda: preparation.check_machine(settings, output))
+    attempt(lambda: preparation.check_machine(settings.backbone.device, settings.serving.port))
     prompts = attempt(lambda: load_prompts(settings.prompts))
     given_rewards = [] if resolved is None else resolved.rewards
     rewards = [each for each in given_rewards if not each.elsewhere and attempt(partial(_fetched, each))]

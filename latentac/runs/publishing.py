@@ -33,7 +33,7 @@ def track(space: Workspace, scalars: Mapping[str, float]) -> None:
     if not folder.exists():  # another machine has trained
         space.store.read_files(copies, folder)
     board = TensorBoard(folder, all_but_evaluation)
-    trackers: list[Tracker] = [board, *make_trackers(space.config, space.folder)]
+    trackers: list[Tracker] = [board, *make_trackers(space.config.tracking, space.folder)]
     iteration = metric(space.store.manifest(f"{space.run}/train"), "iterations", int)
     with tracking(trackers, space.run, hyperparameters(space.config)):
         for tracker in trackers:

@@ -117,7 +117,7 @@ class _Resolver:
                 ),
             }
         )
-        self.problems += missing_packages(filled)
+        self.problems += missing_packages(filled.tracking)
         self._check_sampling(filled)
         self._check_algorithm(filled)
         self._check_export(filled)

@@ -109,7 +109,7 @@ def evaluate(run: str, store: str, output: str) -> Manifest:
     """
 
     def work(space: Workspace, folder: Path) -> dict[str, Any]:
-        from latentac.evaluation.held_out import compare
+        from latentac.evaluation.held_out import Sampling, compare
         from latentac.runs.release.incumbent import load_incumbent
         from latentac.runs.reporting.metrics import of_evaluation
 
@@ -119,10 +119,11 @@ def evaluate(run: str, store: str, output: str) -> Manifest:
             policies["incumbent"] = incumbent.policy
         if incumbent.problem:
             _log.warning("no comparison with the model in production: %s", incumbent.problem)
-        content, sheets = compare(space.config, policies, space.critic("train"), space.rewards(), space.prompts)
+        reward, sampling = space.config.gate.reward, Sampling.of(space.config)
+        given = (policies, space.critic("train"), space.rewards(), space.prompts)
+        content, sheets = compare(space.config.evaluation, sampling, *given, main_reward=reward)
         write_json(folder / "evaluation.json", {**content, "production": incumbent.to_dict()})
         write_gallery(folder, sheets)
-        reward = space.config.gate.reward
         track(space, of_evaluation(content, reward))
         figures = {arm: content[arm][reward]["mean"] for arm in policies}
         figures |= {"gain": content["difference"][reward]["mean"], "gain_low": content["difference"][reward]["low"]}
@@ -140,13 +141,21 @@ def steer(run: str, store: str, output: str) -> Manifest:
     def work(space: Workspace, folder: Path) -> dict[str, Any]:
         from latentac.evaluation.arms import best_arm, plain_arm
         from latentac.evaluation.benchmark import run_benchmark
+        from latentac.evaluation.held_out import Sampling
 
+        config, reward = space.config, space.config.gate.reward
         rows, sheets = run_benchmark(
-            space.config, space.trained_policy(), space.critic("train"), space.rewards(), space.prompts.held_out
+            config.evaluation,
+            config.steering,
+            Sampling.of(config),
+            space.trained_policy(),
+            space.critic("train"),
+            space.rewards(),
+            prompts=space.prompts.held_out,
+            main_reward=reward,
         )
         write_json(folder / "steering.json", rows)
         write_gallery(folder, sheets)
-        reward = space.config.gate.reward
         plain, best = plain_arm(rows, reward), best_arm(rows, reward)
         return {"arms": len(rows), "plain": plain["mean"], "best": best["mean"], "best_nfe": best["nfe"]}
 

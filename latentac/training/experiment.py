@@ -5,6 +5,7 @@ resume.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from latentac.backbones.source import locate
 from latentac.config.schema import Config
 from latentac.config.schema import Reward as RewardSettings
 from latentac.config.sections import Named
-from latentac.evaluation.held_out import sample
+from latentac.evaluation.held_out import Sampling, sample
 from latentac.evaluation.measures import intervals
 from latentac.rewards.configured import ConfiguredReward, load_rewards
 from latentac.sampling.devices import few_threads, pick_device
@@ -146,17 +147,8 @@ class Experiment:
         chosen = balanced(self.prompts.held_out, count, self.config.seed, "evaluation")
         prompts = [self.prompts.held_out[index] for index in chosen]
         with progress(count, "evaluate", "images") as bar:
-            arm = sample(
-                self.policy,
-                self.critic,
-                self.rewards,
-                prompts,
-                self.config.seed,
-                self.config.kernel.num_steps,
-                block_images=self.config.train.block_images,
-                steering=self._steering(steering),
-                bar=bar,
-            )
+            steered, sampling = self._steering(steering), Sampling.of(self.config)
+            arm = sample(self.policy, self.critic, self.rewards, prompts, sampling, steering=steered, bar=bar)
         return intervals(arm.scores, self.config.evaluation.num_bootstrap, self.config.seed)
 
     def sample(self, prompts: Sequence[str], *, seed: int = 0, steering: Steering | str | None = None) -> np.ndarray:
@@ -164,17 +156,9 @@ class Experiment:
 
         steering: as for `evaluate`.
         """
-        arm = sample(
-            self.policy,
-            self.critic,
-            [],
-            [Prompt(text) for text in prompts],
-            seed,
-            self.config.kernel.num_steps,
-            block_images=self.config.train.block_images,
-            steering=self._steering(steering),
-        )
-        return arm.images
+        sampling = replace(Sampling.of(self.config), seed=seed)
+        shown, steered = [Prompt(text) for text in prompts], self._steering(steering)
+        return sample(self.policy, self.critic, [], shown, sampling, steering=steered).images
 
     def _steering(self, given: Steering | str | None) -> Steering | None:
         return self.steering(given) if isinstance(given, str) else given

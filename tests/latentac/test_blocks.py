@@ -1,6 +1,7 @@
 """How many images go through the denoiser together is `train.block_images`, wherever images are made."""
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from latentac.config.fields import merge
 from latentac.config.recipes import RECIPES
 from latentac.config.validation import resolve
 from latentac.evaluation.benchmark import run_benchmark
-from latentac.evaluation.held_out import compare
+from latentac.evaluation.held_out import Sampling, compare
 from latentac.rewards.configured import load_rewards
 from latentac.sampling.devices import map_overlapped
 from latentac.sampling.kernels import KERNELS
@@ -60,10 +61,13 @@ def test_every_step_follows_block_images(size):
     backbone.denoised.clear()
 
     whole = min(size, 16)
-    compare(config, {"base": policy, "trained": policy}, critic, rewards, prompts)
+    sampling, main = Sampling.of(config), config.gate.reward
+    policies = {"base": policy, "trained": policy}
+    compare(config.evaluation, sampling, policies, critic, rewards, prompts, main_reward=main)
     assert (max(backbone.denoised), max(backbone.decoded)) == (whole, whole)
     backbone.denoised.clear()
-    run_benchmark(config, policy, critic, rewards, prompts.held_out)
+    given: dict[str, Any] = {"prompts": prompts.held_out, "main_reward": main}
+    run_benchmark(config.evaluation, config.steering, sampling, policy, critic, rewards, **given)
     assert (max(backbone.denoised), max(backbone.decoded)) == (3 * whole, whole)
     backbone.denoised.clear()
     pretrain(config, policy, critic, rewards, prompts)

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from latentac.config.fields import merge
+from latentac.config.schema import Config
 from latentac.config.validation import resolve
+from latentac.critic import Critic
 from latentac.evaluation.benchmark import arms, run_benchmark
-from latentac.evaluation.held_out import compare
+from latentac.evaluation.held_out import Sampling, compare
 from latentac.runs.workspace import Workspace
 from latentac.system import progress
 from tests.latentac.workers import prepared
@@ -49,7 +51,9 @@ def test_evaluation_is_one_work_of_all_policies(space: Workspace, lines: Any) ->
     """Each policy in turn, then training prompts, then diversity and latency: one count to 100 %."""
     policy = space.base_policy()
     policies = {"base": policy, "trained": policy}
-    content, sheets = compare(space.config, policies, space.critic("pretrain-value"), space.rewards(), space.prompts)
+    config, critic = space.config, space.critic("pretrain-value")
+    given = (config.evaluation, Sampling.of(config), policies, critic, space.rewards(), space.prompts)
+    content, sheets = compare(*given, main_reward=config.gate.reward)
     found = lines()
     assert list(last(found).items()) == [
         ("evaluate, policy 1 of 2: base", "8/22 [36%]"),
@@ -73,11 +77,23 @@ def test_evaluation_is_one_work_of_all_policies(space: Workspace, lines: Any) ->
     assert index["prompts"] == scores["prompts"][:3]
 
 
+def benchmark(space: Workspace, config: Config, critic: Critic) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    return run_benchmark(
+        config.evaluation,
+        config.steering,
+        Sampling.of(config),
+        space.base_policy(),
+        critic,
+        space.rewards(),
+        prompts=space.prompts.held_out,
+        main_reward=config.gate.reward,
+    )
+
+
 def test_steering_tells_which_arm_of_how_many(space: Workspace, lines: Any) -> None:
     """`arm 3 of 9` with one time left for the whole step, in evaluations, which is what arms differ in."""
-    critic, rewards = space.critic("pretrain-value"), space.rewards()
-    _, sheets = run_benchmark(space.config, space.base_policy(), critic, rewards, space.prompts.held_out)
-    found, count = lines(), len(arms(space.config))
+    _, sheets = benchmark(space, space.config, space.critic("pretrain-value"))
+    found, count = lines(), len(arms(space.config.steering, [1.0]))
     parts = list(last(found))
     assert parts[0] == f"steer, arm 1 of {count}: plain"
     assert [part.partition(":")[0] for part in parts[:-1]] == [
@@ -101,10 +117,10 @@ def test_the_gallery_shows_the_arm_that_was_best(space: Workspace) -> None:
     for methods in (["best_of_n", "value_gradient"], ["value_gradient", "best_of_n"]):
         sizes["steering"] = {"num_images": 8, "methods": [{"use": name, **own[name]} for name in methods]}
         config = resolve(merge(space.config.model_dump(), sizes))
-        policy, critic = space.base_policy(), space.critic("pretrain-value")
+        critic = space.critic("pretrain-value")
         torch.manual_seed(0)
         torch.nn.init.normal_(critic.heads.weight, std=0.5)
-        rows, sheets = run_benchmark(config, policy, critic, space.rewards(), space.prompts.held_out)
+        rows, sheets = benchmark(space, config, critic)
         (name,) = config.reward_names
         means = {row["method"]: row["mean"] for row in rows if row["method"] != "none"}
         assert len(set(means.values())) == 2

@@ -120,7 +120,7 @@ def test_contrasts_are_measured_on_real_policies() -> None:
     import torch
 
     from latentac.backbones import load_backbone
-    from latentac.evaluation.held_out import contrasts, sample
+    from latentac.evaluation.held_out import Sampling, contrasts, sample
     from latentac.rewards.configured import load_rewards
     from latentac.sampling.kernels import KERNELS
     from latentac.sampling.policy import Policy
@@ -134,9 +134,9 @@ def test_contrasts_are_measured_on_real_policies() -> None:
     shown = load_prompts("builtin:shapes").held_out[:5]
     texts = [prompt.text for prompt in shown]
     rewards = load_rewards([Reward(use="jpeg_compressibility")])
-    images = sample(policy, None, rewards, shown, config.seed, 2, block_images=2).images
+    images = sample(policy, None, rewards, shown, Sampling(config.seed, 2, 2)).images
     policies = dict.fromkeys(("base", "trained", "incumbent"), policy)
-    found = contrasts(config, policies, texts, dict.fromkeys(policies, images))
+    found = contrasts(config.evaluation, Sampling.of(config), policies, texts, dict.fromkeys(policies, images))
 
     spread, speed = found["diversity"], found["latency"]
     assert spread["base"] == spread["trained"] == spread["incumbent"]

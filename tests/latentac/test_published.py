@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from latentac.config.validation import resolve
 from latentac.runs.release.deploy import check_agreement
 from latentac.runs.reporting.card import model_card
 from latentac.runs.reporting.compare import write_comparison
@@ -268,19 +267,10 @@ def test_artifacts_that_do_not_fit_their_configuration_are_one_error(
     units: dict[str, str], methods: dict[str, Any], best: dict[str, Any] | None, expected: str
 ) -> None:
     """Before a model is exported by them."""
-    config = resolve(
-        {
-            "recipe": "test",
-            "backbone": {"source": "builtin:shapes-unet"},
-            "prompts": {"source": "builtin:shapes"},
-            "rewards": [{"use": "shapes_verifier"}],
-            "steering": {"methods": [{"use": "best_of_n"}]},
-            "gate": {"reward": "shapes_verifier"},
-        }
-    )
+    configured = (["shapes_verifier"], ["best_of_n"])
     with pytest.raises(IntegrityError, match=expected):
-        check_agreement("r", config, {"units": units, "methods": methods}, best)
-    check_agreement("r", config, {"units": {"shapes_verifier": ""}, "methods": {"best_of_n": {}}}, None)
+        check_agreement("r", *configured, {"units": units, "methods": methods}, best)
+    check_agreement("r", *configured, {"units": {"shapes_verifier": ""}, "methods": {"best_of_n": {}}}, None)
 
 
 @pytest.mark.parametrize("link", ["the folder", "summary.json"])

@@ -469,7 +469,7 @@ def test_the_benchmark_steers_each_arm_as_it_says():
             ]
         },
     )
-    plain, *found = arms(config)
+    plain, *found = arms(config.steering, [reward.weight for reward in config.rewards])
     assert (plain.method, plain.strength, plain.particles, plain.steering) == ("none", 0.0, 1, None)
     assert [(plan.method, plan.strength, plan.particles) for plan in found] == [
         *(("value_gradient", 4.0, 1), ("value_gradient", 9.0, 1), ("value_gradient", 20.0, 2)),

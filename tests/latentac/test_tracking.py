@@ -236,13 +236,13 @@ def test_mlflow_gets_a_run_once(uri: str, tmp_path: Path, monkeypatch: pytest.Mo
     for number, iterations in enumerate((range(1, 4), range(3, 5))):  # the second start repeats iteration 3
         (tmp_path / f"start-{number}").mkdir()
         monkeypatch.chdir(tmp_path / f"start-{number}")
-        trackers = make_trackers(settings, tmp_path / "run")
+        trackers = make_trackers(settings.tracking, tmp_path / "run")
         with tracking(trackers, "run", hyperparameters(settings)):
             for iteration in iterations:
                 trackers[0].log(iteration, of_iteration(entry(iteration)))
                 trackers[0].image("rollouts", iteration, IMAGE)
         assert list(Path().iterdir()) == []
-    trackers = make_trackers(settings, tmp_path / "run")
+    trackers = make_trackers(settings.tracking, tmp_path / "run")
     with tracking(trackers, "run", hyperparameters(settings)):
         trackers[0].log(4, of_evaluation(EVALUATION, "shapes_verifier"))
 
@@ -268,7 +268,7 @@ def test_mlflow_sends_no_images_where_none_are_wanted(tmp_path: Path, monkeypatc
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.chdir(tmp_path)
     settings = config({"use": "mlflow", "images": False})
-    trackers = make_trackers(settings, tmp_path / "run")
+    trackers = make_trackers(settings.tracking, tmp_path / "run")
     with tracking(trackers, "run", hyperparameters(settings)):
         trackers[0].log(1, of_iteration(entry(1)))
         trackers[0].image("rollouts", 1, IMAGE)
@@ -303,7 +303,7 @@ def test_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     settings = config({"use": "wandb", "project": "shapes", "mode": "offline"}, seed=5)
     (tmp_path / "run").mkdir()
-    trackers = make_trackers(settings, tmp_path / "run")
+    trackers = make_trackers(settings.tracking, tmp_path / "run")
     with tracking(trackers, "run", hyperparameters(settings)):
         for iteration in (1, 2):
             trackers[0].log(iteration, of_iteration(entry(iteration)))
@@ -332,7 +332,7 @@ def test_wandb_takes_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(f"WANDB_{name}", value)
     settings = config({"use": "wandb", "entity": "team", "group": "sweep", "tags": ["a", "b"], "images": False})
     (tmp_path / "run").mkdir()
-    trackers = make_trackers(settings, tmp_path / "run")
+    trackers = make_trackers(settings.tracking, tmp_path / "run")
     with tracking(trackers, "run", hyperparameters(settings)):
         trackers[0].log(1, of_iteration(entry(1)))
         trackers[0].image("rollouts", 1, IMAGE)
@@ -365,7 +365,7 @@ def test_a_real_server_that_is_down_does_not_hold_the_run(tmp_path: Path, caplog
     pytest.importorskip("mlflow")
     settings = config({"use": "mlflow", "tracking_uri": "http://127.0.0.1:9"})
     started = time.monotonic()
-    trackers = make_trackers(settings, tmp_path)
+    trackers = make_trackers(settings.tracking, tmp_path)
     with caplog.at_level(logging.WARNING, "latentac"), tracking(trackers, "run", hyperparameters(settings)):
         trackers[0].log(1, {"reward/x": 1.0})
     assert time.monotonic() - started < 45

@@ -77,12 +77,13 @@ def operations_by_step(config: Config, one: Operations) -> dict[str, float]:
     learnt = pretraining.num_images and pretraining.num_images + pretraining.num_held_out_images
     noised = pretraining.num_passes * pretraining.num_images * steps * pretraining.forward_noised
     more = 2 * evaluation.num_diversity_prompts * evaluation.images_per_prompt
-    steered = sum(_steered(arm.steering, arm.particles, steps) for arm in arms(config))
+    steering = arms(config.steering, [reward.weight for reward in config.rewards])
+    steered = sum(_steered(arm.steering, arm.particles, steps) for arm in steering)
     return {
         "pretrain-value": learnt * image + noised * one.forward,
         "train": config.train.num_iterations * config.train.images_per_iteration * trained,
         "evaluate": (_POLICIES * evaluation.num_images + more) * image,
-        "steer": config.steering.num_images * (steered * one.forward + len(arms(config)) * one.decoding),
+        "steer": config.steering.num_images * (steered * one.forward + len(steering) * one.decoding),
     }
 
 

@@ -27,7 +27,7 @@ def compare_guidance(
     Warns where guidance raises the main reward by more than three standard errors: training then starts from images
     that are worse than the model's own.
     """
-    from latentac.evaluation.held_out import sample
+    from latentac.evaluation.held_out import Sampling, sample
     from latentac.sampling.kernels import KERNELS
     from latentac.sampling.policy import Policy
 
@@ -39,8 +39,7 @@ def compare_guidance(
     scores = []
     for scale in (1.0, SCALE):
         policy = Policy(guided(backbone, scale), kernel)
-        block = config.train.block_images
-        arm = sample(policy, None, [main], chosen, config.seed, config.kernel.num_steps, block_images=block)
+        arm = sample(policy, None, [main], chosen, Sampling.of(config))
         scores.append(arm.scores.rewards[:, 0].double())
     without, with_guidance = scores
     gain = with_guidance - without

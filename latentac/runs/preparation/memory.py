@@ -2,27 +2,28 @@
 
 from pathlib import Path
 
-from latentac.config.schema import Config
+from latentac.config.learning import Train
+from latentac.config.schema import Backbone
 
 
-def compute_device(config: Config) -> str:
-    if config.backbone.device != "auto":
-        return config.backbone.device
+def compute_device(settings: Backbone) -> str:
+    """cpu or cuda."""
+    if settings.device != "auto":
+        return settings.device
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def count_workers(config: Config, device: str = "") -> int:
-    """Worker processes that training starts on this machine. device: cpu or cuda, by default that of this machine.
+def count_workers(train: Train, device: str) -> int:
+    """Worker processes that training starts on this machine. device: cpu or cuda.
 
     Raises ConfigError for more workers than GPUs.
     """
     from latentac.sampling import devices
 
-    train = config.train
     num_blocks = train.images_per_iteration // train.block_images
-    return devices.count_workers(train.num_workers, num_blocks, device or compute_device(config))
+    return devices.count_workers(train.num_workers, num_blocks, device)
 
 
 def free_memory(device: str) -> int | None:

@@ -9,7 +9,7 @@ from latentac.backbones.inspection import weights_of
 from latentac.backbones.layout import Layout, Sizes, listing, used
 from latentac.backbones.precision import compute_dtype
 from latentac.backbones.weights import header, shapes
-from latentac.config.schema import Config
+from latentac.config.schema import Backbone, Config
 from latentac.system.modelfiles import read_json
 
 
@@ -45,15 +45,15 @@ def read_model(folder: Path, config: Config) -> Model:
         network=_count(own),
         frozen=sum(_count(tensors) for name, tensors in found.items() if name != layout.network),
         adapters=config.policy.lora_rank * sum(sum(shape) for shape in adapted),
-        sizes=_sizes(folder, layout, config),
+        sizes=_sizes(folder, layout, config.backbone),
     )
 
 
-def bytes_per_weight(config: Config, device: str) -> int:
+def bytes_per_weight(settings: Backbone, device: str) -> int:
     """Of a weight that is not trained, and of an activation. device: cpu or cuda."""
     import torch
 
-    precision = config.backbone.own.get("precision", "auto")
+    precision = settings.own.get("precision", "auto")
     if precision == "auto" and device == "cuda" and not torch.cuda.is_available():
         return 2  # planned for a GPU of another machine
     if precision == "float16":
@@ -61,9 +61,9 @@ def bytes_per_weight(config: Config, device: str) -> int:
     return compute_dtype(precision, torch.device(device)).itemsize
 
 
-def _sizes(folder: Path, layout: Layout, config: Config) -> Sizes:
+def _sizes(folder: Path, layout: Layout, backbone: Backbone) -> Sizes:
     settings = {part.name: read_json(folder / part.name / "config.json") for part in layout.parts if part.stem}
-    image = config.backbone.own.get("image_size") or None
+    image = backbone.own.get("image_size") or None
     if image is None:
         return layout.sizes(settings, None)
     factor = 2 ** (len(settings["vae"].get("block_out_channels", [64])) - 1)

@@ -32,22 +32,21 @@ _COUNTED = 1000  # prompts whose tokens are counted together
 _PACKAGES = ("torch", "diffusers", "transformers", "kfp", "torchx-nightly", "kserve", "minio")
 
 
-def check_machine(config: Config, output: Path) -> None:
+def check_machine(device: str, port: int) -> None:
     """Device and port; room for the run is checked when its backbone is known. Raises ResourceError."""
-    if config.backbone.device == "cuda":
+    if device == "cuda":
         import torch
 
         if not torch.cuda.is_available():
             raise ResourceError("backbone.device = 'cuda'", "no CUDA device is usable here", "Use auto or cpu")
-    if config.serving.port:
+    if port:
         with closing(socket.socket()) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("127.0.0.1", config.serving.port))
+                probe.bind(("127.0.0.1", port))
             except OSError as error:
-                raise ResourceError(
-                    f"serving.port = {config.serving.port}", f"is taken ({error.strerror})", "Use 0 for any free port"
-                ) from error
+                problem = f"is taken ({error.strerror})"
+                raise ResourceError(f"serving.port = {port}", problem, "Use 0 for any free port") from error
 
 
 def fetch_rewards(rewards: Sequence[ConfiguredReward]) -> None:

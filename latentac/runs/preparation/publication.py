@@ -36,7 +36,7 @@ def publish_prepared(
             packages.make_unpacked_importable(folder / PACKAGE)
         extensions = resolve_all(fields)
         settings = extensions.config
-        preparation.check_machine(settings, output)
+        preparation.check_machine(settings.backbone.device, settings.serving.port)
         store.probe()
         prompts = load_prompts(settings.prompts)
         preparation.fetch_rewards(extensions.rewards)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from latentac.backbones import Denoiser, load_backbone
+from latentac.config.learning import Policy as PolicySettings
 from latentac.config.schema import Config
 from latentac.method.diffusion import num_stochastic_steps
 from latentac.method.randomness import noise_for
@@ -96,7 +97,7 @@ def rehearse(config: Config, folder: Path, prompt: str, device: torch.device) ->
     parameters = list(backbone.module.parameters())
     with found.trying("critic.body.use", config.critic.body.use, "building the critic", "Use another critic.body"):
         new_critic(config, policy)
-    trainable = _adapted(config, backbone, found)
+    trainable = _adapted(config.policy, backbone, found)
     found.stop()
     return Rehearsal(
         tuple(backbone.latent_shape),
@@ -149,9 +150,8 @@ def _step(config: Config, policy: Policy, prompt: str, found: _Found) -> tuple[t
     return text_shape, images
 
 
-def _adapted(config: Config, backbone: Denoiser, found: _Found) -> int:
+def _adapted(settings: PolicySettings, backbone: Denoiser, found: _Found) -> int:
     """How many parameters train, after the module was made trainable as the run does it."""
-    settings = config.policy
     remedy = "Use policy.adaptation=full, or a backbone whose attention has the usual names"
     trainable = 0
     with found.trying("policy.adaptation", settings.adaptation, "making the denoiser trainable", remedy):

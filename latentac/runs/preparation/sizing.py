@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentac.config.schema import Config
+from latentac.config.learning import Pretrain
+from latentac.config.schema import Config, Evaluation
 from latentac.config.sections import Extension
 from latentac.runs.preparation.memory import compute_device, count_workers, free_memory
 from latentac.runs.preparation.model_sizes import Model, bytes_per_weight, read_model
@@ -96,13 +97,13 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
         galleries    evaluation.num_gallery_prompts images of 20 arms, uncompressed
         small        8 MiB
     """
-    return count(config, read_model(folder, config), num_prompts, device or compute_device(config))
+    return count(config, read_model(folder, config), num_prompts, device or compute_device(config.backbone))
 
 
 def count(config: Config, model: Model, num_prompts: int, device: str) -> Requirements:
     """`requirements` of a model that was read already."""
     train, policy, sizes = config.train, config.policy, model.sizes
-    half = bytes_per_weight(config, device)
+    half = bytes_per_weight(config.backbone, device)
     trains = model.adapters if policy.adaptation == "lora" else model.network
     merged = trains if policy.adaptation == "lora" else 0
     kept = trains * (1 + (policy.ema_decay > 0) + (train.early_stopping is not None))
@@ -111,19 +112,19 @@ def count(config: Config, model: Model, num_prompts: int, device: str) -> Requir
     parts = model.network + model.frozen
     alone = config.export.weights == "adapter"
     exported = merged if alone else parts + model.network * config.serving.include_base + merged
-    number = count_workers(config, device)
+    number = count_workers(train, device)
     memory = {
         "weights": half * (parts + merged),
         "reference": half * model.network if config.algorithm.own.get("prediction_kl", 0) > 0 else 0,
         "critic's own backbone": _FLOAT * own,
         "training": _FLOAT * (3 * trains + kept - trains + (trains if half < _FLOAT else 0)),
         "images": _images(config, model, number, half) + _FLOAT * replay,
-        "text": half * _text(config, model, num_prompts, number, device),
+        "text": half * _text(_pretrained(config.pretrain, number), model.sizes.text, num_prompts, half, device),
         "activations": half * _activations(config, model, device),
     }
     # Evaluation has the base, the trained policy and the one in production, and nothing of the training.
     workers = number if device == "cpu" else 1
-    evaluation = half * _POLICIES * parts + _evaluated_images(config, model, device)
+    evaluation = half * _POLICIES * parts + _evaluated_images(config.evaluation, model.sizes.image) * (device == "cpu")
     memory["other policies"] = max(0, math.ceil(evaluation / workers) - sum(memory.values()))
     memory = {item: count for item, count in memory.items() if count}
     memory["process"] = _INTERPRETER if device == "cpu" else _CUDA_CONTEXT
@@ -148,25 +149,23 @@ def _images(config: Config, model: Model, workers: int, half: int) -> int:
     inputs = {"lora": sizes.latent, "copy": sizes.latent, "latent_cnn": sizes.latent, "pixel": sizes.image}
     # Without attention the critic keeps a mean and a spread a channel alone.
     taps = 2 * sizes.channels + (sizes.taps if body.own.get("num_queries", 4) else 0)
-    states = max(images, _pretrained(config, workers)) * steps * inputs.get(body.use, taps)
+    states = max(images, _pretrained(config.pretrain, workers)) * steps * inputs.get(body.use, taps)
     return _FLOAT * (images * (2 * steps + 1) * sizes.latent + states) + half * images * sizes.text
 
 
-def _pretrained(config: Config, workers: int) -> int:
+def _pretrained(settings: Pretrain, workers: int) -> int:
     """Images of value pretraining, shared out as if the workers of the training had them."""
-    settings = config.pretrain
     images = settings.num_images and settings.num_images + settings.num_held_out_images
     return math.ceil(images / workers)
 
 
-def _text(config: Config, model: Model, num_prompts: int, workers: int, device: str) -> int:
+def _text(pretrained: int, size: int, num_prompts: int, half: int, device: str) -> int:
     """Numbers of what is encoded of prompts and kept: of few training prompts all, on the device; of many the latest,
-    in the host's memory, where value pretraining has its own."""
-    half = bytes_per_weight(config, device)
-    whole = num_prompts * model.sizes.text
+    in the host's memory, where value pretraining has its own. size: numbers a prompt; half: bytes of each."""
+    whole = num_prompts * size
     many, host = half * whole > WHOLE_BYTES, device == "cpu"
     training = min(whole, KEPT_BYTES // half) * host if many else whole
-    return max(training, _pretrained(config, workers) * model.sizes.text * host)
+    return max(training, pretrained * size * host)
 
 
 def _activations(config: Config, model: Model, device: str) -> int:
@@ -205,12 +204,11 @@ def _takes_gradient(method: Extension) -> bool:
         return True
 
 
-def _evaluated_images(config: Config, model: Model, device: str) -> int:
+def _evaluated_images(settings: Evaluation, size: int) -> int:
     """Bytes of the images that evaluation holds, in the host's memory: of each policy, and of the trained one a quarter
     as many of training prompts."""
-    settings = config.evaluation
     more = _POLICIES * settings.num_diversity_prompts * settings.images_per_prompt
-    return int(((_POLICIES + 0.25) * settings.num_images + more) * model.sizes.image) if device == "cpu" else 0
+    return int(((_POLICIES + 0.25) * settings.num_images + more) * size)
 
 
 def check_room(needed: Requirements, output: Path, store: str) -> None:

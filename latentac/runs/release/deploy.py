@@ -2,13 +2,12 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentac.config.schema import Config
 from latentac.evaluation.arms import best_steered
 from latentac.runs.release.adapter import fetch_model, place_base, reference
 from latentac.runs.release.incumbent import Production, chosen_production, productions, put_in_production
@@ -121,7 +120,8 @@ def _export(space: Workspace, trained: Manifest, folder: Path, notice: str = "")
     extensions = read_published(space.artifact("prepare") / EXTENSIONS)
     rows = read_published(space.artifact("steer") / "steering.json") if space.finished("steer") else []
     best = best_steered(rows, space.config.gate.reward)
-    check_agreement(space.run, space.config, extensions, best)
+    methods = [method.name for method in space.config.steering.methods]
+    check_agreement(space.run, space.config.reward_names, methods, extensions, best)
     details: dict[str, Any] = {"examples": examples, "notice": notice, "extensions": extensions, "best": best}
     if adapter:
         details |= {"base": reference(space), "pipeline": untouched}
@@ -130,16 +130,22 @@ def _export(space: Workspace, trained: Manifest, folder: Path, notice: str = "")
     return version
 
 
-def check_agreement(run: str, config: Config, extensions: Mapping[str, Any], best: Mapping[str, Any] | None) -> None:
+def check_agreement(
+    run: str,
+    rewards: Collection[str],
+    methods: Collection[str],
+    extensions: Mapping[str, Any],
+    best: Mapping[str, Any] | None,
+) -> None:
     """Raises IntegrityError where what the run has published of its rewards and methods is not of its configuration.
 
-    extensions: content of extensions.json; best: the row of steering.json that becomes the default.
+    rewards, methods: their names in the configuration. extensions: content of extensions.json. best: the row of
+    steering.json that becomes the default.
     """
-    methods = {method.name for method in config.steering.methods}
     for file, missing in (
-        (f"prepare/{EXTENSIONS}", {*config.reward_names} - extensions["units"].keys()),
-        (f"prepare/{EXTENSIONS}", methods - extensions["methods"].keys()),
-        ("steer/steering.json", {best["method"]} - methods if best else set[str]()),
+        (f"prepare/{EXTENSIONS}", {*rewards} - extensions["units"].keys()),
+        (f"prepare/{EXTENSIONS}", {*methods} - extensions["methods"].keys()),
+        ("steer/steering.json", {best["method"]}.difference(methods) if best else set[str]()),
     ):
         if missing:
             problem = f"it and the run's configuration do not agree on {min(missing)!r}"

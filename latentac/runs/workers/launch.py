@@ -13,7 +13,7 @@ from torchx.components import dist
 from torchx.runner import Runner, get_runner
 
 from latentac.runs import failures
-from latentac.runs.preparation.memory import count_workers
+from latentac.runs.preparation.memory import compute_device, count_workers
 from latentac.runs.workspace import Workspace
 from latentac.system.errors import TrainingError, restore
 from latentac.system.lifetime import keeping_signals
@@ -83,7 +83,8 @@ def _run_app(space: Workspace) -> None:
     with hidden_folder(space.folder, "train") as folder, get_runner() as runner:  # which ends the app in any case
         failure, logs = folder / "failure.json", folder / "logs"
         output = str(space.folder.parent)
-        definition = app(run, space.store.url, output, failure, count_workers(space.config), train.max_restarts)
+        workers = count_workers(train, compute_device(space.config.backbone))
+        definition = app(run, space.store.url, output, failure, workers, train.max_restarts)
         with keeping_signals():  # torchx turns them into exceptions of its own
             handle = runner.run(definition, "local_cwd", {"log_dir": str(logs)})
         state, lines = _follow(runner, handle, logs, failure)

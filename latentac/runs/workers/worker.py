@@ -170,7 +170,7 @@ class Log:
         from latentac.runs.hyperparameters import hyperparameters
         from latentac.runs.reporting.tracking import make_trackers, tracking
 
-        trackers = make_trackers(space.config, space.folder)
+        trackers = make_trackers(space.config.tracking, space.folder)
         log = cls(space, trackers)
         if trainer.history and not log._folder.exists():  # another pod has trained so far
             space.store.read_files(log._copies, log._folder)

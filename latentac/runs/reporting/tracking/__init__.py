@@ -22,8 +22,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from latentac.config import schema
 from latentac.config.extensions import Table
-from latentac.config.schema import Config
 from latentac.system.errors import ConfigError, Problem, without_password
 
 TRACKERS = Table(
@@ -63,23 +63,23 @@ class Tracker(Protocol):
     # where the tracker has failed or hangs, so that nothing of it keeps the process from ending.
 
 
-def missing_packages(config: Config) -> list[Problem]:
+def missing_packages(settings: Sequence[schema.Tracker]) -> list[Problem]:
     """The configured trackers whose package is not installed here."""
     return [
         Problem(f"tracking.{place}.use", entry.use, "is not installed", f"pip install {PACKAGES[entry.use]}")
-        for place, entry in enumerate(config.tracking)
+        for place, entry in enumerate(settings)
         if entry.use in PACKAGES and importlib.util.find_spec(entry.use) is None
     ]
 
 
-def make_trackers(config: Config, folder: Path) -> list["Background"]:
+def make_trackers(settings: Sequence[schema.Tracker], folder: Path) -> list["Background"]:
     """The configured trackers, each in a thread of its own. folder: `<output>/<run>`. Raises ConfigError."""
-    problems = missing_packages(config)
+    problems = missing_packages(settings)
     if problems:
         raise ConfigError(problems)
     return [
         Background(entry.name, partial(TRACKERS.make, entry, folder, path=f"tracking.{place}"))
-        for place, entry in enumerate(config.tracking)
+        for place, entry in enumerate(settings)
     ]
 
 
