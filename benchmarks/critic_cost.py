@@ -50,7 +50,7 @@ _ARMS = {
 
 
 class Timed(Trainer):
-    """Tells an iteration's seconds by part. On a CPU they are the processor's, so what else runs does not count."""
+    """An iteration's seconds by part. On a CPU they are the processor's, so what else runs does not count."""
 
     policy_seconds = 0.0
     rollout_seconds: list[float]

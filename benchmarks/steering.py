@@ -65,7 +65,7 @@ Record = dict[str, Any]
 @dataclass(frozen=True)
 class Way:
     """A way to make particles. truth: the values are the true reward's; scale: of classifier-free guidance; most: the
-    largest of MULTIPLES; nested: fewer particles are the first of many, so one rollout tells about every number."""
+    largest of MULTIPLES; nested: fewer particles are the first of many, so one rollout measures every number."""
 
     label: str
     method: str

@@ -199,7 +199,7 @@ class Run:
         return new_trainer(self.config, policy, critic, self.rewards, self.prompts.train, mesh=mesh, scored=scored)
 
     def _go_back(self, trainer: Trainer, error: Diverged) -> Trainer:
-        """As the product does: to the last checkpoint at a lower rate, once. What was scored in vain is told."""
+        """As the product does: to the last checkpoint at a lower rate, once. What was scored in vain is reported."""
         if trainer.recoveries:
             raise error
         reached = trainer.iteration + 1

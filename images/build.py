@@ -157,7 +157,7 @@ def network(client: DockerClient) -> list[str]:
 
 
 def revision() -> str:
-    """The git commit; a tree with changes is told by `-dirty`."""
+    """The git commit; a tree with changes has `-dirty` at its end."""
     try:
         return run(["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"], ROOT).strip()
     except (Unavailable, OSError):

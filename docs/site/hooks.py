@@ -1,4 +1,4 @@
-"""What MkDocs is told beside mkdocs.yml: the documents of the whole repository, and the pages of the reference.
+"""What MkDocs gets beside mkdocs.yml: the documents of the whole repository, and the pages of the reference.
 
 Pages have the paths of their files in the repository, so a relative link means the same here and on GitHub. The library
 is read, never imported: the environment of the site has no torch.

@@ -80,7 +80,7 @@ _SINGLE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
 
 def inspect(source: str, folder: Path, layout: Layout, *, weights: bool = True) -> list[Problem]:
-    """Every problem of the pipeline in `folder`, told as one of `backbone.source` = `source`; none if it can be used.
+    """Every problem of the pipeline in `folder`, reported under `backbone.source` = `source`; none if it can be used.
 
     weights: False while only the configurations were fetched.
     """

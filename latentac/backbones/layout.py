@@ -164,7 +164,7 @@ def unreadable(folder: Path, layout: Layout) -> Iterator[tuple[str, str, str]]:
         try:
             within = [path.name for path in (folder / part.name).iterdir()]
         except OSError:
-            continue  # it is missing, or no folder: told where the part is judged
+            continue  # it is missing, or no folder: reported where the part is checked
         names += [f"{part.name}/{name}" for name in part.files(within)]
         for name in sorted(set(ADAPTERS) & set(within)):
             yield f"{part.name}/{name}", *ADAPTER

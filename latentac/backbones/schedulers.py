@@ -45,7 +45,7 @@ FLOW = {
 
 PREDICTIONS = ("epsilon", "v_prediction")
 _FAINTEST = 2e-5
-"""Of alpha-bar: below this, float32 noise levels are too near 1 to tell the signal's share from them."""
+"""Of alpha-bar: below this, float32 noise levels are too near 1 to compute the signal's share from them."""
 
 FILE = "scheduler/scheduler_config.json"
 
@@ -65,7 +65,7 @@ def variance_preserving(folder: Path, source: str = "") -> Any:
     )
     refuse(
         settings.get("timestep_type") == "continuous",
-        "timestep_type is continuous: an EDM model, which is told the noise level and not a timestep",
+        "timestep_type is continuous: an EDM model, which takes the noise level and not a timestep",
         f"Use a model that was trained with one of {', '.join(VARIANCE_PRESERVING)} and whole timesteps",
     )
     prediction = settings.get("prediction_type")
@@ -101,7 +101,7 @@ def variance_preserving(folder: Path, source: str = "") -> Any:
     refuse(
         prediction == "epsilon" and faintest < _FAINTEST,
         f"the last timestep has no signal (alpha-bar {faintest:.1g}; rescale_betas_zero_snr is "
-        f"{settings.get('rescale_betas_zero_snr', False)}), and from noise alone epsilon prediction tells nothing",
+        f"{settings.get('rescale_betas_zero_snr', False)}), and from noise alone epsilon prediction recovers nothing",
         "Set rescale_betas_zero_snr to false, or use a v_prediction model, which is trained for zero terminal SNR",
     )
     return ddim

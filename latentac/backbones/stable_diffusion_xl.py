@@ -18,7 +18,7 @@ from latentac.backbones.stable_diffusion import (
 )
 
 NUM_SIZES = 6
-"""Numbers that the network is told of an image: its original size, its crop, and its size, two each."""
+"""Numbers that the network gets about an image: its original size, its crop, and its size, two each."""
 
 _ADDED = ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
 _ENCODERS = "Use the text encoders that the UNet was trained with"

@@ -155,8 +155,8 @@ def _bounded(vocabulary: Mapping[str, Any], more: Mapping[str, Any], added: int)
         if len(token) > _LONGEST_TOKEN:
             raise Damaged(f"has a token of {len(token):,} characters, and at most {_LONGEST_TOKEN} are read")
         if type(number) is not int or not 0 <= number < _MOST_TOKENS:
-            told = f"and must be a whole one from 0 to {_MOST_TOKENS - 1:,}"
-            raise Damaged(f"has a token {token!r} whose number is {str(number)[:40]}, {told}")
+            bounds = f"and must be a whole one from 0 to {_MOST_TOKENS - 1:,}"
+            raise Damaged(f"has a token {token!r} whose number is {str(number)[:40]}, {bounds}")
 
 
 def _table(described: Mapping[str, Any]) -> str | None:

@@ -100,7 +100,7 @@ class _Branch(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.modulations = nn.ModuleList(_TimeModulation(width) for _ in range(2))
         # A few thousand scored images are soon learned by heart: without dropout the held-out explained variance falls.
-        self.drop_channels = nn.Dropout2d(settings.dropout)  # whole ones: neighbouring cells would tell a lone one
+        self.drop_channels = nn.Dropout2d(settings.dropout)  # whole ones: neighbours show a cell
         self.dropout = nn.Dropout(settings.dropout)
 
     def forward(self, feature_map: Tensor, context: Tensor, time: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def group_advantages(
     """Group-relative advantages (GRPO, Shao et al. 2024): (R - mean of the group) / (std of the group + epsilon).
 
     reward: [B, M] with the G = `group_size` rollouts of a prompt in consecutive rows. Returns ([B, M], bool [B, M]): a
-    group whose rewards are all equal teaches nothing, gets zeros, and is told by False in the second. Raises ValueError
+    group whose rewards are all equal teaches nothing, gets zeros, and has False in the second. Raises ValueError
     for a group of one: its advantage is 0.
     """
     if group_size < 2:

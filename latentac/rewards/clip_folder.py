@@ -96,7 +96,7 @@ class Clip:
         try:
             self.model: Any = load(CLIPModel, folder, _MODEL, cpu, dtype)
             self._tokenizer = load_tokenizer(CLIPTokenizer, folder, _TOKENIZER)
-        except ConfigError as error:  # told as a backbone's
+        except ConfigError as error:  # reported as a backbone's
             raise ConfigError([Problem("source", source, one.problem, one.remedy) for one in error.problems]) from error
         self._processor = CLIPImageProcessorPil(**_preparation(folder))
         self.max_tokens = min(self.model.config.text_config.max_position_embeddings, self._tokenizer.model_max_length)

@@ -131,7 +131,7 @@ class Service:
                     path, f"has no trusted certificate: {self._shown(describe(error))}", remedy
                 ) from None
             raise Unavailable(self._shown(describe(error))) from None
-        except NewConnectionError as error:  # it begins with the address, which is told already
+        except NewConnectionError as error:  # it begins with the address, which the message has already
             raise Unavailable(f"cannot be reached: {self._shown(str(error).partition(': ')[2])}") from None
         except HTTPError as error:
             raise Unavailable(self._shown(describe(error))) from None

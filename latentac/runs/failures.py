@@ -1,4 +1,4 @@
-"""What ends a training app for good, told through the store: on a cluster its launcher is on another machine.
+"""What ends a training app for good, passed on through the store: on a cluster its launcher is on another machine.
 
     failures/<run>.json   {"attempt", "where", "starts", "error"}
 
@@ -62,8 +62,8 @@ def last(store: Store, run: str) -> LatentacError | None:
 def note(folder: Path, error: Exception, iteration: int) -> None:
     """Leave in `folder` an unexpected error of a worker of this machine. The last note counts: workers start again."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    told = " ".join(str(error).split())[:500]
-    text = f"{type(error).__name__}: {told} (in iteration {iteration}, {Path(last.filename).name}:{last.lineno})"
+    reason = " ".join(str(error).split())[:500]
+    text = f"{type(error).__name__}: {reason} (in iteration {iteration}, {Path(last.filename).name}:{last.lineno})"
     (folder / NOTE).write_text(text, encoding="utf-8")
 
 

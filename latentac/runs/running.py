@@ -65,7 +65,7 @@ def _check_run(options: argparse.Namespace, folder: Path, overrides: Sequence[st
     if options.step == "prepare":
         if not options.package:
             resolve_recipe(options.recipe, options.config, overrides)
-    elif options.step != "finish":  # which comes last in any case, and has nothing to tell of a run without a step
+    elif options.step != "finish":  # which comes last in any case, and has nothing to report of a run without a step
         prepared(open_store(options.store or default_store(options.output)), [options.run])
     refuse_links(folder)
 

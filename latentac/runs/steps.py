@@ -256,8 +256,8 @@ def finish(run: str, store: str, output: str) -> Manifest | None:
     """Write the report and a model card of what the run has published, complete or not, and publish both.
 
     Publishes `<run>/finish` with report.html, summary.json and card.md, which also lie in `<output>/<run>/` then. It
-    is made anew when a step has published since, so a run that was resumed is told to its end. None where nothing is
-    published, not even by `prepare`.
+    is made anew when a step has published since, so a run that was resumed is reported to its end. None where nothing
+    is published, not even by `prepare`.
     """
     started = time.monotonic()
     folder = working_folder(run, output)

@@ -105,7 +105,7 @@ class Answering:
             response = refusal_of(error, openai=protocol == "openai")
             status = response.status_code
         finally:
-            if protocol != "stream" or status != 200:  # a stream that has begun tells its own end
+            if protocol != "stream" or status != 200:  # a stream that has begun reports its own end
                 record.answered(status)
         response.headers["X-Request-Id"] = record.id
         return response

@@ -161,7 +161,7 @@ class Batcher:
             drawn = self._generator.draw([one.slot for one in batch], observe)
         except _Abandoned:
             return
-        except Exception as error:  # noqa: BLE001 - whoever waits for an image is told why there is none
+        except Exception as error:  # noqa: BLE001 - whoever waits for an image gets the reason
             for job in jobs:
                 self._fail(job, error)
             return

@@ -93,7 +93,7 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """The answer to what is no HTTP. Where the request before it has been answered, or is being answered, there is
         none to give: the connection ends."""
-        if self.conn.our_state is h11.SEND_RESPONSE:  # the body is damaged: its reader is told that no more comes
+        if self.conn.our_state is h11.SEND_RESPONSE:  # the body is damaged: its reader gets the end of the body
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):

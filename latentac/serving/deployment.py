@@ -61,7 +61,7 @@ def serve_and_check(
     chooses among particles. allowed: addresses of the user's own classes that the folder may name.
     Raises ResourceError if the port is taken, ServingError for everything else.
     """
-    read(folder)  # a folder that is not an exported model is told as one, before its size is looked up
+    read(folder)  # a folder that is not an exported model is reported as one, before its size is looked up
     size, started = image_size(folder), time.monotonic()
     with ServerProcess(folder, ready_seconds=ready_seconds, port=port, device=device, allowed=allowed) as server:
         ready = time.monotonic() - started

@@ -83,7 +83,9 @@ def request_model(exported: Exported, base: type[AnyRequest]) -> type[AnyRequest
 def _body_model(request: type[Request], most: int) -> type[Body]:
     """A body of at most `most` images over all its requests."""
 
-    def rows(given: Any) -> Any:  # before the requests are looked at: a long list of wrong ones would be told at length
+    def rows(
+        given: Any,
+    ) -> Any:  # before the requests themselves: many wrong ones would give a long report
         return _few(given, len(given)) if isinstance(given, list) else given
 
     def in_all(given: list[Request]) -> list[Request]:

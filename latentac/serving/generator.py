@@ -287,7 +287,7 @@ def _key(slot: Slot) -> tuple[str, int]:
 
 
 def _described(problem: Problem) -> str:
-    """A problem of the folder: what is told as one of `backbone.source` names its file."""
+    """A problem of the folder: one under `backbone.source` names its file."""
     if problem.path == "backbone.source":
         return problem.problem
     return f"{problem.path} = {shorten(repr(problem.value))}: {problem.problem}"

@@ -56,7 +56,7 @@ def drew(images: int, seconds: float) -> None:
 
 @dataclass
 class Record:
-    """One request as it is told to the operator. Prompts are left out unless `prompts` says otherwise."""
+    """One request as the operator's log has it. Prompts are left out unless `prompts` says otherwise."""
 
     protocol: str
     id: str

@@ -57,7 +57,7 @@ class ImagesRequest(Request):
         int, Field(ge=100, le=100, description="Use 100, or leave it out: a PNG loses nothing."), WHOLE
     ] = 100
     partial_images: Annotated[
-        int, Field(ge=0, le=0, description="Use 0, or leave it out; POST /v1/images/stream tells each step."), WHOLE
+        int, Field(ge=0, le=0, description="Use 0, or leave it out; POST /v1/images/stream reports each step."), WHOLE
     ] = 0
     stream: Annotated[
         Literal[False],

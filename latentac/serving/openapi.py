@@ -16,7 +16,7 @@ from latentac.serving.tensors import BINARY_HEADER
 _REF = "#/components/schemas/{model}"
 
 
-class Told(Section):
+class ProblemBody(Section):
     """One thing that is wrong with a request."""
 
     field: str
@@ -29,7 +29,7 @@ class Refusal(Section):
     """Why there is no image: in words, and each problem by its field."""
 
     error: str
-    problems: list[Told]
+    problems: list[ProblemBody]
 
 
 class OpenAIError(Section):
@@ -43,7 +43,7 @@ class OpenAIRefusal(Section):
     """As `Refusal`, in the form that OpenAI's clients read."""
 
     error: OpenAIError
-    problems: list[Told]
+    problems: list[ProblemBody]
 
 
 class KServeError(Section):

@@ -1,4 +1,4 @@
-"""What a caller may ask for. Everything wrong with a request is told at once, each with its path and remedy."""
+"""What a caller may ask for. Everything wrong with a request is reported at once, each with its path and remedy."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,7 +55,7 @@ _ELSEWHERE = {
 POLICIES = ("trained", "base")
 """Whose weights denoise: those that were trained, or the untouched ones, where they were exported."""
 MOST_PROBLEMS = 20
-"""Told of one request; a longer list helps nobody."""
+"""Problems reported for one request; a longer list helps nobody."""
 _NO_OBJECT = ("model_type", "model_attributes_type")
 REFUSED = "refused"
 """Type of an error of ours in pydantic's list; its context has the words: see `refused`."""
@@ -132,7 +132,7 @@ class Body(Section):
 
 
 def most_values(limits: Limits) -> int:
-    """Of the JSON of a request: far more than its fields need. Whatever is told of a value takes time, and other
+    """Of the JSON of a request: far more than its fields need. Reporting a value takes time, and other
     callers wait for it."""
     return 2_000 + 50 * limits.max_images
 
@@ -247,7 +247,7 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def shortened(value: Any) -> Any:
-    """`value` as it is told in a message: at most 80 characters, so that an error is never larger than its cause."""
+    """`value` as a message shows it: at most 80 characters, so that an error is never larger than its cause."""
     value = value.decode(errors="replace") if isinstance(value, bytes) else value
     text = value if isinstance(value, str) else repr(value)
     return f"{text[:80]}..." if len(text) > 80 else value

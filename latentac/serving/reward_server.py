@@ -99,7 +99,7 @@ class Scoring:
         except ConfigError:
             raise
         except LatentacError as error:
-            _log.warning("%s", error)  # the reward's own failure, which is told to whoever asked, too
+            _log.warning("%s", error)  # the reward's own failure, which the caller gets, too
             return refusal(500, [Problem(error.where, None, error.problem, error.remedy)], openai=True)
         finally:
             self._places.release()
@@ -125,7 +125,7 @@ def serve_reward(
     origins: Collection[str] = (),
     token_file: Path | None = None,
 ) -> None:
-    """Serve one reward until SIGTERM or Ctrl-C; what has been asked by then is answered. Tells its address on stdout.
+    """Serve one reward until SIGTERM or Ctrl-C; what has been asked by then is answered. Prints its address on stdout.
 
     Raises ResourceError if the port is taken, ConfigError for what cannot be allowed, and what building the reward
     raises. It listens when the reward is built.

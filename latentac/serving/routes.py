@@ -41,8 +41,8 @@ _Last = tuple[int, str, dict[str, Any]]
 class _Stream(StreamingResponse):
     """Server-sent events: `first`, a "step" for each of `steps` while `drawing` goes on, and its result.
 
-    answered: is told the status at the end: of the result, or 499 where the caller left before it, be it before the
-    first event. Nothing is drawn any more then.
+    answered: is called with the status at the end: of the result, or 499 where the caller left before it, even before
+    the first event. Nothing is drawn any more then.
     """
 
     def __init__(

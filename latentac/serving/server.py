@@ -1,4 +1,4 @@
-"""One process that serves one exported model through KServe's ModelServer, on loopback unless told otherwise."""
+"""One process that serves one exported model through KServe's ModelServer, on loopback by default."""
 
 import asyncio
 import errno
@@ -64,7 +64,7 @@ def serve(
     origins: Collection[str] = (),
     token_file: Path | None = None,
 ) -> None:
-    """Serve an exported folder to a person, until Ctrl-C or SIGTERM; tells its address and an example on stdout.
+    """Serve an exported folder to a person, until Ctrl-C or SIGTERM; prints its address and an example on stdout.
 
     base: folder with the base of an adapter, by default `base/` in `folder`.
     hosts, origins, token_file: who may ask (`latentac.serving.admission`). Raises ResourceError if the port is taken

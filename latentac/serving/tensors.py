@@ -1,5 +1,5 @@
 """KServe's V2 protocol: a request's fields as named tensors, its images as BYTES. A tensor's elements stand in the
-JSON, or as bytes behind it: the extension `binary_tensor_data`, which clients use unless they are told otherwise."""
+JSON, or as bytes behind it: the extension `binary_tensor_data`, which clients use by default."""
 
 import itertools
 import json

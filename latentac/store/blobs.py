@@ -41,7 +41,7 @@ class Patience:
     Pauses between attempts grow from `back_off_seconds`, doubled each time and with as much jitter, up to
     `back_off_max_seconds`. `timeout_seconds` bounds one connect, read or write (of a part of an upload: 5 MiB). No
     attempt begins later than `idle_seconds` after the last byte moved. So an operation fails at most `bound_seconds`
-    after that, which counts the attempt that runs then and one to tell the server of it. A download below
+    after that, which counts the attempt that runs then and one to abort the upload on the server. A download below
     `bytes_per_second`, on average over `idle_seconds`, counts as no answer.
     """
 
@@ -62,7 +62,7 @@ class Overrun(Exception):
 
 
 class Stream:
-    """A file, a buffer or nothing (None) whose bytes are counted, hashed and told to `moved` as they pass through.
+    """A file, a buffer or nothing (None) whose bytes are counted, hashed and passed to `moved` as they pass through.
 
     limit: the most bytes that are written; more raise Overrun. moved_at: when the last byte passed, by
     `time.monotonic`.

@@ -90,7 +90,7 @@ def _starts_with(copy: BinaryIO, old: Path) -> bool:
 
 
 def keep(url: str, prefix: str, folder: Path, *, max_bytes: int, every_seconds: float) -> None:
-    """Refreshes for ever. A store that does not answer, or refuses, is told once and asked again."""
+    """Refreshes for ever. A store that does not answer, or refuses, is reported once and asked again."""
     mirror = Mirror(connect(url, Patience()), prefix, folder, max_bytes)
     reported = ""
     while True:

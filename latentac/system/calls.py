@@ -80,7 +80,7 @@ def in_flight(reward: str, prompts: Sequence[str], seconds: float) -> Iterator[N
 
 
 def supervised(folder: Path) -> tuple[int, RewardError | None] | None:
-    """Go on in a child process whose calls leave their files in `folder`, so that somebody can tell of its crash.
+    """Go on in a child process whose calls leave their files in `folder`, so that its crash can be reported.
 
     None in the child. The caller itself gets, when the child has ended, its exit code and the error to report if it
     ended in a call. Call it from the main thread, before there are others.

@@ -124,7 +124,7 @@ def main(arguments: Sequence[str]) -> int:
     calls: dict[str, Callable[..., Any]] = {"snapshot": _snapshot, "names": _names}
     try:
         answer = {"answer": calls[what](**options)}
-    except Exception as error:  # noqa: BLE001 - whatever the client raises is told where it was asked for
+    except Exception as error:  # noqa: BLE001 - whatever the client raises is raised in the caller
         answer = {"error": describe(error)}
     print(json.dumps(answer), file=sys.stdout, flush=True)
     return 0

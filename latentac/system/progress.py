@@ -68,7 +68,7 @@ class Progress(Generic[Item]):
                 self._display.go_back(count)
 
     def begin(self, part: str) -> None:
-        """Show that `part` of the work (`arm 7 of 17: resampling 4`) begins; what is left is told of the whole."""
+        """Show that `part` of the work (`arm 7 of 17: resampling 4`) begins; the time left is that of the whole."""
         if self._display is not None:
             self._display.set_description_str(printable(f"{self._description}, {part}" if part else self._description))
 
@@ -164,7 +164,7 @@ class _Bar:
                 return {**found, "pace": rate(found["rate"], unit)}
 
         self._file = file
-        width = os.get_terminal_size(file.fileno()).columns  # 0 where nobody told the terminal its size
+        width = os.get_terminal_size(file.fileno()).columns  # 0 where the terminal does not know its size
         layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} " + unit + " [{elapsed}<{remaining}{postfix}] {pace}"
         if total is None:
             layout = "{desc}: {n_fmt} " + unit + " [{elapsed}{postfix}] {pace}"

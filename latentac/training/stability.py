@@ -1,4 +1,4 @@
-"""Rules, fixed in the configuration, by which training stops early or is told to have diverged. Pure functions."""
+"""Rules, fixed in the configuration, by which training stops early or counts as diverged. Pure functions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

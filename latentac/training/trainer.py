@@ -230,7 +230,7 @@ class Trainer:
         return self.policy_learner.update(blocks, self.iteration, update, self._rate(update))
 
     def _check_first_ratio(self, deviation: float) -> None:
-        """Raises TrainingError where rollout and loss disagree before the first update, so that the ratio tells nothing
+        """Raises TrainingError where rollout and loss disagree before the first update, so that the ratio means nothing
         of the policy. A lower learning rate does not help, so training does not go back to a checkpoint."""
         share, clip = self.config.train.divergence.max_first_ratio_share, getattr(self.algorithm, "clip", None)
         if clip is not None and deviation > share * clip:

@@ -1,4 +1,4 @@
-"""Files of prompts: JSON, JSONL, CSV and plain text, read strictly, with every problem of a file told at its line.
+"""Files of prompts: JSON, JSONL, CSV and plain text, read strictly. Every problem is reported with its line.
 
 | Ending | Content |
 |---|---|

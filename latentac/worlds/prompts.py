@@ -15,7 +15,7 @@ from latentac.system.errors import ConfigError, Problem
 from latentac.worlds import animals
 from latentac.worlds.promptfiles import READERS, SPLITS, Flaw, Row, read_file
 
-_PROBLEMS = 20  # told at once; a longer list helps nobody
+_PROBLEMS = 20  # reported together; a longer list helps nobody
 _STEMS = {"train": ("train",), "held_out": ("held_out", "test", "val", "validation")}
 _log = logging.getLogger(__name__)
 

@@ -201,7 +201,7 @@ def test_each_claim_can_come_out_each_way(truth: int, word: str) -> None:
 # The README
 
 
-def test_the_readme_tells_the_recorded_results() -> None:
+def test_the_readme_says_the_recorded_results() -> None:
     """The section is what the committed files generate, and its figures are there."""
     text = FULL.readme.read_text()
     found = report.section(aggregate.load(FULL), os.path.relpath(FULL.results, FULL.readme.parent))
@@ -267,7 +267,7 @@ def test_a_killed_unit_comes_to_the_same_result(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_failed_unit_is_told_and_stops_nobody(tmp_path: Path) -> None:
+def test_a_failed_unit_is_reported_and_stops_nobody(tmp_path: Path) -> None:
     """The scheduler goes on after a failure, aggregates what there is, and names what is missing and why."""
     scale = _here(tmp_path)
     failing = 'rewards=[{use: "tests.latentac.rewards.failing:Failing", name: fragile, where: always, how: raises}]'

@@ -39,7 +39,7 @@ def test_every_wait_has_a_bound(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_failure_is_told_with_objects_and_events(
+def test_a_failure_is_reported_with_objects_and_events(
     control_plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever of it cannot be read is said instead, and hides nothing else."""

@@ -222,7 +222,7 @@ while True:
 """
 
 
-def test_what_cannot_start_is_told_by_its_pods(place: Place, first: Any) -> None:
+def test_what_cannot_start_is_reported_by_its_pods(place: Place, first: Any) -> None:
     """An image that is nowhere, and a key that the store does not know: the pod's own words, and what served serves."""
     before = place.serves()
     other = "v1" if before == "v2" else "v2"

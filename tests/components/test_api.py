@@ -65,7 +65,7 @@ def status(message: object) -> bytes:
     ],
     ids=["status", "page", "object", "deep", "list", "empty object", "nothing"],
 )
-def test_a_refusal_is_told_in_one_short_line(content: bytes, expected: str, preloaded: bool) -> None:
+def test_a_refusal_is_reported_in_one_short_line(content: bytes, expected: str, preloaded: bool) -> None:
     """In the words of the Status object, or else of what came; whatever a server, or a proxy before it, says."""
     with lying(answering((409, content))) as server:
         api = api_at(f"http://{server.address}")
@@ -78,7 +78,7 @@ def test_a_refusal_is_told_in_one_short_line(content: bytes, expected: str, prel
 
 
 @pytest.mark.parametrize("content", [status("too busy " * 200_000), b"x" * 10**6])
-def test_an_outage_is_told_in_one_short_line(content: bytes) -> None:
+def test_an_outage_is_reported_in_one_short_line(content: bytes) -> None:
     """Also where another library asks with our client."""
     with lying(answering((503, content))) as server:
         api = api_at(f"http://{server.address}")
@@ -90,7 +90,7 @@ def test_an_outage_is_told_in_one_short_line(content: bytes) -> None:
             assert len(str(caught.value)) < 1600
 
 
-def test_what_is_no_answer_is_told_in_one_short_line() -> None:
+def test_what_is_no_answer_is_reported_in_one_short_line() -> None:
     """The library has the first line in its message, however long it is."""
 
     def answer(request: BaseHTTPRequestHandler) -> None:
@@ -141,7 +141,7 @@ def test_an_outage_that_ends_is_none(code: int) -> None:
         assert len(server.seen) == 2
 
 
-def test_a_field_that_is_unknown_is_told_at_once() -> None:
+def test_a_field_that_is_unknown_is_reported_at_once() -> None:
     """The server calls it its own fault, with a 500, and may name many before."""
     message = "failed to create typed patch object: " + "x" * 3000 + " .spec.oops: field not declared in schema"
     with lying(answering((500, status(message)))) as server:
@@ -255,7 +255,7 @@ def secured(tmp_path: Path) -> Iterator[tuple[Liar, Path]]:
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "another library's"])
-def test_a_certificate_that_is_not_trusted_is_told_by_its_authority(secured: tuple[Liar, Path], ours: bool) -> None:
+def test_a_certificate_that_is_not_trusted_is_reported_by_its_authority(secured: tuple[Liar, Path], ours: bool) -> None:
     """At once, for waiting does not make it trusted: with the server, the file that was used, and where to name it."""
     server, authority = secured
     other = _certificate(authority.parents[1] / "others") / "public.crt"

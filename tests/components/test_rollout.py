@@ -356,7 +356,7 @@ FAILURES: dict[str, tuple[Behaviour, str]] = {
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_first_release_that_cannot_start_is_told_and_removed(world: World, name: str) -> None:
+def test_first_release_that_cannot_start_is_reported_and_removed(world: World, name: str) -> None:
     """Within seconds, in the words of the pods; nothing is left of it."""
     behaviour, words = FAILURES[name]
     world.behaviours["latentac-green", "v1"] = behaviour
@@ -387,7 +387,7 @@ def test_stable_one_that_cannot_roll_goes_back(world: World, name: str) -> None:
 
 
 @pytest.mark.parametrize("serving", [False, True])
-def test_refusal_by_pod_security_is_told(world: World, serving: bool) -> None:
+def test_refusal_by_pod_security_is_reported(world: World, serving: bool) -> None:
     """A runtime without a security context is refused by the namespace, as only the Deployment says; v1 stays."""
     if serving:
         world.rollout()(world.candidate("v1"))
@@ -400,7 +400,7 @@ def test_refusal_by_pod_security_is_told(world: World, serving: bool) -> None:
     assert gone(world, "latentac-green")
 
 
-def test_runtime_that_is_missing_is_told(world: World) -> None:
+def test_runtime_that_is_missing_is_reported(world: World) -> None:
     """The chart's at once, before anything is touched; a release's own as KServe tells it."""
     with pytest.raises(ConfigError, match=r"deploy.runtime.*no such ServingRuntime"):
         world.rollout(runtime="elsewhere")(world.candidate("v1"))

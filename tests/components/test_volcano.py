@@ -578,7 +578,7 @@ def test_completed_job_without_its_artifact_fails_the_step(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("expected", ["violates PodSecurity", "exceeded quota: gpus"])
-def test_refused_pods_are_told_within_a_bound(site: Site, tmp_path: Path, expected: str) -> None:
+def test_refused_pods_are_reported_within_a_bound(site: Site, tmp_path: Path, expected: str) -> None:
     """The job itself stays Pending for ever; the event says why, the job is stopped, and its reason is the error."""
     space = workspace(tmp_path)
     training = site.start(space, settings_of(site.namespace, pending_seconds=3.0))
@@ -608,7 +608,7 @@ def test_refused_pods_are_told_within_a_bound(site: Site, tmp_path: Path, expect
 
 
 @pytest.mark.slow
-def test_pods_that_find_no_node_are_told_within_a_bound(site: Site, tmp_path: Path) -> None:
+def test_pods_that_find_no_node_are_reported_within_a_bound(site: Site, tmp_path: Path) -> None:
     """The scheduler's own words about the pod are the error: this cluster has no node at all."""
     space = workspace(tmp_path)
     training = site.start(space, settings_of(site.namespace, pending_seconds=3.0))

@@ -104,7 +104,7 @@ def test_a_policy_that_could_not_work_is_refused(values: dict[str, Any], said: s
         policies(**values)
 
 
-def test_a_cluster_without_kyverno_is_told() -> None:
+def test_a_cluster_without_kyverno_is_reported() -> None:
     """Where the cluster can be asked, by the API that is missing and what does without it."""
     values = {**BUNDLED, "imagePolicy": {"enabled": True, "publicKey": PEM}}
     with pytest.raises(Refused, match="Kyverno: the cluster has no API policies") as refusal:

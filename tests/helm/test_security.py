@@ -138,7 +138,7 @@ def test_rights_follow_the_features() -> None:
     assert "httproutes" in json.dumps(of_kind(render(EVERYTHING), "Role"))
 
 
-def test_cluster_scoped_objects_only_when_told() -> None:
+def test_cluster_scoped_objects_only_when_asked_for() -> None:
     """Only a queue is outside of namespaces, and it is off by default; the others name the release's or the steps'."""
     for name in CI:
         scoped = [each["kind"] for each in render(name) if "namespace" not in each["metadata"]]

@@ -152,7 +152,7 @@ def test_the_torch_layer_is_shared(images: Images) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_image_tells_nothing_of_where_it_was_built(images: Images, name: str) -> None:
+def test_an_image_says_nothing_of_where_it_was_built(images: Images, name: str) -> None:
     """No mirror's address and no setting of the builder is in its history or its environment."""
     image = images.image(name)
     reported = json.dumps([image.history(), image.attrs["Config"]])

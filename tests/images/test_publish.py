@@ -119,7 +119,7 @@ def test_no_password_is_in_a_command_line(
     assert PASSWORD not in log.read_text()
 
 
-def test_a_wrong_password_is_told_at_once(key: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_password_is_reported_at_once(key: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The key is opened before anything is pushed."""
     name = str(key("ours"))
     monkeypatch.setenv("COSIGN_PASSWORD", "another")
@@ -226,7 +226,7 @@ def test_provenance_claims_no_digest_that_nobody_knows() -> None:
     assert not [each for each in dependencies("pipeline", {}) if each.get("uri", "").startswith("oci:")]
 
 
-def test_provenance_tells_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_provenance_says_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting of the builder is in it that is not meant for the public: no mirror, no password."""
     monkeypatch.setenv("PIP_INDEX_URL", "https://user:word@mirror.example.com/simple")
     monkeypatch.setenv("COSIGN_PASSWORD", "secret-word")

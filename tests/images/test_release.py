@@ -135,7 +135,7 @@ def test_only_images_of_this_commit_are_released(client: DockerClient, prefix: s
 
 
 @pytest.mark.slow
-def test_a_push_that_fails_is_told(client: DockerClient) -> None:
+def test_a_push_that_fails_is_reported(client: DockerClient) -> None:
     """With the image and the registry's own words, before anything is signed."""
     nobody = f"127.0.0.1:{free_port()}/ours/pipeline"
     built(client, nobody, revision())

@@ -135,7 +135,7 @@ def test_a_run_id_stays_inside_the_output(tmp_path, capsys, command, run_id):
      ["report"], ["serve"], ["generate", "--prompt", "a"]],
     ids=" ".join,
 )  # fmt: skip
-def test_a_run_that_is_not_there_is_told_with_those_that_are(
+def test_a_run_that_is_not_there_is_reported_with_those_that_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
     """Exit code 2, and no folder is made for it."""
@@ -233,7 +233,7 @@ def test_steps_meet_through_s3(tmp_path, minio_server):
     assert not (tmp_path / "there" / "store").exists()
 
 
-def test_a_working_folder_that_is_gone_is_told(tmp_path):
+def test_a_working_folder_that_is_gone_is_reported(tmp_path):
     """As a program only: it looks for the user's modules there."""
     (tmp_path / "gone").mkdir()
     command = f"cd {tmp_path}/gone && rmdir ../gone && exec {sys.executable} -m latentac.runs.cli runs"

@@ -303,7 +303,7 @@ def test_a_run_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) ->
     assert list((tmp_path / "runs").glob("compare*")) == []
 
 
-def test_the_command_writes_where_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_where_it_should(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`latentac compare A B --to FILE`: the table, and the two files; without torch, for it only reads JSON."""
     publish_until(tmp_path, run="first")
     publish_until(tmp_path, "train", run="second")

@@ -169,7 +169,7 @@ def test_no_problem_hides_another():
     ]
 
 
-def test_misspelt_settings_of_all_tables_are_told_together_with_the_nearest_name():
+def test_misspelt_settings_of_all_tables_are_reported_together_with_the_nearest_name():
     """The framework's fields and those of each extension alike."""
     found = problems(
         *("kernel.noisse=0.5", "algorithm.gea_lambda=1", "critic.body.widht=8", "backbone.sorce=x"),

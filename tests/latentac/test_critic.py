@@ -165,7 +165,7 @@ def test_a_loaded_critic_goes_on_learning_with_all_that_it_has(name, body, tmp_p
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("body", sorted(set(BODIES) - set(OWN_BACKBONE)))
 @pytest.mark.parametrize("queries", [0, 2])
-def test_the_head_knows_time_and_text_only_if_it_is_told(name, body, queries):
+def test_the_head_knows_time_and_text_only_if_it_gets_them(name, body, queries):
     """With what the body sees held fixed, noise level and prompt change the value where they are conditioned on, and
     not by a bit where they are not."""
     for time, text in ((True, True), (False, True), (True, False)):

@@ -72,7 +72,7 @@ def test_what_is_there_is_not_missed() -> None:
         (errno.EMFILE, "ulimit -n"),
     ],
 )
-def test_what_the_system_refuses_is_told_with_the_place(number: int, words: str) -> None:
+def test_what_the_system_refuses_is_reported_with_the_place(number: int, words: str) -> None:
     """No room, no right, no descriptor left: the machine's, so no bug."""
     message = expected(OSError(number, os.strerror(number), "/some/place"))
 
@@ -111,7 +111,7 @@ PASSWORD = "open-sesame"
         {"deep": [[f"//u:{PASSWORD}@h"]]},
     ],
 )
-def test_a_problem_tells_no_password_of_an_address(value: object) -> None:
+def test_a_problem_says_no_password_of_an_address(value: object) -> None:
     """Whatever characters it has and however deep it stands, in the value or in what is said of it."""
     reported = ConfigError([Problem("a", value, f"is wrong ({value})", "Correct it.")])
     for text in (str(reported), str(reported.args), repr(reported.problems), str(reported.to_dict())):
@@ -119,7 +119,7 @@ def test_a_problem_tells_no_password_of_an_address(value: object) -> None:
     assert "h" in str(reported)
 
 
-def test_a_path_is_told_as_it_is() -> None:
+def test_a_path_is_reported_as_it_is() -> None:
     """Also with an `@` in it."""
     for value in ("file:///data/me@work/store", "/models/a@b", "someone@example.com"):
         assert value in str(ConfigError([Problem("a", value, "is wrong", "Correct it.")]))
@@ -132,7 +132,7 @@ def test_a_long_text_costs_time_in_proportion(text: str) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"path": 5}, {"path": None}, {"value": {}}, {"problem": 7}, {"remedy": []}])
-def test_an_error_of_wrong_types_is_told_all_the_same(fields: dict[str, object]) -> None:
+def test_an_error_of_wrong_types_is_reported_all_the_same(fields: dict[str, object]) -> None:
     """What workers left in a store may have been written by anybody."""
     whole = {"path": "field", "value": 1, "problem": "is wrong", "remedy": "Correct it", **fields}
     for problem in (whole, {name: whole[name] for name in ("value", "remedy")}, 5, None):

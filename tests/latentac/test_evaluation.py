@@ -90,7 +90,7 @@ def benchmark(space: Workspace, config: Config, critic: Critic) -> tuple[list[di
     )
 
 
-def test_steering_tells_which_arm_of_how_many(space: Workspace, lines: Any) -> None:
+def test_steering_says_which_arm_of_how_many(space: Workspace, lines: Any) -> None:
     """`arm 3 of 9` with one time left for the whole step, in evaluations, which is what arms differ in."""
     _, sheets = benchmark(space, space.config, space.critic("pretrain-value"))
     found, count = lines(), len(arms(space.config.steering, [1.0]))

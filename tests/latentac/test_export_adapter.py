@@ -509,7 +509,7 @@ def _rotten(space: Workspace) -> None:
         (_rotten, rf"backbone/{WEIGHTS}: expected size"),
     ],
 )
-def test_a_store_without_the_base_is_told(
+def test_a_store_without_the_base_is_reported(
     change: Callable[[Workspace], None], expected: str, spoilt: Workspace, tmp_path: Path
 ) -> None:
     """By whoever fetches the model, by the evaluation that compares with it, and by the gate."""

@@ -133,7 +133,7 @@ def test_other_files_are_never_touched(store: Store, tmp_path: Path, capsys: pyt
     assert found(target) == {"mine": "mine"}
 
 
-def test_what_is_wrong_is_told(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_wrong_is_reported(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No such version: 3; a damaged file: 4, and nothing arrives; an artifact that is not a model: 8."""
 
     def code(version: str) -> int:

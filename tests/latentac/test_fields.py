@@ -159,7 +159,7 @@ def test_what_is_no_finite_number_is_refused(path: str, number: str) -> None:
     assert any(problem.path.split(".")[-1] == path.split(".")[-1] for problem in caught.value.problems)
 
 
-def test_a_file_in_another_encoding_is_told_as_such(tmp_path: Path) -> None:
+def test_a_file_in_another_encoding_is_reported_as_such(tmp_path: Path) -> None:
     """With what converts it."""
     (tmp_path / "mine.yaml").write_text("seed: 3\n", encoding="utf-16")
     with pytest.raises(ConfigError, match=r"is not UTF-8 text .*iconv"):
@@ -167,14 +167,14 @@ def test_a_file_in_another_encoding_is_told_as_such(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["- seed\n", "3"])
-def test_a_file_without_fields_is_told_as_such(tmp_path: Path, text: str) -> None:
+def test_a_file_without_fields_is_reported_as_such(tmp_path: Path, text: str) -> None:
     """A list and a number are YAML too."""
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ConfigError, match="does not hold fields"):
         read_file(tmp_path / "mine.yaml")
 
 
-def test_a_name_that_no_file_can_have_is_told_as_such() -> None:
+def test_a_name_that_no_file_can_have_is_reported_as_such() -> None:
     """The parameter of a step is any text."""
     with pytest.raises(ConfigError, match="cannot be the name of a file"):
         read_file(Path("mine\0.yaml"))

@@ -58,7 +58,7 @@ def test_a_run_that_has_published_nothing_leaves_nothing(tmp_path: Path, capsys:
     assert json.loads(capsys.readouterr().out) == {"key": None, "metrics": {}}
 
 
-def test_nothing_new_is_not_told_again_and_something_new_is(tmp_path: Path) -> None:
+def test_nothing_new_is_not_reported_again_and_something_new_is(tmp_path: Path) -> None:
     """A resumed run that does nothing keeps its report; one that goes on gets a new one, and the old is replaced."""
     store, url = published(tmp_path, "gate")
     output = tmp_path / "runs"

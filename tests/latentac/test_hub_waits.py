@@ -92,7 +92,7 @@ def clients(parent: int) -> list[int]:
     return [int(word) for word in listed.stdout.split()]
 
 
-def test_a_client_that_is_killed_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_is_killed_is_reported(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At once, as where memory runs out."""
     with faulty("silent") as server:
         at(server.url, monkeypatch)

@@ -98,7 +98,7 @@ def copy(first: Workspace, tmp_path: Path) -> Workspace:
     return open_run("first", "", str(output))
 
 
-def test_a_kernel_that_does_not_fit_the_backbone_is_told_by_field(tmp_path: Path) -> None:
+def test_a_kernel_that_does_not_fit_the_backbone_is_reported_by_field(tmp_path: Path) -> None:
     """The message names the kernel, both noise paths, and the kernels that would fit."""
     with pytest.raises(ConfigError, match=r"kernel.use = 'cps': samples flow models, and unet is .* Use one of ddim"):
         start(tmp_path, "misfit", "kernel.use=cps")
@@ -231,7 +231,7 @@ def test_a_model_of_another_project_judges_nobody(copy: Workspace, caplog: pytes
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_a_pointer_from_before_projects_judges_nobody_and_is_told(
+def test_a_pointer_from_before_projects_judges_nobody_and_is_reported(
     copy: Workspace, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing says whose model it was."""
@@ -255,7 +255,7 @@ def test_an_incumbent_that_was_published_again_is_fetched_again(copy: Workspace)
     assert (found.problem, found.sha256) == ("", copy.store.manifest("models/first-1").digest)
 
 
-def test_trouble_is_told_and_what_it_was_made_from_may_be_gone(copy: Workspace) -> None:
+def test_trouble_is_reported_and_what_it_was_made_from_may_be_gone(copy: Workspace) -> None:
     """The incumbent's own bytes count; its run may have been cleared away."""
     digest = copy.store.manifest("models/first-1").digest
     copy.store.delete("first/train")

@@ -353,7 +353,7 @@ def test_what_a_run_could_not_use_is_refused_by_name(models, tmp_path, case):
 
 
 @pytest.mark.parametrize("name", sorted(PIPELINES))
-def test_what_is_supported_instead_is_told(models, tmp_path, name):
+def test_what_is_supported_instead_is_reported(models, tmp_path, name):
     """Each pipeline and the backbone that loads it, beside the name of the one that is refused."""
     folder = shutil.copytree(models["unet"], tmp_path / "model")
     edit(folder, INDEX, _class_name=name)
@@ -425,7 +425,7 @@ def test_shards_are_complete(models, tmp_path, case):
     assert any(message in problem for problem in problems(folder)), problems(folder)
 
 
-def test_all_problems_are_told_together(models, tmp_path):
+def test_all_problems_are_reported_together(models, tmp_path):
     """A user corrects a folder once."""
     folder = shutil.copytree(models["unet"], tmp_path / "model")
     for case in (

@@ -113,7 +113,7 @@ GROUP = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZ
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_number_of_threads_that_is_none_is_told_by_its_variable(tmp_path: Path) -> None:
+def test_a_number_of_threads_that_is_none_is_reported_by_its_variable(tmp_path: Path) -> None:
     """By the worker, which an operator's pod may give any environment."""
     prepared(tmp_path)
     command = [sys.executable, "-m", "latentac.runs.workers.supervisor", RUN, f"file://{tmp_path}/store", str(tmp_path)]

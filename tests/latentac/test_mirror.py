@@ -47,7 +47,7 @@ def wait_until(met: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-def test_a_store_that_refuses_is_told_once_and_asked_again(tmp_path: Path) -> None:
+def test_a_store_that_refuses_is_reported_once_and_asked_again(tmp_path: Path) -> None:
     """Once for each bad time, however long it lasts; Ctrl-C ends the program with exit code 130."""
     refused = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
     answers = [says(403, refused)]

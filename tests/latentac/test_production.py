@@ -48,7 +48,7 @@ def test_one_damaged_pointer_concerns_its_own_project(store: Store, caplog: pyte
     assert chosen_production(store, "")[0].project == "new"
 
 
-def test_a_project_that_is_no_name_is_told_before_the_store_is_asked(store: Store) -> None:
+def test_a_project_that_is_no_name_is_reported_before_the_store_is_asked(store: Store) -> None:
     for name in ("../other", "a/b", "-odd"):
         with pytest.raises(ConfigError, match="is not a project name"):
             chosen_production(store, name)

@@ -122,7 +122,7 @@ def test_a_dry_run_of_the_gate_only_prints(held: Path, capsys: pytest.CaptureFix
     assert workspace(held).store.manifest("held/gate") == manifest
 
 
-def test_only_bounds_can_be_changed_and_all_problems_are_told(held: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_bounds_can_be_changed_and_all_problems_are_shown(held: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another section, no field, a field that is not there, a wrong value, no assignment: one message, nothing new."""
     manifest = workspace(held).store.manifest("held/gate")
     words = ("seed=1", "gate=3", "gate.min_gian=1", "gate.max_latency_ratio=-1", "gate.floors={beauty: 1}", "gate")

@@ -261,7 +261,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, name: str) -> None
     assert "is larger than 256 MiB" in problem
 
 
-def test_all_problems_of_all_files_are_told_together(tmp_path: Path) -> None:
+def test_all_problems_of_all_files_are_reported_together(tmp_path: Path) -> None:
     """The first twenty, and how many more there are."""
     folder = written(tmp_path, {"train.jsonl": lines("a", None, 3), "test.txt": "a\n\nb\n"})
     found = refused(folder)
@@ -277,7 +277,7 @@ def test_all_problems_of_all_files_are_told_together(tmp_path: Path) -> None:
     assert "has 50 more problems" in found[-1]
 
 
-def test_a_source_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_source_that_is_not_there_is_reported(tmp_path: Path) -> None:
     """Also one that no file could be called, one that is not a file, and a built-in set that does not exist."""
     assert "does not exist" in refused(tmp_path / "p.jsonl")[0]
     assert "cannot be read" in refused(tmp_path / ("p" * 5000 + ".txt"))[0]
@@ -331,7 +331,7 @@ def test_one_list_is_divided_by_its_texts_alone(tmp_path: Path) -> None:
     assert len(held_out("q.txt")) == 20
 
 
-def test_a_repeated_prompt_counts_once_and_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_repeated_prompt_counts_once_and_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The first of equal ones stays, in its place; other metadata or another category make another prompt."""
     entry = {"text": "a", "category": "x", "n": 1}
     content = lines("b", entry, "b", entry, {**entry, "n": 2}, {**entry, "category": "y"})

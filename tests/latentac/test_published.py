@@ -121,7 +121,7 @@ def test_fields_of_other_versions_are_no_error() -> None:
     assert published.parse(json.dumps(content), "checkpoints/a/LATEST") == content
 
 
-def test_numbers_that_are_not_finite_are_told_as_before(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_reported_as_before(tmp_path: Path) -> None:
     """They are the report's affair: null, and a note."""
     _, summary = make(tmp_path, change=put("evaluate", "evaluation.json", "base/shapes_verifier/high", float("inf")))
     assert summary["evaluation"]["base"]["shapes_verifier"]["high"] is None

@@ -152,7 +152,7 @@ def test_a_variable_that_says_nothing_is_the_default(text: str, value: int, monk
     assert whole_variable("SOME_NUMBER", 0, 7, 1) == 1
 
 
-def test_a_gpu_that_is_not_there_is_told_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_not_there_is_reported_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an agent of workers set may still stand in a shell."""
     for text in ("two", "9999", "-1"):
         monkeypatch.setenv("LOCAL_RANK", text)

@@ -129,7 +129,7 @@ class Broken(UNetBackbone):
         return super().schedule(num_steps).flip(0)
 
 
-def test_problems_are_told_together():
+def test_problems_are_reported_together():
     """Those that do not hide one another."""
     settings = config(policy__adaptation="lora", backbone__use=f"{__name__}:Broken")
     assert "kernel.num_steps" in problems(settings, builtin_pipeline("shapes-unet"))

@@ -375,7 +375,7 @@ def test_the_model_in_production_stands_beside_the_others(tmp_path: Path) -> Non
     assert summary["evaluation"]["categories"]["counting"] == {"base": 0.502, "trained": 0.747, "incumbent": 0.345}
 
 
-def test_a_model_in_production_that_could_not_be_compared_is_told(tmp_path: Path) -> None:
+def test_a_model_in_production_that_could_not_be_compared_is_reported(tmp_path: Path) -> None:
     """The page says why, and shows no column for it."""
 
     def unfit(files: dict[str, Any]) -> None:

@@ -133,7 +133,7 @@ def later(monkeypatch: pytest.MonkeyPatch) -> float:
 # The list
 
 
-def test_each_state_is_told(place: Place) -> None:
+def test_each_state_is_reported(place: Place) -> None:
     """From what is published, what is locked, and the message that a failed step left."""
     place.run("done")
     place.run("held", [*BEFORE_GATE, "gate", "finish"], decision="hold")
@@ -168,7 +168,7 @@ def test_each_state_is_told(place: Place) -> None:
     assert place.listed()["stopped"].state == "stopped"
 
 
-def test_recipe_seed_gain_and_gate_are_told(place: Place) -> None:
+def test_recipe_seed_gain_and_gate_are_reported(place: Place) -> None:
     """The gain is the gate's reward, with its interval; recipe and seed are there before anything is published."""
     place.run("held", [*BEFORE_GATE, "gate"], decision="hold")
     place.run("asked", [])
@@ -392,7 +392,7 @@ def place_steps(place: Place, run: str) -> list[str]:
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["deleted", "made anew"])
-def test_whoever_waited_for_the_lock_of_a_deleted_run_is_told(here: Place, again: bool) -> None:
+def test_whoever_waited_for_the_lock_of_a_deleted_run_learns_of_it(here: Place, again: bool) -> None:
     """It must not begin in a folder that is no more, nor in one that somebody has made anew and may hold."""
     here.run("goes", ["prepare"])
     script = (
@@ -660,7 +660,7 @@ def test_what_may_run_on_another_machine_is_not_pruned(place: Place, capsys: pyt
 # Asking
 
 
-def test_without_a_terminal_nothing_is_removed_unless_told(here: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_nothing_is_removed_by_default(here: Place, capsys: pytest.CaptureFixture[str]) -> None:
     """Sizes and names first; --yes is the answer of a script."""
     here.run("one")
     before = here.objects()

@@ -64,7 +64,7 @@ def test_training_stops_when_patience_is_at_its_end():
         (0.1, float("inf"), "clip_share is inf"),
     ],
 )
-def test_an_iteration_beyond_a_bound_is_told(kl, clip_share, words):
+def test_an_iteration_beyond_a_bound_is_reported(kl, clip_share, words):
     """The bound itself is allowed; what is not a number is beyond every bound."""
     found = diverged(DivergenceCheck(), {"kl": kl, "clip_share": clip_share})
     assert found.startswith(words)
@@ -140,7 +140,7 @@ def test_a_run_is_finished_when_early_stopping_says_so():
     assert trainer.iteration < trainer.config.train.num_iterations
 
 
-def test_an_update_that_is_not_a_number_is_told_with_its_place():
+def test_an_update_that_is_not_a_number_is_reported_with_its_place():
     """And one whose KL is beyond its bound, with the bound; neither becomes an entry of the history."""
     trainer = make_trainer(policy={"learning_rate": 1e-3, "warmup_updates": 0}, train={"divergence": {"max_kl": 1e-9}})
     with pytest.raises(Diverged, match=r"iteration 1: kl is .*, beyond train\.divergence\.max_kl = 1e-09"):

@@ -426,7 +426,7 @@ def test_probe_leaves_nothing(store: Store, url: str) -> None:
     assert connect(url, HASTY).names("") == []
 
 
-def test_a_damaged_manifest_is_told_in_few_words(tmp_path: Path, artifact: Path) -> None:
+def test_a_damaged_manifest_is_reported_in_few_words(tmp_path: Path, artifact: Path) -> None:
     """However long the value is that is wrong."""
     store = open_store(f"file://{tmp_path}/store")
     damage = changed(files=[entry("a", sha256="x" * 100_000)])
@@ -932,7 +932,7 @@ def test_answers_that_are_not_what_s3_says(
         (400, "XMinioAdminBucketQuotaExceeded", ResourceError, "quota"),
     ],
 )
-def test_an_error_that_waiting_does_not_mend_is_told_at_once(
+def test_an_error_that_waiting_does_not_mend_is_reported_at_once(
     monkeypatch: pytest.MonkeyPatch, status: int, code: str, expected: type[LatentacError], word: str
 ) -> None:
     """Its kind decides about exit code and remedy: credentials, clock, rights, region, what the store cannot do."""

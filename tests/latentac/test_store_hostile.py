@@ -221,7 +221,7 @@ def test_an_answer_without_an_end_fills_no_memory(
         tracemalloc.stop()
 
 
-def test_an_error_is_told_in_few_words(ask: Callable[[Answer], Store]) -> None:
+def test_an_error_is_reported_in_few_words(ask: Callable[[Answer], Store]) -> None:
     """A megabyte of reasons is none."""
     body = b"<Error><Code>" + b"A" * 10**6 + b"</Code><Message>" + b"B" * 10**6 + b"</Message></Error>"
     with pytest.raises(StoreError) as caught:
@@ -524,7 +524,7 @@ def test_a_list_without_a_length_is_refused_where_it_is_too_long(ask: Callable[[
 
 
 @pytest.mark.parametrize("body", [page(item(changed="y" * 10**6)), page(*[item("a" * 10**6)] * 2)])
-def test_what_a_listing_says_wrongly_is_told_in_few_words(ask: Callable[[Answer], Store], body: bytes) -> None:
+def test_what_a_listing_says_wrongly_is_reported_in_few_words(ask: Callable[[Answer], Store], body: bytes) -> None:
     """Its dates and names may be as long as an answer."""
     with pytest.raises(StoreAccessError) as caught:
         ask(says(200, body)).keys()

@@ -124,7 +124,7 @@ def test_an_answer_over_tls_that_is_too_long_is_refused(
         store_at(secured(too_long)).keys()
 
 
-def test_a_certificate_that_is_not_trusted_is_told_at_once(
+def test_a_certificate_that_is_not_trusted_is_reported_at_once(
     secured: Callable[[Callable[..., None]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Waiting does not make it trusted."""

@@ -221,7 +221,7 @@ def test_a_page_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
             store.keys()
 
 
-def test_the_bootstrap_waits_as_long_as_it_is_told() -> None:
+def test_the_bootstrap_waits_as_long_as_it_should() -> None:
     """The chart says two minutes: a server may be slower to start than a step may be to wait."""
     assert patience_of(120).idle_seconds == 120
     assert patience_of(120).bound_seconds == 140
@@ -361,7 +361,7 @@ def test_a_stream_stops_at_its_limit() -> None:
     assert sink.getvalue() == b"abcd"
 
 
-def test_a_stream_tells_when_its_last_byte_passed() -> None:
+def test_a_stream_says_when_its_last_byte_passed() -> None:
     """That nothing came, or that the end was reached, is not movement: the server is given up by it."""
     stream = Stream(BytesIO(b"ab"))
     moved = stream.moved_at

@@ -112,7 +112,7 @@ CALL = (
 
 
 @pytest.mark.parametrize("end", ["os._exit(0)", "os.kill(os.getpid(), 11)"])
-def test_what_ends_the_process_in_a_call_of_a_reward_is_told_as_its_failure(tmp_path: Path, end: str) -> None:
+def test_what_ends_the_process_in_a_call_of_a_reward_is_reported_as_its_failure(tmp_path: Path, end: str) -> None:
     """By who waits for that process; an exit with code 0 is not a success."""
     failed = task(CALL + end, tmp_path, "evaluate")
 
@@ -202,7 +202,7 @@ def test_leftovers_of_a_killed_task_are_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("owners", ["x", "1:", "-1", "1:2:3", "9" * 12, "1:" + "9" * 30])
-def test_owners_that_are_no_processes_are_told_by_their_variable(tmp_path: Path, owners: str) -> None:
+def test_owners_that_are_no_processes_are_reported_by_their_variable(tmp_path: Path, owners: str) -> None:
     """And nothing is begun: nobody knows whose process this would be."""
     failed = task("raise AssertionError", tmp_path, **{OWNERS: owners})
 

@@ -341,7 +341,7 @@ def test_wandb_takes_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list((tmp_path / "run" / "wandb").rglob("rollouts*.png")) == []
 
 
-def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tracker_that_fails_is_reported_once_and_the_run_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     """A server that is down: one warning with the reason, without the password in its address."""
 
     class Down(Notebook):
@@ -388,7 +388,7 @@ def test_a_tracker_that_hangs_is_left_behind(caplog: pytest.LogCaptureFixture) -
     with caplog.at_level(logging.WARNING, "latentac"), tracking([tracker], "run", {"seed": 0}):
         tracker.log(1, {})
     release.set()
-    assert "wandb does not answer: what it was not told within 0.2 s is lost" in caplog.text
+    assert "wandb does not answer: what it did not take within 0.2 s is lost" in caplog.text
 
 
 HANGING = """
@@ -413,7 +413,7 @@ def test_a_process_ends_although_wandbs_own_does_not(tmp_path: Path) -> None:
         command = [sys.executable, "-c", HANGING, str(tmp_path)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"wandb ({server.url}) does not answer: what it was not told within 8 s is lost" in done.stderr
+    assert f"wandb ({server.url}) does not answer: what it did not take within 8 s is lost" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -467,7 +467,7 @@ def test_what_mlflow_lacks_for_sqlite_is_named(monkeypatch: pytest.MonkeyPatch) 
         check({"use": "mlflow", "tracking_uri": "sqlite:///mlflow.db"})
 
 
-def test_all_that_is_wrong_with_the_trackers_is_told_at_once() -> None:
+def test_all_that_is_wrong_with_the_trackers_is_reported_at_once() -> None:
     """A misspelt row, an unknown field, a wrong value, a class that is not there, settings for one that has none."""
     pytest.importorskip("mlflow")
     wrong = [

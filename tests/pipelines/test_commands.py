@@ -150,7 +150,7 @@ def test_a_package_that_is_too_large_for_a_step_is_refused(
     assert kfp.requests == []
 
 
-def test_following_tells_each_step_as_it_begins_and_ends(kfp: Kfp, capsys: pytest.CaptureFixture[str]) -> None:
+def test_following_says_each_step_as_it_begins_and_ends(kfp: Kfp, capsys: pytest.CaptureFixture[str]) -> None:
     """With its seconds, each line once; in the end where to find the report."""
     kfp.script = [
         Frame("PENDING"),
@@ -181,7 +181,7 @@ def test_a_model_that_is_held_is_a_success_without_deploy(kfp: Kfp, capsys: pyte
     assert "[7/8] deploy skipped" in capsys.readouterr().out
 
 
-def test_a_failure_is_told_with_the_reason_of_the_step(kfp: Kfp, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_is_reported_with_the_reason_of_the_step(kfp: Kfp, capsys: pytest.CaptureFixture[str]) -> None:
     """The newer API leaves errors empty: the reason is in the workflow's nodes, whose pods are called `executor`."""
     kfp.script = [
         Frame("RUNNING", {"prepare": "SUCCEEDED", "train": "RUNNING"}),
@@ -226,7 +226,7 @@ def test_a_run_that_takes_too_long_is_left(kfp: Kfp, capsys: pytest.CaptureFixtu
     assert "has not ended in 0 s. It goes on" in capsys.readouterr().err
 
 
-def test_a_cancelled_run_is_told_from_a_failed_one(kfp: Kfp, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cancelled_run_is_reported_from_a_failed_one(kfp: Kfp, capsys: pytest.CaptureFixture[str]) -> None:
     """Both end as FAILED: the history tells them apart. The exit handler still runs."""
     kfp.script = [Frame("RUNNING", {"prepare": "RUNNING"})]
     kfp.add_run("run-1")
@@ -346,7 +346,7 @@ def test_a_token_of_a_pod_is_read_from_its_file(kfp: Kfp, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfet", "schlüssel".encode(), b"two\nlines", b"a\0b"])
-def test_a_file_that_holds_no_token_is_told_by_its_variable(
+def test_a_file_that_holds_no_token_is_reported_by_its_variable(
     kfp: Kfp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: bytes
 ) -> None:
     """What it holds is not shown: it may be a secret all the same."""
@@ -423,7 +423,7 @@ def test_settings_travel_as_text(kfp: Kfp) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[", b"a: b: c", b"\x1b[2J", b"7", b"clusters: 7", None])
-def test_a_kubeconfig_that_is_none_is_told_by_its_variable(
+def test_a_kubeconfig_that_is_none_is_reported_by_its_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: bytes | None
 ) -> None:
     """Whatever the file holds, and where it is not there."""

@@ -359,7 +359,7 @@ def test_a_container_that_dies_is_a_failed_step(images: Docker, tmp_path: Path, 
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_a_missing_image_is_told_before_anything_starts(images: Docker, tmp_path: Path) -> None:
+def test_a_missing_image_is_reported_before_anything_starts(images: Docker, tmp_path: Path) -> None:
     """With what builds it, and without a folder of a run that never was."""
     environment = {**os.environ, **images.environment, "LATENTAC_IMAGE_TRAIN": "latentac/nowhere:dev"}
     failed = subprocess.run(

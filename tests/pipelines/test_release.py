@@ -49,7 +49,7 @@ def test_settings_are_read_from_the_release(namespace: str, tmp_path: Path, caps
     assert f"there is no ConfigMap {namespace}/other-cluster with cluster.yaml" in capsys.readouterr().err
 
 
-def test_what_a_pod_waits_for_is_told(
+def test_what_a_pod_waits_for_is_reported(
     namespace: str, control_plane: ControlPlane, kfp: Kfp, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """KFP says RUNNING of a pod that no node has room for; the pod itself says why, within a look."""

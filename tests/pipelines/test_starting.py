@@ -185,7 +185,7 @@ def test_a_request_of_another_shape_is_one_error(tmp_path: Path, content: str, e
 # The dry run
 
 
-def test_a_dry_run_tells_settings_steps_and_needs_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_says_settings_steps_and_needs_and_writes_nothing(tmp_path: Path) -> None:
     """Nothing in the working folder, nor in the output, nor in the store."""
     arguments = [
         "run",
@@ -221,7 +221,7 @@ def test_a_dry_run_tells_settings_steps_and_needs_and_writes_nothing(tmp_path: P
     assert everything(tmp_path) == {}
 
 
-def test_a_dry_run_tells_all_refusals_at_once(tmp_path: Path) -> None:
+def test_a_dry_run_says_all_refusals_at_once(tmp_path: Path) -> None:
     """Of the settings, the prompts, the backbone, the output and the store, with exit code 2; nothing is written."""
     (tmp_path / "file").touch()
     before = everything(tmp_path)

@@ -112,7 +112,7 @@ def test_a_dry_run_lists_the_members_and_writes_nothing(tmp_path: Path, capsys: 
         (["--resume", "nothing"], ["no such sweep"]),
     ],
 )
-def test_what_is_wrong_is_told_before_a_member_starts(
+def test_what_is_wrong_is_reported_before_a_member_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
 ) -> None:
     """Of all members together, exit code 2, and nothing is left behind."""

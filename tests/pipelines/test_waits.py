@@ -161,7 +161,7 @@ def test_a_connection_that_breaks_is_made_again_a_few_times() -> None:
         assert server.accepted == 1
 
 
-def test_a_server_without_tls_is_told_at_once() -> None:
+def test_a_server_without_tls_is_reported_at_once() -> None:
     """Waiting does not mend what is wrong with a certificate, or with `https` in the address."""
     with faulty("cut") as server:
         service = Service(f"https://{server.address}", bounds=SHORT)
@@ -193,7 +193,7 @@ def refusing(content: bytes) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("content", [b'{"message": "%s"}' % (b"a " * 500_000), b"<html>a proxy's page", b"[]", b"{"])
-def test_a_refusal_is_told_in_few_words(content: bytes) -> None:
+def test_a_refusal_is_reported_in_few_words(content: bytes) -> None:
     """Whatever the server, or a proxy before it, says."""
     with refusing(content) as address:
         with pytest.raises(ClusterError, match="run x: 400 ") as caught:

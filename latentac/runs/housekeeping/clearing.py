@@ -159,7 +159,7 @@ def described(plan: Plan) -> str:
 
 
 def _pointed_at(survey: Survey) -> Iterator[tuple[str, str, str]]:
-    """Version, its run if that is told, and the reason, of each pointer of the registry."""
+    """Version, its run if that is known, and the reason, of each pointer of the registry."""
     keys = (name for name in survey.entries if name.startswith("registry/") and name.endswith(".json"))
     for key in sorted(keys, key=lambda key: (not key.endswith("production.json"), key)):
         try:

@@ -207,7 +207,7 @@ def _describe(survey: Survey, traces: Traces) -> Run:
     prepared, gate = survey.manifest(f"{traces.name}/prepare"), survey.manifest(f"{traces.name}/gate")
     decision = str(gate.metrics.get("decision", "")) if gate else ""
     summary = {} if prepared else _json(traces.folder, _SUMMARY)
-    if summary:  # its store is gone, or cannot be reached: what it told at its end
+    if summary:  # its store is gone, or cannot be reached: what it left at its end
         decision = str(_object(summary.get("gate")).get("decision", ""))
     state, step = _state(survey.store, traces, decision)
     settings = survey.json(f"{traces.name}/prepare", "config.json")

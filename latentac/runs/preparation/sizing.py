@@ -200,7 +200,7 @@ def _activations(config: Config, model: Model, device: str) -> int:
 def _takes_gradient(method: Extension) -> bool:
     try:
         return bool(getattr(STEERING.load(method.use), "needs_gradient", True))
-    except ConfigError:  # told with all other problems
+    except ConfigError:  # reported with all other problems
         return True
 
 

@@ -105,7 +105,7 @@ def candidate_key(project: str) -> str:
 
 
 def _export(space: Workspace, trained: Manifest, folder: Path, notice: str = "") -> str:
-    """Fill `folder` with what the run has trained, as it is served; its version. notice: told to whoever uses it."""
+    """Fill `folder` with what the run has trained, as it is served; its version. notice: for whoever uses it."""
     version = f"{space.run}-{trained.digest[:8]}"
     source = space.artifact("train") / "policy"
     adapter, untouched = space.config.export.weights == "adapter", space.artifact("prepare") / "backbone"

@@ -1,1 +1,1 @@
-"""What is told of a run: metrics and trackers, the report, the model card, comparisons."""
+"""What is reported of a run: metrics and trackers, the report, the model card, comparisons."""

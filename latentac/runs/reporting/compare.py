@@ -90,7 +90,7 @@ def _check(store: Store, runs: Sequence[str]) -> None:
 
 
 def _gallery(reads: Sequence[Read]) -> tuple[Summary | None, list[dict[str, Any]], str]:
-    """Which images stand side by side; the columns with their images; and what to tell of it, if anything.
+    """Which images stand side by side; the columns with their images; and a note about them, if any.
 
     Of a sweep's point its first run is shown. {same_seeds, rows: [{prompt, cells: [{place, seed}]}], columns}.
     """

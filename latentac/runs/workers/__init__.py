@@ -1,1 +1,1 @@
-"""The processes of a training job: launched, supervised, and how their failures are told."""
+"""The processes of a training job: launched, supervised, and how their failures are reported."""

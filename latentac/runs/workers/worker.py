@@ -94,8 +94,8 @@ class Position:
 
 
 def _work_in_pod(run: str, store: str, output: str, position: Position) -> int:
-    """`work`, with its failures told through the store. A start that follows a final one ends at once, and well: so
-    the agents and the job come to their end also where no launcher is there to stop them."""
+    """`work`, with its failures passed on through the store. A start that follows a final one ends at once, and well:
+    so the agents and the job come to their end also where no launcher is there to stop them."""
     opened = open_store(store)
     if failures.read(opened, run, os.environ[failures.ATTEMPT]):
         return 0
@@ -158,7 +158,7 @@ def work(space: Workspace, position: Position) -> bool:
 
 
 class Log:
-    """What the leading worker tells of the training: TensorBoard's files, here and in the store, and other trackers."""
+    """What the leading worker reports of training: TensorBoard's files, here and in the store, and other trackers."""
 
     def __init__(self, space: Workspace, trackers: "Sequence[Background]") -> None:
         self._space, self._trackers = space, trackers
@@ -240,7 +240,7 @@ def _prefix(space: Workspace) -> str:
 
 
 def _resume(space: Workspace, trainer: Trainer) -> None:
-    """Load the newest checkpoint that is whole; one that is not is told and passed over."""
+    """Load the newest checkpoint that is whole; one that is not is reported and passed over."""
     for key in reversed(_checkpoints(space)):
         with hidden_folder(space.folder, "train") as folder:
             try:

@@ -62,7 +62,7 @@ class SteeringState:
 class SteeredRollout:
     """A method applied to one rollout; it may keep state from step to step. This one changes nothing.
 
-    At each step of `Steering.steps` the rollout calls `propose`, then `resample`, draws, and tells `moved`.
+    At each step of `Steering.steps` the rollout calls `propose`, then `resample`, draws, and calls `moved`.
     """
 
     def propose(self, state: SteeringState) -> GaussianTransition:

@@ -2,7 +2,7 @@
 
 // The page of a latentac endpoint. It asks for one prompt's image three times at the same seed: from the base model,
 // from the trained one, and from the trained one steered by its weights. Nothing is checked here: what is wrong with a
-// request is told in the server's words, beside the field that it names.
+// request is shown in the server's words, beside the field that it names.
 
 const ARMS = ["base", "trained", "steered"];
 const FIELDS = ["prompt", "seed", "num_steps", "guidance_scale", "method", "particles"];
@@ -347,7 +347,7 @@ async function* eventsOf(answer) {
       }
     }
   } finally {
-    reader.cancel().catch(() => {}); // the stream may have failed already, which has been told then
+    reader.cancel().catch(() => {}); // the stream may have failed already, which has been shown then
   }
 }
 
@@ -407,7 +407,7 @@ const ON_EVENT = {
     note(draw, arm, `Step ${step + 1} of ${steps}`, true);
   },
   image(draw, arm, { images, nfe, values }) {
-    // Those of the image that was chosen; the steps told the best particle of their moment.
+    // Those of the image that was chosen; the steps showed the best particle of their moment.
     const own = Object.entries(values).map(([reward, each]) => [reward, each[0]]);
     Object.assign(draw.arms[arm], { image: `data:image/png;base64,${images[0]}`, nfe, values: Object.fromEntries(own) });
     note(draw, arm, "");

@@ -18,8 +18,8 @@ class GRPO(Algorithm):
     trajectory.
 
     With `combination` by_head each reward is compared within its group and the results are summed by weight; with sum
-    the weighted rewards are summed first. Groups that tell nothing are dropped: the others' advantages are divided by
-    their own root mean square, and the share that was dropped is logged.
+    the weighted rewards are summed first. Groups whose rewards are all equal are dropped: the others' advantages are
+    divided by their own root mean square, and the share that was dropped is logged.
     """
 
     uses_critic = False

@@ -44,7 +44,7 @@ class PPO(Algorithm):
     def credit(self, rewards: Tensor, values: Tensor, prompts: Tensor) -> Credit:
         settings = self.settings
         advantages, _ = gae(rewards, values, settings.discount, settings.gae_lambda)
-        # The critic learns from the reward itself unless it is told to learn from its own later values too.
+        # The critic learns from the reward itself unless the settings say that it learns from its own later values too.
         _, returns = gae(rewards, values, settings.discount, settings.value_lambda)
         combined = combine(
             advantages,

@@ -106,7 +106,7 @@ def centre_latents(autoencoder: AutoencoderKL, images: np.ndarray) -> None:
 
 
 def _reconstruction_loss(decoded: Tensor, target: Tensor, edge_weight: float) -> Tensor:
-    """L1 + L2 + L1 of the horizontal and vertical differences: sharp edges are what tells the shapes apart."""
+    """L1 + L2 + L1 of the horizontal and vertical differences: shapes differ in their edges."""
     error = decoded - target
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     return error.abs().mean() + functional.mse_loss(decoded, target) + edge_weight * edges

@@ -2,7 +2,7 @@
 
 A tiny CLIP (Radford et al. 2021, arXiv 2103.00020) that learns which caption belongs to which image from rendered
 images of every sentence of the language, held-out ones included, as the base does. A batch is made of groups of
-sentences that differ in one respect, so that it has to tell `left of` from `above`. It sees neither images of a
+sentences that differ in one respect, so that it has to distinguish `left of` from `above`. It sees neither images of a
 diffusion model nor the verifier's answers: it is a learned reward with the blind spots of one.
 """
 

@@ -392,7 +392,7 @@ def test_code_that_a_folder_names_is_never_looked_at(copy: Path, clip: Path) -> 
     assert (REWARDS.build("clip_score", source=str(copy))(IMAGES, PROMPTS) == expected).all()
 
 
-def test_all_problems_of_all_rewards_are_told_together(tmp_path: Path) -> None:
+def test_all_problems_of_all_rewards_are_reported_together(tmp_path: Path) -> None:
     """A folder that is not there, and a revision of one that has none."""
     (tmp_path / "empty").mkdir()
     given = [

@@ -242,7 +242,7 @@ def test_an_endless_body_is_not_read_to_its_end() -> None:
             reward(IMAGES[:1], PROMPTS[:1])
 
 
-def test_a_server_that_is_not_there_is_told_when_the_reward_is_built() -> None:
+def test_a_server_that_is_not_there_is_reported_when_the_reward_is_built() -> None:
     """With its address and the remedy, after `ready_seconds`."""
     url, began = f"http://127.0.0.1:{free_port()}", time.monotonic()
     with pytest.raises(RewardError, match=r"cannot be reached: .* refused; it was not ready within 1 s") as told:
@@ -276,7 +276,7 @@ def test_a_server_that_loads_is_waited_for() -> None:
         (says(b"", status=404), "answered 404. Correct url"),
     ],
 )
-def test_another_server_is_told_at_once(
+def test_another_server_is_reported_at_once(
     health: Callable[[BaseHTTPRequestHandler, dict[str, Any]], None], words: str
 ) -> None:
     """Waiting does not make it a reward server."""
@@ -313,7 +313,7 @@ def test_an_address_has_no_credentials(url: str) -> None:
     assert "hunter2secret" not in str(caught.value)
 
 
-def test_a_token_is_sent_and_never_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_token_is_sent_and_never_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Not even where the server repeats it."""
     token = "s3cret-" + "x" * 20
     (tmp_path / "token").write_text(f"{token}\n")

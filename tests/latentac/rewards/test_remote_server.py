@@ -86,7 +86,7 @@ def test_scores_are_those_of_the_reward_in_process(name: str) -> None:
         assert server.end(signal.SIGTERM)[0] == 0
 
 
-def test_health_tells_what_is_served(server: RewardServer) -> None:
+def test_health_says_what_is_served(server: RewardServer) -> None:
     """For whoever configures a client."""
     status, content, _ = ask(f"{server.url}/v1/health")
     assert status == 200
@@ -129,7 +129,7 @@ def body(**fields: Any) -> bytes:
         (b" " * (MOST_BYTES + 1), 413, "bytes and more are too many"),
     ],
 )
-def test_a_wrong_request_is_told_in_one_form(server: RewardServer, content: bytes, status: int, words: str) -> None:
+def test_a_wrong_request_is_reported_in_one_form(server: RewardServer, content: bytes, status: int, words: str) -> None:
     """What is wrong, where, and what to do; the server goes on."""
     found, answer, _ = ask(f"{server.url}/v1/score", content)
     assert found == status, answer
@@ -138,7 +138,7 @@ def test_a_wrong_request_is_told_in_one_form(server: RewardServer, content: byte
     assert ask(f"{server.url}/v1/score", body())[0] == 200
 
 
-def test_other_requests_are_told_in_the_same_form(server: RewardServer) -> None:
+def test_other_requests_are_reported_in_the_same_form(server: RewardServer) -> None:
     """Another address, method, content type, compression, and host."""
     bomb = gzip.compress(b" " * (MOST_BYTES + 1))
     for path, content, headers, status, words in (
@@ -187,7 +187,7 @@ def test_health_is_answered_while_scores_are_computed() -> None:
             assert found.result() == pytest.approx(BRIGHTNESS)
 
 
-def test_a_failure_of_the_reward_is_told_and_the_server_goes_on() -> None:
+def test_a_failure_of_the_reward_is_reported_and_the_server_goes_on() -> None:
     """By its exception, as in process; it is not tried again."""
     with RewardServer(SLOW) as server:
         reward = remote(server.url)
@@ -257,7 +257,7 @@ def test_what_cannot_be_served_is_one_message(words: list[str], code: int, messa
     assert "Traceback" not in done.stderr
 
 
-def test_a_port_in_use_is_told(server: RewardServer) -> None:
+def test_a_port_in_use_is_reported(server: RewardServer) -> None:
     """Exit code 6."""
     command = [sys.executable, "-m", "latentac.runs.cli", "reward-server", "--reward", SLOW, "--port", str(server.port)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)

@@ -150,7 +150,7 @@ def test_a_header_that_decides_stands_there_once(name: str) -> None:
     assert answered(("Accept", "a"), ("Accept", "b")) == (200, "")
 
 
-def test_a_length_is_told_in_one_way() -> None:
+def test_a_length_is_reported_in_one_way() -> None:
     """Content-Length beside Transfer-Encoding is how requests are smuggled past a proxy: refused, and the connection
     ends."""
     assert answered(("Content-Length", "3"), ("Transfer-Encoding", "chunked")) == (400, "Transfer-Encoding")
@@ -183,7 +183,7 @@ def test_a_refusal_is_short_whatever_was_sent(name: str) -> None:
     assert (answer.status_code, len(answer.content) < 1000) == (403, True)
 
 
-def test_whoever_lacks_the_token_is_told_how_to_give_it() -> None:
+def test_whoever_lacks_the_token_learns_how_to_give_it() -> None:
     """By the header that HTTP asks for beside 401."""
     answer = TestClient(Admission(PlainTextResponse("drawn"), Access(token=TOKEN)), base_url="http://localhost").get(
         "/v2"

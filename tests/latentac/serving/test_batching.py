@@ -85,7 +85,7 @@ def test_an_abandoned_job_is_not_drawn(world: World) -> None:
     assert (waiting.future.done(), drawn.future.done(), len(steps) < 100) == (False, False, True)
 
 
-def test_every_step_is_told(world: World) -> None:
+def test_every_step_is_reported(world: World) -> None:
     """With the image's index and its particles' values; they end where the image's own do."""
     reported: list[tuple[int, int, tuple[int, ...]]] = []
     [job] = world.submit(
@@ -95,7 +95,7 @@ def test_every_step_is_told(world: World) -> None:
     assert sorted(reported) == [(index, step, (2, 2)) for index in (0, 1) for step in (0, 1)]
 
 
-def test_a_failure_is_told_to_those_it_concerns(world: World) -> None:
+def test_a_failure_is_reported_to_those_it_concerns(world: World) -> None:
     """And the worker goes on."""
 
     def broken(index: int, step: int, values: np.ndarray) -> None:

@@ -34,7 +34,7 @@ def test_no_answer_is_given_up_within_the_bound(fault: str) -> None:
         assert seconds_of(began) < 2 * (SECONDS + MARGIN_SECONDS)
 
 
-def test_a_connection_that_breaks_is_told_at_once() -> None:
+def test_a_connection_that_breaks_is_reported_at_once() -> None:
     with faulty("reset") as server:
         began = time.monotonic()
         with pytest.raises((OSError, http.client.HTTPException)):

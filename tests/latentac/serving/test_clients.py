@@ -93,7 +93,7 @@ def test_openais_client_may_send_each_default(client: openai.OpenAI, server: Ser
     assert [answer.data[0].b64_json] == server.predict(ASKED)["images"]
 
 
-def test_openais_client_is_told_what_is_not_to_be_had(client: openai.OpenAI) -> None:
+def test_openais_client_learns_what_is_not_available(client: openai.OpenAI) -> None:
     """An exception of its own, with the field and the remedy."""
     with pytest.raises(openai.UnprocessableEntityError, match="POST /v1/images/stream answers by events") as caught:
         client.images.generate(prompt="a", stream=True)
@@ -381,7 +381,7 @@ def test_head_and_slashes_too_many_mean_what_they_do_elsewhere(server: ServerPro
     assert ask(server, "GET", "/v1/models/")[0] == 200
 
 
-def test_an_address_that_is_not_here_is_told(server: ServerProcess) -> None:
+def test_an_address_that_is_not_here_is_reported(server: ServerProcess) -> None:
     """As a problem like all others, with the one that was meant."""
     status, _, answer = ask(server, "POST", "/images/generations", {"prompt": "a"})
     assert (status, "Did you mean /v1/images/generations?" in answer["error"]) == (404, True)
@@ -389,7 +389,7 @@ def test_an_address_that_is_not_here_is_told(server: ServerProcess) -> None:
     assert (status, headers["Allow"], answer["problems"][0]["field"]) == (405, "POST", "address")
 
 
-def test_openais_client_is_told_why_an_address_is_not_here(client: openai.OpenAI) -> None:
+def test_openais_client_learns_why_an_address_is_not_here(client: openai.OpenAI) -> None:
     """In the object that it reads."""
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="latentac", messages=[{"role": "user", "content": "a"}])

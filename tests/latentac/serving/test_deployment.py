@@ -53,7 +53,7 @@ def test_a_critic_that_steers_nothing_is_found_out(exported_folder: Path, tmp_pa
         serve_and_check(folder, REQUEST, READY_SECONDS)
 
 
-def test_a_server_that_ends_early_is_told_with_its_last_words(exported_folder: Path, tmp_path: Path) -> None:
+def test_a_server_that_ends_early_is_reported_with_its_last_words(exported_folder: Path, tmp_path: Path) -> None:
     """At once, not after the time-out."""
     folder = tmp_path / "exported"
     shutil.copytree(exported_folder, folder)
@@ -68,7 +68,7 @@ def test_a_server_that_is_never_ready_is_stopped(exported_folder: Path) -> None:
         serve_and_check(exported_folder, REQUEST, ready_seconds=0.2)
 
 
-def test_what_can_be_told_without_a_server_is(exported_folder: Path, tmp_path: Path) -> None:
+def test_what_can_be_checked_without_a_server_is(exported_folder: Path, tmp_path: Path) -> None:
     """No exported folder, and a port that somebody has."""
     with pytest.raises(ServingError, match=r"is not an exported model"):
         serve_and_check(tmp_path, REQUEST, READY_SECONDS)

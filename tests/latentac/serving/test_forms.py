@@ -98,7 +98,7 @@ def test_a_limit_of_the_exported_model_holds_in_every_protocol(field: str, limit
     assert len(set(problems)) == 1
 
 
-def test_every_weight_is_told_once_and_all_of_them() -> None:
+def test_every_weight_is_reported_once_and_all_of_them() -> None:
     """An unknown reward, a wrong number and a weight that does nothing, beside particles that do nothing."""
     weights = {"jpeg": "x", "shapes_verifier": 101, "jpeg_compressibility": 1}
     with pytest.raises(ConfigError) as caught:

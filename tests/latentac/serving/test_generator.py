@@ -77,7 +77,7 @@ def test_a_vanishing_weight_hardly_changes_the_image(generator: Generator) -> No
     np.testing.assert_allclose(faint.values, plain.values, atol=1e-4)
 
 
-def test_steering_moves_the_values_the_way_it_is_told(generator: Generator) -> None:
+def test_steering_moves_the_values_in_its_direction(generator: Generator) -> None:
     """Up with a positive weight, down with a negative one, for the head that is named."""
     last = {
         weight: generator.generate(PROMPT, seed=5, num_steps=6, steering={"jpeg_compressibility": weight}).values
@@ -153,7 +153,7 @@ def test_an_image_is_the_same_in_any_batch(generator: Generator, method: str) ->
         assert (together.image.tobytes(), together.values.tobytes()) == (alone.image.tobytes(), alone.values.tobytes())
 
 
-def test_a_bad_request_is_told_before_anything_is_drawn(generator: Generator) -> None:
+def test_a_bad_request_is_reported_before_anything_is_drawn(generator: Generator) -> None:
     """The same rules as over HTTP, with the argument's name."""
     with pytest.raises(ConfigError) as caught:
         generator.generate(PROMPT, count=99, steering={"shapes": 1.0})
@@ -233,7 +233,7 @@ def test_a_folder_names_rows_only_unless_the_operator_allows_more(
     assert Generator(folder, torch.device("cpu")).exported.run == "some-run"
 
 
-def test_a_folder_that_is_not_whole_is_told(exported_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_whole_is_reported(exported_folder: Path, tmp_path: Path) -> None:
     """Each damage names the folder or the file, and is not a traceback."""
     cpu = torch.device("cpu")
     with pytest.raises(ServingError, match=r"is not an exported model: it has no latentac\.json"):

@@ -208,7 +208,7 @@ def test_the_critics_values_grow_while_it_draws(visit: Visit) -> None:
     expect(page.locator("#value-axis")).to_contain_text("jpeg_compressibility: minus kB")
 
 
-def test_what_is_wrong_is_told_beside_its_field(visit: Visit) -> None:
+def test_what_is_wrong_is_reported_beside_its_field(visit: Visit) -> None:
     """In the server's words, with the remedy; the first of them has the focus, and typing takes the mark away."""
     page = visit()
     prompt, steps = page.get_by_role("textbox", name="Prompt"), page.get_by_label("Steps", exact=True)
@@ -396,7 +396,7 @@ def test_a_busy_server_is_asked_again(visit: Visit) -> None:
     expect(status(page)).to_contain_text("3 images generated in", timeout=DRAW_MS)
 
 
-def test_a_server_that_is_gone_is_told(browser: Browser, server: ServerProcess) -> None:
+def test_a_server_that_is_gone_is_reported(browser: Browser, server: ServerProcess) -> None:
     """When the page is opened, where trying again is one press; and while one draws, with what has broken."""
     images = "**/v1/images/*"
     with browser.new_context() as context:

@@ -204,7 +204,7 @@ def test_v2_takes_data_nested_as_their_shape_says_or_flat(server: ServerProcess,
         (3, "inputs = 3"),
     ],
 )
-def test_a_wrong_tensor_is_told(server: ServerProcess, inputs: Any, message: str) -> None:
+def test_a_wrong_tensor_is_reported(server: ServerProcess, inputs: Any, message: str) -> None:
     """422, with the tensor and the remedy."""
     status, _, answer = ask(server, "POST", f"/v2/models/{server.name}/infer", {"inputs": inputs})
     assert (status, message in answer["error"]) == (422, True), answer
@@ -217,7 +217,7 @@ def test_openais_errors_have_its_form(server: ServerProcess) -> None:
     assert "Use at most 8." in answer["error"]["message"]
 
 
-def test_the_stream_tells_the_values_as_they_come(server: ServerProcess) -> None:
+def test_the_stream_has_the_values_as_they_come(server: ServerProcess) -> None:
     """Queued, then each step in order, then the image; the last step's value is the image's own."""
     found = events(ask(server, "POST", "/v1/images/stream", ASKED | {"policy": "base"})[2])
     assert [name for name, _ in found] == ["queued", "step", "step", "step", "image"]

@@ -120,12 +120,12 @@ def test_defaults_and_all_fields() -> None:
         ("a", "instances.0 = 'a': is no JSON object."),
     ],
 )
-def test_a_bad_field_is_told_with_path_value_and_remedy(instance: Any, message: str) -> None:
+def test_a_bad_field_is_reported_with_path_value_and_remedy(instance: Any, message: str) -> None:
     """One line a problem, which says where, what, and what to do."""
     assert any(message in line for line in answered({"instances": [instance]})), answered({"instances": [instance]})
 
 
-def test_every_problem_is_told_at_once() -> None:
+def test_every_problem_is_reported_at_once() -> None:
     """Of all instances, whether a field is malformed or only above a limit."""
     first = {"prompt": "a", "seed": -1, "count": 9, "method": "x", "steering": {"y": 1}}
     assert len(answered({"instances": [first, {"prompt": "a", "particles": 0}]})) == 5
@@ -143,7 +143,7 @@ def test_every_problem_is_told_at_once() -> None:
         ({"instances": [3] * 9}, "instances = 9: is the number of images asked for"),
     ],
 )
-def test_a_bad_body_is_told(body: object, message: str) -> None:
+def test_a_bad_body_is_reported(body: object, message: str) -> None:
     """The frame around the requests is held to the same."""
     assert any(message in line for line in answered(body)), answered(body)
 
@@ -156,7 +156,7 @@ def test_a_byte_order_mark_is_no_mistake() -> None:
 @pytest.mark.parametrize(
     "body", [b'{"instances": [', b"\xff", b"", b'{"a": NaN}', b'{"a": 1' + b"0" * 5000 + b"}", b"[" * 9999]
 )
-def test_what_is_not_json_is_told(body: bytes) -> None:
+def test_what_is_not_json_is_reported(body: bytes) -> None:
     """So are numbers that JSON does not have, and what is nested without end."""
     with pytest.raises(ConfigError, match="is not JSON"):
         decoded(body, 10)
@@ -171,7 +171,7 @@ def test_what_is_not_json_is_told(body: bytes) -> None:
         (b'{"a": [1, [2, {"b": 1e999}]]}', "a.1.1.b"),
     ],
 )
-def test_a_number_beyond_those_of_a_computer_is_told_with_its_path(body: bytes, path: str) -> None:
+def test_a_number_beyond_those_of_a_computer_is_reported_with_its_path(body: bytes, path: str) -> None:
     """JSON can write it, and no answer can repeat it."""
     with pytest.raises(ConfigError, match=rf"^{path} = '1e309 or more': is beyond the numbers"):
         decoded(body, 10)
@@ -223,10 +223,10 @@ def test_openais_defaults_are_the_default_image(name: str, values: list[Any]) ->
     ("name", "value", "remedy"),
     [
         ("stream", 0, "POST /v1/images/stream answers by events."),
-        ("partial_images", False, "POST /v1/images/stream tells each step."),
+        ("partial_images", False, "POST /v1/images/stream reports each step."),
         ("output_compression", True, "Use 100"),
         ("stream", True, "POST /v1/images/stream answers by events."),
-        ("partial_images", 2, "POST /v1/images/stream tells each step."),
+        ("partial_images", 2, "POST /v1/images/stream reports each step."),
         ("response_format", "url", "Use b64_json"),
         ("background", "transparent", "the images have no transparency."),
         ("output_format", "webp", "Use png"),
@@ -328,7 +328,7 @@ def test_a_body_of_many_values_is_refused_before_they_are_looked_at(body: object
     assert few < many < 100 * 1000
 
 
-def test_few_problems_of_many_are_told() -> None:
+def test_few_problems_of_many_are_reported() -> None:
     """A longer list helps nobody."""
     with pytest.raises(ConfigError) as caught:
         parse({"instances": [{"prompt": "a", **{f"field{number}": 1 for number in range(1000)}}]})

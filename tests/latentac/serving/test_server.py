@@ -169,7 +169,7 @@ def test_bad_input_is_the_callers_mistake(server: ServerProcess, body: bytes, st
         assert set(content["problems"][0]) == {"field", "value", "problem", "remedy"}
 
 
-def test_what_is_not_there_is_told(server: ServerProcess) -> None:
+def test_what_is_not_there_is_reported(server: ServerProcess) -> None:
     """Another model's name is 404 in each protocol; what KServe offers and this server does not is not there."""
     assert ask(server, "/v1/models/other:predict", b'{"instances": []}')[0] == 404
     assert ask(server, "/v2/models/other/infer", b"{}")[0] == 404
@@ -182,7 +182,7 @@ def test_what_is_not_there_is_told(server: ServerProcess) -> None:
     assert (status, "is asked with POST" in content["error"]) == (405, True)
 
 
-def test_a_client_that_is_refused_is_told_by_predict(server: ServerProcess) -> None:
+def test_predict_says_why_it_is_refused(server: ServerProcess) -> None:
     """ServerProcess turns what is not 200 into one error with the server's words."""
     with pytest.raises(ServingError, match=r"answered 422: instances\.0\.count = 99"):
         server.predict({"prompt": "a", "count": 99})
@@ -210,7 +210,7 @@ def test_probes_answer_while_it_draws(server: ServerProcess) -> None:
     assert max(seconds) < whole / 2
 
 
-def test_a_taken_port_is_told_before_anything_is_loaded(server: ServerProcess, exported_folder: Path) -> None:
+def test_a_taken_port_is_reported_before_anything_is_loaded(server: ServerProcess, exported_folder: Path) -> None:
     """One message, exit code 6, no traceback, at once."""
     port = server.address.rpartition(":")[2]
     command = [sys.executable, "-X", "importtime", "-m", "latentac.serving", "--model", str(exported_folder)]
@@ -226,7 +226,7 @@ def test_a_taken_port_is_told_before_anything_is_loaded(server: ServerProcess, e
         pass
 
 
-def test_an_address_that_is_not_ours_is_told() -> None:
+def test_an_address_that_is_not_ours_is_reported() -> None:
     """So is a name that does not resolve."""
     with pytest.raises(ResourceError, match="cannot be listened on"):
         bind("192.0.2.1", 0)
@@ -253,7 +253,7 @@ def test_sigterm_lets_the_accepted_request_finish(exported_folder: Path) -> None
         assert server.wait(300) == 0
 
 
-def test_a_killed_server_is_told(exported_folder: Path) -> None:
+def test_a_killed_server_is_reported(exported_folder: Path) -> None:
     """At once, with the signal; not a hang and not a broken pipe."""
     with ServerProcess(exported_folder, ready_seconds=READY_SECONDS) as server, ThreadPoolExecutor(1) as pool:
         drawing = pool.submit(server.predict, LONG)
@@ -280,7 +280,7 @@ def test_ctrl_c_stops_it_cleanly(exported_folder: Path) -> None:
     assert (process.returncode, complaints) == (0, "")
 
 
-def test_the_command_that_is_told_draws_an_image(exported_folder: Path, tmp_path: Path) -> None:
+def test_the_printed_command_generates_an_image(exported_folder: Path, tmp_path: Path) -> None:
     """As it is printed, in a shell: of the model's own first prompt, whatever characters are in it. And the terminal,
     the options and the folder say what the model is not for."""
     folder = tmp_path / "model"

@@ -17,7 +17,7 @@ def one(name: str = "prompt", **fields: Any) -> dict[str, Any]:
     return {"name": name, "shape": [1], "datatype": "BYTES", "data": ["a"], **fields}
 
 
-def test_an_output_that_is_none_is_told() -> None:
+def test_an_output_that_is_none_is_reported() -> None:
     """With its place and the name that was meant."""
     body = {"inputs": [one()], "outputs": [{"name": "metadata"}, {"name": "imag"}]}
     with pytest.raises(ConfigError, match=r"outputs\.1\.name = 'imag': no such output\..*\"image\""):
@@ -25,7 +25,7 @@ def test_an_output_that_is_none_is_told() -> None:
 
 
 @pytest.mark.parametrize("wrong", [one("nothing"), one(shape=[7])], ids=["names", "shapes"])
-def test_of_many_wrong_inputs_few_are_told(wrong: dict[str, Any]) -> None:
+def test_of_many_wrong_inputs_few_are_reported(wrong: dict[str, Any]) -> None:
     """An answer is never much longer than a line."""
     with pytest.raises(ConfigError) as caught:
         infer_request({"inputs": [wrong] * 1000}, "latentac")
@@ -99,7 +99,7 @@ WRONG: dict[str, tuple[list[dict[str, Any]], bytes, str]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_no_tensor_is_told_with_its_place(wrong: str) -> None:
+def test_what_is_no_tensor_is_reported_with_its_place(wrong: str) -> None:
     """And shortly: what it is, and what to send."""
     inputs, binary, message = WRONG[wrong]
     with pytest.raises(ConfigError, match=message) as caught:

@@ -143,7 +143,7 @@ def test_weights_are_small_and_safe(folder):
     assert sum(file.stat().st_size for file in binaries) < 12_000_000
 
 
-def test_provenance_tells_everything(folder, provenance):
+def test_provenance_says_everything(folder, provenance):
     """Seed, code, machine, versions, both curves, the stopping rule, the scores, and the sha256 of every file."""
     assert {"seed", "command", "commit", "sources", "machine", "versions"} <= set(provenance)
     assert len(provenance["autoencoder"]["loss_curve"]) > 10

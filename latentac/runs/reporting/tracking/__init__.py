@@ -5,7 +5,7 @@
       - {use: wandb, project: shapes, mode: offline}
 
 The context of a tracker is the run's folder. It is called from one thread, of the leading worker alone. What it raises
-is told once and ends its tracking, never the training; it is waited for at the end, a minute at most. One that is
+is reported once and ends its tracking, never the training; it is waited for at the end, a minute at most. One that is
 slower than the training loses what comes while 1000 calls wait.
 """
 
@@ -35,7 +35,7 @@ TRACKERS = Table(
 )
 
 PACKAGES = {"mlflow": "mlflow-skinny==3.17.2", "wandb": "wandb==0.26.1"}
-"""What a row needs installed, as pip is told; with these versions it was tested."""
+"""What a row needs installed, in pip's form; with these versions it was tested."""
 
 _PATIENCE_SECONDS = 60.0
 _ENDING_SECONDS = 5.0
@@ -122,7 +122,7 @@ class Background:
             self._calls.put(None, timeout=max(0.0, until - time.monotonic()))
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
-            message = "%s does not answer: what it was not told within %g s is lost"
+            message = "%s does not answer: what it did not take within %g s is lost"
             _log.warning(message, self._where(), self._patience)
             self._given_up = True
             if self._abandon():

@@ -83,7 +83,7 @@ class MLflow:
 
         from mlflow.entities import Metric
 
-        # MLflow keeps every value that it is told for a step: an iteration that is done again is told once.
+        # MLflow keeps every value that it gets for a step: an iteration that is done again is sent once.
         if "reward/reward_mean" in scalars and step in self._known:
             return
         now = int(time.time() * 1000)

@@ -47,7 +47,7 @@ class TensorBoard:
         self.rewritten = any(not whole for _, whole in kept)
         self.steps = {event.step for event, _ in kept if any(_scalar(value) for value in event.summary.value)}
         """Steps that have numbers already."""
-        # The purge tells a TensorBoard that is looking on that what it saw of these steps comes again.
+        # The purge lets a TensorBoard that is open drop what it has of these steps, which come again.
         self._writer = SummaryWriter(str(folder), purge_step=0 if self.rewritten else None)
         self._settings: dict[str, Any] = {}
         self._results: dict[str, float] = {}
