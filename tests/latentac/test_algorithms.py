@@ -175,7 +175,7 @@ def test_grpo_drops_and_counts_groups_that_tell_nothing():
     assert credit.metrics == {"zero_std_share": 1.0}
 
 
-def test_a_group_says_something_if_one_trained_reward_does():
+def test_a_group_has_information_if_one_trained_reward_has():
     """Of two rewards by head, one that is equal within a group leaves the group to the other; one that is only watched
     does not save it."""
     rewards = torch.tensor([[1.0, 4.0], [1.0, 8.0], [2.0, 5.0], [6.0, 5.0]])

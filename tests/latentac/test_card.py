@@ -60,7 +60,7 @@ def test_images_are_counted_once() -> None:
     assert "119040" not in card
 
 
-def test_arms_of_one_method_can_be_reported_apart() -> None:
+def test_arms_of_one_method_are_distinguished() -> None:
     """Value gradients of three strengths are three different rows."""
     rows = [line for line in model_card(facts()).splitlines() if line.startswith("| `value_gradient`")]
     assert len(set(rows)) == 3

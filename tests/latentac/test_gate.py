@@ -179,7 +179,7 @@ def test_an_incumbent_must_be_beaten_where_that_is_asked() -> None:
         assert failed(decide(settings(must_beat_incumbent=True), REWARDS, evaluation, PRESENT)) == missed
 
 
-def test_an_incumbent_that_does_not_fit_holds_unless_reported_otherwise() -> None:
+def test_an_incumbent_that_does_not_fit_holds_by_default() -> None:
     """A person decides to replace what cannot be compared; the reason is in the check either way."""
     production = {"version": VERSION, "sha256": "0" * 64, "problem": "its backbone is dit"}
     evaluation = {**ALONE, "production": production}

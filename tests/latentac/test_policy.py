@@ -96,7 +96,7 @@ def test_strength_0_is_bitwise_the_plain_rollout(name, kernel, method, weight, c
 
 
 @pytest.mark.parametrize(("name", "kernel"), PAIRS)
-def test_steering_raises_the_head_that_it_is_reported_to(name, kernel, critics):
+def test_steering_raises_the_head_that_has_weight(name, kernel, critics):
     """With the same noise a positive weight leads to higher values of that head at the last state than the plain
     rollout, a negative one to lower values."""
 

@@ -148,7 +148,7 @@ def test_each_image_may_have_weights_of_its_own(name, kernel):
 
 
 @pytest.mark.parametrize("name", STEERING)
-def test_an_observer_is_reported_each_steps_values(name):
+def test_a_callback_gets_each_steps_values(name):
     """All particles' values, in the reward's own unit and cut off from any graph, before some go on from others; the
     one that is kept has them in its trajectory."""
     policy, critic = world(DDIM)

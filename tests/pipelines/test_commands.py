@@ -150,7 +150,7 @@ def test_a_package_that_is_too_large_for_a_step_is_refused(
     assert kfp.requests == []
 
 
-def test_following_says_each_step_as_it_begins_and_ends(kfp: Kfp, capsys: pytest.CaptureFixture[str]) -> None:
+def test_following_prints_each_step_as_it_begins_and_ends(kfp: Kfp, capsys: pytest.CaptureFixture[str]) -> None:
     """With its seconds, each line once; in the end where to find the report."""
     kfp.script = [
         Frame("PENDING"),
@@ -226,7 +226,7 @@ def test_a_run_that_takes_too_long_is_left(kfp: Kfp, capsys: pytest.CaptureFixtu
     assert "has not ended in 0 s. It goes on" in capsys.readouterr().err
 
 
-def test_a_cancelled_run_is_reported_from_a_failed_one(kfp: Kfp, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cancelled_run_is_distinguished_from_a_failed_one(kfp: Kfp, capsys: pytest.CaptureFixture[str]) -> None:
     """Both end as FAILED: the history tells them apart. The exit handler still runs."""
     kfp.script = [Frame("RUNNING", {"prepare": "RUNNING"})]
     kfp.add_run("run-1")
