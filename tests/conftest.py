@@ -1,6 +1,7 @@
 """Fixtures that more than one folder of tests needs."""
 
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "minio: needs a real MinIO server")
     # A shell's background jobs ignore Ctrl-C, and hand that down to every process that a test starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(trylast=True)  # what is not selected is gone by then
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the longest time limits first: of several workers none is left with a long file at the end."""
+    limits: Counter[Path] = Counter()
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        limits[item.path] += int(marker.args[0]) if marker else 0
+    items.sort(key=lambda item: -limits[item.path])
 
 
 @pytest.fixture(scope="session")
