@@ -146,3 +146,8 @@ class Train(Section):
     """The divergence check."""
     early_stopping: EarlyStopping | None = None
     """When to stop before the last iteration; by default, never."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Per iteration, over all workers."""
+        return self.images_per_iteration // self.block_images

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentac.config.schema import Config
+from latentac.config.learning import Train
 from latentac.critic import Critic
 from latentac.method.diffusion import forward_noise
 from latentac.method.losses import value_loss
@@ -60,26 +60,39 @@ class Learner:
     The policy's forward is asked for features only: the critic reads the policy and never shapes it.
     """
 
-    def __init__(self, config: Config, policy: Policy, critic: Critic, conditioning: Encoded, mesh: Mesh) -> None:
-        """conditioning: of every training prompt, in their order."""
-        self.config, self.policy, self.critic, self.conditioning, self.mesh = config, policy, critic, conditioning, mesh
+    def __init__(
+        self,
+        train: Train,
+        policy: Policy,
+        critic: Critic,
+        conditioning: Encoded,
+        mesh: Mesh,
+        *,
+        num_steps: int,
+        weights: Tensor,
+        seed: int,
+    ) -> None:
+        """conditioning: of each training prompt, in their order; num_steps: K; weights: of the rewards, float32 [M]."""
+        self.policy, self.critic, self.conditioning, self.mesh = policy, critic, conditioning, mesh
+        self._weights, self._seed, self._num_blocks = weights, seed, train.num_blocks
+        # No more than a block has states.
+        self._updates_per_pass = min(critic.settings.updates_per_pass, train.block_images * num_steps)
         critic.train_heads()
-        self._weights = torch.tensor([reward.weight for reward in config.rewards], device=mesh.device)
         self.optimizer = torch.optim.AdamW(
-            critic.parameter_groups(), betas=(0.9, 0.95), weight_decay=config.critic.weight_decay
+            critic.parameter_groups(), betas=(0.9, 0.95), weight_decay=critic.settings.weight_decay
         )
         self.replay: Replay | None = None
 
     def begin_with(self, scored: Replay | None) -> None:
         """Remember images that were scored before training, if anything is to be remembered."""
-        most = self.config.critic.replay_images
+        most = self.critic.settings.replay_images
         if scored is not None and most > 0:
             self.replay = scored.newest(most)
 
     def observe(self, clean: Tensor, rewards: Tensor, prompts: Tensor) -> None:
         """Take in the iteration's images of all workers: clean latents [B, *latent], rewards [B, M], prompts [B]."""
         self.critic.update_scale(rewards)
-        most = self.config.critic.replay_images
+        most = self.critic.settings.replay_images
         if most > 0:
             new = Replay(clean, rewards, prompts)
             self.replay = self.replay.extended(new, most) if self.replay else new.newest(most)
@@ -87,8 +100,7 @@ class Learner:
     def learn(self, iteration: int, blocks: Sequence[tuple[int, Trajectory, Tensor]]) -> float:
         """The iteration's passes over `blocks`: (index, trajectory with features, returns [B, K, M]). Returns the mean
         loss of the last pass."""
-        settings, updates = self.config.critic, self._updates_per_pass
-        num_blocks = self.config.train.images_per_iteration // self.config.train.block_images
+        settings, updates, num_blocks = self.critic.settings, self._updates_per_pass, self._num_blocks
         total = torch.zeros((), device=self.mesh.device)
         self.critic.train()
         for number in range(settings.num_passes):
@@ -97,7 +109,7 @@ class Learner:
                 self.optimizer.zero_grad(set_to_none=True)
                 for index, trajectory, returns in blocks:
                     key = (iteration, number, update, index)
-                    torch.manual_seed(seed_for(self.config.seed, "dropout", *key))
+                    torch.manual_seed(seed_for(self._seed, "dropout", *key))
                     rows = self._share(trajectory, returns, key)
                     loss = self._rollout_loss(trajectory, returns, rows) / num_blocks
                     loss.backward()
@@ -126,15 +138,10 @@ class Learner:
         replay = {name: tensor.to(self.mesh.device) for name, tensor in _below(_PREFIX, tensors).items()}
         self.replay = Replay(**replay) if replay else None
 
-    @property
-    def _updates_per_pass(self) -> int:
-        """No more than a block has states."""
-        return min(self.config.critic.updates_per_pass, self.config.train.block_images * self.config.kernel.num_steps)
-
     def _share(self, trajectory: Trajectory, returns: Tensor, key: tuple[int, int, int, int]) -> Tensor:
         """The flattened (image, step) rows of a block that belong to an update."""
         iteration, number, update, index = key
-        generator = generator_for(self.config.seed, "order", "critic", iteration, number, index)
+        generator = generator_for(self._seed, "order", "critic", iteration, number, index)
         order = torch.randperm(len(returns) * trajectory.num_steps, generator=generator)
         return order.tensor_split(self._updates_per_pass)[update].to(self.mesh.device)
 
@@ -146,7 +153,7 @@ class Learner:
     def _replay_loss(self, replay: Replay, count: int, sigmas: Tensor, key: tuple[int, int, int, int]) -> Tensor:
         """On as many forward-noised states, drawn anew, of images scored in this and earlier iterations. At low noise
         the reward is that of the image, whoever made it; at high noise the target is that of earlier policies too."""
-        generator = generator_for(self.config.seed, "replay", *key)
+        generator = generator_for(self._seed, "replay", *key)
         image = torch.randint(len(replay.clean), (count,), generator=generator).to(self.mesh.device)
         step = torch.randint(len(sigmas) - 1, (count,), generator=generator).to(self.mesh.device)
         clean, sigma = replay.clean[image], sigmas[step]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from latentac.backbones.precision import MasterWeights
-from latentac.config.schema import Config
+from latentac.config.learning import Policy as PolicySettings
+from latentac.config.learning import Train
 from latentac.method.losses import prediction_kl
 from latentac.method.randomness import generator_for
 from latentac.method.records import Minibatch, Trajectory, flatten_steps
@@ -55,28 +56,30 @@ class PolicyLearner:
     adam_eps: Adam's eps
     """
 
-    def __init__(self, config: Config, policy: Policy, algorithm: Algorithm, mesh: Mesh) -> None:
+    def __init__(
+        self, settings: PolicySettings, train: Train, policy: Policy, algorithm: Algorithm, mesh: Mesh, *, seed: int
+    ) -> None:
         """`policy` is trainable already."""
-        self.config, self.policy, self.algorithm, self.mesh = config, policy, algorithm, mesh
+        self.settings, self.policy, self.algorithm, self.mesh = settings, policy, algorithm, mesh
+        self._num_blocks, self._updates, self._seed = train.num_blocks, train.updates_per_iteration, seed
         if policy.rows.limit is None and mesh.device.type == "cuda":
-            policy.rows.limit = config.train.block_images  # from here on it is halved until it fits
+            policy.rows.limit = train.block_images  # from here on it is halved until it fits
         self._masters = MasterWeights(policy.backbone.module)
         self.parameters = self._masters.tensors
         self.adam_eps = _adam_eps(policy)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
-            config.policy.learning_rate,
+            settings.learning_rate,
             (0.9, 0.95),
             eps=self.adam_eps,
-            weight_decay=config.policy.weight_decay,
+            weight_decay=settings.weight_decay,
             fused=mesh.device.type == "cuda",
         )
         # Only float16 needs it: its smallest gradients would be 0.
         float16 = any(parameter.dtype == torch.float16 for parameter in policy.backbone.module.parameters())
         self._scaler = torch.amp.GradScaler(mesh.device.type, enabled=float16)
         self._reference = _frozen(policy) if algorithm.prediction_kl > 0 else None
-        self.ema = self.copy() if config.policy.ema_decay > 0 else {}
-        self._num_blocks = config.train.images_per_iteration // config.train.block_images
+        self.ema = self.copy() if settings.ema_decay > 0 else {}
         # Other terms of the loss have a gradient where the advantage is 0.
         self._only_advantages = not algorithm.value_gradient and self._reference is None
 
@@ -91,7 +94,7 @@ class PolicyLearner:
         parameters = list(self.parameters.values())
         self.mesh.sum_gradients(parameters)
         self._scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.policy.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clip)
         below = _share_below(parameters, self.adam_eps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -99,7 +102,7 @@ class PolicyLearner:
         self._scaler.update()
         self._masters.publish()
         for name, average in self.ema.items():
-            average.lerp_(self.parameters[name].detach(), 1 - self.config.policy.ema_decay)
+            average.lerp_(self.parameters[name].detach(), 1 - self.settings.ema_decay)
         totals = self.mesh.gather(torch.stack(list(sums.values()))[None]).sum(0)
         # One transfer to the host per update: each makes a GPU wait.
         names = [*sums, "gradient_norm", "gradient_below_eps"]
@@ -188,9 +191,9 @@ class PolicyLearner:
 
     def _transitions(self, block: CreditedBlock, iteration: int, update: int) -> Tensor:
         """int64 [N] in the host's memory, the flattened (image, step) that belong to `update`, in random order."""
-        generator = generator_for(self.config.seed, "order", "actor", iteration, block.index)
+        generator = generator_for(self._seed, "order", "actor", iteration, block.index)
         order = torch.randperm(block.advantages.numel(), generator=generator)
-        return order.tensor_split(self.config.train.updates_per_iteration)[update]
+        return order.tensor_split(self._updates)[update]
 
 
 def _frozen(policy: Policy) -> Policy:

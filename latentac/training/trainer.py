@@ -67,9 +67,12 @@ class Trainer:
         self.conditioning = Encoded(policy.backbone, texts, **({"kept_bytes": HOST_BYTES} if on_gpu else {}))
         if on_gpu:  # which has better uses for its memory
             self.conditioning.release_encoders()
-        self.policy_learner = PolicyLearner(config, policy, algorithm, mesh)
-        self.learner = Learner(config, policy, critic, self.conditioning, mesh) if algorithm.uses_critic else None
+        self.policy_learner = PolicyLearner(config.policy, config.train, policy, algorithm, mesh, seed=config.seed)
         weights = torch.tensor([reward.weight for reward in config.rewards], device=mesh.device)
+        self.learner: Learner | None = None
+        if algorithm.uses_critic:
+            own: dict[str, Any] = {"num_steps": config.kernel.num_steps, "weights": weights, "seed": config.seed}
+            self.learner = Learner(config.train, policy, critic, self.conditioning, mesh, **own)
         self.value_weights = weights if self.learner is not None and algorithm.value_gradient > 0 else None
         self.history: list[dict[str, Any]] = []
         self.recoveries: list[dict[str, Any]] = []
@@ -94,7 +97,7 @@ class Trainer:
         Raises Diverged when an update is not finite or the iteration is beyond a bound of `train.divergence`.
         """
         train, started = self.config.train, time.monotonic()
-        own = self.mesh.own(self._num_blocks)
+        own = self.mesh.own(self.config.train.num_blocks)
         # Several workers share the cores already.
         alone = self.mesh.size == 1
         drawn = map_overlapped(self._roll_out, self._score, own, self.mesh.device, alone)
@@ -167,10 +170,6 @@ class Trainer:
         chosen = self.best if self.config.train.early_stopping else self.policy_learner.ema
         if chosen:
             self.policy_learner.load(chosen)
-
-    @property
-    def _num_blocks(self) -> int:
-        return self.config.train.images_per_iteration // self.config.train.block_images
 
     def _roll_out(self, index: int) -> Rollouts:
         """Those of block `index` of this iteration: G consecutive ones of each of its prompts."""

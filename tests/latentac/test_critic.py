@@ -50,7 +50,16 @@ def some_state(backbone):
 
 
 def make_learner(config, policy, critic):
-    return Learner(config, policy, critic, policy.backbone.encode(PROMPTS), Mesh(0, 1, CPU))
+    return Learner(
+        config.train,
+        policy,
+        critic,
+        policy.backbone.encode(PROMPTS),
+        Mesh(0, 1, CPU),
+        num_steps=config.kernel.num_steps,
+        weights=torch.tensor([reward.weight for reward in config.rewards]),
+        seed=config.seed,
+    )
 
 
 def lesson(policy, critic):

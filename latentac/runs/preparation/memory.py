@@ -22,8 +22,7 @@ def count_workers(train: Train, device: str) -> int:
     """
     from latentac.sampling import devices
 
-    num_blocks = train.images_per_iteration // train.block_images
-    return devices.count_workers(train.num_workers, num_blocks, device)
+    return devices.count_workers(train.num_workers, train.num_blocks, device)
 
 
 def free_memory(device: str) -> int | None:
