@@ -4,8 +4,6 @@ import base64
 import io
 import json
 import ssl
-import threading
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +15,7 @@ from pydantic import Field, field_validator
 
 from latentac.config import extensions
 from latentac.config.sections import NonNegative, Seconds
+from latentac.rewards.parallel import each_in_parallel
 from latentac.rewards.service import SCORE, Patience, Service
 from latentac.system.errors import ConfigError, Problem, RewardError, describe
 from latentac.system.reading import read_given
@@ -83,31 +82,12 @@ class Remote:
         """float32 [B] for `images` uint8 [B, H, W, 3]. Raises RewardError."""
         size, rewards = self._settings.batch_size, np.zeros(len(prompts), np.float32)
         more = [{} for _ in prompts] if metadata is None else metadata
-        parts = deque(slice(start, start + size) for start in range(0, len(prompts), size))
-        failed: list[Exception] = []
 
-        def work() -> None:
-            while not failed:
-                try:
-                    part = parts.popleft()
-                except IndexError:
-                    return
-                try:
-                    rewards[part] = self._scores(images[part], prompts[part], more[part])
-                except Exception as error:  # noqa: BLE001 - raised below, in the thread that asked
-                    failed.append(error)
+        def work(part: slice) -> None:
+            rewards[part] = self._scores(images[part], prompts[part], more[part])
 
-        others = [
-            threading.Thread(target=work, name="remote reward", daemon=True)
-            for _ in range(min(len(parts), self._settings.connections) - 1)
-        ]
-        for thread in others:
-            thread.start()
-        work()
-        for thread in others:
-            thread.join()
-        if failed:
-            raise failed[0]
+        parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
+        each_in_parallel(parts, work, self._settings.connections, "remote reward")
         return rewards
 
     def _scores(
