@@ -32,7 +32,7 @@ LEARNED = ("clip_score", "pickscore", "aesthetic")
 
 
 ELSEWHERE = ("remote", "judge", "ocr")
-"""Rewards that need a server, or other prompts: their files in tests/latentac/rewards call `check_reward` themselves."""
+"""Rewards that need a server or other prompts: their files in tests/latentac/rewards call `check_reward`."""
 
 
 @pytest.mark.parametrize("name", [name for name in REWARDS if name not in {*LEARNED, *ELSEWHERE}])
