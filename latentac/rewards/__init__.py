@@ -20,6 +20,7 @@ REWARDS = Table(
         "aesthetic": "latentac.rewards.aesthetic:Aesthetic",
         "nsfw": "latentac.rewards.nsfw:Nsfw",
         "ocr": "latentac.rewards.ocr:Ocr",
+        "judge": "latentac.rewards.judge:Judge",
         "remote": "latentac.rewards.remote:Remote",
     },
 )
