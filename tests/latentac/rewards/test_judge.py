@@ -217,7 +217,8 @@ def test_an_answer_of_another_length_is_asked_for_again(more: int) -> None:
             return
         body = completion('{"score": 1}')
         handler.close_connection = True
-        send(handler, body, Content_Length=str(len(body) + more))
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body) + more}\r\n\r\n"
+        handler.wfile.write(head.encode() + body)
 
     with answering(wrong) as (url, asked):
         if more > 0:
