@@ -61,8 +61,8 @@ class Prompts(Section):
     """The prompts that images are made for."""
 
     source: str
-    """`builtin:shapes`, `builtin:animals`, a file (JSON, JSONL, CSV, plain text), or a folder with train.* and
-    held_out.*."""
+    """`builtin:shapes`, `builtin:words`, `builtin:animals`, a file (JSON, JSONL, CSV, plain text), or a folder with
+    train.* and held_out.*."""
     train: str = ""
     """A file of training prompts. `train` and `held_out` together replace `source`."""
     held_out: str = ""

@@ -18,6 +18,9 @@ REWARDS = Table(
         "clip_score": "latentac.rewards.clip_score:ClipScore",
         "pickscore": "latentac.rewards.pickscore:PickScore",
         "aesthetic": "latentac.rewards.aesthetic:Aesthetic",
+        "nsfw": "latentac.rewards.nsfw:Nsfw",
+        "ocr": "latentac.rewards.ocr:Ocr",
+        "judge": "latentac.rewards.judge:Judge",
         "remote": "latentac.rewards.remote:Remote",
     },
 )

@@ -33,8 +33,8 @@ _MOST_SHOWN = 300
 _REMEDIES = {
     401: "Set token_file to a file with the token of this server",
     403: "Set token_file to a file with the token of this server, or let the server allow this host name",
-    404: "Correct url: it is the address without /v1/score",
-    413: "Lower batch_size",
+    404: "Correct url: it is the address without {path}",
+    413: "Send less at once: lower batch_size where the reward has it",
 }
 _log = logging.getLogger(__name__)
 
@@ -76,23 +76,23 @@ class Service:
         # It logs a warning for each broken connection; the attempts are logged here.
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
-    def score(self, body: bytes) -> Any:
-        """The JSON that the server answers to a question in JSON. Raises RewardError."""
+    def ask(self, path: str, body: bytes) -> Any:
+        """The JSON that the server answers to a question in JSON at `path`. Raises RewardError."""
         began = time.monotonic()
         with self._slots:
             for attempt in range(1, self._patience.attempts + 1):
                 try:
-                    return self._attempt("POST", SCORE, body, self._patience.answer_seconds)
+                    return self._attempt("POST", path, body, self._patience.answer_seconds)
                 except Hung as error:
-                    raise self._failed(SCORE, str(error), "Look at the server's log, or raise answer_seconds") from None
+                    raise self.failed(path, str(error), "Look at the server's log, or raise answer_seconds") from None
                 except Unavailable as error:
                     wait, problem = max(error.after, _backoff(attempt)), str(error)
                     late = time.monotonic() + wait > began + self._patience.retry_seconds
                     if late or attempt == self._patience.attempts:
                         spent = f"{problem} (attempt {attempt}, {time.monotonic() - began:.0f} s after the first)"
                         remedy = "Start the server again, or raise attempts and retry_seconds"
-                        raise self._failed(SCORE, spent, remedy) from None
-                    _log.warning("%s%s: %s; next attempt in %.1f s", self.url, SCORE, problem, wait)
+                        raise self.failed(path, spent, remedy) from None
+                    _log.warning("%s%s: %s; next attempt in %.1f s", self.url, path, problem, wait)
                     time.sleep(wait)
         raise AssertionError("the loop returns or raises")
 
@@ -104,7 +104,7 @@ class Service:
                 found = self._attempt("GET", HEALTH, None, min(_HEALTH_SECONDS, self._patience.answer_seconds))
                 if not isinstance(found, dict) or not isinstance(found.get("ready"), bool):
                     remedy = "Correct url: this is not the server of a reward"
-                    raise self._failed(HEALTH, "answered no object with `ready`", remedy)
+                    raise self.failed(HEALTH, "answered no object with `ready`", remedy)
                 if found["ready"]:
                     return found
                 problem, wait = "says that it is not ready", _backoff(attempt)
@@ -113,7 +113,7 @@ class Service:
             if time.monotonic() + wait > until:
                 spent = f"{problem}; it was not ready within {seconds:g} s (ready_seconds)"
                 remedy = "Start it (latentac reward-server --reward NAME), correct url, or raise ready_seconds"
-                raise self._failed(HEALTH, spent, remedy)
+                raise self.failed(HEALTH, spent, remedy)
             time.sleep(wait)
             attempt += 1
 
@@ -127,29 +127,27 @@ class Service:
         except SSLError as error:
             if any(isinstance(each, ssl.SSLCertVerificationError) for each in error.args):
                 remedy = "Set ca_file to a file with the authority of its certificate"
-                raise self._failed(
-                    path, f"has no trusted certificate: {self._shown(describe(error))}", remedy
-                ) from None
-            raise Unavailable(self._shown(describe(error))) from None
+                raise self.failed(path, f"has no trusted certificate: {self.shown(describe(error))}", remedy) from None
+            raise Unavailable(self.shown(describe(error))) from None
         except NewConnectionError as error:  # it begins with the address, which the message has already
-            raise Unavailable(f"cannot be reached: {self._shown(str(error).partition(': ')[2])}") from None
+            raise Unavailable(f"cannot be reached: {self.shown(str(error).partition(': ')[2])}") from None
         except HTTPError as error:
-            raise Unavailable(self._shown(describe(error))) from None
+            raise Unavailable(self.shown(describe(error))) from None
         if status in _REPEATED:
             raise Unavailable(f"answered {status}{self._reason(content)}", _retry_after(headers.get("retry-after")))
         if status != 200:
-            remedy = _REMEDIES.get(status, "Look at the server's log")
-            raise self._failed(path, f"answered {status}{self._reason(content)}", remedy)
+            remedy = _REMEDIES.get(status, "Look at the server's log").format(path=path)
+            raise self.failed(path, f"answered {status}{self._reason(content)}", remedy)
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         remedy = "Correct url, or the server: see docs/remote-rewards.md"
         if kind != "application/json":
-            raise self._failed(path, f"answered with content type {self._shown(kind)!r}, not application/json", remedy)
+            raise self.failed(path, f"answered with content type {self.shown(kind)!r}, not application/json", remedy)
         if len(content) > MOST_ANSWER_BYTES:
-            raise self._failed(path, f"answered more than {MOST_ANSWER_BYTES >> 20} MiB", remedy)
+            raise self.failed(path, f"answered more than {MOST_ANSWER_BYTES >> 20} MiB", remedy)
         try:
             return parse_json(content)
         except ValueError as error:
-            raise self._failed(path, f"answered no JSON ({self._shown(str(error))})", remedy) from None
+            raise self.failed(path, f"answered no JSON ({self.shown(str(error))})", remedy) from None
 
     def _exchange(
         self, method: str, path: str, body: bytes | None, seconds: float
@@ -184,14 +182,15 @@ class Service:
             words = error["message"] if isinstance(error, dict) else error
         except (ValueError, LookupError, TypeError):
             return ""
-        return f": {self._shown(str(words))}"
+        return f": {self.shown(str(words))}"
 
-    def _shown(self, text: str) -> str:
+    def shown(self, text: str) -> str:
         """One line without control characters, and without the token, which a server may repeat."""
         plain = " ".join("".join(each if each.isprintable() else " " for each in text).split())
         return (plain.replace(self._token, "<token>") if self._token else plain)[:_MOST_SHOWN]
 
-    def _failed(self, path: str, problem: str, remedy: str) -> RewardError:
+    def failed(self, path: str, problem: str, remedy: str) -> RewardError:
+        """With the address of `path`."""
         return RewardError(self.url + path, problem, remedy)
 
 

@@ -7,6 +7,7 @@ import os
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,11 @@ class PromptSet:
 def load_prompts(source: str | Prompts) -> PromptSet:
     """The prompts that the settings name; a text is their `source`, with the defaults of the rest.
 
-    `builtin:shapes` or `builtin:animals`; a file (formats: `latentac.worlds.promptfiles`); or a folder with train.* and
-    held_out.* (or test.*, val.*). Where there is one list, `held_out_fraction` of it is held out, by a hash of the text
-    alone. A prompt that is repeated within a list, with the same category and metadata, counts once. Raises ConfigError
-    with the problems of all files together: unreadable, empty or malformed ones, and a prompt that is in both splits.
+    `builtin:shapes`, `builtin:words` or `builtin:animals`; a file (formats: `latentac.worlds.promptfiles`); or a folder
+    with train.* and held_out.* (or test.*, val.*). Where there is one list, `held_out_fraction` of it is held out, by a
+    hash of the text alone. A prompt that is repeated within a list, with the same category and metadata, counts once.
+    Raises ConfigError with the problems of all files together: unreadable, empty or malformed ones, and a prompt that
+    is in both splits.
     """
     settings = Prompts(source=source) if isinstance(source, str) else source
     if settings.source.startswith("builtin:") and not (settings.train or settings.held_out):
@@ -117,13 +119,13 @@ def _builtin(source: str) -> PromptSet:
     if source == "builtin:animals":
         train, held_out = (tuple(Prompt(text) for text in animals.prompts(split)) for split in SPLITS)
         return PromptSet(train, held_out)
-    if source != "builtin:shapes":
-        remedy = f"{suggestion(source, ['builtin:shapes', 'builtin:animals'])} Your own: a file or a folder."
+    worlds = {"builtin:shapes": "latentac.worlds.shapes.captions", "builtin:words": "latentac.worlds.words.captions"}
+    if source not in worlds:
+        remedy = f"{suggestion(source, [*worlds, 'builtin:animals'])} Your own: a file or a folder."
         raise ConfigError([Problem("prompts.source", source, "is not a built-in prompt set", remedy)])
-    from latentac.worlds.shapes import captions
-
+    captions = import_module(worlds[source])
     train, held_out = (
-        tuple(Prompt(prompt.text, prompt.category) for prompt in captions.prompts(split)) for split in captions.SPLITS
+        tuple(Prompt(prompt.text, prompt.category) for prompt in captions.prompts(split)) for split in SPLITS
     )
     return PromptSet(train, held_out)
 

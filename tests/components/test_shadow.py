@@ -135,7 +135,7 @@ def test_a_release_needs_no_torch() -> None:
         "from latentac.rewards import REWARDS\n"
         "from latentac.system.errors import RewardError\n"
         "for name in REWARDS:\n"
-        "    if name == 'remote':\n"
+        "    if name in ('remote', 'judge'):\n"
         "        continue\n"
         "    reward = REWARDS.build(name, **({'head': 'head.safetensors'} if name == 'aesthetic' else {}))\n"
         "    images, prompts, _ = getattr(reward, 'known', REWARDS.build('shapes_clip').known)()\n"

@@ -31,9 +31,13 @@ LEARNED = ("clip_score", "pickscore", "aesthetic")
 """Rewards whose weights do not come with the package: tests/latentac/rewards/test_clip_rewards.py has them."""
 
 
-@pytest.mark.parametrize("name", [name for name in REWARDS if name not in {*LEARNED, "remote"}])
+ELSEWHERE = ("remote", "judge", "ocr")
+"""Rewards that need a server or other prompts: their files in tests/latentac/rewards call `check_reward`."""
+
+
+@pytest.mark.parametrize("name", [name for name in REWARDS if name not in {*LEARNED, *ELSEWHERE}])
 def test_each_reward_keeps_its_contract(name: str) -> None:
-    """On images of the embedded world; `remote` needs a server, see rewards/test_remote.py."""
+    """On images of the embedded world."""
     images = sample_images([parse_caption(prompt) for prompt in testing.PROMPTS], np.random.default_rng(0))
     testing.check_reward(name, images=images)
 

@@ -209,7 +209,7 @@ def says(body: bytes, **options: Any) -> Callable[[BaseHTTPRequestHandler, dict[
         (says(b'{"error": "no such prompt"}', status=500), "answered 500: no such prompt. Look at the server's log"),
         (says(b"{}", status=401), "answered 401. Set token_file"),
         (says(b"{}", status=404), "answered 404. Correct url"),
-        (says(b"{}", status=413), "answered 413. Lower batch_size"),
+        (says(b"{}", status=413), "answered 413. Send less at once: lower batch_size"),
         (says(b'{"error": "\\u001b[31m\\nred"}', status=422), r"answered 422: \[31m red\."),
     ],
 )

@@ -18,7 +18,7 @@ STORED = {
     "shapes_clip": [0.909428, 0.953349, 0.396506, 0.518672],
     "colourfulness": [75.245995, 64.720322, 59.744419, 59.609211],
 }
-# Not here: `remote` (test_remote.py), and the rewards with a CLIP (test_clip_rewards.py).
+# Not here: `remote`, `judge`, `ocr` and `nsfw`, and the rewards with a CLIP, which have a file each beside this one.
 # What float32 leaves open between one processor and another.
 TOLERANCE = {"shapes_clip": 1e-4, "colourfulness": 1e-4}
 

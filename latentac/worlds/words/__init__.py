@@ -1,0 +1,1 @@
+"""The world of words: images of one English word each, for rewards that read."""
