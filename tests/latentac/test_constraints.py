@@ -172,10 +172,11 @@ def test_what_cannot_be_is_refused(fields: dict[str, Any], sections: dict[str, A
 class Fixed:
     """An algorithm that keeps its weights to itself."""
 
-    uses_critic, memory, group_size, value_gradient, prediction_kl = False, {}, 1, 0.0, 0.0
+    uses_critic, group_size, value_gradient, prediction_kl = False, 1, 0.0, 0.0
 
     def __init__(self, weights: torch.Tensor) -> None:
         self._own = weights
+        self.memory: dict[str, torch.Tensor] = {}
 
     def credit(self) -> None: ...
 
