@@ -258,6 +258,16 @@ CLAIMS: Sequence[Claim] = (
         better("clip_alone", "drift.colourfulness", above=False),
     ),
     Claim(
+        "A floor for `jpeg_compressibility` keeps it nearer to the base's mean than `shapes_clip` alone",
+        "combination",
+        better("clip_alone", "drift.jpeg_compressibility", above=False),
+    ),
+    Claim(
+        "With that floor, `shapes_clip` ends higher than with the weighted sum of both",
+        "combination",
+        better("weighted_sum", "final.shapes_clip"),
+    ),
+    Claim(
         f"At each step, a critic from ten times the rollouts explains at most {EXPLAINED_VARIANCE_MARGIN:g} more of "
         "the variance",
         "critic",
