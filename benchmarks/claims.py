@@ -17,6 +17,7 @@ Word = Literal["holds", "does not hold", "undecided"]
 MIN_SEEDS = 3
 EXPLAINED_VARIANCE_MARGIN = 0.05
 COST_BOUND = 1.10
+OVERLAP_BOUND = 1.15
 PARTICLE_BOUND, GRADIENT_BOUND = 1.10, 2.5
 BATCHING_BOUND, PROBE_SECONDS, MIN_PROBES = 1.5, 0.1, 100
 MULTIPLES = (1, 2, 4, 8, 16)
@@ -107,6 +108,12 @@ def cheap(found: Mapping[str, Any]) -> Verdict:
     ratio = found["ratio"]
     interval = {**ratio, "mean": ratio["median"]}
     return judge(interval, COST_BOUND, above=False, unit="pairs of iterations", sign="")
+
+
+def overlapped(found: Mapping[str, Any]) -> Verdict:
+    """Time of rollouts and scoring of an iteration, divided by that of the longer of the two."""
+    ratio = found["waits"]["ratio"]
+    return judge({**ratio, "mean": ratio["median"]}, OVERLAP_BOUND, above=False, unit="iterations", sign="")
 
 
 def near(found: Mapping[str, Any], weights: str, multiple: int) -> list[Mapping[str, Any]]:
@@ -251,6 +258,16 @@ CLAIMS: Sequence[Claim] = (
         better("clip_alone", "drift.colourfulness", above=False),
     ),
     Claim(
+        "A floor for `jpeg_compressibility` keeps it nearer to the base's mean than `shapes_clip` alone",
+        "combination",
+        better("clip_alone", "drift.jpeg_compressibility", above=False),
+    ),
+    Claim(
+        "With that floor, `shapes_clip` ends higher than with the weighted sum of both",
+        "combination",
+        better("weighted_sum", "final.shapes_clip"),
+    ),
+    Claim(
         f"At each step, a critic from ten times the rollouts explains at most {EXPLAINED_VARIANCE_MARGIN:g} more of "
         "the variance",
         "critic",
@@ -260,6 +277,12 @@ CLAIMS: Sequence[Claim] = (
         f"With `frozen_taps`, an iteration takes at most {COST_BOUND:.2f} times as long as a DDPO iteration",
         "cost",
         cheap,
+    ),
+    Claim(
+        "With a reward that waits 50 ms per image in a pool of processes, rollouts and scoring of an iteration take at "
+        f"most {OVERLAP_BOUND:.2f} times as long as the longer of the two",
+        "scoring",
+        overlapped,
     ),
     *(
         Claim(

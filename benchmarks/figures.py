@@ -39,7 +39,8 @@ File = Mapping[str, Any]
 
 def draw(results: Results, folder: Path) -> list[Path]:
     """<experiment>-<recipe>.svg of each aggregated file that has something to draw; their paths."""
-    kinds = {"main": _main, "ablations": _ablations, "hacking": _hacking, "critic": _critic, "steering": _steering}
+    kinds = {"main": _main, "ablations": _ablations, "critic": _critic, "steering": _steering}
+    kinds |= dict.fromkeys(("hacking", "combination"), _hacking)
     written = []
     for name, found in results.items():
         if found["experiment"] in kinds:
@@ -83,7 +84,7 @@ def _ablations(found: File, path: Path) -> None:
 
 
 def _hacking(found: File, path: Path) -> None:
-    """Every reward of both arms over the images that they were trained on."""
+    """Every reward of all arms over the images that they were trained on."""
     arms = found["arms"].values()
     names = list(next(iter(arms))["curve"][0]["rewards"])
     with _panels(path, len(names), width=0.85) as panels:

@@ -85,6 +85,7 @@ FULL = Scale(
         "main": {"shapes-unet": 5, "shapes-dit": 5},
         "ablations": {"shapes-dit": 3},
         "hacking": {"shapes-dit": 3},
+        "combination": {"shapes-dit": 3},
         "critic": {"shapes-unet": 3, "shapes-dit": 3},
     },
     folder=ROOT / "build" / "evidence",
@@ -135,6 +136,12 @@ def _rewards(**weights: float) -> Settings:
     return {"rewards": [{"use": name, "weight": weight} for name, weight in weights.items()]}
 
 
+def _clip_with(clip: Settings, jpeg: Settings) -> Settings:
+    """Training on `shapes_clip`; settings of it and of `jpeg_compressibility`, which has weight 0 otherwise."""
+    watched = {"use": "jpeg_compressibility", "weight": 0.0, **jpeg}
+    return {"rewards": [{"use": "shapes_clip", **clip}, {"use": "shapes_verifier", "weight": 0.0}, watched]}
+
+
 _THREE = _rewards(shapes_clip=1.0, shapes_verifier=1.0, jpeg_compressibility=1.0)
 
 _PLAIN: Settings = {"algorithm.gae_lambda": 0.9, "critic.replay_images": 0}
@@ -173,6 +180,13 @@ ARMS: dict[str, Arm] = {
     "clip_alone": Arm(
         "shapes_clip alone", {**_PLAIN, **_rewards(shapes_clip=1.0, shapes_verifier=0.0, jpeg_compressibility=0.0)}
     ),
+    "weighted_sum": Arm(
+        "weighted sum of shapes_clip and jpeg_compressibility", {**_PLAIN, **_clip_with({}, {"weight": 1.0})}
+    ),
+    "clipped": Arm("shapes_clip, clipped at 0.9", {**_PLAIN, **_clip_with({"clip": [-1.0, 0.9]}, {})}),
+    "floor": Arm(
+        "shapes_clip, with a floor of -1.04 for jpeg_compressibility", {**_PLAIN, **_clip_with({}, {"floor": -1.04})}
+    ),
     "pretrained": Arm("pretrained critic", _PLAIN, trains=False),
     "ten_times": Arm("ten times the rollouts, to convergence", _PLAIN, trains=False, passes=(2, 4, 8, 16)),
 }
@@ -203,6 +217,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         {"three_rewards": "three_rewards", "shared_head": "three_rewards"},
     ),
     "hacking": Experiment("three_rewards", ("three_rewards", "clip_alone") if "shapes_clip" in REWARDS else (), {}),
+    "combination": Experiment(
+        "floor", ("floor", "weighted_sum", "clipped", "clip_alone") if "shapes_clip" in REWARDS else (), {}
+    ),
     "critic": Experiment("pretrained", ("pretrained", "ten_times"), {}),
 }
 
@@ -210,7 +227,9 @@ EXPERIMENTS: dict[str, Experiment] = {
 _UNDECISIVE: dict[str, Any] = {
     **dict.fromkeys(("project", "gate", "steering", "serving", "tracking", "card"), True),
     "prompts": {"on_truncation"},
-    "rewards": {"__all__": {"timeout_seconds", "retries"}},
+    "rewards": {
+        "__all__": {"timeout_seconds", "retries", "processes", "max_restarts", "cached_scores", "scores_folder"}
+    },
 }
 """Fields of a configuration that no number of a unit depends on."""
 

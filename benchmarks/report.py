@@ -17,10 +17,12 @@ _TITLES = {
     "main": "ours and four other methods",
     "ablations": "ablations of ours",
     "hacking": "one learned reward against three rewards",
+    "combination": "a weighted sum, a clipped reward, and a floor",
     "critic": "how good the pretrained critic is",
     "cost": "what the critic costs",
     "steering": "steering",
     "serving": "the endpoint",
+    "scoring": "rollouts and scoring at the same time",
 }
 _SHOWN = ("best_of_n", "resampling", "value_gradient", "fk_true", "best_of_n_cfg")
 """Steering methods that the tables show. The file has all of them."""
@@ -69,14 +71,16 @@ def _part(experiment: str, found: File, results: Results, folder: str) -> Iterat
         "main": _arms,
         "ablations": _arms,
         "hacking": _rewards,
+        "combination": _rewards,
         "critic": _steps,
         "cost": _cost,
         "steering": steering,
         "serving": _serving,
+        "scoring": _scoring,
     }
     yield from tables[experiment](found)
     yield ""
-    if experiment not in ("cost", "serving"):
+    if experiment not in ("cost", "serving", "scoring"):
         yield f"![{_TITLES[experiment]}]({folder}/{experiment}-{recipe}.svg)"
         yield ""
     for label, sheet in found.get("sheets", ()):
@@ -182,6 +186,26 @@ def _cost(found: File) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for name, parts in found["seconds"].items():
         yield _row(name, *(f"{parts[part]:.2f}" for part in ("rollout", "actor", "critic", "all")))
+
+
+def _scoring(found: File) -> Iterator[str]:
+    """Seconds of an iteration by part, and ratios to the longer of rollout and scoring."""
+    yield (
+        f"One worker makes {found['images']} images per iteration, in blocks of {found['block_images']}. The reward "
+        f"takes {found['seconds_per_image'] * 1000:.0f} ms per image in {found['processes']} processes, so scoring "
+        f"takes at least {found['least_scoring']:.2f} s. A reward that waits leaves the cores to the rollouts, as one "
+        "on a GPU or a server does. One that computes shares them. The ratios are to the longer of rollouts and "
+        "scoring in the same iteration."
+    )
+    yield ""
+    yield _row("The reward", "Rollouts", "Scoring", "Both", "Ratio", "Iteration, with updates", "Ratio")
+    yield "|---" * 7 + "|"
+    for kind in ("waits", "computes"):
+        seconds = {part: f"{value:.2f} s" for part, value in found[kind]["seconds"].items()}
+        ratios = [found[kind][name] for name in ("ratio", "iteration_ratio")]
+        both, whole = (f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" for ratio in ratios)
+        parts = seconds["rollout"], seconds["scoring"], seconds["both"]
+        yield _row(kind, *parts, both, seconds["iteration"], whole)
 
 
 def _serving(found: File) -> Iterator[str]:

@@ -94,7 +94,7 @@ class EarlyStopping(Section):
     """Stop when a reward that is not trained on stops rising, and publish the weights of its best iteration."""
 
     reward: str
-    """The reward that is watched. Its weight must be 0."""
+    """The reward that is watched. Its weight must be 0, and it has no floor."""
     window: Positive = 5
     """Number of iterations over which its mean is taken."""
     patience: Positive = 10

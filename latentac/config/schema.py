@@ -82,12 +82,33 @@ class Reward(Named):
     use: str
     """A row of the rewards' table, or `module:Class`."""
     weight: NonNegative = 1.0
-    """Its weight in training. A reward of weight 0 is measured, but not trained on."""
+    """Its weight in training. A reward of weight 0 and without `floor` is measured, but not trained on."""
+    clip: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = None
+    """`[low, high]`: advantages and critic see the reward within these bounds. Reports show it as it was measured."""
+    floor: Number | None = None
+    """The mean reward below which it gains weight: a constraint on training, with a Lagrange multiplier that is added
+    to `weight`. In the reward's unit."""
+    multiplier_rate: Rate = 0.2
+    """How much the multiplier of `floor` changes per iteration in which the mean misses the floor by one standard
+    deviation of the reward. Larger misses count as one."""
+    multiplier_max: Rate = 10.0
+    """Largest multiplier of `floor`."""
     timeout_seconds: Seconds = 300.0
     """Time limit of one call, in seconds. A slower call ends the run with an error that names the reward."""
     retries: Annotated[int, Field(ge=0, le=20)] = 3
     """Further attempts after an error that the class declares transient. The first wait is 1 s; each further one is
     twice as long."""
+    processes: Annotated[int, Field(ge=0, le=64)] = 0
+    """Processes that score, for each process that makes images; they share its batches. 0 scores in the process
+    itself. If one crashes, it is started again. If a call exceeds `timeout_seconds`, its process is killed."""
+    max_restarts: Annotated[int, Field(ge=0)] = 10
+    """How many processes are started again after crashes, for each process that makes images. No batch is given to
+    more than three."""
+    cached_scores: Annotated[int, Field(ge=0, le=100_000_000)] = 0
+    """How many scores are kept in memory, the newest; 0 keeps none. For a reward that gives equal images, prompts, and
+    metadata equal numbers."""
+    scores_folder: str = ""
+    """A folder whose file `scores.sqlite` keeps all scores, also for other runs. It needs `cached_scores`."""
 
 
 class Evaluation(Section):
@@ -276,6 +297,11 @@ class Config(Section):
     def main_reward(self) -> int:
         """The column of the first reward that is trained on."""
         return next(index for index, reward in enumerate(self.rewards) if reward.weight > 0)
+
+    @property
+    def watched_rewards(self) -> tuple[str, ...]:
+        """The rewards that are measured but not trained on."""
+        return tuple(one.name for one in self.rewards if one.weight == 0 and one.floor is None)
 
     @property
     def hash(self) -> str:

@@ -1,6 +1,7 @@
 """From nested dictionaries to a configuration, with every problem of the framework's fields at once."""
 
 import copy
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -139,13 +140,40 @@ def _impossible(config: Config, broken: set[str]) -> list[Problem]:
             "Give each a name of its own, for example name: second.",
         )
     stopping = train.early_stopping
-    watched = [reward.name for reward in config.rewards if reward.weight == 0]
+    for index, reward in enumerate(config.rewards):
+        path, (low, high) = f"rewards.{index}", reward.clip or (-math.inf, math.inf)
+        refuse(low >= high, f"{path}.clip", reward.clip, "has no room between its bounds", "Give [low, high].")
+        refuse(
+            reward.floor is not None and reward.floor >= high,
+            f"{path}.floor",
+            reward.floor,
+            f"is not below the upper bound of the reward's clip, {high:g}: nothing pulls a reward beyond that",
+            "Lower the floor, or raise the bound.",
+            f"{path}.clip",
+        )
+        refuse(
+            reward.floor is not None and config.critic.shared_head,
+            f"{path}.floor",
+            reward.floor,
+            "needs a head of its own, and critic.shared_head gives one to all rewards together",
+            "Set critic.shared_head=false.",
+            "critic.shared_head",
+        )
+        refuse(
+            bool(reward.scores_folder) and not reward.cached_scores,
+            f"{path}.scores_folder",
+            reward.scores_folder,
+            "is not used, for no scores are kept",
+            "Set cached_scores, for example to 100000.",
+            f"{path}.cached_scores",
+        )
+    watched = config.watched_rewards
     refuse(
         stopping is not None and stopping.reward not in watched,
         "train.early_stopping.reward",
         stopping.reward if stopping else None,
         "is not a watched reward of this run: one that is trained on rises to the end",
-        f"Choose one with weight 0 (now: {', '.join(watched) or 'none'}).",
+        f"Choose one with weight 0 and no floor (now: {', '.join(watched) or 'none'}).",
         "rewards",
     )
     workers = 1 if train.num_workers == "auto" else train.num_workers

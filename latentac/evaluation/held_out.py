@@ -17,7 +17,7 @@ from latentac.evaluation.measures import DEFINITIONS, difference, diversity, int
 from latentac.method.randomness import noise_for, uniforms_for
 from latentac.method.records import Conditioning, Scores, Trajectory, join_trajectories
 from latentac.method.returns import explained_variance
-from latentac.rewards.configured import ConfiguredReward
+from latentac.rewards.configured import ConfiguredReward, any_outside
 from latentac.sampling.devices import map_blocks, map_overlapped
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout, score, steered_rollout
@@ -89,7 +89,7 @@ def sample(
             bar.update(units * len(block))
         return images, scores, values
 
-    parts = map_overlapped(run, scored, blocks, device)
+    parts = map_overlapped(run, scored, blocks, device, outside=any_outside(rewards))
     return Arm(
         images=np.concatenate([images for images, _, _ in parts]),
         scores=Scores(torch.cat([scores.rewards for _, scores, _ in parts]), parts[0][1].names),

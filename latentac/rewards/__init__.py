@@ -33,6 +33,7 @@ class Reward(Protocol):
 
     unit: str, what one unit of the number means.
     transient_errors: exception types and HTTP statuses after which another attempt may help.
+    outside: bool, whether it only waits for something outside its process. Rollouts then go on while it scores.
     fetch(): has on this machine whatever it needs from elsewhere. `prepare` calls it once, without a time limit.
     elsewhere: bool, whether `fetch` would have to download something. A dry run then calls neither it nor the reward.
     known(): (images, prompts, answers): images whose rewards are certain, by which `prepare` finds a broken

@@ -14,21 +14,22 @@ import numpy as np
 from latentac.config.extensions import prefixed
 from latentac.config.schema import Reward as RewardSettings
 from latentac.rewards import REWARDS
+from latentac.rewards.score_cache import ScoreCache, code_digest
 from latentac.system.calls import in_flight, watched
 from latentac.system.errors import ConfigError, LatentacError, RewardError, describe
 from latentac.worlds.prompts import Prompt
 
 _FIRST_WAIT = 1.0
 _LONGEST_WAIT = 30.0
-_REMEDY = "Correct the reward, or take it out of `rewards`. What the run has done so far is kept"
+REMEDY = "Correct the reward, or take it out of `rewards`. What the run has done so far is kept"
 _log = logging.getLogger(__name__)
 
 
-class _Left(Exception):
+class Left(Exception):
     """A reward raised what is not for it to raise, such as SystemExit."""
 
 
-class _Own(Exception):
+class Own(Exception):
     """A RewardError that the reward's own class raised."""
 
     def __init__(self, error: RewardError) -> None:
@@ -37,11 +38,20 @@ class _Own(Exception):
 
 
 class ConfiguredReward:
-    """name, weight: the configuration's; unit: the class's, or "". Calls may come from any thread."""
+    """name, weight, clip: the configuration's; unit: the class's, or "". Calls may come from any thread.
+
+    outside: whether something else than this process computes it, so that rollouts can go on meanwhile.
+    cache: of scores, where the configuration asks for one.
+    """
+
+    outside = False
 
     def __init__(self, settings: RewardSettings, reward: Any) -> None:
-        self.name, self.weight, self.reward = settings.name, settings.weight, reward
+        self.name, self.weight, self.clip = settings.name, settings.weight, settings.clip
+        self.reward = reward
         self.unit = str(getattr(reward, "unit", ""))
+        self.outside = self.outside or bool(getattr(reward, "outside", False))
+        self.cache = ScoreCache(settings, self._code()) if settings.cached_scores else None
         self._timeout, self._retries = settings.timeout_seconds, settings.retries
         self._transient = tuple(getattr(reward, "transient_errors", ()))
         self._takes_metadata = "metadata" in _parameters(reward)
@@ -50,6 +60,15 @@ class ConfiguredReward:
         """float32 [B] for `images`, uint8 [B, H, W, 3], of `prompts`. Raises RewardError for whatever goes wrong."""
         if not prompts:
             return np.zeros(0, np.float32)
+        if self.cache is not None:
+            return self.cache.scores(images, prompts, self._scored)
+        return self._scored(images, prompts)
+
+    def _code(self) -> str:
+        """The digest of the class's code."""
+        return code_digest(self.reward)
+
+    def _scored(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
         try:
             return self._attempts(images, prompts)
         except RewardError:
@@ -74,7 +93,7 @@ class ConfiguredReward:
         except LatentacError as error:
             raise RewardError(f"reward {self.name}, {error.where}", error.problem, error.remedy) from error
         except (Exception, SystemExit) as error:
-            raise RewardError(f"reward {self.name}", f"fetch() failed: {_described(error)}", _REMEDY) from error
+            raise RewardError(f"reward {self.name}", f"fetch() failed: {_described(error)}", REMEDY) from error
 
     def known(self) -> tuple[np.ndarray, list[str], np.ndarray] | None:
         """The class's known images, or None if it has none. Raises RewardError."""
@@ -85,10 +104,10 @@ class ConfiguredReward:
             return np.asarray(images), [str(prompt) for prompt in prompts], np.asarray(answers, np.float32).reshape(-1)
         except RewardError:
             raise
-        except _Own as own:
+        except Own as own:
             raise RewardError(f"reward {self.name}, known()", own.error.problem, own.error.remedy) from own.error
         except Exception as error:
-            raise RewardError(f"reward {self.name}", f"known() failed: {_described(error)}", _REMEDY) from error
+            raise RewardError(f"reward {self.name}", f"known() failed: {_described(error)}", REMEDY) from error
 
     def _attempts(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
         """The rewards, after as many attempts as transient errors need. Raises what the last attempt raised."""
@@ -112,8 +131,8 @@ class ConfiguredReward:
         more = {"metadata": copy.deepcopy([prompt.metadata for prompt in prompts])} if self._takes_metadata else {}
 
         try:
-            return self._bounded(lambda: self.reward(shown, list(texts), **more), self._where(prompts), texts)
-        except _Own as own:  # the class knows what was wrong, and not its own name
+            return self._bounded(lambda: self.reward(shown, list(texts), **more), place(prompts), texts)
+        except Own as own:  # the class knows what was wrong, and not its own name
             error = own.error
             where = error.where if error.where.startswith("prompt") else f"prompt {texts[0]!r}, {error.where}"
             raise RewardError(f"reward {self.name}, {where}", error.problem, error.remedy) from error
@@ -122,7 +141,7 @@ class ConfiguredReward:
         """What `work` returns or raises, in a thread of its own, which is abandoned when its time is over.
 
         what: for the message then; texts: of the prompts, for the file of the call. Raises RewardError for the time,
-        _Own for a RewardError of the class, _Left for what is no Exception.
+        Own for a RewardError of the class, Left for what is no Exception.
         """
         found: list[Any] = []
         failed: list[BaseException] = []
@@ -140,11 +159,11 @@ class ConfiguredReward:
             thread.join(self._timeout)
         if thread.is_alive():
             problem = f"did not answer within {self._timeout:g} s (rewards.{self.name}.timeout_seconds)"
-            raise RewardError(f"reward {self.name}, {what}", problem, _REMEDY)
+            raise RewardError(f"reward {self.name}, {what}", problem, REMEDY)
         if failed and isinstance(failed[0], RewardError):
-            raise _Own(failed[0])
+            raise Own(failed[0])
         if failed:
-            raise failed[0] if isinstance(failed[0], Exception) else _Left(describe(failed[0]))
+            raise failed[0] if isinstance(failed[0], Exception) else Left(describe(failed[0]))
         return found[0]
 
     def _checked(self, answer: Any, prompts: Sequence[Prompt]) -> np.ndarray:
@@ -184,12 +203,13 @@ class ConfiguredReward:
         return prompts
 
     def _failed(self, prompts: Sequence[Prompt], problem: str) -> RewardError:
-        return RewardError(f"reward {self.name}, {self._where(prompts)}", problem, _REMEDY)
+        return RewardError(f"reward {self.name}, {place(prompts)}", problem, REMEDY)
 
-    @staticmethod
-    def _where(prompts: Sequence[Prompt]) -> str:
-        more = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
-        return f"prompt {prompts[0].text!r}{more}"
+
+def place(prompts: Sequence[Prompt]) -> str:
+    """Which images, for messages."""
+    more = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
+    return f"prompt {prompts[0].text!r}{more}"
 
 
 def _plain(answer: Any) -> Any:
@@ -202,18 +222,30 @@ def _plain(answer: Any) -> Any:
 
 def load_rewards(settings: Iterable[RewardSettings]) -> list[ConfiguredReward]:
     """The configured rewards, in order. Raises ConfigError for a name or a setting, RewardError for a constructor."""
-    found = []
-    for index, one in enumerate(settings):
-        try:
-            found.append(ConfiguredReward(one, REWARDS.make(one, path=f"rewards.{index}")))
-        except ConfigError:
-            raise
-        except LatentacError as error:
-            problem = f"cannot be built: {error.where}: {error.problem}"
-            raise RewardError(f"reward {one.name}", problem, error.remedy) from error
-        except (Exception, SystemExit) as error:
-            raise RewardError(f"reward {one.name}", f"cannot be built: {_described(error)}", _REMEDY) from error
-    return found
+    from latentac.rewards.pool import PooledReward  # which derives from ConfiguredReward
+
+    return [
+        PooledReward(one, index) if one.processes else ConfiguredReward(one, build_reward(one, index))
+        for index, one in enumerate(settings)
+    ]
+
+
+def any_outside(rewards: Iterable[ConfiguredReward]) -> bool:
+    """Whether scoring waits for other processes, at least for one of `rewards`."""
+    return any(reward.outside for reward in rewards)
+
+
+def build_reward(settings: RewardSettings, index: int) -> Any:
+    """An instance of the class that entry `index` of the configuration's list names. Raises as `load_rewards`."""
+    try:
+        return REWARDS.make(settings, path=f"rewards.{index}")
+    except ConfigError:
+        raise
+    except LatentacError as error:
+        problem = f"cannot be built: {error.where}: {error.problem}"
+        raise RewardError(f"reward {settings.name}", problem, error.remedy) from error
+    except (Exception, SystemExit) as error:
+        raise RewardError(f"reward {settings.name}", f"cannot be built: {_described(error)}", REMEDY) from error
 
 
 def _is_transient(error: BaseException, transient: Sequence[Any]) -> bool:
@@ -234,4 +266,4 @@ def _parameters(reward: Any) -> Mapping[str, Any]:
 
 
 def _described(error: BaseException) -> str:
-    return str(error) if isinstance(error, _Left) else describe(error)
+    return str(error) if isinstance(error, Left) else describe(error)

@@ -36,6 +36,8 @@ _DECODER = json.JSONDecoder()
 class Judge:
     """The score that a model behind OpenAI's protocol gives an image for its prompt, scaled to 0 to 1."""
 
+    outside = True
+
     class Settings(ServerSettings):
         """Which model judges, by what, and how its answer is read. A failed request is repeated here, not by
         `retries`."""

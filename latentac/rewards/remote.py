@@ -19,6 +19,8 @@ _LARGEST = float(np.finfo(np.float32).max)
 class Remote:
     """A reward behind HTTP: `POST url/v1/score`. `docs/remote-rewards.md` has the contract."""
 
+    outside = True
+
     class Settings(ServerSettings):
         """Where the server is, and how long it may take. A failed request is repeated here, not by `retries`."""
 

@@ -197,7 +197,9 @@ class _Resolver:
         algorithm = self._attempt(path, use, lambda: ALGORITHMS.make(config.algorithm, weights, path="algorithm"))
         if algorithm is None:
             return
-        missing = [name for name in _BUILT_ALGORITHM if not hasattr(algorithm, name)]
+        floors = any(reward.floor is not None for reward in config.rewards)
+        needed = (*_BUILT_ALGORITHM, "weights") if floors else _BUILT_ALGORITHM
+        missing = [name for name in needed if not hasattr(algorithm, name)]
         if missing:
             remedy = "Derive it from latentac.training.algorithms.Algorithm, and set memory and uses_critic."
             self.problems.append(Problem(path, use, f"has no {', '.join(missing)}", remedy))

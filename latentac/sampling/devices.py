@@ -13,6 +13,7 @@ from latentac.system.errors import ConfigError, Problem
 from latentac.system.reading import whole_variable
 
 _CPU_WORKERS = 2
+_WAITING_BLOCKS = 2  # so that the next block's scores are asked for before the last ones of this block have come
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 Result = TypeVar("Result")
@@ -63,15 +64,22 @@ def map_overlapped(
     blocks: Sequence[Item],
     device: torch.device,
     alone: bool = True,
+    outside: bool = False,
 ) -> list[Result]:
     """`finish(make(block))` of each block, in order.
 
-    On a CPU as `map_blocks`. On a GPU, and where other workers have the other cores (`alone` is false), `finish` of a
-    block runs in a thread while `make` of the next one runs here: rewards are scored during the next rollouts. No more
-    than two blocks are held by both. What either raises is raised here, after the call that `finish` is in.
+    On a CPU as `map_blocks`. Where `finish` waits for other processes (`outside`), it does so in threads of its own,
+    and `make` goes on with further blocks. On a GPU, and where other workers have the other cores (`alone` is false),
+    `finish` of a block runs in a thread while `make` of the next one runs here: rewards are scored during the next
+    rollouts. No more than two blocks are then held by both. What either raises is raised here, after the call that
+    `finish` is in.
     """
     if alone and device.type == "cpu":
-        return map_blocks(lambda block: finish(make(block)), blocks, device)
+        if not outside:
+            return map_blocks(lambda block: finish(make(block)), blocks, device)
+        with ThreadPoolExecutor(_WAITING_BLOCKS) as others:
+            pending = map_blocks(lambda block: others.submit(finish, make(block)), blocks, device)
+            return [one.result() for one in pending]
     results: list[Result] = []
     running: _Running[Result] | None = None
     for block in blocks:

@@ -19,13 +19,14 @@ from latentac.evaluation.held_out import contact_sheet
 from latentac.method.randomness import noise_for
 from latentac.method.records import Trajectory
 from latentac.method.returns import explained_variance, rank_correlation
-from latentac.rewards.configured import ConfiguredReward
+from latentac.rewards.configured import ConfiguredReward, any_outside
 from latentac.sampling.devices import map_overlapped
 from latentac.sampling.encoding import HOST_BYTES, Encoded
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import Keep, rollout, score
 from latentac.system.errors import Diverged, TrainingError
 from latentac.training.algorithms import ALGORITHMS, Algorithm
+from latentac.training.combination import Combination
 from latentac.training.critic_learning import Learner, Replay
 from latentac.training.distributed import Mesh
 from latentac.training.policy_learning import REMEDY, Block, CreditedBlock, PolicyLearner
@@ -68,12 +69,14 @@ class Trainer:
         if on_gpu:  # which has better uses for its memory
             self.conditioning.release_encoders()
         self.policy_learner = PolicyLearner(config.policy, config.train, policy, algorithm, mesh, seed=config.seed)
-        weights = torch.tensor([reward.weight for reward in config.rewards], device=mesh.device)
+        self.combination = Combination(config.rewards, mesh.device)
         self.learner: Learner | None = None
         if algorithm.uses_critic:
+            weights = torch.tensor([reward.weight for reward in config.rewards], device=mesh.device)
             own: dict[str, Any] = {"num_steps": config.kernel.num_steps, "weights": weights, "seed": config.seed}
             self.learner = Learner(config.train, policy, critic, self.conditioning, mesh, **own)
-        self.value_weights = weights if self.learner is not None and algorithm.value_gradient > 0 else None
+        follows = self.learner is not None and algorithm.value_gradient > 0
+        self.value_weights = self.combination.weights if follows else None
         self.history: list[dict[str, Any]] = []
         self.recoveries: list[dict[str, Any]] = []
         """Each return to a checkpoint: {iteration, reason}."""
@@ -97,10 +100,13 @@ class Trainer:
         Raises Diverged when an update is not finite or the iteration is beyond a bound of `train.divergence`.
         """
         train, started = self.config.train, time.monotonic()
-        own = self.mesh.own(self.config.train.num_blocks)
+        if self.combination.constrained:
+            self.algorithm.weights = self.combination.weights
+            self.value_weights = None if self.value_weights is None else self.combination.weights
+        own = self.mesh.own(train.num_blocks)
         # Several workers share the cores already.
         alone = self.mesh.size == 1
-        drawn = map_overlapped(self._roll_out, self._score, own, self.mesh.device, alone)
+        drawn = map_overlapped(self._roll_out, self._score, own, self.mesh.device, alone, any_outside(self.rewards))
         rolled_out = time.monotonic()
         self._last_clean = drawn[0].trajectory.clean
         blocks, rewards, watched = self._credit(drawn)
@@ -113,6 +119,8 @@ class Trainer:
             "reward_mean": float(rewards[:, self.config.main_reward].mean()),
             **means,
             **watched,
+            **self.combination.metrics(),
+            **self._cache_metrics(),
             "first_ratio_deviation": metrics[0]["ratio_deviation"],
             "world_size": self.mesh.size,
             "rollout_seconds": rolled_out - started,
@@ -126,6 +134,7 @@ class Trainer:
             entry["value_loss"] = self.learner.learn(self.iteration, learnt)
         if self.policy.rows.limit is not None:
             entry["rows_per_forward"] = self.policy.rows.limit
+        self.combination.learn(rewards)
         entry["seconds"] = time.monotonic() - started
         self.history.append(entry)
         self._remember()
@@ -144,6 +153,7 @@ class Trainer:
         tensors |= {f"algorithm.{name}": tensor for name, tensor in self.algorithm.memory.items()}
         if self.learner is not None:
             tensors |= self.learner.state()
+        tensors |= self.combination.state()
         return tensors, progress | {"history": self.history, "recoveries": self.recoveries}
 
     def load_state(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
@@ -157,6 +167,7 @@ class Trainer:
         self.best, self.algorithm.memory = below("best."), below("algorithm.")
         if self.learner is not None:
             self.learner.load_state(tensors)
+        self.combination.load_state(tensors)
         self.history, self.recoveries = list(progress["history"]), list(progress["recoveries"])
         rows = self.policy.rows
         if self.history and rows.limit is not None:  # what fitted into memory before
@@ -196,8 +207,9 @@ class Trainer:
 
     def _credit(self, blocks: Sequence[Block]) -> tuple[list[CreditedBlock], Tensor, dict[str, Any]]:
         """Advantages over all images of all workers, so that whitening is global. Returns the blocks with their credit,
-        all rewards [images, M], and metrics of the critic and the credit."""
-        rewards = self.mesh.gather(torch.cat([block.rewards for block in blocks]))
+        all rewards [images, M] as they were measured, and metrics of the critic and the credit."""
+        measured = self.mesh.gather(torch.cat([block.rewards for block in blocks]))
+        rewards = self.combination.clipped(measured)
         values = self.mesh.gather(torch.cat([block.trajectory.values for block in blocks]))
         prompts = self.mesh.gather(torch.cat([block.prompts for block in blocks]))
         if self.learner is not None:
@@ -213,7 +225,7 @@ class Trainer:
             returns = None
             if self.learner is not None:
                 # A deterministic step changes nothing any more: from there on the reward itself is the return.
-                settled = block.rewards[:, None].expand_as(values[rows, stochastic:])
+                settled = rewards[rows, None].expand_as(values[rows, stochastic:])
                 returns = torch.cat([credit.returns[rows], settled], 1)
             made = (block.index, block.trajectory, block.prompts, block.rewards)
             credited.append(CreditedBlock(*made, credit.advantages[rows], returns, counts[rows]))
@@ -223,7 +235,16 @@ class Trainer:
             watched["explained_variance"] = explained_variance(values[..., main], rewards[:, main]).tolist()
             if self.algorithm.group_size > 1:
                 watched["rank_correlation"] = rank_correlation(values[..., main], rewards[:, main], prompts).tolist()
-        return credited, rewards, watched
+        return credited, measured, watched
+
+    def _cache_metrics(self) -> dict[str, Any]:
+        """Of each reward with a cache, the share of scores that were known; the caches of all workers together."""
+        caches = {reward.name: reward.cache.take_counts() for reward in self.rewards if reward.cache is not None}
+        if not caches:
+            return {}
+        counts = torch.tensor([list(caches.values())], device=self.mesh.device)
+        asked, known = self.mesh.gather(counts).sum(0).T.tolist()
+        return {"cache_hit_rate": {name: k / max(a, 1) for name, a, k in zip(caches, asked, known, strict=True)}}
 
     def _update_policy(self, blocks: Sequence[CreditedBlock], update: int) -> dict[str, float]:
         return self.policy_learner.update(blocks, self.iteration, update, self._rate(update))

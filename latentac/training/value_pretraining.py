@@ -15,11 +15,12 @@ from torch import Tensor
 from latentac.config.learning import Pretrain
 from latentac.config.schema import Config
 from latentac.critic import Critic
+from latentac.method.constraints import clip_rewards
 from latentac.method.diffusion import forward_noise
 from latentac.method.randomness import generator_for, noise_for, seed_for
 from latentac.method.records import Conditioning, Trajectory, join
 from latentac.method.returns import explained_variance, rank_correlation
-from latentac.rewards.configured import ConfiguredReward
+from latentac.rewards.configured import ConfiguredReward, any_outside
 from latentac.sampling.devices import map_overlapped
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import Keep, rollout, score
@@ -101,6 +102,7 @@ def collect(
             lambda made: _score(rewards, prompts, made, bar),
             blocks,
             device,
+            outside=any_outside(rewards),
         )
     return States(
         features={name: torch.cat([part.features[name] for part in parts]) for name in parts[0].features},
@@ -142,7 +144,7 @@ def _score(
         trajectory.clean,
         trajectory.sigmas[:-1],
         made.conditioning.to(torch.device("cpu")),
-        scores.rewards.to(trajectory.clean.device),
+        clip_rewards(scores.rewards, [reward.clip for reward in rewards]).to(trajectory.clean.device),
         torch.tensor([index for _, index, _ in made.keys]),
     )
 

@@ -91,7 +91,7 @@ def test_a_unit_is_known_by_what_decides_its_result() -> None:
 
 def test_every_claim_has_its_comparison() -> None:
     """What a claim asks for is in the plan: an experiment of that name, with intervals of at least three seeds."""
-    assert {claim.experiment for claim in CLAIMS} <= {*EXPERIMENTS, "cost", "steering", "serving"}
+    assert {claim.experiment for claim in CLAIMS} <= {*EXPERIMENTS, "cost", "steering", "serving", "scoring"}
     counts = [count for seeds in FULL.seeds.values() for recipe, count in seeds.items() if recipe in RECIPES]
     assert min(counts) >= claims.MIN_SEEDS
 
@@ -303,6 +303,34 @@ def test_the_cost_of_the_critic_is_measured_in_turns(tmp_path: Path) -> None:
         assert parts["critic"] >= 0
 
 
+@pytest.mark.parametrize(
+    ("spans", "seconds"),
+    [([], 0.0), ([(1.0, 3.0)], 2.0), ([(4.0, 5.0), (1.0, 3.0), (2.0, 3.5)], 3.5), ([(0.0, 9.0), (1.0, 2.0)], 9.0)],
+)
+def test_time_that_overlaps_counts_once(spans: list[tuple[float, float]], seconds: float) -> None:
+    """Of rollouts, and of scoring."""
+    from benchmarks.scoring import covered
+
+    assert covered(spans) == seconds
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_overlapping_is_measured_in_one_iteration(tmp_path: Path) -> None:
+    """Each part's seconds, of a reward that waits and of one that computes."""
+    from benchmarks import scoring
+
+    settings = [f"--set={setting}" for setting in TINY]
+    assert scoring.main(["--iterations=2", "--processes=1", f"--output={tmp_path}", *settings]) == 0
+    found = json.loads((tmp_path / "scoring-shapes-unet.json").read_text())
+    for kind in ("waits", "computes"):
+        seconds, ratio = found[kind]["seconds"], found[kind]["ratio"]
+        assert seconds["rollout"] > 0
+        assert 0.9 * found["least_scoring"] < seconds["scoring"] <= seconds["both"] < seconds["iteration"]
+        assert ratio["n"] == 2
+        assert 0.99 < ratio["low"] <= ratio["median"] <= ratio["high"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_endpoint_is_measured_in_turns(tmp_path: Path) -> None:
@@ -464,9 +492,20 @@ def _world(truth: int) -> dict[str, dict[str, Any]]:
         "seconds": {name: dict.fromkeys(("rollout", "actor", "critic", "all"), 1.0) for name in ("DDPO", "values")},
         "steps": 10,
     } | {"images": 256, "updates": 4}
+    results["scoring-shapes-unet"] = {**results["main-shapes-unet"], **_scoring_world(truth)}
     results["steering-shapes-unet"] = {**results["main-shapes-unet"], **_steering_world(truth)}
     results["serving-shapes-unet"] = {**results["main-shapes-unet"], **_serving_world(truth)}
     return results
+
+
+def _scoring_world(truth: int) -> dict[str, Any]:
+    """Rollouts and scoring overlap, or follow each other, or nobody knows."""
+    figures = {1: (1.03, 1.01, 1.06), -1: (1.4, 1.3, 1.5), 0: (1.1, 1.0, 1.3)}[truth]
+    ratio = dict(zip(("median", "low", "high"), figures, strict=True))
+    seconds = dict.fromkeys(("rollout", "scoring", "both", "iteration"), 2.0)
+    kind = {"seconds": seconds, "ratio": {**ratio, "n": 6}, "iteration_ratio": {**ratio, "n": 6}}
+    sizes = {"images": 256, "block_images": 32, "processes": 2, "seconds_per_image": 0.05, "least_scoring": 6.4}
+    return {"experiment": "scoring", **sizes, "waits": kind, "computes": kind}
 
 
 def _serving_world(truth: int) -> dict[str, Any]:

@@ -75,14 +75,33 @@ def test_every_step_follows_block_images(size):
 
 
 @pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("outside", [True, False])
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_blocks_are_finished_in_order(alone: bool, count: int) -> None:
+def test_blocks_are_finished_in_order(alone: bool, outside: bool, count: int) -> None:
     """Whatever runs at the same time."""
-    found = map_overlapped(lambda block: block * 10, lambda made: made + 1, range(count), CPU, alone)
+    found = map_overlapped(lambda block: block * 10, lambda made: made + 1, range(count), CPU, alone, outside)
     assert found == [10 * block + 1 for block in range(count)]
 
 
-def test_a_block_is_finished_while_the_next_one_is_made() -> None:
+def test_waiting_for_other_processes_leaves_the_cores_to_rollouts() -> None:
+    """All blocks are made while the first two are still being scored."""
+    made = threading.Semaphore(0)
+
+    def make(block: int) -> int:
+        made.release()
+        return block
+
+    def finish(block: int) -> int:
+        if block < 2:
+            for _ in range(3):
+                assert made.acquire(timeout=30)
+        return block
+
+    assert map_overlapped(make, finish, range(6), CPU, True, True) == list(range(6))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_block_is_finished_while_the_next_one_is_made(alone: bool) -> None:
     """`finish` of the first block ends only when `make` of the second has begun, and the other way round."""
     begun = [threading.Event() for _ in range(3)]
     finishing = [threading.Event() for _ in range(3)]
@@ -97,7 +116,7 @@ def test_a_block_is_finished_while_the_next_one_is_made() -> None:
         assert block == 2 or begun[block + 1].wait(30)
         return block
 
-    assert map_overlapped(make, finish, range(3), CPU, False) == [0, 1, 2]
+    assert map_overlapped(make, finish, range(3), CPU, alone, True) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("alone", [True, False])

@@ -32,11 +32,17 @@ STEPWISE = {
 }
 """One number a denoising step, noise first."""
 
+BY_REWARD = {
+    "multipliers": "Lagrange multiplier of the reward's floor in the iteration, in the unit of its weight",
+    "cache_hit_rate": "share of the reward's scores in the iteration that were taken from its cache",
+}
+"""One number per reward that has one."""
+
 GAIN = "evaluation/gain"
 """What a run is judged by: trained minus base on held-out prompts, by the reward of the gate."""
 
 _GROUP_OF = {"reward_mean": "reward", "value_loss": "critic"} | dict.fromkeys(
-    ("seconds", "rollout_seconds", "rows_per_forward", "world_size"), "time"
+    ("seconds", "rollout_seconds", "rows_per_forward", "world_size", "cache_hit_rate"), "time"
 )
 
 
@@ -46,6 +52,8 @@ def of_iteration(entry: Mapping[str, Any]) -> dict[str, float]:
     for name in DEFINITIONS:
         if name in entry:
             found[f"{_GROUP_OF.get(name, 'policy')}/{name}"] = entry[name]
+    for name in BY_REWARD:
+        found |= {f"{_GROUP_OF.get(name, 'policy')}/{name}/{reward}": n for reward, n in entry.get(name, {}).items()}
     for name in STEPWISE:
         found |= {f"critic/{name}/step_{step:02d}": value for step, value in enumerate(entry.get(name, ()))}
     return found

@@ -33,6 +33,7 @@ class Algorithm(Protocol):
     The trainer calls `credit` once per iteration on *all* images of all workers, and `loss` on minibatches. A class
     that derives from this one inherits the defaults below.
 
+    weights: of the rewards. Where a reward has a floor, the trainer replaces them before each call of `credit`.
     uses_critic: without, no critic is called or trained, and `values` has no columns.
     memory: tensors that are kept from iteration to iteration; part of every checkpoint.
     group_size: rollouts per prompt in an iteration.
@@ -41,6 +42,7 @@ class Algorithm(Protocol):
     clip: the range of |ratio - 1| before the first update is bounded by a share of this; None where there is no ratio.
     """
 
+    weights: Tensor
     uses_critic: bool
     memory: dict[str, Tensor]
     group_size: int = 1
