@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentac.evaluation.held_out import sample
+from latentac.evaluation.held_out import Sampling, sample
 from latentac.rewards.configured import any_outside
 from latentac.training.trainer import Trainer
 from latentac.training.value_pretraining import collect, draws
@@ -50,7 +50,7 @@ def test_pretraining_and_evaluation_are_the_same() -> None:
         trainer = trainer_with(fields)
         policy, critic, config = trainer.policy, trainer.critic, trainer.config
         states = collect(policy, critic, trainer.rewards, prompts(), draws(config)[0])
-        arm = sample(policy, critic, trainer.rewards, prompts()[:5], 0, 3, block_images=2)
+        arm = sample(policy, critic, trainer.rewards, prompts()[:5], Sampling(0, 3, 2))
         found.append((states.rewards, states.clean, states.prompts, arm.scores.rewards, torch.tensor(arm.images)))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
