@@ -18,6 +18,9 @@ REWARDS = Table(
         "clip_score": "latentac.rewards.clip_score:ClipScore",
         "pickscore": "latentac.rewards.pickscore:PickScore",
         "aesthetic": "latentac.rewards.aesthetic:Aesthetic",
+        "hpsv2": "latentac.rewards.hpsv2:Hpsv2",
+        "vqa": "latentac.rewards.vqa:Vqa",
+        "image_reward": "latentac.rewards.image_reward:ImageReward",
         "remote": "latentac.rewards.remote:Remote",
     },
 )
