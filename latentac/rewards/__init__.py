@@ -20,6 +20,7 @@ REWARDS = Table(
         "aesthetic": "latentac.rewards.aesthetic:Aesthetic",
         "hpsv2": "latentac.rewards.hpsv2:Hpsv2",
         "vqa": "latentac.rewards.vqa:Vqa",
+        "geneval": "latentac.rewards.geneval:Geneval",
         "image_reward": "latentac.rewards.image_reward:ImageReward",
         "remote": "latentac.rewards.remote:Remote",
     },

@@ -29,7 +29,8 @@ _CPU_MEMORY = "DefaultCPUAllocator"  # what torch's error names where the CPU's 
 class Network(Protocol):
     """What `read` returns: it lies on the CPU until it is moved."""
 
-    dtype: "torch.dtype"
+    @property
+    def dtype(self) -> "torch.dtype": ...
 
     @property
     def device(self) -> "torch.device": ...
@@ -81,18 +82,7 @@ class LearnedReward:
     @property
     def elsewhere(self) -> bool:
         """Whether its files would have to be fetched from the hub."""
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        from latentac.rewards.folders import is_local
-
-        source, revision = self._settings.source, self._settings.revision or None
-        try:
-            return not is_local(source) and not isinstance(
-                try_to_load_from_cache(source, "config.json", revision=revision), str
-            )
-        except HFValidationError:
-            return False  # `fetch` says what is wrong with it
+        return is_elsewhere(self._settings.source, self._settings.revision)
 
     def fetch(self) -> None:
         """Have the files on this machine and find what is wrong with them. Raises ConfigError."""
@@ -176,6 +166,21 @@ class LearnedReward:
         _log.warning("the GPU's memory is too small for %s: the CPU takes over", self._settings.source)
         network.move(torch.device("cpu"), _dtype(self._settings.dtype, torch.device("cpu")))
         _free()
+
+
+def is_elsewhere(source: str, revision: str) -> bool:
+    """Whether the network that `source` names would have to be fetched from the hub."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    from latentac.rewards.folders import is_local
+
+    try:
+        return not is_local(source) and not isinstance(
+            try_to_load_from_cache(source, "config.json", revision=revision or None), str
+        )
+    except HFValidationError:
+        return False  # `fetch` says what is wrong with it
 
 
 def _free() -> None:

@@ -6,6 +6,7 @@
     sdxl(folder)                                          Stable Diffusion XL 1.0, its scheduler too
     sd3(folder), sd3(folder, medium=True)                 Stable Diffusion 3, and 3.5 Medium (dual attention, qk norm)
     clip(folder)                                          a whole CLIP with the settings of its images, for rewards
+    mask2former(folder)                                   Mask2Former for instances, for the reward `geneval`
     llava(folder)                                         LLaVA 1.5 with its processor, for the reward `vqa`
 
     pipeline_of("sdxl")                                   for tests of every backbone, whose weights do not matter
@@ -20,7 +21,7 @@ import json
 import shutil
 import string
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    SwinConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -364,3 +368,47 @@ def _llama_tokenizer() -> Any:
     tokenizer.pad_token = "<pad>"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return tokenizer
+
+
+def mask2former(folder: Path, *, classes: Sequence[str] = ("dog", "tv", "person"), seed: int = 0) -> Path:
+    """Mask2Former for instances with a Swin backbone in its published layout, ten queries."""
+    torch.manual_seed(seed)
+    backbone = SwinConfig(
+        image_size=64,
+        patch_size=4,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = Mask2FormerConfig(
+        backbone_config=backbone,
+        **dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim"), 32),
+        **dict.fromkeys(("encoder_feedforward_dim", "dim_feedforward"), 64),
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=10,
+        id2label=dict(enumerate(classes)),
+    )
+    model = Mask2FormerForUniversalSegmentation(config)
+    torch.nn.init.normal_(model.class_predictor.weight, std=2.0)
+    model.save_pretrained(folder)
+    settings = {
+        "image_processor_type": "Mask2FormerImageProcessor",
+        "do_resize": True,
+        "size_divisor": 32,
+        "size": {"shortest_edge": 64, "longest_edge": 128},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.48, 0.46, 0.41],
+        "image_std": [0.23, 0.22, 0.23],
+        "num_labels": 3,
+        "ignore_index": 255,
+        "reduce_labels": False,
+        "resample": 2,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder

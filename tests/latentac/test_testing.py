@@ -27,7 +27,7 @@ from tests.latentac import miniatures
 from tests.latentac.trainers import SHIPPED
 
 HERE = "tests.latentac.test_testing"
-LEARNED = ("clip_score", "pickscore", "aesthetic", "hpsv2", "image_reward", "vqa")
+LEARNED = ("clip_score", "pickscore", "aesthetic", "hpsv2", "image_reward", "vqa", "geneval")
 """Rewards whose weights do not come with the package: the tests of these rewards make miniatures."""
 
 
