@@ -22,7 +22,7 @@ class ImageReward(LearnedReward):
     """The number of the published head, less 0.1672 and divided by 1.0333, so that it has mean 0 and deviation 1 over
     the images that it was trained on. A prompt of more than 35 tokens loses its end."""
 
-    unit = "ImageReward: standard deviations of its training set, a difference is one of log-odds times 1/1.03"
+    unit = "ImageReward: standard deviations of its training set, 0 is its mean"
 
     class Settings(LearnedSettings):
         source: str
