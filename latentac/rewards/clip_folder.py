@@ -66,6 +66,11 @@ class Clip:
         return torch.device(self.model.device)
 
     @property
+    def size(self) -> int:
+        """Pixels a side of the images that it sees."""
+        return int(self.model.config.vision_config.image_size)
+
+    @property
     def logit_scale(self) -> Tensor:
         """float32 [], of which the exponential multiplies a cosine."""
         scale: Tensor = self.model.logit_scale

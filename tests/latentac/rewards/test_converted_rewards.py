@@ -5,10 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +21,7 @@ from latentac.rewards import REWARDS, blip_folder, checkpoints
 from latentac.rewards.checkpoints import clip_tensors, make
 from latentac.rewards.configured import load_rewards
 from latentac.rewards.conversion import KINDS, command, convert
+from latentac.rewards.hpsv2 import fitted
 from latentac.runs import testing
 from latentac.runs.cli import main
 from latentac.runs.preparation.prepare import fetch_rewards
@@ -53,29 +55,49 @@ def hps(place: Path, like: Path) -> Path:
     file = published.pickled(
         published.open_clip(), place / "HPS_v2.1_compressed.pt", "{'state_dict': state, 'epoch': 3}"
     )
-    assert convert("hpsv2", file, place / "hpsv2", like)["kind"] == "hpsv2"
+    make("hpsv2", file, place / "hpsv2", like)  # here in this process, to be quick
     return place / "hpsv2"
 
 
 @pytest.fixture(scope="module")
 def image_reward(place: Path) -> Path:
     file = published.pickled(published.image_reward(), place / "ImageReward.pt")
-    convert("image_reward", file, place / "image_reward", published.bert(place / "bert-base-uncased"))
+    make("image_reward", file, place / "image_reward", published.bert(place / "bert-base-uncased"))
     return place / "image_reward"
 
 
-def pixels(folder: Path) -> torch.Tensor:
+def pixels(folder: Path, images: Sequence[np.ndarray] = tuple(IMAGES)) -> torch.Tensor:
     """As the library prepares them."""
-    pictures = [Image.fromarray(image) for image in IMAGES]
+    pictures = [Image.fromarray(image) for image in images]
     found: torch.Tensor = CLIPImageProcessor.from_pretrained(folder)(pictures, return_tensors="pt")["pixel_values"]
     return found
+
+
+def striped(image: np.ndarray) -> np.ndarray:
+    """An image of 40 x 56 pixels as HPSv2 sees it in 32: 23 rows, with 4 black ones above and 5 below."""
+    smaller = np.asarray(Image.fromarray(image).resize((32, 23), Image.Resampling.BICUBIC))
+    return np.pad(smaller, ((4, 5), (0, 0), (0, 0)))
+
+
+def test_hpsv2_sees_the_whole_image() -> None:
+    """A square one is only made smaller; a high one has its stripes at the sides."""
+    square = IMAGES[:, :, :40]
+    expected = [np.asarray(Image.fromarray(one).resize((32, 32), Image.Resampling.BICUBIC)) for one in square]
+    assert (fitted(square, 32) == np.stack(expected)).all()
+    assert (fitted(IMAGES, 32) == np.stack([striped(one) for one in IMAGES])).all()
+    high = fitted(IMAGES.transpose(0, 2, 1, 3).copy(), 32)
+    assert (high[:, :, :4] == 0).all()
+    assert (high[:, :, 27:] == 0).all()
+    assert high[:, :, 4:27].std() > 10
+    assert fitted(IMAGES[:0], 32).shape == (0, 32, 32, 3)
 
 
 def test_hpsv2_is_the_published_cosine(hps: Path) -> None:
     """By hand with the weights as open_clip names them. `scale` multiplies it."""
     tokenizer = CLIPTokenizer.from_pretrained(hps)
     tokens = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=16, return_tensors="pt")["input_ids"]
-    expected = published.open_clip_cosines(published.open_clip(), pixels(hps), tokens, END).detach().numpy()
+    seen = pixels(hps, [striped(image) for image in IMAGES])
+    expected = published.open_clip_cosines(published.open_clip(), seen, tokens, END).detach().numpy()
     reward = REWARDS.build("hpsv2", source=str(hps), batch_size=2)
     found = reward(IMAGES, PROMPTS)
     assert found == pytest.approx(expected, abs=1e-6)
@@ -136,14 +158,27 @@ def test_image_reward_halves_a_batch_that_does_not_fit(image_reward: Path, monke
         reward(IMAGES, PROMPTS)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_command_makes_the_same_folders(place: Path, hps: Path, image_reward: Path, like: Path) -> None:
+    """Byte for byte, in its process. Nothing else is left beside them."""
+    for kind, made, given in (("hpsv2", hps, like), ("image_reward", image_reward, place / "bert-base-uncased")):
+        file, again = place / KINDS[kind][0], place / f"{kind}-again"
+        answer = convert(kind, file, again, given)
+        assert answer["network_refused_by"] in {isolation.NAMESPACE, isolation.HOOK}
+        names = sorted(path.name for path in made.iterdir())
+        assert sorted(path.name for path in again.iterdir()) == names
+        assert all((again / name).read_bytes() == (made / name).read_bytes() for name in names)
+    assert not list(place.glob(".latentac-convert-*"))
+
+
 def test_the_record_of_a_conversion_says_what_was_read(place: Path, hps: Path) -> None:
-    """sha256 of what was read and of what was written, in the folder too. Nothing of the process is left beside it."""
+    """sha256 of what was read and of what was written, in the folder too."""
     record = json.loads((hps / "conversion.json").read_text())
     assert record["from"] == "HPS_v2.1_compressed.pt"
     for name, file in (("sha256_from", place / record["from"]), ("sha256_weights", hps / "model.safetensors")):
         digest = subprocess.run(["sha256sum", str(file)], capture_output=True, text=True, check=True).stdout.split()[0]
         assert record[name] == digest
-    assert not list(place.glob(".latentac-convert-*"))
     assert not list(hps.glob("*.pt"))
 
 
@@ -161,6 +196,7 @@ def test_names_of_open_clip_become_those_of_the_library() -> None:
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_of_the_message_converts_a_head(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
@@ -241,6 +277,7 @@ def test_a_pickle_of_another_kind_is_one_error(pickles: Path, like: Path, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_pickle_with_code_leaves_nothing(pickles: Path, like: Path, tmp_path: Path) -> None:
     """By the command, whose process tells the same error. Its module refuses to run where there is a network."""
     with pytest.raises(ConfigError, match="can be read without running code"):

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import constants
 
 from latentac.rewards import REWARDS
-from latentac.rewards.conversion import convert
+from latentac.rewards.checkpoints import make
 from latentac.rewards.learned import LearnedReward, LearnedSettings
 from latentac.system.errors import ConfigError, RewardError
 from tests.latentac import miniatures
@@ -94,7 +94,7 @@ def _hpsv2(folder: Path) -> Path:
 
 def _image_reward(folder: Path) -> Path:
     file = published.pickled(published.image_reward(), folder.with_name("ImageReward.pt"))
-    convert("image_reward", file, folder, published.bert(folder.with_name("bert")))
+    make("image_reward", file, folder, published.bert(folder.with_name("bert")))
     return folder
 
 
@@ -113,8 +113,8 @@ def test_without_a_network_each_missing_file_is_named(
     """By `fetch`, of a hub id in the offline cache: what is not there at all, weights, and what stands beside them."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    make, beside, words = MADE[use]
-    folder = make(tmp_path / "made")
+    build, beside, words = MADE[use]
+    folder = build(tmp_path / "made")
     more = {"clip_source": str(miniatures.clip(tmp_path / "clip"))} if use == "geneval" else {}
 
     def fetched(name: str, without: str = "") -> LearnedReward:
