@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("latentac", "components", "pipelines", "images", "helm", "tests", "benchmarks", "tools")
 PACKAGES = ("latentac", "components", "pipelines")
+CONVERTER = "latentac/rewards/checkpoints.py"  # the one module that opens pickles
 MAX_BYTES = 16 * 2**20
 MAX_MODULE_LINES = 350
 MAX_POSITIONAL = 6
@@ -82,6 +83,10 @@ def tables(path: Path) -> Iterator[list[str]]:
         lazy = bool(rows) and all(re.fullmatch(r"[\w.]+:\w+", row) for row in rows)
         if not target.id.startswith("_") and (lazy or target.id in TABLES):
             yield keys
+
+
+def is_call_of(node: ast.Call, name: str) -> bool:
+    return ast.unparse(node.func) == name
 
 
 def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -195,13 +200,17 @@ def test_modules_are_named_after_what_they_hold() -> None:
 
 
 def test_nothing_that_is_loaded_can_run_code() -> None:
-    """No pickle in any form, and no code from a model's repository: weights are safetensors, records are JSON."""
+    """No pickle in any form, and no code from a model's repository: weights are safetensors, records are JSON. Only
+    the command that converts published pickles opens one, as tensors alone."""
     found = []
     for path in SOURCES:
         tree = ast.parse(path.read_text())
         found += [f"{at(path, node)} {name}" for name, node in imports(tree) if name.split(".")[0] in UNPICKLERS]
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and is_call_of(node, "torch.load")]
+        only = all("weights_only=True" in map(ast.unparse, call.keywords) for call in calls)
+        safe = {"torch.load"} if at(path) == CONVERTER and only else set()
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and ast.unparse(node) in {"torch.load", "torch.save"}:
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in {"torch.load", "torch.save"} - safe:
                 found.append(f"{at(path, node)} {ast.unparse(node)}")
             if isinstance(node, ast.keyword) and UNSAFE_KEYWORD.match(ast.unparse(node)):
                 found.append(f"{at(path, node.value)} {ast.unparse(node)}")

@@ -39,10 +39,10 @@ Rule = Callable[[Mapping[str, Mapping[str, Any]]], Iterable[tuple[str, str, str]
 @dataclass(frozen=True)
 class Part:
     """name: of its folder and in model_index.json, "." for a model that is no part of a pipeline; classes: that can be
-    loaded; kind: what is in the folder."""
+    loaded; kind: what is in the folder, `model` for any other one of transformers."""
 
     name: str
-    kind: Literal["network", "text_encoder", "autoencoder", "tokenizer", "scheduler"]
+    kind: Literal["network", "text_encoder", "autoencoder", "tokenizer", "scheduler", "model"]
     classes: tuple[str, ...]
 
     @property
@@ -55,7 +55,7 @@ class Part:
         """What the names of its weight files begin with."""
         if self.kind in {"network", "autoencoder"}:
             return "diffusion_pytorch_model"
-        return "model" if self.kind == "text_encoder" else None
+        return "model" if self.kind in {"text_encoder", "model"} else None
 
     @property
     def model_type(self) -> ModelType:
@@ -65,7 +65,7 @@ class Part:
     @property
     def library(self) -> str:
         """The one that model_index.json must name: any other is code of the folder's own."""
-        return "transformers" if self.kind in {"text_encoder", "tokenizer"} else "diffusers"
+        return "transformers" if self.kind in {"text_encoder", "tokenizer", "model"} else "diffusers"
 
     @property
     def configuration(self) -> str | None:

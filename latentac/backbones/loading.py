@@ -44,9 +44,9 @@ def load(kind: Any, folder: Path, part: Part, device: torch.device, dtype: torch
     wrong = {
         "lacks": _names(info["missing_keys"]),
         "holds in another shape": _names(info.get("mismatched_keys", ())),
-        # An encoder's file may hold more than the encoder, such as CLIP's vision half.
+        # A file may hold more than what is read of it, such as CLIP's vision half beside a text encoder.
         "has beside the weights of its configuration": []
-        if part.kind == "text_encoder"
+        if part.kind in {"text_encoder", "model"}
         else _names(info["unexpected_keys"]),
     }
     problems = [

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from latentac.rewards.clip import ClipReward, ClipSettings
+from latentac.rewards.conversion import command
 from latentac.system.errors import ConfigError, Problem
 from latentac.system.modelfiles import Damaged
 
@@ -19,10 +20,6 @@ if TYPE_CHECKING:
 
 _LAYERS = {"layers.0": 1024, "layers.2": 128, "layers.4": 64, "layers.6": 16, "layers.7": 1}
 """Name -> outputs. Between them lie layers of dropout, which scoring leaves out, and no activations."""
-_CONVERSION = (
-    'Convert what you trust: python -c "import torch; from safetensors.torch import save_file; '
-    'save_file(torch.load({0!r}, weights_only=True), {1!r})", then head={1}'
-)
 
 
 class Aesthetic(ClipReward):
@@ -34,8 +31,8 @@ class Aesthetic(ClipReward):
     class Settings(ClipSettings):
         source: str = "openai/clip-vit-large-patch14"
         head: str
-        """The head's file, as safetensors. It is published as the pickle `sac+logos+ava1-l14-linearMSE.pth`; the error
-        message for a pickle has the command that converts it."""
+        """The head's file, as safetensors. It is published as the pickle `sac+logos+ava1-l14-linearMSE.pth`, which
+        `latentac convert-weights` converts."""
 
     def __init__(self, settings: "Aesthetic.Settings") -> None:
         super().__init__(settings)
@@ -47,14 +44,14 @@ class Aesthetic(ClipReward):
 
         file, path = Path(os.path.expanduser(self._head)), self._head
         if file.suffix != ".safetensors":
-            remedy = _CONVERSION.format(path, str(Path(path).with_suffix(".safetensors")))
+            remedy = f"Convert what you trust: {command('aesthetic', path)}"
             raise _wrong(path, "is no safetensors file, and pickles can run code and are never loaded", remedy)
         try:
             found = header(file)
         except (Damaged, OSError) as error:
             reason = str(error) if isinstance(error, Damaged) else f"cannot be read ({error.strerror})"
             raise _wrong(path, reason, "Name the converted head of the aesthetic predictor") from error
-        for name, shape in _shapes(found.get("layers.0.weight", (0, 0))[-1]).items():
+        for name, shape in shapes(found.get("layers.0.weight", (0, 0))[-1]).items():
             if found.get(name) != shape:
                 problem = (
                     f"{name} is {list(found.get(name, ())) or 'missing'}, and the published head has {list(shape)}"
@@ -82,7 +79,7 @@ class Aesthetic(ClipReward):
         return [(held[f"{name}.weight"].float(), held[f"{name}.bias"].float()) for name in _LAYERS]
 
 
-def _shapes(inputs: int) -> dict[str, tuple[int, ...]]:
+def shapes(inputs: int) -> dict[str, tuple[int, ...]]:
     """Of each tensor, by name, of a head for vectors of so many numbers."""
     found: dict[str, tuple[int, ...]] = {}
     for name, outputs in _LAYERS.items():

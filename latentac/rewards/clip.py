@@ -1,21 +1,15 @@
-"""What the rewards that look through a CLIP have in common: where it is from, batches, device, dtype, and memory.
+"""What the rewards that look through a CLIP have in common.
 
 A reward of it says what it makes of a `Clip`, images and prompts; see `clip_score.py`.
 """
 
-import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from threading import Lock
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field
 
-from latentac.config import extensions
-from latentac.system.errors import ConfigError, Problem, RewardError
-from latentac.system.reading import whole_variable
+from latentac.rewards.learned import LearnedReward, LearnedSettings
 
 if TYPE_CHECKING:
     import torch
@@ -23,176 +17,32 @@ if TYPE_CHECKING:
 
     from latentac.rewards.clip_folder import Clip
 
-_log = logging.getLogger(__name__)
-_CPU_MEMORY = "DefaultCPUAllocator"  # what torch's error names where the CPU's memory is too small
 
-
-class ClipSettings(extensions.Settings):
+class ClipSettings(LearnedSettings):
     """Where a CLIP comes from and how it computes. Each reward has its own default for `source`."""
 
     source: str
     """A folder that CLIPModel and CLIPProcessor of transformers have saved (safetensors weights), or a hub id."""
-    revision: str = ""
-    """Commit, tag or branch of a hub id. Only a commit is certain to stay the same."""
-    batch_size: Annotated[int, Field(gt=0, le=4096)] = 16
-    """Images that are scored together. It is halved when memory runs out. It changes a reward only by rounding."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` is the worker's GPU where there is one, else the CPU. When a single image does not fit into the GPU's
-    memory, the CPU takes over."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Of the network; the cosine is computed in float32. Published scores are of float32. `auto` is bfloat16 on a GPU
-    that supports it, else float32. `float16` is float32 on a CPU."""
 
 
-class ClipReward:
-    """Base of the rewards that look through a CLIP. Built without torch; the CLIP is read at the first call."""
+class ClipReward(LearnedReward):
+    """Base of the rewards that look through a CLIP."""
 
-    def __init__(self, settings: ClipSettings) -> None:
-        self._settings = settings
-        self._lock, self._turns = Lock(), Lock()
-        self._loaded: Clip | None = None
-        self._batch = settings.batch_size
+    conversion = ""
+    """The kind of `latentac convert-weights` that makes its folder, "" for one that is published as a folder."""
 
-    @property
-    def elsewhere(self) -> bool:
-        """Whether its files would have to be fetched from the hub."""
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        from latentac.rewards.clip_folder import is_local
-
-        source, revision = self._settings.source, self._settings.revision or None
-        try:
-            return not is_local(source) and not isinstance(
-                try_to_load_from_cache(source, "config.json", revision=revision), str
-            )
-        except HFValidationError:
-            return False  # `fetch` says what is wrong with it
-
-    def fetch(self) -> None:
-        """Have the files on this machine and find what is wrong with them. Raises ConfigError."""
+    def locate(self) -> Path:
         from latentac.rewards.clip_folder import locate
 
-        self.examine(locate(self._settings.source, self._settings.revision))
+        return locate(self._settings.source, self._settings.revision, self.conversion)
 
-    def examine(self, folder: Path) -> None:
-        """Find what is wrong with what the reward reads beside the CLIP in `folder`. Raises ConfigError."""
+    def read(self, folder: Path, dtype: "torch.dtype") -> "Clip":
+        from latentac.rewards.clip_folder import Clip
 
-    def score(self, clip: "Clip", images: np.ndarray, prompts: Sequence[str]) -> "Tensor":
-        """float32 [B] for at most a batch."""
-        raise NotImplementedError
+        return Clip(self._settings.source, folder, dtype)
 
     def cosines(self, clip: "Clip", images: np.ndarray, prompts: Sequence[str]) -> "Tensor":
         """float32 [B]: of the angle between each image's vector and its prompt's."""
         with self._turns:
             tokens = clip.tokenize(prompts)
         return (clip.image_vectors(clip.prepare(images)) * clip.text_vectors(tokens)).sum(dim=1)
-
-    def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-        """float32 [B] for `images` uint8 [B, H, W, 3]. Raises RewardError for a CLIP that cannot be used, and where
-        memory is too small for a single image."""
-        try:
-            import torch
-            import transformers  # noqa: F401
-        except ImportError as error:  # a container image that only launches and decides has neither
-            remedy = "Score where torch and transformers are installed"
-            raise RewardError("packages", f"one is missing: {error}", remedy) from error
-
-        clip, parts, done = self._clip(), [np.zeros(0, np.float32)], 0
-        while done < len(images):
-            part = slice(done, min(done + self._batch, len(images)))
-            failed: Exception | None = None
-            device = clip.device
-            try:
-                with self._turn(clip), torch.no_grad():
-                    parts.append(self.score(clip, images[part], prompts[part]).float().cpu().numpy())
-                    done = part.stop
-            except (RuntimeError, MemoryError) as error:
-                if not _is_of_memory(error):
-                    raise
-                failed = error.with_traceback(None)  # its frames hold the tensors that take the memory
-            if failed is not None and device == clip.device:  # otherwise another thread has made room
-                self._spare(clip, part.stop - part.start, failed)
-        return np.concatenate(parts)
-
-    def _turn(self, clip: "Clip") -> AbstractContextManager[Any]:
-        """On a GPU one thread at a time computes, as their memory is one."""
-        return self._lock if clip.device.type == "cuda" else nullcontext()
-
-    def _clip(self) -> "Clip":
-        with self._lock:
-            if self._loaded is None:
-                from latentac.rewards.clip_folder import Clip, locate
-
-                try:
-                    folder = locate(self._settings.source, self._settings.revision)
-                    self.examine(folder)
-                    device = _device(self._settings.device)
-                    clip = Clip(self._settings.source, folder, _dtype(self._settings.dtype, device))
-                except ConfigError as error:
-                    first = error.problems[0]
-                    raise RewardError(f"{first.path} = {first.value!r}", first.problem, first.remedy) from error
-                try:
-                    clip.move(device, clip.dtype)
-                except RuntimeError as error:
-                    if not _is_of_memory(error) or device.type == "cpu":
-                        raise
-                    self._to_cpu(clip)
-                self._loaded = clip
-            return self._loaded
-
-    def _spare(self, clip: "Clip", tried: int, error: Exception) -> None:
-        """After `error`, which a batch of `tried` images met: half of it, or else the CPU. Raises RewardError where
-        neither is left."""
-        if tried > 1:
-            self._batch = min(self._batch, (tried + 1) // 2)
-            _log.warning("%d images do not fit into memory together: from now on %d", tried, self._batch)
-        elif clip.device.type == "cuda":
-            with self._lock:
-                self._to_cpu(clip)
-            self._batch = self._settings.batch_size
-        else:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            remedy = "Use a smaller CLIP, dtype=bfloat16, or a machine with more memory"
-            raise RewardError("memory", f"is too small for one image ({reason})", remedy) from error
-        _free()
-
-    def _to_cpu(self, clip: "Clip") -> None:
-        import torch
-
-        _log.warning("the GPU's memory is too small for %s: the CPU takes over", self._settings.source)
-        clip.move(torch.device("cpu"), _dtype(self._settings.dtype, torch.device("cpu")))
-        _free()
-
-
-def _free() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _is_of_memory(error: Exception) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_MEMORY in str(error)
-
-
-def _device(name: str) -> "torch.device":
-    """Raises ConfigError for a GPU that is not there."""
-    import torch
-
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError([Problem("device", name, "no CUDA device is usable here", "Use auto or cpu")])
-    # Not the current device: that is each thread's own, and rewards are called in new ones.
-    return torch.device("cuda", whole_variable("LOCAL_RANK", 0, torch.cuda.device_count() - 1, 0))
-
-
-def _dtype(name: str, device: "torch.device") -> "torch.dtype":
-    from latentac.backbones.precision import compute_dtype
-
-    if name == "float16" and device.type == "cpu":
-        name = "float32"
-    return compute_dtype(name, device)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentac import __version__
+from latentac.runs.convert_command import add_convert_weights
 from latentac.runs.housekeeping.commands import add_commands
 from latentac.runs.reward_command import add_reward_server
 from latentac.runs.running import run_step
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_serve(commands)
     add_reward_server(_make, commands.add_parser)
+    add_convert_weights(_make, commands.add_parser)
 
     fetch = _make(
         commands.add_parser,

@@ -135,9 +135,10 @@ def test_a_release_needs_no_torch() -> None:
         "from latentac.rewards import REWARDS\n"
         "from latentac.system.errors import RewardError\n"
         "for name in REWARDS:\n"
-        "    if name in ('remote', 'judge'):\n"
+        "    if name in ('remote', 'judge', 'geneval'):\n"
         "        continue\n"
-        "    reward = REWARDS.build(name, **({'head': 'head.safetensors'} if name == 'aesthetic' else {}))\n"
+        "    given = {'aesthetic': 'head', 'hpsv2': 'source', 'image_reward': 'source'}\n"
+        "    reward = REWARDS.build(name, **({given[name]: 'there'} if name in given else {}))\n"
         "    images, prompts, _ = getattr(reward, 'known', REWARDS.build('shapes_clip').known)()\n"
         "    try:\n"
         "        reward(images, prompts)\n"
@@ -147,4 +148,4 @@ def test_a_release_needs_no_torch() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     told = [line.partition(" packages: one is missing: ")[0] for line in done.stdout.splitlines()]
-    assert told == ["shapes_clip", "clip_score", "pickscore", "aesthetic"]
+    assert told == ["shapes_clip", "clip_score", "pickscore", "aesthetic", "hpsv2", "vqa", "image_reward"]

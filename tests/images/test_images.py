@@ -136,7 +136,9 @@ def test_the_pipeline_image_has_no_torch(images: Images) -> None:
         "latentac.runs.reporting.report, latentac.runs.reporting.charts, torchx.runner"
     )
     rewards = "from latentac.rewards import REWARDS; "
-    rewards += "[REWARDS.build(name) for name in REWARDS if name not in ('aesthetic', 'remote')]"
+    rewards += (
+        "[REWARDS.build(name) for name in REWARDS if name not in ('aesthetic', 'remote', 'hpsv2', 'image_reward')]"
+    )
     code, output = images.run("pipeline", "python3", "-c", f"import {modules}; {rewards}")
     assert code == 0, output
 

@@ -6,6 +6,8 @@
     sdxl(folder)                                          Stable Diffusion XL 1.0, its scheduler too
     sd3(folder), sd3(folder, medium=True)                 Stable Diffusion 3, and 3.5 Medium (dual attention, qk norm)
     clip(folder)                                          a whole CLIP with the settings of its images, for rewards
+    mask2former(folder)                                   Mask2Former for instances, for the reward `geneval`
+    llava(folder)                                         LLaVA 1.5 with its processor, for the reward `vqa`
 
     pipeline_of("sdxl")                                   for tests of every backbone, whose weights do not matter
 
@@ -17,8 +19,9 @@ the image's side, `max_length` that of a prompt in tokens.
 import functools
 import json
 import shutil
+import string
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -39,7 +44,17 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    SwinConfig,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from latentac.worlds.shapes import PIPELINES, builtin_pipeline
 
@@ -304,4 +319,96 @@ def variant_only(folder: Path, source: Path, part: str) -> Path:
     shutil.copytree(source, folder)
     for name in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
         (folder / part / name).unlink(missing_ok=True)
+    return folder
+
+
+def llava(folder: Path, *, seed: int = 0) -> Path:
+    """LLaVA 1.5 in its published layout: CLIP's image half, a projector, Llama with its byte-pair encoding, and the
+    settings of images in the older file of their own."""
+    tokenizer = _llama_tokenizer()
+    images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    marks = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    LlavaProcessor(image_processor=images, tokenizer=tokenizer, **marks).save_pretrained(folder)
+    joined = json.loads((folder / "processor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(joined.pop("image_processor")))
+    (folder / "processor_config.json").write_text(json.dumps(joined))
+    torch.manual_seed(seed)
+    half = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=tokenizer.pad_token_id,
+        **half,
+    )
+    vision = CLIPVisionConfig(image_size=28, patch_size=14, projection_dim=16, **half)
+    mark = tokenizer.convert_tokens_to_ids("<image>")
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=mark))
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _llama_tokenizer() -> Any:
+    """Llama's format: byte-pair encoding with bytes for what it does not know, and a first token before every text."""
+    characters = "▁" + string.ascii_letters + string.digits + "\".,?:!-'\n"
+    vocabulary = {token: place for place, token in enumerate(["<unk>", "<s>", "</s>"])}
+    for token in (*(f"<0x{byte:02X}>" for byte in range(256)), *characters):
+        vocabulary[token] = len(vocabulary)
+    merges: list[tuple[str, str]] = []
+    for word in ("▁Yes", "▁No", "▁yes", "▁red", "▁circle", "▁figure", "▁show"):
+        for end in range(2, len(word) + 1):
+            if word[:end] not in vocabulary:
+                merges.append((word[: end - 1], word[end - 1]))
+                vocabulary[word[:end]] = len(vocabulary)
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges, pad_token="<unk>", model_max_length=2048)
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False), AddedToken("<pad>", special=True)])
+    tokenizer.pad_token = "<pad>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def mask2former(folder: Path, *, classes: Sequence[str] = ("dog", "tv", "person"), seed: int = 0) -> Path:
+    """Mask2Former for instances with a Swin backbone in its published layout, ten queries."""
+    torch.manual_seed(seed)
+    backbone = SwinConfig(
+        image_size=64,
+        patch_size=4,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = Mask2FormerConfig(
+        backbone_config=backbone,
+        **dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim"), 32),
+        **dict.fromkeys(("encoder_feedforward_dim", "dim_feedforward"), 64),
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=10,
+        id2label=dict(enumerate(classes)),
+    )
+    model = Mask2FormerForUniversalSegmentation(config)
+    torch.nn.init.normal_(model.class_predictor.weight, std=2.0)
+    model.save_pretrained(folder)
+    settings = {
+        "image_processor_type": "Mask2FormerImageProcessor",
+        "do_resize": True,
+        "size_divisor": 32,
+        "size": {"shortest_edge": 64, "longest_edge": 128},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.48, 0.46, 0.41],
+        "image_std": [0.23, 0.22, 0.23],
+        "num_labels": 3,
+        "ignore_index": 255,
+        "reduce_labels": False,
+        "resample": 2,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return folder

@@ -27,8 +27,8 @@ from tests.latentac import miniatures
 from tests.latentac.trainers import SHIPPED
 
 HERE = "tests.latentac.test_testing"
-LEARNED = ("clip_score", "pickscore", "aesthetic")
-"""Rewards whose weights do not come with the package: tests/latentac/rewards/test_clip_rewards.py has them."""
+LEARNED = ("clip_score", "pickscore", "aesthetic", "hpsv2", "image_reward", "vqa", "geneval")
+"""Rewards whose weights do not come with the package: the tests of these rewards make miniatures."""
 
 
 ELSEWHERE = ("remote", "judge", "ocr")
