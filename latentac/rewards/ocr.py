@@ -47,8 +47,8 @@ class Ocr:
         contained: bool = False
         """Give 1 where the text that is read contains the quoted text, as Flow-GRPO does."""
         engines: Annotated[int, Field(gt=0, le=64)] = 2
-        """Most images that are read at the same time, in each process. Each takes a core, and 20 MB (tesseract) or 100
-        MB (rapidocr)."""
+        """Most images that are read at the same time, in each process. Each takes a core, and 10 to 30 MB; the first of
+        rapidocr takes 110 MB."""
         language: Annotated[str, Field(pattern=r"^\w+(\+\w+)*$", max_length=100)] = "eng"
         """Of tesseract, as its data is named; `eng+deu` are two. rapidocr reads English and Chinese."""
         language_data: str = ""
