@@ -42,8 +42,9 @@ class Ocr:
         layout: Literal["page", "block", "line", "word", "sparse"] = "sparse"
         """What to expect: text in any place (`sparse`), a page, a block, one line, or one word. It is tesseract's page
         segmentation mode 11, 3, 6, 7 or 8. For `line` and `word`, rapidocr does not look for the place of the text."""
-        enlarge: Annotated[int, Field(ge=0, le=_MOST_SIDE)] = 64
-        """An image with a smaller height is enlarged to this one, in pixels (bicubic). 0: never."""
+        enlarge: Annotated[int, Field(ge=0, le=_MOST_SIDE)] = 32
+        """An image with a smaller height is enlarged to this one, in pixels (bicubic). 0: never. Larger letters than it
+        needs make tesseract sensitive to noise."""
         contained: bool = False
         """Give 1 where the text that is read contains the quoted text, as Flow-GRPO does."""
         engines: Annotated[int, Field(gt=0, le=64)] = 2
