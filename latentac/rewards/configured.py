@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class ConfiguredReward:
-    """name, weight, clip: the configuration's; unit: the class's, or "". Calls may come from any thread.
+    """name, weight, bounds: the configuration's; unit: the class's, or "". Calls may come from any thread.
 
     outside: whether something else than this process computes it, so that rollouts can go on meanwhile.
     cache: of scores, where the configuration asks for one.
@@ -38,7 +38,7 @@ class ConfiguredReward:
     outside = False
 
     def __init__(self, settings: RewardSettings, reward: Any) -> None:
-        self.name, self.weight, self.clip = settings.name, settings.weight, settings.clip
+        self.name, self.weight, self.bounds = settings.name, settings.weight, settings.bounds
         self.reward = reward
         self.unit = str(getattr(reward, "unit", ""))
         self.outside = self.outside or bool(getattr(reward, "outside", False))
