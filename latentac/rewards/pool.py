@@ -92,7 +92,7 @@ class Pool:
         """`work` with a process that does nothing else meanwhile. One that fails in any way is not used again."""
         process = self._places.get()
         try:
-            process = process or self._starter.submit(self._started).result()
+            process = process or self._started()
             result = work(process)
         except BaseException:
             if process is not None:
@@ -104,8 +104,8 @@ class Pool:
         return result
 
     def _started(self) -> "_Process":
-        """A new process that has built the reward. Raises what the constructor raised. In the thread `_starter`."""
-        process = _Process(self._settings.timeout_seconds)
+        """A new process that has built the reward. Raises what the constructor raised."""
+        process = self._starter.submit(_Process, self._settings.timeout_seconds).result()
         self._alive.add(process)
         here = {"processes": 0, "cached_scores": 0, "scores_folder": ""}
         fields = self._settings.model_dump() | here
