@@ -183,7 +183,7 @@ ARMS: dict[str, Arm] = {
     "weighted_sum": Arm(
         "weighted sum of shapes_clip and jpeg_compressibility", {**_PLAIN, **_clip_with({}, {"weight": 1.0})}
     ),
-    "clipped": Arm("shapes_clip, clipped at 0.9", {**_PLAIN, **_clip_with({"clip": [-1.0, 0.9]}, {})}),
+    "clipped": Arm("shapes_clip, clipped at 0.9", {**_PLAIN, **_clip_with({"bounds": [-1.0, 0.9]}, {})}),
     "floor": Arm(
         "shapes_clip, with a floor of -1.04 for jpeg_compressibility", {**_PLAIN, **_clip_with({}, {"floor": -1.04})}
     ),

@@ -40,6 +40,7 @@ Spans = list[tuple[float, float]]
 
 _BOOTSTRAP = 2000
 _SECONDS = 0.05
+_DEFAULTS: dict[str, Any] = {"RECIPE": "shapes-unet", "PROCESSES": 2, "ITERATIONS": 6}
 _PARTS = ("rollout", "scoring", "both", "iteration")
 
 
@@ -94,7 +95,7 @@ def measure(recipe: str, overrides: Sequence[str], iterations: int, processes: i
     return {
         "experiment": "scoring",
         "recipe": recipe,
-        "command": "make bench-scoring" + ("" if recipe == "shapes-unet" else f" RECIPE={recipe}"),
+        "command": _command(RECIPE=recipe, PROCESSES=processes, ITERATIONS=iterations),
         "commits": [found["commit"]],
         "machines": [found["machine"]],
         "images": train.images_per_iteration,
@@ -118,6 +119,11 @@ def _summary(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
     }
 
 
+def _command(**options: object) -> str:
+    """What makes this record."""
+    return " ".join(["make bench-scoring", *(f"{n}={v}" for n, v in options.items() if v != _DEFAULTS[n])])
+
+
 def _trainer(recipe: str, overrides: Sequence[str], processes: int, computes: bool) -> Trainer:
     own = f"use: 'benchmarks.slow:Slow', name: slow, seconds: {_SECONDS}, computes: {str(computes).lower()}"
     rewards = f"rewards=[{{{own}, processes: {processes}}}]"
@@ -131,9 +137,9 @@ def _trainer(recipe: str, overrides: Sequence[str], processes: int, computes: bo
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scoring", description=__doc__.partition("\n")[0])
-    parser.add_argument("--recipe", default="shapes-unet")
-    parser.add_argument("--iterations", type=int, default=6)
-    parser.add_argument("--processes", type=int, default=2, help="that score")
+    parser.add_argument("--recipe", default=_DEFAULTS["RECIPE"])
+    parser.add_argument("--iterations", type=int, default=_DEFAULTS["ITERATIONS"])
+    parser.add_argument("--processes", type=int, default=_DEFAULTS["PROCESSES"], help="that score")
     parser.add_argument("--set", action="append", default=[], help="path=value over the recipe")
     parser.add_argument("--output", type=Path, default=FULL.results, help="folder of scoring-<recipe>.json")
     options = parser.parse_args(arguments)

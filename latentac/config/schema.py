@@ -83,7 +83,7 @@ class Reward(Named):
     """A row of the rewards' table, or `module:Class`."""
     weight: NonNegative = 1.0
     """Its weight in training. A reward of weight 0 and without `floor` is measured, but not trained on."""
-    clip: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = None
+    bounds: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = None
     """`[low, high]`: advantages and critic see the reward within these bounds. Reports show it as it was measured."""
     floor: Number | None = None
     """The mean reward below which it gains weight: a constraint on training, with a Lagrange multiplier that is added

@@ -141,15 +141,15 @@ def _impossible(config: Config, broken: set[str]) -> list[Problem]:
         )
     stopping = train.early_stopping
     for index, reward in enumerate(config.rewards):
-        path, (low, high) = f"rewards.{index}", reward.clip or (-math.inf, math.inf)
-        refuse(low >= high, f"{path}.clip", reward.clip, "has no room between its bounds", "Give [low, high].")
+        path, (low, high) = f"rewards.{index}", reward.bounds or (-math.inf, math.inf)
+        refuse(low >= high, f"{path}.bounds", reward.bounds, "leave no room", "Give [low, high].")
         refuse(
             reward.floor is not None and reward.floor >= high,
             f"{path}.floor",
             reward.floor,
-            f"is not below the upper bound of the reward's clip, {high:g}: nothing pulls a reward beyond that",
+            f"is not below the reward's upper bound, {high:g}: nothing pulls a reward beyond that",
             "Lower the floor, or raise the bound.",
-            f"{path}.clip",
+            f"{path}.bounds",
         )
         refuse(
             reward.floor is not None and config.critic.shared_head,

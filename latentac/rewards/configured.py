@@ -7,6 +7,8 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ import numpy as np
 from latentac.config.extensions import prefixed
 from latentac.config.schema import Reward as RewardSettings
 from latentac.rewards import REWARDS
+from latentac.rewards.failing import REMEDY, Left, Own, place
+from latentac.rewards.pool import Pool
 from latentac.rewards.score_cache import ScoreCache, code_digest
 from latentac.system.calls import in_flight, watched
 from latentac.system.errors import ConfigError, LatentacError, RewardError, describe
@@ -21,24 +25,11 @@ from latentac.worlds.prompts import Prompt
 
 _FIRST_WAIT = 1.0
 _LONGEST_WAIT = 30.0
-REMEDY = "Correct the reward, or take it out of `rewards`. What the run has done so far is kept"
 _log = logging.getLogger(__name__)
 
 
-class Left(Exception):
-    """A reward raised what is not for it to raise, such as SystemExit."""
-
-
-class Own(Exception):
-    """A RewardError that the reward's own class raised."""
-
-    def __init__(self, error: RewardError) -> None:
-        self.error = error
-        super().__init__(str(error))
-
-
 class ConfiguredReward:
-    """name, weight, clip: the configuration's; unit: the class's, or "". Calls may come from any thread.
+    """name, weight, bounds: the configuration's; unit: the class's, or "". Calls may come from any thread.
 
     outside: whether something else than this process computes it, so that rollouts can go on meanwhile.
     cache: of scores, where the configuration asks for one.
@@ -47,7 +38,7 @@ class ConfiguredReward:
     outside = False
 
     def __init__(self, settings: RewardSettings, reward: Any) -> None:
-        self.name, self.weight, self.clip = settings.name, settings.weight, settings.clip
+        self.name, self.weight, self.bounds = settings.name, settings.weight, settings.bounds
         self.reward = reward
         self.unit = str(getattr(reward, "unit", ""))
         self.outside = self.outside or bool(getattr(reward, "outside", False))
@@ -206,10 +197,53 @@ class ConfiguredReward:
         return RewardError(f"reward {self.name}, {place(prompts)}", problem, REMEDY)
 
 
-def place(prompts: Sequence[Prompt]) -> str:
-    """Which images, for messages."""
-    more = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
-    return f"prompt {prompts[0].text!r}{more}"
+class PooledReward(ConfiguredReward):
+    """A configured reward whose class is built and called in other processes, and never in this one."""
+
+    outside = True
+
+    def __init__(self, settings: RewardSettings, index: int) -> None:
+        """index: in the configuration's list. Raises what `load_rewards` raises."""
+        self._pool = Pool(settings, index)
+        super().__init__(settings, self._pool)
+
+    @property
+    def elsewhere(self) -> bool:
+        return bool(self._pool.ask({"ask": "elsewhere"}, "elsewhere")[0]["elsewhere"])
+
+    def fetch(self) -> None:
+        self._pool.ask({"ask": "fetch"}, "fetch()")
+
+    def known(self) -> tuple[np.ndarray, list[str], np.ndarray] | None:
+        answer, data = self._pool.ask({"ask": "known"}, "known()")
+        if answer["known"] is None:
+            return None
+        prompts, rewards = answer["known"]
+        images = np.frombuffer(data, np.dtype(answer["dtype"])).reshape(answer["shape"])
+        return images, prompts, np.asarray(rewards, np.float32)
+
+    def _code(self) -> str:
+        return self._pool.code
+
+    def _scored(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
+        """The images are divided evenly among the processes, in order."""
+        bounds = np.linspace(0, len(prompts), min(self._pool.size, len(prompts)) + 1).astype(int)
+        parts = [slice(start, end) for start, end in pairwise(bounds.tolist())]
+        if len(parts) == 1:
+            return self._part(images, prompts)
+        with ThreadPoolExecutor(len(parts)) as threads:
+            scores = threads.map(self._part, (images[part] for part in parts), (prompts[part] for part in parts))
+            return np.concatenate(list(scores))
+
+    def _part(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
+        asked = {
+            "ask": "score",
+            "shape": images.shape,
+            "dtype": str(images.dtype),
+            "prompts": [[prompt.text, prompt.category, dict(prompt.metadata)] for prompt in prompts],
+        }
+        _, data = self._pool.ask(asked, place(prompts), np.ascontiguousarray(images).tobytes())
+        return np.frombuffer(data, np.float32).copy()
 
 
 def _plain(answer: Any) -> Any:
@@ -222,8 +256,6 @@ def _plain(answer: Any) -> Any:
 
 def load_rewards(settings: Iterable[RewardSettings]) -> list[ConfiguredReward]:
     """The configured rewards, in order. Raises ConfigError for a name or a setting, RewardError for a constructor."""
-    from latentac.rewards.pool import PooledReward  # which derives from ConfiguredReward
-
     return [
         PooledReward(one, index) if one.processes else ConfiguredReward(one, build_reward(one, index))
         for index, one in enumerate(settings)

@@ -17,18 +17,15 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-import numpy as np
-
 from latentac.config.schema import Reward as RewardSettings
-from latentac.rewards.configured import REMEDY, ConfiguredReward, place
+from latentac.rewards.failing import REMEDY
 from latentac.system.errors import RewardError, describe, restore
-from latentac.worlds.prompts import Prompt
+from latentac.system.reading import parse_json
 
 _PROCESSES = 3  # that one request is given to before its crashes end the run
 _ENDING_SECONDS = 5.0
@@ -47,55 +44,6 @@ class _Crashed(Exception):
 
 class _Hung(Exception):
     """A call took longer than it may."""
-
-
-class PooledReward(ConfiguredReward):
-    """A configured reward whose class is built and called in other processes, and never in this one."""
-
-    outside = True
-
-    def __init__(self, settings: RewardSettings, index: int) -> None:
-        """index: in the configuration's list. Raises what `load_rewards` raises."""
-        self._pool = Pool(settings, index)
-        super().__init__(settings, self._pool)
-
-    @property
-    def elsewhere(self) -> bool:
-        return bool(self._pool.ask({"ask": "elsewhere"}, "elsewhere")[0]["elsewhere"])
-
-    def fetch(self) -> None:
-        self._pool.ask({"ask": "fetch"}, "fetch()")
-
-    def known(self) -> tuple[np.ndarray, list[str], np.ndarray] | None:
-        answer, data = self._pool.ask({"ask": "known"}, "known()")
-        if answer["known"] is None:
-            return None
-        prompts, rewards = answer["known"]
-        images = np.frombuffer(data, np.dtype(answer["dtype"])).reshape(answer["shape"])
-        return images, prompts, np.asarray(rewards, np.float32)
-
-    def _code(self) -> str:
-        return self._pool.code
-
-    def _scored(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
-        """The images are divided evenly among the processes, in order."""
-        bounds = np.linspace(0, len(prompts), min(self._pool.size, len(prompts)) + 1).astype(int)
-        parts = [slice(start, end) for start, end in pairwise(bounds.tolist())]
-        if len(parts) == 1:
-            return self._part(images, prompts)
-        with ThreadPoolExecutor(len(parts)) as threads:
-            scores = threads.map(self._part, (images[part] for part in parts), (prompts[part] for part in parts))
-            return np.concatenate(list(scores))
-
-    def _part(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
-        asked = {
-            "ask": "score",
-            "shape": images.shape,
-            "dtype": str(images.dtype),
-            "prompts": [[prompt.text, prompt.category, dict(prompt.metadata)] for prompt in prompts],
-        }
-        _, data = self._pool.ask(asked, place(prompts), np.ascontiguousarray(images).tobytes())
-        return np.frombuffer(data, np.float32).copy()
 
 
 class Pool:
@@ -122,9 +70,10 @@ class Pool:
         """The answer of whichever process is free first. Raises the errors that it names, and RewardError where it
         crashes or hangs. what: for the message then."""
         try:
-            sent = json.dumps(asked).encode()
+            sent = json.dumps(asked, ensure_ascii=False).encode()
+            parse_json(sent)  # as the process will
         except (TypeError, ValueError) as error:
-            raise self._failed(what, f"metadata that is not JSON cannot go to a process ({describe(error)})") from error
+            raise self._failed(what, f"its prompts or metadata cannot go to a process: {describe(error)}") from error
         for attempt in range(1, _PROCESSES + 1):
             try:
                 answer, found = self._with_process(lambda process: process.ask(sent, data))
@@ -143,7 +92,7 @@ class Pool:
         """`work` with a process that does nothing else meanwhile. One that fails in any way is not used again."""
         process = self._places.get()
         try:
-            process = process or self._starter.submit(self._started).result()
+            process = process or self._started()
             result = work(process)
         except BaseException:
             if process is not None:
@@ -155,8 +104,8 @@ class Pool:
         return result
 
     def _started(self) -> "_Process":
-        """A new process that has built the reward. Raises what the constructor raised. In the thread `_starter`."""
-        process = _Process(self._settings.timeout_seconds)
+        """A new process that has built the reward. Raises what the constructor raised."""
+        process = self._starter.submit(_Process, self._settings.timeout_seconds).result()
         self._alive.add(process)
         here = {"processes": 0, "cached_scores": 0, "scores_folder": ""}
         fields = self._settings.model_dump() | here
@@ -221,7 +170,7 @@ class _Process:
         while True:
             if deadline is not None and not self._connection.poll(max(0.0, deadline - time.monotonic())):
                 raise _Hung
-            answer = json.loads(self._connection.recv_bytes())
+            answer = parse_json(self._connection.recv_bytes())
             if "begun" in answer:
                 deadline = time.monotonic() + self._seconds if answer["begun"] else None
             else:

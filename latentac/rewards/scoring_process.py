@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from latentac.config.schema import Reward as RewardSettings
-from latentac.rewards.configured import ConfiguredReward, Left, Own, build_reward
+from latentac.rewards.configured import ConfiguredReward, build_reward
+from latentac.rewards.failing import Left, Own
 from latentac.rewards.score_cache import code_digest
 from latentac.system.errors import LatentacError, RewardError, describe
 from latentac.system.lifetime import die_with_parent
+from latentac.system.reading import parse_json
 from latentac.worlds.prompts import Prompt
 
 
@@ -53,7 +55,7 @@ def main(descriptor: int) -> None:
 
 def _built(connection: Connection) -> ConfiguredReward | None:
     """The reward of the first message, or None where it cannot be built."""
-    asked = json.loads(connection.recv_bytes())
+    asked = parse_json(connection.recv_bytes())
     try:
         settings = RewardSettings.model_validate(asked["settings"])
         reward = _Announced(settings, build_reward(settings, asked["index"]), connection)
@@ -65,7 +67,7 @@ def _built(connection: Connection) -> ConfiguredReward | None:
 
 
 def _answer(connection: Connection, reward: ConfiguredReward) -> None:
-    asked = json.loads(connection.recv_bytes())
+    asked = parse_json(connection.recv_bytes())
     data = connection.recv_bytes() if asked["ask"] == "score" else b""
     try:
         answer, found = _found(reward, asked, data)
@@ -98,4 +100,4 @@ def _found(reward: ConfiguredReward, asked: dict[str, Any], data: bytes) -> tupl
 
 
 def _send(connection: Connection, message: dict[str, Any]) -> None:
-    connection.send_bytes(json.dumps(message, default=str).encode())
+    connection.send_bytes(json.dumps(message, default=str, ensure_ascii=False).encode(errors="replace"))

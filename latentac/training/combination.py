@@ -33,7 +33,7 @@ class Combination:
 
     def clipped(self, rewards: Tensor) -> Tensor:
         """[B, M], what advantages and critic are made of."""
-        return clip_rewards(rewards, [reward.clip for reward in self._rewards])
+        return clip_rewards(rewards, [reward.bounds for reward in self._rewards])
 
     def learn(self, rewards: Tensor) -> None:
         """Move the multipliers by the rewards of an iteration, [images, M], as they were measured."""

@@ -144,7 +144,7 @@ def _score(
         trajectory.clean,
         trajectory.sigmas[:-1],
         made.conditioning.to(torch.device("cpu")),
-        clip_rewards(scores.rewards, [reward.clip for reward in rewards]).to(trajectory.clean.device),
+        clip_rewards(scores.rewards, [reward.bounds for reward in rewards]).to(trajectory.clean.device),
         torch.tensor([index for _, index, _ in made.keys]),
     )
 

@@ -96,7 +96,7 @@ def test_a_floor_that_holds_changes_no_bit() -> None:
     """Neither do bounds that no reward reaches."""
     plain = snapshot(trained())
     assert same(plain, snapshot(trained(second={"floor": LOW})))
-    assert same(plain, snapshot(trained(second={"clip": [LOW, HIGH]})))
+    assert same(plain, snapshot(trained(second={"bounds": [LOW, HIGH]})))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_missed_floor_gives_its_reward_weight(algorithm: dict[str, Any]) -> No
 
 def test_a_run_with_floors_resumes_bitwise(tmp_path: Any) -> None:
     """The multipliers are part of the checkpoint."""
-    fields = {"floor": HIGH, "clip": [0.0, 2 * HIGH], "multiplier_rate": 0.37}
+    fields = {"floor": HIGH, "bounds": [0.0, 2 * HIGH], "multiplier_rate": 0.37}
     whole = trained(2, second=fields)
     write_state(tmp_path / "state", *whole.state())
     resumed = trained(0, second=fields)
@@ -136,7 +136,7 @@ def test_a_run_with_floors_resumes_bitwise(tmp_path: Any) -> None:
 
 def test_clipped_rewards_teach_and_measured_ones_are_reported() -> None:
     """A reward that is always beyond its bound is constant: it gives no advantage, and the critic learns the bound."""
-    rewards = [{**BRIGHTNESS, "clip": [0.0, 1.0]}]
+    rewards = [{**BRIGHTNESS, "bounds": [0.0, 1.0]}]
     trainer = make_trainer(rewards=rewards, critic={"replay_images": 8})
     before = snapshot(trainer)
     entry = trainer.iterate()
@@ -150,11 +150,11 @@ def test_clipped_rewards_teach_and_measured_ones_are_reported() -> None:
 @pytest.mark.parametrize(
     ("fields", "sections", "problem"),
     [
-        ({"clip": [1.0, 1.0]}, {}, "rewards.1.clip = [1.0, 1.0]: has no room between its bounds"),
-        ({"clip": [0.0, 1.0], "floor": 1.0}, {}, "rewards.1.floor = 1.0: is not below the upper bound"),
+        ({"bounds": [1.0, 1.0]}, {}, "rewards.1.bounds = [1.0, 1.0]: leave no room"),
+        ({"bounds": [0.0, 1.0], "floor": 1.0}, {}, "rewards.1.floor = 1.0: is not below the reward's upper bound"),
         ({"floor": 1.0}, {"critic": {"shared_head": True}}, "rewards.1.floor = 1.0: needs a head of its own"),
         ({"scores_folder": "there"}, {}, "rewards.1.scores_folder = 'there': is not used"),
-        ({"clip": [1.0]}, {}, "rewards.1.clip"),
+        ({"bounds": [1.0]}, {}, "rewards.1.bounds"),
         ({"multiplier_max": 0.0}, {}, "rewards.1.multiplier_max"),
         ({"floor": 1.0}, {"train": {"early_stopping": {"reward": "redness"}}}, "is not a watched reward of this run"),
     ],

@@ -33,15 +33,17 @@ def is_told(done: "subprocess.CompletedProcess[str]", words: str) -> None:
     assert words in last
 
 
-def settings(how: str, where: str, timeout: float) -> list[str]:
-    fields = f"use: {USE}, name: fragile, how: {how}, where: {where}, timeout_seconds: {timeout}"
+def settings(how: str, where: str, timeout: float, processes: int = 0) -> list[str]:
+    fields = (
+        f"use: {USE}, name: fragile, how: {how}, where: {where}, timeout_seconds: {timeout}, processes: {processes}"
+    )
     workers = "train={num_iterations: 2, images_per_iteration: 8, block_images: 2, updates_per_iteration: 2}"
     return [f"rewards=[{{{fields}}}]", "gate.reward=fragile", workers]
 
 
-def with_reward(folder: Path, how: str, where: str = "worker", timeout: float = 30.0) -> None:
+def with_reward(folder: Path, how: str, where: str = "worker", timeout: float = 30.0, processes: int = 0) -> None:
     """A prepared run whose critic is pretrained, with two workers that die of their reward."""
-    prepared(folder, *settings(how, where, timeout))
+    prepared(folder, *settings(how, where, timeout, processes))
 
 
 def prepare_only(folder: Path, how: str, where: str) -> None:
@@ -65,6 +67,29 @@ def test_in_a_worker(how: str, words: str, tmp_path: Path) -> None:
     began = time.monotonic()
     is_told(run(tmp_path, "train"), words)
     print(f"{how}: {time.monotonic() - began:.0f} s")
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [("crashes", "its process was killed by SIGSEGV, as were 2 before it"), ("locks", "did not answer within 2 s")],
+)
+def test_in_a_process_of_a_worker(how: str, words: str, tmp_path: Path) -> None:
+    """The worker is left to tell it. The crash is tried three times, the hanging call once."""
+    with_reward(tmp_path, how, timeout=2.0, processes=2)
+    is_told(run(tmp_path, "train"), words)
+
+
+def test_a_run_survives_a_crash_in_a_process(tmp_path: Path) -> None:
+    """Training ends well, and its log says which reward crashed, and how."""
+    once = tmp_path / "once"
+    once.mkdir()
+    fields = f"use: tests.latentac.rewards.scoring:Scoring, name: fragile, how: segfault, once: {once}, processes: 1"
+    prepared(tmp_path, f"rewards=[{{{fields}}}]", "gate.reward=fragile")
+    (once / "done").unlink()
+    done = run(tmp_path, "train")
+    assert done.returncode == 0, done.stderr
+    assert "reward fragile, prompt '" in done.stderr
+    assert "its process was killed by SIGSEGV; a new process takes over" in done.stderr
 
 
 def test_in_value_pretraining(tmp_path: Path) -> None:

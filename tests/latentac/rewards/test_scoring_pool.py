@@ -179,7 +179,7 @@ def test_what_cannot_be_built_is_told() -> None:
 def test_metadata_that_is_not_json_is_refused() -> None:
     """Of prompts that did not come from a file."""
     told = error_of(lambda: pooled(1)(IMAGES[:1], [Prompt("a", "all", {"more": {1, 2}})]))
-    assert "metadata that is not JSON" in told
+    assert "its prompts or metadata cannot go to a process: TypeError" in told
 
 
 def test_a_class_of_a_folder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
