@@ -27,6 +27,8 @@ _DATA_FOLDERS = (
     "/usr/local/share/tessdata",
     "/opt/homebrew/share/tessdata",
 )
+_MOST_LENGTH = 30
+"""Longer side over shorter side of an image that RapidOCR gets."""
 _INSTALL = "Install it where the steps run: pip install 'latentac[ocr]'"
 
 
@@ -115,7 +117,10 @@ class Rapid:
             raise _missing("rapidocr", "its weights", error) from error
 
     def read(self, image: np.ndarray) -> str:
-        found: Any = self._engine(np.ascontiguousarray(image[:, :, ::-1]))
+        # Of an image that is longer, RapidOCR would make one without a height or width.
+        lacking = [max(0, max(image.shape[:2]) // _MOST_LENGTH - side) for side in image.shape[:2]]
+        whole = np.pad(image, [*((0, more) for more in lacking), (0, 0)], mode="edge")
+        found: Any = self._engine(np.ascontiguousarray(whole[:, :, ::-1]))
         return " ".join(getattr(found, "txts", None) or ())
 
 

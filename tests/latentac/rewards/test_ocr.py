@@ -104,11 +104,18 @@ def test_several_lines_are_one_text(engine: str) -> None:
     assert free(np.asarray(image)[None], prompts[2:]).tolist() == [1.0]
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (8, 8), (64, 64)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (8, 8), (64, 64), (10, 4000)])
 def test_an_image_without_text_has_nothing(engine: str, shape: tuple[int, int]) -> None:
-    """Also one that is no place for text."""
-    reward = REWARDS.build("ocr", engine=engine)
-    assert reward(np.full((1, *shape, 3), 128, np.uint8), ['"lamp"']).tolist() == [0.0]
+    """Also one that is no place for text, enlarged or not."""
+    for enlarge in (0, 32, 64):
+        reward = REWARDS.build("ocr", engine=engine, enlarge=enlarge)
+        assert reward(np.full((1, *shape, 3), 128, np.uint8), ['"lamp"']).tolist() == [0.0]
+
+
+def test_a_word_in_a_long_strip_is_read(engine: str) -> None:
+    """At 40 x 1600 pixels."""
+    strip = drawn("lantern", size=(1600, 40))[None]
+    assert REWARDS.build("ocr", engine=engine, layout="sparse")(strip, ['"lantern"']).tolist() == [1.0]
 
 
 @pytest.mark.parametrize(
