@@ -25,9 +25,9 @@ from latentac.system.names import PLAIN
 
 
 def _whole(value: object) -> object:
-    """JSON has one kind of number: 2.0 is a whole one. Above 2^53 a double stands for several: it is left as it is, for
-    the form to refuse, because the caller may mean another than the one that would be drawn."""
-    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53 else value
+    """JSON has one kind of number: 2.0 is a whole one. From 2^53 on a double stands for several: it is left as it is,
+    for the form to refuse, because the caller may mean another than the one that would be drawn."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
 WHOLE = BeforeValidator(_whole)

@@ -206,7 +206,7 @@ def expected(place: Place, content: str) -> set[int]:
     for rounded in (False, True):
         good = jsonschema.Draft202012Validator(place.schema).is_valid(_plain(value, rounded=rounded))
         right.add(200 if good else 422)
-    if isinstance(value, Decimal) and abs(value) > 2**53:
+    if isinstance(value, Decimal) and not -(2**53) < value < 2**53:  # abs() overflows for the largest
         right.add(422)  # a double that may stand for several whole numbers
     if place.name.endswith(("shapes_verifier", "jpeg_compressibility", "of steering")):
         right.add(422)  # weights within the limits may still drive an image to infinity

@@ -84,8 +84,8 @@ def test_defaults_and_all_fields() -> None:
         ({"prompt": "a", "seed": 2**63}, "Use a whole number from 0 to 2^63 - 1."),
         ({"prompt": "a", "seed": "1"}, "instances.0.seed = '1': input should be a valid integer."),
         (
-            {"prompt": "a", "seed": 2.0**53 + 2},
-            "instances.0.seed = 9007199254740994.0: input should be a valid integer.",
+            {"prompt": "a", "seed": 2.0**53},  # what 2^53 + 1 is, too
+            "instances.0.seed = 9007199254740992.0: input should be a valid integer.",
         ),
         ({"prompt": "a", "seed": 1.5}, "instances.0.seed = 1.5: input should be a valid integer."),
         ({"prompt": "a", "count": 9}, "instances.0.count = 9: is above this model's limit. Use at most 8."),
