@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentac.backbones import BACKBONES
 from latentac.backbones.guided import guided
@@ -88,6 +88,19 @@ class Generated:
     truncated: bool
 
 
+class _RowByRow(nn.Linear):
+    """A linear layer whose result for a row does not depend on the row's place. MKL's product of a matrix with few
+    columns does: a processor's vectors hold several of its rows."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, N] to [B, M]."""
+        return (input[:, None, :] * self.weight).sum(-1) + self.bias
+
+
 class Generator:
     """An exported folder on a device. Everything may be called from any thread, several at a time."""
 
@@ -104,6 +117,7 @@ class Generator:
             # A critic with a backbone of its own makes it of one without adapters, and then loads its weights.
             plain = self._backbones.get("base", self._backbones["trained"])
             self.critic = Critic.load(folder / "critic", plain)
+            self.critic.heads = _RowByRow(self.critic.heads)
             self._kernel = KERNELS.make(self.exported.kernel)
             for name, method in self.exported.methods.items():
                 STEERING.settings(method.extension, f"{exported.FILE}: methods.{name}.extension")
