@@ -71,7 +71,7 @@ _MOST_PROBLEMS = 50
 """Problems in a message, each a line."""
 
 
-_MOST_SHOWN = 2000
+_LONGEST_PROBLEM = 2000
 """Characters of what is wrong, which may name what a file of somebody else holds."""
 
 _WORD = re.compile(r"[^\s\"'<>,]+")
@@ -110,7 +110,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "value", without_password(self.value))
-        shown = self.problem if len(self.problem) <= _MOST_SHOWN else f"{self.problem[:_MOST_SHOWN]}..."
+        shown = self.problem if len(self.problem) <= _LONGEST_PROBLEM else f"{self.problem[:_LONGEST_PROBLEM]}..."
         object.__setattr__(self, "problem", without_password(shown))
 
     def __str__(self) -> str:

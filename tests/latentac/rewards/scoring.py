@@ -88,5 +88,6 @@ class Scoring:
             case "object":
                 return {"scores": object()}
             case "pid":
+                time.sleep(0.5)  # so that one process cannot answer for two
                 return [os.getpid()] * len(rewards)
         return rewards
