@@ -65,7 +65,7 @@ serve: install ## serve a model until Ctrl-C: the last one deployed, or that of 
 #: RUN=<run>, or PROJECT=<project, for its model in production>; PORT=8080 OUTPUT=runs STORE=file://...
 	@$(VENV)/bin/latentac serve $(call option,RUN,run) $(call option,PROJECT,project) $(call option,PORT,port) $(PLACE_OPTIONS)
 
-test: install minio ## all tests (up to 40 minutes on two busy cores)
+test: install minio ## all tests (more than an hour on two cores)
 #: TEST_WORKERS=3 ARGS="-k ratio"
 	@status=0
 	$(PARALLEL) $(TEST) -m "not slow and not cluster" -n $(TEST_WORKERS) $(ARGS) || status=$$?
@@ -75,7 +75,7 @@ test: install minio ## all tests (up to 40 minutes on two busy cores)
 test-wheel: install ## a small run from the wheel, with the oldest and with the newest allowed versions
 	@bash requirements/test-wheel.sh '$(PYTHON)'
 
-test-fast: install ## the fast tests (up to 9 minutes on two busy cores)
+test-fast: install ## the fast tests (up to 18 minutes on two busy cores)
 	@$(PARALLEL) $(TEST) -m "not slow and not cluster" -n $(TEST_WORKERS) $(ARGS)
 
 lint: install ## ruff, mypy, and the rules of this repository (layers, sizes, addresses, documents)

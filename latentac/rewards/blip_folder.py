@@ -19,6 +19,7 @@ from latentac.backbones.loading import load
 from latentac.rewards import folders
 from latentac.rewards.conversion import KINDS, command
 from latentac.rewards.image_settings import PROCESSORS, check_size, image_processor, prepared
+from latentac.rewards.network import ModelNetwork
 from latentac.system.errors import ConfigError, describe
 from latentac.system.modelfiles import Damaged, faults, read_bytes, read_json
 
@@ -165,7 +166,7 @@ def _check_vocabulary(folder: Path, size: int) -> None:
         raise Damaged(f"{TOKENIZER[0]} has {len(tokens):,} tokens, and text_config.vocab_size is {size:,}")
 
 
-class Scorer:
+class Scorer(ModelNetwork):
     """The network with its tokenizer. Calls of `score` may come from several threads; those of `move` may not come
     beside them."""
 
@@ -173,7 +174,7 @@ class Scorer:
         """On the CPU. Raises ConfigError where the files do not belong to each other."""
         cpu = torch.device("cpu")
         try:
-            self.model: Any = load(ImageRewardModel, folder, _MODEL, cpu, dtype)
+            self.model = load(ImageRewardModel, folder, _MODEL, cpu, dtype)
         except ConfigError as error:
             raise folders.as_source(source, error) from error
         with folders.view(folder, TOKENIZER) as view:
@@ -184,15 +185,10 @@ class Scorer:
         self._processor = image_processor(folder)
         self.move(cpu, dtype)
 
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.model.device)
-
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """The head stays in float32, as published."""
-        self.model.to(device=device, dtype=dtype)
+        super().move(device, dtype)
         self.model.head.float()
-        self.dtype = dtype
 
     def prepare(self, images: np.ndarray) -> Tensor:
         """float32 [B, 3, size, size] of `images` uint8 [B, H, W, 3]."""

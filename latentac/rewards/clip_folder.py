@@ -6,7 +6,6 @@ code, no link that leads out of the folder, and nothing from a network but the f
 
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from latentac.backbones.vocabulary import read_tokenizer
 from latentac.rewards import folders
 from latentac.rewards.conversion import command
 from latentac.rewards.image_settings import PROCESSORS, check_size, image_processor, prepared
+from latentac.rewards.network import ModelNetwork
 from latentac.system.errors import ConfigError
 from latentac.system.modelfiles import Damaged, faults, read_json
 
@@ -46,7 +46,7 @@ def width(folder: Path) -> int:
     return int(read_json(folder / "config.json").get("projection_dim", 512))  # CLIPConfig's own default
 
 
-class Clip:
+class Clip(ModelNetwork):
     """Unit vectors of images and texts. Calls of `images` and `texts` may come from several threads; those of `move`
     may not come beside them."""
 
@@ -54,16 +54,12 @@ class Clip:
         """On the CPU. Raises ConfigError where the files do not belong to each other."""
         self.dtype, cpu = dtype, torch.device("cpu")
         try:
-            self.model: Any = load(CLIPModel, folder, _MODEL, cpu, dtype)
+            self.model = load(CLIPModel, folder, _MODEL, cpu, dtype)
             self._tokenizer = load_tokenizer(CLIPTokenizer, folder, _TOKENIZER)
         except ConfigError as error:  # reported as a backbone's
             raise folders.as_source(source, error) from error
         self._processor = image_processor(folder)
         self.max_tokens = min(self.model.config.text_config.max_position_embeddings, self._tokenizer.model_max_length)
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.model.device)
 
     @property
     def size(self) -> int:
@@ -75,10 +71,6 @@ class Clip:
         """float32 [], of which the exponential multiplies a cosine."""
         scale: Tensor = self.model.logit_scale
         return scale.float()
-
-    def move(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.model.to(device=device, dtype=dtype)
-        self.dtype = dtype
 
     def prepare(self, images: np.ndarray) -> Tensor:
         """float32 [B, 3, size, size] of `images` uint8 [B, H, W, 3], as the folder's own settings say."""

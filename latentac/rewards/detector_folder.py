@@ -16,6 +16,7 @@ from latentac.backbones.layout import Part
 from latentac.backbones.loading import load
 from latentac.rewards import folders
 from latentac.rewards.geneval_tasks import Detection
+from latentac.rewards.network import ModelNetwork
 from latentac.system.errors import ConfigError, describe
 from latentac.system.modelfiles import Damaged, faults, read_json
 
@@ -72,27 +73,19 @@ def _processor(folder: Path) -> Any:
     return found
 
 
-class Detector:
+class Detector(ModelNetwork):
     """Calls of `find` may come from several threads; those of `move` may not come beside them."""
 
     def __init__(self, source: str, folder: Path, dtype: torch.dtype) -> None:
         """On the CPU. Raises ConfigError where the files do not belong to each other."""
         self.dtype = dtype
         try:
-            self.model: Any = load(Mask2FormerForUniversalSegmentation, folder, _MODEL, torch.device("cpu"), dtype)
+            self.model = load(Mask2FormerForUniversalSegmentation, folder, _MODEL, torch.device("cpu"), dtype)
             self.labels, self._processor = labels(folder), _processor(folder)
         except ConfigError as error:
             raise folders.as_source(source, error) from error
         except Damaged as error:
             raise folders.bad(source, str(error), _REMEDY) from error
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.model.device)
-
-    def move(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.model.to(device=device, dtype=dtype)
-        self.dtype = dtype
 
     def find(self, images: np.ndarray, threshold: float) -> list[list[tuple[str, Detection]]]:
         """What is in each of `images` uint8 [B, H, W, 3] with a score above `threshold`, with masks."""

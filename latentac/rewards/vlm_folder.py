@@ -20,6 +20,7 @@ from latentac.backbones.inspection import inspect_alone
 from latentac.backbones.layout import Part
 from latentac.backbones.loading import load
 from latentac.rewards import folders
+from latentac.rewards.network import ModelNetwork
 from latentac.system.errors import ConfigError, describe
 from latentac.system.modelfiles import Damaged, faults, read_json
 
@@ -105,7 +106,7 @@ def _keep_marks(given: Path, reduced: Path) -> None:
         reduced.write_text(json.dumps({**read_json(reduced), **kept}, ensure_ascii=False), encoding="utf-8")
 
 
-class Vlm:
+class Vlm(ModelNetwork):
     """Probabilities of an answer's first token. Calls of `ask` must take turns: the tokenizer keeps how it pads."""
 
     def __init__(self, source: str, folder: Path, dtype: torch.dtype) -> None:
@@ -113,20 +114,12 @@ class Vlm:
         self.dtype = dtype
         try:
             part = _part(folder)
-            self.model: Any = load(getattr(transformers, part.classes[0]), folder, part, torch.device("cpu"), dtype)
+            self.model = load(getattr(transformers, part.classes[0]), folder, part, torch.device("cpu"), dtype)
             self.processor = processor(folder)
         except ConfigError as error:
             raise folders.as_source(source, error) from error
         except Damaged as error:
             raise folders.bad(source, str(error), _REMEDY) from error
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.model.device)
-
-    def move(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.model.to(device=device, dtype=dtype)
-        self.dtype = dtype
 
     def ask(self, images: np.ndarray, texts: Sequence[str]) -> Mapping[str, Tensor]:
         """What the model takes, of `images` uint8 [B, H, W, 3] and texts with a mark for the image each."""
