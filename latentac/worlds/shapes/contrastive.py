@@ -21,6 +21,8 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from latentac.worlds.pretraining.provenance import Provenance
+from latentac.worlds.pretraining.tokens import tokenize
 from latentac.worlds.shapes.captions import (
     CATEGORIES,
     COLOURS,
@@ -33,9 +35,8 @@ from latentac.worlds.shapes.captions import (
     parse_caption,
     specifications,
 )
-from latentac.worlds.shapes.provenance import Provenance
 from latentac.worlds.shapes.scenes import BACKGROUND, IMAGE_SIZE, sample_images
-from latentac.worlds.shapes.tokens import TEXT_LENGTH, build_tokenizer, tokenize
+from latentac.worlds.shapes.tokens import TEXT_LENGTH, build_tokenizer
 from latentac.worlds.shapes.verifier import verify
 
 WIDTH = 64

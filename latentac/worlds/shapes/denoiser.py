@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from latentac.worlds.shapes.tokens import TEXT_LENGTH, build_tokenizer, tokenize
-from latentac.worlds.shapes.training import DenoiserTraining
+from latentac.worlds.pretraining.tokens import tokenize
+from latentac.worlds.pretraining.training import DenoiserTraining
+from latentac.worlds.shapes.tokens import TEXT_LENGTH, build_tokenizer
 
 TEXT_WIDTH = 64
 LATENT_SHAPE = (4, 8, 8)

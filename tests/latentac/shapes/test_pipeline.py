@@ -16,12 +16,12 @@ from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout
 from latentac.system.errors import ConfigError
+from latentac.worlds.pretraining.autoencoder import encode, to_images
+from latentac.worlds.pretraining.flow import KERNEL
 from latentac.worlds.shapes import PIPELINES, builtin_pipeline
-from latentac.worlds.shapes.autoencoder import encode, to_images
 from latentac.worlds.shapes.captions import CATEGORIES, balanced_prompts, parse_caption, specifications
 from latentac.worlds.shapes.scenes import sample_images
 from latentac.worlds.shapes.tokens import build_tokenizer
-from latentac.worlds.shapes.transformer import KERNEL
 from latentac.worlds.shapes.verifier import verify
 
 # What the library wants to be told: which parts are missing on purpose, and how the pipeline samples.

@@ -8,9 +8,10 @@ import pytest
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from latentac.worlds.shapes.autoencoder import AutoencoderTraining
-from latentac.worlds.shapes.pretrain import Settings, main, pretrain
-from latentac.worlds.shapes.training import DenoiserTraining
+from latentac.worlds.pretraining.autoencoder import AutoencoderTraining
+from latentac.worlds.pretraining.stages import Settings
+from latentac.worlds.pretraining.training import DenoiserTraining
+from latentac.worlds.shapes.pretrain import main, pretrain
 
 SETTINGS = Settings(
     seed=1,

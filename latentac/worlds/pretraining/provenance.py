@@ -5,12 +5,13 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
-_PACKAGE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,17 @@ class Provenance:
     content: dict[str, object]
 
     @classmethod
-    def begin(cls, path: Path, seed: int, command: str) -> "Provenance":
-        """Keeps what a former run recorded in `path`, and describes this run beside it."""
+    def begin(cls, path: Path, seed: int, command: str, packages: Sequence[ModuleType]) -> "Provenance":
+        """Keeps what a former run recorded in `path`, and describes this run beside it. packages: whose sources decide
+        the weights."""
+        folders = [Path(str(package.__file__)).parent for package in packages]
+        sources = {f"{folder.name}/{file.name}": file for folder in folders for file in sorted(folder.glob("*.py"))}
         content = json.loads(path.read_text()) if path.exists() else {}
         content |= {
             "seed": seed,
             "command": command,
-            "commit": _commit(),
-            "sources": {source.name: _sha256(source) for source in sorted(_PACKAGE.glob("*.py"))},
+            "commit": _commit(folders[0]),
+            "sources": {name: _sha256(file) for name, file in sources.items()},
             "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "platform": platform.platform()},
             "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
         }
@@ -59,10 +63,10 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _commit() -> str | None:
+def _commit(folder: Path) -> str | None:
     """The commit that is checked out, or None outside a repository; `sources` identifies the code in any case."""
     found = subprocess.run(
-        ["git", "rev-parse", "--verify", "HEAD"], cwd=_PACKAGE, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "--verify", "HEAD"], cwd=folder, capture_output=True, text=True, check=False
     )
     return found.stdout.strip() if found.returncode == 0 else None
 

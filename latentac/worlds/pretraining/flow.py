@@ -1,4 +1,4 @@
-"""The second pipeline's text encoders, transformer and scheduler, their joint loss, and a sampler to score them."""
+"""A small Stable Diffusion 3: text encoders, flow transformer and scheduler, their joint loss, and a sampler."""
 
 import itertools
 from collections.abc import Sequence
@@ -13,18 +13,25 @@ from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from latentac.method.diffusion import CPS, Kernel, Prediction
-from latentac.worlds.shapes.tokens import build_tokenizer, tokenize
-from latentac.worlds.shapes.training import DenoiserTraining
+from latentac.worlds.pretraining.tokens import tokenize
 
 TEXT_WIDTH = 48  # of each of the two encoders
-TEXT_LENGTH = 12
 JOINT_WIDTH = 128  # wider than both texts together, so that they are padded with zeros as in Stable Diffusion 3
-WIDTH, NUM_HEADS, NUM_BLOCKS = 96, 3, 3
 PATCH = 2
-LATENT_SHAPE = (4, 8, 8)
 TRAIN_TIMESTEPS = 1000
 KERNEL: Kernel = CPS(0.9)
-TRAINING = DenoiserTraining(batch=64, learning_rate=2e-3, betas=(0.9, 0.95), decay_steps=16_000, last_rate=0.2)
+
+
+@dataclass(frozen=True)
+class FlowSizes:
+    """latents: channels, height and width; width: of the transformer; text_layers: of each text encoder, the last one
+    for the pooled text alone."""
+
+    latents: tuple[int, int, int]
+    width: int
+    num_heads: int
+    num_blocks: int
+    text_layers: int = 3
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class FlowDenoiser:
     text_encoders: tuple[CLIPTextModelWithProjection, CLIPTextModelWithProjection]
     transformer: SD3Transformer2DModel
     scheduler: FlowMatchEulerDiscreteScheduler
+    latent_shape: tuple[int, int, int]
     sampler: str = f"{KERNEL} at even noise levels"
 
     def parts(self) -> dict[str, nn.Module]:
@@ -69,7 +77,7 @@ class FlowDenoiser:
         return functional.pad(hidden, (0, JOINT_WIDTH - hidden.shape[-1])), pooled
 
     def velocity(self, latents: Tensor, sigma: Tensor, hidden: Tensor, pooled: Tensor) -> Tensor:
-        """v at latents [B, 4, 8, 8] and sigma [B]."""
+        """v at latents [B, C, h, w] and sigma [B]."""
         return self.transformer(
             latents, encoder_hidden_states=hidden, pooled_projections=pooled, timestep=sigma * TRAIN_TIMESTEPS
         ).sample
@@ -77,7 +85,7 @@ class FlowDenoiser:
     @torch.no_grad()
     def sample(self, texts: Sequence[str], steps: int, generator: torch.Generator, kernel: Kernel = KERNEL) -> Tensor:
         embedded = self.embed(self.token_ids(texts))
-        latents = torch.randn(len(texts), *LATENT_SHAPE, generator=generator)
+        latents = torch.randn(len(texts), *self.latent_shape, generator=generator)
         for sigma, sigma_next in itertools.pairwise(torch.linspace(1, 0, steps + 1)):
             levels = sigma.expand(len(texts)), sigma_next.expand(len(texts))
             velocity = self.velocity(latents, levels[0], *embedded)
@@ -100,43 +108,40 @@ class FlowDenoiser:
         ).save_pretrained(folder, safe_serialization=True)
 
 
-def build_flow_denoiser(folder: Path) -> FlowDenoiser:
-    """No dropout anywhere; weights from torch's global generator. The tokenizers are written to `folder`."""
-    tokenizers = (
-        build_tokenizer(folder / "tokenizer", TEXT_LENGTH),
-        build_tokenizer(folder / "tokenizer_2", TEXT_LENGTH),
-    )
+def build_flow_denoiser(tokenizers: tuple[CLIPTokenizer, CLIPTokenizer], sizes: FlowSizes) -> FlowDenoiser:
+    """No dropout anywhere; weights from torch's global generator. The tokenizers must be equal."""
+    channels, height, width = sizes.latents
+    longer = max(height, width)  # diffusers' position table is square
     transformer = SD3Transformer2DModel(
-        sample_size=LATENT_SHAPE[1],
+        sample_size=longer,
         patch_size=PATCH,
-        in_channels=LATENT_SHAPE[0],
-        out_channels=LATENT_SHAPE[0],
-        num_layers=NUM_BLOCKS,
-        attention_head_dim=WIDTH // NUM_HEADS,
-        num_attention_heads=NUM_HEADS,
+        in_channels=channels,
+        out_channels=channels,
+        num_layers=sizes.num_blocks,
+        attention_head_dim=sizes.width // sizes.num_heads,
+        num_attention_heads=sizes.num_heads,
         joint_attention_dim=JOINT_WIDTH,
-        caption_projection_dim=WIDTH,
+        caption_projection_dim=sizes.width,
         pooled_projection_dim=2 * TEXT_WIDTH,
-        pos_embed_max_size=LATENT_SHAPE[1] // PATCH,
+        pos_embed_max_size=longer // PATCH,
         qk_norm="rms_norm",
     )
     _begin_as_identity(transformer)
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_TIMESTEPS, shift=1.0)
-    return FlowDenoiser(
-        tokenizers, (_text_encoder(tokenizers[0]), _text_encoder(tokenizers[1])), transformer, scheduler
-    )
+    first, second = (_text_encoder(tokenizer, sizes.text_layers) for tokenizer in tokenizers)
+    return FlowDenoiser(tokenizers, (first, second), transformer, scheduler, sizes.latents)
 
 
-def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+def _text_encoder(tokenizer: CLIPTokenizer, layers: int) -> CLIPTextModelWithProjection:
     encoder = CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=TEXT_WIDTH,
             intermediate_size=4 * TEXT_WIDTH,
             projection_dim=TEXT_WIDTH,
-            num_hidden_layers=3,  # the last one serves the pooled text alone
+            num_hidden_layers=layers,
             num_attention_heads=4,
-            max_position_embeddings=TEXT_LENGTH,
+            max_position_embeddings=tokenizer.model_max_length,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

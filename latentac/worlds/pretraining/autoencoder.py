@@ -1,4 +1,4 @@
-"""The pipeline's autoencoder: 32 x 32 images to 4 x 8 x 8 latents and back, and its training."""
+"""The autoencoder of a world: a pixel of the latents stands for 4 x 4 pixels of the image. And its training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,8 +8,6 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional
-
-from latentac.worlds.shapes.scenes import IMAGE_SIZE
 
 
 @dataclass(frozen=True)
@@ -23,10 +21,10 @@ class AutoencoderTraining:
     edge_weight: float = 0.5
 
 
-def build_autoencoder() -> AutoencoderKL:
-    """0.4 M parameters; two halvings, so a latent pixel stands for 4 x 4 pixels."""
+def build_autoencoder(image_size: int) -> AutoencoderKL:
+    """0.4 M parameters, two halvings. image_size: longer side of the images, in pixels; it only labels the weights."""
     return AutoencoderKL(
-        sample_size=IMAGE_SIZE,
+        sample_size=image_size,
         latent_channels=4,
         block_out_channels=(16, 32, 48),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -50,7 +48,7 @@ def to_images(decoded: Tensor) -> np.ndarray:
 def train_autoencoder(
     autoencoder: AutoencoderKL, images: np.ndarray, training: AutoencoderTraining, report: Callable[[int, float], None]
 ) -> None:
-    """Fits `autoencoder` in place to `images` uint8 [N, 32, 32, 3], with torch's global generator. `report(step, loss)`
+    """Fits `autoencoder` in place to `images` uint8 [N, H, W, 3], with torch's global generator. `report(step, loss)`
     is called after every step. At the end `scaling_factor` is set so that scaled latents have unit variance.
     """
     autoencoder.train()
@@ -78,7 +76,7 @@ def train_autoencoder(
 
 @torch.no_grad()
 def encode(autoencoder: AutoencoderKL, images: np.ndarray, batch: int = 256) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the unscaled latents: float32 [N, 4, 8, 8] each."""
+    """Mean and standard deviation of the unscaled latents: float32 [N, 4, H/4, W/4] each."""
     posteriors = [
         autoencoder.encode(to_tensor(images[start : start + batch])).latent_dist
         for start in range(0, len(images), batch)
@@ -88,7 +86,7 @@ def encode(autoencoder: AutoencoderKL, images: np.ndarray, batch: int = 256) -> 
 
 @torch.no_grad()
 def decode(autoencoder: AutoencoderKL, latents: Tensor, batch: int = 256) -> np.ndarray:
-    """Images uint8 [N, 32, 32, 3] of *scaled* latents float32 [N, 4, 8, 8]."""
+    """Images uint8 [N, H, W, 3] of *scaled* latents float32 [N, 4, H/4, W/4]."""
     scale, shift = scale_and_shift(autoencoder)
     return np.concatenate([to_images(autoencoder.decode(part / scale + shift).sample) for part in latents.split(batch)])
 
@@ -106,7 +104,7 @@ def centre_latents(autoencoder: AutoencoderKL, images: np.ndarray) -> None:
 
 
 def _reconstruction_loss(decoded: Tensor, target: Tensor, edge_weight: float) -> Tensor:
-    """L1 + L2 + L1 of the horizontal and vertical differences: shapes differ in their edges."""
+    """L1 + L2 + L1 of the horizontal and vertical differences: objects and letters differ in their edges."""
     error = decoded - target
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     return error.abs().mean() + functional.mse_loss(decoded, target) + edge_weight * edges

@@ -1,0 +1,219 @@
+"""The two stages that make a pipeline: the autoencoder, then denoiser and text encoders together on its latents."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+from tqdm import tqdm
+
+from latentac.worlds.pretraining.autoencoder import (
+    AutoencoderTraining,
+    build_autoencoder,
+    decode,
+    encode,
+    scale_and_shift,
+    to_images,
+    train_autoencoder,
+)
+from latentac.worlds.pretraining.provenance import Provenance
+from latentac.worlds.pretraining.training import CaptionedDenoiser, DenoiserTraining, train_denoiser
+
+SAMPLING_STEPS = 10
+_BATCH = 256  # images sampled together
+
+
+class World(Protocol):
+    """What the stages ask of a world. A specification has a `caption`."""
+
+    @property
+    def image_size(self) -> int:
+        """Longer side of the images, in pixels."""
+        ...
+
+    def specifications(self, count: int, generator: np.random.Generator) -> Sequence[Any]:
+        """What the training images show."""
+        ...
+
+    def sample_images(self, specs: Sequence[Any], generator: np.random.Generator) -> np.ndarray:
+        """One rendered image per specification: uint8 [B, H, W, 3]."""
+        ...
+
+    def captions(self, split: str, count: int, seed: int) -> Sequence[str]:
+        """Captions of "train" or "held_out", the categories in turn."""
+        ...
+
+    def score(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
+        """`mean`, what is to be reached, and whatever else describes how well the images show their captions."""
+        ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the weights. `target`: the checked score at which the denoiser's training stops, every `check_every`
+    steps and at the latest after `most_steps`. `other`: the pipeline's folder whose autoencoder is taken.
+    """
+
+    seed: int
+    images: int
+    autoencoder: AutoencoderTraining
+    denoiser: DenoiserTraining
+    target: float
+    check_every: int
+    most_steps: int
+    check_images: int = 256
+    final_images: int = 1024
+    pipeline: str = "unet"
+    other: Path | None = None
+
+
+def training_images(world: World, settings: Settings) -> tuple[Sequence[Any], np.ndarray]:
+    """Specifications and images uint8 [N, H, W, 3] of the training set."""
+    generator = np.random.default_rng(settings.seed)
+    specs = world.specifications(settings.images, generator)
+    return specs, np.stack([world.sample_images([spec], generator)[0] for spec in tqdm(specs, desc="images", unit="")])
+
+
+def autoencoder_stage(
+    output: Path, world: World, settings: Settings, images: np.ndarray, provenance: Provenance
+) -> AutoencoderKL:
+    """The trained autoencoder: from `output/vae` if the same settings made it, otherwise trained and saved there."""
+    wanted = {"seed": settings.seed, "images": settings.images, **asdict(settings.autoencoder)}
+    if provenance.value("autoencoder", "settings") == wanted and (output / "vae" / "config.json").exists():
+        return AutoencoderKL.from_pretrained(output / "vae").eval()
+    torch.manual_seed(settings.seed)
+    autoencoder, began = build_autoencoder(world.image_size), time.perf_counter()
+    curve: list[float] = []
+    with tqdm(total=settings.autoencoder.steps, desc="autoencoder", unit="step") as bar:
+
+        def report(step: int, loss: float) -> None:
+            curve.append(loss)
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+
+        train_autoencoder(autoencoder, images, settings.autoencoder, report)
+    autoencoder.save_pretrained(output / "vae")
+    fresh = np.random.default_rng(settings.seed + 2)
+    specs = world.specifications(settings.check_images * 2, fresh)
+    with torch.no_grad():
+        latents = encode(autoencoder, world.sample_images(specs, fresh))[0]
+        reconstructed = np.concatenate([to_images(autoencoder.decode(part).sample) for part in latents.split(_BATCH)])
+    provenance.record(
+        "autoencoder",
+        {
+            "settings": wanted,
+            "parameters": sum(p.numel() for p in autoencoder.parameters()),
+            "scaling_factor": autoencoder.config.scaling_factor,
+            "seconds": time.perf_counter() - began,
+            "loss_curve": _thinned(curve),
+            "reconstruction_score": world.score(reconstructed, [spec.caption for spec in specs]),
+        },
+    )
+    return autoencoder
+
+
+def taken_autoencoder(other: Path, provenance: Provenance) -> AutoencoderKL:
+    """The finished autoencoder of the pipeline in `other`, with what was recorded about its training."""
+    recorded = json.loads((other / "provenance.json").read_text())
+    weights = recorded["files"]["vae/diffusion_pytorch_model.safetensors"]
+    provenance.record("autoencoder", {**recorded["autoencoder"], "taken_from": {"pipeline": other.name, **weights}})
+    return AutoencoderKL.from_pretrained(other / "vae").eval()
+
+
+def denoiser_stage(
+    autoencoder: AutoencoderKL,
+    denoiser: CaptionedDenoiser,
+    world: World,
+    settings: Settings,
+    captioned: tuple[Sequence[Any], np.ndarray],
+    provenance: Provenance,
+) -> None:
+    """Trains `denoiser` in place on the latents of `captioned` until its checked score reaches the target."""
+    specs, images = captioned
+    began = time.perf_counter()
+    scale, shift = scale_and_shift(autoencoder)
+    mean, deviation = encode(autoencoder, images)
+    token_ids = denoiser.token_ids([spec.caption for spec in specs])
+    curve: list[float] = []
+    checks: list[dict[str, object]] = []
+    with tqdm(total=settings.most_steps, desc="denoiser", unit="step") as bar:
+
+        def after_step(step: int, loss: float, averaged: nn.Module) -> bool:
+            curve.append(loss)
+            bar.update()
+            if step % settings.check_every:
+                return False
+            candidate = denoiser.with_modules(averaged.eval())
+            chosen = ("train", settings.check_images, settings.seed + 4)
+            result = score(autoencoder, candidate, world, *chosen)
+            checks.append({"step": step, **result})
+            bar.set_postfix(loss=f"{np.mean(curve[-100:]):.4f}", score=f"{result['mean']:.3f}")
+            return bool(result["mean"] >= settings.target or step >= settings.most_steps)
+
+        train_denoiser(denoiser, ((mean - shift) * scale, deviation * scale), token_ids, settings.denoiser, after_step)
+    denoiser.modules().eval()
+    rule = (
+        f"the first check, every {settings.check_every} steps, whose score on {settings.check_images} images of "
+        f"training prompts, sampled by {denoiser.sampler}, is at least {settings.target}; "
+        f"at most {settings.most_steps} steps"
+    )
+    record = {
+        "settings": asdict(settings.denoiser),
+        "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in denoiser.parts().items()},
+        "scaling_factor": scale,
+        "shift_factor": shift,
+        "steps": len(curve),
+        "stopping_rule": rule,
+        "seconds": time.perf_counter() - began,
+        "loss_curve": _thinned(curve),
+        "checks": checks,
+    }
+    provenance.record("denoiser", record)
+
+
+def score(
+    autoencoder: AutoencoderKL, denoiser: CaptionedDenoiser, world: World, split: str, count: int, seed: int
+) -> dict[str, float]:
+    """The world's score of `count` images of `split`: the denoiser's own sampler, 10 steps, no guidance."""
+    captions = world.captions(split, count, seed)
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.cat(
+        [
+            denoiser.sample(captions[start : start + _BATCH], SAMPLING_STEPS, generator)
+            for start in range(0, count, _BATCH)
+        ]
+    )
+    return world.score(decode(autoencoder, latents), captions)
+
+
+def finish(
+    output: Path,
+    autoencoder: AutoencoderKL,
+    denoiser: CaptionedDenoiser,
+    world: World,
+    settings: Settings,
+    provenance: Provenance,
+) -> None:
+    """Write the pipeline's folder, all weights float32 safetensors, with the scores of both splits."""
+    denoiser.save(output, autoencoder)
+    for weights in output.rglob("*.safetensors"):
+        weights.chmod(0o644)  # they are written for the owner only, and would be installed so
+    for split in ("held_out", "train"):
+        found = score(autoencoder, denoiser, world, split, settings.final_images, settings.seed + 3)
+        provenance.record(f"score_{split}", found)
+    provenance.finish(output)
+
+
+def _thinned(curve: list[float], every: int = 25) -> list[list[float]]:
+    """[step, mean loss of the `every` steps up to it] rows."""
+    return [
+        [start + len(part), round(float(np.mean(part)), 5)]
+        for start in range(0, len(curve), every)
+        if (part := curve[start : start + every])
+    ]
