@@ -38,7 +38,7 @@ from latentac.serving.generator import Generator
 from latentac.serving.process import ServerProcess
 from latentac.system.progress import progress
 from latentac.training import value_pretraining as pretraining
-from latentac.worlds.shapes import builtin_pipeline
+from latentac.worlds.builtin import builtin_pipeline
 
 CALLERS = 8
 _BOOTSTRAP = 2000
@@ -49,7 +49,7 @@ _METHODS: dict[str, dict[str, Any]] = {"none": {"method": "none"}, "value_gradie
 
 def export_base(config: Config, folder: Path, **serving: Any) -> Path:
     """The pretrained pipeline of a recipe with a new critic, as `deploy` exports a trained one."""
-    source = builtin_pipeline(config.backbone.source.removeprefix("builtin:"))
+    source = builtin_pipeline(config.backbone.source)
     shutil.copytree(source, folder)
     torch.manual_seed(0)
     critic = pretraining.new_critic(config, base_policy(config, torch.device("cpu")))

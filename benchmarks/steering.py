@@ -47,8 +47,8 @@ from latentac.sampling.steering.run import SteeringRun
 from latentac.sampling.true_reward import TrueReward
 from latentac.store import open_store
 from latentac.system.progress import progress
+from latentac.worlds.builtin import builtin_pipeline
 from latentac.worlds.prompts import Prompt, balanced, load_prompts
-from latentac.worlds.shapes import builtin_pipeline
 
 GUIDANCE_SCALE = 2.0
 FOLDER = ROOT / "build" / "steering"
@@ -93,7 +93,7 @@ class World:
 
     def __init__(self, weights: str, config: Config, folder: Path, num_prompts: int) -> None:
         self.weights, self.config, self.num_prompts = weights, config, num_prompts
-        builtin = builtin_pipeline(config.backbone.source.removeprefix("builtin:"))
+        builtin = builtin_pipeline(config.backbone.source)
         source = builtin if weights == "base" else folder / "train" / "policy"
         self.backbone = load_backbone(config.backbone, source, torch.device("cpu"))
         self.kernel = KERNELS.make(config.kernel)

@@ -40,8 +40,8 @@ from latentac.training.checkpoint import read_state, write_state
 from latentac.training.critic_learning import Replay
 from latentac.training.distributed import Mesh
 from latentac.training.trainer import Trainer, new_trainer
+from latentac.worlds.builtin import builtin_pipeline
 from latentac.worlds.prompts import Prompt, balanced, load_prompts
-from latentac.worlds.shapes import builtin_pipeline
 
 _CURVE_SHARE = 4  # of the held-out images one in so many is enough for a point of the curve
 _CURVE_POINTS = 8

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from latentac.worlds.shapes import builtin_pipeline
+from latentac.worlds.builtin import builtin_pipeline
 from tests.latentac.serving.conftest import exported_folder, resolved  # noqa: F401  # the folder that a server reads
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -50,9 +50,9 @@ def _found(source: str, layout: Layout | None, revision: str) -> tuple[Path, str
             [Problem("backbone.revision", revision, f"{source} is not a hub id and has no revision", remedy)]
         )
     if source.startswith("builtin:"):
-        from latentac.worlds.shapes import builtin_pipeline
+        from latentac.worlds.builtin import builtin_pipeline
 
-        return builtin_pipeline(source.removeprefix("builtin:")), None
+        return builtin_pipeline(source), None
     if os.path.isfile(path):
         if path.suffix in _FILES:
             raise _bad(source, "is a single-file checkpoint, and only diffusers folders are loaded", conversion(source))

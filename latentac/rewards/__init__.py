@@ -15,6 +15,7 @@ REWARDS = Table(
         "jpeg_incompressibility": "latentac.rewards.jpeg_incompressibility:JpegIncompressibility",
         "shapes_clip": "latentac.rewards.shapes_clip:ShapesClip",
         "colourfulness": "latentac.rewards.colourfulness:Colourfulness",
+        "ink_share": "latentac.rewards.ink_share:InkShare",
         "clip_score": "latentac.rewards.clip_score:ClipScore",
         "pickscore": "latentac.rewards.pickscore:PickScore",
         "aesthetic": "latentac.rewards.aesthetic:Aesthetic",

@@ -20,6 +20,7 @@ from latentac.rewards.conversion import command
 from latentac.system.errors import ConfigError, Problem
 from latentac.system.hub import offline, snapshot
 from latentac.system.modelfiles import check, plain, read_json
+from latentac.worlds.builtin import builtin_clip, is_builtin
 
 _AS_THEY_ARE = ("tokenizer.json", "vocab.json")  # long, and nothing in them names code
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -45,17 +46,17 @@ class Format:
 def is_local(source: str) -> bool:
     """Whether `source` means a folder of this machine, there or not."""
     given = source.startswith(("/", "./", "../", "~")) or source.count("/") > 1  # a hub id is owner/name
-    return given or os.path.exists(os.path.expanduser(source))
+    return is_builtin(source) or given or os.path.exists(os.path.expanduser(source))
 
 
 def locate(source: str, revision: str, form: Format) -> Path:
     """The folder on this machine that `source` names, fetched if need be, and inspected.
 
-    source: a folder or a hub id; revision: a commit, tag or branch of a hub id. Raises ConfigError with all that is
-    wrong.
+    source: a folder, a hub id, or the name of a built-in CLIP; revision: a commit, tag or branch of a hub id. Raises
+    ConfigError with all that is wrong.
     """
     if is_local(source):
-        path = Path(os.path.expanduser(source))
+        path = builtin_clip(source) if is_builtin(source) else Path(os.path.expanduser(source))
         if revision:
             problem = f"{source} is not a hub id and has no revision"
             raise ConfigError([Problem("revision", revision, problem, "Leave it out")])

@@ -65,8 +65,9 @@ class ShapesClip:
         try:
             import torch
 
+            from latentac.worlds.pretraining.clip import caption_features
             from latentac.worlds.pretraining.tokens import tokenize
-            from latentac.worlds.shapes.contrastive import caption_features, image_features
+            from latentac.worlds.shapes.contrastive import image_features
         except ImportError as error:  # a container image that only launches and decides has neither
             remedy = "Score where torch and transformers are installed"
             raise RewardError("packages", f"one is missing: {error}", remedy) from error

@@ -35,8 +35,8 @@ from latentac.sampling.rows import Rows
 from latentac.sampling.steering import STEERING, Steering, SteeringSettings
 from latentac.sampling.steering.run import SteeringRun
 from latentac.training.algorithms import ALGORITHMS, Algorithm
+from latentac.worlds.builtin import builtin_pipeline
 from latentac.worlds.prompts import Prompt
-from latentac.worlds.shapes import builtin_pipeline
 
 PROMPTS = ("a red circle", "two blue squares", "a green triangle above a red square", "a cyan circle and a red square")
 _CPU = torch.device("cpu")

@@ -181,7 +181,7 @@ def _adapted(folder: Path, scheduler: str, base: str) -> str:
         f'pipeline.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")',
     ]
     if base.startswith("builtin_pipeline"):
-        lines = ["from latentac.worlds.shapes import builtin_pipeline", "", *lines]
+        lines = ["from latentac.worlds.builtin import builtin_pipeline", "", *lines]
     return "\n".join(lines)
 
 

@@ -388,7 +388,7 @@ def test_ways_to_steer_are_measured_on_the_same_particles(tmp_path: Path) -> Non
     from latentac.sampling.kernels import KERNELS
     from latentac.sampling.policy import Policy
     from latentac.training.value_pretraining import new_critic
-    from latentac.worlds.shapes import builtin_pipeline
+    from latentac.worlds.builtin import builtin_pipeline
 
     config = resolve_recipe("shapes-dit-smoke", "", [])
     backbone = load_backbone(config.backbone, builtin_pipeline("shapes-dit"), torch.device("cpu"))

@@ -30,7 +30,7 @@ from latentac.runs.workspace import EXTENSIONS, open_run
 from latentac.serving.client import Client
 from latentac.serving.exported import export
 from latentac.system.errors import ServingError
-from latentac.worlds.shapes import builtin_pipeline
+from latentac.worlds.builtin import builtin_pipeline
 from tests.cluster.kserve import SERVICES, Controller, administrator
 from tests.cluster.node import Node
 from tools.binaries import program

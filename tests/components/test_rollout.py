@@ -33,7 +33,7 @@ from latentac.runs.workspace import open_run
 from latentac.serving.exported import export
 from latentac.serving.process import ServerProcess
 from latentac.system.errors import ClusterError, ConfigError, LatentacError, ServingError
-from latentac.worlds.shapes import builtin_pipeline
+from latentac.worlds.builtin import builtin_pipeline
 from tests.cluster import kubelet
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.gateway import Gateway

@@ -56,7 +56,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from latentac.worlds.shapes import PIPELINES, builtin_pipeline
+from latentac.worlds.builtin import PIPELINES, builtin_pipeline
 
 SHARD = "60KB"
 """Of sharded weights: small enough that each part but the tiniest has several files."""

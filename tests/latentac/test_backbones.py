@@ -18,7 +18,7 @@ from latentac.method.randomness import noise_for
 from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout
-from latentac.worlds.shapes import builtin_pipeline
+from latentac.worlds.builtin import builtin_pipeline
 from tests.latentac import miniatures
 
 CPU = torch.device("cpu")

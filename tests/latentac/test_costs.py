@@ -13,7 +13,7 @@ from latentac.runs.configuration import recipe_fields
 from latentac.runs.gpus import GPUS, SHARE
 from latentac.runs.preparation.costs import Operations, count_operations, describe_costs, operations_by_step
 from latentac.runs.resolution import resolve_all
-from latentac.worlds.shapes import builtin_pipeline
+from latentac.worlds.builtin import builtin_pipeline
 
 CPU = torch.device("cpu")
 BARE = {

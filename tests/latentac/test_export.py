@@ -36,7 +36,7 @@ from latentac.serving.generator import Generator
 from latentac.system import folders
 from latentac.system.errors import IntegrityError, ResourceError
 from latentac.system.terminal import printable
-from latentac.worlds.shapes import builtin_pipeline
+from latentac.worlds.builtin import builtin_pipeline
 from tests.latentac import miniatures
 
 CPU = torch.device("cpu")

@@ -34,7 +34,7 @@ from latentac.store import Store, copy_folder
 from latentac.store.pool import hash_of
 from latentac.system import folders
 from latentac.system.errors import ConfigError, IntegrityError, ResourceError, ServingError
-from latentac.worlds.shapes import builtin_pipeline
+from latentac.worlds.builtin import builtin_pipeline
 from tests.latentac import miniatures
 from tests.latentac.flux_miniature import flux
 from tests.latentac.test_export import released

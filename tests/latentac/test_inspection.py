@@ -20,7 +20,7 @@ from latentac.backbones.layout import copy, listing
 from latentac.backbones.source import locate
 from latentac.backbones.stable_diffusion import DIT, UNET
 from latentac.system.errors import ConfigError, Problem
-from latentac.worlds.shapes import builtin_pipeline
+from latentac.worlds.builtin import builtin_pipeline
 from tests.latentac import miniatures
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

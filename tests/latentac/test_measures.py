@@ -124,8 +124,8 @@ def test_contrasts_are_measured_on_real_policies() -> None:
     from latentac.rewards.configured import load_rewards
     from latentac.sampling.kernels import KERNELS
     from latentac.sampling.policy import Policy
+    from latentac.worlds.builtin import builtin_pipeline
     from latentac.worlds.prompts import load_prompts
-    from latentac.worlds.shapes import builtin_pipeline
 
     overrides = {"kernel": {"num_steps": 2}, "evaluation": {"num_diversity_prompts": 3, "images_per_prompt": 3}}
     config = resolve(RECIPES["shapes-unet-smoke"] | overrides)

@@ -17,8 +17,8 @@ from latentac.runs.preparation.rehearsal import rehearse
 from latentac.runs.resolution import resolve_all
 from latentac.store import open_store
 from latentac.system.errors import ConfigError, ResourceError, RewardError
+from latentac.worlds.builtin import builtin_pipeline
 from latentac.worlds.prompts import load_prompts
-from latentac.worlds.shapes import builtin_pipeline
 from tests.latentac import miniatures
 from tests.latentac.trainers import shipped
 

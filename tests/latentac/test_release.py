@@ -18,7 +18,7 @@ from latentac.serving.deployment import Deployment
 from latentac.serving.exported import Exported, read
 from latentac.store import Store
 from latentac.system.errors import ArtifactNotFound, ServingError
-from latentac.worlds.shapes import builtin_pipeline
+from latentac.worlds.builtin import builtin_pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -22,7 +22,7 @@ from latentac.sampling.rows import Rows
 from latentac.system.errors import ConfigError, ResourceError, TrainingError
 from latentac.training.policy_learning import _adam_eps, _share_below
 from latentac.training.value_pretraining import new_critic
-from latentac.worlds.shapes import builtin_pipeline
+from latentac.worlds.builtin import builtin_pipeline
 from tests.latentac.trainers import CPU, PAIRS, PROMPTS, SHIPPED, make_config, make_trainer, rolled_out, shipped
 
 

@@ -16,7 +16,7 @@ from latentac.runs.preparation.model_sizes import Model
 from latentac.runs.resolution import resolve_all
 from latentac.sampling.encoding import KEPT_BYTES
 from latentac.system.errors import ResourceError
-from latentac.worlds.shapes import builtin_pipeline
+from latentac.worlds.builtin import builtin_pipeline
 from tests.latentac import miniatures
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

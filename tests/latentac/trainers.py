@@ -22,8 +22,8 @@ from latentac.training.distributed import Mesh
 from latentac.training.policy_learning import Block, CreditedBlock
 from latentac.training.trainer import Trainer
 from latentac.training.value_pretraining import new_critic
+from latentac.worlds.builtin import PIPELINES, builtin_pipeline
 from latentac.worlds.prompts import Prompt, load_prompts
-from latentac.worlds.shapes import PIPELINES, builtin_pipeline
 
 CPU = torch.device("cpu")
 TRAINERS = "tests.latentac.trainers"

@@ -28,7 +28,7 @@ from latentac.runs import package
 from latentac.store import access
 from latentac.system.errors import ConfigError, ResourceError
 from latentac.system.steps import NAMES as STEPS
-from latentac.worlds.shapes import builtin_pipeline
+from latentac.worlds.builtin import builtin_pipeline
 from tests.test_examples import Reader, blocks
 from tools.docker import Docker
 from tools.golang import Unavailable

@@ -22,7 +22,7 @@ import pytest
 
 from latentac.store import Manifest, Store, open_store
 from latentac.system.steps import NAMES as STEPS
-from latentac.worlds.shapes import builtin_pipeline
+from latentac.worlds.builtin import builtin_pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -18,7 +18,7 @@ from latentac.runs import package as packages
 from latentac.runs.configuration import resolve_recipe
 from latentac.store import open_store
 from latentac.system.errors import ConfigError
-from latentac.worlds.shapes import builtin_pipeline
+from latentac.worlds.builtin import builtin_pipeline
 from tests.pipelines.test_end_to_end import OPTIONS, Driver, come_to, run_id, weights
 
 BACKBONE = builtin_pipeline("shapes-unet")

@@ -1,6 +1,6 @@
 """Makes the weights in `weights/clip`: python -m latentac.worlds.shapes.contrastive --output FOLDER
 
-A tiny CLIP (Radford et al. 2021, arXiv 2103.00020) that learns which caption belongs to which image from rendered
+A tiny CLIP that learns which caption belongs to which image from rendered
 images of every sentence of the language, held-out ones included, as the base does. A batch is made of groups of
 sentences that differ in one respect, so that it has to distinguish `left of` from `above`. It sees neither images of a
 diffusion model nor the verifier's answers: it is a learned reward with the blind spots of one.
@@ -9,18 +9,27 @@ diffusion model nor the verifier's answers: it is a learned reward with the blin
 import argparse
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 from tqdm import tqdm
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
+from latentac.worlds import pretraining, shapes
+from latentac.worlds.pretraining.clip import (
+    Batch,
+    ContrastiveTraining,
+    build_clip,
+    caption_features,
+    equal,
+    image_vectors,
+    train_clip,
+)
 from latentac.worlds.pretraining.provenance import Provenance
 from latentac.worlds.pretraining.tokens import tokenize
 from latentac.worlds.shapes.captions import (
@@ -39,53 +48,14 @@ from latentac.worlds.shapes.scenes import BACKGROUND, IMAGE_SIZE, sample_images
 from latentac.worlds.shapes.tokens import TEXT_LENGTH, build_tokenizer
 from latentac.worlds.shapes.verifier import verify
 
-WIDTH = 64
-MOST_SCALE = 100.0  # of the logits; CLIP's own bound
+PATCH = 8
 PIXEL_SCALE = 64.0  # about the standard deviation of the pixels of objects
-_EXCLUDED = -1e4  # a logit of no weight; minus infinity times a target of 0 would be no number
 _MIRRORED = {"left of": "right of", "right of": "left of"}
-
-
-@dataclass(frozen=True)
-class ContrastiveTraining:
-    """A batch has `batch` images in groups of `group`: a sentence and others that differ from it in one respect."""
-
-    steps: int = 4500
-    batch: int = 64
-    group: int = 4
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.02
-
-
-def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """0.36 M parameters, no dropout; 8 x 8 pixels a patch. Weights from torch's global generator."""
-    layers = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4}
-    text = {
-        "vocab_size": len(tokenizer),
-        **layers,
-        "max_position_embeddings": TEXT_LENGTH,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vision = {**layers, "image_size": IMAGE_SIZE, "patch_size": 8}
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
-    # CLIP's 0.02 is for large models and long trainings: places would be learned long after colours.
-    torch.nn.init.normal_(clip.vision_model.embeddings.position_embedding.weight, std=0.5)
-    return clip
 
 
 def image_features(clip: CLIPModel, images: np.ndarray) -> Tensor:
     """Unit vectors float32 [B, 64] of `images` uint8 [B, 32, 32, 3]."""
-    offset = torch.from_numpy(images).float() - torch.tensor(BACKGROUND)  # an empty patch is all zeros
-    pooled = clip.vision_model(pixel_values=offset.permute(0, 3, 1, 2) / PIXEL_SCALE).pooler_output
-    return functional.normalize(clip.visual_projection(pooled), dim=-1)
-
-
-def caption_features(clip: CLIPModel, token_ids: Tensor) -> Tensor:
-    """Unit vectors float32 [B, 64] of `token_ids` int64 [B, at most TEXT_LENGTH]."""
-    pooled = clip.text_model(input_ids=token_ids).pooler_output
-    return functional.normalize(clip.text_projection(pooled), dim=-1)
+    return image_vectors(clip, _pixels(images))
 
 
 @cache
@@ -164,59 +134,20 @@ def draw_sentences(training: ContrastiveTraining, generator: np.random.Generator
     return [_INDEX[spec] for spec in drawn[: training.batch]]
 
 
-def contrastive_loss(logits: Tensor, specs: Sequence[Specification]) -> Tensor:
-    """CLIP's loss for `logits` [B, B] of images (rows) and captions of `specs`, without its false negatives.
+def false_negatives(specs: Sequence[Specification]) -> tuple[Tensor, Tensor]:
+    """`same` and `ignored` of a batch, bool [B, B] each.
 
     Captions of one combination are equally right. `A and B` is true of an image of `A left of B`, though it is not its
     caption: such a pair counts neither way.
     """
-    combinations = [spec.combination for spec in specs]
-    contents = [(spec.count, *sorted(spec.kinds)) for spec in specs]
-    same, alike = _equal(combinations), _equal(contents)
-    implied = alike & ~_equal([spec.category for spec in specs])
-    logits = logits.masked_fill(implied, _EXCLUDED)
-    target = same.float() / same.sum(1, keepdim=True)
-    return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
+    same = equal([spec.combination for spec in specs])
+    alike = equal([(spec.count, *sorted(spec.kinds)) for spec in specs])
+    return same, alike & ~equal([spec.category for spec in specs])
 
 
-def _equal(values: Sequence[object]) -> Tensor:
-    """bool [B, B]: whether two of `values` are equal."""
-    numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
-    row = torch.tensor([numbers[value] for value in values])
-    return row[:, None] == row
-
-
-def train_clip(
-    clip: CLIPModel,
-    tokenizer: CLIPTokenizer,
-    pool: ImagePool,
-    training: ContrastiveTraining,
-    generator: np.random.Generator,
-    report: Callable[[int, float], None],
-) -> None:
-    """Fits `clip` in place; `report(step, loss)` is called after every step. Batches are drawn from `generator`."""
-    token_ids = tokenize(tokenizer, [spec.caption for spec in _LANGUAGE])
-    longest = int((token_ids != tokenizer.pad_token_id).sum(1).max()) + 1
-    clip.train()
-    optimizer = torch.optim.AdamW(
-        clip.parameters(), lr=training.learning_rate, betas=(0.9, 0.98), weight_decay=training.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=training.learning_rate, total_steps=training.steps, pct_start=0.1
-    )
-    for step in range(training.steps):
-        indices = draw_sentences(training, generator)
-        images = np.stack([pool.draw(index, generator) for index in indices])
-        cosines = image_features(clip, images) @ caption_features(clip, token_ids[indices, :longest]).T
-        logits = clip.logit_scale.exp().clamp(max=MOST_SCALE) * cosines
-        loss = contrastive_loss(logits, [_LANGUAGE[index] for index in indices])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        report(step + 1, loss.item())
-    clip.eval()
+def _pixels(images: np.ndarray) -> Tensor:
+    offset = torch.from_numpy(images).float() - torch.tensor(BACKGROUND)  # an empty patch is all zeros
+    return offset.permute(0, 3, 1, 2) / PIXEL_SCALE
 
 
 @torch.no_grad()
@@ -272,12 +203,14 @@ def _balanced(count: int, seed: int) -> list[Specification]:
 
 def pretrain(output: Path, seed: int, images: int, training: ContrastiveTraining, command: str) -> None:
     """Trains a CLIP and writes its folder, `provenance.json` included, to `output`."""
-    provenance = Provenance.begin(output / "provenance.json", seed, command)
+    provenance = Provenance.begin(output / "provenance.json", seed, command, (shapes, pretraining))
     generator = np.random.default_rng(seed)
     pool = ImagePool(images, generator)
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(output)
-    clip, began = build_clip(tokenizer), time.perf_counter()
+    clip, began = build_clip(tokenizer, TEXT_LENGTH, IMAGE_SIZE, PATCH), time.perf_counter()
+    token_ids = tokenize(tokenizer, [spec.caption for spec in _LANGUAGE])
+    longest = int((token_ids != tokenizer.pad_token_id).sum(1).max()) + 1
     curve: list[float] = []
     with tqdm(total=training.steps, desc="clip", unit="step") as bar:
 
@@ -286,7 +219,13 @@ def pretrain(output: Path, seed: int, images: int, training: ContrastiveTraining
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
-        train_clip(clip, tokenizer, pool, training, generator, report)
+        def draw() -> Batch:
+            indices = draw_sentences(training, generator)
+            drawn = np.stack([pool.draw(index, generator) for index in indices])
+            specs = [_LANGUAGE[index] for index in indices]
+            return Batch(_pixels(drawn), token_ids[indices, :longest], *false_negatives(specs))
+
+        train_clip(clip, draw, training, report)
     seconds = time.perf_counter() - began
     clip.save_pretrained(output)
     for weights in output.glob("*.safetensors"):

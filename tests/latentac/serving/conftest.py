@@ -18,7 +18,7 @@ from latentac.sampling.steering import STEERING
 from latentac.serving.exported import FILE, add_base, export
 from latentac.serving.generator import Generator
 from latentac.serving.process import ServerProcess
-from latentac.worlds.shapes import builtin_pipeline
+from latentac.worlds.builtin import builtin_pipeline
 from tests.latentac.serving import fuzzing
 
 READY_SECONDS = 240.0

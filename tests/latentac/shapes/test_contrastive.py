@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer
 
 from latentac.rewards.shapes_clip import WEIGHTS
+from latentac.worlds.pretraining.clip import ContrastiveTraining, contrastive_loss
 from latentac.worlds.shapes.captions import parse_caption
-from latentac.worlds.shapes.contrastive import ContrastiveTraining, contrastive_loss, hard_negatives, main, pretrain
+from latentac.worlds.shapes.contrastive import false_negatives, hard_negatives, main, pretrain
 
 TRAINING = ContrastiveTraining(steps=2, batch=8)
 
@@ -38,14 +39,16 @@ def test_another_wording_is_no_negative():
     specs = [parse_caption(f"a red circle {rest}") for rest in ("left of a blue square", "above a blue square")]
     specs.append(parse_caption("a blue square right of a red circle"))
     logits = torch.tensor([[50.0, 0.0, 50.0], [0.0, 50.0, 0.0], [50.0, 0.0, 50.0]])
-    assert contrastive_loss(logits, specs).item() == pytest.approx(2 / 3 * torch.tensor(2.0).log().item(), abs=1e-6)
+    assert contrastive_loss(logits, *false_negatives(specs)).item() == pytest.approx(
+        2 / 3 * torch.tensor(2.0).log().item(), abs=1e-6
+    )
 
 
 def test_what_a_caption_implies_counts_neither_way():
     """`A and B` is true of an image of `A left of B`: their logit has no gradient."""
     specs = [parse_caption(f"a red circle {rest} a blue square") for rest in ("left of", "and", "above")]
     logits = torch.zeros(3, 3, requires_grad=True)
-    (gradient,) = torch.autograd.grad(contrastive_loss(logits, specs), logits)
+    (gradient,) = torch.autograd.grad(contrastive_loss(logits, *false_negatives(specs)), logits)
     assert gradient.eq(0).tolist() == [[False, True, False], [True, True, True], [False, True, False]]
 
 

@@ -16,9 +16,9 @@ from latentac.sampling.kernels import KERNELS
 from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import rollout
 from latentac.system.errors import ConfigError
+from latentac.worlds.builtin import PIPELINES, builtin_pipeline
 from latentac.worlds.pretraining.autoencoder import encode, to_images
 from latentac.worlds.pretraining.flow import KERNEL
-from latentac.worlds.shapes import PIPELINES, builtin_pipeline
 from latentac.worlds.shapes.captions import CATEGORIES, balanced_prompts, parse_caption, specifications
 from latentac.worlds.shapes.scenes import sample_images
 from latentac.worlds.shapes.tokens import build_tokenizer
@@ -30,7 +30,7 @@ SAMPLING: dict[str, dict[str, float]] = {"shapes-unet": {"eta": 1.0}, "shapes-di
 SAMPLED: dict[str, Kernel] = {"shapes-unet": KERNELS.build("ddim", noise=1.0), "shapes-dit": KERNEL}
 
 
-@pytest.fixture(scope="module", params=sorted(PIPELINES))
+@pytest.fixture(scope="module", params=["shapes-dit", "shapes-unet"])
 def name(request):
     return request.param
 
