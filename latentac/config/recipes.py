@@ -39,6 +39,25 @@ _SHAPES_DIT = merge(
     },
 )
 
+# Trained on what one engine reads, judged by another one that training does not see.
+_WORDS_DIT = merge(
+    _SHAPES_DIT,
+    {
+        "recipe": "words-dit",
+        "backbone": {"source": "builtin:words-dit", "image_size": [32, 96]},
+        "prompts": {"source": "builtin:words"},
+        "rewards": [
+            {"use": "ocr", "name": "tesseract", "engine": "tesseract", "layout": "line"},
+            {"use": "ocr", "name": "rapidocr", "engine": "rapidocr", "layout": "line", "weight": 0.0},
+            {"use": "clip_score", "source": "builtin:words-clip", "weight": 0.0},
+            {"use": "jpeg_compressibility", "weight": 0.0},
+            {"use": "ink_share", "weight": 0.0},
+        ],
+        "train": {"num_iterations": 30},
+        "gate": {"reward": "rapidocr"},
+    },
+)
+
 # The same path in seconds: it proves the machinery, not the method, so its gate asks for no gain.
 _SMOKE: dict[str, Any] = {
     "kernel": {"num_steps": 5},
@@ -76,6 +95,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "shapes-unet-smoke": merge(_SHAPES_UNET, {**_SMOKE, "recipe": "shapes-unet-smoke"}),
     "shapes-dit": _SHAPES_DIT,
     "shapes-dit-smoke": merge(_SHAPES_DIT, {**_SMOKE, "recipe": "shapes-dit-smoke"}),
+    "words-dit": _WORDS_DIT,
+    "words-dit-smoke": merge(_WORDS_DIT, {**_SMOKE, "recipe": "words-dit-smoke"}),
     **MODEL_RECIPES,
 }
 

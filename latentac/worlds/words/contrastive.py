@@ -68,11 +68,12 @@ def draw_sentences(training: ContrastiveTraining, generator: np.random.Generator
         drawn.append(spec)
         respects = ["word", *(["colour"] if colour else []), *(["style"] if style else [])]
         for _ in range(training.group - 1):
-            drawn.append(_changed(spec, _one(respects, generator), generator))
+            drawn.append(changed(spec, _one(respects, generator), generator))
     return drawn[: training.batch]
 
 
-def _changed(spec: Specification, respect: str, generator: np.random.Generator) -> Specification:
+def changed(spec: Specification, respect: str, generator: np.random.Generator) -> Specification:
+    """Another sentence, which differs from `spec` in its "word", "colour", or "style"."""
     if respect == "word":
         return replace(spec, word=_one(neighbours(spec.word), generator))
     if respect == "colour":
@@ -128,7 +129,7 @@ def retrieval(
 
     own = cosines([spec.caption for spec in specs])
     return {
-        respect: float((own > cosines([_changed(spec, respect, generator).caption for spec in specs])).float().mean())
+        respect: float((own > cosines([changed(spec, respect, generator).caption for spec in specs])).float().mean())
         for respect in ("word", "colour", "style")
     }
 
