@@ -28,14 +28,14 @@ from latentac.worlds.words.signs import HEIGHT, WIDTH, sample_images
 from latentac.worlds.words.tokens import build_tokenizer
 from latentac.worlds.words.vocabulary import SPLITS
 
-SIZES = FlowSizes(latents=(4, HEIGHT // 4, WIDTH // 4), width=96, num_heads=3, num_blocks=4)
+SIZES = FlowSizes(latents=(8, HEIGHT // 4, WIDTH // 4), width=96, num_heads=3, num_blocks=4)
 TRAINING = DenoiserTraining(batch=64, learning_rate=2e-3, betas=(0.9, 0.95), decay_steps=12_000, last_rate=0.2)
 
 
 class Words:
     """The world of words, for the stages. `mean` is the share of images that tesseract reads exactly."""
 
-    image_size = WIDTH
+    image_size, latent_channels = WIDTH, SIZES.latents[0]
 
     def __init__(self) -> None:
         self._readers = {
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, help="folder of the pipeline; a finished autoencoder there is kept")
     add("--seed", type=int, default=0, help="decides images, weights and noise (default %(default)s)")
     add("--images", type=int, default=24576, help="training images (default %(default)s)")
-    add("--vae-steps", type=int, default=1000, help="autoencoder steps (default %(default)s)")
+    add("--vae-steps", type=int, default=2000, help="autoencoder steps (default %(default)s)")
     add("--denoiser-steps", type=int, default=12_000, help="denoiser steps at most (default %(default)s)")
     add("--check-every", type=int, default=500, help="denoiser steps between two checks (default %(default)s)")
     add("--target", type=float, default=0.4, help="checked score that ends the training (default %(default)s)")
@@ -104,7 +104,7 @@ def main(arguments_given: Sequence[str] | None = None) -> None:
     settings = Settings(
         seed=arguments.seed,
         images=arguments.images,
-        autoencoder=AutoencoderTraining(steps=arguments.vae_steps),
+        autoencoder=AutoencoderTraining(steps=arguments.vae_steps, batch=16),
         denoiser=TRAINING,
         target=arguments.target,
         check_every=arguments.check_every,

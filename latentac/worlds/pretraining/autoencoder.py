@@ -21,11 +21,11 @@ class AutoencoderTraining:
     edge_weight: float = 0.5
 
 
-def build_autoencoder(image_size: int) -> AutoencoderKL:
+def build_autoencoder(image_size: int, latent_channels: int) -> AutoencoderKL:
     """0.4 M parameters, two halvings. image_size: longer side of the images, in pixels; it only labels the weights."""
     return AutoencoderKL(
         sample_size=image_size,
-        latent_channels=4,
+        latent_channels=latent_channels,
         block_out_channels=(16, 32, 48),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -76,7 +76,7 @@ def train_autoencoder(
 
 @torch.no_grad()
 def encode(autoencoder: AutoencoderKL, images: np.ndarray, batch: int = 256) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the unscaled latents: float32 [N, 4, H/4, W/4] each."""
+    """Mean and standard deviation of the unscaled latents: float32 [N, C, H/4, W/4] each."""
     posteriors = [
         autoencoder.encode(to_tensor(images[start : start + batch])).latent_dist
         for start in range(0, len(images), batch)
@@ -86,7 +86,7 @@ def encode(autoencoder: AutoencoderKL, images: np.ndarray, batch: int = 256) -> 
 
 @torch.no_grad()
 def decode(autoencoder: AutoencoderKL, latents: Tensor, batch: int = 256) -> np.ndarray:
-    """Images uint8 [N, H, W, 3] of *scaled* latents float32 [N, 4, H/4, W/4]."""
+    """Images uint8 [N, H, W, 3] of *scaled* latents float32 [N, C, H/4, W/4]."""
     scale, shift = scale_and_shift(autoencoder)
     return np.concatenate([to_images(autoencoder.decode(part / scale + shift).sample) for part in latents.split(batch)])
 

@@ -37,6 +37,11 @@ class World(Protocol):
         """Longer side of the images, in pixels."""
         ...
 
+    @property
+    def latent_channels(self) -> int:
+        """Of the autoencoder."""
+        ...
+
     def specifications(self, count: int, generator: np.random.Generator) -> Sequence[Any]:
         """What the training images show."""
         ...
@@ -88,7 +93,7 @@ def autoencoder_stage(
     if provenance.value("autoencoder", "settings") == wanted and (output / "vae" / "config.json").exists():
         return AutoencoderKL.from_pretrained(output / "vae").eval()
     torch.manual_seed(settings.seed)
-    autoencoder, began = build_autoencoder(world.image_size), time.perf_counter()
+    autoencoder, began = build_autoencoder(world.image_size, world.latent_channels), time.perf_counter()
     curve: list[float] = []
     with tqdm(total=settings.autoencoder.steps, desc="autoencoder", unit="step") as bar:
 
