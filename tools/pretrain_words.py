@@ -1,6 +1,7 @@
 """Makes the pipeline `words-dit`: python -m tools.pretrain_words --output FOLDER
 
-First the autoencoder, then denoiser and text encoders together on its latents. The images are drawn for all words,
+First the autoencoder, which begins with that of the shapes (from random weights, colours are learned long after
+letters), then denoiser and text encoders together on its latents. The images are drawn for all words,
 held-out ones included: the base knows all of them about equally well, and what is held out is held out from
 reinforcement learning. Training stops on purpose when the base is mediocre (see `--target`). A second run in the same
 folder with the same settings keeps the finished autoencoder.
@@ -17,6 +18,7 @@ import torch
 
 from latentac.rewards.ocr import Ocr
 from latentac.worlds import pretraining, words
+from latentac.worlds.builtin import builtin_pipeline
 from latentac.worlds.pretraining.autoencoder import AutoencoderTraining, centre_latents
 from latentac.worlds.pretraining.flow import FlowSizes, build_flow_denoiser
 from latentac.worlds.pretraining.provenance import Provenance
@@ -28,14 +30,14 @@ from latentac.worlds.words.signs import HEIGHT, WIDTH, sample_images
 from latentac.worlds.words.tokens import build_tokenizer
 from latentac.worlds.words.vocabulary import SPLITS
 
-SIZES = FlowSizes(latents=(8, HEIGHT // 4, WIDTH // 4), width=96, num_heads=3, num_blocks=4)
+SIZES = FlowSizes(latents=(4, HEIGHT // 4, WIDTH // 4), width=96, num_heads=3, num_blocks=4)
 TRAINING = DenoiserTraining(batch=64, learning_rate=2e-3, betas=(0.9, 0.95), decay_steps=12_000, last_rate=0.2)
 
 
 class Words:
     """The world of words, for the stages. `mean` is the share of images that tesseract reads exactly."""
 
-    image_size, latent_channels = WIDTH, SIZES.latents[0]
+    image_size = WIDTH
 
     def __init__(self) -> None:
         self._readers = {
@@ -90,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, help="folder of the pipeline; a finished autoencoder there is kept")
     add("--seed", type=int, default=0, help="decides images, weights and noise (default %(default)s)")
     add("--images", type=int, default=24576, help="training images (default %(default)s)")
-    add("--vae-steps", type=int, default=2000, help="autoencoder steps (default %(default)s)")
+    add("--vae-steps", type=int, default=1800, help="autoencoder steps (default %(default)s)")
     add("--denoiser-steps", type=int, default=12_000, help="denoiser steps at most (default %(default)s)")
     add("--check-every", type=int, default=500, help="denoiser steps between two checks (default %(default)s)")
     add("--target", type=float, default=0.4, help="checked score that ends the training (default %(default)s)")
@@ -104,12 +106,13 @@ def main(arguments_given: Sequence[str] | None = None) -> None:
     settings = Settings(
         seed=arguments.seed,
         images=arguments.images,
-        autoencoder=AutoencoderTraining(steps=arguments.vae_steps, batch=16),
+        autoencoder=AutoencoderTraining(steps=arguments.vae_steps, batch=16, colour_weight=1.0),
         denoiser=TRAINING,
         target=arguments.target,
         check_every=arguments.check_every,
         most_steps=arguments.denoiser_steps,
         pipeline="dit",
+        begin_with=builtin_pipeline("shapes-unet"),
     )
     options = {name: value for name, value in vars(arguments).items() if name not in ("output", "threads")}
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())

@@ -12,20 +12,22 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class AutoencoderTraining:
-    """`kl_weight` is small: it only keeps the latents' scale from drifting, the reconstruction decides the rest."""
+    """`kl_weight` is small: it only keeps the latents' scale from drifting, the reconstruction decides the rest.
+    `colour_weight` is that of the error of each 4 x 4 pixels' mean colour, without its brightness."""
 
     steps: int = 1000
     batch: int = 32
     learning_rate: float = 2e-3
     kl_weight: float = 1e-5
     edge_weight: float = 0.5
+    colour_weight: float = 0.0
 
 
-def build_autoencoder(image_size: int, latent_channels: int) -> AutoencoderKL:
+def build_autoencoder(image_size: int) -> AutoencoderKL:
     """0.4 M parameters, two halvings. image_size: longer side of the images, in pixels; it only labels the weights."""
     return AutoencoderKL(
         sample_size=image_size,
-        latent_channels=latent_channels,
+        latent_channels=4,
         block_out_channels=(16, 32, 48),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -60,7 +62,7 @@ def train_autoencoder(
         target = to_tensor(images[torch.randint(len(images), (training.batch,)).numpy()])
         posterior = autoencoder.encode(target).latent_dist
         decoded = autoencoder.decode(posterior.sample()).sample
-        loss = _reconstruction_loss(decoded, target, training.edge_weight)
+        loss = _reconstruction_loss(decoded, target, training)
         loss = loss + training.kl_weight * posterior.kl().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -76,7 +78,7 @@ def train_autoencoder(
 
 @torch.no_grad()
 def encode(autoencoder: AutoencoderKL, images: np.ndarray, batch: int = 256) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the unscaled latents: float32 [N, C, H/4, W/4] each."""
+    """Mean and standard deviation of the unscaled latents: float32 [N, 4, H/4, W/4] each."""
     posteriors = [
         autoencoder.encode(to_tensor(images[start : start + batch])).latent_dist
         for start in range(0, len(images), batch)
@@ -86,7 +88,7 @@ def encode(autoencoder: AutoencoderKL, images: np.ndarray, batch: int = 256) -> 
 
 @torch.no_grad()
 def decode(autoencoder: AutoencoderKL, latents: Tensor, batch: int = 256) -> np.ndarray:
-    """Images uint8 [N, H, W, 3] of *scaled* latents float32 [N, C, H/4, W/4]."""
+    """Images uint8 [N, H, W, 3] of *scaled* latents float32 [N, 4, H/4, W/4]."""
     scale, shift = scale_and_shift(autoencoder)
     return np.concatenate([to_images(autoencoder.decode(part / scale + shift).sample) for part in latents.split(batch)])
 
@@ -103,8 +105,13 @@ def centre_latents(autoencoder: AutoencoderKL, images: np.ndarray) -> None:
     autoencoder.register_to_config(shift_factor=mean.mean().item(), scaling_factor=variance.rsqrt().item())
 
 
-def _reconstruction_loss(decoded: Tensor, target: Tensor, edge_weight: float) -> Tensor:
-    """L1 + L2 + L1 of the horizontal and vertical differences: objects and letters differ in their edges."""
+def _reconstruction_loss(decoded: Tensor, target: Tensor, training: AutoencoderTraining) -> Tensor:
+    """L1 + L2 + L1 of the horizontal and vertical differences: objects and letters differ in their edges. And the error
+    of the colours, which would be learned long after thin letters."""
     error = decoded - target
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-    return error.abs().mean() + functional.mse_loss(decoded, target) + edge_weight * edges
+    loss = error.abs().mean() + functional.mse_loss(decoded, target) + training.edge_weight * edges
+    if training.colour_weight:
+        colour = functional.avg_pool2d(error - error.mean(1, keepdim=True), 4)
+        loss = loss + training.colour_weight * colour.abs().mean()
+    return loss

@@ -37,11 +37,6 @@ class World(Protocol):
         """Longer side of the images, in pixels."""
         ...
 
-    @property
-    def latent_channels(self) -> int:
-        """Of the autoencoder."""
-        ...
-
     def specifications(self, count: int, generator: np.random.Generator) -> Sequence[Any]:
         """What the training images show."""
         ...
@@ -62,7 +57,8 @@ class World(Protocol):
 @dataclass(frozen=True)
 class Settings:
     """What decides the weights. `target`: the checked score at which the denoiser's training stops, every `check_every`
-    steps and at the latest after `most_steps`. `other`: the pipeline's folder whose autoencoder is taken.
+    steps and at the latest after `most_steps`. `other`: the pipeline's folder whose autoencoder is taken; `begin_with`:
+    the one whose autoencoder is where the training of this one begins.
     """
 
     seed: int
@@ -76,6 +72,7 @@ class Settings:
     final_images: int = 1024
     pipeline: str = "unet"
     other: Path | None = None
+    begin_with: Path | None = None
 
 
 def training_images(world: World, settings: Settings) -> tuple[Sequence[Any], np.ndarray]:
@@ -89,11 +86,13 @@ def autoencoder_stage(
     output: Path, world: World, settings: Settings, images: np.ndarray, provenance: Provenance
 ) -> AutoencoderKL:
     """The trained autoencoder: from `output/vae` if the same settings made it, otherwise trained and saved there."""
-    wanted = {"seed": settings.seed, "images": settings.images, **asdict(settings.autoencoder)}
+    wanted: dict[str, Any] = {"seed": settings.seed, "images": settings.images, **asdict(settings.autoencoder)}
+    if settings.begin_with is not None:
+        wanted["begun_with"] = {"pipeline": settings.begin_with.name, **_weights(settings.begin_with)[1]}
     if provenance.value("autoencoder", "settings") == wanted and (output / "vae" / "config.json").exists():
         return AutoencoderKL.from_pretrained(output / "vae").eval()
     torch.manual_seed(settings.seed)
-    autoencoder, began = build_autoencoder(world.image_size, world.latent_channels), time.perf_counter()
+    autoencoder, began = _begun_autoencoder(world, settings), time.perf_counter()
     curve: list[float] = []
     with tqdm(total=settings.autoencoder.steps, desc="autoencoder", unit="step") as bar:
 
@@ -125,9 +124,8 @@ def autoencoder_stage(
 
 def taken_autoencoder(other: Path, provenance: Provenance) -> AutoencoderKL:
     """The finished autoencoder of the pipeline in `other`, with what was recorded about its training."""
-    recorded = json.loads((other / "provenance.json").read_text())
-    weights = recorded["files"]["vae/diffusion_pytorch_model.safetensors"]
-    provenance.record("autoencoder", {**recorded["autoencoder"], "taken_from": {"pipeline": other.name, **weights}})
+    recorded, weights = _weights(other)
+    provenance.record("autoencoder", {**recorded, "taken_from": {"pipeline": other.name, **weights}})
     return AutoencoderKL.from_pretrained(other / "vae").eval()
 
 
@@ -213,6 +211,20 @@ def finish(
         found = score(autoencoder, denoiser, world, split, settings.final_images, settings.seed + 3)
         provenance.record(f"score_{split}", found)
     provenance.finish(output)
+
+
+def _begun_autoencoder(world: World, settings: Settings) -> AutoencoderKL:
+    autoencoder = build_autoencoder(world.image_size)
+    if settings.begin_with is not None:
+        other = AutoencoderKL.from_pretrained(settings.begin_with / "vae")
+        autoencoder.load_state_dict(other.state_dict())
+    return autoencoder
+
+
+def _weights(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a finished pipeline's provenance says of its autoencoder, and of the file of its weights."""
+    recorded = json.loads((folder / "provenance.json").read_text())
+    return recorded["autoencoder"], recorded["files"]["vae/diffusion_pytorch_model.safetensors"]
 
 
 def _thinned(curve: list[float], every: int = 25) -> list[list[float]]:

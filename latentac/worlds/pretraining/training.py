@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class CaptionedDenoiser(Protocol):
-    """What turns captions and noise into *scaled* latents, float32 [B, C, h, w]."""
+    """What turns captions and noise into *scaled* latents, float32 [B, 4, h, w]."""
 
     @property
     def sampler(self) -> str:
@@ -72,7 +72,7 @@ def train_denoiser(
 ) -> None:
     """Fits the denoiser's modules in place, until `after_step(step, loss, ema)` says stop.
 
-    `latents`: mean and standard deviation of the *scaled* latents, float32 [N, C, h, w] each; `token_ids` int64 [N, L].
+    `latents`: mean and standard deviation of the *scaled* latents, float32 [N, 4, h, w] each; `token_ids` int64 [N, L].
     `ema` holds the averaged weights in the order of `modules`; they are put in at the end. Random numbers come from
     torch's global generator.
     """

@@ -54,7 +54,7 @@ DENOISERS: dict[str, tuple[Callable[[Path], CaptionedDenoiser], DenoiserTraining
 class Shapes:
     """The world of shapes, for the stages. The score is the share of images that the verifier accepts."""
 
-    image_size, latent_channels = IMAGE_SIZE, SIZES.latents[0]
+    image_size = IMAGE_SIZE
 
     def specifications(self, count: int, generator: np.random.Generator) -> list[Specification]:
         """The four categories in turn, each time any sentence of it."""
