@@ -302,10 +302,10 @@ def gallery(seed: int, texts: Sequence[str], arms: Mapping[str, Arm]) -> dict[st
     """
     columns = 4
     sheets: dict[str, Any] = {name: contact_sheet(arm.images, columns) for name, arm in arms.items()}
-    size = next(iter(arms.values())).images.shape[1]
+    height, width = next(iter(arms.values())).images.shape[1:3]
     index = {"prompts": list(texts), "seeds": [f"{seed}/{i}" for i in range(len(texts))]}
     scores = {name: _columns(arm) for name, arm in arms.items()}
-    return {**sheets, "index": {**index, "image_size": size, "columns": columns, "rewards": scores}}
+    return {**sheets, "index": {**index, "image_size": [height, width], "columns": columns, "rewards": scores}}
 
 
 def contact_sheet(images: np.ndarray, columns: int) -> Image.Image:

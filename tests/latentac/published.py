@@ -159,7 +159,7 @@ def gallery(prompts: list[str], *arms: str) -> dict[str, Any]:
         for arm in arms
     }
     seeds = [f"7/{i}" for i in range(len(prompts))]
-    return {"prompts": prompts, "seeds": seeds, "image_size": 32, "columns": 4, "rewards": rewards}
+    return {"prompts": prompts, "seeds": seeds, "image_size": [32, 32], "columns": 4, "rewards": rewards}
 
 
 def scores(prompts: list[str]) -> dict[str, Any]:

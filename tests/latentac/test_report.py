@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from latentac.runs.reporting import charts
+from latentac.evaluation.held_out import contact_sheet
+from latentac.runs.reporting import charts, rendering
 from latentac.runs.reporting.report import gate_reasons, next_commands, numbers, step_page, write_report
 from latentac.store import open_store
 from latentac.system.errors import ArtifactNotFound, ConfigError, IntegrityError, RewardError
@@ -538,6 +540,18 @@ def test_a_gallery_that_does_not_fit_its_captions_is_refused(tmp_path: Path, ste
 
     with pytest.raises(IntegrityError, match=message):
         make(tmp_path, change=shift)
+
+
+@pytest.mark.parametrize(("shape", "size"), [((16, 48), [16, 48]), ((48, 16), [48, 16]), ((16, 16), 16)])
+def test_images_of_any_shape_are_cut_as_they_were_put(tmp_path: Path, shape: tuple[int, int], size: Any) -> None:
+    """Wide, tall, and square ones; a number alone, as older runs have it, is a square's."""
+    images = np.random.default_rng(0).integers(0, 256, (6, *shape, 3)).astype(np.uint8)
+    contact_sheet(images, 4).save(tmp_path / "base.png")
+    index = gallery(PROMPTS[:1] * 6) | {"image_size": size}
+    cells = rendering._cut(tmp_path / "base.png", "a run", index)
+    for cell, image in zip(cells, images, strict=True):
+        data = base64.b64decode(cell.partition(",")[2])
+        assert (np.asarray(Image.open(io.BytesIO(data))) == image).all()
 
 
 def test_charts_of_many_numbers_are_drawn_of_some(tmp_path: Path) -> None:

@@ -44,14 +44,15 @@ def images_of(files: Files, gallery: Mapping[str, Any] | None) -> dict[str, list
 
 def _cut(sheet: Path, key: str, gallery: Mapping[str, Any]) -> list[str]:
     """The images of a contact sheet, row by row."""
-    count, columns, side = len(gallery["prompts"]), gallery["columns"], gallery["image_size"]
-    expected = (columns * side, math.ceil(count / columns) * side)
+    count, columns, size = len(gallery["prompts"]), gallery["columns"], gallery["image_size"]
+    height, width = size if isinstance(size, list) else (size, size)  # older versions knew squares only
+    expected = (columns * width, math.ceil(count / columns) * height)
     with _opened(sheet, key) as image:
         if image.size != expected:
             problem = f"gallery/{sheet.name} is {image.size} pixels, gallery.json says {expected}"
             raise IntegrityError(key, problem, AGAIN)
-        corners = [(index % columns * side, index // columns * side) for index in range(count)]
-        cells = [image.crop((x, y, x + side, y + side)).convert("RGB") for x, y in corners]
+        corners = [(index % columns * width, index // columns * height) for index in range(count)]
+        cells = [image.crop((x, y, x + width, y + height)).convert("RGB") for x, y in corners]
     return [_uri(cell) for cell in cells]
 
 
