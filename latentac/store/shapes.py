@@ -198,12 +198,15 @@ class Scores(Shape):
         return self
 
 
+Side = Annotated[int, Field(gt=0, le=2**14)]
+
+
 class Gallery(Shape):
     """gallery.json: what a contact sheet shows."""
 
     prompts: Annotated[Texts, Field(min_length=1, max_length=10_000)]
     seeds: list[str | Whole]
-    image_size: Annotated[int, Field(gt=0, le=2**14)]
+    image_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)]
     columns: Annotated[int, Field(gt=0, le=10_000)]
     rewards: dict[str, Scored] | None = None
 

@@ -1,5 +1,7 @@
 """The report: what it needs, what it shows, and that no number of it stays out of the summary."""
 
+import base64
+import io
 import json
 import math
 import re
@@ -187,9 +189,6 @@ def test_charts_are_drawn_from_the_summary_alone(complete: tuple[str, dict[str, 
 
 def test_images_stand_under_their_prompt(complete: tuple[str, dict[str, Any]], folder: Path) -> None:
     """Cell i of every sheet is cut out exactly and shown, base, trained, steered, under prompt i."""
-    import base64
-    import io
-
     text, _ = complete
     images = Page(text).images
     for place in range(len(PROMPTS)):

@@ -45,7 +45,7 @@ def images_of(files: Files, gallery: Mapping[str, Any] | None) -> dict[str, list
 def _cut(sheet: Path, key: str, gallery: Mapping[str, Any]) -> list[str]:
     """The images of a contact sheet, row by row."""
     count, columns, size = len(gallery["prompts"]), gallery["columns"], gallery["image_size"]
-    height, width = size if isinstance(size, list) else (size, size)  # older versions knew squares only
+    height, width = sides(size)
     expected = (columns * width, math.ceil(count / columns) * height)
     with _opened(sheet, key) as image:
         if image.size != expected:
@@ -54,6 +54,12 @@ def _cut(sheet: Path, key: str, gallery: Mapping[str, Any]) -> list[str]:
         corners = [(index % columns * width, index // columns * height) for index in range(count)]
         cells = [image.crop((x, y, x + width, y + height)).convert("RGB") for x, y in corners]
     return [_uri(cell) for cell in cells]
+
+
+def sides(size: int | list[int]) -> tuple[int, int]:
+    """Height and width of a gallery's images. Older versions knew squares only, and wrote one number."""
+    height, width = size if isinstance(size, list) else (size, size)
+    return height, width
 
 
 @contextmanager
@@ -95,7 +101,13 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "short": short, "flat": flat, "json": partial(json.dumps, indent=2)}
+    environment.filters |= {
+        "number": number,
+        "short": short,
+        "shorter_side": lambda size: min(sides(size)),
+        "flat": flat,
+        "json": partial(json.dumps, indent=2),
+    }
     return environment.get_template(template).render(**values) + "\n"
 
 
