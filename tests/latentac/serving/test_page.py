@@ -462,3 +462,16 @@ def test_a_phone_and_a_reader_can_use_it(visit: Visit, colour_scheme: str) -> No
     check()
     identifiers = page.locator("[id]").evaluate_all("nodes => nodes.map((node) => node.id)")
     assert len(identifiers) == len(set(identifiers))
+
+
+@pytest.mark.parametrize("width", [360, 980, 1180, 1600])
+def test_nothing_sticks_out_of_its_section(visit: Visit, width: int) -> None:
+    """Controls end where their section ends, in one column and in two."""
+    page = visit(viewport={"width": width, "height": 900})
+    outside = page.locator(CONTROLS).evaluate_all(
+        """controls => controls.map(one => [one, one.closest("section, fieldset, form")])
+            .filter(([one, part]) => part && one.offsetParent)
+            .filter(([one, part]) => one.getBoundingClientRect().right > part.getBoundingClientRect().right + 1)
+            .map(([one]) => one.id || one.textContent)"""
+    )
+    assert outside == []
