@@ -26,6 +26,7 @@ from latentac.components.cluster.objects import (
 from latentac.components.cluster.settings import Cluster, Train
 from latentac.config.schema import Config
 from latentac.runs.failures import ATTEMPT as ATTEMPT_VARIABLE
+from latentac.runs.workers.lease import SECONDS as LEASE_VARIABLE
 from latentac.system.errors import ConfigError, Problem
 
 ROLE = "worker"
@@ -88,6 +89,7 @@ def app(settings: Cluster, run: str, store: str, attempt: str) -> specs.AppDef:
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             "OMP_NUM_THREADS": str(_threads(train)),
             ATTEMPT_VARIABLE: attempt,
+            LEASE_VARIABLE: str(train.lease_seconds),
             **store_environment(settings),
         },
     )

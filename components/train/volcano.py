@@ -34,8 +34,16 @@ from latentac.components.train.job import (
 from latentac.components.train.logs import Logs
 from latentac.components.train.waiting import Waiting
 from latentac.runs import failures
+from latentac.runs.workers.lease import renewed
 from latentac.runs.workspace import Workspace
-from latentac.system.errors import ClusterError, ClusterUnavailable, StoreError, StoreUnavailable, TrainingError
+from latentac.system.errors import (
+    ClusterError,
+    ClusterUnavailable,
+    LeaseExpired,
+    StoreError,
+    StoreUnavailable,
+    TrainingError,
+)
 
 LAST_WORDS = "train-last-words.txt"
 """In `<output>/<run>/`: the end of each pod's log, where the job failed. In the store: `failures/<run>.words.json`."""
@@ -65,7 +73,8 @@ class Volcano:
         """
         check_replicas(self.settings.train, space.config)
         job = self._submit(space)
-        self._follow(space, job)
+        with renewed(space.store, space.run, _attempt(job), self.settings.train.lease_seconds):
+            self._follow(space, job)
         self._compare_world(space)
 
     def _where(self, name: str) -> str:
@@ -87,7 +96,11 @@ class Volcano:
                 continue
             self._check_own(space, job)
             if _phase(job) not in _ENDING:
-                return job
+                if not self._expired(space, job):
+                    return job
+                _log.info("%s has lost its lease, and ends: a new one replaces it", self._where(name))
+                _stop(self._api, self.settings, name)
+                job = self._api.get(VOLCANO_JOBS, name) or job
             if _phase(job) in _ENDED:
                 _log.info("%s is %s: a new one replaces it", self._where(name), _phase(job))
                 self._api.delete(VOLCANO_JOBS, name)
@@ -99,6 +112,13 @@ class Volcano:
                 job = self._api.get(VOLCANO_JOBS, name) or job
                 if _phase(job) in _ENDED and not job["metadata"].get("deletionTimestamp"):
                     self._api.delete(VOLCANO_JOBS, name)
+
+    def _expired(self, space: Workspace, job: dict[str, Any]) -> bool:
+        """Whether the workers of `job` end, because no launching step renewed their lease."""
+        try:
+            return isinstance(failures.read(space.store, space.run, _attempt(job)), LeaseExpired)
+        except StoreUnavailable:
+            return False  # whoever follows the job waits for the store
 
     def _same(self, name: str, job: dict[str, Any]) -> bool:
         now = self._api.get(VOLCANO_JOBS, name)
@@ -162,7 +182,7 @@ class Volcano:
         leader = f"{name}-{ROLE}-0-0"
         logs = Logs(self._api, leader, _log.info)
         waiting = Waiting(leader, train.min_replicas, train.pending_seconds)
-        attempt = (job["metadata"].get("annotations") or {}).get(ATTEMPT, "")
+        attempt = _attempt(job)
         answered = time.monotonic()
         try:
             while True:
@@ -261,6 +281,10 @@ def _stop(api: Api, settings: Cluster, name: str) -> None:
                 _log.info("job %s/%s is stopped", settings.namespace, name)
                 return
     raise ClusterError(f"job {settings.namespace}/{name}", "does not stop", "Delete it, which also deletes its pods")
+
+
+def _attempt(job: dict[str, Any]) -> str:
+    return str((job["metadata"].get("annotations") or {}).get(ATTEMPT, ""))
 
 
 def _phase(job: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from latentac.critic import Critic
 from latentac.runs import failures
 from latentac.runs.release.readme import write_trained
 from latentac.runs.reporting.metrics import of_iteration
+from latentac.runs.workers.lease import watched
 from latentac.runs.workspace import Workspace, open_run
 from latentac.store import open_store
 from latentac.store.published import checked
@@ -87,9 +88,10 @@ class Position:
     def watch(self) -> None:
         """From here on there is something to save. Before, and on one machine, SIGTERM just ends the process."""
         if self.graceful:
-            signal.signal(signal.SIGTERM, self._ask)
+            signal.signal(signal.SIGTERM, self.ask)
 
-    def _ask(self, number: int, frame: object) -> None:
+    def ask(self, *_: object) -> None:
+        """Stop after the iteration, with a checkpoint."""
         self.stop = True
 
 
@@ -100,7 +102,10 @@ def _work_in_pod(run: str, store: str, output: str, position: Position) -> int:
     if failures.read(opened, run, os.environ[failures.ATTEMPT]):
         return 0
     try:
-        finished = work(open_run(run, store, output), position)
+        with watched(opened, run, position.ask) as lease:
+            finished = work(open_run(run, store, output), position)
+        if not finished:
+            lease.check()
     except PeerLost as error:
         _log.warning("another worker was lost, so this one ends and is started again (%s)", error)
         return ALONE
