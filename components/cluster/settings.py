@@ -87,7 +87,8 @@ class Train(Placement):
     """The Volcano job's pods. replicas: pods, as `min:max` of an elastic app; processes: workers in each, one a GPU.
 
     pending_seconds: how long the job may wait for its pods before the step gives up; keep_seconds: how long a finished
-    job stays to be looked at; lease_seconds: after how long without a launching step a job ends by itself; secrets, config_maps: further ones that the pods get as environment.
+    job stays to be looked at; lease_seconds: after how long without a launching step the job ends by itself; secrets,
+    config_maps: further ones that the pods get as environment.
     """
 
     service_account: Name

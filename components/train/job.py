@@ -156,6 +156,12 @@ def _shape_container(container: dict[str, Any], settings: Cluster, name: str) ->
             variable["value"] = handle(settings, name)
 
 
+def requests_of(job: dict[str, Any]) -> dict[str, str]:
+    """What a pod of the job requests, resource -> quantity. A limit without a request is one."""
+    resources = job["spec"]["tasks"][0]["template"]["spec"]["containers"][0].get("resources") or {}
+    return {**(resources.get("limits") or {}), **(resources.get("requests") or {})}
+
+
 def handle(settings: Cluster, name: str) -> str:
     """TorchX's handle of the job, good in any process."""
     return f"kubernetes://torchx/{settings.namespace}:{name}"

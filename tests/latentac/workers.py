@@ -29,7 +29,8 @@ SMALL = [
 
 
 def prepared(folder: Path, *overrides: str, store: str = "") -> Workspace:
-    """A run of the smallest size with its critic pretrained; `overrides` are laid upon that. store: else in `folder`."""
+    """A run of the smallest size with its critic pretrained; `overrides` are laid upon that. store: by default in
+    `folder`."""
     (folder / "prompts.json").write_text(json.dumps(_PROMPTS))
     settings = [*SMALL, f"prompts.source={folder / 'prompts.json'}", *overrides]
     prepare(RUN, store, str(folder), "shapes-unet-smoke", overrides=settings)

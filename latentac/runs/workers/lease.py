@@ -22,7 +22,7 @@ from typing import Any
 
 from latentac.runs import failures
 from latentac.store import Store, open_store
-from latentac.system.errors import ArtifactNotFound, IntegrityError, LatentacError, LeaseExpired
+from latentac.system.errors import ArtifactNotFound, IntegrityError, LeaseExpired
 from latentac.system.reading import whole_variable
 
 SECONDS = "LATENTAC_LEASE_SECONDS"
@@ -107,13 +107,9 @@ class Lease:
                 if self.age() < self._seconds:
                     continue
                 failures.report(self._store, self._run, self._error(), 0)
-            except LatentacError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is no reason to end a job
                 self._read_at = None
-                _log.warning("the lease of the training could not be read or ended: %s", error)
-                continue
-            except Exception:
-                self._read_at = None
-                _log.exception("the lease of the training could not be read")
+                _log.warning("the lease of the training could not be read or ended, and is tried again: %s", error)
                 continue
             self._expired.set()
             stop()
