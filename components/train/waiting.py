@@ -13,7 +13,7 @@ HOPELESS_SECONDS = 20.0
 """How long what does not pass by itself (a missing Secret, a refused pod) is watched: somebody may be repairing it."""
 
 _NO_ROOM = re.compile(
-    r"unschedul|insufficient|nodes? (?:are|is) (?:un)?available|resource fit|notenough", re.IGNORECASE
+    r"unschedul|insufficient|nodes? (?:are |is )?(?:un)?available|resource fit|notenough", re.IGNORECASE
 )
 _LACKING = re.compile(r"insufficient:? (?!insufficient)([a-z0-9][-a-z0-9.]*(?:/[-a-z0-9._]+)?)", re.IGNORECASE)
 _log = logging.getLogger("latentac.train")
