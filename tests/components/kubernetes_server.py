@@ -153,8 +153,8 @@ class _Handler(BaseHTTPRequestHandler):
             if version not in (None, memory.objects[path]["metadata"]["resourceVersion"]):
                 raise Refusal(409, "Conflict", path.rpartition("/")[2])
             own = memory.objects[path]["metadata"]
-            fields = {"status": body["status"]} if status else {**body, "metadata": {**own, **body["metadata"]}}
-            return memory.change(path, **fields)
+            new = {"status": body["status"]} if status else {**body, "metadata": {**own, **body["metadata"]}}
+            return memory.change(path, **new)
         if self.command == "DELETE":
             return memory.objects.pop(path)
         return memory.objects[path]

@@ -9,12 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kubernetes import client
 
+from latentac.components.cluster.api import Api
+from latentac.components.train.volcano import abort
 from latentac.runs import failures
 from latentac.runs.workers import lease
 from latentac.store import Patience, Store, open_store
 from latentac.system.errors import LeaseExpired, StoreError
 from tests.components.kubernetes_server import JobRunner, Kubernetes, kubernetes
+from tests.components.test_volcano import settings_of
 from tests.latentac.test_store import eventually
 from tests.latentac.workers import RUN, prepared
 from tools.minio import Server
@@ -116,6 +120,7 @@ def test_a_job_whose_launching_step_is_killed_ends_by_itself(site: Site) -> None
     lost = time.monotonic()
     eventually(lambda: job in site.runner.ended, 6 * SECONDS)
     took = time.monotonic() - lost
+    print(f"LEASETOOK {took:.1f}")
     said = "no launching step has renewed its lease for 12 s, so the job ended by itself: the step `train` was"
     assert said in site.runner.log(job)
     assert SECONDS - 2 * lease.poll_seconds(SECONDS) < took < 4 * SECONDS, took
@@ -175,6 +180,29 @@ def test_a_step_that_finds_a_job_without_a_lease_replaces_it(site: Site, monkeyp
     assert "has lost its lease, and ends: a new one replaces it" in site.log(1).read_text()
     site.trains(site.iteration)
     assert job in site.runner.ended
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("site", ["folder"], indirect=True)
+def test_a_retry_of_a_run_whose_finish_has_stopped_the_job_continues_it(site: Site) -> None:
+    """A node is drained: the step is asked to end, KFP calls that a failure, and `finish` stops the job. The step of
+    the retry waits until the job has written its checkpoint and is gone, and starts another one from there."""
+    first = site.start()
+    site.trains()
+    job = site.uid
+    first.terminate()
+    assert first.wait(60) != 0
+    reached = site.iteration
+    aborting = Api(client.Configuration(host=site.memory.url), "here")
+    assert abort(settings_of("here"), RUN, aborting) == [site.runner.jobs[0]["metadata"]["name"]]
+
+    site.start()
+    eventually(lambda: site.runner.jobs and site.uid != job, 120)
+    assert job in site.runner.ended, "both jobs run"
+    assert site.iteration >= reached
+    site.trains(site.iteration)
+    assert failures.last(site.store, RUN) is None
 
 
 # What a worker sees of it
