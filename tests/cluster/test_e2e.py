@@ -132,11 +132,11 @@ class Failing:
 
     def leave_job(self) -> None:
         """The training job of the run, once it has started, as its step would have made it."""
-        eventually(lambda: self.kfp.runs, 240)
+        eventually(lambda: bool(self.kfp.runs), 240)
         (run,) = self.kfp.runs.values()
         name = run["runtime_config"]["parameters"]["run"]
         labels = {"latentac.io/run": name, "app.kubernetes.io/component": "train"}
-        metadata = {**JOB["metadata"], "labels": labels, "annotations": {"latentac.io/run": name}}
+        metadata = {"name": "latentac-1", "labels": labels, "annotations": {"latentac.io/run": name}}
         self.plane.kubectl("apply", "-n", self.namespace, "-f", "-", stdin=json.dumps({**JOB, "metadata": metadata}))
         status = json.dumps({"status": {"state": {"phase": "Running"}, "minAvailable": 1}})
         self.plane.kubectl("patch", *self.job, "--subresource=status", "--type=merge", "-p", status)

@@ -120,7 +120,6 @@ def test_a_job_whose_launching_step_is_killed_ends_by_itself(site: Site) -> None
     lost = time.monotonic()
     eventually(lambda: job in site.runner.ended, 6 * SECONDS)
     took = time.monotonic() - lost
-    print(f"LEASETOOK {took:.1f}")
     said = "no launching step has renewed its lease for 12 s, so the job ended by itself: the step `train` was"
     assert said in site.runner.log(job)
     assert SECONDS - 2 * lease.poll_seconds(SECONDS) < took < 4 * SECONDS, took
@@ -176,7 +175,7 @@ def test_a_step_that_finds_a_job_without_a_lease_replaces_it(site: Site, monkeyp
     failures.report(site.store, RUN, LeaseExpired("training", "ended", "Resume it"), 0)
 
     site.start()
-    eventually(lambda: site.runner.jobs and site.uid != job, 120)
+    eventually(lambda: bool(site.runner.jobs) and site.uid != job, 120)
     assert "has lost its lease, and ends: a new one replaces it" in site.log(1).read_text()
     site.trains(site.iteration)
     assert job in site.runner.ended
@@ -198,7 +197,7 @@ def test_a_retry_of_a_run_whose_finish_has_stopped_the_job_continues_it(site: Si
     assert abort(settings_of("here"), RUN, aborting) == [site.runner.jobs[0]["metadata"]["name"]]
 
     site.start()
-    eventually(lambda: site.runner.jobs and site.uid != job, 120)
+    eventually(lambda: bool(site.runner.jobs) and site.uid != job, 120)
     assert job in site.runner.ended, "both jobs run"
     assert site.iteration >= reached
     site.trains(site.iteration)
@@ -293,7 +292,7 @@ def test_an_outage_of_the_store_does_not_end_the_job(
             time.sleep(3.0)
             assert not asked
             server.start()
-            eventually(lambda: asked, 30)
+            eventually(lambda: bool(asked), 30)
     finally:
         server.stop()
 

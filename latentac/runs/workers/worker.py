@@ -88,10 +88,9 @@ class Position:
     def watch(self) -> None:
         """From here on there is something to save. Before, and on one machine, SIGTERM just ends the process."""
         if self.graceful:
-            signal.signal(signal.SIGTERM, self.ask)
+            signal.signal(signal.SIGTERM, self._ask)
 
-    def ask(self, *_: object) -> None:
-        """Stop after the iteration, with a checkpoint."""
+    def _ask(self, number: int, frame: object) -> None:
         self.stop = True
 
 
@@ -101,8 +100,12 @@ def _work_in_pod(run: str, store: str, output: str, position: Position) -> int:
     opened = open_store(store)
     if failures.read(opened, run, os.environ[failures.ATTEMPT]):
         return 0
+
+    def stop() -> None:
+        position.stop = True
+
     try:
-        with watched(opened, run, position.ask) as lease:
+        with watched(opened, run, stop) as lease:
             finished = work(open_run(run, store, output), position)
         if not finished:
             lease.check()
