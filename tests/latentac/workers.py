@@ -29,8 +29,7 @@ SMALL = [
 
 
 def prepared(folder: Path, *overrides: str, store: str = "") -> Workspace:
-    """A run of the smallest size with its critic pretrained; `overrides` are laid upon that. store: by default in
-    `folder`."""
+    """A run of the smallest size with its critic pretrained; `overrides` are laid upon that."""
     (folder / "prompts.json").write_text(json.dumps(_PROMPTS))
     settings = [*SMALL, f"prompts.source={folder / 'prompts.json'}", *overrides]
     prepare(RUN, store, str(folder), "shapes-unet-smoke", overrides=settings)
