@@ -76,12 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     report = _add(group, "report", "fetch a run's report", f"{_HOST} 8f14e45f-ceea-467f --to report.html", _report)
     report.add_argument("--to", type=Path, required=True, metavar="FILE", help="the page")
     report.add_argument("--store", default="", metavar="URL", help="the store (default: the run's own)")
-    cancel = _add(group, "cancel", "stop a run and its training job", f"{_HOST} 8f14e45f-ceea-467f", _cancel)
+    cancel = _add(group, "cancel", "stop a run and its training job", f"{_HOST} {release} 8f14e45f-ceea", _cancel)
     runs = _add(group, "runs", "list the newest runs", _HOST, _runs)
     runs.add_argument("--count", type=whole(1, 1000), default=10, metavar="N", help="how many (default: %(default)s)")
     for each in (follow, report, cancel, runs):
         _add_host(each)
-    _add_cluster(follow)
+    for each in (follow, cancel):
+        _add_cluster(each)
     for each in (follow, report, cancel):
         each.add_argument("id", help="the run's id in Kubeflow Pipelines, which submit prints")
     return parser
@@ -192,14 +193,13 @@ def _follow(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from latentac.pipelines.managing import name_of, parameters_of
     from latentac.store import open_store
     from latentac.system.scratch import write_whole
 
     service = _service(options)
-    given = _given(service, options.id)
-    # A recurring run has the id that KFP gave it.
-    run = options.id if given.get("run", "-") == "-" else str(given["run"])
-    store = options.store or str(given.get("store") or "")
+    found = service.run(options.id)
+    run, store = name_of(found), options.store or str(parameters_of(found).get("store") or "")
     if not store:
         raise ConfigError([Problem("--store", "", f"run {options.id} does not name its store", "Name it.")])
     with tempfile.TemporaryDirectory() as folder:
@@ -210,19 +210,16 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _cancel(options: argparse.Namespace) -> None:
-    service = _service(options)
-    state = str(service.run(options.id).state)
-    if state in ("SUCCEEDED", "FAILED", "CANCELED"):
-        _say(f"run {options.id}: {state} already")
-        return
-    service.terminate(options.id)
-    _say(f"run {options.id}: is cancelled; its step `finish` stops the training job and undoes an unfinished release")
+    from latentac.pipelines.managing import cancel
+
+    cancel(_service(options), options.id, _settings(options) if _named(options) else None, _say)
 
 
 def _runs(options: argparse.Namespace) -> None:
-    for run in _service(options).runs(options.count):
-        name = ((run.runtime_config and run.runtime_config.parameters) or {}).get("run") or run.display_name
-        _say(f"{run.run_id}  {run.created_at:%Y-%m-%d %H:%M}  {run.state!s:<10}  {name}")
+    from latentac.pipelines.managing import listed
+
+    for line in listed(_service(options), options.count):
+        _say(line)
 
 
 def _finish(state: str, run_id: str) -> None:
@@ -318,11 +315,6 @@ def _places(settings: "Cluster") -> dict[str, str]:
     return {"store": settings.store.url, "output": WORK}
 
 
-def _given(service: "Service", run_id: str) -> dict[str, Any]:
-    configured = service.run(run_id).runtime_config
-    return dict((configured and configured.parameters) or {})
-
-
 def _new_id(recipe: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', recipe)}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
@@ -341,7 +333,7 @@ def _follower(options: argparse.Namespace, service: "Service", settings: "Cluste
     if settings is not None:
         from latentac.pipelines.pods import Pods
 
-        pods = Pods(settings.steps.namespace, _say)
+        pods = Pods(settings.steps.namespace, NAMES, _say)
         follower.troubles, follower.last_words = pods.troubles, pods.last_words
     return follower
 

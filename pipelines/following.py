@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from latentac.pipelines.pods import MAIN, attempt_of, without_attempt
 from latentac.pipelines.service import Service
 from latentac.system.errors import ClusterError, ClusterUnavailable
 
@@ -14,6 +15,13 @@ CANCELED = "CANCELED"
 OVER = frozenset({SUCCEEDED, FAILED, CANCELED})
 _STEP_OVER = frozenset({SUCCEEDED, FAILED, SKIPPED, CANCELED})
 
+LAST = "finish"
+"""The step that stops what a run left on the cluster."""
+
+_LEFT = (
+    "a training job and an unfinished release may be left. `latentac pipeline cancel {}` with --release and "
+    "--kube-namespace stops both. Otherwise the job ends after train.leaseSeconds without its step"
+)
 Troubles = Callable[[str], list[str]]
 """A run's id -> what its pods wait for or died of, where Kubernetes can be asked; else it gives nothing."""
 
@@ -44,7 +52,7 @@ class Follower:
             run = self._read(run_id)
             details = list(run.run_details.task_details or []) if run.run_details else []
             self._announce(details)
-            state = _state(run)
+            state = state_of(run)
             if state in OVER:
                 return self._conclude(run_id, state)
             self._wait(run_id, run, details)
@@ -70,17 +78,19 @@ class Follower:
         """A line where a step has begun, and one where it has ended."""
         for number, step in enumerate(self.steps, start=1):
             label = f"[{number}/{len(self.steps)}] {step}"
-            for detail in details:
-                if detail.display_name != step:
-                    continue
-                before, now = self._seen.get(step), str(detail.state)
-                if before is None and now in (RUNNING, *_STEP_OVER) and now != SKIPPED:
-                    self.say(label)
-                if before not in _STEP_OVER and now in _STEP_OVER:
-                    word = {SUCCEEDED: "done", SKIPPED: "skipped"}.get(now, "failed")
-                    self.say(f"{label} {word}{_took(detail)}")
-                if now in (RUNNING, *_STEP_OVER):
-                    self._seen[step] = now
+            detail = _newest(details, step)
+            if detail is None:
+                continue
+            before, now = self._seen.get(step), str(detail.state)
+            if before is None and now in (RUNNING, *_STEP_OVER) and now != SKIPPED:
+                self.say(label)
+            if before in _STEP_OVER and now == RUNNING:
+                self.say(f"{label} again")
+            if before not in _STEP_OVER and now in _STEP_OVER:
+                word = {SUCCEEDED: "done", SKIPPED: "skipped"}.get(now, "failed")
+                self.say(f"{label} {word}{_took(detail)}")
+            if now in (RUNNING, *_STEP_OVER):
+                self._seen[step] = now
 
     def _wait(self, run_id: str, run: Any, details: list[Any]) -> None:
         """Tell what the pods wait for; give up when they have waited too long. KFP itself would wait for ever."""
@@ -111,15 +121,24 @@ class Follower:
                 self.say(f"      {line}")
             for line in self.last_words(run_id):
                 self.say(f"      {line}")
+        if state != SUCCEEDED and self._seen.get(LAST) != SUCCEEDED:
+            self.say(f"      {LAST} {'failed' if LAST in self._seen else 'did not run'}: {_LEFT.format(run_id)}")
         self.say(f"run {run_id}: {state}")
         return state
 
 
-def _state(run: Any) -> str:
+def state_of(run: Any) -> str:
     """A run that was cancelled ends as FAILED: only its history tells."""
     state = str(run.state)
     history = {str(entry.state) for entry in run.state_history or []}
     return CANCELED if state in (FAILED, CANCELED) and history & {"CANCELING", CANCELED} else state
+
+
+def _newest(details: list[Any], step: str) -> Any:
+    """What the server says of the step: the entry of its name, else that of its last attempt; None before it begins."""
+    found = [detail for detail in details if without_attempt(str(detail.display_name)) == step]
+    exact = [detail for detail in found if detail.display_name == step]
+    return exact[-1] if exact else max(found, key=lambda detail: attempt_of(detail.display_name), default=None)
 
 
 def _took(detail: Any) -> str:
@@ -130,22 +149,26 @@ def _took(detail: Any) -> str:
 
 
 def _messages(nodes: Mapping[str, Mapping[str, Any]], steps: tuple[str, ...], phases: set[str]) -> list[str]:
-    """`step: message` of each of Argo's nodes in one of the phases that has one; the nodes of pods come first."""
+    """`step: message` of each of Argo's nodes of pods in one of the phases that has one. The nodes around them say only
+    that a child failed, so they count where no pod has a message."""
     found: dict[str, None] = {}
     for pod in (True, False):
         for node in nodes.values():
-            message = node.get("message")
+            message = str(node.get("message") or "").removeprefix(f"{MAIN}: ")
             if node.get("phase") in phases and message and (node.get("type") == "Pod") == pod:
                 found[f"{_step_of(node, nodes, steps)}: {message}"] = None
+        if found:
+            break
     return list(found)
 
 
 def _step_of(node: Mapping[str, Any], nodes: Mapping[str, Mapping[str, Any]], steps: tuple[str, ...]) -> str:
     """The step that a node belongs to: its pod is called `executor`, the nodes around it have the step's name."""
-    own = str(node.get("displayName") or node.get("name"))
+    own = without_attempt(str(node.get("displayName") or node.get("name")))
     inner: Mapping[str, Any] | None = node
     while inner is not None:
-        if inner.get("displayName") in steps:
-            return str(inner["displayName"])
+        name = without_attempt(str(inner.get("displayName")))
+        if name in steps:
+            return name
         inner = nodes.get(str(inner.get("boundaryID")))
     return own

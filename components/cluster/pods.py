@@ -65,6 +65,13 @@ def last_words(api: Api, pods: Iterable[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def failed_containers(pod: Mapping[str, Any]) -> list[str]:
+    """Names of the containers that ended with an exit code other than 0."""
+    return [
+        status["name"] for status in _statuses(pod) if (status.get("state", {}).get("terminated") or {}).get("exitCode")
+    ]
+
+
 def _statuses(pod: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     status = pod.get("status", {})
     yield from status.get("initContainerStatuses") or []

@@ -87,7 +87,8 @@ class Train(Placement):
     """The Volcano job's pods. replicas: pods, as `min:max` of an elastic app; processes: workers in each, one a GPU.
 
     pending_seconds: how long the job may wait for its pods before the step gives up; keep_seconds: how long a finished
-    job stays to be looked at; secrets, config_maps: further ones that the pods get as environment.
+    job stays to be looked at; lease_seconds: after how long without a launching step the job ends by itself; secrets,
+    config_maps: further ones that the pods get as environment.
     """
 
     service_account: Name
@@ -103,6 +104,7 @@ class Train(Placement):
     grace_seconds: Positive = 60
     pending_seconds: Rate = 900.0
     keep_seconds: Positive = 3600
+    lease_seconds: Annotated[int, Field(ge=60, le=10**7)] = 900
     secrets: list[Name] = []
     config_maps: list[Name] = []
 

@@ -233,15 +233,16 @@ def rollout(settings: Cluster) -> Rollout:
     return Rollout(connect(settings.namespace), settings)
 
 
-def abandon(settings: Cluster, run: str, api: Api | None = None) -> None:
-    """Take back what a release of `run` left half way: its green, and a stable one that was never accepted.
+def abandon(settings: Cluster, run: str, api: Api | None = None) -> bool:
+    """Take back what a release of `run` left half way: its green, and a stable one that was never accepted. Returns
+    whether there was one.
 
     Does not wait for the previous version's pods. Nothing where the run left nothing. Raises ClusterError.
     """
     api = api or connect(settings.namespace)
     green = api.get(INFERENCE_SERVICES, objects.green_name(settings))
     if green is None or (green["metadata"].get("labels") or {}).get(RUN) != label(run):
-        return
+        return False
     live = api.get(INFERENCE_SERVICES, settings.deploy.name)
     before = record(_note(green, BEFORE), BEFORE)
     traffic = traffic_of(api, settings)
@@ -250,6 +251,7 @@ def abandon(settings: Cluster, run: str, api: Api | None = None) -> None:
     if live is not None and _unaccepted(live, green):
         _restore(api, live, before)
     _remove(api, green)
+    return True
 
 
 def _unaccepted(live: Mapping[str, Any] | None, green: Mapping[str, Any] | None) -> bool:

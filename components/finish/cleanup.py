@@ -1,20 +1,30 @@
 """What a run may have left on a cluster when it ends early: a training job that goes on, a release half made."""
 
+from typing import TYPE_CHECKING
 
-def clear(run: str) -> None:
-    """Stop the run's training job and take an unfinished release back; nothing off a cluster. Raises ClusterError.
+if TYPE_CHECKING:
+    from latentac.components.cluster.settings import Cluster
 
-    A step that is cancelled gets no time to do it itself, and this task runs after a cancel too.
+
+def clear(run: str, settings: "Cluster | None" = None) -> list[str]:
+    """Stop the run's training job and take an unfinished release back; nothing off a cluster. Returns what was done, in
+    words. Raises ClusterError.
+
+    settings: of the cluster; by default those of the cluster around this process. A step that is cancelled gets no time
+    to do it itself. So the step `finish` does it, and `latentac pipeline cancel`, because Argo does not always run
+    `finish` after a cancel.
     """
     from latentac.components.cluster.settings import here
 
-    settings = here()
+    settings, done = settings or here(), list[str]()
     if settings is None:
-        return
+        return done
     from latentac.components.deploy.rollout import abandon
     from latentac.components.train.volcano import abort
 
     try:
-        abort(settings, run)
+        done += [f"training job {settings.namespace}/{name} is stopped" for name in abort(settings, run)]
     finally:  # each is tried, whatever becomes of the other
-        abandon(settings, run)
+        if abandon(settings, run):
+            done.append(f"the unfinished release of {settings.deploy.name} is undone")
+    return done

@@ -26,6 +26,7 @@ from latentac.components.cluster.objects import (
 from latentac.components.cluster.settings import Cluster, Train
 from latentac.config.schema import Config
 from latentac.runs.failures import ATTEMPT as ATTEMPT_VARIABLE
+from latentac.runs.workers.lease import SECONDS as LEASE_VARIABLE
 from latentac.system.errors import ConfigError, Problem
 
 ROLE = "worker"
@@ -88,6 +89,7 @@ def app(settings: Cluster, run: str, store: str, attempt: str) -> specs.AppDef:
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             "OMP_NUM_THREADS": str(_threads(train)),
             ATTEMPT_VARIABLE: attempt,
+            LEASE_VARIABLE: str(train.lease_seconds),
             **store_environment(settings),
         },
     )
@@ -152,6 +154,12 @@ def _shape_container(container: dict[str, Any], settings: Cluster, name: str) ->
     for variable in container["env"]:
         if variable["name"] == "TORCHX_JOB_ID":  # TorchX leaves the namespace out, and cannot read that back
             variable["value"] = handle(settings, name)
+
+
+def requests_of(job: dict[str, Any]) -> dict[str, str]:
+    """What a pod of the job requests, resource -> quantity. A limit without a request is one."""
+    resources = job["spec"]["tasks"][0]["template"]["spec"]["containers"][0].get("resources") or {}
+    return {**(resources.get("limits") or {}), **(resources.get("requests") or {})}
 
 
 def handle(settings: Cluster, name: str) -> str:

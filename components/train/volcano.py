@@ -29,13 +29,22 @@ from latentac.components.train.job import (
     handle,
     job_name,
     options,
+    requests_of,
     shape,
 )
 from latentac.components.train.logs import Logs
 from latentac.components.train.waiting import Waiting
 from latentac.runs import failures
+from latentac.runs.workers.lease import renewed
 from latentac.runs.workspace import Workspace
-from latentac.system.errors import ClusterError, ClusterUnavailable, StoreError, StoreUnavailable, TrainingError
+from latentac.system.errors import (
+    ClusterError,
+    ClusterUnavailable,
+    LeaseExpired,
+    StoreError,
+    StoreUnavailable,
+    TrainingError,
+)
 
 LAST_WORDS = "train-last-words.txt"
 """In `<output>/<run>/`: the end of each pod's log, where the job failed. In the store: `failures/<run>.words.json`."""
@@ -65,7 +74,8 @@ class Volcano:
         """
         check_replicas(self.settings.train, space.config)
         job = self._submit(space)
-        self._follow(space, job)
+        with renewed(space.store, space.run, _attempt(job), self.settings.train.lease_seconds):
+            self._follow(space, job)
         self._compare_world(space)
 
     def _where(self, name: str) -> str:
@@ -87,7 +97,11 @@ class Volcano:
                 continue
             self._check_own(space, job)
             if _phase(job) not in _ENDING:
-                return job
+                if not self._expired(space, job):
+                    return job
+                _log.info("%s has lost its lease, and ends: a new one replaces it", self._where(name))
+                _stop(self._api, self.settings, name)
+                job = self._api.get(VOLCANO_JOBS, name) or job
             if _phase(job) in _ENDED:
                 _log.info("%s is %s: a new one replaces it", self._where(name), _phase(job))
                 self._api.delete(VOLCANO_JOBS, name)
@@ -99,6 +113,13 @@ class Volcano:
                 job = self._api.get(VOLCANO_JOBS, name) or job
                 if _phase(job) in _ENDED and not job["metadata"].get("deletionTimestamp"):
                     self._api.delete(VOLCANO_JOBS, name)
+
+    def _expired(self, space: Workspace, job: dict[str, Any]) -> bool:
+        """Whether the workers of `job` end, because no launching step renewed their lease."""
+        try:
+            return isinstance(failures.read(space.store, space.run, _attempt(job)), LeaseExpired)
+        except StoreUnavailable:
+            return False  # whoever follows the job waits for the store
 
     def _same(self, name: str, job: dict[str, Any]) -> bool:
         now = self._api.get(VOLCANO_JOBS, name)
@@ -150,19 +171,24 @@ class Volcano:
     def _pods(self, name: str) -> list[dict[str, Any]]:
         return self._api.find(PODS, labels=f"{JOB_NAME}={name}")
 
-    def _events(self, job: dict[str, Any]) -> list[dict[str, Any]]:
-        """Of the job, and of its pod group, where the scheduler tells what it lacks."""
+    def _events(self, job: dict[str, Any], pods: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Of the job, of its pod group, and of its pods: the scheduler tells in any of them what it lacks."""
         name, own = job["metadata"]["name"], job["metadata"]["uid"]
         found = self._api.find(EVENTS, fields=f"involvedObject.uid={own}")
-        return found + self._api.find(EVENTS, fields=f"involvedObject.name={name}-{own}")
+        found += self._api.find(EVENTS, fields=f"involvedObject.name={name}-{own}")
+        known = {pod["metadata"]["uid"] for pod in pods}
+        if not known:
+            return found
+        of_pods = self._api.find(EVENTS, fields="involvedObject.kind=Pod")
+        return found + [event for event in of_pods if event["involvedObject"].get("uid") in known]
 
     def _follow(self, space: Workspace, job: dict[str, Any]) -> None:
         """Until the job completed; its log lines become this step's. Raises as __call__ says."""
         train, name = self.settings.train, job["metadata"]["name"]
         leader = f"{name}-{ROLE}-0-0"
         logs = Logs(self._api, leader, _log.info)
-        waiting = Waiting(leader, train.min_replicas, train.pending_seconds)
-        attempt = (job["metadata"].get("annotations") or {}).get(ATTEMPT, "")
+        waiting = Waiting(leader, train.min_replicas, train.pending_seconds, requests_of(job))
+        attempt = _attempt(job)
         answered = time.monotonic()
         try:
             while True:
@@ -209,7 +235,7 @@ class Volcano:
         logs.watch(pods)
         if _phase(job) in _ENDING:
             return _phase(job), None
-        return _phase(job), waiting.over(pods, lambda: self._events(job))
+        return _phase(job), waiting.over(pods, lambda: self._events(job, pods))
 
     def _keep(self, space: Workspace, words: Iterable[str]) -> None:
         lines = list(words)
@@ -227,16 +253,19 @@ class Volcano:
             _log.warning("at most %s workers trained, but %s were requested: see the job's pods", reached, wanted)
 
 
-def abort(settings: Cluster, run: str, api: Api | None = None) -> None:
-    """Stop the run's jobs that are still active; their pods get their grace to write a checkpoint.
+def abort(settings: Cluster, run: str, api: Api | None = None) -> list[str]:
+    """Stop the run's jobs that are still active, and return their names; their pods get their grace to write a
+    checkpoint. Raises ClusterError.
 
     The job stays, to be looked at, until the run's workflow is deleted or the run is resumed.
     """
     api = api or connect(settings.namespace)
-    selector = f"{RUN}={label(run)},app.kubernetes.io/component=train"
+    selector, stopped = f"{RUN}={label(run)},app.kubernetes.io/component=train", []
     for job in api.find(VOLCANO_JOBS, labels=selector):
         if job["metadata"].get("annotations", {}).get(RUN) == run and _phase(job) not in _ENDING:
             _stop(api, settings, job["metadata"]["name"])
+            stopped.append(str(job["metadata"]["name"]))
+    return stopped
 
 
 def _stop(api: Api, settings: Cluster, name: str) -> None:
@@ -261,6 +290,10 @@ def _stop(api: Api, settings: Cluster, name: str) -> None:
                 _log.info("job %s/%s is stopped", settings.namespace, name)
                 return
     raise ClusterError(f"job {settings.namespace}/{name}", "does not stop", "Delete it, which also deletes its pods")
+
+
+def _attempt(job: dict[str, Any]) -> str:
+    return str((job["metadata"].get("annotations") or {}).get(ATTEMPT, ""))
 
 
 def _phase(job: dict[str, Any]) -> str:

@@ -174,6 +174,10 @@ class Diverged(TrainingError):
     """Training left the region where it can learn."""
 
 
+class LeaseExpired(TrainingError):
+    """A training job ended by itself, because no launching step renewed its lease."""
+
+
 class ServingError(LatentacError):
     exit_code = 8
 

@@ -196,6 +196,19 @@ def submit(tools: Tools, release: str, host: str, many_users: bool) -> str:
         command += ["--pipeline-root", root]
     say(shlex.join(["latentac", *command[3:]]))
     lines: list[str] = []
+    try:
+        code = shown(command, lines)
+        if code or not started(lines):
+            raise Failed(f"the run did not succeed; it said last:\n{chr(10).join(lines[-10:])}")
+    except BaseException:
+        if started(lines):  # nothing may go on that is taken away in a moment
+            cancel(tools, release, host, started(lines))
+        raise
+    return started(lines)
+
+
+def shown(command: list[str], lines: list[str]) -> int:
+    """The exit code of a command, whose output goes to `lines` and is shown as it comes."""
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         try:
@@ -205,13 +218,23 @@ def submit(tools: Tools, release: str, host: str, many_users: bool) -> str:
         except BaseException:
             process.terminate()
             raise
-    started = next((match[1] for line in lines if (match := re.match(r"run (\S+), ", line))), "")
-    if process.returncode or not started:
-        if started:  # nothing may go on that is taken away in a moment
-            cancel = [sys.executable, "-m", "latentac.runs.cli", "pipeline", "cancel", started, "--host", host]
-            subprocess.run(cancel, cwd=ROOT, timeout=SECONDS, check=False)
-        raise Failed(f"the run did not succeed; it said last:\n{chr(10).join(lines[-10:])}")
-    return started
+    return process.returncode
+
+
+def started(lines: list[str]) -> str:
+    """The id of the run that `submit` said to have started; empty if it started none."""
+    return next((match[1] for line in lines if (match := re.match(r"run (\S+), ", line))), "")
+
+
+def cancel(tools: Tools, release: str, host: str, run_id: str) -> None:
+    """Stop a run that did not succeed, and its training job. What cannot be stopped is said, and hides no failure."""
+    command = [sys.executable, "-m", "latentac.runs.cli", "pipeline", "cancel", run_id, "--host", host]
+    command += ["--release", release, "--kube-namespace", tools.namespace]
+    say(shlex.join(["latentac", *command[3:]]))
+    try:
+        print(run(command, SECONDS), end="", flush=True)
+    except Failed as error:
+        print(f"e2e: {error}", file=sys.stderr, flush=True)
 
 
 def draw(tools: Tools, settings: Cluster) -> None:

@@ -124,7 +124,7 @@ def test_workers_meet_at_replica_0() -> None:
 def test_environment_of_the_workers() -> None:
     """What survives faults is set, the threads are the worker's share of the CPUs, and no secret is among them."""
     resources = {"requests": {"cpu": "3500m"}, "limits": {"nvidia.com/gpu": "2"}}
-    settings = settings_of(processes=2, grace_seconds=60, resources=resources, secrets=["hub"], config_maps=["proxy"])
+    settings = settings_of(processes=2, lease_seconds=120, resources=resources, secrets=["hub"], config_maps=["proxy"])
     container = shaped(settings)["spec"]["tasks"][1]["template"]["spec"]["containers"][0]
     values = environment(container)
 
@@ -134,6 +134,7 @@ def test_environment_of_the_workers() -> None:
     assert "PET_LOCAL_ADDR" not in values  # the pods find each other by their names
     assert values["OMP_NUM_THREADS"] == "1"
     assert values["LATENTAC_ATTEMPT"] == "attempt-1"
+    assert values["LATENTAC_LEASE_SECONDS"] == "120"
     assert values["LATENTAC_S3_ENDPOINT"] == "https://minio:9000"
     assert values["LATENTAC_S3_CA"] == "/etc/latentac-ca/ca.crt"
     assert values["TORCHX_JOB_ID"] == f"kubernetes://torchx/here:{jobs.job_name('here', 'run-1', 'c0ffee')}"
@@ -276,12 +277,12 @@ def test_what_does_not_pass_is_given_up_soon_and_what_may_pass_later() -> None:
     running = [{"metadata": {"name": "job-worker-0-0"}, "status": {"phase": "Running"}}]
     missing = [pending_pod("job-worker-0-0", reason="CreateContainerConfigError", message="secret not found")]
 
-    waiting = Waiting("job-worker-0-0", 1, 900.0, lambda: now[0])
+    waiting = Waiting("job-worker-0-0", 1, 900.0, {}, lambda: now[0])
     assert waiting.over(missing, list) is None
     now[0] = 25.0
     assert "secret not found" in (waiting.over(missing, list) or "")
 
-    waiting = Waiting("job-worker-0-0", 1, 900.0, lambda: now[0])
+    waiting = Waiting("job-worker-0-0", 1, 900.0, {}, lambda: now[0])
     full = [{"type": "Warning", "reason": "Unschedulable", "involvedObject": {"name": "job", "kind": "PodGroup"}}]
     assert waiting.over([], lambda: full) is None
     now[0] = 500.0
@@ -291,6 +292,67 @@ def test_what_does_not_pass_is_given_up_soon_and_what_may_pass_later() -> None:
     assert waiting.over(running, lambda: full) is None
     now[0] = 1800.0
     assert waiting.over([], list) is None, "the clock starts again when the pods were there in between"
+
+
+GANG = "0/0 tasks in gang unschedulable: pod group is not ready, 2 minAvailable"
+REQUESTS = {"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "4"}
+
+
+def event(kind: str, reason: str, message: str) -> dict[str, Any]:
+    involved = {"kind": kind, "name": f"{kind.lower()}-1"}
+    return {"type": "Warning", "reason": reason, "message": message, "involvedObject": involved}
+
+
+@pytest.mark.parametrize(
+    ("events", "words"),
+    [
+        ([], "no event says which resource is short; each pod requests cpu 8, memory 64Gi, nvidia.com/gpu 4, and 2 of"),
+        (
+            [
+                event(
+                    "Pod",
+                    "FailedScheduling",
+                    "0/3 nodes are available: 1 Insufficient cpu, 3 Insufficient nvidia.com/gpu.",
+                )
+            ],
+            "short of cpu, nvidia.com/gpu; each pod requests cpu 8, memory 64Gi, nvidia.com/gpu 4, and 2 of them must",
+        ),
+        (
+            [
+                event(
+                    "PodGroup", "NotEnoughResources", "queue default: resource quota insufficient: insufficient memory"
+                )
+            ],
+            "short of memory; each pod",
+        ),
+        ([event("Pod", "FailedScheduling", "Insufficient pods")], "no event says which resource is short; each pod"),
+    ],
+)
+def test_a_lack_of_room_is_told_with_the_resource_and_the_requests(events: list[dict[str, Any]], words: str) -> None:
+    """Volcano says of a job only that its tasks cannot be scheduled; events of pods and of the queue may say more."""
+    now = [0.0]
+    waiting = Waiting("job-worker-0-0", 2, 900.0, REQUESTS, lambda: now[0])
+    told = [event("PodGroup", "Unschedulable", GANG), *events]
+    assert waiting.over([], lambda: told) is None
+    now[0] = 930.0
+    reason = waiting.over([], lambda: told) or ""
+    assert f"room in the cluster and the queue: {words}" in reason
+
+
+def test_what_is_no_lack_of_room_is_not_called_one() -> None:
+    """A Secret that is missing says nothing of requests."""
+    now = [0.0]
+    waiting = Waiting("job-worker-0-0", 1, 900.0, REQUESTS, lambda: now[0])
+    missing = [pending_pod("job-worker-0-0", reason="CreateContainerConfigError", message="secret not found")]
+    assert waiting.over(missing, list) is None
+    now[0] = 25.0
+    assert "requests" not in (waiting.over(missing, list) or "requests")
+
+
+def test_requests_of_a_pod_are_its_limits_where_it_has_none() -> None:
+    """As Kubernetes takes them."""
+    resources = {"requests": {"cpu": "2"}, "limits": {"cpu": "3", "nvidia.com/gpu": "1"}}
+    assert jobs.requests_of(shaped(settings_of(resources=resources))) == {"cpu": "2", "nvidia.com/gpu": "1"}
 
 
 # The API server
@@ -618,6 +680,7 @@ def test_pods_that_find_no_node_are_reported_within_a_bound(site: Site, tmp_path
     error = training.result(30)
     assert isinstance(error, ClusterError)
     assert "no nodes available to schedule pods" in str(error)
+    assert "no event says which resource is short; each pod requests nothing, and 1 of them must fit" in str(error)
 
 
 @pytest.mark.slow

@@ -265,11 +265,12 @@ def test_json_has_every_number(here: Place, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_deleted_run_is_gone_and_the_others_are_whole(place: Place) -> None:
-    """Artifacts, checkpoints, model, event files and the failure in the store, the working folder here; and the bytes
-    that were promised become free."""
+    """Artifacts, checkpoints, model, event files, failure and lease in the store, the working folder here; and the
+    bytes that were promised become free."""
     place.run("goes")
     place.run("stays", BEFORE_GATE)
     place.store.write_json("failures/goes.json", {"error": None})
+    place.store.write_json("leases/goes.json", {"attempt": "1", "token": "x"})
     plan = plan_delete(["goes"], place.output, place.url)
     before = occupied(place)
 

@@ -28,13 +28,13 @@ SMALL = [
 ]
 
 
-def prepared(folder: Path, *overrides: str) -> Workspace:
+def prepared(folder: Path, *overrides: str, store: str = "") -> Workspace:
     """A run of the smallest size with its critic pretrained; `overrides` are laid upon that."""
     (folder / "prompts.json").write_text(json.dumps(_PROMPTS))
     settings = [*SMALL, f"prompts.source={folder / 'prompts.json'}", *overrides]
-    prepare(RUN, "", str(folder), "shapes-unet-smoke", overrides=settings)
-    pretrain_value(RUN, "", str(folder))
-    return open_run(RUN, "", str(folder))
+    prepare(RUN, store, str(folder), "shapes-unet-smoke", overrides=settings)
+    pretrain_value(RUN, store, str(folder))
+    return open_run(RUN, store, str(folder))
 
 
 def train_here(folder: Path, patch: pytest.MonkeyPatch) -> tuple[int, str]:

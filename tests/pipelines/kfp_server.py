@@ -44,6 +44,8 @@ class Kfp:
     uploads: list[bytes] = field(default_factory=list)
     experiments: dict[str, str] = field(default_factory=dict)
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lists_history: bool = True
+    """Whether a list of runs has the history of each."""
     schedules: list[dict[str, Any]] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
@@ -145,7 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
             kfp.add_run(run_id, **json.loads(body))
             return _shown(kfp.runs[run_id])
         if (method, below) == ("GET", "/runs"):
-            return {"runs": [_shown(run) for run in reversed(kfp.runs.values())]}
+            listed = [_shown(run) for run in reversed(kfp.runs.values())]
+            return {"runs": listed if kfp.lists_history else [{**run, "state_history": []} for run in listed]}
         if match := re.fullmatch(r"/runs/([^/:]+):terminate", below):
             run = _known(kfp.runs, match[1])
             tasks = run["frames"][0].tasks

@@ -60,6 +60,7 @@ train:
   grace_seconds: {{ int64 $train.graceSeconds }}
   pending_seconds: {{ $train.pendingSeconds }}
   keep_seconds: {{ int64 $train.keepSeconds }}
+  lease_seconds: {{ int64 $train.leaseSeconds }}
   secrets: {{ $train.secrets | toJson }}
   config_maps: {{ $train.configMaps | toJson }}
 deploy:

@@ -51,7 +51,7 @@ _MADE = {
 _ARTIFACT = r"(?:manifest\.json|files-[0-9a-f]{16}/.+)"
 _OBJECT = re.compile(
     rf"(?:(?!registry/)[^/]+/(?:{'|'.join(FUNCTIONS)})/{_ARTIFACT}|checkpoints/[^/]+/(?:LATEST|\d+/{_ARTIFACT})"
-    rf"|models/[^/]+/{_ARTIFACT}|tensorboard/[^/]+/(?:.+/)?events\.out\.tfevents\.[^/]+|failures/[^/]+\.json)"
+    rf"|models/[^/]+/{_ARTIFACT}|tensorboard/[^/]+/(?:.+/)?events\.out\.tfevents\.[^/]+|(?:failures|leases)/[^/]+\.json)"
 )
 """Names in a store of what a run publishes."""
 

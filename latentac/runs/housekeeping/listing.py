@@ -24,7 +24,7 @@ LOCKS = ("run.lock", LOCK_FILE, "train.lock")
 _REQUEST, _SUMMARY = "request.json", "summary.json"
 _MOST = 1e100  # of a number that is shown; infinity and NaN are none either
 _log = logging.getLogger(__name__)
-_KINDS = re.compile(r"(?:(checkpoints|tensorboard|failures|models)/)?([^/]+?)(?:\.json)?(?:/|$)")
+_KINDS = re.compile(r"(?:(checkpoints|tensorboard|failures|leases|models)/)?([^/]+?)(?:\.json)?(?:/|$)")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from latentac.critic import Critic
 from latentac.runs import failures
 from latentac.runs.release.readme import write_trained
 from latentac.runs.reporting.metrics import of_iteration
+from latentac.runs.workers.lease import watched
 from latentac.runs.workspace import Workspace, open_run
 from latentac.store import open_store
 from latentac.store.published import checked
@@ -99,8 +100,15 @@ def _work_in_pod(run: str, store: str, output: str, position: Position) -> int:
     opened = open_store(store)
     if failures.read(opened, run, os.environ[failures.ATTEMPT]):
         return 0
+
+    def stop() -> None:
+        position.stop = True
+
     try:
-        finished = work(open_run(run, store, output), position)
+        with watched(opened, run, stop) as lease:
+            finished = work(open_run(run, store, output), position)
+        if not finished:
+            lease.check()
     except PeerLost as error:
         _log.warning("another worker was lost, so this one ends and is started again (%s)", error)
         return ALONE
