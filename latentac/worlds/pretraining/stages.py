@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from diffusers import AutoencoderKL
 from torch import nn
 from tqdm import tqdm
@@ -137,12 +138,14 @@ def denoiser_stage(
     captioned: tuple[Sequence[Any], np.ndarray],
     provenance: Provenance,
 ) -> None:
-    """Trains `denoiser` in place on the latents of `captioned` until its checked score reaches the target."""
+    """Trains `denoiser` in place on the latents of `captioned` until its checked score reaches the target. Images of
+    the last check lie beside the pipeline's folder, as `<folder>-check.png`."""
     specs, images = captioned
     began = time.perf_counter()
     scale, shift = scale_and_shift(autoencoder)
     mean, deviation = encode(autoencoder, images)
     token_ids = denoiser.token_ids([spec.caption for spec in specs])
+    sheet = provenance.path.parent.with_name(f"{provenance.path.parent.name}-check.png")
     curve: list[float] = []
     checks: list[dict[str, object]] = []
     with tqdm(total=settings.most_steps, desc="denoiser", unit="step") as bar:
@@ -153,8 +156,11 @@ def denoiser_stage(
             if step % settings.check_every:
                 return False
             candidate = denoiser.with_modules(averaged.eval())
-            chosen = ("train", settings.check_images, settings.seed + 4)
-            result = score(autoencoder, candidate, world, *chosen)
+            captions = world.captions("train", settings.check_images, settings.seed + 4)
+            images = sample(autoencoder, candidate, captions, settings.seed + 4)
+            sheet.parent.mkdir(parents=True, exist_ok=True)
+            _contact_sheet(images[:64]).save(sheet)
+            result = world.score(images, captions)
             checks.append({"step": step, **result})
             bar.set_postfix(loss=f"{np.mean(curve[-100:]):.4f}", score=f"{result['mean']:.3f}")
             return bool(result["mean"] >= settings.target or step >= settings.most_steps)
@@ -180,19 +186,13 @@ def denoiser_stage(
     provenance.record("denoiser", record)
 
 
-def score(
-    autoencoder: AutoencoderKL, denoiser: CaptionedDenoiser, world: World, split: str, count: int, seed: int
-) -> dict[str, float]:
-    """The world's score of `count` images of `split`: the denoiser's own sampler, 10 steps, no guidance."""
-    captions = world.captions(split, count, seed)
+def sample(
+    autoencoder: AutoencoderKL, denoiser: CaptionedDenoiser, captions: Sequence[str], seed: int
+) -> np.ndarray:
+    """uint8 [N, H, W, 3]: an image per caption, from the denoiser's own sampler in 10 steps without guidance."""
     generator = torch.Generator().manual_seed(seed)
-    latents = torch.cat(
-        [
-            denoiser.sample(captions[start : start + _BATCH], SAMPLING_STEPS, generator)
-            for start in range(0, count, _BATCH)
-        ]
-    )
-    return world.score(decode(autoencoder, latents), captions)
+    parts = [captions[start : start + _BATCH] for start in range(0, len(captions), _BATCH)]
+    return decode(autoencoder, torch.cat([denoiser.sample(part, SAMPLING_STEPS, generator) for part in parts]))
 
 
 def finish(
@@ -208,9 +208,17 @@ def finish(
     for weights in output.rglob("*.safetensors"):
         weights.chmod(0o644)  # they are written for the owner only, and would be installed so
     for split in ("held_out", "train"):
-        found = score(autoencoder, denoiser, world, split, settings.final_images, settings.seed + 3)
-        provenance.record(f"score_{split}", found)
+        captions = world.captions(split, settings.final_images, settings.seed + 3)
+        images = sample(autoencoder, denoiser, captions, settings.seed + 3)
+        provenance.record(f"score_{split}", world.score(images, captions))
     provenance.finish(output)
+
+
+def _contact_sheet(images: np.ndarray, columns: int = 8) -> Image.Image:
+    """`images` uint8 [N, H, W, 3], N a multiple of `columns` or less, row by row."""
+    rows = [np.concatenate(images[start : start + columns], 1) for start in range(0, len(images), columns)]
+    whole = [row for row in rows if row.shape == rows[0].shape]
+    return Image.fromarray(np.concatenate(whole))
 
 
 def _begun_autoencoder(world: World, settings: Settings) -> AutoencoderKL:

@@ -37,7 +37,8 @@ GROUNDS = ("flat", "gradient", "stripes", "grain", "clouds")
 _SUPERSAMPLING = 4
 _EDGE = 3.0  # pixels between the turned word and the edge
 _LARGEST, _SMALLEST = 26.0, 15.0  # pixels of a font
-_MOST_TURN = 4.0  # degrees
+_MOST_SHIFT = 4.0  # pixels from the middle
+_MOST_TURN = 3.0  # degrees
 _MOST_TEXTURE = 18.0  # grey levels
 
 
@@ -66,10 +67,12 @@ def sample_sign(spec: Specification, generator: np.random.Generator) -> Sign:
     font = fonts[generator.integers(len(fonts))]
     turn = float(generator.uniform(-_MOST_TURN, _MOST_TURN))
     largest = _largest(spec.word, font, turn)
-    size = float(generator.uniform(max(_SMALLEST, 0.8 * largest), largest)) if largest > _SMALLEST else largest
+    size = float(generator.uniform(max(_SMALLEST, 0.85 * largest), largest)) if largest > _SMALLEST else largest
     width, height = _extent(spec.word, font, size, turn)
-    x = float(generator.uniform(width / 2 + _EDGE, WIDTH - width / 2 - _EDGE))
-    y = float(generator.uniform(height / 2 + _EDGE, HEIGHT - height / 2 - _EDGE))
+    x, y = (
+        side / 2 + float(generator.uniform(-1, 1)) * min(_MOST_SHIFT, (side - extent) / 2 - _EDGE)
+        for side, extent in ((WIDTH, width), (HEIGHT, height))
+    )
     low, high = (20, 85) if colour in LIGHT else (195, 250)
     red, green, blue = (int(level) for level in generator.integers(low, high, 3))
     ground = GROUNDS[generator.integers(len(GROUNDS))]
