@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from diffusers import AutoencoderKL
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -186,9 +186,7 @@ def denoiser_stage(
     provenance.record("denoiser", record)
 
 
-def sample(
-    autoencoder: AutoencoderKL, denoiser: CaptionedDenoiser, captions: Sequence[str], seed: int
-) -> np.ndarray:
+def sample(autoencoder: AutoencoderKL, denoiser: CaptionedDenoiser, captions: Sequence[str], seed: int) -> np.ndarray:
     """uint8 [N, H, W, 3]: an image per caption, from the denoiser's own sampler in 10 steps without guidance."""
     generator = torch.Generator().manual_seed(seed)
     parts = [captions[start : start + _BATCH] for start in range(0, len(captions), _BATCH)]
