@@ -593,6 +593,7 @@ def test_prune_clears_what_killed_processes_left(here: Place, later: float) -> N
     write(here.output, {"ended/.latentac-train-killed/big": b"x" * 5000, "busy/.latentac-train-now/big": b"x"})
     write(here.output, {"ended/.latentac-report.html.7": b"x", ".latentac-compare.html.7": b"x", ".mine": b"x"})
     write(here.output, {"ended/latentac-abandoned/big": b"x", "latentac-of-mine/letter": b"x"})
+    write(here.output, {f"{run}/checkpoints/000002/manifest.json": b"x" for run in ("ended", "training", "busy")})
     with run_lock(here.output / "busy" / "train.lock"):
         plan = plan_prune(here.output, "")
         titles = clear(plan)
@@ -607,6 +608,7 @@ def test_prune_clears_what_killed_processes_left(here: Place, later: float) -> N
         "unfinished writes in the store",
     ]
     assert here.objects("checkpoints/ended") == []
+    assert [path.parent.name for path in sorted(here.output.glob("*/checkpoints"))] == ["busy", "training"]
     assert len(here.objects("checkpoints/training")) == 3
     assert len(here.objects("checkpoints/busy")) == 3
     assert (here.output / "busy" / ".latentac-train-now" / "big").exists()

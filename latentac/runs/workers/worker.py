@@ -101,14 +101,17 @@ class Position:
             self._grace = whole_variable(_GRACE, 1, 86_400, _USUAL_GRACE_SECONDS)
             signal.signal(signal.SIGTERM, self._ask)
 
-    def ask(self) -> None:
-        """Some worker was asked to stop, so all of them stop."""
+    def agreed(self, mesh: Mesh) -> bool:
+        """Whether any worker was asked to stop, so that all of them stop after the same iteration, or none."""
+        stopping = mesh.any(self.stop)
+        if stopping:
+            self._ask()
+        return stopping
+
+    def _ask(self, number: int = 0, frame: object = None) -> None:
         self.stop = True
         if self.ends_at == math.inf:  # a second SIGTERM gives no more time
             self.ends_at = time.monotonic() + self._grace - min(_SPARE_SECONDS, self._grace / 4)
-
-    def _ask(self, number: int, frame: object) -> None:
-        self.ask()
 
 
 def _work_in_pod(run: str, store: str, output: str, position: Position) -> int:
@@ -159,9 +162,7 @@ def work(space: Workspace, position: Position) -> bool:
                     log.go_back(trainer)
                 bar.go_back(reached - trainer.iteration)
                 continue
-            stopping = mesh.any(position.stop)  # all of them after the same iteration, or none
-            if stopping:
-                position.ask()
+            stopping = position.agreed(mesh)
             bar.update()
             bar.note(f"reward {entry['reward_mean']:.3f}  kl {entry['kl']:.4f}  clip {entry['clip_share']:.2f}")
             if log is not None:
@@ -172,11 +173,16 @@ def work(space: Workspace, position: Position) -> bool:
                     checkpoints.save(trainer, log.copies())
                 checkpoints.check()
             if stopping and not trainer.finished:
-                if mesh.leads:
-                    checkpoints.stop(lambda: position.ends_at)
-                mesh.any(False)  # where one worker ends, the agent gives the others another time than theirs
-                return False
+                return _stop(mesh, checkpoints, position)
         return not mesh.leads or _publish(space, trainer, checkpoints, position, time.monotonic() - started)
+
+
+def _stop(mesh: Mesh, checkpoints: Checkpoints, position: Position) -> bool:
+    """Give the last checkpoint the rest of the grace period. Returns False, as `work` does then."""
+    if mesh.leads:
+        checkpoints.stop(lambda: position.ends_at)
+    mesh.any(False)  # together: where one worker ends, the agent gives the others a time of its own
+    return False
 
 
 class Log:
