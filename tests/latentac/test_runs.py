@@ -608,7 +608,10 @@ def test_prune_clears_what_killed_processes_left(here: Place, later: float) -> N
         "unfinished writes in the store",
     ]
     assert here.objects("checkpoints/ended") == []
-    assert [path.parent.name for path in sorted(here.output.glob("*/checkpoints"))] == ["busy", "training"]
+    assert sorted(path.parts[-3] for path in here.output.glob("*/checkpoints/000002/manifest.json")) == [
+        "busy",
+        "training",
+    ]
     assert len(here.objects("checkpoints/training")) == 3
     assert len(here.objects("checkpoints/busy")) == 3
     assert (here.output / "busy" / ".latentac-train-now" / "big").exists()

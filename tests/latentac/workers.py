@@ -28,16 +28,16 @@ SMALL = [
 ]
 
 
-def prepared(folder: Path, *overrides: str) -> Workspace:
+def prepared(folder: Path, *overrides: str, store: str = "") -> Workspace:
     """A run of the smallest size with its critic pretrained; `overrides` are laid upon that."""
     (folder / "prompts.json").write_text(json.dumps(_PROMPTS))
     settings = [*SMALL, f"prompts.source={folder / 'prompts.json'}", *overrides]
-    prepare(RUN, "", str(folder), "shapes-unet-smoke", overrides=settings)
-    pretrain_value(RUN, "", str(folder))
-    return open_run(RUN, "", str(folder))
+    prepare(RUN, store, str(folder), "shapes-unet-smoke", overrides=settings)
+    pretrain_value(RUN, store, str(folder))
+    return open_run(RUN, store, str(folder))
 
 
-def train_here(folder: Path, patch: pytest.MonkeyPatch) -> tuple[int, str]:
+def train_here(folder: Path, patch: pytest.MonkeyPatch, store: str = "") -> tuple[int, str]:
     """The worker's exit code, and the message that it left for the launcher."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
@@ -46,5 +46,12 @@ def train_here(folder: Path, patch: pytest.MonkeyPatch) -> tuple[int, str]:
         patch.setenv(name, value)
     failure = folder / "failure.json"
     failure.unlink(missing_ok=True)
-    code = main(RUN, "", str(folder), str(failure))
+    code = main(RUN, store, str(folder), str(failure))
     return code, failure.read_text() if failure.exists() else ""
+
+
+def trained_weights(space: Workspace) -> dict[str, str]:
+    """sha256 of each file of weights that training has published."""
+    manifest = space.finished("train")
+    assert manifest is not None
+    return {file.path: file.sha256 for file in manifest.files if file.path.endswith(".safetensors")}

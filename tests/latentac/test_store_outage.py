@@ -1,0 +1,323 @@
+"""Training while the store is down, refuses, or the worker is killed in the middle of an upload, on a real MinIO."""
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from latentac.runs.failures import ATTEMPT
+from latentac.runs.workers.worker import STOPPED
+from latentac.store import open_store
+from tests.latentac.extensions import Eventful
+from tests.latentac.test_store import eventually, use
+from tests.latentac.workers import RUN, prepared, train_here, trained_weights
+from tools.minio import Server
+
+LOSSES = 4
+"""In an iteration."""
+
+SETTINGS = ("algorithm.use=tests.latentac.extensions:Eventful", "train.checkpoint_every=1")
+LATEST = f"checkpoints/{RUN}/LATEST"
+
+
+@pytest.fixture(autouse=True)
+def calm() -> Iterator[None]:
+    yield
+    Eventful.events, Eventful.calls, Eventful.always = {}, 0, staticmethod(lambda: None)
+
+
+@pytest.fixture
+def server(minio_binary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """One that the test may kill."""
+    made = Server(tmp_path / "minio").start()
+    yield made
+    made.kill()
+
+
+def unharmed(folder: Path, patch: pytest.MonkeyPatch, *settings: str) -> dict[str, str]:
+    """The weights of a run to whose store nothing happens."""
+    folder.mkdir()
+    space = prepared(folder, *SETTINGS, *settings)
+    assert train_here(folder, patch) == (0, "")
+    Eventful.calls = 0
+    return trained_weights(space)
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    found = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    return [line for line in found if "Training goes on without" in line or "answers again" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.minio
+@pytest.mark.timeout(400)
+def test_a_store_that_is_down_for_a_minute_costs_nothing(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Training goes on meanwhile, the newest checkpoint arrives afterwards, and so does the result, bitwise. Two lines
+    in the log say what happened."""
+    expected = unharmed(tmp_path / "whole", monkeypatch, "train.num_iterations=60")
+    url, runs, before = use(server, monkeypatch), tmp_path / "runs", list[int]()
+    runs.mkdir()
+    space = prepared(runs, *SETTINGS, "train.num_iterations=60", store=url)
+    down = threading.Event()
+
+    def fail() -> None:
+        down.set()
+        server.kill()
+        threading.Timer(60, come_back).start()
+
+    def come_back() -> None:
+        before.append(Eventful.calls)
+        server.start()
+        down.clear()
+
+    Eventful.events = {3 * LOSSES: fail}
+    Eventful.always = staticmethod(lambda: time.sleep(0.4 if down.is_set() else 0.0))
+    assert train_here(runs, monkeypatch, url) == (0, "")
+    assert before[0] > 15 * LOSSES, "many iterations were done while it was down"
+    gone, back = lines(caplog)
+    assert server.endpoint in gone
+    assert "at most 900 s (train.max_seconds_without_store)" in gone
+    assert str(runs / RUN / "checkpoints") in gone
+    assert "is uploaded" in back
+    assert trained_weights(space) == expected
+    assert space.store.read_json(LATEST)["key"].endswith("000060")
+    space.store.verify(space.store.manifest(space.store.read_json(LATEST)["key"]))
+
+
+@pytest.mark.slow
+@pytest.mark.minio
+@pytest.mark.timeout(400)
+def test_a_store_that_stays_down_ends_training_within_the_bound(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With exit code 75 and what to do. Resumed on this machine, not one iteration that was saved is done again."""
+    settings = ["train.num_iterations=40", "train.max_seconds_without_store=10"]
+    expected = unharmed(tmp_path / "whole", monkeypatch, *settings)
+    url, runs, ended = use(server, monkeypatch), tmp_path / "runs", list[float]()
+    runs.mkdir()
+    space = prepared(runs, *SETTINGS, *settings, store=url)
+
+    def fail() -> None:
+        ended.append(time.monotonic())
+        server.kill()
+
+    Eventful.events = {3 * LOSSES: fail}
+    Eventful.always = staticmethod(lambda: time.sleep(0.3 if ended else 0.0))
+    code, message = train_here(runs, monkeypatch, url)
+    seconds = time.monotonic() - ended[0]
+    assert code == 75, message
+    # An iteration takes 1.2 s, and the first checkpoint that is missed comes after one.
+    assert 10 < seconds < 10 + 2 * 1.2 + 5
+    found = json.loads(message)
+    assert found["kind"] == "StoreUnavailable"
+    assert found["where"] == url
+    assert "train.max_seconds_without_store = 10" in found["problem"]
+    assert f"Checkpoints are kept in {runs / RUN / 'checkpoints'}" in found["remedy"]
+    assert "not in the store yet: the checkpoint of iteration" in caplog.text
+    saved = max(int(path.name) for path in (runs / RUN / "checkpoints").iterdir())
+    assert saved > 5
+
+    server.start()
+    Eventful.events, Eventful.calls, Eventful.always = {}, 0, staticmethod(lambda: None)
+    assert train_here(runs, monkeypatch, url) == (0, "")
+    assert Eventful.calls == (40 - saved) * LOSSES
+    assert trained_weights(space) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.minio
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seconds", [8, None])
+def test_the_end_of_training_waits_for_the_store(
+    seconds: int | None, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the bound. Down in the last iteration, for a while or for ever; resumed then, there is only the upload."""
+    settings = ["train.num_iterations=3", f"train.max_seconds_without_store={60 if seconds else 5}"]
+    expected = unharmed(tmp_path / "whole", monkeypatch, *settings)
+    url, runs = use(server, monkeypatch), tmp_path / "runs"
+    runs.mkdir()
+    space = prepared(runs, *SETTINGS, *settings, store=url)
+
+    def fail() -> None:
+        server.kill()
+        if seconds:
+            threading.Timer(seconds, server.start).start()
+
+    Eventful.events = {3 * LOSSES: fail}
+    code, _ = train_here(runs, monkeypatch, url)
+    assert code == (0 if seconds else 75)
+    if not seconds:
+        server.start()
+        Eventful.events, Eventful.calls = {}, 0
+        assert train_here(runs, monkeypatch, url) == (0, "")
+        assert Eventful.calls == 0
+    assert trained_weights(space) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.minio
+@pytest.mark.timeout(300)
+def test_credentials_that_end_meanwhile_end_training_at_once(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting would not help. What was trained is here, and a run with the right ones goes on from it."""
+    settings = ["train.num_iterations=12"]
+    url, runs = use(server, monkeypatch), tmp_path / "runs"
+    runs.mkdir()
+    prepared(runs, *SETTINGS, *settings, store=url)
+
+    def expire() -> None:
+        server.kill()
+        server.secret_key, kept[0] = "another-secret-word", server.secret_key
+        server.start()
+
+    kept = [""]
+    Eventful.events = {3 * LOSSES: expire}
+    Eventful.always = staticmethod(lambda: time.sleep(0.3 if kept[0] else 0.0))
+    code, message = train_here(runs, monkeypatch, url)
+    assert code == 3, message
+    assert json.loads(message)["kind"] == "StoreAccessError"
+    assert kept[0] not in message
+    assert Eventful.calls < 11 * LOSSES
+    assert max(int(path.name) for path in (runs / RUN / "checkpoints").iterdir()) >= 3
+
+
+_WORK = "from latentac.runs.workers.worker import main; import sys; sys.exit(main(*sys.argv[1:]))"
+_KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+WRITING = f"""
+import os, signal
+from latentac.runs.workers import local
+sync = local._sync
+def syncs(path):
+    sync(path)
+    if '000003' in str(path):
+        {_KILL}
+local._sync = syncs
+"""
+"""Killed while it writes the third checkpoint: some files are there."""
+
+UPLOADING = f"""
+import os, signal
+from latentac.store.blobs import Stream
+read = Stream.read
+def reads(self, size=-1):
+    found = read(self, size)
+    if self._stream and '000003/state/state' in str(getattr(self._stream, 'name', '')):
+        {_KILL}
+    return found
+Stream.read = reads
+"""
+"""Killed while it uploads the third checkpoint: a part of the weights was read."""
+
+
+LINKING = f"""
+import os, signal
+from latentac.store.blobs import Folder
+place = Folder._place
+def places(self, partial, name):
+    place(self, partial, name)
+    if '000003/files-' in name:
+        {_KILL}
+Folder._place = places
+"""
+"""The same in a folder, which gets links: one of two files is there."""
+
+
+def killed(folder: Path, how: str, store: str = "") -> None:
+    """A worker that ends by SIGKILL."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "1"}
+    command = [sys.executable, "-c", how + _WORK, RUN, store, str(folder), str(folder / "failure.json")]
+    done = subprocess.run(command, env=os.environ | group, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_kill_9_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It never was: the one before is used, and what was written of it goes."""
+    expected = unharmed(tmp_path / "whole", monkeypatch, "train.num_iterations=4")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    space = prepared(runs, *SETTINGS, "train.num_iterations=4")
+    killed(runs, WRITING)
+    assert list((runs / RUN).glob(".latentac-checkpoint-*"))
+    assert train_here(runs, monkeypatch) == (0, "")
+    assert Eventful.calls == 2 * LOSSES
+    assert trained_weights(space) == expected
+    assert not list((runs / RUN).glob(".latentac-checkpoint-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["file", pytest.param("s3", marks=pytest.mark.minio)])
+def test_kill_9_while_a_checkpoint_is_uploaded(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """It is whole on this machine, so not one iteration is lost."""
+    expected = unharmed(tmp_path / "whole", monkeypatch, "train.num_iterations=4")
+    runs, url = tmp_path / "runs", ""
+    runs.mkdir()
+    if kind == "s3":
+        url = use(request.getfixturevalue("server"), monkeypatch)
+    space = prepared(runs, *SETTINGS, "train.num_iterations=4", store=url)
+    killed(runs, UPLOADING if kind == "s3" else LINKING, url)
+    assert space.store.read_json(LATEST)["key"].endswith("000002")
+    assert train_here(runs, monkeypatch, url) == (0, "")
+    assert Eventful.calls == LOSSES
+    assert trained_weights(space) == expected
+    assert len(space.store.keys(f"checkpoints/{RUN}")) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.minio
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("answers", [True, False])
+def test_sigterm_saves_within_the_grace_period(
+    answers: bool, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of torchrun's agent. With a store the checkpoint is there; without one it is here, and both are said."""
+    url, runs, log = use(server, monkeypatch), tmp_path / "runs", tmp_path / "log"
+    runs.mkdir()
+    settings = ["train.num_iterations=100000", "train.checkpoint_every=100000"]
+    prepared(runs, SETTINGS[0], *settings, store=url)
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "1",
+             ATTEMPT: "attempt-1", "PET_SHUTDOWN_TIMEOUT": "12"}  # fmt: skip
+    command = [sys.executable, "-m", "latentac.runs.workers.supervisor", RUN, url, str(runs)]
+    with log.open("w+") as stream, subprocess.Popen(command, env=os.environ | group, stderr=stream) as process:
+        try:
+            eventually(lambda: "train " in log.read_text(), 120)
+            if not answers:
+                server.kill()
+        finally:
+            process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        process.wait(100)
+        seconds = time.monotonic() - began
+    found = log.read_text()
+    assert process.returncode == STOPPED, found
+    assert seconds < 12, found
+    [saved] = (runs / RUN / "checkpoints").iterdir()
+    if answers:
+        assert f"the checkpoint of iteration {int(saved.name)} is in the store" in found
+        assert open_store(url).read_json(LATEST)["key"].endswith(saved.name)
+    else:
+        assert f"not in the store yet: the checkpoint of iteration {int(saved.name)}." in found
+        assert str(runs / RUN / "checkpoints") in found
