@@ -89,7 +89,9 @@ class Mean(nn.Module):
 
 class Eventful(PPO):
     """PPO during which something happens: `events` are called before these calls of its loss, and `always` before each.
-    There are as many calls as blocks and updates in an iteration."""
+    There are as many calls as blocks and updates in an iteration. A loss whose event returns `DIVERGE` is no number."""
+
+    DIVERGE = "diverge"
 
     events: ClassVar[dict[int, Callable[[], object]]] = {}
     always: Callable[[], object] = staticmethod(lambda: None)
@@ -98,8 +100,9 @@ class Eventful(PPO):
     def loss(self, transition: GaussianTransition, minibatch: Minibatch) -> PolicyLoss:
         type(self).calls += 1
         self.always()
-        self.events.get(type(self).calls, lambda: None)()
-        return super().loss(transition, minibatch)
+        happened = self.events.get(type(self).calls, lambda: None)()
+        found = super().loss(transition, minibatch)
+        return PolicyLoss(found.loss * float("nan"), found.metrics) if happened == self.DIVERGE else found
 
 
 class Stumbling(PPO):

@@ -26,7 +26,11 @@ from tools.minio import Server
 LOSSES = 4
 """In an iteration."""
 
-SETTINGS = ("algorithm.use=tests.latentac.extensions:Eventful", "train.checkpoint_every=1")
+SETTINGS = (
+    "algorithm.use=tests.latentac.extensions:Eventful",
+    "train.checkpoint_every=1",
+    "policy.learning_rate=1e-6",  # in many iterations of so few images a larger one diverges
+)
 LATEST = f"checkpoints/{RUN}/LATEST"
 
 
@@ -169,6 +173,35 @@ def test_the_end_of_training_waits_for_the_store(
 @pytest.mark.slow
 @pytest.mark.minio
 @pytest.mark.timeout(300)
+def test_a_divergence_while_the_store_is_down_waits_for_it(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To return to a checkpoint is to read from the store. The result is that of the same divergence without outage."""
+    (tmp_path / "whole").mkdir()
+    settings = [*SETTINGS, "train.num_iterations=5"]
+    whole = prepared(tmp_path / "whole", *settings)
+    diverge = {3 * LOSSES + 1: lambda: Eventful.DIVERGE}
+    Eventful.events = diverge
+    assert train_here(tmp_path / "whole", monkeypatch) == (0, "")
+    url, runs = use(server, monkeypatch), tmp_path / "runs"
+    runs.mkdir()
+    space = prepared(runs, *settings, store=url)
+
+    def fail() -> None:
+        server.kill()
+        threading.Timer(25, server.start).start()
+
+    Eventful.events, Eventful.calls = diverge | {3 * LOSSES: fail}, 0
+    assert train_here(runs, monkeypatch, url) == (0, "")
+    manifest = space.finished("train")
+    assert manifest is not None
+    assert [each["from_iteration"] for each in manifest.metrics["recoveries"]] == [3]
+    assert trained_weights(space) == trained_weights(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.minio
+@pytest.mark.timeout(300)
 def test_credentials_that_end_meanwhile_end_training_at_once(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,12 +327,12 @@ def test_sigterm_saves_within_the_grace_period(
     url, runs, log = use(server, monkeypatch), tmp_path / "runs", tmp_path / "log"
     runs.mkdir()
     settings = ["train.num_iterations=100000", "train.checkpoint_every=100000"]
-    prepared(runs, SETTINGS[0], *settings, store=url)
+    prepared(runs, *SETTINGS, *settings, store=url)
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "1",
-             ATTEMPT: "attempt-1", "PET_SHUTDOWN_TIMEOUT": "12"}  # fmt: skip
+             ATTEMPT: "attempt-1", "PET_SHUTDOWN_TIMEOUT": "20"}  # fmt: skip
     command = [sys.executable, "-m", "latentac.runs.workers.supervisor", RUN, url, str(runs)]
     with log.open("w+") as stream, subprocess.Popen(command, env=os.environ | group, stderr=stream) as process:
         try:
@@ -313,7 +346,7 @@ def test_sigterm_saves_within_the_grace_period(
         seconds = time.monotonic() - began
     found = log.read_text()
     assert process.returncode == STOPPED, found
-    assert seconds < 12, found
+    assert seconds < 20, found
     [saved] = (runs / RUN / "checkpoints").iterdir()
     if answers:
         assert f"the checkpoint of iteration {int(saved.name)} is in the store" in found

@@ -49,7 +49,7 @@ class Unfit(Exception):
 
 
 class Checkpoints:
-    """Those of the run of `space`. `resume` is for all workers of `mesh` together, the rest for the leading one.
+    """Those of the run of `space`. `resume` and `await_store` are for all workers of `mesh` together, the rest for the leading one.
 
     As a context it gives what is pending a last chance when an error ends it, and says what the store has not got.
     """
@@ -81,10 +81,6 @@ class Checkpoints:
 
     def resume(self, trainer: Trainer) -> None:
         """Load the newest checkpoint that is sound, if there is one. One that is not is reported and passed over."""
-        if not self._uploads.settle(_in(_RETURN_SECONDS)):
-            remedy = "Resume the run: it continues from its last checkpoint"
-            problem = f"the last checkpoint was not uploaded within {_RETURN_SECONDS:g} s"
-            raise StoreUnavailable(self._space.store.url, problem, remedy)
         loaded = self._load_newest(trainer)
         if self._upload_newer(loaded):
             loaded = self._load_newest(trainer)
@@ -92,6 +88,15 @@ class Checkpoints:
             self._here.drop([found for found in self._here.iterations() if found > loaded])
         elif loaded != _NONE:
             self._load(self._key(loaded), trainer)
+
+    def await_store(self) -> None:
+        """Wait, all workers together, until the store has every checkpoint. Raises StoreUnavailable after a bound."""
+        ends_at = time.monotonic() + _RETURN_SECONDS
+        if not self._uploads.settle(lambda: ends_at):
+            remedy = "Resume the run: it continues from its last checkpoint"
+            problem = f"the last checkpoint was not uploaded within {_RETURN_SECONDS:g} s"
+            raise StoreUnavailable(self._space.store.url, problem, remedy)
+        self._told(0)
 
     def save(self, trainer: Trainer, also: Callable[[], None]) -> None:
         """Write a checkpoint here, and have it uploaded. also: what else to upload then, from another thread.
@@ -227,8 +232,3 @@ class Checkpoints:
         store.write_json(f"{self._prefix}/LATEST", {"key": key})
         for old in self._published()[: -self._settings.keep_checkpoints]:
             store.delete(self._key(old))
-
-
-def _in(seconds: float) -> Callable[[], float]:
-    ends_at = time.monotonic() + seconds
-    return lambda: ends_at

@@ -53,7 +53,7 @@ ALONE = 144
 _GRACE, _USUAL_GRACE_SECONDS = "PET_SHUTDOWN_TIMEOUT", 30
 """torchrun's: seconds from its SIGTERM to its SIGKILL, and its default."""
 
-_SPARE_SECONDS = 3.0
+_SPARE_SECONDS = 5.0
 """Of the grace period, for what a process does after its last upload."""
 
 _log = logging.getLogger(__name__)
@@ -257,6 +257,7 @@ def _go_back(space: Workspace, mesh: Mesh, trainer: Trainer, checkpoints: Checkp
     if trainer.recoveries:
         raise error
     _log.warning("%s; returning to the last checkpoint, with a lower learning rate", error)
+    checkpoints.await_store()  # both of these read from it
     fresh = _make_trainer(space, mesh)
     checkpoints.resume(fresh)
     fresh.recoveries.append({"where": error.where, "problem": error.problem, "from_iteration": fresh.iteration})
