@@ -1,4 +1,4 @@
-"""Training while the store is down, refuses, or the worker is killed in the middle of an upload, on a real MinIO."""
+"""Training while its store, a real MinIO, is down or refuses."""
 
 import json
 import logging
@@ -38,6 +38,15 @@ LATEST = f"checkpoints/{RUN}/LATEST"
 def calm() -> Iterator[None]:
     yield
     Eventful.events, Eventful.calls, Eventful.always = {}, 0, staticmethod(lambda: None)
+
+
+def group(**more: str) -> dict[str, str]:
+    """The environment of the only worker of a training job."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "1"}
+    return os.environ | address | {ATTEMPT: "attempt-1"} | more
 
 
 @pytest.fixture
@@ -107,7 +116,7 @@ def test_a_store_that_stays_down_ends_training_within_the_bound(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With exit code 75 and what to do. Resumed on this machine, not one iteration that was saved is done again."""
-    settings = ["train.num_iterations=40", "train.max_seconds_without_store=10"]
+    settings = ["train.num_iterations=40", "train.max_seconds_without_store=30"]
     expected = unharmed(tmp_path / "whole", monkeypatch, *settings)
     url, runs, ended = use(server, monkeypatch), tmp_path / "runs", list[float]()
     runs.mkdir()
@@ -122,12 +131,12 @@ def test_a_store_that_stays_down_ends_training_within_the_bound(
     code, message = train_here(runs, monkeypatch, url)
     seconds = time.monotonic() - ended[0]
     assert code == 75, message
-    # An iteration takes 1.2 s, and the first checkpoint that is missed comes after one.
-    assert 10 < seconds < 10 + 2 * 1.2 + 5
+    # An iteration takes 1.2 s. The first checkpoint that is missed comes after one, and the check after another.
+    assert 30 < seconds < 30 + 2 * 1.2 + 5
     found = json.loads(message)
     assert found["kind"] == "StoreUnavailable"
     assert found["where"] == url
-    assert "train.max_seconds_without_store = 10" in found["problem"]
+    assert "train.max_seconds_without_store = 30" in found["problem"]
     assert f"Checkpoints are kept in {runs / RUN / 'checkpoints'}" in found["remedy"]
     assert "not in the store yet: the checkpoint of iteration" in caplog.text
     saved = max(int(path.name) for path in (runs / RUN / "checkpoints").iterdir())
@@ -227,95 +236,6 @@ def test_credentials_that_end_meanwhile_end_training_at_once(
     assert max(int(path.name) for path in (runs / RUN / "checkpoints").iterdir()) >= 3
 
 
-_WORK = "from latentac.runs.workers.worker import main; import sys; sys.exit(main(*sys.argv[1:]))"
-_KILL = "os.kill(os.getpid(), signal.SIGKILL)"
-WRITING = f"""
-import os, signal
-from latentac.runs.workers import local
-sync = local._sync
-def syncs(path):
-    sync(path)
-    if '000003' in str(path):
-        {_KILL}
-local._sync = syncs
-"""
-"""Killed while it writes the third checkpoint: some files are there."""
-
-UPLOADING = f"""
-import os, signal
-from latentac.store.blobs import Stream
-read = Stream.read
-def reads(self, size=-1):
-    found = read(self, size)
-    if self._stream and '000003/state/state' in str(getattr(self._stream, 'name', '')):
-        {_KILL}
-    return found
-Stream.read = reads
-"""
-"""Killed while it uploads the third checkpoint: a part of the weights was read."""
-
-
-LINKING = f"""
-import os, signal
-from latentac.store.blobs import Folder
-place = Folder._place
-def places(self, partial, name):
-    place(self, partial, name)
-    if '000003/files-' in name:
-        {_KILL}
-Folder._place = places
-"""
-"""The same in a folder, which gets links: one of two files is there."""
-
-
-def killed(folder: Path, how: str, store: str = "") -> None:
-    """A worker that ends by SIGKILL."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "1"}
-    command = [sys.executable, "-c", how + _WORK, RUN, store, str(folder), str(folder / "failure.json")]
-    done = subprocess.run(command, env=os.environ | group, capture_output=True, text=True, check=False, timeout=100)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_kill_9_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It never was: the one before is used, and what was written of it goes."""
-    expected = unharmed(tmp_path / "whole", monkeypatch, "train.num_iterations=4")
-    runs = tmp_path / "runs"
-    runs.mkdir()
-    space = prepared(runs, *SETTINGS, "train.num_iterations=4")
-    killed(runs, WRITING)
-    assert list((runs / RUN).glob(".latentac-checkpoint-*"))
-    assert train_here(runs, monkeypatch) == (0, "")
-    assert Eventful.calls == 2 * LOSSES
-    assert trained_weights(space) == expected
-    assert not list((runs / RUN).glob(".latentac-checkpoint-*"))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("kind", ["file", pytest.param("s3", marks=pytest.mark.minio)])
-def test_kill_9_while_a_checkpoint_is_uploaded(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    """It is whole on this machine, so not one iteration is lost."""
-    expected = unharmed(tmp_path / "whole", monkeypatch, "train.num_iterations=4")
-    runs, url = tmp_path / "runs", ""
-    runs.mkdir()
-    if kind == "s3":
-        url = use(request.getfixturevalue("server"), monkeypatch)
-    space = prepared(runs, *SETTINGS, "train.num_iterations=4", store=url)
-    killed(runs, UPLOADING if kind == "s3" else LINKING, url)
-    assert space.store.read_json(LATEST)["key"].endswith("000002")
-    assert train_here(runs, monkeypatch, url) == (0, "")
-    assert Eventful.calls == LOSSES
-    assert trained_weights(space) == expected
-    assert len(space.store.keys(f"checkpoints/{RUN}")) == 2
-
-
 @pytest.mark.slow
 @pytest.mark.minio
 @pytest.mark.timeout(300)
@@ -328,13 +248,11 @@ def test_sigterm_saves_within_the_grace_period(
     runs.mkdir()
     settings = ["train.num_iterations=100000", "train.checkpoint_every=100000"]
     prepared(runs, *SETTINGS, *settings, store=url)
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "1",
-             ATTEMPT: "attempt-1", "PET_SHUTDOWN_TIMEOUT": "20"}  # fmt: skip
     command = [sys.executable, "-m", "latentac.runs.workers.supervisor", RUN, url, str(runs)]
-    with log.open("w+") as stream, subprocess.Popen(command, env=os.environ | group, stderr=stream) as process:
+    with (
+        log.open("w+") as stream,
+        subprocess.Popen(command, env=group(PET_SHUTDOWN_TIMEOUT="20"), stderr=stream) as process,
+    ):
         try:
             eventually(lambda: "train " in log.read_text(), 120)
             if not answers:

@@ -49,7 +49,8 @@ class Unfit(Exception):
 
 
 class Checkpoints:
-    """Those of the run of `space`. `resume` and `await_store` are for all workers of `mesh` together, the rest for the leading one.
+    """Those of the run of `space`. All workers of `mesh` call `resume` and `await_store` together; the rest is for the
+    leading one.
 
     As a context it gives what is pending a last chance when an error ends it, and says what the store has not got.
     """
