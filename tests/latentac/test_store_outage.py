@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from latentac.runs.failures import ATTEMPT
+from latentac.runs.workers.uploads import THREAD
 from latentac.runs.workers.worker import STOPPED
 from latentac.store import open_store
 from tests.latentac.extensions import Eventful
@@ -142,6 +143,9 @@ def test_a_store_that_stays_down_ends_training_within_the_bound(
     saved = max(int(path.name) for path in (runs / RUN / "checkpoints").iterdir())
     assert saved > 5
 
+    for thread in threading.enumerate():
+        if thread.name == THREAD:  # which the end of a process would have ended
+            thread.join(60)
     server.start()
     Eventful.events, Eventful.calls, Eventful.always = {}, 0, staticmethod(lambda: None)
     assert train_here(runs, monkeypatch, url) == (0, "")
@@ -259,12 +263,11 @@ def test_sigterm_saves_within_the_grace_period(
                 server.kill()
         finally:
             process.send_signal(signal.SIGTERM)
-        began = time.monotonic()
+        told = "is in the store" if answers else "not in the store yet"
+        eventually(lambda: told in log.read_text(), 20)  # a busy machine takes seconds to end a process that is done
         process.wait(100)
-        seconds = time.monotonic() - began
     found = log.read_text()
     assert process.returncode == STOPPED, found
-    assert seconds < 20, found
     [saved] = (runs / RUN / "checkpoints").iterdir()
     if answers:
         assert f"the checkpoint of iteration {int(saved.name)} is in the store" in found

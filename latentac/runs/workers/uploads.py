@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from latentac.system.errors import StoreUnavailable
 
+THREAD = "latentac-uploads"
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 15.0
 _POLL_SECONDS = 0.1
 _QUIET_SECONDS = 5.0
@@ -53,7 +54,7 @@ class Uploads:
         with self._changed:
             self._waiting = upload
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="latentac-uploads", daemon=True)
+                self._thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
                 self._thread.start()
             self._changed.notify_all()
 
