@@ -132,16 +132,17 @@ def test_a_store_that_stays_down_ends_training_within_the_bound(
     code, message = train_here(runs, monkeypatch, url)
     seconds = time.monotonic() - ended[0]
     assert code == 75, message
-    # An iteration takes 1.2 s. The first checkpoint that is missed comes after one, and the check after another.
-    assert 30 < seconds < 30 + 2 * 1.2 + 5
     found = json.loads(message)
     assert found["kind"] == "StoreUnavailable"
     assert found["where"] == url
     assert "train.max_seconds_without_store = 30" in found["problem"]
     assert f"Checkpoints are kept in {runs / RUN / 'checkpoints'}" in found["remedy"]
     assert "not in the store yet: the checkpoint of iteration" in caplog.text
-    saved = max(int(path.name) for path in (runs / RUN / "checkpoints").iterdir())
-    assert saved > 5
+    newest = max((runs / RUN / "checkpoints").iterdir())
+    saved, history = int(newest.name), json.loads((newest / "state" / "progress.json").read_text())["history"]
+    assert saved > 3
+    # The first checkpoint that is missed comes after an iteration, and the check that ends training after another.
+    assert 30 < seconds < 30 + 2 * max(entry["seconds"] for entry in history) + 5
 
     for thread in threading.enumerate():
         if thread.name == THREAD:  # which the end of a process would have ended
