@@ -608,7 +608,7 @@ def test_prune_clears_what_killed_processes_left(here: Place, later: float) -> N
         "unfinished writes in the store",
     ]
     assert here.objects("checkpoints/ended") == []
-    assert sorted(path.parts[-3] for path in here.output.glob("*/checkpoints/000002/manifest.json")) == [
+    assert sorted(path.parts[-4] for path in here.output.glob("*/checkpoints/000002/manifest.json")) == [
         "busy",
         "training",
     ]
