@@ -74,7 +74,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.minio
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_store_that_is_down_for_a_minute_costs_nothing(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -112,7 +112,7 @@ def test_a_store_that_is_down_for_a_minute_costs_nothing(
 
 @pytest.mark.slow
 @pytest.mark.minio
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_store_that_stays_down_ends_training_within_the_bound(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
