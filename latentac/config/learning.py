@@ -10,6 +10,7 @@ from latentac.config.sections import (
     NonNegative,
     Positive,
     Rate,
+    Seconds,
     Section,
 )
 
@@ -141,7 +142,11 @@ class Train(Section):
     checkpoint_every: Positive = 2
     """Iterations between checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
-    """How many of the newest checkpoints are kept."""
+    """How many of the newest checkpoints are kept: in the store, and in the run's folder of the worker that writes
+    them."""
+    max_seconds_without_store: Seconds = 900.0
+    """How long training goes on while the store does not answer. Its checkpoints stay in the run's folder until then.
+    Beyond this bound, training ends with exit code 75 after the iteration. Example: `3600`."""
     divergence: DivergenceCheck = DivergenceCheck()
     """The divergence check."""
     early_stopping: EarlyStopping | None = None

@@ -38,9 +38,11 @@ EXTENSIONS = "extensions.json"
 PACKAGE = "package"
 """There too: the folder of the user's own code, if the run has any."""
 
-
 SHARED = "shared"
 """In a run's folder, where that is all that can be written to: what its local copies share."""
+
+CHECKPOINTS = "checkpoints"
+"""In a run's folder: the checkpoints of a training that has not ended. Also the first part of their keys in a store."""
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,21 @@
 
 import errno
 import os
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from latentac.store.blobs import Entry, Overrun, Patience, Stream, disk_errors
 from latentac.store.manifest import (
-    SCHEMA,
     File,
     Manifest,
     Parent,
-    commit,
+    describe,
     is_key,
     remedy_for,
     scan,
@@ -69,18 +68,15 @@ class Store(Objects):
         without NaN and infinity. `owned`: nobody writes to the folder any more, so its files may become the store's.
         """
         self._key(key)
-        files = scan(Path(folder))
-        made = datetime.now(UTC).isoformat(timespec="seconds")
-        origin = tuple(Parent(parent.key, parent.digest) for parent in parents)
-        draft = Manifest(SCHEMA, key, run, step, commit(), config_hash, made, files, origin, dict(metrics or {}))
-        manifest = Manifest.from_json(draft.to_json(), str(folder), key)  # what could not be read is not written
+        origin: dict[str, Any] = {"run": run, "step": step, "config_hash": config_hash}
+        manifest = describe(key, Path(folder), **origin, parents=parents, metrics=metrics)
         published = self._published(key)
         if published and replace(manifest, created=published.created) == published:
             return published
         there = [*([published] if published else []), *parents]
         known = {(file.sha256, file.size): f"{each.folder}/{file.path}" for each in there for file in each.files}
-        with self._removed_on_failure(published, manifest), _shown(f"publish {key}", files) as moved:
-            for file in files:
+        with self._removed_on_failure(published, manifest), _shown(f"publish {key}", manifest.files) as moved:
+            for file in manifest.files:
                 name, twin = f"{manifest.folder}/{file.path}", known.get((file.sha256, file.size))
                 if twin is not None and self._backend.copy(twin, name):
                     moved(file.size)
@@ -337,10 +333,12 @@ def _bytecode(file: File) -> bool:
 
 @contextmanager
 def _shown(title: str, files: Sequence[File]) -> Iterator[Callable[[int], None]]:
-    """Gives what to call with each number of bytes that moved; large transfers are shown, in MiB."""
+    """Gives what to call with each number of bytes that moved; large transfers are shown, in MiB. One in the background
+    is not: the terminal shows the work in front of it."""
     total, moved = sum(file.size for file in files), 0
+    disabled = total <= PROGRESS_BYTES or threading.current_thread() is not threading.main_thread()
     display: Progress[Any]
-    with progress(total // 2**20, title, "MiB", disabled=total <= PROGRESS_BYTES) as display:
+    with progress(total // 2**20, title, "MiB", disabled=disabled) as display:
 
         def move(count: int) -> None:
             nonlocal moved

@@ -6,9 +6,9 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -138,6 +138,24 @@ class Manifest:
 
 
 _MANIFEST = TypeAdapter(Manifest)
+
+
+def describe(
+    key: str,
+    folder: Path,
+    *,
+    run: str,
+    step: str,
+    config_hash: str,
+    parents: Sequence[Manifest] = (),
+    metrics: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """The manifest of every file below `folder` as the artifact `key`, made now. Raises IntegrityError for what a
+    reader would refuse."""
+    files, made = scan(folder), datetime.now(UTC).isoformat(timespec="seconds")
+    origin = tuple(Parent(parent.key, parent.digest) for parent in parents)
+    draft = Manifest(SCHEMA, key, run, step, commit(), config_hash, made, files, origin, dict(metrics or {}))
+    return Manifest.from_json(draft.to_json(), str(folder), key)
 
 
 def scan(folder: Path, without: str = "") -> tuple[File, ...]:

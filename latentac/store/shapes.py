@@ -317,6 +317,7 @@ class Progress(Shape):
 
     history: list[Iteration]
     recoveries: list[dict[str, Any]]
+    version: Literal[1] = 1
 
 
 SHAPES: dict[str, Any] = {

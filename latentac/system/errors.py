@@ -19,6 +19,7 @@ A message says where (a field's path, a file, a URL), what was found there, and 
 """
 
 import errno
+import os
 import re
 import shlex
 import sys
@@ -235,7 +236,17 @@ def expected(error: BaseException) -> LatentacError | None:
     if isinstance(error, OSError) and error.errno in _LACKS:
         problem, remedy = _LACKS[error.errno]
         return ResourceError(str(error.filename or "disk"), problem, remedy)
+    if type(error).__name__ == "SafetensorError" and (said := as_os_error(error)) is not None:
+        return expected(said)
     return None
+
+
+def as_os_error(error: BaseException, path: str = "") -> OSError | None:
+    """What the operating system said, where a library of Rust (safetensors, tokenizers) passes it on as text alone."""
+    found = re.search(r"\(os error ([0-9]{1,4})\)", str(error)[-_MOST_SHOWN:])
+    if found is None or isinstance(error, OSError):
+        return error if isinstance(error, OSError) else None
+    return OSError(int(found[1]), os.strerror(int(found[1])), path or None)
 
 
 def require(*modules: str) -> None:

@@ -83,9 +83,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def remove_hidden(place: Path) -> None:
-    """Remove the hidden folders that killed processes left in `place`."""
-    for left in place.glob(f"{HIDDEN}*/"):
+def remove_hidden(place: Path, purpose: str = "") -> None:
+    """Remove the hidden folders that killed processes left in `place`: all of them, or those of one purpose."""
+    for left in place.glob(f"{HIDDEN}{purpose}*/"):
         shutil.rmtree(left, ignore_errors=True)  # which does nothing where it is a link
 
 

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentac.store.published import read
-from latentac.system.errors import IntegrityError, LatentacError, describe
+from latentac.system.errors import IntegrityError, LatentacError, as_os_error, describe
+
+VERSION = 1
+"""Of what a checkpoint holds. A change that makes an older state unreadable, or means another thing by it, raises it
+here and in `latentac.store.shapes.Progress`."""
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
@@ -35,13 +40,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: Ma
 
 
 def write_state(folder: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
-    """state.safetensors and progress.json into `folder`."""
+    """state.safetensors and progress.json into `folder`, which says the version of this form. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-        folder / "state.safetensors",
-    )
-    (folder / "progress.json").write_text(json.dumps(progress) + "\n")
+    file = folder / "state.safetensors"
+    try:
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, file)
+    except SafetensorError as error:
+        raise as_os_error(error, str(file)) or error from error
+    (folder / "progress.json").write_text(json.dumps({**progress, "version": VERSION}) + "\n")
 
 
 @contextmanager
@@ -56,8 +62,12 @@ def loading(where: str) -> Iterator[None]:
         raise IntegrityError(where, f"it cannot be loaded ({describe(error, 300)})", remedy) from error
 
 
-def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_state` wrote. Raises IntegrityError for anything else."""
-    with loading(str(folder / "state.safetensors")):
+def read_state(folder: Path, where: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_state` wrote. where: the folder's place for messages, if that is another than its path.
+
+    Raises IntegrityError for anything else, and for a state of another version.
+    """
+    where = where or str(folder)
+    with loading(f"{where}/state.safetensors"):
         tensors = load_file(folder / "state.safetensors")
-    return tensors, read(folder / "progress.json")
+    return tensors, read(folder / "progress.json", f"{where}/progress.json")

@@ -1,7 +1,8 @@
 """What somebody adds from outside the package, each named as `tests.latentac.extensions:Class` in a configuration."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -84,6 +85,24 @@ class Mean(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor], sigma: Tensor, conditioning: Conditioning) -> Tensor:
         return torch.cat([features["mean"], sigma[:, None]], 1)
+
+
+class Eventful(PPO):
+    """PPO during which something happens: `events` are called before these calls of its loss, and `always` before each.
+    There are as many calls as blocks and updates in an iteration. A loss whose event returns `DIVERGE` is no number."""
+
+    DIVERGE = "diverge"
+
+    events: ClassVar[dict[int, Callable[[], object]]] = {}
+    always: Callable[[], object] = staticmethod(lambda: None)
+    calls = 0
+
+    def loss(self, transition: GaussianTransition, minibatch: Minibatch) -> PolicyLoss:
+        type(self).calls += 1
+        self.always()
+        happened = self.events.get(type(self).calls, lambda: None)()
+        found = super().loss(transition, minibatch)
+        return PolicyLoss(found.loss * float("nan"), found.metrics) if happened == self.DIVERGE else found
 
 
 class Stumbling(PPO):

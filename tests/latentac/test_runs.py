@@ -594,6 +594,7 @@ def test_prune_clears_what_killed_processes_left(here: Place, later: float) -> N
     write(here.output, {"ended/.latentac-train-killed/big": b"x" * 5000, "busy/.latentac-train-now/big": b"x"})
     write(here.output, {"ended/.latentac-report.html.7": b"x", ".latentac-compare.html.7": b"x", ".mine": b"x"})
     write(here.output, {"ended/latentac-abandoned/big": b"x", "latentac-of-mine/letter": b"x"})
+    write(here.output, {f"{run}/checkpoints/000002/manifest.json": b"x" for run in ("ended", "training", "busy")})
     with run_lock(here.output / "busy" / "train.lock"):
         plan = plan_prune(here.output, "")
         titles = clear(plan)
@@ -608,6 +609,10 @@ def test_prune_clears_what_killed_processes_left(here: Place, later: float) -> N
         "unfinished writes in the store",
     ]
     assert here.objects("checkpoints/ended") == []
+    assert sorted(path.parts[-4] for path in here.output.glob("*/checkpoints/000002/manifest.json")) == [
+        "busy",
+        "training",
+    ]
     assert len(here.objects("checkpoints/training")) == 3
     assert len(here.objects("checkpoints/busy")) == 3
     assert (here.output / "busy" / ".latentac-train-now" / "big").exists()

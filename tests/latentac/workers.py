@@ -37,7 +37,7 @@ def prepared(folder: Path, *overrides: str, store: str = "") -> Workspace:
     return open_run(RUN, store, str(folder))
 
 
-def train_here(folder: Path, patch: pytest.MonkeyPatch) -> tuple[int, str]:
+def train_here(folder: Path, patch: pytest.MonkeyPatch, store: str = "") -> tuple[int, str]:
     """The worker's exit code, and the message that it left for the launcher."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
@@ -46,5 +46,12 @@ def train_here(folder: Path, patch: pytest.MonkeyPatch) -> tuple[int, str]:
         patch.setenv(name, value)
     failure = folder / "failure.json"
     failure.unlink(missing_ok=True)
-    code = main(RUN, "", str(folder), str(failure))
+    code = main(RUN, store, str(folder), str(failure))
     return code, failure.read_text() if failure.exists() else ""
+
+
+def trained_weights(space: Workspace) -> dict[str, str]:
+    """sha256 of each file of weights that training has published."""
+    manifest = space.finished("train")
+    assert manifest is not None
+    return {file.path: file.sha256 for file in manifest.files if file.path.endswith(".safetensors")}

@@ -18,7 +18,7 @@ from latentac.runs.housekeeping.removal import Removal, measured, ordered, remov
 from latentac.runs.housekeeping.table import size
 from latentac.runs.steps import FUNCTIONS
 from latentac.runs.task import ERROR_FILE
-from latentac.runs.workspace import SHARED
+from latentac.runs.workspace import CHECKPOINTS, SHARED
 from latentac.store.blobs import PARTIAL
 from latentac.store.pool import Pool
 from latentac.system.calls import CALLS
@@ -33,6 +33,7 @@ _MADE = {
     *(
         "request.json",
         SHARED,
+        CHECKPOINTS,
         "code",
         "given-config",
         "given-package",
@@ -263,6 +264,7 @@ def _leftovers(survey: Survey, going: Collection[str]) -> list[Removal]:
             add(
                 f"{name}: checkpoints of a training that has ended",
                 (o for o in objects if o.startswith("checkpoints/")),
+                _there(traces.folder, CHECKPOINTS),
             )
         if traces.folder is not None and not traces.folder.is_symlink():
             add(f"{name}: temporary files of killed processes", paths=_abandoned(traces.folder, "latentac-*/"))
@@ -272,6 +274,12 @@ def _leftovers(survey: Survey, going: Collection[str]) -> list[Removal]:
             rest = (o for o in objects if not o.startswith(kept))
             add(f"{name}: what is left of a run that is gone", rest)
     return made
+
+
+def _there(folder: Path | None, name: str) -> list[Path]:
+    """What has this name in a run's folder, unless the folder is a link."""
+    path = folder / name if folder is not None and not folder.is_symlink() else None
+    return [path] if path is not None and path.exists() else []
 
 
 def _abandoned(folder: Path, *patterns: str) -> list[Path]:

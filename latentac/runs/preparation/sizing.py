@@ -90,7 +90,7 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
         trained      P + F
         exported     P + F, and P again with serving.include_base, and the adapters; with export.weights=adapter the
                      adapters alone
-        checkpoints  keep_checkpoints, the one being written and its temporary copy, of N weights, 2 N moments, N
+        checkpoints  keep_checkpoints, the one being written and the one being uploaded, of N weights, 2 N moments, N
                      average, N best, and the critic's replay
         scored       latents that the critic learned from
         scores       24 bytes for each of evaluation.num_images, three policies and the rewards

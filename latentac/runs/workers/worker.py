@@ -11,11 +11,13 @@ import contextlib
 import faulthandler
 import json
 import logging
+import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +28,16 @@ from latentac.critic import Critic
 from latentac.runs import failures
 from latentac.runs.release.readme import write_trained
 from latentac.runs.reporting.metrics import of_iteration
+from latentac.runs.workers.checkpoints import Checkpoints
 from latentac.runs.workers.lease import watched
 from latentac.runs.workspace import Workspace, open_run
 from latentac.store import open_store
-from latentac.store.published import checked
-from latentac.system.errors import ArtifactNotFound, Diverged, IntegrityError, LatentacError, StoreError, expected
+from latentac.system.errors import Diverged, StoreError, expected
 from latentac.system.lifetime import run_lock
 from latentac.system.progress import progress
 from latentac.system.reading import whole_variable
 from latentac.system.scratch import hidden_folder
-from latentac.training.checkpoint import loading, read_state, write_state
+from latentac.training.checkpoint import loading
 from latentac.training.critic_learning import Replay
 from latentac.training.distributed import Mesh, PeerLost
 from latentac.training.trainer import Trainer, new_trainer
@@ -48,6 +50,12 @@ STOPPED = 143
 
 ALONE = 144
 """Exit code of a worker whose peer was lost; likewise."""
+
+_GRACE, _USUAL_GRACE_SECONDS = "PET_SHUTDOWN_TIMEOUT", 30
+"""torchrun's: seconds from its SIGTERM to its SIGKILL, and its default."""
+
+_SPARE_SECONDS = 5.0
+"""Of the grace period, for what a process does after its last upload."""
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +71,7 @@ def main(run: str, store: str, output: str, failure: str = "") -> int:
         else:
             return _work_in_pod(run, store, output, position)
     except Exception as error:
-        meant = expected(error) if isinstance(error, LatentacError | OSError | ImportError) else None
+        meant = expected(error)
         if failure and meant is not None:
             Path(failure).write_text(json.dumps(meant.to_dict()))
         elif failure and not isinstance(error, PeerLost):  # that one is the consequence of another's error
@@ -79,19 +87,32 @@ def main(run: str, store: str, output: str, failure: str = "") -> int:
 
 @dataclass
 class Position:
-    """Where the training stands. graceful: SIGTERM asks it to stop after the iteration; stop: it was asked."""
+    """Where the training stands. graceful: SIGTERM asks it to stop after the iteration; stop: it was asked; ends_at:
+    when it must have saved what it can then, by `time.monotonic`."""
 
     graceful: bool
     iteration: int = 0
     stop: bool = False
+    ends_at: float = math.inf
+    _grace: int = _USUAL_GRACE_SECONDS
 
     def watch(self) -> None:
         """From here on there is something to save. Before, and on one machine, SIGTERM just ends the process."""
         if self.graceful:
+            self._grace = whole_variable(_GRACE, 1, 86_400, _USUAL_GRACE_SECONDS)
             signal.signal(signal.SIGTERM, self._ask)
 
-    def _ask(self, number: int, frame: object) -> None:
+    def agreed(self, mesh: Mesh) -> bool:
+        """Whether any worker was asked to stop, so that all of them stop after the same iteration, or none."""
+        stopping = mesh.any(self.stop)
+        if stopping:
+            self._ask()
+        return stopping
+
+    def _ask(self, number: int = 0, frame: object = None) -> None:
         self.stop = True
+        if self.ends_at == math.inf:  # a second SIGTERM gives no more time
+            self.ends_at = time.monotonic() + self._grace - min(_SPARE_SECONDS, self._grace / 4)
 
 
 def _work_in_pod(run: str, store: str, output: str, position: Position) -> int:
@@ -126,12 +147,13 @@ def work(space: Workspace, position: Position) -> bool:
     torch.set_num_threads(whole_variable("OMP_NUM_THREADS", 1, 1024, 1))
     started = time.monotonic()
     mesh = Mesh.join(space.config.backbone.device)
-    trainer = _make_trainer(space, mesh)
-    _resume(space, trainer)
+    trainer, checkpoints = _make_trainer(space, mesh), Checkpoints(space, mesh)
+    checkpoints.resume(trainer)
     with contextlib.ExitStack() as stack:
         log = None
         if mesh.leads:
             stack.enter_context(run_lock(space.folder / "train.lock"))
+            stack.enter_context(checkpoints)
             log = stack.enter_context(Log.open(space, trainer))
         total = space.config.train.num_iterations
         done = trainer.iteration
@@ -143,26 +165,32 @@ def work(space: Workspace, position: Position) -> bool:
                 entry = trainer.iterate()
             except Diverged as error:
                 reached = trainer.iteration
-                trainer = _go_back(space, mesh, trainer, error)
+                trainer = _go_back(space, mesh, trainer, checkpoints, error)
                 if log is not None:
                     log.go_back(trainer)
                 bar.go_back(reached - trainer.iteration)
                 continue
-            position.stop = mesh.any(position.stop)  # all of them after the same iteration, or none
+            stopping = position.agreed(mesh)
             bar.update()
             bar.note(f"reward {entry['reward_mean']:.3f}  kl {entry['kl']:.4f}  clip {entry['clip_share']:.2f}")
             if log is not None:
                 log.write(entry)
-                last = trainer.finished or position.stop
+                last = trainer.finished or stopping
                 if last or trainer.iteration % space.config.train.checkpoint_every == 0:
                     log.write_image(trainer.last_images(), trainer.iteration)
-                    _checkpoint(space, trainer)
-                    log.publish()
-            if position.stop and not trainer.finished:
-                return False
-        if mesh.leads:
-            _publish(space, trainer, time.monotonic() - started)
-    return True
+                    checkpoints.save(trainer, log.copies())
+                checkpoints.check()
+            if stopping and not trainer.finished:
+                return _stop(mesh, checkpoints, position)
+        return not mesh.leads or _publish(space, trainer, checkpoints, position, time.monotonic() - started)
+
+
+def _stop(mesh: Mesh, checkpoints: Checkpoints, position: Position) -> bool:
+    """Give the last checkpoint the rest of the grace period. Returns False, as `work` does then."""
+    if mesh.leads:
+        checkpoints.stop(lambda: position.ends_at)
+    mesh.any(False)  # together: where one worker ends, the agent gives the others a time of its own
+    return False
 
 
 class Log:
@@ -198,10 +226,10 @@ class Log:
         for tracker in self._everywhere():
             tracker.image("rollouts", iteration, image)
 
-    def publish(self) -> None:
-        """Put TensorBoard's files into the store."""
+    def copies(self) -> Callable[[], None]:
+        """What puts TensorBoard's files into the store; another thread may call it, also while they grow."""
         self._board.flush()
-        self._space.store.write_files(self._folder, self._copies, exact=self._board.rewritten)
+        return partial(self._space.store.write_files, self._folder, self._copies, exact=self._board.rewritten)
 
     def go_back(self, trainer: Trainer) -> None:
         """Training went back to a checkpoint: what it will do again is taken out."""
@@ -229,7 +257,7 @@ def _make_trainer(space: Workspace, mesh: Mesh) -> Trainer:
     return new_trainer(space.config, policy, critic, space.rewards(), space.prompts.train, mesh=mesh, scored=replay)
 
 
-def _go_back(space: Workspace, mesh: Mesh, trainer: Trainer, error: Diverged) -> Trainer:
+def _go_back(space: Workspace, mesh: Mesh, trainer: Trainer, checkpoints: Checkpoints, error: Diverged) -> Trainer:
     """A trainer at the last checkpoint, or at the start, that has `error` on its record; the second time, raise it.
 
     Every worker saw the same numbers, so all of them come here together.
@@ -237,57 +265,16 @@ def _go_back(space: Workspace, mesh: Mesh, trainer: Trainer, error: Diverged) ->
     if trainer.recoveries:
         raise error
     _log.warning("%s; returning to the last checkpoint, with a lower learning rate", error)
+    checkpoints.await_store()  # both of these read from it
     fresh = _make_trainer(space, mesh)
-    _resume(space, fresh)
+    checkpoints.resume(fresh)
     fresh.recoveries.append({"where": error.where, "problem": error.problem, "from_iteration": fresh.iteration})
     return fresh
 
 
-def _prefix(space: Workspace) -> str:
-    return f"checkpoints/{space.run}"
-
-
-def _resume(space: Workspace, trainer: Trainer) -> None:
-    """Load the newest checkpoint that is whole; one that is not is reported and passed over."""
-    for key in reversed(_checkpoints(space)):
-        with hidden_folder(space.folder, "train") as folder:
-            try:
-                manifest = space.store.fetch(key, folder / "state")
-                if manifest.config_hash != space.config.hash:
-                    continue
-                state = read_state(folder / "state")
-            except IntegrityError as error:
-                _log.warning("checkpoint skipped: %s", error)
-                continue
-            with loading(key):
-                trainer.load_state(*state)
-            return
-
-
-def _checkpoints(space: Workspace) -> list[str]:
-    """Keys of the published checkpoints, oldest first."""
-    pointer = f"{_prefix(space)}/LATEST"
-    try:
-        latest = checked(space.store.read_json(pointer), pointer)["key"]
-    except ArtifactNotFound:
-        return []
-    # One beyond LATEST was cut off between its manifest and the pointer; it is as good as never written.
-    return [key for key in space.store.keys(_prefix(space)) if key <= latest]
-
-
-def _checkpoint(space: Workspace, trainer: Trainer) -> None:
-    """Files, manifest, pointer; then drop what is older than `keep_checkpoints`."""
-    key = f"{_prefix(space)}/{trainer.iteration:06d}"
-    with hidden_folder(space.folder, "train") as folder:
-        write_state(folder / "state", *trainer.state())
-        _publish_folder(space, key, folder / "state", {"iteration": trainer.iteration})
-    space.store.write_json(f"{_prefix(space)}/LATEST", {"key": key})
-    for old in _checkpoints(space)[: -space.config.train.keep_checkpoints]:
-        space.store.delete(old)
-
-
-def _publish(space: Workspace, trainer: Trainer, seconds: float) -> None:
-    """The result: policy/ (a plain diffusers folder with its model card), critic/, history.json."""
+def _publish(space: Workspace, trainer: Trainer, checkpoints: Checkpoints, position: Position, seconds: float) -> bool:
+    """The result: policy/ (a plain diffusers folder with its model card), critic/, history.json. False where training
+    was asked to stop, and the store did not take it in time."""
     trainer.publish_weights()
     with hidden_folder(space.folder, "train") as temporary:
         folder = temporary / "train"
@@ -302,18 +289,4 @@ def _publish(space: Workspace, trainer: Trainer, seconds: float) -> None:
             "recoveries": trainer.recoveries,
             "max_world_size": max(entry.get("world_size", 1) for entry in trainer.history),
         }
-        _publish_folder(space, f"{space.run}/train", folder, metrics)
-
-
-def _publish_folder(space: Workspace, key: str, folder: Path, metrics: dict[str, Any]) -> None:
-    parents = [space.prepared, space.store.manifest(f"{space.run}/pretrain-value")]
-    space.store.publish(
-        key,
-        folder,
-        run=space.run,
-        step="train",
-        config_hash=space.config.hash,
-        parents=parents,
-        metrics=metrics,
-        owned=True,
-    )
+        return checkpoints.publish(folder, metrics, lambda: position.ends_at)
