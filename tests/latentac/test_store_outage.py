@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -194,7 +194,7 @@ def test_a_divergence_while_the_store_is_down_waits_for_it(
     (tmp_path / "whole").mkdir()
     settings = [*SETTINGS, "train.num_iterations=5"]
     whole = prepared(tmp_path / "whole", *settings)
-    diverge = {3 * LOSSES + 1: lambda: Eventful.DIVERGE}
+    diverge: dict[int, Callable[[], object]] = {3 * LOSSES + 1: lambda: Eventful.DIVERGE}
     Eventful.events = diverge
     assert train_here(tmp_path / "whole", monkeypatch) == (0, "")
     url, runs = use(server, monkeypatch), tmp_path / "runs"

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -64,10 +65,15 @@ def test_a_store_that_comes_back_gets_the_newest_and_there_are_two_lines(caplog:
     """One when it stops answering, one when it answers again; in between it is asked with growing pauses."""
     back, tries, found = threading.Event(), list[float](), made()
     done: list[int] = []
+
+    def upload(action: Callable[[], None], number: int) -> None:
+        action()
+        done.append(number)
+
     with caplog.at_level(logging.WARNING):
         for number in (1, 2, 3):
             action = silent(back.is_set, tries)
-            found.submit(Upload(f"number {number}", lambda a=action, n=number: (a(), done.append(n)), number))
+            found.submit(Upload(f"number {number}", partial(upload, action, number), number))
         eventually(lambda: len(tries) >= 3)
         found.check()
         back.set()

@@ -82,7 +82,7 @@ def changed(spec: Specification, respect: str, generator: np.random.Generator) -
 
 
 def _one(values: Sequence[str], generator: np.random.Generator) -> str:
-    return values[generator.integers(len(values))]
+    return values[int(generator.integers(len(values)))]
 
 
 def _perhaps(values: Sequence[str], generator: np.random.Generator) -> str | None:
