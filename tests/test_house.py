@@ -228,7 +228,11 @@ def test_what_comes_from_elsewhere_is_read_in_few_places() -> None:
             "latentac/worlds/promptfiles.py",
             "latentac/config/fields.py",
         ),
-        *("latentac/serving/routes.py", "latentac/worlds/pretraining/stages.py", "latentac/worlds/pretraining/provenance.py"),
+        *(
+            "latentac/serving/routes.py",
+            "latentac/worlds/pretraining/stages.py",
+            "latentac/worlds/pretraining/provenance.py",
+        ),
     }
     found = []
     for path in PRODUCT:

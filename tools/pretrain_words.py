@@ -31,7 +31,7 @@ from latentac.worlds.words.tokens import build_tokenizer
 from latentac.worlds.words.vocabulary import SPLITS
 
 SIZES = FlowSizes(latents=(4, HEIGHT // 4, WIDTH // 4), width=96, num_heads=3, num_blocks=4)
-TRAINING = DenoiserTraining(batch=64, learning_rate=2e-3, betas=(0.9, 0.95), decay_steps=12_000, last_rate=0.2)
+TRAINING = DenoiserTraining(batch=32, learning_rate=1.5e-3, betas=(0.9, 0.95), decay_steps=20_000, last_rate=0.2)
 
 
 class Words:
@@ -93,9 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="decides images, weights and noise (default %(default)s)")
     add("--images", type=int, default=24576, help="training images (default %(default)s)")
     add("--vae-steps", type=int, default=1800, help="autoencoder steps (default %(default)s)")
-    add("--denoiser-steps", type=int, default=12_000, help="denoiser steps at most (default %(default)s)")
-    add("--check-every", type=int, default=500, help="denoiser steps between two checks (default %(default)s)")
-    add("--target", type=float, default=0.4, help="checked score that ends the training (default %(default)s)")
+    add("--denoiser-steps", type=int, default=20_000, help="denoiser steps at most (default %(default)s)")
+    add("--check-every", type=int, default=1000, help="denoiser steps between two checks (default %(default)s)")
+    add("--target", type=float, default=0.35, help="checked score that ends the training (default %(default)s)")
     add("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
     return parser
 

@@ -1,5 +1,7 @@
 """Images of the world of words: one word on a ground, 32 x 96 pixels, anti-aliased, slightly turned.
 
+A word begins at the left, so that a small model need not know its length to place its letters.
+
 The fonts are those that matplotlib brings: DejaVu and STIX. Both may be copied and embedded freely.
 """
 
@@ -36,8 +38,8 @@ GROUNDS = ("flat", "gradient", "stripes", "grain", "clouds")
 
 _SUPERSAMPLING = 4
 _EDGE = 3.0  # pixels between the turned word and the edge
-_LARGEST, _SMALLEST = 26.0, 15.0  # pixels of a font
-_MOST_SHIFT = 4.0  # pixels from the middle
+_SIZES = 18.0, 23.0  # pixels of a font; a word that is too wide is smaller
+_MOST_SHIFT = 4.0  # pixels along the word, and half of it across
 _MOST_TURN = 3.0  # degrees
 _MOST_TEXTURE = 18.0  # grey levels
 
@@ -66,13 +68,10 @@ def sample_sign(spec: Specification, generator: np.random.Generator) -> Sign:
     fonts = FONTS[spec.style] if spec.style else tuple(name for names in FONTS.values() for name in names)
     font = fonts[generator.integers(len(fonts))]
     turn = float(generator.uniform(-_MOST_TURN, _MOST_TURN))
-    largest = _largest(spec.word, font, turn)
-    size = float(generator.uniform(max(_SMALLEST, 0.85 * largest), largest)) if largest > _SMALLEST else largest
+    size = min(float(generator.uniform(*_SIZES)), _largest(spec.word, font, turn))
     width, height = _extent(spec.word, font, size, turn)
-    x, y = (
-        side / 2 + float(generator.uniform(-1, 1)) * min(_MOST_SHIFT, (side - extent) / 2 - _EDGE)
-        for side, extent in ((WIDTH, width), (HEIGHT, height))
-    )
+    x = width / 2 + _EDGE + float(generator.uniform(0, 1)) * min(_MOST_SHIFT, WIDTH - width - 2 * _EDGE)
+    y = HEIGHT / 2 + float(generator.uniform(-1, 1)) * min(_MOST_SHIFT / 2, (HEIGHT - height) / 2 - _EDGE)
     low, high = (20, 85) if colour in LIGHT else (195, 250)
     red, green, blue = (int(level) for level in generator.integers(low, high, 3))
     ground = GROUNDS[generator.integers(len(GROUNDS))]
@@ -118,7 +117,7 @@ def _extent(word: str, font: str, size: float, turn: float) -> tuple[float, floa
 def _largest(word: str, font: str, turn: float) -> float:
     """The largest size with which the turned word leaves the edge free."""
     width, height = _extent(word, font, 1.0, turn)
-    return float(min(_LARGEST, (WIDTH - 2 * _EDGE) / width, (HEIGHT - 2 * _EDGE) / height))
+    return float(min((WIDTH - 2 * _EDGE) / width, (HEIGHT - 2 * _EDGE) / height))
 
 
 def _coverage(sign: Sign) -> np.ndarray:
