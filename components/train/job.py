@@ -6,7 +6,6 @@ the last checkpoint; and its end is the job's (CompleteJob).
 """
 
 import hashlib
-import math
 from decimal import Decimal
 from typing import Any
 
@@ -50,22 +49,19 @@ def job_name(namespace: str, run: str, config_hash: str) -> str:
 
 
 def check_replicas(train: Train, config: Config) -> None:
-    """Raises ConfigError unless every number of workers that the app may have divides an iteration's blocks."""
+    """Raises ConfigError unless every number of workers that the app may have leaves each a block of an iteration."""
     problems = []
     if train.min_replicas > train.max_replicas:
         problem, remedy = f"is more than train.max_replicas = {train.max_replicas}", "Correct it in the chart's values."
         problems.append(Problem("train.min_replicas", train.min_replicas, problem, remedy))
     images, block = config.train.images_per_iteration, config.train.block_images
-    worlds = [replicas * train.processes for replicas in range(train.min_replicas, train.max_replicas + 1)]
-    uneven = [world for world in worlds if images % (block * world)]
-    if uneven:
+    most = train.max_replicas * train.processes
+    if most > config.train.num_blocks:
         problem = (
-            f"cannot be dealt evenly in blocks of {block} to {uneven[0]} workers, and the cluster's "
-            f"train.min_replicas:max_replicas x processes = "
-            f"{train.min_replicas}:{train.max_replicas} x {train.processes} allows that many"
+            f"makes {config.train.num_blocks} blocks of {block}, and the cluster's train.max_replicas x processes = "
+            f"{train.max_replicas} x {train.processes} allows {most} workers, of which each needs a block"
         )
-        whole = block * math.lcm(*worlds)
-        remedy = f"Use a multiple of {whole}, smaller blocks, or other replicas in the chart's values."
+        remedy = f"Use at least {most * block}, smaller blocks, or fewer replicas in the chart's values."
         problems.append(Problem("train.images_per_iteration", images, problem, remedy))
     if problems:
         raise ConfigError(problems)

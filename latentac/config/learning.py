@@ -129,14 +129,14 @@ class Train(Section):
     updates_per_iteration: Positive = 4
     """Optimizer updates of the policy per iteration."""
     block_images: Positive = 32
-    """Images that go through the model together. Blocks are distributed over the workers; their number does not change
-    the results. Smaller blocks need less memory."""
+    """Images that go through the model together. Blocks are distributed over the workers, as evenly as their number
+    allows; the number of workers does not change the results. Smaller blocks need less memory."""
     micro_images: Positive | Literal["auto"] = "auto"
     """Rows per forward pass of the network. It changes results only by rounding. `auto` is a whole block on a CPU. On a
     GPU it begins with a block and is halved each time memory runs out."""
     num_workers: Positive | Literal["auto"] = "auto"
-    """Worker processes on this machine. `auto` is one per GPU, or two on a CPU, as far as they divide the number of
-    blocks. A cluster has its own setting."""
+    """Worker processes on this machine. `auto` is one per GPU, or two on a CPU, and at most one per block. A cluster
+    has its own setting."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """How often workers that ended are started again."""
     checkpoint_every: Positive = 2

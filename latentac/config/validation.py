@@ -176,15 +176,22 @@ def _impossible(config: Config, broken: set[str]) -> list[Problem]:
         f"Choose one with weight 0 and no floor (now: {', '.join(watched) or 'none'}).",
         "rewards",
     )
-    workers = 1 if train.num_workers == "auto" else train.num_workers
     refuse(
-        train.images_per_iteration % (train.block_images * workers) != 0,
+        train.images_per_iteration % train.block_images != 0,
         "train.images_per_iteration",
         train.images_per_iteration,
-        f"cannot be dealt evenly in blocks of {train.block_images} to {workers} worker{'s' if workers > 1 else ''}",
-        f"Use a multiple of {train.block_images * workers}.",
+        f"cannot be divided into blocks of {train.block_images} images",
+        f"Use a multiple of {train.block_images}.",
         "train.block_images",
+    )
+    refuse(
+        train.num_workers != "auto" and train.num_workers > max(train.num_blocks, 1),
         "train.num_workers",
+        train.num_workers,
+        f"is more than the {train.num_blocks} blocks of an iteration, of which each worker needs one",
+        "Use fewer workers, smaller blocks, or more images per iteration.",
+        "train.block_images",
+        "train.images_per_iteration",
     )
     guidance = config.policy.guidance_scale
     refuse(

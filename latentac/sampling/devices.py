@@ -31,12 +31,12 @@ def pick_device(name: str) -> torch.device:
 def count_workers(wanted: int | Literal["auto"], num_blocks: int, device: str) -> int:
     """Workers on this machine. device: `cpu` or `cuda`.
 
-    `auto` is the largest number that divides the blocks of an iteration: up to one per visible GPU, or two on a CPU.
+    `auto` is one per visible GPU, or two on a CPU, and at most one per block of an iteration.
     Raises ConfigError for more workers than GPUs.
     """
     gpus = torch.cuda.device_count() if device == "cuda" else 0
     if wanted == "auto":
-        return max(count for count in range(1, (gpus or _CPU_WORKERS) + 1) if num_blocks % count == 0)
+        return min(gpus or _CPU_WORKERS, num_blocks)
     if gpus and wanted > gpus:
         problem = f"each worker needs a GPU, and {gpus} {'is' if gpus == 1 else 'are'} visible here"
         remedy = "Use train.num_workers=auto, or backbone.device=cpu"

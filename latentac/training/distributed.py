@@ -48,18 +48,26 @@ class Mesh:
         return self.rank == 0
 
     def own(self, blocks: int) -> range:
-        """The blocks of this worker: consecutive, as many for each. `blocks` is a multiple of the size."""
-        share = blocks // self.size
-        return range(self.rank * share, (self.rank + 1) * share)
+        """The blocks of this worker: consecutive, and at most one more for one worker than for another. Each worker has
+        at least one if there are as many blocks as workers."""
+        first, end = (rank * blocks // self.size for rank in (self.rank, self.rank + 1))
+        return range(first, end)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The workers' tensors joined along the first axis, in rank order, on every worker."""
+        """The workers' tensors [N, ...] joined along the first axis, in rank order, on every worker. N may differ."""
         if self.size == 1:
             return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
         with _peers():
-            torch.distributed.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
+            own = torch.tensor([len(tensor)], device=tensor.device)
+            counts = [torch.empty_like(own) for _ in range(self.size)]
+            torch.distributed.all_gather(counts, own)
+            rows = torch.cat(counts).tolist()
+            # A collective operation takes equal shapes.
+            sent = tensor.new_zeros(max(rows), *tensor.shape[1:])
+            sent[: len(tensor)] = tensor
+            parts = [torch.empty_like(sent) for _ in rows]
+            torch.distributed.all_gather(parts, sent)
+        return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
 
     def any(self, wanted: bool) -> bool:
         """Whether any worker wants it; the same answer on every worker."""

@@ -24,6 +24,13 @@ RUNS: dict[str, dict[str, Any]] = {
         "algorithm": {"prediction_kl": 0.1, "value_gradient": 2.0},
         "train": _ANYTHING_GOES,
     },
+    "uneven": {
+        "rewards": [BRIGHTNESS, REDNESS],
+        "critic": {"replay_images": 12},
+        "policy": _BOLD,
+        "algorithm": {"value_gradient": 2.0},
+        "train": {**_ANYTHING_GOES, "images_per_iteration": 6},  # three blocks
+    },
     "grpo": {"algorithm": {"use": "grpo", "group_size": 2}, "policy": _BOLD, "train": _ANYTHING_GOES},
     "ddpo": {
         "algorithm": {"use": "ddpo", "baseline": "prompt", "prompt_min_count": 1},

@@ -144,11 +144,21 @@ def test_blocks_and_steps_add_up_to_one_batch(name):
         torch.testing.assert_close(other / scale, found[0] / scale, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("workers", "blocks"), [(1, 3), (2, 2), (2, 3), (3, 4), (4, 4), (4, 7)])
+def test_each_block_has_one_worker(workers, blocks):
+    """In the order of the ranks, and no worker has more than one block more than another."""
+    shares = [Mesh(rank, workers, CPU).own(blocks) for rank in range(workers)]
+    assert [block for share in shares for block in share] == list(range(blocks))
+    assert min(map(len, shares)) >= 1
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_workers_do_what_one_does(tmp_path):
     """Two processes over gloo and one alone end two iterations with the same weights, critic, memory and history, but
-    for the rounding of sums, for every algorithm and with all that has a state turned on; the two agree bitwise."""
+    for the rounding of sums, for every algorithm, with all that has a state turned on, and with three blocks for two
+    workers; the two agree bitwise."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
