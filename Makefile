@@ -40,7 +40,7 @@ EVIDENCE_OPTIONS = $(call option,ONLY,only) $(call option,RECIPE,recipe) $(call 
 	$(call option,WORKERS,workers) $(if $(ANEW),--anew)
 
 .PHONY: help install run run-containers serve test test-wheel test-fast lint format compile minio images sbom release-images chart reference
-.PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering bench-serving bench-scoring
+.PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering bench-serving bench-scoring bench-scaling
 .PHONY: bench-gpu bench-against chaos-store fuzz docs lock clean
 
 help: ## this list
@@ -164,6 +164,10 @@ bench-scoring: install ## rollouts and scoring at the same time, with a reward o
 #: RECIPE=shapes-unet PROCESSES=2 ITERATIONS=6
 	@$(PARALLEL) $(PY) -m benchmarks.scoring $(call option,RECIPE,recipe) $(call option,PROCESSES,processes) \
 		$(call option,ITERATIONS,iterations)
+
+bench-scaling: install ## two workers on two cores against one on one core; then predictions for many GPUs (minutes)
+#: RECIPE=shapes-unet ROUNDS=6
+	@$(PARALLEL) $(PY) -m benchmarks.scaling $(call option,RECIPE,recipe) $(call option,ROUNDS,rounds)
 
 bench-gpu: install ## SD1.5 and SD3.5-M sizes on one GPU beside the field's plain loop (8 minutes; without a GPU a dry run)
 #: MODELS="sd15 sd35m" BUDGET=450 SET="backbone.compile=blocks" DRY=1

@@ -18,6 +18,7 @@ MIN_SEEDS = 3
 EXPLAINED_VARIANCE_MARGIN = 0.05
 COST_BOUND = 1.10
 OVERLAP_BOUND = 1.15
+SPEEDUP_BOUND = 1.7
 PARTICLE_BOUND, GRADIENT_BOUND = 1.10, 2.5
 BATCHING_BOUND, PROBE_SECONDS, MIN_PROBES = 1.5, 0.1, 100
 MULTIPLES = (1, 2, 4, 8, 16)
@@ -114,6 +115,12 @@ def overlapped(found: Mapping[str, Any]) -> Verdict:
     """Time of rollouts and scoring of an iteration, divided by that of the longer of the two."""
     ratio = found["waits"]["ratio"]
     return judge({**ratio, "mean": ratio["median"]}, OVERLAP_BOUND, above=False, unit="iterations", sign="")
+
+
+def scales(found: Mapping[str, Any]) -> Verdict:
+    """Images per second of two workers on two cores, divided by those of one worker on one core."""
+    speedup = found["speedup"]
+    return judge({**speedup, "mean": speedup["median"]}, SPEEDUP_BOUND, above=True, unit="pairs of iterations", sign="")
 
 
 def near(found: Mapping[str, Any], weights: str, multiple: int) -> list[Mapping[str, Any]]:
@@ -283,6 +290,11 @@ CLAIMS: Sequence[Claim] = (
         f"most {OVERLAP_BOUND:.2f} times as long as the longer of the two",
         "scoring",
         overlapped,
+    ),
+    Claim(
+        f"Two workers on two cores do at least {SPEEDUP_BOUND:.1f} times the images per second of one on one core",
+        "scaling",
+        scales,
     ),
     *(
         Claim(

@@ -23,6 +23,7 @@ _TITLES = {
     "steering": "steering",
     "serving": "the endpoint",
     "scoring": "rollouts and scoring at the same time",
+    "scaling": "two workers and one",
 }
 _SHOWN = ("best_of_n", "resampling", "value_gradient", "fk_true", "best_of_n_cfg")
 """Steering methods that the tables show. The file has all of them."""
@@ -77,10 +78,11 @@ def _part(experiment: str, found: File, results: Results, folder: str) -> Iterat
         "steering": steering,
         "serving": _serving,
         "scoring": _scoring,
+        "scaling": _scaling,
     }
     yield from tables[experiment](found)
     yield ""
-    if experiment not in ("cost", "serving", "scoring"):
+    if experiment not in ("cost", "serving", "scoring", "scaling"):
         yield f"![{_TITLES[experiment]}]({folder}/{experiment}-{recipe}.svg)"
         yield ""
     for label, sheet in found.get("sheets", ()):
@@ -206,6 +208,17 @@ def _scoring(found: File) -> Iterator[str]:
         both, whole = (f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" for ratio in ratios)
         parts = seconds["rollout"], seconds["scoring"], seconds["both"]
         yield _row(kind, *parts, both, seconds["iteration"], whole)
+
+
+def _scaling(found: File) -> Iterator[str]:
+    """Seconds of an iteration of one worker and of two, and the ratio."""
+    speedup, seconds = found["speedup"], found["seconds"]
+    yield (
+        f"One worker on one core, and two workers of another training on that core and a second one, do iterations of "
+        f"{found['images']} images in turns: rollouts, rewards, and updates of policy and critic. The two exchange "
+        f"gradients over gloo. An iteration takes {seconds['one']:.2f} s with one and {seconds['two']:.2f} s with two, "
+        f"so two do {speedup['median']:.2f} [{speedup['low']:.2f}, {speedup['high']:.2f}] times the images per second."
+    )
 
 
 def _serving(found: File) -> Iterator[str]:

@@ -91,7 +91,7 @@ def test_a_unit_is_known_by_what_decides_its_result() -> None:
 
 def test_every_claim_has_its_comparison() -> None:
     """What a claim asks for is in the plan: an experiment of that name, with intervals of at least three seeds."""
-    assert {claim.experiment for claim in CLAIMS} <= {*EXPERIMENTS, "cost", "steering", "serving", "scoring"}
+    assert {claim.experiment for claim in CLAIMS} <= {*EXPERIMENTS, "cost", "steering", "serving", "scoring", "scaling"}
     counts = [count for seeds in FULL.seeds.values() for recipe, count in seeds.items() if recipe in RECIPES]
     assert min(counts) >= claims.MIN_SEEDS
 
@@ -316,6 +316,20 @@ def test_time_that_overlaps_counts_once(spans: list[tuple[float, float]], second
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_one_worker_and_two_are_compared_in_turns(tmp_path: Path) -> None:
+    """Three processes, two of which train together; the images of both trainings are the same."""
+    from benchmarks import scaling
+
+    settings = [f"--set={setting}" for setting in (*TINY, "train.block_images=8")]
+    assert scaling.main(["--rounds=2", f"--output={tmp_path}", *settings]) == 0
+    found = json.loads((tmp_path / "scaling-shapes-unet.json").read_text())
+    assert found["speedup"]["n"] == 2
+    assert 0 < found["speedup"]["low"] <= found["speedup"]["median"]
+    assert found["speedup"]["median"] == pytest.approx(found["seconds"]["one"] / found["seconds"]["two"], rel=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_overlapping_is_measured_in_one_iteration(tmp_path: Path) -> None:
     """Each part's seconds, of a reward that waits and of one that computes."""
     from benchmarks import scoring
@@ -493,6 +507,10 @@ def _world(truth: int) -> dict[str, dict[str, Any]]:
         "steps": 10,
     } | {"images": 256, "updates": 4}
     results["scoring-shapes-unet"] = {**results["main-shapes-unet"], **_scoring_world(truth)}
+    figures = {1: (1.9, 1.85, 1.95), -1: (1.4, 1.3, 1.5), 0: (1.7, 1.5, 1.9)}[truth]
+    speedup = {**dict(zip(("median", "low", "high"), figures, strict=True)), "n": 6}
+    scaling = {"experiment": "scaling", "images": 256, "speedup": speedup, "seconds": {"one": 4.0, "two": 2.0}}
+    results["scaling-shapes-unet"] = {**results["main-shapes-unet"], **scaling}
     results["steering-shapes-unet"] = {**results["main-shapes-unet"], **_steering_world(truth)}
     results["serving-shapes-unet"] = {**results["main-shapes-unet"], **_serving_world(truth)}
     return results
