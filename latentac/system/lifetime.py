@@ -121,6 +121,15 @@ def go_on_in_child() -> tuple[int, int] | None:
             return child, os.waitstatus_to_exitcode(status)
 
 
+def began() -> float:
+    """When this process began, by `time.monotonic`, to a hundredth of a second; now, where the kernel does not say."""
+    fields = _stat(os.getpid())
+    if not fields:
+        return time.monotonic()
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - age
+
+
 @contextlib.contextmanager
 def run_lock(path: Path, wait_seconds: float = 30.0) -> Iterator[None]:
     """Hold the exclusive lock on the file `path` (`<output>/<run>/...`), which keeps the holder's pid as text.
