@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+import latentac.backbones.pipeline  # noqa: F401 - diffusers: here it counts as an import, and not as loading
 from latentac.critic import Critic
 from latentac.runs import failures
 from latentac.runs.release.readme import write_trained
