@@ -39,7 +39,7 @@ SETTINGS = (
     "critic.body.num_queries=1",
     "pretrain={num_images: 8, num_held_out_images: 8, num_passes: 1, minibatch_states: 8}",
     # A multiple of 2, 3, and 4 workers.
-    "train={images_per_iteration: 12, block_images: 1, updates_per_iteration: 2, checkpoint_every: 1}",
+    "train={images_per_iteration: 12, block_images: 1, updates_per_iteration: 1, checkpoint_every: 1}",
     "policy.learning_rate=1e-6",  # in many iterations of so few images a larger one diverges
     "backbone.device=cpu",
     "rewards=[{use: jpeg_compressibility}]",
