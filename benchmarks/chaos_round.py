@@ -41,10 +41,7 @@ class Met:
 
 
 class Round:
-    """A run of training from its start to its end. Faults come until it is done, or until `budget` of them have met it.
-
-    kinds: what is left in the bag from which faults are drawn; it is filled again when it is empty.
-    """
+    """A run that is prepared for training by `agents` (at least, at most). met: the faults that it has met."""
 
     def __init__(self, stage: Scene, url: str, run: str, folder: Path, agents: tuple[int, int]) -> None:
         self.stage, self.url, self.run, self.folder, self.agents = stage, url, run, folder, agents
@@ -53,7 +50,11 @@ class Round:
         self.met: list[Met] = []
 
     def play(self, budget: int, choice: random.Random, bag: list[str]) -> None:
-        """Raises Stuck."""
+        """Train to the end, while `budget` faults come, or as many as there is time for. bag: what is left of the kinds
+        of faults in random order; all of them come before one comes again, as far as the number of agents allows it.
+
+        Raises Stuck where a wait has reached its bound.
+        """
         low, high = self.agents
         resumed: tuple[str, float, int] | None = None
         count = choice.randint(low, high)
@@ -83,6 +84,7 @@ class Round:
         job.wait(lambda: _over(job) or _settled(job, 0.0), _PATIENCE_SECONDS, "the first iteration")
         while len(self.met) < budget and not _over(job):
             job.pause(choice.uniform(0.0, 3.0))
+            job.wait(lambda: _over(job) or set(job.agents) == job.wanted, _PATIENCE_SECONDS, "all agents")
             if _over(job):
                 break
             self._fault = _draw(job, bag, choice, self.kinds)
@@ -139,11 +141,13 @@ class Round:
     def _recover(self, job: Job, kind: str, at: float, reached: int, *, alone: bool) -> Met:
         """Wait for the next iteration, and then until all agents train. at: time of the fault; reached: the last
         iteration that was finished before it."""
-        restarts = kind not in ("store_killed", "disk_full")
+        restarts, ended = kind not in ("store_killed", "disk_full"), time.monotonic()
         job.wait(
             lambda: _over(job) or _next(job, at, restarts) is not None, _PATIENCE_SECONDS, f"an iteration after {kind}"
         )
-        job.wait(lambda: _over(job) or _settled(job, at), _PATIENCE_SECONDS, f"all agents and the store after {kind}")
+        job.wait(
+            lambda: _over(job) or _settled(job, ended), _PATIENCE_SECONDS, f"all agents and the store after {kind}"
+        )
         starts = [start for start in job.starts if start.told > at]
         found = _next(job, at, bool(starts))
         seconds = (found[1] if found else time.monotonic()) - at
@@ -230,7 +234,8 @@ def _draw(job: Job, bag: list[str], choice: random.Random, kinds: list[str]) -> 
 
 
 def _signal(job: Job, choice: random.Random, number: signal.Signals) -> None:
-    """To the supervisor or to the worker itself."""
+    """To the supervisor or to the worker itself. Nothing where the training ends meanwhile."""
     agent = job.agents[choice.choice(sorted(job.agents))]
-    job.wait(lambda: bool(agent.workers), 60, "a worker to send a signal to")
-    os.kill(choice.choice(agent.workers), number)
+    job.wait(lambda: _over(job) or bool(agent.workers), 60, "a worker to send a signal to")
+    with contextlib.suppress(IndexError, ProcessLookupError):
+        os.kill(choice.choice(agent.workers), number)
