@@ -131,7 +131,7 @@ def measure(faults: int, seed: int, iterations: int, folder: Path) -> dict[str, 
             agents, run = (ELASTIC if len(rounds) % 2 else FIXED), f"round-{len(rounds)}"
             print(f"{run}: {agents[0]} to {agents[1]} agents", flush=True)
             played = site.prepare(run, agents)
-            played.play(faults - len(met), choice, bags[agents])
+            played.play(min(faults - len(met), (faults + 1) // 2), choice, bags[agents])
             met += played.met
             found = site.weights(played).after
             row = {"agents": list(agents), "faults": len(played.met), "distance": reference.distance(found)}

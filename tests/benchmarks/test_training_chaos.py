@@ -29,6 +29,7 @@ def test_faults_lose_at_most_one_iteration_and_change_no_result(
     assert found["faults"] == 4 == sum(row["faults"] for row in found["kinds"].values())
     assert found["most_lost"] <= 1
     assert found["wrong_results"] == found["helped"] == 0
+    assert {tuple(each["agents"]) for each in found["rounds"]} == {(2, 2), (2, 4)}
     assert all(each["largest_difference"] == 0 for each in found["rounds"] if each["agents"] == [2, 2])
     assert all(kind in said for kind in found["kinds"])
 
