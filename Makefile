@@ -40,8 +40,8 @@ EVIDENCE_OPTIONS = $(call option,ONLY,only) $(call option,RECIPE,recipe) $(call 
 	$(call option,WORKERS,workers) $(if $(ANEW),--anew)
 
 .PHONY: help install run run-containers serve test test-wheel test-fast lint format compile minio images sbom release-images chart reference
-.PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering bench-serving bench-scoring bench-scaling
-.PHONY: bench-gpu bench-against chaos-store fuzz docs lock clean
+.PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering bench-serving bench-scoring
+.PHONY: bench-scaling bench-gpu bench-against chaos chaos-store fuzz docs lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 } /^#:/ { print "      " substr($$0, 4) }' Makefile
@@ -177,6 +177,10 @@ bench-gpu: install ## SD1.5 and SD3.5-M sizes on one GPU beside the field's plai
 bench-against: install minio ## throughput of endpoint and store: this version against an earlier commit (minutes)
 #: COMMIT=966fe4c ROUNDS=12; the commit needs the same dependencies
 	@$(PARALLEL) $(PY) -m benchmarks.against $(or $(COMMIT),HEAD~1) $(call option,ROUNDS,rounds)
+
+chaos: install minio ## inject 50 faults into training jobs; measure losses, recovery, and the result (40 minutes)
+#: FAULTS=50 SEED=0
+	@$(PARALLEL) $(PY) -m benchmarks.training_chaos $(call option,FAULTS,faults) $(call option,SEED,seed)
 
 chaos-store: install minio ## inject 50 faults into a store; count visible partial artifacts and late answers (minutes)
 #: FAULTS=50 SEED=0

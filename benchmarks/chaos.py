@@ -117,13 +117,13 @@ class Tally:
 
 
 @contextmanager
-def scene(folder: Path) -> Iterator[Scene]:
-    """Sets the environment for it."""
+def scene(folder: Path, disk_mib: int = DISK_MIB) -> Iterator[Scene]:
+    """Sets the environment for it. Only root has a small disk."""
     disk = folder / "disk"
     disk.mkdir()
     mounted = os.geteuid() == 0
     if mounted:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", disk], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={disk_mib}m", "tmpfs", disk], check=True)
     with ExitStack() as stack:
         if mounted:
             stack.callback(lambda: subprocess.run(["umount", "-l", disk], check=True))

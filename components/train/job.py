@@ -38,7 +38,8 @@ ATTEMPT = "latentac.io/attempt"
 JOB_NAME = "volcano.sh/job-name"
 """Label that Volcano gives to a job's pods."""
 
-_RENDEZVOUS = "join_timeout=600,last_call_timeout=15,close_timeout=10,timeout=600"
+# last_call_timeout: each start of fewer agents than the maximum waits that long for more of them.
+_RENDEZVOUS = "join_timeout=600,last_call_timeout=5,close_timeout=10,timeout=600"
 _LOST = ["PodFailed", "PodEvicted"]
 _UNITS = {"m": Decimal("0.001"), "k": Decimal(1000)}
 

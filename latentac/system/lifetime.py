@@ -11,6 +11,7 @@ no writer behind, or a resumed run would race with a survivor. Two things see to
 `python -m latentac.system.lifetime MODULE [ARGUMENT ...]` runs another module (torchrun) under the same rule.
 """
 
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -40,9 +41,11 @@ _log = logging.getLogger(__name__)
 
 
 def start_lean() -> None:
-    """Collect garbage more rarely from here on. The libraries make millions of objects when they are imported, all to
-    stay; looking them over again and again is a tenth of a step's start."""
+    """Collect garbage more rarely from here on, and not at the end. The libraries make millions of objects when they
+    are imported, all to stay; looking them over again and again is a tenth of a step's start. At the end it would take
+    more than a second, while the others of a training job wait."""
     gc.set_threshold(100_000, 50, 50)
+    atexit.register(gc.freeze)
 
 
 def die_with_parent() -> None:
@@ -119,6 +122,15 @@ def go_on_in_child() -> tuple[int, int] | None:
         if pid == child:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return child, os.waitstatus_to_exitcode(status)
+
+
+def began() -> float:
+    """When this process began, by `time.monotonic`, to a hundredth of a second; now, where the kernel does not say."""
+    fields = _stat(os.getpid())
+    if not fields:
+        return time.monotonic()
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - age
 
 
 @contextlib.contextmanager

@@ -116,7 +116,7 @@ def test_workers_meet_at_replica_0() -> None:
     for number, (*_, command) in enumerate(commands):
         host = "VC_WORKER_0_HOSTS" if number else "TORCHX_RANK0_HOST"
         assert f"--rdzv_endpoint ${{{host}:=localhost}}:29500" in command
-        assert "--rdzv_conf join_timeout=600,last_call_timeout=15,close_timeout=10,timeout=600" in command
+        assert "--rdzv_conf join_timeout=600,last_call_timeout=5,close_timeout=10,timeout=600" in command
         assert "--nnodes 1:3 --nproc_per_node 2" in command
         assert command.endswith("-m latentac.runs.workers.supervisor run-1 s3://latentac/store /work")
 

@@ -199,3 +199,21 @@ def test_a_lock_that_is_a_link_is_neither_held_nor_written_through(tmp_path: Pat
             pass
     assert (tmp_path / "letter").read_text() == "mine"
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_bound_process_does_not_look_its_objects_over_at_its_end(start: Start, tmp_path: Path) -> None:
+    """With all libraries loaded that takes more than a second. What is registered before it runs after it."""
+    tell = f"import atexit, gc; atexit.register(lambda: open({str(tmp_path / 'frozen')!r}, 'w').write('1')"
+    process = start(f"{tell} if gc.get_freeze_count() else None)\n{BOUND}")
+    assert process.wait(60) == 0
+    assert (tmp_path / "frozen").exists()
+
+
+def test_a_process_knows_when_it_began(start: Start, tmp_path: Path) -> None:
+    """By the clock that the others of this machine have, too; also some time afterwards."""
+    before = time.monotonic()
+    report = f"open({str(tmp_path / 'began')!r}, 'w').write(repr(began()))"
+    process = start(f"import time; time.sleep(1)\nfrom latentac.system.lifetime import began; {report}")
+    after = time.monotonic()
+    assert process.wait(60) == 0
+    assert before - 0.05 < float((tmp_path / "began").read_text()) < after + 0.05

@@ -16,7 +16,7 @@ from latentac.runs import failures
 from latentac.store import open_store
 from latentac.system.calls import CALLS, supervised
 from latentac.system.errors import RewardError, StoreError
-from latentac.system.lifetime import die_with_parent
+from latentac.system.lifetime import began, die_with_parent
 from latentac.system.terminal import escape_streams
 
 _log = logging.getLogger(__name__)
@@ -26,11 +26,12 @@ def main(run: str, store: str, output: str, failure: str = "") -> int:
     """The worker's exit code; in the worker itself too."""
     if failure:  # on one machine no worker outlives the step that launched it
         die_with_parent()
+    start = began()
     ended = supervised((Path(failure).parent if failure else Path(output) / run) / CALLS)
     if ended is None:
         from latentac.runs.workers.worker import main as work
 
-        return work(run, store, output, failure)
+        return work(run, store, output, failure, began=start)
     code, crash = ended
     if crash is None:
         return code

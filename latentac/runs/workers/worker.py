@@ -16,7 +16,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+import latentac.backbones.pipeline  # noqa: F401 - diffusers: here it counts as an import, and not as loading
 from latentac.critic import Critic
 from latentac.runs import failures
 from latentac.runs.release.readme import write_trained
@@ -60,11 +61,17 @@ _SPARE_SECONDS = 5.0
 _log = logging.getLogger(__name__)
 
 
-def main(run: str, store: str, output: str, failure: str = "") -> int:
-    """Work, and leave an expected error for the launcher: restarting the workers would only repeat it."""
+def main(run: str, store: str, output: str, failure: str = "", *, began: float | None = None) -> int:
+    """Work, and leave an expected error for the launcher: restarting the workers would only repeat it.
+
+    began: when the process began, by `time.monotonic`; the log says how long its start took.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    _log.setLevel(logging.INFO)
     faulthandler.enable()  # a crash in native code, a reward's for example, leaves its Python stack in the log
     position = Position(graceful=not failure)
+    if began is not None:
+        position.began = began
     try:
         if failure:
             work(open_run(run, store, output), position)
@@ -87,10 +94,11 @@ def main(run: str, store: str, output: str, failure: str = "") -> int:
 
 @dataclass
 class Position:
-    """Where the training stands. graceful: SIGTERM asks it to stop after the iteration; stop: it was asked; ends_at:
-    when it must have saved what it can then, by `time.monotonic`."""
+    """Where the training stands. graceful: SIGTERM asks it to stop after the iteration; began: when the process did;
+    stop: it was asked; ends_at: when it must have saved what it can then. Times are by `time.monotonic`."""
 
     graceful: bool
+    began: float = field(default_factory=time.monotonic)
     iteration: int = 0
     stop: bool = False
     ends_at: float = math.inf
@@ -147,8 +155,7 @@ def work(space: Workspace, position: Position) -> bool:
     torch.set_num_threads(whole_variable("OMP_NUM_THREADS", 1, 1024, 1))
     started = time.monotonic()
     mesh = Mesh.join(space.config.backbone.device)
-    trainer, checkpoints = _make_trainer(space, mesh), Checkpoints(space, mesh)
-    checkpoints.resume(trainer)
+    trainer, checkpoints = _resumed(space, mesh, imports=started - position.began, meeting=time.monotonic() - started)
     with contextlib.ExitStack() as stack:
         log = None
         if mesh.leads:
@@ -183,6 +190,19 @@ def work(space: Workspace, position: Position) -> bool:
             if stopping and not trainer.finished:
                 return _stop(mesh, checkpoints, position)
         return not mesh.leads or _publish(space, trainer, checkpoints, position, time.monotonic() - started)
+
+
+def _resumed(space: Workspace, mesh: Mesh, *, imports: float, meeting: float) -> tuple[Trainer, Checkpoints]:
+    """A trainer at the last checkpoint. imports, meeting: the seconds that the start has taken so far, for the log."""
+    began = time.monotonic()
+    trainer, checkpoints = _make_trainer(space, mesh), Checkpoints(space, mesh)
+    checkpoints.resume(trainer)
+    if mesh.leads:
+        _log.info(
+            "training starts after iteration %d, with %d worker(s): imports %.2f s, meeting %.2f s, loading %.2f s",
+            trainer.iteration, mesh.size, imports, meeting, time.monotonic() - began,
+        )  # fmt: skip
+    return trainer, checkpoints
 
 
 def _stop(mesh: Mesh, checkpoints: Checkpoints, position: Position) -> bool:
