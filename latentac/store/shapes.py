@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from latentac.store.shape import (
     _MOST_IMAGES,
@@ -198,7 +198,14 @@ class Scores(Shape):
         return self
 
 
-Side = Annotated[int, Field(gt=0, le=2**14)]
+def _sides(given: Any) -> Any:
+    """Older versions knew squares only, and wrote one number."""
+    return [given, given] if isinstance(given, int) else given
+
+
+Sides = Annotated[
+    list[Annotated[int, Field(gt=0, le=2**14)]], Field(min_length=2, max_length=2), BeforeValidator(_sides)
+]
 
 
 class Gallery(Shape):
@@ -206,7 +213,7 @@ class Gallery(Shape):
 
     prompts: Annotated[Texts, Field(min_length=1, max_length=10_000)]
     seeds: list[str | Whole]
-    image_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)]
+    image_size: Sides
     columns: Annotated[int, Field(gt=0, le=10_000)]
     rewards: dict[str, Scored] | None = None
 

@@ -63,7 +63,8 @@ WRONG = {
     "a score that is not a number": (
         "evaluate", "scores.json", "rewards/base/shapes_verifier/3", float("nan"), "shapes_verifier.3 is nan"),
     "no columns": ("evaluate", "gallery/gallery.json", "columns", 0, "columns is 0"),
-    "a huge image": ("evaluate", "gallery/gallery.json", "image_size", 2**40, "image_size is 1099511627776"),
+    "a huge image": ("evaluate", "gallery/gallery.json", "image_size", [32, 2**40], "image_size.1 is 1099511627776"),
+    "a size of three sides": ("evaluate", "gallery/gallery.json", "image_size", [1, 2, 3], "image_size"),
     "a seed too few": ("evaluate", "gallery/gallery.json", "seeds", ["7/0"], "it has 1 seeds for 8 prompts"),
     "a prompt that is none": ("evaluate", "gallery/gallery.json", "prompts/2", None, "prompts.2 is None"),
     "no settings of the gate": ("prepare", "config.json", "gate", None, "gate is None"),

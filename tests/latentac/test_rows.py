@@ -275,10 +275,11 @@ def test_the_share_of_gradient_entries_below_eps_is_logged():
     ("wanted", "gpus", "blocks", "expected"),
     [
         ("auto", 0, 8, 2),
-        ("auto", 0, 3, 1),
+        ("auto", 0, 3, 2),
+        ("auto", 0, 1, 1),
         ("auto", 1, 8, 1),
         ("auto", 4, 8, 4),
-        ("auto", 4, 6, 3),
+        ("auto", 4, 6, 4),
         (3, 0, 6, 3),
         (2, 4, 8, 2),
     ],
