@@ -91,7 +91,7 @@ def autoencoder_stage(
     if settings.begin_with is not None:
         wanted["begun_with"] = {"pipeline": settings.begin_with.name, **_weights(settings.begin_with)[1]}
     if provenance.value("autoencoder", "settings") == wanted and (output / "vae" / "config.json").exists():
-        return AutoencoderKL.from_pretrained(output / "vae").eval()
+        return _loaded(output).eval()
     torch.manual_seed(settings.seed)
     autoencoder, began = _begun_autoencoder(world, settings), time.perf_counter()
     curve: list[float] = []
@@ -127,7 +127,7 @@ def taken_autoencoder(other: Path, provenance: Provenance) -> AutoencoderKL:
     """The finished autoencoder of the pipeline in `other`, with what was recorded about its training."""
     recorded, weights = _weights(other)
     provenance.record("autoencoder", {**recorded, "taken_from": {"pipeline": other.name, **weights}})
-    return AutoencoderKL.from_pretrained(other / "vae").eval()
+    return _loaded(other).eval()
 
 
 def denoiser_stage(
@@ -219,11 +219,17 @@ def _contact_sheet(images: np.ndarray, columns: int = 8) -> Image.Image:
     return Image.fromarray(np.concatenate(whole))
 
 
+def _loaded(folder: Path) -> AutoencoderKL:
+    """The autoencoder of a pipeline's folder. Its configuration forgets the folder, or it would be saved with it."""
+    autoencoder = AutoencoderKL.from_pretrained(folder / "vae")
+    autoencoder.register_to_config(_name_or_path="")
+    return autoencoder
+
+
 def _begun_autoencoder(world: World, settings: Settings) -> AutoencoderKL:
     autoencoder = build_autoencoder(world.image_size)
     if settings.begin_with is not None:
-        other = AutoencoderKL.from_pretrained(settings.begin_with / "vae")
-        autoencoder.load_state_dict(other.state_dict())
+        autoencoder.load_state_dict(_loaded(settings.begin_with).state_dict())
     return autoencoder
 
 
