@@ -53,8 +53,11 @@ _WORDS_DIT = merge(
             {"use": "jpeg_compressibility", "weight": 0.0},
             {"use": "ink_share", "weight": 0.0},
         ],
-        "train": {"num_iterations": 30},
-        "gate": {"reward": "rapidocr"},
+        "pretrain": {"num_images": 1024},
+        "train": {"num_iterations": 16},
+        "steering": {"num_images": 64},
+        # Fonts and grounds become fewer while the words become readable.
+        "gate": {"reward": "rapidocr", "min_diversity_kept": 0.5},
     },
 )
 
