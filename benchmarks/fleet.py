@@ -37,11 +37,11 @@ class Model:
 
 MODELS = (
     # Forwards and decoder: counted with torch's FLOP counter on random weights in the true layout. Adapters: rank 16 on
-    # the attention's projections, counted the same way for the first two.
+    # the attention's projections, by hand from widths and depths.
     Model("SD1.5", 0.812e12, 2.5e12, 860e6, 3.2e6, 4 * 64 * 64),
-    Model("SD3.5-M", 2.479e12, 2.5e12, 2_243e6, 9.4e6, 16 * 64 * 64),
-    # Not counted: 2 FLOPs per parameter and token, of 1,024 image and 512 text tokens; the adapter scaled by width.
-    Model("FLUX.1", 2 * 11.9e9 * 1536, 2.5e12, 11_900e6, 29e6, 16 * 64 * 64),
+    Model("SD3.5-M", 2.479e12, 2.5e12, 2_243e6, 12e6, 16 * 64 * 64),
+    # Not counted: 2 FLOPs per parameter and token, of 1,024 image and 512 text tokens; the decoder as the others'.
+    Model("FLUX.1", 2 * 11.9e9 * 1536, 2.5e12, 11_900e6, 26e6, 16 * 64 * 64),
 )
 
 

@@ -56,8 +56,7 @@ _WORDS_DIT = merge(
         "pretrain": {"num_images": 1024},
         "train": {"num_iterations": 16},
         "steering": {"num_images": 64},
-        # Fonts and grounds become fewer while the words become readable.
-        "gate": {"reward": "rapidocr", "min_diversity_kept": 0.5},
+        "gate": {"reward": "rapidocr"},
     },
 )
 

@@ -1,12 +1,18 @@
 """A tiny CLIP (Radford et al. 2021, arXiv 2103.00020) of a world's images and captions, and its training."""
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from latentac.worlds.pretraining.provenance import Provenance
 
 WIDTH = 64
 _MOST_SCALE = 100.0  # of the logits; CLIP's own bound
@@ -69,6 +75,39 @@ def contrastive_loss(logits: Tensor, same: Tensor, ignored: Tensor) -> Tensor:
     logits = logits.masked_fill(ignored, _EXCLUDED)
     target = same.float() / same.sum(1, keepdim=True)
     return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
+
+
+def clip_stage(
+    output: Path,
+    clip: CLIPModel,
+    draw: Callable[[], Batch],
+    training: ContrastiveTraining,
+    provenance: Provenance,
+    **settings: int,
+) -> None:
+    """Trains `clip` in place, saves it to `output`, and records how. settings: what decides the weights besides."""
+    began = time.perf_counter()
+    curve: list[float] = []
+    with tqdm(total=training.steps, desc="clip", unit="step") as bar:
+
+        def report(step: int, loss: float) -> None:
+            curve.append(loss)
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+
+        train_clip(clip, draw, training, report)
+    seconds = time.perf_counter() - began
+    clip.save_pretrained(output)
+    for weights in output.glob("*.safetensors"):
+        weights.chmod(0o644)  # they are written for the owner only, and would be installed so
+    record = {
+        "settings": {**settings, **asdict(training)},
+        "parameters": sum(p.numel() for p in clip.parameters()),
+        "seconds": seconds,
+        "logit_scale": clip.logit_scale.exp().item(),
+        "loss_curve": [[end, round(float(np.mean(curve[end - 25 : end])), 5)] for end in range(25, len(curve) + 1, 25)],
+    }
+    provenance.record("clip", record)
 
 
 def train_clip(

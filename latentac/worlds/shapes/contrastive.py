@@ -7,10 +7,9 @@ diffusion model nor the verifier's answers: it is a learned reward with the blin
 """
 
 import argparse
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -26,9 +25,9 @@ from latentac.worlds.pretraining.clip import (
     ContrastiveTraining,
     build_clip,
     caption_features,
+    clip_stage,
     equal,
     image_vectors,
-    train_clip,
 )
 from latentac.worlds.pretraining.provenance import Provenance
 from latentac.worlds.pretraining.tokens import tokenize
@@ -208,36 +207,17 @@ def pretrain(output: Path, seed: int, images: int, training: ContrastiveTraining
     pool = ImagePool(images, generator)
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(output)
-    clip, began = build_clip(tokenizer, TEXT_LENGTH, IMAGE_SIZE, PATCH), time.perf_counter()
+    clip = build_clip(tokenizer, TEXT_LENGTH, IMAGE_SIZE, PATCH)
     token_ids = tokenize(tokenizer, [spec.caption for spec in _LANGUAGE])
     longest = int((token_ids != tokenizer.pad_token_id).sum(1).max()) + 1
-    curve: list[float] = []
-    with tqdm(total=training.steps, desc="clip", unit="step") as bar:
 
-        def report(step: int, loss: float) -> None:
-            curve.append(loss)
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+    def draw() -> Batch:
+        indices = draw_sentences(training, generator)
+        drawn = np.stack([pool.draw(index, generator) for index in indices])
+        specs = [_LANGUAGE[index] for index in indices]
+        return Batch(_pixels(drawn), token_ids[indices, :longest], *false_negatives(specs))
 
-        def draw() -> Batch:
-            indices = draw_sentences(training, generator)
-            drawn = np.stack([pool.draw(index, generator) for index in indices])
-            specs = [_LANGUAGE[index] for index in indices]
-            return Batch(_pixels(drawn), token_ids[indices, :longest], *false_negatives(specs))
-
-        train_clip(clip, draw, training, report)
-    seconds = time.perf_counter() - began
-    clip.save_pretrained(output)
-    for weights in output.glob("*.safetensors"):
-        weights.chmod(0o644)  # they are written for the owner only, and would be installed so
-    record = {
-        "settings": {"images": images, **asdict(training)},
-        "parameters": sum(p.numel() for p in clip.parameters()),
-        "seconds": seconds,
-        "logit_scale": clip.logit_scale.exp().item(),
-        "loss_curve": [[end, round(float(np.mean(curve[end - 25 : end])), 5)] for end in range(25, len(curve) + 1, 25)],
-    }
-    provenance.record("clip", record)
+    clip_stage(output, clip, draw, training, provenance, images=images)
     provenance.record("hard_negative_retrieval", retrieval(clip, tokenizer, 1024, seed + 1))
     provenance.record("verifier_correlation_within_caption", verifier_correlation(clip, tokenizer, 128, seed + 2))
     provenance.finish(output)

@@ -7,15 +7,13 @@ a diffusion model nor what an OCR engine reads: it is a learned reward with the 
 """
 
 import argparse
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -25,8 +23,8 @@ from latentac.worlds.pretraining.clip import (
     ContrastiveTraining,
     build_clip,
     caption_features,
+    clip_stage,
     image_vectors,
-    train_clip,
 )
 from latentac.worlds.pretraining.provenance import Provenance
 from latentac.worlds.pretraining.tokens import tokenize
@@ -143,29 +141,9 @@ def pretrain(output: Path, seed: int, training: ContrastiveTraining, command: st
     processor = CLIPImageProcessorPil(
         size={"height": SIDE, "width": SIDE}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    clip, began = build_clip(tokenizer, TEXT_LENGTH, SIDE, PATCH), time.perf_counter()
-    curve: list[float] = []
-    with tqdm(total=training.steps, desc="clip", unit="step") as bar:
-
-        def report(step: int, loss: float) -> None:
-            curve.append(loss)
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-
-        train_clip(clip, lambda: draw_batch(training, tokenizer, processor, generator), training, report)
-    seconds = time.perf_counter() - began
-    clip.save_pretrained(output)
+    clip = build_clip(tokenizer, TEXT_LENGTH, SIDE, PATCH)
+    clip_stage(output, clip, lambda: draw_batch(training, tokenizer, processor, generator), training, provenance)
     processor.save_pretrained(output)
-    for weights in output.glob("*.safetensors"):
-        weights.chmod(0o644)  # they are written for the owner only, and would be installed so
-    record = {
-        "settings": asdict(training),
-        "parameters": sum(p.numel() for p in clip.parameters()),
-        "seconds": seconds,
-        "logit_scale": clip.logit_scale.exp().item(),
-        "loss_curve": [[end, round(float(np.mean(curve[end - 25 : end])), 5)] for end in range(25, len(curve) + 1, 25)],
-    }
-    provenance.record("clip", record)
     provenance.record("retrieval", retrieval(clip, tokenizer, processor, 1024, seed + 1))
     provenance.finish(output)
 
