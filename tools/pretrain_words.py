@@ -1,10 +1,12 @@
 """Makes the pipeline `words-dit`: python -m tools.pretrain_words --output FOLDER
 
 First the autoencoder, which begins with that of the shapes (from random weights, colours are learned long after
-letters), then denoiser and text encoders together on its latents. The images are drawn for all words,
+letters), then denoiser and text encoders together on its latents. With `--continue-from` the autoencoder of a finished
+pipeline is taken, and its denoiser and text encoders are trained further. The images are drawn for all words,
 held-out ones included: the base knows all of them about equally well, and what is held out is held out from
 reinforcement learning. Training stops on purpose when the base is mediocre (see `--target`). A second run in the same
-folder with the same settings keeps the finished autoencoder.
+folder with the same settings keeps the finished autoencoder. The weights in latentac/worlds/words come from two runs:
+the second continues from the first with another seed, which draws other images.
 
 It is no module of latentac because it needs the reward `ocr`, and no world knows a reward.
 """
@@ -22,7 +24,14 @@ from latentac.worlds.builtin import builtin_pipeline
 from latentac.worlds.pretraining.autoencoder import AutoencoderTraining, centre_latents
 from latentac.worlds.pretraining.flow import FlowSizes, build_flow_denoiser
 from latentac.worlds.pretraining.provenance import Provenance
-from latentac.worlds.pretraining.stages import Settings, autoencoder_stage, denoiser_stage, finish, training_images
+from latentac.worlds.pretraining.stages import (
+    Settings,
+    autoencoder_stage,
+    denoiser_stage,
+    finish,
+    taken_autoencoder,
+    training_images,
+)
 from latentac.worlds.pretraining.training import DenoiserTraining
 from latentac.worlds.prompts import balanced, load_prompts
 from latentac.worlds.words.captions import CATEGORIES, Specification, specifications
@@ -73,8 +82,11 @@ def pretrain(output: Path, settings: Settings, command: str) -> None:
     world = Words()
     provenance = Provenance.begin(output / "provenance.json", settings.seed, command, (words, pretraining))
     specs, images = training_images(world, settings)
-    autoencoder = autoencoder_stage(output, world, settings, images, provenance)
-    centre_latents(autoencoder, images[:2048])
+    if settings.continued is None:
+        autoencoder = autoencoder_stage(output, world, settings, images, provenance)
+        centre_latents(autoencoder, images[:2048])
+    else:
+        autoencoder = taken_autoencoder(settings.continued, provenance)
     torch.manual_seed(settings.seed + 1)
     first, second = (build_tokenizer(output / name) for name in ("tokenizer", "tokenizer_2"))
     denoiser = build_flow_denoiser((first, second), SIZES)
@@ -96,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--denoiser-steps", type=int, default=20_000, help="denoiser steps at most (default %(default)s)")
     add("--check-every", type=int, default=1000, help="denoiser steps between two checks (default %(default)s)")
     add("--target", type=float, default=0.35, help="checked score that ends the training (default %(default)s)")
+    add("--continue-from", type=Path, help="folder of a finished pipeline, which is trained further")
     add("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
     return parser
 
@@ -113,10 +126,13 @@ def main(arguments_given: Sequence[str] | None = None) -> None:
         most_steps=arguments.denoiser_steps,
         pipeline="dit",
         begin_with=builtin_pipeline("shapes-unet"),
+        continued=arguments.continue_from,
     )
-    options = {name: value for name, value in vars(arguments).items() if name not in ("output", "threads")}
+    unrecorded = ("output", "threads", "continue_from")
+    options = {name: value for name, value in vars(arguments).items() if name not in unrecorded}
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
-    pretrain(arguments.output, settings, f"python -m tools.pretrain_words --output FOLDER {flags}")
+    former = "" if arguments.continue_from is None else " --continue-from FORMER"
+    pretrain(arguments.output, settings, f"python -m tools.pretrain_words --output FOLDER {flags}{former}")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ class World(Protocol):
 class Settings:
     """What decides the weights. `target`: the checked score at which the denoiser's training stops, every `check_every`
     steps and at the latest after `most_steps`. `other`: the pipeline's folder whose autoencoder is taken; `begin_with`:
-    the one whose autoencoder is where the training of this one begins.
+    the one whose autoencoder is where the training of this one begins; `continued`: the one whose denoiser and text
+    encoders are where the training of these begins.
     """
 
     seed: int
@@ -74,6 +75,7 @@ class Settings:
     pipeline: str = "unet"
     other: Path | None = None
     begin_with: Path | None = None
+    continued: Path | None = None
 
 
 def training_images(world: World, settings: Settings) -> tuple[Sequence[Any], np.ndarray]:
@@ -148,6 +150,7 @@ def denoiser_stage(
     sheet = provenance.path.parent.with_name(f"{provenance.path.parent.name}-check.png")
     curve: list[float] = []
     checks: list[dict[str, object]] = []
+    begun = {} if settings.continued is None else {"begun_with": _load_parts(denoiser, settings.continued)}
     with tqdm(total=settings.most_steps, desc="denoiser", unit="step") as bar:
 
         def after_step(step: int, loss: float, averaged: nn.Module) -> bool:
@@ -174,6 +177,7 @@ def denoiser_stage(
     )
     record = {
         "settings": asdict(settings.denoiser),
+        **begun,
         "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in denoiser.parts().items()},
         "scaling_factor": scale,
         "shift_factor": shift,
@@ -231,6 +235,16 @@ def _begun_autoencoder(world: World, settings: Settings) -> AutoencoderKL:
     if settings.begin_with is not None:
         autoencoder.load_state_dict(_loaded(settings.begin_with).state_dict())
     return autoencoder
+
+
+def _load_parts(denoiser: CaptionedDenoiser, folder: Path) -> dict[str, Any]:
+    """Gives the denoiser's modules the weights of a finished pipeline. What that pipeline's provenance says of them."""
+    for name, part in denoiser.parts().items():
+        part.load_state_dict(type(part).from_pretrained(folder / name).state_dict())
+    recorded = json.loads((folder / "provenance.json").read_text())
+    files = {path: file for path, file in recorded["files"].items() if path.endswith(".safetensors")}
+    stage = {key: recorded["denoiser"][key] for key in ("settings", "steps", "stopping_rule", "seconds", "checks")}
+    return {**{key: recorded[key] for key in ("command", "commit", "sources")}, "denoiser": stage, "files": files}
 
 
 def _weights(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

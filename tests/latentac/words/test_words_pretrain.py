@@ -1,6 +1,7 @@
 """The scripts that made the weights of the world of words: they run from start to end, reproducibly."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,24 @@ def test_two_steps_make_a_loadable_pipeline_and_a_second_run_the_same_weights(tm
     assert again["autoencoder"]["seconds"] == first["autoencoder"]["seconds"]
     repeated = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
     assert all((weights[name] == repeated[name]).all() for name in weights)
+
+
+@pytest.mark.slow
+def test_training_that_continues_begins_with_the_former_weights(tmp_path: Path):
+    """At learning rate 0 the second run's denoiser is the first's, and so is its autoencoder; the provenance says whose
+    weights they were."""
+    former, later = tmp_path / "former", tmp_path / "later"
+    pretrain_words.pretrain(former, SETTINGS, "a test")
+    still = replace(SETTINGS.denoiser, learning_rate=0.0)
+    pretrain_words.pretrain(later, replace(SETTINGS, seed=2, denoiser=still, continued=former), "a test")
+    for name in ("vae", "transformer"):
+        path = f"{name}/diffusion_pytorch_model.safetensors"
+        before, after = (load_file(folder / path) for folder in (former, later))
+        assert all((before[key] == after[key]).all() for key in before)
+    begun = json.loads((later / "provenance.json").read_text())["denoiser"]["begun_with"]
+    recorded = json.loads((former / "provenance.json").read_text())
+    assert begun["denoiser"]["steps"] == recorded["denoiser"]["steps"]
+    assert begun["files"][path] == recorded["files"][path]
 
 
 @pytest.mark.slow
