@@ -324,13 +324,15 @@ def take_away(tools: Tools, release: str) -> int:
     """What the run made, then the release, then its volumes. Returns 1 where something could not be taken away."""
     say(f"helm uninstall {release}")
     code = 0
-    of_a_run, volumes = ["delete", ",".join(OF_A_RUN), "-l", MADE_BY_STEPS], ["delete", "pvc", "-l"]
+    of_the_release = f"app.kubernetes.io/instance={release}"
     bound = ["--ignore-not-found", "--timeout=180s"]
     kubectl = [tools.kubectl, "-n", tools.namespace]
     for command in (
-        [*kubectl, *of_a_run, *bound],
-        [tools.helm, "-n", tools.namespace, "uninstall", release, "--wait", *bound],
-        [*kubectl, *volumes, f"app.kubernetes.io/instance={release}", *bound],
+        [*kubectl, "delete", ",".join(OF_A_RUN), "-l", MADE_BY_STEPS, *bound],
+        # Without --wait, which Helm 4 can end too early, with an error: it counts what it has not seen yet as deleted.
+        [tools.helm, "-n", tools.namespace, "uninstall", release, *bound],
+        [*kubectl, "wait", "--for=delete", "pods", "-l", of_the_release, "--timeout=180s"],
+        [*kubectl, "delete", "pvc", "-l", of_the_release, *bound],
     ):
         try:
             run(command, 240)

@@ -3,6 +3,9 @@
 import json
 import os
 import subprocess
+import time
+import urllib.error
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,6 +35,23 @@ def helm(cluster: Cluster, *arguments: str, values: dict[str, Any] | None = None
     )
     assert done.returncode == 0, f"{name} {' '.join(arguments)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done.stdout
+
+
+def until(found: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
+    """The first answer that is not empty, within a bound.
+
+    It also waits for what `helm uninstall` deletes. Helm 4's own `--wait` counts objects that it has not seen yet as
+    deleted, and can so end too early, with an error.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if answer := found():
+                return answer
+        except (urllib.error.URLError, ConnectionError):
+            pass  # a pod is being replaced: the deadline counts
+        time.sleep(1)
+    raise AssertionError(f"{what}: not within {seconds:.0f} s")
 
 
 def objects_in(cluster: Cluster, namespace: str) -> set[str]:

@@ -5,7 +5,7 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from latentac.store import open_store
 from tests.cluster.control_plane import KubectlError
 from tests.cluster.node import Node
-from tests.cluster.releases import helm, objects_in
+from tests.cluster.releases import helm, objects_in, until
 from tests.helm.chart import CHART, CI
 from tools.docker import Docker
 from tools.golang import Unavailable
@@ -27,7 +27,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 IMAGES = ("pipeline", "train", "serve", "minio")
 NEEDED = ("latentac/pipeline:dev", "latentac/minio:dev")
-WAIT_SECONDS = 120.0
 
 
 class Release(NamedTuple):
@@ -87,19 +86,6 @@ def described(release: Release) -> str:
         except KubectlError as error:
             parts.append(str(error))
     return "\n".join(parts)
-
-
-def until(found: Callable[[], Any], what: str) -> Any:
-    """The first answer that is not empty, within a bound."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            if answer := found():
-                return answer
-        except (urllib.error.URLError, ConnectionError):
-            pass  # a pod is being replaced: the deadline counts
-        time.sleep(1)
-    raise AssertionError(f"{what}: not within {WAIT_SECONDS:.0f} s")
 
 
 def store_of(release: Release, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -205,11 +191,11 @@ def test_a_store_that_refuses_fails_the_installation_with_its_reason(release: Re
     assert f"rel-minio.{release.namespace}.svc:9000" in log
     assert "bucket latentac" in log
     assert "wrong-secret-word" not in log
-    helm(release.node, "uninstall", "refused", "-n", release.namespace, "--wait")
+    helm(release.node, "uninstall", "refused", "-n", release.namespace)
     release.node.kubectl("delete", "job", "refused-bootstrap", "-n", release.namespace, "--cascade=foreground")
 
 
 def test_uninstall_leaves_nothing(release: Release) -> None:
     """Everything that came with the release, its upgrade and its tests is gone from the namespace."""
-    release.helm("uninstall", "--wait", "--cascade=foreground")
+    release.helm("uninstall")
     until(lambda: not objects_in(release.node, release.namespace), "an empty namespace")
