@@ -87,10 +87,11 @@ def aggregate(scale: Scale, experiment: str, recipe: str) -> Path | None:
 
 def summarise(experiment: str, records: Sequence[Record]) -> Record:
     """{arms: arm -> its numbers as intervals over seeds, differences: arm -> reference minus arm, by seed}."""
+    plan = EXPERIMENTS[experiment]
     by_arm: dict[str, dict[int, Record]] = {}
     for record in records:
-        by_arm.setdefault(record["arm"], {})[record["seed"]] = record
-    plan = EXPERIMENTS[experiment]
+        whole = _with_gap(record, plan.judge) if plan.judge else record
+        by_arm.setdefault(record["arm"], {})[record["seed"]] = whole
     differences: Record = {}
     for arm, own in by_arm.items():
         reference = plan.reference_of(arm)
@@ -125,6 +126,19 @@ def load(scale: Scale) -> dict[str, Record]:
 def recorded(scale: Scale) -> dict[str, Record]:
     """Hash -> record of every unit in the aggregated files; experiments share units."""
     return {record["hash"]: record for content in load(scale).values() for record in content.get("units", ())}
+
+
+def _with_gap(record: Record, judge: str) -> Record:
+    """The record with `gap`, what the main reward gained minus what the judge gained, at the end and at each point of
+    the curve. It grows where a policy learns to please the reward and nothing else."""
+    main, curve = record["reward"], record["curve"]
+    base = curve[0]["rewards"]
+
+    def gap(rewards: Mapping[str, float]) -> float:
+        return (rewards[main] - base[main]) - (rewards[judge] - base[judge])
+
+    points = [{**point, "rewards": {**point["rewards"], "gap": gap(point["rewards"])}} for point in curve]
+    return {**record, "gap": record["gain"][main]["mean"] - record["gain"][judge]["mean"], "curve": points}
 
 
 def _gaps(by_arm: Mapping[str, Mapping[int, Record]]) -> list[Interval]:
@@ -176,7 +190,7 @@ def _metrics(records: Sequence[Record]) -> dict[str, Metric]:
     for name in first.get("final", {}):
         found |= {f"{kind}.{name}": (kind, name, "mean") for kind in ("base", "final", "gain")}
         found[f"drift.{name}"] = ("drift", name)
-    found |= {name: (name,) for name in ("score", "kl", "clip_share", "zero_std_share")}
+    found |= {name: (name,) for name in ("score", "gap", "kl", "clip_share", "zero_std_share")}
     found |= {f"seconds.{part}": ("seconds", part) for part in ("pretraining", "training")}
     found["diversity_kept"] = ("diversity_kept", "ratio")
     for kind in ("explained_variance", "best", "pretrained", "rank_correlation"):

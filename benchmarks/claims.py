@@ -17,6 +17,7 @@ Word = Literal["holds", "does not hold", "undecided"]
 MIN_SEEDS = 3
 EXPLAINED_VARIANCE_MARGIN = 0.05
 COST_BOUND = 1.10
+JUDGE_GAIN = 0.15
 OVERLAP_BOUND = 1.15
 SPEEDUP_BOUND = 1.7
 PARTICLE_BOUND, GRADIENT_BOUND = 1.10, 2.5
@@ -273,6 +274,29 @@ CLAIMS: Sequence[Claim] = (
         "With that floor, `shapes_clip` ends higher than with the weighted sum of both",
         "combination",
         better("weighted_sum", "final.shapes_clip"),
+    ),
+    Claim(
+        f"Training on tesseract raises rapidocr on held-out words by at least {JUDGE_GAIN:g}",
+        "words",
+        above("ours", "gain.rapidocr", JUDGE_GAIN),
+    ),
+    *(
+        Claim(
+            f"With equal numbers of images and updates, rapidocr reads ours better than {name}",
+            "words",
+            better(arm, "final.rapidocr"),
+        )
+        for arm, name in (("ddpo", "DDPO"), ("grpo", "GRPO with groups of 4"))
+    ),
+    Claim(
+        "Training on `clip_score` as well narrows the gap between tesseract's gain and rapidocr's",
+        "words",
+        better("joint", "gap"),
+    ),
+    Claim(
+        "Training on `clip_score` as well keeps more diversity",
+        "words",
+        better("joint", "diversity_kept", above=False),
     ),
     Claim(
         f"At each step, a critic from ten times the rollouts explains at most {EXPLAINED_VARIANCE_MARGIN:g} more of "

@@ -40,7 +40,7 @@ File = Mapping[str, Any]
 def draw(results: Results, folder: Path) -> list[Path]:
     """<experiment>-<recipe>.svg of each aggregated file that has something to draw; their paths."""
     kinds = {"main": _main, "ablations": _ablations, "critic": _critic, "steering": _steering}
-    kinds |= dict.fromkeys(("hacking", "combination"), _hacking)
+    kinds |= dict.fromkeys(("hacking", "combination", "words"), _hacking)
     written = []
     for name, found in results.items():
         if found["experiment"] in kinds:

@@ -18,6 +18,7 @@ _TITLES = {
     "ablations": "ablations of ours",
     "hacking": "one learned reward against three rewards",
     "combination": "a weighted sum, a clipped reward, and a floor",
+    "words": "training on one OCR engine, judged by another",
     "critic": "how good the pretrained critic is",
     "cost": "what the critic costs",
     "steering": "steering",
@@ -73,6 +74,7 @@ def _part(experiment: str, found: File, results: Results, folder: str) -> Iterat
         "ablations": _arms,
         "hacking": _rewards,
         "combination": _rewards,
+        "words": _rewards,
         "critic": _steps,
         "cost": _cost,
         "steering": steering,
@@ -138,20 +140,23 @@ def _rewards(found: File) -> Iterator[str]:
     names = [metric.removeprefix("final.") for metric in first if metric.startswith("final.")]
     yield (
         f"Each arm: {first['images']:,} scored images and {first['updates']} policy updates. Numbers are means over "
-        "seeds on held-out prompts, with 95 % intervals. The last line is the difference of the two arms per seed."
+        "seeds on held-out prompts, with 95 % intervals. The last lines are differences of two arms per seed."
     )
+    others = {"Diversity kept": "diversity_kept"}
+    if judge := EXPERIMENTS[found["experiment"]].judge:
+        yield f"The gap is the gain of the reward that is trained on, minus the gain of `{judge}`, the judge."
+        others = {"Gap": "gap", **others}
     yield ""
-    yield _row("Trained on", "Seeds", *(f"`{name}`" for name in names), "Diversity kept")
-    yield "|---" * (len(names) + 3) + "|"
+    yield _row("Trained on", "Seeds", *(f"`{name}`" for name in names), *others)
+    yield "|---" * (len(names) + 2 + len(others)) + "|"
     bases = (ranged(first[f"base.{name}"]) for name in names)
-    yield _row("nothing (base)", len(first["seeds"]), *bases, "")
+    yield _row("nothing (base)", len(first["seeds"]), *bases, *("" for _ in others))
+    metrics = [*(f"final.{name}" for name in names), *others.values()]
     for arm in arms.values():
-        finals = (ranged(arm.get(f"final.{name}")) for name in names)
-        yield _row(arm["label"], len(arm["seeds"]), *finals, ranged(arm.get("diversity_kept")))
+        yield _row(arm["label"], len(arm["seeds"]), *(ranged(arm.get(metric)) for metric in metrics))
     for name, difference in found["differences"].items():
-        numbers = (ranged(difference.get(f"final.{reward}"), signed=True) for reward in names)
         label = f"{arms[difference['reference']]['label']} minus {arms[name]['label']}"
-        yield _row(label, "", *numbers, ranged(difference.get("diversity_kept"), signed=True))
+        yield _row(label, "", *(ranged(difference.get(metric), signed=True) for metric in metrics))
 
 
 def _steps(found: File) -> Iterator[str]:

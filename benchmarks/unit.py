@@ -72,7 +72,7 @@ class HeldOut:
         prompts = load_prompts(config.prompts.source).held_out
         chosen = balanced(prompts, config.evaluation.num_images, config.seed, "evidence")
         self.shown = [prompts[index] for index in chosen]
-        self.rewards = measured(config, first=MEASURED)
+        self.rewards = measured(config, first=MEASURED.get(config.prompts.source, ()))
 
     def sample(self, policy: Policy, critic: Critic | None, count: int) -> Arm:
         """An image of each of the first `count` prompts."""
@@ -328,7 +328,7 @@ def run_unit(unit: Unit, folder: Path) -> Record:
 def measured(config: Config, first: Sequence[str]) -> list[ConfiguredReward]:
     """The run's rewards and those of MEASURED, each once, those named in `first` first."""
     known = {reward.name: reward for reward in config.rewards}
-    names = dict.fromkeys([*first, *config.reward_names, *MEASURED])
+    names = dict.fromkeys([*first, *config.reward_names, *MEASURED.get(config.prompts.source, ())])
     return load_rewards(known.get(name) or RewardSettings(use=name, weight=0.0) for name in names)
 
 

@@ -60,7 +60,7 @@ def test_every_arm_spends_the_same(scale: Scale) -> None:
     assert {name: len(found) for name, found in spent.items()} == dict.fromkeys(spent, 1), spent
     if scale is FULL:
         for (_, recipe), budgets in spent.items():
-            assert budgets == {(5_120, {"shapes-unet": 80, "shapes-dit": 320}[recipe])}
+            assert budgets == {(5_120, {"shapes-unet": 80, "shapes-dit": 320, "words-dit": 320}[recipe])}
 
 
 def test_a_group_is_not_paid_for_in_prompts_alone() -> None:
@@ -97,6 +97,17 @@ def test_every_claim_has_its_comparison() -> None:
 
 
 # Statistics
+
+
+def test_the_gap_is_what_the_judge_did_not_gain() -> None:
+    """The trained reward's gain minus the judge's, by seed at the end, and at each point of the curve from 0 on."""
+    record = _record("ours", 0, 0.0)
+    record["gain"] |= {"shapes_verifier": {"mean": 0.3}, "rapidocr": {"mean": 0.1}}
+    for step, point in enumerate(record["curve"]):
+        point["rewards"] = {"shapes_verifier": 0.4 + 0.2 * step, "rapidocr": 0.5 + 0.05 * step}
+    ours = aggregate.summarise("words", [record])["arms"]["ours"]
+    assert ours["gap"]["mean"] == pytest.approx(0.2)
+    assert [point["rewards"]["gap"]["mean"] for point in ours["curve"]] == pytest.approx([0.0, 0.15, 0.3])
 
 
 def test_intervals_over_seeds_are_students() -> None:
@@ -445,7 +456,7 @@ def _record(arm: str, seed: int, shift: float) -> dict[str, Any]:
     """A unit's record in a world where this arm is `shift` better than 0.6 in everything, up to a little chance."""
     drawn = random.Random(f"{arm}/{seed}")
     value = 0.6 + shift + drawn.uniform(-0.005, 0.005)
-    rewards = ("shapes_verifier", "jpeg_compressibility", "colourfulness", "shapes_clip")
+    rewards = ("shapes_verifier", "jpeg_compressibility", "colourfulness", "shapes_clip", "rapidocr")
     numbers = {name: {"mean": value, "low": value - 0.02, "high": value + 0.02, "n": 256} for name in rewards}
     curve = [
         {"iteration": step, "images": 100 * step, "seconds": 9.0 * step, "rewards": dict.fromkeys(rewards, value)}
@@ -462,7 +473,8 @@ def _record(arm: str, seed: int, shift: float) -> dict[str, Any]:
         "updates": 160,
         "base": numbers,
         "final": numbers,
-        "gain": numbers,
+        "reward": "shapes_verifier",
+        "gain": {**{name: {"mean": value - 0.45} for name in rewards}, "shapes_verifier": {"mean": 0.15}},
         "drift": dict.fromkeys(rewards, 1 - value),
         "score": value,
         "diversity_kept": {"ratio": value},
@@ -482,7 +494,9 @@ def _world(truth: int) -> dict[str, dict[str, Any]]:
             for seed in range(3):
                 noise = 0.3 * (seed - 1) if truth == 0 and plan.reference_of(arm) == arm else 0.0
                 ahead = 0.1 * truth if plan.reference_of(arm) == arm else 0.0
-                if name == "ablations" and arm in ("lambda_1", "lambda_095", "replay", "ours"):
+                if (name, arm) == ("words", "joint") or (
+                    name == "ablations" and arm in ("lambda_1", "lambda_095", "replay", "ours")
+                ):
                     ahead = 0.2 * truth
                 if arm == "ten_times":
                     ahead = 0.2 if truth < 0 else 0.1 * truth
