@@ -39,6 +39,7 @@ EVERYTHING: dict[str, Any] = {
     "serving": {
         "gateway": {"name": "public", "namespace": "gateways", "hostname": "a.example", "address": "http://gateway"}
     },
+    "rewardServers": {"jpeg": {"reward": "jpeg_compressibility", "settings": {"timeout_seconds": 60}}},
     "networkPolicy": {"clients": ["web"], "extraEgress": [{"ports": [{"port": 443}]}]},
     "monitoring": {"serviceMonitor": True, "alerts": True, "labels": {"release": "prometheus"}},
     "resourceQuota": {"enabled": True, "hard": {"pods": 10}},

@@ -91,11 +91,15 @@ def flows(objects: list[Object], ports: Mapping[str, int]) -> set[tuple[str, str
 def test_flows_are_the_named_ones() -> None:
     """Who can reach whom, with the bundled store: the flows of the README and none besides."""
     objects = render({**BUNDLED_EVERYTHING, "networkPolicy": {"clients": [WEB]}})
-    ports = {"serve": 8080, "store": 9000, "tensorboard": 6006, "internet": 6443}
-    inside = {"bootstrap", "test", "upload", "tensorboard", "serve", "worker", "store"}
+    ports = {"serve": 8080, "store": 9000, "tensorboard": 6006, "reward-server": 8090, "internet": 6443}
+    inside = {"bootstrap", "test", "upload", "tensorboard", "serve", "worker", "store", "reward-server"}
     assert flows(objects, ports) == {
         # to the store: all of ours, the steps, and KFP, whose artifacts are to go there in these values
-        *((source, "store") for source in ("bootstrap", "test", "tensorboard", "serve", "worker", "step", "kfp")),
+        *(
+            (source, "store")
+            for source in ("bootstrap", "test", "tensorboard", "serve", "reward-server", "worker", "step", "kfp")
+        ),
+        *((source, "reward-server") for source in ("worker", "step")),
         ("worker", "worker"),
         *((source, "serve") for source in ("step", "web", "prometheus", "gateway", "neighbour")),
         *((source, "tensorboard") for source in ("test", "web", "neighbour")),
@@ -122,7 +126,7 @@ def test_a_store_outside_is_reached_on_its_port() -> None:
     """With an endpoint of one's own only its port is open, for those who need the store."""
     objects = render({**EVERYTHING, "networkPolicy": {}})
     policies, found = of_kind(objects, "NetworkPolicy"), ends(objects)
-    for name in ("worker", "serve", "tensorboard", "bootstrap", "step"):
+    for name in ("worker", "serve", "tensorboard", "bootstrap", "step", "reward-server"):
         assert permits(policies, "egress", found[name], found["internet"], 8443), name
         assert not permits(policies, "egress", found[name], found["internet"], 9000), name
     assert not permits(policies, "egress", found["upload"], found["internet"], 8443)
@@ -161,7 +165,9 @@ def test_services_and_budget_select_their_pods() -> None:
     """Each Service and the disruption budget finds pods by labels that they have."""
     objects = render(BUNDLED_EVERYTHING)
     found = ends(objects)
-    for name, component in (("minio", "store"), ("tensorboard", "tensorboard"), ("serve", "serve")):
+    for name, component in (
+        *(("minio", "store"), ("tensorboard", "tensorboard"), ("serve", "serve"), ("reward-jpeg", "reward-server")),
+    ):
         selector = {"matchLabels": find(objects, "Service", f"rel-{name}")["spec"]["selector"]}
         assert [each for each, end in found.items() if selects(selector, end.labels)] == [component]
     budget = find(objects, "PodDisruptionBudget", "rel-serve")["spec"]["selector"]

@@ -273,6 +273,7 @@ FREE = (
     "serving.gateway.hostname",
     "monitoring.labels.release",
     "networkPolicy.storeCidrs.0",
+    "rewardServers.jpeg.reward",
 )
 BOUND = {
     "store.url": "s3://bucket/x\"'}]:{a}#{{.Release.Name}}",
