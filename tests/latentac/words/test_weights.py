@@ -73,7 +73,7 @@ def test_the_base_is_readable_sometimes(engine, backbone):
     noise = torch.randn(96, 11, *backbone.latent_shape, generator=torch.Generator().manual_seed(1))
     clean = rollout(Policy(backbone, KERNEL), None, backbone.encode(texts), noise).clean
     scores = ENGINES[engine](backbone.decode(clean), texts)
-    assert 0.01 <= (scores == 1).mean() <= 0.5
+    assert 0.15 <= (scores == 1).mean() <= 0.6
     others = ENGINES[engine](backbone.decode(clean), texts[1:] + texts[:1])
     assert scores.mean() > others.mean() + 0.1
 
@@ -128,13 +128,13 @@ def test_weights_are_small_and_described(folder):
 
 
 def test_the_provenance_has_the_scores_of_both_engines():
-    """Of 1,024 images of each split. The base is readable sometimes."""
+    """Of 1,024 images of each split. The base is readable in a quarter to half of them, so there is room to improve."""
     provenance = json.loads((FOLDERS["words-dit"] / "provenance.json").read_text())
     assert provenance["denoiser"]["stopping_rule"]
     for split in SPLITS:
         scores = provenance[f"score_{split}"]
         assert scores["n"] == 1024
-        assert all(0.05 <= scores[f"{engine}_exact"] <= 0.5 for engine in ENGINES)
+        assert all(0.25 <= scores[f"{engine}_exact"] <= 0.5 for engine in ENGINES)
 
 
 def test_clip_score_loads_the_clip_and_prefers_the_right_word():
