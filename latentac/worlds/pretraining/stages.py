@@ -240,7 +240,8 @@ def _begun_autoencoder(world: World, settings: Settings) -> AutoencoderKL:
 def _load_parts(denoiser: CaptionedDenoiser, folder: Path) -> dict[str, Any]:
     """Gives the denoiser's modules the weights of a finished pipeline. What that pipeline's provenance says of them."""
     for name, part in denoiser.parts().items():
-        part.load_state_dict(type(part).from_pretrained(folder / name).state_dict())
+        kind: Any = type(part)
+        part.load_state_dict(kind.from_pretrained(folder / name).state_dict())
     recorded = json.loads((folder / "provenance.json").read_text())
     files = {path: file for path, file in recorded["files"].items() if path.endswith(".safetensors")}
     stage = {key: recorded["denoiser"][key] for key in ("settings", "steps", "stopping_rule", "seconds", "checks")}
