@@ -83,7 +83,7 @@ def mirror(fields: Mapping[str, Any], url: str, *, verify: bool = False) -> tupl
     resolved = resolve_all(fields)
     config = resolved.config
     found, services = collect(config)
-    store = sources.SourceStore(url, Patience())
+    store = sources.SourceStore(_absolute(url), Patience())
     store.probe()
     content, done = config.model_dump(), list[Mirrored]()
     by_place: dict[tuple[str, frozenset[str]], Mirrored] = {}
@@ -188,6 +188,12 @@ def _copied(one: Found, store: sources.SourceStore, verify: bool) -> Mirrored:
             link.symlink_to((folder / name).resolve())
         address, manifest, copied = store.put(one.name, Path(temporary), known, verify=verify)
     return Mirrored("", one.source, str(address), manifest, len(copied), known)
+
+
+def _absolute(url: str) -> str:
+    """A store in a folder by its absolute path: the configuration may be read in another working folder."""
+    scheme, _, rest = url.partition("://")
+    return f"file://{Path(rest).absolute()}" if scheme == "file" and rest else url
 
 
 def _fetch_about(source: str, commit: str | None) -> None:

@@ -12,13 +12,13 @@ def check_sources(fields: Mapping[str, Any]) -> None:
     `latentac mirror`. Nothing is fetched. Raises ConfigError that names all files that are missing, StoreUnavailable.
     """
     problems: list[Problem] = []
-    for field, text in addresses(fields):
-        problems += sources.faults(text, field)
+    for field, address in addresses(fields):
+        problems += sources.faults(str(address), field)
     if problems:
         raise ConfigError(problems)
 
 
-def addresses(fields: Any, field: str = "") -> Iterator[tuple[str, str]]:
+def addresses(fields: Any, field: str = "") -> Iterator[tuple[str, sources.Address]]:
     """Each value that is the address of a source, after the path of its field. Entries of a list that have names are
     called by them."""
     if isinstance(fields, Mapping):
@@ -26,8 +26,9 @@ def addresses(fields: Any, field: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(fields, list):
         below = [(_name(one) or place, one) for place, one in enumerate(fields)]
     else:
-        if isinstance(fields, str) and sources.parse_address(fields) is not None:
-            yield field, fields
+        address = sources.parse_address(fields) if isinstance(fields, str) else None
+        if address is not None:
+            yield field, address
         return
     for name, value in below:
         yield from addresses(value, f"{field}.{name}".lstrip("."))
