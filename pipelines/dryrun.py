@@ -109,9 +109,7 @@ def _needs(made: "Plan") -> str:
     if made.needs is None:
         source = made.settings.backbone.source
         if is_address(source):
-            return (
-                f"unknown: backbone.source = {source!r} is whole in its store, and was not copied to this machine yet"
-            )
+            return f"unknown: backbone.source = {source!r} is in its store, and was not copied to this machine yet"
         return (
             f"unknown: backbone.source = {source!r} is not on this machine. It counts as a model of the Hub: unchecked"
         )

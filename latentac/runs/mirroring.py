@@ -15,8 +15,9 @@ from typing import Any
 from latentac.backbones import layout_of
 from latentac.backbones.layout import used
 from latentac.backbones.source import locate
-from latentac.config.schema import Config
+from latentac.config.schema import Config, Reward
 from latentac.config.validation import resolve
+from latentac.rewards import REWARDS
 from latentac.rewards.configured import build_reward
 from latentac.rewards.folders import Checkpoint, is_local
 from latentac.runs.licences import NOT_STATED, PATTERNS, is_about, licence_of
@@ -80,8 +81,7 @@ def mirror(fields: Mapping[str, Any], url: str, *, verify: bool = False) -> tupl
     verify: compare the sha256 of files that are in the store. Everything is located and inspected before the first
     copy. Raises ConfigError with all that is wrong, StoreError.
     """
-    resolved = resolve_all(fields)
-    config = resolved.config
+    config = resolve_all(fields, build_rewards=False).config
     found, services = collect(config)
     store = sources.SourceStore(_absolute(url), Patience())
     store.probe()
@@ -118,9 +118,10 @@ def collect(config: Config) -> tuple[list[Found], list[str]]:
     attempt(_backbone(config))
     attempt(_prompts(config))
     for index, settings in enumerate(config.rewards):
-        reward = build_reward(settings, index)
-        attempt(_reward(reward, index, settings.own), f"rewards.{settings.name}.")
-        services += [settings.name] if getattr(reward, "outside", False) else []
+        if getattr(REWARDS.load(settings.use), "outside", False):
+            services.append(settings.name)  # not built: the service may be within reach of the run alone
+        else:
+            attempt(_reward(settings, index), f"rewards.{settings.name}.")
     if problems:
         raise ConfigError(problems)
     return found, services
@@ -140,10 +141,9 @@ def _backbone(config: Config) -> Iterator[Found]:
     yield Found(path, pin, settings.source, settings.revision, folder, names, commit if hub else None)
 
 
-def _reward(reward: Any, index: int, own: Mapping[str, Any]) -> Iterator[Found]:
-    if not hasattr(reward, "checkpoints"):
-        return
-    checkpoints: list[Checkpoint] = reward.checkpoints()
+def _reward(settings: Reward, index: int) -> Iterator[Found]:
+    reward, own = build_reward(settings, index), settings.own
+    checkpoints: list[Checkpoint] = reward.checkpoints() if hasattr(reward, "checkpoints") else []
     for one in checkpoints:
         source, given = str(own[one.setting]), str(own.get(one.revision) or "")
         if is_builtin(source):
