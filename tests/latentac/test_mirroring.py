@@ -16,6 +16,7 @@ from latentac.backbones import BACKBONES, layout_of
 from latentac.backbones.layout import copy, listing, used
 from latentac.backbones.source import locate
 from latentac.config.schema import Config, Reward
+from latentac.pipelines.request import Request, local_sources
 from latentac.rewards import REWARDS
 from latentac.rewards.aesthetic import shapes
 from latentac.rewards.checkpoints import make
@@ -26,7 +27,9 @@ from latentac.runs.configuration import recipe_fields
 from latentac.runs.licences import licence_of
 from latentac.runs.mirror_command import table
 from latentac.runs.mirroring import Mirrored, mirror
+from latentac.runs.plan import Given, plan
 from latentac.runs.preparation.mirrored import check_sources
+from latentac.runs.reference import commented_yaml
 from latentac.store import open_store, sources
 from latentac.system.errors import ConfigError, IntegrityError
 from latentac.worlds.prompts import Prompt
@@ -499,6 +502,24 @@ def test_prepare_names_all_missing_files_before_anything_is_loaded(tmp_path: Pat
     assert done[1].address in found.stderr
     assert "mirror --config FILE --to" in found.stderr
     assert not list((tmp_path / "runs").rglob("manifest.json"))
+
+
+def test_a_dry_run_looks_at_the_store_and_copies_no_model(tmp_path: Path, small: list[str], cache: Path) -> None:
+    """It says what it could not look at, and refuses what `prepare` would refuse. A container gets the store's folder."""
+    model = miniatures.sd15(tmp_path / "model", size=32)
+    done, config = mirrored(tmp_path, *small, f"backbone.source={model}")
+    (tmp_path / "mirrored.yaml").write_text(commented_yaml(config))
+    given = Given("shapes-unet-smoke", str(tmp_path / "mirrored.yaml"), (), "")
+    found = plan(given, at(tmp_path), tmp_path / "runs")
+    assert (found.needs, found.refused) == (None, ())
+    assert [path.name for path in (cache / "sources").iterdir()] == [done[1].address.split("/")[-2]]  # the prompts
+    file = files_of(done[0].address)["vae/config.json"]
+    file.unlink()
+    (refused,) = plan(given, at(tmp_path), tmp_path / "runs").refused
+    assert "backbone.source" in refused
+    assert "Missing: vae/config.json" in refused
+    request = Request("shapes-unet-smoke", config=str(tmp_path / "mirrored.yaml"))
+    assert local_sources(request) == [str(tmp_path / "store")]
 
 
 MIRROR = """
