@@ -83,10 +83,10 @@ def test_a_run_is_prepared_from_the_store_alone(name: str, tmp_path: Path) -> No
         address = sources.parse_address(one.address)
         assert address is not None
         manifest = open_store(address.store).manifest(address.key)
-        (tmp_path / "mirror" / manifest.folder / manifest.files[-1].path).unlink()
+        (tmp_path / "mirror" / manifest.folder / manifest.files[-1].path).unlink(missing_ok=True)  # two may be one
     lost = airgap.latentac("prepare", "--run", "second", "--config", "mirrored.yaml", folder=tmp_path / "inside")
     assert lost.returncode == 2
-    for one in {one.address: one for one in done}.values():
+    for one in done:
         assert f"{one.setting} = '{one.address}': is incomplete in the store. Missing: " in lost.stderr
         assert one.manifest.files[-1].path in lost.stderr
 

@@ -505,7 +505,7 @@ def test_prepare_names_all_missing_files_before_anything_is_loaded(tmp_path: Pat
 
 
 def test_a_dry_run_looks_at_the_store_and_copies_no_model(tmp_path: Path, small: list[str], cache: Path) -> None:
-    """It says what it could not look at, and refuses what `prepare` would refuse. A container gets the store's folder."""
+    """It says what it could not look at, and refuses what `prepare` would refuse. A container gets the store."""
     model = miniatures.sd15(tmp_path / "model", size=32)
     done, config = mirrored(tmp_path, *small, f"backbone.source={model}")
     (tmp_path / "mirrored.yaml").write_text(commented_yaml(config))
