@@ -11,7 +11,7 @@ from latentac.system.modelfiles import Damaged, check, read_bytes
 
 NOT_STATED = "not stated"
 CARD = "README.md"
-_TEXTS = re.compile(r"(LICEN[CS]E|COPYING|NOTICE)([-_.]\w+)*(\.(md|txt|rst))?", re.IGNORECASE)
+_TEXTS = re.compile(r"(LICEN[CS]E|COPYING|NOTICE)([-_]\w+)*(\.(md|txt|rst))?", re.IGNORECASE)
 _FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 _MOST_SHOWN = 100
 PATTERNS = (CARD, "LICENSE*", "LICENCE*", "License*", "license*", "COPYING*", "NOTICE*")

@@ -82,9 +82,9 @@ def mirror(fields: Mapping[str, Any], url: str, *, verify: bool = False) -> tupl
     copy. Raises ConfigError with all that is wrong, StoreError.
     """
     config = resolve_all(fields, build_rewards=False).config
-    found, services = collect(config)
     store = sources.SourceStore(_absolute(url), Patience())
-    store.probe()
+    store.probe()  # before gigabytes are fetched
+    found, services = collect(config)
     content, done = config.model_dump(), list[Mirrored]()
     by_place: dict[tuple[str, frozenset[str]], Mirrored] = {}
     for one in found:
