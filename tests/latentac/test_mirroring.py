@@ -55,7 +55,14 @@ OWN: dict[str, list[str]] = {
     "zimage": ["kernel.use=cps", "backbone.image_size=[32, 32]", "backbone.text_tokens=32"],
 }
 SIZELESS = ("flux", "zimage")
-UNUSED = ("model.ckpt", "LICENSE.bin", "safety_checker/model.safetensors", "vae/model.onnx", "demo.png", "vae/pytorch_model.bin")
+UNUSED = (
+    "model.ckpt",
+    "LICENSE.bin",
+    "safety_checker/model.safetensors",
+    "vae/model.onnx",
+    "demo.png",
+    "vae/model.bin",
+)
 PROMPTS = {"train": ["a red circle", "two blue squares", "a green triangle"], "held_out": ["a red square", "a circle"]}
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3), dtype=np.uint8)
 CARD = "---\nlicense: other\nlicense_name: some-community-licence\ntags: [x]\n---\n# A model\n"
