@@ -15,6 +15,7 @@ import yaml
 
 from latentac.pipelines.request import Request
 from latentac.runs.task import LOCK_FILE
+from latentac.store.sources import is_address
 from latentac.system.calls import supervised
 from latentac.system.commands import program
 from latentac.system.errors import ConfigError, StoreError
@@ -107,6 +108,8 @@ def _needs(made: "Plan") -> str:
         return "unknown: something is refused"
     if made.needs is None:
         source = made.settings.backbone.source
+        if is_address(source):
+            return f"unknown: backbone.source = {source!r} is in its store, and was not copied to this machine yet"
         return (
             f"unknown: backbone.source = {source!r} is not on this machine. It counts as a model of the Hub: unchecked"
         )

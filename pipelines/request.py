@@ -222,12 +222,15 @@ def _absolute_sources(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def local_sources(request: Request) -> list[str]:
-    """The files and folders of this machine, by their absolute paths, that backbone and prompts come from. Those that
-    are gone are left out: a run that goes on may do without."""
+    """The files and folders of this machine, by their absolute paths, that backbone and prompts come from, and the
+    stores in folders that hold what was mirrored. Those that are gone are left out: a run that goes on may do without.
+    """
     from latentac.runs.configuration import recipe_fields
+    from latentac.runs.preparation.mirrored import addresses
 
     fields = recipe_fields(request.recipe, request.config, request.overrides)
     named = [str(fields[section].get(name) or "") for section, name in _SOURCES]
+    named += sorted({each.store.removeprefix("file://") for _, each in addresses(fields)})
     return [source for source in named if os.path.isabs(source) and os.path.exists(source)]
 
 

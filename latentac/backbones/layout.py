@@ -148,8 +148,13 @@ def listing(folder: Path) -> list[str]:
     return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
 
 
-def used(folder: Path, layout: Layout) -> list[str]:
-    """Relative names of the files of the pipeline in `folder` that are used. A part's folder may be a link."""
+def used(folder: Path, layout: Layout | None) -> list[str]:
+    """Relative names of the files of the pipeline in `folder` that are used. A part's folder may be a link.
+
+    layout: None for a backbone that has none: all that could be weights, descriptions, and vocabularies.
+    """
+    if layout is None:
+        return [name for name in listing(folder) if name.endswith(_ANYTHING_SAFE)]
     names = [INDEX] if (folder / INDEX).is_file() else []
     for part in layout.parts:
         within = [path.name for path in (folder / part.name).glob("[!.]*") if path.is_file()]
@@ -181,7 +186,7 @@ def copy(source: Path, folder: Path, layout: Layout | None, put: Callable[[Path,
     model_index.json, so that the folder is a whole pipeline for diffusers too. Of the descriptions nothing is kept that
     names code or places on another machine. put: makes a large file in the new place."""
     if layout is None:
-        for name in (name for name in listing(source) if name.endswith(_ANYTHING_SAFE)):
+        for name in used(source, None):
             put(source / name, folder / name)
         return
     _write(folder / INDEX, _reduced(read_json(source / INDEX), layout))

@@ -1,5 +1,7 @@
-"""Where a backbone comes from: the embedded models, a folder, or the hub and its cache. Only files that are used are
-fetched."""
+"""Where a backbone comes from: the embedded models, a folder, a store, or the hub and its cache.
+
+Only files that are used are fetched.
+"""
 
 import glob
 import logging
@@ -8,6 +10,7 @@ from pathlib import Path
 
 from latentac.backbones.inspection import SUPPORTED, conversion, inspect
 from latentac.backbones.layout import INDEX, Layout, listing
+from latentac.store import sources
 from latentac.system.errors import ConfigError, Problem
 from latentac.system.hub import names as hub_names
 from latentac.system.hub import offline, snapshot
@@ -23,8 +26,8 @@ def locate(source: str, layout: Layout | None, revision: str = "") -> tuple[Path
     """The folder on this machine of the pipeline that `source` names, fetched if need be and inspected, and the commit
     that a hub id was resolved to. Raises ConfigError with all that is wrong.
 
-    source: `builtin:<name>`, a folder, or a hub id; revision: a commit, tag or branch of a hub id, "" for its main
-    branch. layout: None for a backbone that has none, whose folder is not inspected.
+    source: `builtin:<name>`, a folder, the address of a source in a store, or a hub id; revision: a commit, tag or
+    branch of a hub id, "" for its main branch. layout: None for a backbone that has none: its folder is not inspected.
     """
     found, commit = _found(source, layout, revision)
     if layout is not None:
@@ -43,12 +46,15 @@ def locate(source: str, layout: Layout | None, revision: str = "") -> tuple[Path
 def _found(source: str, layout: Layout | None, revision: str) -> tuple[Path, str | None]:
     """The folder of `source` on this machine, and its commit."""
     path = Path(os.path.expanduser(source))  # not pathlib: it raises where a name is too long, or no home
-    local = source.startswith("builtin:") or os.path.exists(path)
+    in_store = sources.is_address(source)
+    local = in_store or source.startswith("builtin:") or os.path.exists(path)
     if local and revision:
         remedy = "Leave backbone.revision out"
         raise ConfigError(
             [Problem("backbone.revision", revision, f"{source} is not a hub id and has no revision", remedy)]
         )
+    if in_store:
+        return sources.local(source, "backbone.source"), sources.about(source).get("commit")
     if source.startswith("builtin:"):
         from latentac.worlds.builtin import builtin_pipeline
 

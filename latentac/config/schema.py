@@ -40,7 +40,8 @@ class Backbone(Extension):
     """`unet` (StableDiffusionPipeline), `sdxl` (StableDiffusionXLPipeline), `dit` (StableDiffusion3Pipeline), `flux`
     (FluxPipeline), `zimage` (ZImagePipeline), or `module:Class`."""
     source: str
-    """`builtin:<name>`, a diffusers folder, or a hub id: `builtin:shapes-unet`, `/models/sd15`."""
+    """`builtin:<name>`, a diffusers folder, an address of `latentac mirror`, or a hub id: `builtin:shapes-unet`,
+    `/models/sd15`."""
     revision: str = ""
     """Revision on the hub: a commit, a tag, or a branch. Only a commit pins the model. Empty means the main branch.
     Example: `v1.0`."""
@@ -62,7 +63,7 @@ class Prompts(Section):
 
     source: str
     """`builtin:shapes`, `builtin:words`, `builtin:animals`, a file (JSON, JSONL, CSV, plain text), or a folder with
-    train.* and held_out.*."""
+    train.* and held_out.*; a file or folder also by its address of `latentac mirror`."""
     train: str = ""
     """A file of training prompts. `train` and `held_out` together replace `source`."""
     held_out: str = ""

@@ -40,6 +40,8 @@ class Reward(Protocol):
     transient_errors: exception types and HTTP statuses after which another attempt may help.
     outside: bool, whether it only waits for something outside its process. Rollouts then go on while it scores.
     fetch(): has on this machine whatever it needs from elsewhere. `prepare` calls it once, without a time limit.
+    checkpoints(): the folders and files that it reads, which its settings name (`latentac.rewards.folders.Checkpoint`).
+        `latentac mirror` copies them.
     elsewhere: bool, whether `fetch` would have to download something. A dry run then calls neither it nor the reward.
     known(): (images, prompts, answers): images whose rewards are certain, by which `prepare` finds a broken
         installation.

@@ -10,6 +10,7 @@ import numpy as np
 
 from latentac.rewards.clip import ClipReward, ClipSettings
 from latentac.rewards.conversion import command
+from latentac.store import sources
 from latentac.system.errors import ConfigError, Problem
 from latentac.system.modelfiles import Damaged
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from latentac.rewards.clip_folder import Clip
+    from latentac.rewards.folders import Checkpoint
 
 _LAYERS = {"layers.0": 1024, "layers.2": 128, "layers.4": 64, "layers.6": 16, "layers.7": 1}
 """Name -> outputs. Between them lie layers of dropout, which scoring leaves out, and no activations."""
@@ -31,18 +33,27 @@ class Aesthetic(ClipReward):
     class Settings(ClipSettings):
         source: str = "openai/clip-vit-large-patch14"
         head: str
-        """The head's file, as safetensors. It is published as the pickle `sac+logos+ava1-l14-linearMSE.pth`, which
-        `latentac convert-weights` converts."""
+        """The head's file, as safetensors, or its address of `latentac mirror`. It is published as the pickle
+        `sac+logos+ava1-l14-linearMSE.pth`, which `latentac convert-weights` converts."""
 
     def __init__(self, settings: "Aesthetic.Settings") -> None:
         super().__init__(settings)
         self._head = settings.head
 
+    @property
+    def elsewhere(self) -> bool:
+        return super().elsewhere or (sources.is_address(self._head) and sources.cached(self._head) is None)
+
+    def checkpoints(self) -> list["Checkpoint"]:
+        from latentac.rewards.folders import Checkpoint
+
+        return [*super().checkpoints(), Checkpoint("head", "", self._head_file())]
+
     def examine(self, folder: Path) -> None:
         from latentac.backbones.weights import header
         from latentac.rewards.clip_folder import width
 
-        file, path = Path(os.path.expanduser(self._head)), self._head
+        path, file = self._head, self._head_file()
         if file.suffix != ".safetensors":
             remedy = f"Convert what you trust: {command('aesthetic', path)}"
             raise _wrong(path, "is no safetensors file, and pickles can run code and are never loaded", remedy)
@@ -70,12 +81,15 @@ class Aesthetic(ClipReward):
             found = functional.linear(found, weight.to(found.device), bias.to(found.device))
         return found[:, 0]
 
+    def _head_file(self) -> Path:
+        return Path(os.path.expanduser(sources.or_local(self._head, "head")))
+
     @cached_property
     def _layers(self) -> list[tuple["Tensor", "Tensor"]]:
         """Weight and bias of each layer, float32, on the CPU."""
         from safetensors.torch import load_file
 
-        held = load_file(os.path.expanduser(self._head))
+        held = load_file(self._head_file())
         return [(held[f"{name}.weight"].float(), held[f"{name}.bias"].float()) for name in _LAYERS]
 
 

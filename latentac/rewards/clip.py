@@ -3,7 +3,7 @@
 A reward of it says what it makes of a `Clip`, images and prompts; see `clip_score.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,8 @@ class ClipSettings(LearnedSettings):
     """Where a CLIP comes from and how it computes. Each reward has its own default for `source`."""
 
     source: str
-    """A folder that CLIPModel and CLIPProcessor of transformers have saved (safetensors weights), or a hub id."""
+    """A folder that CLIPModel and CLIPProcessor of transformers have saved (safetensors weights), an address of
+    `latentac mirror`, or a hub id."""
 
 
 class ClipReward(LearnedReward):
@@ -35,6 +36,11 @@ class ClipReward(LearnedReward):
         from latentac.rewards.clip_folder import locate
 
         return locate(self._settings.source, self._settings.revision, self.conversion)
+
+    def used(self, names: Collection[str]) -> set[str]:
+        from latentac.rewards.clip_folder import files
+
+        return files(names)
 
     def read(self, folder: Path, dtype: "torch.dtype") -> "Clip":
         from latentac.rewards.clip_folder import Clip

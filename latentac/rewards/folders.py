@@ -1,4 +1,5 @@
-"""Where the network of a reward comes from: a folder or a hub id, fetched, and judged before anything is loaded.
+"""Where the network of a reward comes from: a folder, a store, or a hub id, fetched, and judged before anything is
+loaded.
 
 Of a repository only the files that are used are downloaded, what says most first: what it rules out is not worth
 gigabytes. No pickle, no code, no link that leads out of the folder.
@@ -17,6 +18,7 @@ from huggingface_hub.errors import HFValidationError
 
 from latentac.backbones.source import not_had, repository_files
 from latentac.rewards.conversion import command
+from latentac.store import sources
 from latentac.system.errors import ConfigError, Problem
 from latentac.system.hub import offline, snapshot
 from latentac.system.modelfiles import check, plain, read_json
@@ -43,23 +45,35 @@ class Format:
         return f"Convert what you trust: {command(self.conversion, file)}" if self.conversion else self.saved
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a reward reads. setting: that names it; revision: the setting that pins it, "" for none; path: the folder or
+    file on this machine; names: the files of the folder that are used, by relative name."""
+
+    setting: str
+    revision: str
+    path: Path
+    names: frozenset[str] = frozenset()
+
+
 def is_local(source: str) -> bool:
-    """Whether `source` means a folder of this machine, there or not."""
+    """Whether `source` means a folder of this machine or of a store, there or not."""
     given = source.startswith(("/", "./", "../", "~")) or source.count("/") > 1  # a hub id is owner/name
-    return is_builtin(source) or given or os.path.exists(os.path.expanduser(source))
+    return is_builtin(source) or sources.is_address(source) or given or os.path.exists(os.path.expanduser(source))
 
 
 def locate(source: str, revision: str, form: Format) -> Path:
     """The folder on this machine that `source` names, fetched if need be, and inspected.
 
-    source: a folder, a hub id, or the name of a built-in CLIP; revision: a commit, tag or branch of a hub id. Raises
-    ConfigError with all that is wrong.
+    source: a folder, the address of a source in a store, a hub id, or the name of a built-in CLIP; revision: a commit,
+    tag or branch of a hub id. Raises ConfigError with all that is wrong.
     """
     if is_local(source):
-        path = builtin_clip(source) if is_builtin(source) else Path(os.path.expanduser(source))
         if revision:
             problem = f"{source} is not a hub id and has no revision"
             raise ConfigError([Problem("revision", revision, problem, "Leave it out")])
+        named = str(builtin_clip(source)) if is_builtin(source) else sources.or_local(source, "source")
+        path = Path(os.path.expanduser(named))
         if path.is_dir():
             _refuse(source, form.problems(path))
             return path

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -12,13 +12,14 @@ import numpy as np
 from pydantic import Field
 
 from latentac.rewards.geneval_tasks import Task, class_name, judged, kept, read_task
-from latentac.rewards.learned import LearnedReward, LearnedSettings, is_elsewhere
+from latentac.rewards.learned import LearnedReward, LearnedSettings, checkpoint, is_elsewhere
 from latentac.system.errors import ConfigError, Problem, RewardError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from latentac.rewards.folders import Checkpoint
     from latentac.rewards.geneval_network import GenevalNetwork
 
 _log = logging.getLogger(__name__)
@@ -63,6 +64,11 @@ class Geneval(LearnedReward):
     def elsewhere(self) -> bool:
         return super().elsewhere or is_elsewhere(self._own.clip_source, self._own.clip_revision)
 
+    def checkpoints(self) -> list["Checkpoint"]:
+        from latentac.rewards.clip_folder import files
+
+        return [*super().checkpoints(), checkpoint("clip_source", "clip_revision", self._clip_folder(), files)]
+
     def locate(self) -> Path:
         from latentac.rewards.detector_folder import locate
 
@@ -76,6 +82,11 @@ class Geneval(LearnedReward):
             problem = "its detector has no names for its classes, so every reward would be 0"
             raise ConfigError([Problem("source", self._own.source, problem, _UNNAMED)])
         self._clip_folder()
+
+    def used(self, names: Collection[str]) -> set[str]:
+        from latentac.rewards.detector_folder import files
+
+        return files(names)
 
     def read(self, folder: Path, dtype: "torch.dtype") -> "GenevalNetwork":
         from latentac.rewards.clip_folder import Clip

@@ -1,6 +1,6 @@
 """How much people prefer an image for its prompt: ImageReward (Xu et al., arXiv 2304.05977)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,11 @@ class ImageReward(LearnedReward):
         from latentac.rewards.blip_folder import locate
 
         return locate(self._settings.source, self._settings.revision)
+
+    def used(self, names: Collection[str]) -> set[str]:
+        from latentac.rewards.blip_folder import files
+
+        return files(names)
 
     def read(self, folder: Path, dtype: "torch.dtype") -> "Scorer":
         from latentac.rewards.blip_folder import Scorer

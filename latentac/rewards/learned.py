@@ -5,7 +5,7 @@ that look through a CLIP, and `vqa.py` for one that does not.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from threading import Lock
@@ -15,12 +15,15 @@ import numpy as np
 from pydantic import Field
 
 from latentac.config import extensions
+from latentac.store import sources
 from latentac.system.errors import ConfigError, Problem, RewardError
 from latentac.system.reading import whole_variable
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from latentac.rewards.folders import Checkpoint
 
 _log = logging.getLogger(__name__)
 _CPU_MEMORY = "DefaultCPUAllocator"  # what torch's error names where the CPU's memory is too small
@@ -42,7 +45,8 @@ class LearnedSettings(extensions.Settings):
     """Where a network comes from and how it computes. Each reward has its own default for `source`."""
 
     source: str
-    """A folder with the model as transformers saves it (safetensors weights), or a hub id."""
+    """A folder with the model as transformers saves it (safetensors weights), an address of `latentac mirror`, or a hub
+    id."""
     revision: str = ""
     """Commit, tag or branch of a hub id. Only a commit is certain to stay the same."""
     batch_size: Annotated[int, Field(gt=0, le=4096)] = 16
@@ -72,6 +76,16 @@ class LearnedReward:
         """The network that `locate` found. Raises ConfigError."""
         raise NotImplementedError
 
+    def used(self, names: Collection[str]) -> set[str]:
+        """Those of the folder's file names that are used."""
+        raise NotImplementedError
+
+    def checkpoints(self) -> list["Checkpoint"]:
+        """All that the reward reads, fetched if need be: what `latentac mirror` copies. Raises ConfigError."""
+        folder = self.locate()
+        self.examine(folder)
+        return [checkpoint("source", "revision", folder, self.used)]
+
     def examine(self, folder: Path) -> None:
         """Find what is wrong with what the reward reads beside the network in `folder`. Raises ConfigError."""
 
@@ -81,7 +95,7 @@ class LearnedReward:
 
     @property
     def elsewhere(self) -> bool:
-        """Whether its files would have to be fetched from the hub."""
+        """Whether its files would have to be fetched from the hub or a store."""
         return is_elsewhere(self._settings.source, self._settings.revision)
 
     def fetch(self) -> None:
@@ -168,13 +182,23 @@ class LearnedReward:
         _free()
 
 
+def checkpoint(setting: str, revision: str, folder: Path, used: Callable[[Collection[str]], set[str]]) -> "Checkpoint":
+    """The folder that `setting` names, with those of its files that are used."""
+    from latentac.rewards.folders import Checkpoint
+
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    return Checkpoint(setting, revision, folder, frozenset(used(names)))
+
+
 def is_elsewhere(source: str, revision: str) -> bool:
-    """Whether the network that `source` names would have to be fetched from the hub."""
+    """Whether the network that `source` names would have to be fetched from the hub or a store."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     from latentac.rewards.folders import is_local
 
+    if sources.is_address(source):
+        return sources.cached(source) is None
     try:
         return not is_local(source) and not isinstance(
             try_to_load_from_cache(source, "config.json", revision=revision or None), str

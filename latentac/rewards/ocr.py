@@ -13,16 +13,19 @@ quoted text counts; only spaces are removed; a reading that contains the wanted 
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
 
 from latentac.config import extensions
-from latentac.rewards.ocr_engines import Engine, Engines, Rapid, Tesseract
+from latentac.rewards.ocr_engines import Engine, Engines, Rapid, Tesseract, data_folder
 from latentac.rewards.parallel import each_in_parallel
 from latentac.system.errors import ConfigError, RewardError
+
+if TYPE_CHECKING:
+    from latentac.rewards.folders import Checkpoint
 
 _QUOTED = re.compile(r'"([^"]*)"|“([^“”]*)”')
 _MOST_SIDE = 4096
@@ -53,8 +56,8 @@ class Ocr:
         language: Annotated[str, Field(pattern=r"^\w+(\+\w+)*$", max_length=100)] = "eng"
         """Of tesseract, as its data is named; `eng+deu` are two. rapidocr reads English and Chinese."""
         language_data: str = ""
-        """Folder with the data of tesseract, `eng.traineddata` for instance. Default: that of TESSDATA_PREFIX, or of
-        the system."""
+        """Folder with the data of tesseract, `eng.traineddata` for instance, or an address of `latentac mirror`.
+        Default: that of TESSDATA_PREFIX, or of the system."""
 
     def __init__(self, settings: "Ocr.Settings") -> None:
         self._settings = settings
@@ -64,6 +67,17 @@ class Ocr:
         """Load the engine. Nothing is downloaded. Raises ConfigError for a missing package or missing data."""
         with self._engines.one():
             pass
+
+    def checkpoints(self) -> "list[Checkpoint]":
+        """The language data that the settings name. Those of the system come with its packages."""
+        from latentac.rewards.folders import Checkpoint
+
+        own = self._settings
+        if own.engine != "tesseract" or not own.language_data:
+            return []
+        folder = data_folder(own.language_data, own.language)
+        names = frozenset(f"{each}.traineddata" for each in own.language.split("+"))
+        return [Checkpoint("language_data", "", folder, names)]
 
     def known(self) -> tuple[np.ndarray, list[str], np.ndarray]:
         """A drawn word, what it is worth for itself, for one with another letter and for another one; digits, which

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from latentac.rewards.onnx import import_onnxruntime
+from latentac.store import sources
 from latentac.system.errors import ConfigError, Problem, describe
 
 MODES = {"page": 3, "block": 6, "line": 7, "word": 8, "sparse": 11}
@@ -66,7 +67,7 @@ class Tesseract:
             import tesserocr
         except ImportError as error:
             raise _missing("tesseract", "tesserocr", error) from error
-        data = _data_folder(folder, language)
+        data = data_folder(folder, language)
         try:
             self._api = tesserocr.PyTessBaseAPI(
                 path=str(data),
@@ -129,9 +130,9 @@ def _missing(engine: str, packages: str, error: Exception) -> ConfigError:
     return ConfigError([Problem("engine", engine, problem, _INSTALL)])
 
 
-def _data_folder(given: str, language: str) -> Path:
-    """Where the data of each of the languages is. Raises ConfigError."""
-    named = given or os.environ.get("TESSDATA_PREFIX", "")
+def data_folder(given: str, language: str) -> Path:
+    """Where the data of each of the languages is. given: a folder, an address of a store, or "". Raises ConfigError."""
+    named = sources.or_local(given, "language_data") or os.environ.get("TESSDATA_PREFIX", "")
     places = [named] if named else list(_DATA_FOLDERS)
     for place in places:
         folder = Path(place).expanduser()

@@ -1,6 +1,6 @@
 """Whether a model that answers questions sees the prompt in the image: VQAScore (Lin et al., arXiv 2404.01291)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -54,6 +54,11 @@ class Vqa(LearnedReward):
         from latentac.rewards.vlm_folder import locate
 
         return locate(self._settings.source, self._settings.revision)
+
+    def used(self, names: Collection[str]) -> set[str]:
+        from latentac.rewards.vlm_folder import files
+
+        return files(names)
 
     def read(self, folder: Path, dtype: "torch.dtype") -> "Vlm":
         from latentac.rewards.vlm_folder import Vlm

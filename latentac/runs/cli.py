@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from latentac import __version__
 from latentac.runs.convert_command import add_convert_weights
 from latentac.runs.housekeeping.commands import add_commands
+from latentac.runs.mirror_command import add_mirror
 from latentac.runs.reward_command import add_reward_server
 from latentac.runs.running import run_step
 from latentac.system.errors import ConfigError, LatentacError, Problem, ResourceError, expected
@@ -113,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     add_reward_server(_make, commands.add_parser)
     add_convert_weights(_make, commands.add_parser)
+    add_mirror(_make, commands.add_parser, _add_settings)
 
     fetch = _make(
         commands.add_parser,

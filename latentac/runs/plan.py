@@ -17,10 +17,12 @@ from latentac.runs.configuration import recipe_fields
 from latentac.runs.preparation import prepare as preparation
 from latentac.runs.preparation import sizing
 from latentac.runs.preparation.costs import count_operations, describe_costs
+from latentac.runs.preparation.mirrored import check_sources
 from latentac.runs.preparation.rehearsal import rehearse
 from latentac.runs.workspace import existing
 from latentac.sampling.devices import pick_device
-from latentac.store import open_store
+from latentac.store import open_store, sources
+from latentac.store.sources import with_local_files
 from latentac.system.errors import ConfigError, LatentacError, Problem, ResourceError
 
 if TYPE_CHECKING:
@@ -73,13 +75,14 @@ def plan(given: Given, store: str, output: Path) -> Plan:
     from latentac.worlds.prompts import load_prompts
 
     fields = attempt(lambda: recipe_fields(given.recipe, given.config, given.overrides))
+    attempt(lambda: check_sources(fields or {}))
     resolved = attempt(lambda: resolve_all(fields)) if fields is not None else None
     # An extension that is refused hides nothing else, a field that is wrong does.
     settings = resolved.config if resolved else attempt(lambda: resolve(fields)) if fields is not None else None
     if settings is None:
         return Plan(None, None, tuple(refused))
     attempt(lambda: preparation.check_machine(settings.backbone.device, settings.serving.port))
-    prompts = attempt(lambda: load_prompts(settings.prompts))
+    prompts = attempt(lambda: load_prompts(with_local_files(settings.prompts)))
     given_rewards = [] if resolved is None else resolved.rewards
     rewards = [each for each in given_rewards if not each.elsewhere and attempt(partial(_fetched, each))]
     attempt(lambda: preparation.check_known(rewards))
@@ -116,10 +119,13 @@ def requirements(settings: Config, folder: Path, prompts: "PromptSet | None") ->
 
 
 def on_this_machine(source: str, revision: str) -> Path | None:
-    """The folder of the pipeline that `source` names, or None for a hub id that is not in the cache.
+    """The folder of the pipeline that `source` names, or None where it is not on this machine.
 
-    Nothing is fetched. Raises ConfigError where there can be none.
+    A hub id or a source in a store that was not copied counts as not there: nothing is fetched. Raises ConfigError
+    where there can be none.
     """
+    if sources.is_address(source):
+        return sources.cached(source)
     if source.startswith(("builtin:", "/", "./", "../", "~")) or os.path.exists(source):
         return locate(source, None)[0]
     from huggingface_hub import try_to_load_from_cache

@@ -80,16 +80,17 @@ class Resolved:
         }
 
 
-def resolve_all(fields: Mapping[str, Any]) -> Resolved:
+def resolve_all(fields: Mapping[str, Any], *, build_rewards: bool = True) -> Resolved:
     """Everything that nested dictionaries of a configuration name.
 
+    build_rewards: False leaves `rewards` empty, where their services may be out of reach; their settings are checked.
     Raises ConfigError with every problem of every field, and RewardError where nothing is wrong but that a reward
     cannot be built.
     """
     config, problems = examine(fields)
     if config is None:
         raise ConfigError(problems)
-    return _Resolver(config, problems).resolve()
+    return _Resolver(config, problems).resolve(build_rewards)
 
 
 class _Resolver:
@@ -97,7 +98,7 @@ class _Resolver:
         self.config, self.problems = config, problems
         self.failed: RewardError | None = None
 
-    def resolve(self) -> Resolved:
+    def resolve(self, build_rewards: bool) -> Resolved:
         config = self.config
         filled = config.model_copy(
             update={
@@ -122,7 +123,7 @@ class _Resolver:
         self._check_algorithm(filled)
         self._check_export(filled)
         methods = self._methods(filled)
-        rewards = self._rewards(filled)
+        rewards = self._rewards(filled) if build_rewards else []
         if self.problems:
             if self.failed is not None:
                 self.problems.append(Problem(self.failed.where, None, self.failed.problem, self.failed.remedy))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentac.runs import package as packages
 from latentac.runs.configuration import recipe_fields
+from latentac.runs.preparation.mirrored import check_sources
 from latentac.runs.preparation.publication import given_settings, publish_prepared
 from latentac.runs.publishing import track, write_gallery, write_json, write_report_artifact
 from latentac.runs.workspace import Workspace, default_store, open_run, person
@@ -54,6 +55,7 @@ def prepare(
     try:
         published = opened.manifest(f"{run}/prepare")
     except ArtifactNotFound:
+        check_sources(fields)
         return publish_prepared(run, opened, Path(output), fields, code, started)
     if published.metrics.get("given") != given_settings(fields, code):
         remedy = "Resume it with the options and the version that it was started with, or choose another run id"

@@ -20,6 +20,8 @@ from latentac.system.errors import IntegrityError, StoreError
 
 SCHEMA: Literal["latentac/artifact/1"] = "latentac/artifact/1"
 _GIT_SECONDS = 10.0
+SOURCES = "sources"
+"""The first part of the keys of what `latentac mirror` has put into a store: see `latentac.store.sources`."""
 MOST_BYTES = 8 * 2**20
 """Of a manifest or a pointer: some 50,000 files. What it makes in memory is a multiple of it."""
 _MOST_CHARACTERS = 1024
@@ -112,8 +114,7 @@ class Manifest:
     @property
     def folder(self) -> str:
         """Where the files lie in the store, relative to its root; a loader of plain folders can be pointed here."""
-        content = json.dumps([[file.path, file.size, file.sha256] for file in self.files])
-        return f"{self.key}/files-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+        return f"{self.key}/files-{content_of(self.files)}"
 
     @staticmethod
     def from_json(raw: bytes, where: str, key: str) -> "Manifest":
@@ -138,6 +139,12 @@ class Manifest:
 
 
 _MANIFEST = TypeAdapter(Manifest)
+
+
+def content_of(files: Sequence[File]) -> str:
+    """A digest of the paths, sizes and sha256s of files: 16 hexadecimal digits."""
+    content = json.dumps([[file.path, file.size, file.sha256] for file in files])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def describe(
@@ -205,4 +212,6 @@ def dump_json(value: object, where: str) -> bytes:
 
 
 def remedy_for(key: str) -> str:
+    if key.startswith(f"{SOURCES}/"):
+        return "Run `latentac mirror --verify` again, which replaces what differs"
     return f"Delete {key} from the store and run the step that makes it, or use the one before"

@@ -51,6 +51,10 @@ class Objects:
         """Keys of all plain objects below `prefix`, sorted."""
         return sorted(name for name in self._backend.names(f"{self._key(prefix)}/") if is_key(name))
 
+    def below(self, prefix: str) -> dict[str, Entry]:
+        """What is known of the objects below `prefix`, by their paths relative to it."""
+        return below(self._backend, prefix)
+
     def write_files(self, folder: Path | str, prefix: str, *, exact: bool = False) -> None:
         """Copies what lies below `folder` to plain objects `<prefix>/<path>`, for readers that know no manifests.
 

@@ -20,7 +20,7 @@ def is_name(text: str) -> bool:
     return re.fullmatch(r"(?!manifest\.json|files-)[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", text) is not None
 
 
-_TAKEN = ("store", "checkpoints", "failures", "models", "registry", "tensorboard")
+_TAKEN = ("store", "checkpoints", "failures", "models", "registry", "sources", "tensorboard")
 """What lies beside runs in an output folder or a store."""
 
 

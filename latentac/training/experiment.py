@@ -23,6 +23,7 @@ from latentac.rewards.configured import ConfiguredReward, load_rewards
 from latentac.sampling.devices import few_threads, pick_device
 from latentac.sampling.policy import Policy, configured_policy
 from latentac.sampling.steering import STEERING, Steering
+from latentac.store.sources import with_local_files
 from latentac.system.errors import ConfigError, Problem
 from latentac.system.progress import progress
 from latentac.training import value_pretraining
@@ -60,7 +61,7 @@ class Experiment:
             if rewards is None
             else [ConfiguredReward(one, rewards[one.name]) for one in self.config.rewards]
         )
-        self.prompts = prompts if prompts is not None else load_prompts(config.prompts)
+        self.prompts = prompts if prompts is not None else load_prompts(with_local_files(config.prompts))
         self.policy = load_policy(config)
         self.critic = value_pretraining.new_critic(self.config, self.policy)
         self.history: list[dict[str, Any]] = []

@@ -9,6 +9,7 @@ from latentac.runs import package as packages
 from latentac.runs.publishing import write_json
 from latentac.runs.workspace import EXTENSIONS, PACKAGE
 from latentac.store import Manifest, Store
+from latentac.store.sources import with_local_files
 from latentac.system.scratch import hidden_folder
 
 
@@ -38,7 +39,7 @@ def publish_prepared(
         settings = extensions.config
         preparation.check_machine(settings.backbone.device, settings.serving.port)
         store.probe()
-        prompts = load_prompts(settings.prompts)
+        prompts = load_prompts(with_local_files(settings.prompts))
         preparation.fetch_rewards(extensions.rewards)
         preparation.check_known(extensions.rewards)
         described = preparation.fetch_backbone(settings, folder / "backbone", output, store.url, len(prompts.train))
