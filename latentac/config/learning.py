@@ -28,6 +28,10 @@ class Policy(Section):
     """Scale of classifier-free guidance in rollouts, updates and evaluation, and the default of the endpoint. 1 is
     none. With guidance, the log-probabilities are those of the guided policy, and each image costs two rows per forward
     pass."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps AdamW's moments in 8 bits, each 256 numbers with a scale: 2 bytes per trained weight instead
+    of 8. Entries of the gradient that are far below the largest of their 256 take steps of another size. It needs
+    bitsandbytes: `pip install 'latentac[optimizers]'`."""
     learning_rate: Rate = 6e-5
     """Learning rate of AdamW. Example: `1e-4`."""
     warmup_updates: Annotated[int, Field(ge=0)] = 20

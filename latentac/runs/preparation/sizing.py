@@ -67,8 +67,8 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
     memory of a worker
         weights      b (P + F), and b N of adapters; b P for each copy: the reference (algorithm.prediction_kl); 4 P for
                      a critic's own
-        training     N gradients, 2 N moments of AdamW, N masters where b is 2, N average (policy.ema_decay), N best
-                     (early stopping)
+        training     N gradients, 2 N moments of AdamW (of a quarter of the bytes with policy.optimizer=adamw_8bit), N
+                     masters where b is 2, N average (policy.ema_decay), N best (early stopping)
         images       images of a worker * ((2 K + 1) D of the rollout, L C of the prompt); K of what the critic keeps of
                      a state for the images of an iteration or of value pretraining; the critic's replay
         text         L C of each training prompt, up to 64 MiB; beyond, in the host's memory, up to 1 GiB; there also of
@@ -113,11 +113,12 @@ def count(config: Config, model: Model, num_prompts: int, device: str) -> Requir
     alone = config.export.weights == "adapter"
     exported = merged if alone else parts + model.network * config.serving.include_base + merged
     number = count_workers(train, device)
+    moments = 2 * trains * (1 if policy.optimizer == "adamw_8bit" else _FLOAT)
     memory = {
         "weights": half * (parts + merged),
         "reference": half * model.network if config.algorithm.own.get("prediction_kl", 0) > 0 else 0,
         "critic's own backbone": _FLOAT * own,
-        "training": _FLOAT * (3 * trains + kept - trains + (trains if half < _FLOAT else 0)),
+        "training": _FLOAT * (kept + (trains if half < _FLOAT else 0)) + moments,
         "images": _images(config, model, number, half) + _FLOAT * replay,
         "text": half * _text(_pretrained(config.pretrain, number), model.sizes.text, num_prompts, half, device),
         "activations": half * _activations(config, model, device),
@@ -132,7 +133,7 @@ def count(config: Config, model: Model, num_prompts: int, device: str) -> Requir
         "base": COPIES * model.files,
         "trained": COPIES * _FLOAT * parts,
         "exported": COPIES * _FLOAT * exported,
-        "checkpoints": (train.keep_checkpoints + 2) * _FLOAT * (kept + 2 * trains + replay + own),
+        "checkpoints": (train.keep_checkpoints + 2) * (_FLOAT * (kept + replay + own) + moments),
         "scored": COPIES * _FLOAT * config.pretrain.num_images * (sizes.latent + 8),
         "scores": COPIES * config.evaluation.num_images * _POLICIES * len(config.rewards) * _NUMBER,
         "galleries": COPIES * config.evaluation.num_gallery_prompts * _ARMS * sizes.image,
