@@ -180,7 +180,8 @@ class PolicyLearner:
         if self._only_advantages:
             kept = rows[block.counts.flatten()[rows]]
             rows = kept if len(kept) else rows[:1]
-        rows = rows.to(self.mesh.device)
+        if block.trajectory.latents.device == self.mesh.device:
+            rows = rows.to(self.mesh.device)
         return flatten_steps(block.trajectory, block.advantages, rows // steps, rows % steps)
 
     def _transitions(self, block: CreditedBlock, iteration: int, update: int) -> Tensor:
