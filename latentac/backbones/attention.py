@@ -78,14 +78,15 @@ def switch_attention(module: Any, name: str) -> None:
 def native_attention(backbone: Any) -> Iterator[None]:
     """Let a backbone use the kernel `native` within the body, whatever its settings say."""
     settings = getattr(backbone, "settings", None)
-    switched = isinstance(settings, SwitchedSettings) and settings.attention != NATIVE
-    if switched:
-        switch_attention(backbone.module, NATIVE)
+    name = settings.attention if isinstance(settings, SwitchedSettings) else NATIVE
+    if name == NATIVE:
+        yield
+        return
+    switch_attention(backbone.module, NATIVE)
     try:
         yield
     finally:
-        if switched:
-            switch_attention(backbone.module, settings.attention)
+        switch_attention(backbone.module, name)
 
 
 def _switch(module: Any, name: str) -> None:

@@ -30,7 +30,12 @@ def policy_optimizer(
 
     The 8-bit one keeps moments of tensors with fewer than 4,096 numbers in float32.
     """
-    given = {"lr": settings.learning_rate, "betas": _BETAS, "eps": eps, "weight_decay": settings.weight_decay}
+    given: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": _BETAS,
+        "eps": eps,
+        "weight_decay": settings.weight_decay,
+    }
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=device.type == "cuda", **given)
     if problems := missing_optimizer(settings):

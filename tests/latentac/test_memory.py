@@ -129,7 +129,7 @@ def test_the_critic_s_inputs_are_on_the_gpu_wherever_they_are_kept(again: bool) 
             assert devices(latents) == devices(sigma) == devices(conditioning) == {"cuda"}
             return {"middle": latents.flatten(1)}
 
-        given = {"latents": host.latents[:, :-1], "observe": observed} if again else {}
+        given: dict[str, Any] = {"latents": host.latents[:, :-1], "observe": observed} if again else {}
         kept = {} if again else dict(host.features)
         prompts = torch.zeros(4, dtype=torch.int64, device=GPU)
         states = States(kept, made.clean, made.sigmas[:-1], host.conditioning, made.values[:, 0], prompts, **given)
