@@ -307,14 +307,16 @@ def test_an_adapter_carries_its_scale(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_saving_makes_no_second_network_on_its_device(precision: str, tmp_path: Path) -> None:
     """A GPU that holds it once need not have room for it twice. Convolutions may be in the layout of a GPU."""
-    backbone = load_backbone(Extension(use="unet", precision=precision), builtin_pipeline("shapes-unet"), CPU)
-    backbone.module.to(memory_format=torch.channels_last)
+    extension = Extension.model_validate({"use": "unet", "precision": precision})
+    backbone = load_backbone(extension, builtin_pipeline("shapes-unet"), CPU)
+    module: Any = backbone.module
+    module.to(memory_format=torch.channels_last)
     backbone.adapt(PolicySettings(adaptation="lora", lora_rank=2))
 
     def refuse(memo: object) -> None:
         raise AssertionError("the network was copied")
 
-    backbone.module.__deepcopy__ = refuse
+    module.__deepcopy__ = refuse
     backbone.save(tmp_path / "export")
     assert (tmp_path / "export" / folders.ADAPTER).is_file()
 
