@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from latentac.backbones.layout import Layout
 from latentac.backbones.precision import full_precision
@@ -18,6 +18,8 @@ from latentac.config.learning import Policy
 from latentac.system import folders
 from latentac.system.errors import ConfigError, Problem
 from latentac.system.modelfiles import Damaged, check
+
+_BASE = ".base_layer.weight"  # ends the name of a weight that has adapters
 
 
 def adapt(module: Any, settings: Policy, attention: Sequence[str]) -> None:
@@ -32,28 +34,50 @@ def adapt(module: Any, settings: Policy, attention: Sequence[str]) -> None:
 
 def save(module: Any, folder: Path, part: str) -> None:
     """`module` as the part `part` of the pipeline in `folder`, in float32: adapters merged, and once more alone."""
-    adapted = bool(getattr(module, "peft_config", None))
-    if adapted or module.dtype != torch.float32:
-        weights = dict(full_precision(module))
-        module = copy.deepcopy(module).cpu().float()
-        module.load_state_dict(weights)
-    if adapted:
+    if getattr(module, "peft_config", None):
         _save_adapter(module, folder / folders.ADAPTER, part)
-        module.fuse_lora()
-        module.unload_lora()
+        module = _with_weights(module, _merged(module))
+    elif module.dtype != torch.float32:
+        module = _with_weights(module, dict(full_precision(module)))
     folders.write_part(module, folder / part)
 
 
+def _scale(module: Any) -> float:
+    (settings,) = module.peft_config.values()
+    return float(settings.lora_alpha / settings.r)
+
+
+@torch.no_grad()
+def _merged(module: Any) -> dict[str, Tensor]:
+    """The weights of an adapted module by their names without adapters, float32 on the CPU. Nothing of it is copied on
+    the module's own device."""
+    weights = dict(full_precision(module))
+    bases = {name.removesuffix(_BASE): name for name in weights if name.endswith(_BASE)}
+    for layer, name in bases.items():
+        down, up = (weights.pop(f"{layer}.lora_{side}.default.weight") for side in "AB")
+        base = weights.pop(name)
+        weights[f"{layer}.weight"] = base + (up @ down) * _scale(module)
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in weights.items()}
+
+
+def _with_weights(module: Any, weights: Mapping[str, Tensor]) -> Any:
+    """A module of the same configuration that consists of these very tensors."""
+    with torch.device("meta"):
+        empty = type(module).from_config(module.config)
+    empty.load_state_dict(weights, assign=True)
+    return empty
+
+
 def _save_adapter(module: Any, file: Path, part: str) -> None:
-    """The adapters as `load_lora_weights` of diffusers reads them.
+    """The adapters as `load_lora_weights` of diffusers reads them, float32.
 
     alpha / rank is multiplied into the weights: whoever reads the file takes it as 1.
     """
-    (settings,) = module.peft_config.values()
     weights = {}
-    for name, tensor in get_peft_model_state_dict(module).items():
-        scale = settings.lora_alpha / settings.r if ".lora_B." in name else 1.0
-        weights[f"{part}.{name}"] = (tensor.detach() * scale).cpu().contiguous()
+    for name, tensor in full_precision(module):
+        if ".lora_" in name:
+            scale = _scale(module) if ".lora_B." in name else 1.0
+            weights[f"{part}.{name.replace('.default.', '.')}"] = (tensor * scale).contiguous()
     file.parent.mkdir()
     save_file(weights, file, metadata={"format": "pt"})
 

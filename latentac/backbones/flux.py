@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentac.backbones import count_tokens
+from latentac.backbones.attention import SwitchedSettings, check_attention, switch_attention
 from latentac.backbones.flow import FlowTransformer, watch_thirds
 from latentac.backbones.flux_layout import CELLS, FLUX, PATCH
 from latentac.backbones.pipeline import PipelineSettings
@@ -19,7 +20,7 @@ from latentac.method.records import Conditioning
 _TIMESTEPS = 1000  # by which the transformer multiplies the noise level
 
 
-class FluxSettings(PipelineSettings):
+class FluxSettings(SwitchedSettings):
     """How FLUX.1 computes."""
 
     distilled_guidance: Annotated[float, Field(ge=0, le=50)] = 3.5
@@ -37,10 +38,13 @@ class FluxBackbone(FlowTransformer):
     layout = FLUX
     cells = CELLS
     guides = False  # it is the distilled guidance
+    machine_settings = frozenset({"attention"})
     packed = f"torch.nn.functional.pixel_unshuffle({{}}, {PATCH}).flatten(2).transpose(1, 2)"
 
     def __init__(self, settings: FluxSettings, folder: Path, device: torch.device) -> None:
+        check_attention(settings, device, masked=False)
         super().__init__(settings, folder, device)
+        switch_attention(self.module, settings.attention)
         self._guidance = settings.distilled_guidance if self.module.config.guidance_embeds else None
         self._text_encoder, self._tokenizer = self._load("text_encoder"), self._load("tokenizer")
         self._t5, self._t5_tokenizer = self._load("text_encoder_2"), self._load("tokenizer_2")

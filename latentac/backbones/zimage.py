@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from latentac.backbones import count_tokens
+from latentac.backbones.attention import SwitchedSettings, check_attention, switch_attention
 from latentac.backbones.flow import FlowTransformer, watch_thirds
 from latentac.backbones.pipeline import PipelineSettings
 from latentac.backbones.zimage_layout import CELLS, LONGEST, PATCH, ZIMAGE
@@ -20,7 +21,7 @@ from latentac.system.modelfiles import chat
 _TIMESTEPS = 1000  # by which the pipeline divides the scheduler's timestep
 
 
-class ZImageSettings(PipelineSettings):
+class ZImageSettings(SwitchedSettings):
     """How Z-Image computes."""
 
     text_tokens: Annotated[int, Field(ge=MULTIPLE, le=LONGEST, multiple_of=MULTIPLE)] = LONGEST
@@ -35,10 +36,13 @@ class ZImageBackbone(FlowTransformer):
     Settings: ClassVar[type[PipelineSettings]] = ZImageSettings
     layout = ZIMAGE
     cells = CELLS
+    machine_settings = frozenset({"attention"})
     unguided = 0.0
 
     def __init__(self, settings: ZImageSettings, folder: Path, device: torch.device) -> None:
+        check_attention(settings, device, masked=True)
         super().__init__(settings, folder, device)
+        switch_attention(self.module, settings.attention)
         self._text_encoder, self._tokenizer = self._load("text_encoder"), self._load("tokenizer")
         self.text_width: int = self.module.config.cap_feat_dim
         self.max_tokens: int = settings.text_tokens

@@ -28,6 +28,10 @@ class Policy(Section):
     """Scale of classifier-free guidance in rollouts, updates and evaluation, and the default of the endpoint. 1 is
     none. With guidance, the log-probabilities are those of the guided policy, and each image costs two rows per forward
     pass."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps AdamW's moments in 8 bits, each 256 numbers with a scale: 2 bytes per trained weight instead
+    of 8. Entries of the gradient that are far below the largest of their 256 take steps of another size. It needs
+    bitsandbytes: `pip install 'latentac[optimizers]'`."""
     learning_rate: Rate = 6e-5
     """Learning rate of AdamW. Example: `1e-4`."""
     warmup_updates: Annotated[int, Field(ge=0)] = 20
@@ -91,6 +95,33 @@ class Algorithm(Extension):
     is the mean of all images or of a prompt's images so far), or `module:Class`."""
 
 
+class Memory(Section):
+    """Where a worker keeps what it learns from. It changes results only by rounding; on a CPU there is one memory, and
+    they are bitwise the same."""
+
+    trajectories: Literal["device", "host"] = "device"
+    """Where the trajectories of an iteration wait for its updates: latents, means, value gradients, the critic's
+    features and the prompts' text. From `host`, a minibatch at a time is moved to the GPU."""
+    states_gib: NonNegative = 8.0
+    """GPU memory in GiB for each of two things that the critic learns from: its features of all states of value
+    pretraining, and the latents of its replay. What is larger is kept in the host's memory, and a minibatch at a time
+    is moved to the GPU."""
+    host_states_gib: NonNegative | None = None
+    """Host memory in GiB for the features of value pretraining. If they are larger, only latents are kept, and each
+    pass computes the features again: one more forward pass per state and pass. Default: no bound."""
+
+    def fits_device(self, size: int, device: str) -> bool:
+        """Whether `size` bytes that the critic learns from are kept on a device, `cpu` or `cuda`."""
+        return device == "cpu" or size <= self.states_gib * 2**30
+
+    def place_of_features(self, size: int, device: str) -> Literal["device", "host", "again"]:
+        """Where the features of value pretraining, of `size` bytes, are kept; `again` where they are not. On a CPU,
+        which has one memory, they are never on the `device`."""
+        if device != "cpu" and self.fits_device(size, device):
+            return "device"
+        return "host" if self.host_states_gib is None or size <= self.host_states_gib * 2**30 else "again"
+
+
 class EarlyStopping(Section):
     """Stop when a reward that is not trained on stops rising, and publish the weights of its best iteration."""
 
@@ -147,6 +178,8 @@ class Train(Section):
     max_seconds_without_store: Seconds = 900.0
     """How long training goes on while the store does not answer. Its checkpoints stay in the run's folder until then.
     Beyond this bound, training ends with exit code 75 after the iteration. Example: `3600`."""
+    memory: Memory = Memory()
+    """Where trajectories and the critic's states are kept."""
     divergence: DivergenceCheck = DivergenceCheck()
     """The divergence check."""
     early_stopping: EarlyStopping | None = None

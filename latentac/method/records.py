@@ -41,6 +41,12 @@ def join(parts: Sequence[Conditioning]) -> Conditioning:
     return Conditioning(torch.cat([part.tokens for part in parts]), torch.cat(pooled) if pooled else None)
 
 
+def taken(tensor: Tensor, index: Tensor | tuple[Tensor, ...], device: torch.device) -> Tensor:
+    """`tensor[index]` on `device`, wherever the tensor and the index are."""
+    several = index if isinstance(index, tuple) else (index,)
+    return tensor[tuple(one.to(tensor.device) for one in several)].to(device)
+
+
 @dataclass(frozen=True)
 class ValueGradients:
     """The values' gradient by the latents that a stochastic step led to. gradients: [B, S, *latent], of the weighted,
@@ -51,6 +57,10 @@ class ValueGradients:
 
     def rows(self, index: Tensor | tuple[Tensor, Tensor]) -> "ValueGradients":
         return replace(self, gradients=self.gradients[index], known=self.known[index])
+
+    def to(self, device: torch.device) -> "ValueGradients":
+        """On `device`."""
+        return replace(self, gradients=self.gradients.to(device), known=self.known.to(device))
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,17 @@ class Trajectory:
     def clean(self) -> Tensor:
         """[B, *latent], the latents at the end of the trajectory."""
         return self.latents[:, -1]
+
+    def kept_on(self, device: torch.device) -> "Trajectory":
+        """With all that is large on `device`. Noise levels, log-probabilities and values stay where they are."""
+        return replace(
+            self,
+            conditioning=self.conditioning.to(device),
+            latents=self.latents.to(device),
+            means=self.means.to(device),
+            features={name: feature.to(device) for name, feature in self.features.items()},
+            value_gradients=None if self.value_gradients is None else self.value_gradients.to(device),
+        )
 
     def rows(self, index: Int64[Tensor, "N"]) -> "Trajectory":
         """The rollouts that `index`, int64 [N], names, in that order."""
@@ -179,18 +200,23 @@ class Minibatch:
 def flatten_steps(
     trajectory: Trajectory, advantages: Float[Tensor, "B S"], image: Int64[Tensor, "N"], step: Int64[Tensor, "N"]
 ) -> Minibatch:
-    """Pick the transitions (image[i], step[i]) out of a trajectory.
+    """Pick the transitions (image[i], step[i]) out of a trajectory. The result is where the noise levels are, wherever
+    the trajectory keeps the rest.
 
     advantages: [B, S]; image, step: int64 [N], `step` below S.
     """
+    device = trajectory.sigmas.device
+    here = image.to(device), step.to(device)
+    kept = image.to(trajectory.latents.device), step.to(trajectory.latents.device)
+    gradients = trajectory.value_gradients
     return Minibatch(
-        latents=trajectory.latents[image, step],
-        next_latents=trajectory.latents[image, step + 1],
-        sigma=trajectory.sigmas[step],
-        sigma_next=trajectory.sigmas[step + 1],
-        conditioning=trajectory.conditioning.rows(image),
-        old_means=trajectory.means[image, step],
-        old_log_probs=trajectory.log_probs[image, step],
-        advantages=advantages[image, step],
-        value_gradients=None if trajectory.value_gradients is None else trajectory.value_gradients.rows((image, step)),
+        latents=taken(trajectory.latents, kept, device),
+        next_latents=taken(trajectory.latents, (kept[0], kept[1] + 1), device),
+        sigma=trajectory.sigmas[here[1]],
+        sigma_next=trajectory.sigmas[here[1] + 1],
+        conditioning=trajectory.conditioning.rows(kept[0]).to(device),
+        old_means=taken(trajectory.means, kept, device),
+        old_log_probs=trajectory.log_probs[here],
+        advantages=advantages[here],
+        value_gradients=None if gradients is None else gradients.rows(kept).to(device),
     )

@@ -25,6 +25,7 @@ from latentac.sampling.kernels import KERNELS
 from latentac.sampling.steering import STEERING, SteeringSettings
 from latentac.system.errors import ConfigError, LatentacError, Problem, RewardError, describe
 from latentac.training.algorithms import ALGORITHMS
+from latentac.training.optimizers import missing_optimizer
 
 TABLES: dict[str, Table] = {
     "backbone": BACKBONES,
@@ -119,6 +120,7 @@ class _Resolver:
             }
         )
         self.problems += missing_packages(filled.tracking)
+        self.problems += missing_optimizer(filled.policy)
         self._check_sampling(filled)
         self._check_algorithm(filled)
         self._check_export(filled)

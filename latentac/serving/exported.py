@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
+from latentac.backbones import BACKBONES
 from latentac.config.schema import Batching, Config, Kernel, Limits
 from latentac.config.sections import (
     Extension,
@@ -142,6 +143,8 @@ def export(
     configured method. base: of an adapter; pipeline: its folder.
     """
     serving, units = config.serving, extensions["units"]
+    of_machine = getattr(BACKBONES.load(config.backbone.use), "machine_settings", ())
+    own = {name: value for name, value in config.backbone.own.items() if name not in of_machine}
     limits = serving.model_dump(include=set(Limits.model_fields))
     methods = {
         method.name: Method(extension=method, **{name: extensions["methods"][method.name][name] for name in _DESCRIBED})
@@ -154,7 +157,7 @@ def export(
         version=version,
         run=run,
         base=base,
-        backbone=Extension.model_validate({"use": config.backbone.use, **config.backbone.own}),
+        backbone=Extension.model_validate({"use": config.backbone.use, **own}),
         kernel=config.kernel,
         guidance_scale=config.policy.guidance_scale,
         size=tuple(config.backbone.own.get("image_size") or image_size(pipeline or folder)),

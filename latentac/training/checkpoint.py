@@ -20,22 +20,24 @@ here and in `latentac.store.shapes.Progress`."""
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
-    """The moments and step counts of an optimizer as named tensors."""
-    state = optimizer.state_dict()["state"]
+    """The state of an optimizer as named tensors, in the dtypes that it has: moments, step counts, and the tables and
+    scales of quantised moments. A whole number becomes an int64 tensor of no axes."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return {
-        f"{prefix}.{index}.{name}": value.detach().cpu()
-        for index, moments in state.items()
-        for name, value in moments.items()
+        f"{prefix}.{index}.{name}": torch.as_tensor(value).detach().cpu()
+        for index, parameter in enumerate(parameters)
+        for name, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: Mapping[str, Tensor]) -> None:
     """Undo `optimizer_tensors`. The parameters must be the same, in the same order."""
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Tensor | int]] = {}
     for key, value in tensors.items():
         if key.startswith(f"{prefix}."):
             index, name = key[len(prefix) + 1 :].split(".", 1)
-            state.setdefault(int(index), {})[name] = value
+            whole = value.ndim == 0 and value.dtype == torch.int64
+            state.setdefault(int(index), {})[name] = int(value) if whole else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

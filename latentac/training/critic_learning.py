@@ -14,7 +14,7 @@ from latentac.critic import Critic
 from latentac.method.diffusion import forward_noise
 from latentac.method.losses import value_loss
 from latentac.method.randomness import generator_for, seed_for
-from latentac.method.records import Conditioning, Trajectory
+from latentac.method.records import Conditioning, Trajectory, taken
 from latentac.sampling.encoding import Encoded
 from latentac.sampling.policy import Policy
 from latentac.training.checkpoint import optimizer_tensors, restore_optimizer
@@ -33,12 +33,17 @@ class Replay:
     prompts: Tensor
 
     def extended(self, other: "Replay", most: int) -> "Replay":
-        """With `other` behind, and only the newest `most` of all."""
-        pairs = zip(self.tensors().values(), other.tensors().values(), strict=True)
+        """With `other` behind, and only the newest `most` of all; where this one is."""
+        added = other.to(self.rewards.device, self.clean.device)
+        pairs = zip(self.tensors().values(), added.tensors().values(), strict=True)
         return Replay(*map(torch.cat, pairs)).newest(most)
 
     def newest(self, most: int) -> "Replay":
         return Replay(self.clean[-most:], self.rewards[-most:], self.prompts[-most:])
+
+    def to(self, device: torch.device, latents: torch.device) -> "Replay":
+        """On `device`, and its latents on another one, or the same."""
+        return Replay(self.clean.to(latents), self.rewards.to(device), self.prompts.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"clean": self.clean, "rewards": self.rewards, "prompts": self.prompts}
@@ -82,12 +87,13 @@ class Learner:
             critic.parameter_groups(), betas=(0.9, 0.95), weight_decay=critic.settings.weight_decay
         )
         self.replay: Replay | None = None
+        self._memory = train.memory
 
     def begin_with(self, scored: Replay | None) -> None:
         """Remember images that were scored before training, if anything is to be remembered."""
         most = self.critic.settings.replay_images
         if scored is not None and most > 0:
-            self.replay = scored.newest(most)
+            self.replay = self._placed(scored.newest(most))
 
     def observe(self, clean: Tensor, rewards: Tensor, prompts: Tensor) -> None:
         """Take in the iteration's images of all workers: clean latents [B, *latent], rewards [B, M], prompts [B]."""
@@ -95,7 +101,7 @@ class Learner:
         most = self.critic.settings.replay_images
         if most > 0:
             new = Replay(clean, rewards, prompts)
-            self.replay = self.replay.extended(new, most) if self.replay else new.newest(most)
+            self.replay = self._placed(self.replay.extended(new, most) if self.replay else new.newest(most))
 
     def learn(self, iteration: int, blocks: Sequence[tuple[int, Trajectory, Tensor]]) -> float:
         """The iteration's passes over `blocks`: (index, trajectory with features, returns [B, K, M]). Returns the mean
@@ -135,8 +141,14 @@ class Learner:
         """Go on from what `state` gave."""
         self.critic.load_state_dict(_below("critic.", tensors))
         restore_optimizer(self.optimizer, "critic_optimizer", tensors)
-        replay = {name: tensor.to(self.mesh.device) for name, tensor in _below(_PREFIX, tensors).items()}
-        self.replay = Replay(**replay) if replay else None
+        replay = _below(_PREFIX, tensors)
+        self.replay = self._placed(Replay(**replay)) if replay else None
+
+    def _placed(self, replay: Replay) -> Replay:
+        """Its latents on the device, or in the host's memory where they are more than `train.memory` allows."""
+        device = self.mesh.device
+        fits = self._memory.fits_device(replay.clean.nbytes, device.type)
+        return replay.to(device, device if fits else torch.device("cpu"))
 
     def _share(self, trajectory: Trajectory, returns: Tensor, key: tuple[int, int, int, int]) -> Tensor:
         """The flattened (image, step) rows of a block that belong to an update."""
@@ -147,8 +159,10 @@ class Learner:
 
     def _rollout_loss(self, trajectory: Trajectory, returns: Tensor, rows: Tensor) -> Tensor:
         image, step = rows // trajectory.num_steps, rows % trajectory.num_steps
-        features = {name: feature[image, step] for name, feature in trajectory.features.items()}
-        return self._loss(features, trajectory.sigmas[step], trajectory.conditioning.rows(image), returns[image, step])
+        device = self.mesh.device
+        features = {name: taken(feature, (image, step), device) for name, feature in trajectory.features.items()}
+        conditioning = trajectory.conditioning.rows(image.to(trajectory.conditioning.tokens.device)).to(device)
+        return self._loss(features, trajectory.sigmas[step], conditioning, returns[image, step])
 
     def _replay_loss(self, replay: Replay, count: int, sigmas: Tensor, key: tuple[int, int, int, int]) -> Tensor:
         """On as many forward-noised states, drawn anew, of images scored in this and earlier iterations. At low noise
@@ -156,7 +170,7 @@ class Learner:
         generator = generator_for(self._seed, "replay", *key)
         image = torch.randint(len(replay.clean), (count,), generator=generator).to(self.mesh.device)
         step = torch.randint(len(sigmas) - 1, (count,), generator=generator).to(self.mesh.device)
-        clean, sigma = replay.clean[image], sigmas[step]
+        clean, sigma = taken(replay.clean, image, self.mesh.device), sigmas[step]
         noise = torch.randn(clean.shape, generator=generator).to(self.mesh.device)
         latents = forward_noise(clean, noise, sigma, self.policy.backbone.path)
         conditioning = self.conditioning.rows(replay.prompts[image])

@@ -20,6 +20,7 @@ from latentac.system.errors import Diverged
 from latentac.training.algorithms import Algorithm
 from latentac.training.checkpoint import optimizer_tensors, restore_optimizer
 from latentac.training.distributed import Mesh
+from latentac.training.optimizers import policy_optimizer
 
 REMEDY = "Start another run with a lower policy.learning_rate; a run keeps the configuration that it began with"
 _EPS_DIMENSIONS = 256
@@ -67,14 +68,7 @@ class PolicyLearner:
         self._masters = MasterWeights(policy.backbone.module)
         self.parameters = self._masters.tensors
         self.adam_eps = _adam_eps(policy)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            settings.learning_rate,
-            (0.9, 0.95),
-            eps=self.adam_eps,
-            weight_decay=settings.weight_decay,
-            fused=mesh.device.type == "cuda",
-        )
+        self.optimizer = policy_optimizer(settings, self.parameters.values(), self.adam_eps, mesh.device)
         # Only float16 needs it: its smallest gradients would be 0.
         float16 = any(parameter.dtype == torch.float16 for parameter in policy.backbone.module.parameters())
         self._scaler = torch.amp.GradScaler(mesh.device.type, enabled=float16)
@@ -186,7 +180,8 @@ class PolicyLearner:
         if self._only_advantages:
             kept = rows[block.counts.flatten()[rows]]
             rows = kept if len(kept) else rows[:1]
-        rows = rows.to(self.mesh.device)
+        if block.trajectory.latents.device == self.mesh.device:
+            rows = rows.to(self.mesh.device)
         return flatten_steps(block.trajectory, block.advantages, rows // steps, rows % steps)
 
     def _transitions(self, block: CreditedBlock, iteration: int, update: int) -> Tensor:

@@ -144,7 +144,8 @@ class Trainer:
         """A contact sheet, uint8 [H, W, 3], of the first images of the last iteration on this worker."""
         if self._last_clean is None:
             raise ValueError("no iteration was done yet")
-        return np.asarray(contact_sheet(self.policy.backbone.decode(self._last_clean[:count]), 8))
+        clean = self._last_clean[:count].to(self.mesh.device)
+        return np.asarray(contact_sheet(self.policy.backbone.decode(clean), 8))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next iteration depends on."""
@@ -186,9 +187,9 @@ class Trainer:
         """Those of block `index` of this iteration: G consecutive ones of each of its prompts."""
         config, train, group = self.config, self.config.train, self.algorithm.group_size
         drawn = balanced(self.prompts, train.images_per_iteration // group, config.seed, "train", self.iteration)
-        images = range(index * train.block_images, (index + 1) * train.block_images)
-        chosen = [drawn[image // group] for image in images]
-        keys = [("train", self.iteration, prompt, image) for prompt, image in zip(chosen, images, strict=True)]
+        places = range(index * train.block_images, (index + 1) * train.block_images)
+        chosen = [drawn[place // group] for place in places]
+        keys = [("train", self.iteration, prompt, place) for prompt, place in zip(chosen, places, strict=True)]
         noise = noise_for(keys, config.seed, config.kernel.num_steps, self.policy.backbone.latent_shape)
         rows = torch.tensor(chosen, device=self.mesh.device)
         trajectory = rollout(
@@ -198,7 +199,10 @@ class Trainer:
             noise.to(self.mesh.device),
             keep=Keep(features=self.learner is not None, value_gradient=self.value_weights),
         )
-        return Rollouts(index, trajectory, chosen, self.policy.backbone.decode(trajectory.clean))
+        images = self.policy.backbone.decode(trajectory.clean)
+        if train.memory.trajectories == "host":
+            trajectory = trajectory.kept_on(torch.device("cpu"))
+        return Rollouts(index, trajectory, chosen, images)
 
     def _score(self, made: Rollouts) -> Block:
         scores = score(self.rewards, made.images, [self.prompts[index] for index in made.prompts])
@@ -213,7 +217,8 @@ class Trainer:
         values = self.mesh.gather(torch.cat([block.trajectory.values for block in blocks]))
         prompts = self.mesh.gather(torch.cat([block.prompts for block in blocks]))
         if self.learner is not None:
-            clean = self.mesh.gather(torch.cat([block.trajectory.clean for block in blocks]))
+            own = torch.cat([block.trajectory.clean for block in blocks]).to(self.mesh.device)
+            clean = self.mesh.gather(own)
             self.learner.observe(clean, rewards, prompts)
         stochastic = blocks[0].trajectory.num_stochastic_steps
         credit = self.algorithm.credit(rewards, values[:, :stochastic], prompts)

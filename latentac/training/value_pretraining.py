@@ -1,24 +1,27 @@
 """Value pretraining: Monte-Carlo regression of the critic on rollouts of the frozen policy.
 
 Each state of a rollout has the rollout's reward as its target. The policy does not change, so the taps of its own
-forward are kept and every further pass over the states costs the heads only.
+forward are kept and every further pass over the states costs the heads only. Where they are kept is `train.memory`'s
+affair. If there is no room, the latents are kept instead, and each pass costs a forward of the policy.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from latentac.config.learning import Pretrain
+from latentac.config.learning import Memory, Pretrain
 from latentac.config.schema import Config
 from latentac.critic import Critic
 from latentac.method.constraints import clip_rewards
 from latentac.method.diffusion import forward_noise
 from latentac.method.randomness import generator_for, noise_for, seed_for
-from latentac.method.records import Conditioning, Trajectory, join
+from latentac.method.records import Conditioning, Trajectory, join, taken
 from latentac.method.returns import explained_variance, rank_correlation
 from latentac.rewards.configured import ConfiguredReward, any_outside
 from latentac.sampling.devices import map_overlapped
@@ -28,14 +31,19 @@ from latentac.system.progress import Progress, progress
 from latentac.training.critic_learning import Replay, critic_loss, observe
 from latentac.worlds.prompts import Prompt, PromptSet, balanced
 
+_log = logging.getLogger(__name__)
+_HOST = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class States:
     """Rollouts of a frozen policy as the critic reads them.
 
-    features: name -> [B, K, ...]     clean: [B, *latent]     sigmas: [K]     rewards: [B, M]
+    features: name -> [B, K, ...], on the device or in the host's memory; nothing where they are computed again
+    clean: [B, *latent]     sigmas: [K]     rewards: [B, M]
     conditioning: B rows, in the host's memory: of a large text encoder they are what takes most room
     prompts: int64 [B], which prompt of the split
+    latents: [B, K, *latent], in the host's memory, where the features are computed again by `observe`
     """
 
     features: dict[str, Tensor]
@@ -44,12 +52,18 @@ class States:
     conditioning: Conditioning
     rewards: Tensor
     prompts: Tensor
+    latents: Tensor | None = None
+    observe: Callable[[Tensor, Tensor, Conditioning], dict[str, Tensor]] | None = None
 
     def inputs(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor, Conditioning]:
         """The critic's arguments at flattened (image, step) rows."""
         image, step = rows // len(self.sigmas), rows % len(self.sigmas)
-        features = {name: feature[image, step] for name, feature in self.features.items()}
-        return features, self.sigmas[step], self.conditioned(image)
+        sigma, conditioning, device = self.sigmas[step], self.conditioned(image), self.clean.device
+        if self.latents is not None and self.observe is not None:
+            latents = taken(self.latents, (image, step), device)
+            return self.observe(latents, sigma, conditioning), sigma, conditioning
+        features = {name: taken(feature, (image, step), device) for name, feature in self.features.items()}
+        return features, sigma, conditioning
 
     def conditioned(self, image: Tensor) -> Conditioning:
         """The conditioning of these images, where the rest is."""
@@ -67,21 +81,31 @@ def new_critic(config: Config, policy: Policy) -> Critic:
 @dataclass(frozen=True)
 class Draw:
     """Which rollouts to collect. count: images; purpose: what the seed's numbers are drawn for; num_steps: K;
-    block_images: so many go through the denoiser together."""
+    block_images: so many go through the denoiser together; memory: where features are kept; num_kept: images whose
+    features are kept at the same time."""
 
     count: int
     purpose: str
     seed: int
     num_steps: int
     block_images: int
+    memory: Memory
+    num_kept: int
 
 
 def draws(config: Config) -> tuple[Draw, Draw]:
     """What value pretraining learns from, and what it is measured on."""
+    settings, train = config.pretrain, config.train
     own = Draw(
-        config.pretrain.num_images, "pretraining", config.seed, config.kernel.num_steps, config.train.block_images
+        count=settings.num_images,
+        purpose="pretraining",
+        seed=config.seed,
+        num_steps=config.kernel.num_steps,
+        block_images=train.block_images,
+        memory=train.memory,
+        num_kept=settings.num_images + settings.num_held_out_images,
     )
-    return own, replace(own, count=config.pretrain.num_held_out_images, purpose="held-out")
+    return own, replace(own, count=settings.num_held_out_images, purpose="held-out")
 
 
 def collect(
@@ -99,12 +123,17 @@ def collect(
     with progress(draw.count, f"rollouts ({draw.purpose})", "images") as bar:
         parts = map_overlapped(
             lambda keys: _roll_out(policy, critic, prompts, draw, keys),
-            lambda made: _score(rewards, prompts, made, bar),
+            lambda made: _score(rewards, prompts, made, draw, bar),
             blocks,
             device,
             outside=any_outside(rewards),
         )
+    kept = [part.latents for part in parts if part.latents is not None]
+    if kept:
+        _log.info("the features of value pretraining are larger than train.memory allows: each pass computes them")
     return States(
+        latents=torch.cat(kept) if kept else None,
+        observe=partial(observe, policy, critic) if kept else None,
         features={name: torch.cat([part.features[name] for part in parts]) for name in parts[0].features},
         clean=torch.cat([part.clean for part in parts]),
         sigmas=parts[0].sigmas,
@@ -134,18 +163,22 @@ def _roll_out(
 
 
 def _score(
-    rewards: Sequence[ConfiguredReward], prompts: Sequence[Prompt], made: _Rollouts, bar: Progress[Any]
+    rewards: Sequence[ConfiguredReward], prompts: Sequence[Prompt], made: _Rollouts, draw: Draw, bar: Progress[Any]
 ) -> States:
     scores = score(rewards, made.images, [prompts[index] for _, index, _ in made.keys])
     bar.update(len(made.keys))
     trajectory = made.trajectory
+    size = sum(feature[0].nbytes for feature in trajectory.features.values()) * draw.num_kept
+    place = draw.memory.place_of_features(size, trajectory.clean.device.type)
+    features = dict(trajectory.features) if place != "again" else {}
     return States(
-        dict(trajectory.features),
+        features if place == "device" else {name: feature.to(_HOST) for name, feature in features.items()},
         trajectory.clean,
         trajectory.sigmas[:-1],
-        made.conditioning.to(torch.device("cpu")),
+        made.conditioning.to(_HOST),
         clip_rewards(scores.rewards, [reward.bounds for reward in rewards]).to(trajectory.clean.device),
         torch.tensor([index for _, index, _ in made.keys]),
+        trajectory.latents[:, :-1].to(_HOST) if place == "again" else None,
     )
 
 

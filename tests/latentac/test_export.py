@@ -304,6 +304,23 @@ def test_an_adapter_carries_its_scale(tmp_path: Path) -> None:
         torch.testing.assert_close(after[f"{name}.weight"] - before[f"{name}.weight"], change, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_saving_makes_no_second_network_on_its_device(precision: str, tmp_path: Path) -> None:
+    """A GPU that holds it once need not have room for it twice. Convolutions may be in the layout of a GPU."""
+    extension = Extension.model_validate({"use": "unet", "precision": precision})
+    backbone = load_backbone(extension, builtin_pipeline("shapes-unet"), CPU)
+    module: Any = backbone.module
+    module.to(memory_format=torch.channels_last)
+    backbone.adapt(PolicySettings(adaptation="lora", lora_rank=2))
+
+    def refuse(memo: object) -> None:
+        raise AssertionError("the network was copied")
+
+    module.__deepcopy__ = refuse
+    backbone.save(tmp_path / "export")
+    assert (tmp_path / "export" / folders.ADAPTER).is_file()
+
+
 def test_full_training_has_no_adapter(tmp_path: Path) -> None:
     """There is nothing that could be put onto the base."""
     trained("unet", builtin_pipeline("shapes-unet")).save(tmp_path / "export")

@@ -112,18 +112,19 @@ def test_the_contract_of_a_backbone_holds(dev: Path, own: dict[str, Any], size: 
     assert backbone.latent_shape == (4, size[0] // 8, size[1] // 8)
 
 
+@pytest.mark.parametrize("size", [SIZE, [96, 80]], ids=str)
 @pytest.mark.parametrize(("name", "guidance"), [("dev", 3.5), ("dev", 1.0), ("schnell", 3.5)])
 def test_a_rollout_without_noise_is_what_plain_diffusers_makes(
-    name: str, guidance: float, request: pytest.FixtureRequest
+    name: str, guidance: float, size: list[int], request: pytest.FixtureRequest
 ) -> None:
     """The same latents, number of steps and guidance, in one grey level; both take the shift from the scheduler's file
     and the image's size."""
     folder = request.getfixturevalue(name)
-    backbone = load(folder, distilled_guidance=guidance)
+    backbone = load(folder, distilled_guidance=guidance, image_size=size)
     noise = noise_of(backbone)
     policy = Policy(backbone, KERNELS.build("cps", noise=0.0))
     ours = backbone.decode(rollout(policy, None, backbone.encode(PROMPTS), noise).clean)
-    theirs = made(pipeline_of(folder), noise[:, 0], guidance_scale=guidance)
+    theirs = made(pipeline_of(folder), noise[:, 0], guidance_scale=guidance, height=size[0], width=size[1])
     assert ours.std() > 5
     assert np.abs(theirs - ours).max() <= 1
 

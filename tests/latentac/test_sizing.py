@@ -48,6 +48,16 @@ def test_weights_are_counted_from_headers_alone(name):
     assert lora.memory["weights"] == full.memory["weights"] + 4 * adapters
 
 
+def test_moments_in_eight_bits_take_a_quarter(monkeypatch):
+    """Two bytes per trained weight instead of eight, in memory and in each checkpoint."""
+    monkeypatch.setattr("latentac.training.optimizers._PACKAGE", "torch")  # as if it were installed
+    one, other = needed(), needed(policy__optimizer="adamw_8bit")
+    trains = one.memory["training"] // 12
+    assert one.memory["training"] - other.memory["training"] == 6 * trains
+    copies = config().train.keep_checkpoints + 2
+    assert one.disk["checkpoints"] - other.disk["checkpoints"] == copies * 6 * trains
+
+
 def test_half_precision_on_disk_is_whole_in_memory(tmp_path):
     """Weights are cast to float32 when they are loaded; shards count as one."""
     full, half = tmp_path / "full", tmp_path / "half"

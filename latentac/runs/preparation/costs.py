@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentac.backbones import Denoiser
+from latentac.backbones.attention import native_attention
 from latentac.backbones.guided import guided
 from latentac.config.schema import Config
 from latentac.evaluation.benchmark import arms
@@ -42,7 +43,8 @@ def count_operations(config: Config, backbone: Denoiser, prompt: str) -> Operati
     """
     conditioning, denoiser = backbone.encode([prompt]), guided(backbone, config.policy.guidance_scale)
     # The count knows no fused attention of a CPU, so attention is counted by its matrix products.
-    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel([SDPBackend.MATH]):
+    exact = sdpa_kernel([SDPBackend.MATH])
+    with native_attention(backbone), FakeTensorMode(allow_non_fake_inputs=True), exact:
         latents = torch.zeros(1, *backbone.latent_shape, device=backbone.device)
         sigma = torch.full((1,), 0.5, device=backbone.device)
         forward, decoding = _of_forward(denoiser, latents, sigma, conditioning), _of_decoding(backbone, latents)

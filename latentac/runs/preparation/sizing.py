@@ -6,11 +6,11 @@ SD3.5-M at 512 px, those for a CPU from one smoke run of the embedded world; oth
 
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentac.config.learning import Pretrain
+from latentac.config.learning import Pretrain, Train
 from latentac.config.schema import Config, Evaluation
 from latentac.config.sections import Extension
 from latentac.runs.preparation.memory import compute_device, count_workers, free_memory
@@ -35,12 +35,14 @@ _NUMBER = 24  # bytes of one in JSON
 @dataclass(frozen=True)
 class Requirements:
     """Bytes by item. disk: of the run's lifetime, its peak; memory: of one training process; workers: so many at once;
-    device: `cpu`, where they share the machine's memory, or `cuda`, where each has a device of its own."""
+    device: `cpu`, where they share the machine's memory, or `cuda`, where each has a device of its own; kept: what is
+    learned from -> its size and its place by `train.memory`, in words, where there is more than one place."""
 
     disk: dict[str, int]
     memory: dict[str, int]
     workers: int
     device: str
+    kept: dict[str, str] = field(default_factory=dict)
 
     @property
     def disk_bytes(self) -> int:
@@ -67,10 +69,12 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
     memory of a worker
         weights      b (P + F), and b N of adapters; b P for each copy: the reference (algorithm.prediction_kl); 4 P for
                      a critic's own
-        training     N gradients, 2 N moments of AdamW, N masters where b is 2, N average (policy.ema_decay), N best
-                     (early stopping)
+        training     N gradients, 2 N moments of AdamW (of a quarter of the bytes with policy.optimizer=adamw_8bit), N
+                     masters where b is 2, N average (policy.ema_decay), N best (early stopping)
         images       images of a worker * ((2 K + 1) D of the rollout, L C of the prompt); K of what the critic keeps of
-                     a state for the images of an iteration or of value pretraining; the critic's replay
+                     a state for the images of an iteration or of value pretraining; the critic's replay. By
+                     train.memory some of it is not on the device: then a block of trajectories counts, and nothing of
+                     value pretraining or the replay. Features that are computed again count D each on a CPU
         text         L C of each training prompt, up to 64 MiB; beyond, in the host's memory, up to 1 GiB; there also of
                      each image of value pretraining
         activations  the largest of these, for a state c tensors a layer of tokens times width with a gradient (28 of a
@@ -113,12 +117,13 @@ def count(config: Config, model: Model, num_prompts: int, device: str) -> Requir
     alone = config.export.weights == "adapter"
     exported = merged if alone else parts + model.network * config.serving.include_base + merged
     number = count_workers(train, device)
+    moments = 2 * trains * (1 if policy.optimizer == "adamw_8bit" else _FLOAT)
     memory = {
         "weights": half * (parts + merged),
         "reference": half * model.network if config.algorithm.own.get("prediction_kl", 0) > 0 else 0,
         "critic's own backbone": _FLOAT * own,
-        "training": _FLOAT * (3 * trains + kept - trains + (trains if half < _FLOAT else 0)),
-        "images": _images(config, model, number, half) + _FLOAT * replay,
+        "training": _FLOAT * (kept + (trains if half < _FLOAT else 0)) + moments,
+        "images": _images(config, model, number, half, device) + _replay_here(config, replay, device),
         "text": half * _text(_pretrained(config.pretrain, number), model.sizes.text, num_prompts, half, device),
         "activations": half * _activations(config, model, device),
     }
@@ -132,25 +137,68 @@ def count(config: Config, model: Model, num_prompts: int, device: str) -> Requir
         "base": COPIES * model.files,
         "trained": COPIES * _FLOAT * parts,
         "exported": COPIES * _FLOAT * exported,
-        "checkpoints": (train.keep_checkpoints + 2) * _FLOAT * (kept + 2 * trains + replay + own),
+        "checkpoints": (train.keep_checkpoints + 2) * (_FLOAT * (kept + replay + own) + moments),
         "scored": COPIES * _FLOAT * config.pretrain.num_images * (sizes.latent + 8),
         "scores": COPIES * config.evaluation.num_images * _POLICIES * len(config.rewards) * _NUMBER,
         "galleries": COPIES * config.evaluation.num_gallery_prompts * _ARMS * sizes.image,
         "small": COPIES * _SMALL,
     }
-    return Requirements(disk, memory, number, device)
+    return Requirements(disk, memory, number, device, _kept(config, model, number, half, device))
 
 
-def _images(config: Config, model: Model, workers: int, half: int) -> int:
-    """Bytes that a worker keeps of its images: of each state, and of its prompt."""
+def _images(config: Config, model: Model, workers: int, half: int, device: str) -> int:
+    """Bytes that a worker keeps on its device of its images: of each state, and of its prompt."""
     train, steps, sizes = config.train, config.kernel.num_steps, model.sizes
+    images = _trajectories(train, workers, device)
+    features = _FLOAT * steps * _state(config, model)
+    place = train.memory.place_of_features(features * _pretrained(config.pretrain, 1), device)
+    # It is one process, which on a CPU has the memory of all workers.
+    pretrained = _pretrained(config.pretrain, workers if device == "cpu" else 1)
+    if place == "again":
+        states = max(images * features, (_FLOAT * pretrained * steps * sizes.latent) * (device == "cpu"))
+    else:
+        states = features * max(images, pretrained * (device == "cpu" or place == "device"))
+    return _FLOAT * images * (2 * steps + 1) * sizes.latent + states + half * images * sizes.text
+
+
+def _trajectories(train: Train, workers: int, device: str) -> int:
+    """Images whose trajectories a worker has on its device at once."""
     images = math.ceil(train.images_per_iteration / workers)
+    return min(images, train.block_images) if device == "cuda" and train.memory.trajectories == "host" else images
+
+
+def _replay_here(config: Config, replay: int, device: str) -> int:
+    """Bytes of the replay on the device. replay: numbers."""
+    return _FLOAT * replay * config.train.memory.fits_device(_FLOAT * replay, device)
+
+
+def _kept(config: Config, model: Model, workers: int, half: int, device: str) -> dict[str, str]:
+    """`Requirements.kept`."""
+    train, steps, sizes = config.train, config.kernel.num_steps, model.sizes
+    images, pretrained = math.ceil(train.images_per_iteration / workers), _pretrained(config.pretrain, 1)
+    state, words = _FLOAT * _state(config, model), {"device": "on the GPU", "host": "in the host's memory"}
+    states = steps * state * pretrained
+    place, lines = train.memory.place_of_features(states, device), {}
+    if device == "cuda":
+        size = images * (_FLOAT * (2 * steps + 1) * sizes.latent + steps * state + half * sizes.text)
+        lines["trajectories"] = f"{_size(size)} {words[train.memory.trajectories]}"
+    if states and (device == "cuda" or place == "again"):
+        where = words.get(place, "would be too many, so each pass computes them again")
+        lines["features of value pretraining"] = f"{_size(states)} {where}"
+    replay = _FLOAT * config.critic.replay_images * sizes.latent
+    if replay and device == "cuda":
+        lines["replay"] = f"{_size(replay)} {words['device' if train.memory.fits_device(replay, device) else 'host']}"
+    return lines
+
+
+def _state(config: Config, model: Model) -> int:
+    """Numbers that the critic keeps of a state."""
+    sizes = model.sizes
     body = config.critic.body
     inputs = {"lora": sizes.latent, "copy": sizes.latent, "latent_cnn": sizes.latent, "pixel": sizes.image}
     # Without attention the critic keeps a mean and a spread a channel alone.
     taps = 2 * sizes.channels + (sizes.taps if body.own.get("num_queries", 4) else 0)
-    states = max(images, _pretrained(config.pretrain, workers)) * steps * inputs.get(body.use, taps)
-    return _FLOAT * (images * (2 * steps + 1) * sizes.latent + states) + half * images * sizes.text
+    return inputs.get(body.use, taps)
 
 
 def _pretrained(settings: Pretrain, workers: int) -> int:
@@ -245,7 +293,9 @@ def check_room(needed: Requirements, output: Path, store: str) -> None:
 def describe(needed: Requirements) -> list[str]:
     """Lines for a person: disk and memory by item."""
     workers = f" in each of {needed.workers} workers" if needed.workers > 1 else ""
-    return [f"disk: {_sum(needed.disk)}", f"memory ({needed.device}): {_sum(needed.memory)}{workers}"]
+    lines = [f"disk: {_sum(needed.disk)}", f"memory ({needed.device}): {_sum(needed.memory)}{workers}"]
+    kept = "; ".join(f"{item} {place}" for item, place in needed.kept.items())
+    return [*lines, f"kept: {kept}"] if kept else lines
 
 
 def _existing(path: Path) -> Path:
