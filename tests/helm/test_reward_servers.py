@@ -3,6 +3,7 @@
 import json
 import time
 import urllib.request
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from latentac.components.cluster.objects import labels
 from tests.helm.chart import BUNDLED, Refused, find, render
 from tests.latentac.rewards.servers import READY_SECONDS, RewardServer
 
-SERVERS = {
+SERVERS: dict[str, dict[str, Any]] = {
     "jpeg": {"reward": "jpeg_compressibility", "settings": {"timeout_seconds": 60.5, "retries": 0}},
     "clip": {"reward": "clip_score", "settings": {"source": "s3://models/clip", "device": "cuda"}, "replicas": 3},
 }
