@@ -1,7 +1,7 @@
 """Training state as files: complete, atomic and free of pickle. Publishing and verifying is the store's part."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,24 +19,33 @@ VERSION = 1
 here and in `latentac.store.shapes.Progress`."""
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
-    """The moments and step counts of an optimizer as named tensors."""
-    state = optimizer.state_dict()["state"]
+Part = Callable[[Tensor, Tensor], Tensor]
+"""From a tensor and the weight that it belongs to, to another part of that tensor: see `sharding.Sharding`."""
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str, whole: Part) -> dict[str, Tensor]:
+    """The moments and step counts of an optimizer as named tensors, all rows of them."""
+    state, weights = optimizer.state_dict()["state"], _weights(optimizer)
     return {
-        f"{prefix}.{index}.{name}": value.detach().cpu()
+        f"{prefix}.{index}.{name}": whole(value.detach(), weights[index]).cpu()
         for index, moments in state.items()
         for name, value in moments.items()
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: Mapping[str, Tensor], own: Part) -> None:
     """Undo `optimizer_tensors`. The parameters must be the same, in the same order."""
     state: dict[int, dict[str, Tensor]] = {}
+    weights = _weights(optimizer)
     for key, value in tensors.items():
         if key.startswith(f"{prefix}."):
             index, name = key[len(prefix) + 1 :].split(".", 1)
-            state.setdefault(int(index), {})[name] = value
+            state.setdefault(int(index), {})[name] = own(value, weights[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
 def write_state(folder: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
