@@ -48,7 +48,9 @@ class Rows:
         tried, reason = min(rows, self.limit or rows), str(error).splitlines()[0]
         if self.fixed and tried > 1:
             remedy = f"Use train.micro_images={(tried + 1) // 2}: with train.sharding=full it is not halved by itself"
-            raise ResourceError("memory", f"is too small for {tried} rows per forward pass ({reason})", remedy) from error
+            raise ResourceError(
+                "memory", f"is too small for {tried} rows per forward pass ({reason})", remedy
+            ) from error
         if tried <= 1:
             remedy = (
                 "Use policy.adaptation=lora, backbone.gradient_checkpointing=true, a smaller backbone.image_size, or a "

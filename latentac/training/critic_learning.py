@@ -145,7 +145,9 @@ class Learner:
 
     def critic_weights(self) -> dict[str, Tensor]:
         """The critic's weights and buffers by name; see `Sharding.whole`."""
-        return {name: self.sharding.whole(own_rows(tensor), tensor) for name, tensor in self.critic.state_dict().items()}
+        return {
+            name: self.sharding.whole(own_rows(tensor), tensor) for name, tensor in self.critic.state_dict().items()
+        }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Go on from what `state` gave."""

@@ -89,6 +89,17 @@ class Mesh:
                     gradient.copy_(part.view_as(gradient))
 
 
+@contextlib.contextmanager
+def lost_peers() -> Iterator[None]:
+    """Of collectives that others start, such as FSDP2's within a forward pass: what they raise, as PeerLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error):  # gloo has no class of its own
+            raise PeerLost(str(error)) from error
+        raise
+
+
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Consecutive tensors of together at most BUCKET_BYTES; a larger one is alone."""
     bucket: list[Tensor] = []

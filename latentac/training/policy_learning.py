@@ -57,7 +57,14 @@ class PolicyLearner:
     """
 
     def __init__(
-        self, settings: PolicySettings, train: Train, policy: Policy, algorithm: Algorithm, sharding: Sharding, *, seed: int
+        self,
+        settings: PolicySettings,
+        train: Train,
+        policy: Policy,
+        algorithm: Algorithm,
+        sharding: Sharding,
+        *,
+        seed: int,
     ) -> None:
         """`policy` is trainable already. Where weights are sharded, it gets a denoiser with this worker's share."""
         self.settings, self.policy, self.algorithm = settings, policy, algorithm
@@ -98,7 +105,8 @@ class PolicyLearner:
         """
         sums = self._gradients(blocks, iteration, update)
         parameters = list(self.parameters.values())
-        self.mesh.sum_gradients(parameters)
+        if not self.sharding.active:  # else each backward pass has summed them
+            self.mesh.sum_gradients(parameters)
         self._scaler.unscale_(self.optimizer)
         norm = self.sharding.clip(parameters, self.settings.gradient_clip)
         below = self._share_below()
@@ -247,5 +255,3 @@ def _adam_eps(policy: Policy) -> float:
     1 / D, and with a fixed eps so would its steps.
     """
     return 1e-8 * min(1.0, _EPS_DIMENSIONS / math.prod(policy.backbone.latent_shape))
-
-

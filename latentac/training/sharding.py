@@ -8,6 +8,7 @@ The optimizer, the EMA and the checkpoints see the shares as plain float32 tenso
 whole tensors, so it does not depend on the number of workers, nor on sharding.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -79,6 +80,8 @@ class _Sharded:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+        # Nothing changes a tap in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         self._backbone, self._forward = backbone, _Forward(backbone)
         workers = init_device_mesh(mesh.device.type, (mesh.size,))
         sums = MixedPrecisionPolicy(reduce_dtype=torch.float32)

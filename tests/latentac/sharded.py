@@ -1,6 +1,5 @@
-"""One of N workers: `python -m tests.latentac.sharded FOLDER` trains each of `RUNS` with whole and with shared weights."""
+"""One of N workers: `python -m tests.latentac.sharded FOLDER` does `RUNS` with whole and with sharded weights."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
