@@ -39,10 +39,13 @@ class MasterWeights:
     def __init__(self, module: nn.Module) -> None:
         self.tensors: dict[str, nn.Parameter] = {}
         """name of the weight in the module -> its master."""
+        self.pairs: list[tuple[Tensor, nn.Parameter]] = []
+        """(weight of the module, its master)."""
         self._rounded: list[tuple[Tensor, Tensor]] = []
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 self.tensors[name] = self._master(parameter)
+                self.pairs.append((parameter, self.tensors[name]))
 
     def _master(self, parameter: nn.Parameter) -> nn.Parameter:
         own = own_rows(parameter.detach())

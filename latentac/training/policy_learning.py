@@ -19,6 +19,7 @@ from latentac.sampling.policy import Policy
 from latentac.system.errors import Diverged
 from latentac.training.algorithms import Algorithm
 from latentac.training.checkpoint import optimizer_tensors, restore_optimizer
+from latentac.training.distributed import GradientSum
 from latentac.training.sharding import Sharding
 
 REMEDY = "Start another run with a lower policy.learning_rate; a run keeps the configuration that it began with"
@@ -80,6 +81,8 @@ class PolicyLearner:
                 each.backbone = sharding.shard(each.backbone)
         self._masters = MasterWeights(policy.backbone.module)
         self.parameters = self._masters.tensors
+        # With sharded weights, each backward pass sums the gradients.
+        self._sum = GradientSum(mesh, self._masters.pairs, active=not sharding.active)
         self.adam_eps = _adam_eps(policy)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -105,8 +108,7 @@ class PolicyLearner:
         """
         sums = self._gradients(blocks, iteration, update)
         parameters = list(self.parameters.values())
-        if not self.sharding.active:  # else each backward pass has summed them
-            self.mesh.sum_gradients(parameters)
+        self._sum.finish()
         self._scaler.unscale_(self.optimizer)
         norm = self.sharding.clip(parameters, self.settings.gradient_clip)
         below = self._share_below()
@@ -175,6 +177,7 @@ class PolicyLearner:
         Where weights are sharded, a worker with fewer passes than others repeats its last one, which then counts
         nothing.
         """
+        self._sum.begin()
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             sums: dict[str, Tensor] = {}
@@ -187,7 +190,9 @@ class PolicyLearner:
                     every = len(self._transitions(block, iteration, update))
                     for part in self.policy.rows.parts(len(minibatch)):
                         share = len(part) / len(minibatch)
-                        for name, value in self.add_gradient(minibatch.part(part), len(part) / every).items():
+                        with self._sum.last_pass(block is blocks[-1] and part.stop == len(minibatch)):
+                            metrics = self.add_gradient(minibatch.part(part), len(part) / every)
+                        for name, value in metrics.items():
                             before = sums.get(name, torch.zeros((), device=self.mesh.device))
                             sums[name] = before + share * value / self._num_blocks
                 for _ in range(idle):
