@@ -1,10 +1,10 @@
 """One of N workers: `python -m tests.latentac.group TASK FOLDER RUN...`, with the variables of a process group."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed
@@ -23,8 +23,8 @@ RUNS = {f"{name}-{adaptation}": (name, adaptation) for name in SHIPPED for adapt
 """Each built-in backbone with adapters and with all weights; then the critic has a backbone of its own, too."""
 
 
-def make(run: str, sharding: str, mesh: Mesh) -> Trainer:
-    """With all that has weights or a state, and one block more than there are workers."""
+def make(run: str, sharding: str, mesh: Mesh, blocks: int) -> Trainer:
+    """With all that has weights or a state."""
     name, adaptation = RUNS[run]
     return make_trainer(
         name,
@@ -33,7 +33,7 @@ def make(run: str, sharding: str, mesh: Mesh) -> Trainer:
         policy={"adaptation": adaptation, "learning_rate": 3e-4, "warmup_updates": 0, "ema_decay": 0.9},
         critic={"replay_images": 12, "updates_per_pass": 1, "body": {"use": _CRITICS[adaptation], **BODY}},
         algorithm={"prediction_kl": 0.1, "value_gradient": 2.0},
-        train={"images_per_iteration": 2 * (mesh.size + 1), "sharding": sharding, **_ANYTHING_GOES},
+        train={"images_per_iteration": 2 * blocks, "sharding": sharding, **_ANYTHING_GOES},
     )
 
 
@@ -42,7 +42,7 @@ def sharding(folder: Path, runs: Iterable[str], mesh: Mesh) -> None:
     the bytes of rank r in <r>.json. Then the sharded trainer takes over the state of the other, whole."""
     for run in runs:
         for kind in ("none", "full"):
-            trainer = make(run, kind, mesh)
+            trainer = make(run, kind, mesh, mesh.size + 1)
             for _ in range(2):
                 trainer.iterate()
             place = folder / run / kind
@@ -62,7 +62,7 @@ def overlap(folder: Path, runs: Iterable[str], mesh: Mesh) -> None:
     distributed.BUCKET_BYTES = 2**14
     for run in runs:
         for kind in ("after", "during", "repeated"):
-            trainer = make(run, "none", mesh)
+            trainer = make(run, "none", mesh, mesh.size + 1)
             early = count_early(trainer, kind == "after")
             if kind == "repeated" and mesh.rank == mesh.size - 1:
                 exhaust_memory(trainer)
@@ -71,6 +71,21 @@ def overlap(folder: Path, runs: Iterable[str], mesh: Mesh) -> None:
             place = folder / run / kind / str(mesh.rank)
             write_state(place, *trainer.state())
             (place / "early.json").write_text(json.dumps([early, trainer.policy.rows.limit]))
+
+
+def lose(folder: Path, runs: Iterable[str], mesh: Mesh) -> None:
+    """The last rank ends without a word in the middle of a rollout; the others write FOLDER/<run>-<rank> when they
+    know it as a lost peer."""
+    for run in runs:
+        trainer = make(run, "full", mesh, mesh.size + 1)
+        if mesh.rank == mesh.size - 1:
+            trainer.policy.backbone.module.register_forward_hook(lambda *_: os._exit(0))
+        try:
+            with distributed.lost_peers():
+                trainer.iterate()
+        except distributed.PeerLost as error:
+            (folder / f"{run}-{mesh.rank}").write_text(str(error))
+            os._exit(0)  # there is nobody left to take leave of
 
 
 def count_early(trainer: Trainer, after: bool) -> list[int]:
@@ -108,13 +123,17 @@ def resident_bytes(trainer: Trainer) -> dict[str, int]:
     learner, reference = trainer.policy_learner, trainer.policy_learner._reference
     modules = [trainer.policy.backbone.module, *([reference.backbone.module] if reference else [])]
     modules += [trainer.critic.body.backbone] if hasattr(trainer.critic.body, "backbone") else []
-    optimizers = [learner.optimizer, *([trainer.learner.optimizer] if trainer.learner else [])]
-    states: list[dict[str, Any]] = [state for one in optimizers for state in one.state.values()]
+    assert trainer.learner is not None
     return {
         "weights": allocated([*(own_rows(p.detach()) for module in modules for p in module.parameters())]),
-        "optimizers": allocated(tensor for state in states for tensor in state.values()),
+        "policy_optimizer": allocated(state(learner.optimizer)),
+        "critic_optimizer": allocated(state(trainer.learner.optimizer)),
         "ema": allocated(learner.ema.values()),
     }
+
+
+def state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [tensor for moments in optimizer.state.values() for tensor in moments.values()]
 
 
 def allocated(tensors: Iterable[Tensor]) -> int:
@@ -134,7 +153,7 @@ def write_led(mesh: Mesh, trainer: Trainer, place: Path) -> None:
 def main(task: str, folder: Path, runs: list[str]) -> None:
     torch.set_num_threads(1)
     mesh = Mesh.join("cpu")
-    {"sharding": sharding, "overlap": overlap}[task](folder, runs, mesh)
+    {"sharding": sharding, "overlap": overlap, "lose": lose}[task](folder, runs, mesh)
     torch.distributed.destroy_process_group()
 
 

@@ -69,6 +69,8 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
                      a critic's own
         training     N gradients, 2 N moments of AdamW, N masters where b is 2, N average (policy.ema_decay), N best
                      (early stopping)
+                     With train.sharding=full, both divided by the workers, but for the F frozen weights. The whole
+                     weights of the block of layers that is computed are not counted.
         images       images of a worker * ((2 K + 1) D of the rollout, L C of the prompt); K of what the critic keeps of
                      a state for the images of an iteration or of value pretraining; the critic's replay
         text         L C of each training prompt, up to 64 MiB; beyond, in the host's memory, up to 1 GiB; there also of
@@ -113,11 +115,13 @@ def count(config: Config, model: Model, num_prompts: int, device: str) -> Requir
     alone = config.export.weights == "adapter"
     exported = merged if alone else parts + model.network * config.serving.include_base + merged
     number = count_workers(train, device)
+    reference = model.network if config.algorithm.own.get("prediction_kl", 0) > 0 else 0
+    shares = number if train.sharding == "full" else 1
     memory = {
-        "weights": half * (parts + merged),
-        "reference": half * model.network if config.algorithm.own.get("prediction_kl", 0) > 0 else 0,
-        "critic's own backbone": _FLOAT * own,
-        "training": _FLOAT * (3 * trains + kept - trains + (trains if half < _FLOAT else 0)),
+        "weights": half * (model.frozen + math.ceil((model.network + merged) / shares)),
+        "reference": half * math.ceil(reference / shares),
+        "critic's own backbone": _FLOAT * math.ceil(own / shares),
+        "training": _FLOAT * math.ceil((3 * trains + kept - trains + (trains if half < _FLOAT else 0)) / shares),
         "images": _images(config, model, number, half) + _FLOAT * replay,
         "text": half * _text(_pretrained(config.pretrain, number), model.sizes.text, num_prompts, half, device),
         "activations": half * _activations(config, model, device),
