@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,7 @@ class PolicyLearner:
         self._sum.finish()
         self._scaler.unscale_(self.optimizer)
         norm = self.sharding.clip(parameters, self.settings.gradient_clip)
-        below = self._share_below()
+        below = _share_below(parameters, self.adam_eps, self.sharding.sum)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self._scaler.step(self.optimizer)
@@ -162,13 +162,6 @@ class PolicyLearner:
         restore_optimizer(self.optimizer, "actor_optimizer", tensors, self.sharding.own)
         if "scaler" in progress:
             self._scaler.load_state_dict(progress["scaler"])
-
-    def _share_below(self) -> Tensor:
-        """[], the share of gradient entries whose absolute value is below Adam's eps, which hardly moves these."""
-        gradients = [weight.grad for weight in self.parameters.values() if weight.grad is not None]
-        below = torch.stack([(gradient.abs() < self.adam_eps).sum() for gradient in gradients]).sum()
-        below, every = self.sharding.sum(torch.stack([below, below.new_tensor(sum(map(torch.numel, gradients)))]))
-        return below / every
 
     def _gradients(self, blocks: Sequence[CreditedBlock], iteration: int, update: int) -> dict[str, Tensor]:
         """Add the gradients of this worker's blocks. Returns its metrics, summed so that the sum over the workers is a
@@ -260,3 +253,12 @@ def _adam_eps(policy: Policy) -> float:
     1 / D, and with a fixed eps so would its steps.
     """
     return 1e-8 * min(1.0, _EPS_DIMENSIONS / math.prod(policy.backbone.latent_shape))
+
+
+def _share_below(parameters: Sequence[Tensor], eps: float, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """[], the share of gradient entries whose absolute value is below `eps`: Adam hardly moves these weights. total:
+    from counts of this worker's entries to those of all entries."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    below = torch.stack([(gradient.abs() < eps).sum() for gradient in gradients]).sum()
+    below, every = total(torch.stack([below, below.new_tensor(sum(map(torch.numel, gradients)))]))
+    return below / every
