@@ -29,6 +29,8 @@ PARALLEL := OMP_NUM_THREADS=1
 CHECKED := $(wildcard latentac images helm benchmarks tools docs tests)
 LOCK := compile -q --universal --fork-strategy fewest --generate-hashes --python-version 3.11 \
 	--no-emit-index-url --no-emit-find-links --no-header
+# Those of the environment; requirements/optimizers.in says why not `optimizers`.
+EXTRAS := all nsfw
 
 # `--name value` where VARIABLE says something. Make hands what it was called with to the shell as environment, so the
 # value comes whole, with its spaces and quotes; SET is taken apart by latentac.config.fields.split.
@@ -48,7 +50,7 @@ help: ## this list
 
 install: $(STAMP) ## create .venv from the lock (the other targets do this if needed)
 
-$(STAMP): requirements/dev.lock requirements/installer.lock pyproject.toml
+$(STAMP): requirements/dev.lock requirements/optimizers.lock requirements/installer.lock pyproject.toml
 	@bash requirements/install.sh $(VENV) '$(PYTHON)'
 	touch $@
 
@@ -203,10 +205,11 @@ $(DOCS)/.installed: requirements/docs.lock requirements/installer.lock
 lock: install ## update the locks from pyproject.toml and requirements/*.in; versions change only if they must
 #: UPGRADE=1 updates every version that is not pinned
 	@uv=$$(bash requirements/install.sh --uv '$(PYTHON)')
-	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) --override requirements/overrides.in --all-extras \
+	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) --override requirements/overrides.in $(EXTRAS:%=--extra %) \
 		pyproject.toml requirements/dev.in -o requirements/dev.lock
 	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) requirements/installer.in -o requirements/installer.lock
 	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) -c requirements/dev.lock requirements/docs.in -o requirements/docs.lock
+	$$uv pip $(LOCK) $(if $(UPGRADE),--upgrade) --no-deps requirements/optimizers.in -o requirements/optimizers.lock
 	for name in tools sbom torch train serve pipeline kfp; do
 		options=(-c ../dev.lock $(if $(UPGRADE),--upgrade))
 		[[ $$name != kfp ]] || options+=(--no-deps)

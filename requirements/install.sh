@@ -84,6 +84,9 @@ touch "$unfinished"
 echo "installing requirements/dev.lock into $environment (the first time on a machine downloads about 3 GB)" >&2
 "$uv" pip sync "${quiet[@]}" --python "$environment" --require-hashes requirements/dev.lock
 "$uv" pip install -q --python "$environment" --no-build-isolation --no-deps --editable .
+rm -rf "$environment/optimizers" # where only the tests that need it look
+"$uv" pip install -q --python "$environment" --target "$environment/optimizers" --no-deps --require-hashes \
+    -r requirements/optimizers.lock
 unset PYTHONDONTWRITEBYTECODE
 compile_imports "
 import torch, torch.distributed.run, torch._dynamo, peft, transformers.models.clip.modeling_clip

@@ -386,7 +386,7 @@ ASKED = [
 
 def test_what_is_asked_for_is_what_is_locked() -> None:
     """Every row of the .in files is an exact pin, and the lock has that version, with hashes and without addresses."""
-    for source, lock in ((f"{name}.in", f"{name}.lock") for name in ("dev", "installer", "docs")):
+    for source, lock in ((f"{name}.in", f"{name}.lock") for name in ("dev", "installer", "docs", "optimizers")):
         locked = pins(lock)
         assert {name: locked.get(name) for name in pins(source)} == pins(source), f"{source}: run `make lock`"
         text = (ROOT / "requirements" / lock).read_text()
@@ -394,7 +394,7 @@ def test_what_is_asked_for_is_what_is_locked() -> None:
         assert not re.search(r"^[\w.-]+==[^\\]*\n(?! +--hash)", text, re.MULTILINE), f"{lock} has a row without a hash"
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     assert build == [f"setuptools=={pins('dev.lock')['setuptools']}"]
-    locked = pins("dev.lock")
+    locked = pins("dev.lock") | pins("optimizers.lock")
     outside = [str(row) for row in ASKED if locked[row.name] not in row.specifier]
     assert not outside, "not what requirements/dev.lock has: run `make lock`"
 
@@ -406,10 +406,12 @@ def test_the_wheel_has_lower_bounds_and_no_exact_pins() -> None:
 
 
 def test_this_environment_is_the_locked_one() -> None:
-    """What the tests prove, they prove for the locked versions."""
-    locked = pins("dev.lock")
-    names = {*pins("dev.in"), *(row.name for row in ASKED)}
+    """What the tests prove, they prove for the locked versions. Some packages are in a folder of their own."""
+    locked, apart = pins("dev.lock"), pins("optimizers.lock")
+    names = {*pins("dev.in"), *(row.name for row in ASKED)} - apart.keys()
     assert {name: importlib.metadata.version(name) for name in names} == {name: locked[name] for name in names}
+    found = importlib.metadata.distributions(path=[str(Path(sys.prefix) / "optimizers")])
+    assert {each.name: each.version for each in found} == apart
 
 
 def test_the_wheel_is_one_complete_package(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""The dtype that a network computes in, and float32 masters of the weights that are trained in a lower one."""
+"""The dtype that a network computes in, and float32 masters of the weights that are trained in a lower one, or of which
+a worker has a share."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -30,36 +31,63 @@ class MasterWeights:
 
     The optimizer updates the masters. `publish` rounds them into the module. Each backward pass of the module adds its
     gradients to those of the masters, in float32, and frees its own. A float32 weight is its own master.
+
+    Where the module's weights are shared out to workers (FSDP2), a master has this worker's rows, as a plain tensor
+    with the attribute `shared`. That of a float32 weight has the same memory as the weight.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.tensors: dict[str, nn.Parameter] = {}
         """name of the weight in the module -> its master."""
+        self.pairs: list[tuple[Tensor, nn.Parameter]] = []
+        """(weight of the module, its master)."""
         self._rounded: list[tuple[Tensor, Tensor]] = []
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 self.tensors[name] = self._master(parameter)
+                self.pairs.append((parameter, self.tensors[name]))
 
     def _master(self, parameter: nn.Parameter) -> nn.Parameter:
-        if parameter.dtype == torch.float32:
+        own = own_rows(parameter.detach())
+        if own.dtype == torch.float32 and not is_shared(parameter):
             return parameter
-        master = nn.Parameter(parameter.detach().float())
+        master = nn.Parameter(own.float())
         parameter.register_post_accumulate_grad_hook(_adds_to(master))
         parameter.master = master  # type: ignore[attr-defined]
-        self._rounded.append((parameter, master))
+        master.shared = is_shared(parameter)  # type: ignore[attr-defined]
+        if own.dtype != torch.float32:
+            self._rounded.append((own, master))
         return master
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put weights, by name, into masters and module."""
+        for name, master in self.tensors.items():
+            master.copy_(tensors[name])
+        self.publish()
 
     @torch.no_grad()
     def publish(self) -> None:
         """Round the masters into the module."""
-        for parameter, master in self._rounded:
-            parameter.copy_(master)
+        for own, master in self._rounded:
+            own.copy_(master)
+
+
+def is_shared(weight: Tensor) -> bool:
+    """Whether a worker has only some rows of it: a DTensor of a module, or the master of one."""
+    return getattr(weight, "shared", False) or hasattr(weight, "to_local")  # importing DTensor would take seconds
+
+
+def own_rows(tensor: Tensor) -> Tensor:
+    """Those of this worker; all of a tensor that is not shared out. The memory is the tensor's."""
+    rows: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return rows
 
 
 def _adds_to(master: nn.Parameter) -> Callable[[Tensor], None]:
     def move(parameter: Tensor) -> None:
         if parameter.grad is not None:
-            gradient = parameter.grad.float()
+            gradient = own_rows(parameter.grad).float()
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             parameter.grad = None
 

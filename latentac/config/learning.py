@@ -168,6 +168,11 @@ class Train(Section):
     num_workers: Positive | Literal["auto"] = "auto"
     """Worker processes on this machine. `auto` is one per GPU, or two on a CPU, and at most one per block. A cluster
     has its own setting."""
+    sharding: Literal["none", "full"] = "none"
+    """How weights lie on the workers. `none`: each worker has all of them, and the gradients are summed. `full`: each
+    worker has a share of the weights of the policy and of the critic's own backbone, of their gradients, of the
+    optimizers' state and of the EMA (FSDP2): about 1 / N of the memory on N workers, for more communication. The
+    results are the same but for rounding, and so are the checkpoints."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """How often workers that ended are started again."""
     checkpoint_every: Positive = 2

@@ -141,11 +141,12 @@ class Critic(nn.Module):
         self.std.copy_(std)
         self.count.copy_(count)
 
-    def save(self, folder: Path) -> None:
-        """model.safetensors and config.json."""
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """model.safetensors and config.json. weights: instead of `state_dict()`, where this worker has only a share of
+        them."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file(
-            {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()},
+            {name: tensor.contiguous().cpu() for name, tensor in (weights or self.state_dict()).items()},
             folder / "model.safetensors",
         )
         described = {"reward_names": list(self.reward_names), "settings": self.settings.model_dump()}

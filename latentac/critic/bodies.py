@@ -1,6 +1,6 @@
 """Critic bodies: the denoiser's own features, or, for comparison, networks that share nothing with it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import torch
@@ -47,6 +47,10 @@ class _OwnBackbone(nn.Module):
         self.backbone: nn.Module = self._denoiser.module
         self.reader = Reader({n: _bounded(s) for n, s in backbone.tap_shapes.items()}, backbone.text_width, settings)
         self.width = self.reader.width
+
+    def shard(self, shard: Callable[[Denoiser], Denoiser]) -> None:
+        """Replace the denoiser by `shard` of it, which has the same weights."""
+        self._denoiser = shard(self._denoiser)
 
     def features(self, latents: Tensor, prediction: Prediction, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"latents": latents}

@@ -124,6 +124,7 @@ class _Resolver:
         self._check_sampling(filled)
         self._check_algorithm(filled)
         self._check_export(filled)
+        self._check_sharding(filled)
         methods = self._methods(filled)
         rewards = self._rewards(filled) if build_rewards else []
         if self.problems:
@@ -222,6 +223,24 @@ class _Resolver:
             remedy = "Use export.weights=merged, or derive the class from latentac.backbones.pipeline.PipelineBackbone."
             problem = f"needs a backbone that loads adapters, and {config.backbone.use} does not"
             self.problems.append(Problem("export.weights", config.export.weights, problem, remedy))
+
+    def _check_sharding(self, config: Config) -> None:
+        """What sharded weights cannot be combined with."""
+        if config.train.sharding == "none":
+            return
+        reasons = {
+            ("precision", "float16"): "scales its gradients on each worker alone. Use backbone.precision=bfloat16",
+            ("compile", "whole"): "is not tested with sharded weights. Use backbone.compile=none",
+            ("compile", "blocks"): "is not tested with sharded weights. Use backbone.compile=none",
+        }
+        for name, value in config.backbone.own.items():
+            if isinstance(value, str) and (name, value) in reasons and not self._bad(f"backbone.{name}"):
+                problem, remedy = reasons[name, value].split(". ")
+                self.problems.append(Problem(f"backbone.{name}", value, problem, f"{remedy}, or train.sharding=none."))
+        if config.policy.optimizer == "adamw_8bit":
+            problem, remedy = "scales blocks of 256 moments, which shares of the weights would cut", "Use adamw"
+            value = config.policy.optimizer
+            self.problems.append(Problem("policy.optimizer", value, problem, f"{remedy}, or train.sharding=none"))
 
     def _methods(self, config: Config) -> dict[str, tuple[Any, SteeringSettings]]:
         found = {}

@@ -17,10 +17,11 @@ class Rows:
 
     limit: at most so many; None for as many as the caller has. When a device runs out of memory, the limit is halved
     and stays so.
+    fixed: the limit is never halved, because all workers have to do the same number of passes
     """
 
     def __init__(self, limit: int | None = None) -> None:
-        self.limit = limit
+        self.limit, self.fixed = limit, False
 
     def parts(self, count: int) -> list[range]:
         """`count` rows in consecutive parts of `limit`; the last one may be shorter."""
@@ -42,14 +43,19 @@ class Rows:
         return results
 
     def halve(self, rows: int, error: Exception) -> None:
-        """After `error`, which met a forward of `rows` rows. Raises ResourceError where a single row does not fit."""
-        tried = min(rows, self.limit or rows)
+        """After `error`, which met a forward of `rows` rows. Raises ResourceError where a single row does not fit, or
+        the limit is fixed."""
+        tried, reason = min(rows, self.limit or rows), str(error).splitlines()[0]
+        if self.fixed and tried > 1:
+            remedy = f"Use train.micro_images={(tried + 1) // 2}: with train.sharding=full it is not halved by itself"
+            raise ResourceError(
+                "memory", f"is too small for {tried} rows per forward pass ({reason})", remedy
+            ) from error
         if tried <= 1:
             remedy = (
                 "Use policy.adaptation=lora, backbone.gradient_checkpointing=true, a smaller backbone.image_size, or a "
                 "device with more memory"
             )
-            reason = str(error).splitlines()[0]
             raise ResourceError("memory", f"is too small for one image per forward pass ({reason})", remedy) from error
         self.limit = (tried + 1) // 2
         if torch.cuda.is_available():

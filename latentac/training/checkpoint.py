@@ -1,7 +1,7 @@
 """Training state as files: complete, atomic and free of pickle. Publishing and verifying is the store's part."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,26 +19,34 @@ VERSION = 1
 here and in `latentac.store.shapes.Progress`."""
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
-    """The state of an optimizer as named tensors, in the dtypes that it has: moments, step counts, and the tables and
-    scales of quantised moments. A whole number becomes an int64 tensor of no axes."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+Part = Callable[[Tensor, Tensor], Tensor]
+"""From a tensor and the weight that it belongs to, to another part of that tensor: see `sharding.Sharding`."""
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str, whole: Part) -> dict[str, Tensor]:
+    """The state of an optimizer as named tensors, all rows of them, in the dtypes that it has: moments, step counts,
+    and the tables and scales of quantised moments. A whole number becomes an int64 tensor of no axes."""
     return {
-        f"{prefix}.{index}.{name}": torch.as_tensor(value).detach().cpu()
-        for index, parameter in enumerate(parameters)
-        for name, value in optimizer.state.get(parameter, {}).items()
+        f"{prefix}.{index}.{name}": whole(torch.as_tensor(value).detach(), weight).cpu()
+        for index, weight in enumerate(_weights(optimizer))
+        for name, value in optimizer.state.get(weight, {}).items()
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: Mapping[str, Tensor], own: Part) -> None:
     """Undo `optimizer_tensors`. The parameters must be the same, in the same order."""
     state: dict[int, dict[str, Tensor | int]] = {}
+    weights = _weights(optimizer)
     for key, value in tensors.items():
         if key.startswith(f"{prefix}."):
             index, name = key[len(prefix) + 1 :].split(".", 1)
-            whole = value.ndim == 0 and value.dtype == torch.int64
-            state.setdefault(int(index), {})[name] = int(value) if whole else value
+            number = value.ndim == 0 and value.dtype == torch.int64
+            state.setdefault(int(index), {})[name] = int(value) if number else own(value, weights[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
 def write_state(folder: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """How the critic learns: regression on rollouts' states, and on forward-noised states of images scored before."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from latentac.backbones.precision import MasterWeights, is_shared, own_rows
 from latentac.config.learning import Train
 from latentac.critic import Critic
 from latentac.method.diffusion import forward_noise
@@ -18,7 +20,7 @@ from latentac.method.records import Conditioning, Trajectory, taken
 from latentac.sampling.encoding import Encoded
 from latentac.sampling.policy import Policy
 from latentac.training.checkpoint import optimizer_tensors, restore_optimizer
-from latentac.training.distributed import Mesh
+from latentac.training.sharding import Sharding
 
 _PREFIX = "replay."
 _FILE = "scored.safetensors"
@@ -71,21 +73,27 @@ class Learner:
         policy: Policy,
         critic: Critic,
         conditioning: Encoded,
-        mesh: Mesh,
+        sharding: Sharding,
         *,
         num_steps: int,
         weights: Tensor,
         seed: int,
     ) -> None:
         """conditioning: of each training prompt, in their order; num_steps: K; weights: of the rewards, float32 [M]."""
-        self.policy, self.critic, self.conditioning, self.mesh = policy, critic, conditioning, mesh
+        self.policy, self.critic, self.conditioning = policy, critic, conditioning
+        self.sharding, self.mesh = sharding, sharding.mesh
         self._weights, self._seed, self._num_blocks = weights, seed, train.num_blocks
         # No more than a block has states.
         self._updates_per_pass = min(critic.settings.updates_per_pass, train.block_images * num_steps)
         critic.train_heads()
-        self.optimizer = torch.optim.AdamW(
-            critic.parameter_groups(), betas=(0.9, 0.95), weight_decay=critic.settings.weight_decay
-        )
+        if sharding.active and hasattr(critic.body, "shard"):
+            critic.body.shard(sharding.shard)
+            MasterWeights(critic.body.backbone)
+        groups = critic.parameter_groups()
+        for group in groups:
+            group["params"] = [_master(weight) for weight in group["params"]]
+        self._learnt = [_master(weight) for weight in critic.parameters()]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=critic.settings.weight_decay)
         self.replay: Replay | None = None
         self._memory = train.memory
 
@@ -105,42 +113,52 @@ class Learner:
 
     def learn(self, iteration: int, blocks: Sequence[tuple[int, Trajectory, Tensor]]) -> float:
         """The iteration's passes over `blocks`: (index, trajectory with features, returns [B, K, M]). Returns the mean
-        loss of the last pass."""
+        loss of the last pass. Where weights are sharded, a worker with fewer blocks than others repeats its last one,
+        which then counts nothing."""
         settings, updates, num_blocks = self.critic.settings, self._updates_per_pass, self._num_blocks
         total = torch.zeros((), device=self.mesh.device)
+        idle = [blocks[-1]] * self.sharding.idle(len(blocks))
         self.critic.train()
         for number in range(settings.num_passes):
             total = torch.zeros((), device=self.mesh.device)
             for update in range(updates):
                 self.optimizer.zero_grad(set_to_none=True)
-                for index, trajectory, returns in blocks:
+                for place, (index, trajectory, returns) in enumerate([*blocks, *idle]):
+                    # What is divided by infinity is 0, and so is its gradient.
+                    divisor = num_blocks if place < len(blocks) else math.inf
                     key = (iteration, number, update, index)
                     torch.manual_seed(seed_for(self._seed, "dropout", *key))
                     rows = self._share(trajectory, returns, key)
-                    loss = self._rollout_loss(trajectory, returns, rows) / num_blocks
+                    loss = self._rollout_loss(trajectory, returns, rows) / divisor
                     loss.backward()
                     if self.replay is not None:
-                        (self._replay_loss(self.replay, len(rows), trajectory.sigmas, key) / num_blocks).backward()
+                        (self._replay_loss(self.replay, len(rows), trajectory.sigmas, key) / divisor).backward()
                     total += loss.detach() / updates
-                self.mesh.sum_gradients([p for p in self.critic.parameters() if p.requires_grad])
-                torch.nn.utils.clip_grad_norm_(self.critic.parameters(), settings.gradient_clip)
+                self.mesh.sum_gradients([p for p in self.critic.parameters() if p.requires_grad and not is_shared(p)])
+                self.sharding.clip(self._learnt, settings.gradient_clip)
                 self.optimizer.step()
         self.critic.eval()
         return float(self.mesh.gather(total[None]).sum())
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that `learn` depends on."""
+        """Everything that `learn` depends on; see `Trainer.state`."""
         replay = self.replay.tensors() if self.replay else {}
         return {
-            **{f"critic.{name}": tensor for name, tensor in self.critic.state_dict().items()},
+            **{f"critic.{name}": tensor for name, tensor in self.critic_weights().items()},
             **{f"{_PREFIX}{name}": tensor for name, tensor in replay.items()},
-            **optimizer_tensors(self.optimizer, "critic_optimizer"),
+            **optimizer_tensors(self.optimizer, "critic_optimizer", self.sharding.whole),
+        }
+
+    def critic_weights(self) -> dict[str, Tensor]:
+        """The critic's weights and buffers by name; see `Sharding.whole`."""
+        return {
+            name: self.sharding.whole(own_rows(tensor), tensor) for name, tensor in self.critic.state_dict().items()
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Go on from what `state` gave."""
-        self.critic.load_state_dict(_below("critic.", tensors))
-        restore_optimizer(self.optimizer, "critic_optimizer", tensors)
+        self._load_critic(_below("critic.", tensors))
+        restore_optimizer(self.optimizer, "critic_optimizer", tensors, self.sharding.own)
         replay = _below(_PREFIX, tensors)
         self.replay = self._placed(Replay(**replay)) if replay else None
 
@@ -149,6 +167,18 @@ class Learner:
         device = self.mesh.device
         fits = self._memory.fits_device(replay.clean.nbytes, device.type)
         return replay.to(device, device if fits else torch.device("cpu"))
+
+    @torch.no_grad()
+    def _load_critic(self, weights: dict[str, Tensor]) -> None:
+        """Undo `critic_weights`. Raises RuntimeError for the weights of another critic."""
+        here = self.critic.state_dict()
+        if not self.sharding.active:
+            self.critic.load_state_dict(weights)
+        elif {name: tensor.shape for name, tensor in here.items()} != {n: t.shape for n, t in weights.items()}:
+            raise RuntimeError("the critic has other weights")
+        else:
+            for name, tensor in here.items():
+                own_rows(tensor).copy_(self.sharding.own(weights[name], tensor))
 
     def _share(self, trajectory: Trajectory, returns: Tensor, key: tuple[int, int, int, int]) -> Tensor:
         """The flattened (image, step) rows of a block that belong to an update."""
@@ -207,6 +237,12 @@ def observe(
 
     parts = policy.rows.run(len(latents), of)
     return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _master(weight: Tensor) -> Tensor:
+    """What the optimizer updates in place of a weight: see `MasterWeights`."""
+    master: Tensor = getattr(weight, "master", weight)
+    return master
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

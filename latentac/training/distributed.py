@@ -1,9 +1,12 @@
 """The workers of a training job: which images each computes, and the collectives between them."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from typing import cast
 
 import torch
 import torch.distributed
@@ -78,15 +81,125 @@ class Mesh:
         if self.size == 1:
             return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        sent = []
+        sent = [(bucket, _send(bucket)) for bucket in _buckets(gradients)]
+        for bucket, travelling in sent:
+            travelling.receive(bucket)
+
+
+class GradientSum:
+    """Sums gradients over the workers in the buckets of `Mesh.sum_gradients`, while a backward pass goes on.
+
+    A bucket travels as soon as all its gradients are final, which they become in the last backward pass of an update:
+    before it, gradients of several passes add up on each worker alone. All workers send the buckets in one order: that
+    in which the first update of rank 0 completed them. The first update itself sends all of them at its end.
+
+    Each bucket travels once per update. If a worker runs out of memory in its last backward pass and repeats its passes
+    with fewer rows, then what it has sent stays as it is: these gradients were final, and the new ones differ from
+    them by rounding. So no worker sends more buckets than another, nor in another order.
+    """
+
+    def __init__(self, mesh: Mesh, weights: Sequence[tuple[Tensor, Tensor]], *, active: bool) -> None:
+        """weights: (weight of the network, weight of the optimizer, which has the gradient); active: whether this
+        object sums at all."""
+        self.active = active and mesh.size > 1
+        self._mesh, self._weights = mesh, [own for _, own in weights]
+        self._armed = False
+        self._seen: list[int] = []  # of the weights, in the order in which the last backward pass finished them
+        self._buckets: list[list[int]] = []  # in the order in which they are sent
+        self._bucket_of: dict[int, int] = {}
+        self._missing: list[int] = []  # of each bucket: gradients that are not final yet
+        self._sent: list[_Travelling] = []
+        if self.active:
+            for index, (weight, _) in enumerate(weights):
+                weight.register_post_accumulate_grad_hook(partial(self._finished, index))
+
+    def begin(self) -> None:
+        """An update begins."""
+        self._sent = []
+
+    @contextlib.contextmanager
+    def last_pass(self, last: bool) -> Iterator[None]:
+        """While the body does a pass: the last one of the update if `last`, for all that this worker knows."""
+        self._armed, self._seen, self._missing = last, [], [len(bucket) for bucket in self._buckets]
+        try:
+            yield
+        finally:
+            self._armed = False
+
+    def finish(self) -> None:
+        """Send what was not sent, and replace each gradient by its sum."""
+        if not self.active:
+            return
+        if not self._buckets:
+            self._divide()
+        for bucket in self._buckets[len(self._sent) :]:
+            self._send(bucket)
+        for bucket, travelling in zip(self._buckets, self._sent, strict=True):
+            travelling.receive(self._gradients(bucket))
+        new = [w for index, w in enumerate(self._weights) if w.grad is not None and index not in self._bucket_of]
+        self._mesh.sum_gradients(new)  # none, unless the loss has changed what it depends on
+
+    def _finished(self, index: int, weight: Tensor) -> None:
+        if not self._armed:
+            return
+        self._seen.append(index)
+        if index in self._bucket_of:
+            self._missing[self._bucket_of[index]] -= 1
+        while len(self._sent) < len(self._buckets) and self._missing[len(self._sent)] == 0:
+            self._send(self._buckets[len(self._sent)])
+
+    def _divide(self) -> None:
+        """Find the buckets, and their order: rank 0's, though the same network completes them in the same order."""
+        places = {index: place for place, index in enumerate(self._seen)}
+        have = [index for index, weight in enumerate(self._weights) if weight.grad is not None]
+        sizes = map(len, _buckets([self._weights[index] for index in have]))
+        rest = iter(have)
+        buckets = [list(itertools.islice(rest, size)) for size in sizes]
+        order = sorted(range(len(buckets)), key=lambda one: max(places.get(index, -1) for index in buckets[one]))
+        order = self._mesh.gather(torch.tensor([order], device=self._mesh.device))[0].tolist()
+        self._buckets = [buckets[one] for one in order]
+        self._bucket_of = {index: place for place, bucket in enumerate(self._buckets) for index in bucket}
+
+    def _send(self, bucket: Sequence[int]) -> None:
+        self._sent.append(_send(self._gradients(bucket)))
+
+    def _gradients(self, bucket: Sequence[int]) -> list[Tensor]:
+        weights = [self._weights[index] for index in bucket]
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        return [cast(Tensor, weight.grad) for weight in weights]
+
+
+@dataclass(frozen=True)
+class _Travelling:
+    """The gradients of a bucket, joined, while the workers sum them."""
+
+    flat: Tensor
+    work: "torch.distributed.Work"
+
+    def receive(self, bucket: Sequence[Tensor]) -> None:
+        """Wait for the sum, and put it into the bucket's gradients."""
         with _peers():
-            for bucket in _buckets(gradients):
-                flat = torch.cat([gradient.flatten() for gradient in bucket])
-                sent.append((bucket, flat, torch.distributed.all_reduce(flat, async_op=True)))
-            for bucket, flat, work in sent:
-                work.wait()
-                for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                    gradient.copy_(part.view_as(gradient))
+            self.work.wait()
+        for gradient, part in zip(bucket, self.flat.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _send(bucket: Sequence[Tensor]) -> _Travelling:
+    flat = torch.cat([gradient.flatten() for gradient in bucket])
+    with _peers():
+        return _Travelling(flat, cast("torch.distributed.Work", torch.distributed.all_reduce(flat, async_op=True)))
+
+
+@contextlib.contextmanager
+def lost_peers() -> Iterator[None]:
+    """Of collectives that others start, such as FSDP2's within a forward pass: what they raise, as PeerLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error):  # gloo has no class of its own
+            raise PeerLost(str(error)) from error
+        raise
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -5,7 +5,7 @@ updates, so an update sums the same transitions in the same blocks whatever the 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentac.backbones.precision import MasterWeights
 from latentac.config.schema import Config
 from latentac.critic import Critic
 from latentac.evaluation.held_out import contact_sheet
@@ -30,6 +31,7 @@ from latentac.training.combination import Combination
 from latentac.training.critic_learning import Learner, Replay
 from latentac.training.distributed import Mesh
 from latentac.training.policy_learning import REMEDY, Block, CreditedBlock, PolicyLearner
+from latentac.training.sharding import Sharding
 from latentac.training.stability import best_iteration, diverged, stop_early
 from latentac.worlds.prompts import Prompt, balanced
 
@@ -68,13 +70,15 @@ class Trainer:
         self.conditioning = Encoded(policy.backbone, texts, **({"kept_bytes": HOST_BYTES} if on_gpu else {}))
         if on_gpu:  # which has better uses for its memory
             self.conditioning.release_encoders()
-        self.policy_learner = PolicyLearner(config.policy, config.train, policy, algorithm, mesh, seed=config.seed)
+        self.sharding = Sharding(mesh, config.train.sharding == "full")
+        settings = config.policy, config.train
+        self.policy_learner = PolicyLearner(*settings, policy, algorithm, self.sharding, seed=config.seed)
         self.combination = Combination(config.rewards, mesh.device)
         self.learner: Learner | None = None
         if algorithm.uses_critic:
             weights = torch.tensor([reward.weight for reward in config.rewards], device=mesh.device)
             own: dict[str, Any] = {"num_steps": config.kernel.num_steps, "weights": weights, "seed": config.seed}
-            self.learner = Learner(config.train, policy, critic, self.conditioning, mesh, **own)
+            self.learner = Learner(config.train, policy, critic, self.conditioning, self.sharding, **own)
         follows = self.learner is not None and algorithm.value_gradient > 0
         self.value_weights = self.combination.weights if follows else None
         self.history: list[dict[str, Any]] = []
@@ -104,9 +108,12 @@ class Trainer:
             self.algorithm.weights = self.combination.weights
             self.value_weights = None if self.value_weights is None else self.combination.weights
         own = self.mesh.own(train.num_blocks)
+        idle = self.sharding.idle(len(own))
         # Several workers share the cores already.
         alone = self.mesh.size == 1
         drawn = map_overlapped(self._roll_out, self._score, own, self.mesh.device, alone, any_outside(self.rewards))
+        for _ in range(idle):
+            self._trajectory(own[-1])  # the other workers need this one's share of the weights
         rolled_out = time.monotonic()
         self._last_clean = drawn[0].trajectory.clean
         blocks, rewards, watched = self._credit(drawn)
@@ -148,9 +155,10 @@ class Trainer:
         return np.asarray(contact_sheet(self.policy.backbone.decode(clean), 8))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that the next iteration depends on."""
+        """All that the next iteration depends on. Where weights are sharded, all workers call it together, and only the
+        leading one gets the whole tensors."""
         tensors, progress = self.policy_learner.state()
-        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.policy_learner.whole(self.best).items()}
         tensors |= {f"algorithm.{name}": tensor for name, tensor in self.algorithm.memory.items()}
         if self.learner is not None:
             tensors |= self.learner.state()
@@ -165,7 +173,7 @@ class Trainer:
             return {name: tensor.to(self.mesh.device) for name, tensor in found.items()}
 
         self.policy_learner.load_state(tensors, progress)
-        self.best, self.algorithm.memory = below("best."), below("algorithm.")
+        self.best, self.algorithm.memory = self.policy_learner.own(tensors, "best."), below("algorithm.")
         if self.learner is not None:
             self.learner.load_state(tensors)
         self.combination.load_state(tensors)
@@ -183,8 +191,33 @@ class Trainer:
         if chosen:
             self.policy_learner.load(chosen)
 
+    def result(self, base: Callable[[], Policy]) -> tuple[Policy, dict[str, Tensor]]:
+        """The policy with its present weights, and the critic's weights, to be saved. Where weights are sharded, all
+        workers call it together, and only the leading one gets something of use.
+
+        base: makes the untrained policy anew, which then gets the whole weights.
+        """
+        critic = self.learner.critic_weights() if self.learner is not None else self.critic.state_dict()
+        if not self.sharding.active:
+            return self.policy, critic
+        whole = self.policy_learner.whole(self.policy_learner.parameters)
+        if not self.mesh.leads:
+            return self.policy, {}
+        policy = base()
+        policy.backbone.adapt(self.config.policy)
+        MasterWeights(policy.backbone.module).load(whole)
+        return policy, critic
+
     def _roll_out(self, index: int) -> Rollouts:
-        """Those of block `index` of this iteration: G consecutive ones of each of its prompts."""
+        """Those of block `index` of this iteration, with their images."""
+        trajectory, chosen = self._trajectory(index)
+        images = self.policy.backbone.decode(trajectory.clean)
+        if self.config.train.memory.trajectories == "host":
+            trajectory = trajectory.kept_on(torch.device("cpu"))
+        return Rollouts(index, trajectory, chosen, images)
+
+    def _trajectory(self, index: int) -> tuple[Trajectory, list[int]]:
+        """Those of block `index` of this iteration, G consecutive ones of each of its prompts; and their prompts."""
         config, train, group = self.config, self.config.train, self.algorithm.group_size
         drawn = balanced(self.prompts, train.images_per_iteration // group, config.seed, "train", self.iteration)
         places = range(index * train.block_images, (index + 1) * train.block_images)
@@ -199,10 +232,7 @@ class Trainer:
             noise.to(self.mesh.device),
             keep=Keep(features=self.learner is not None, value_gradient=self.value_weights),
         )
-        images = self.policy.backbone.decode(trajectory.clean)
-        if train.memory.trajectories == "host":
-            trajectory = trajectory.kept_on(torch.device("cpu"))
-        return Rollouts(index, trajectory, chosen, images)
+        return trajectory, chosen
 
     def _score(self, made: Rollouts) -> Block:
         scores = score(self.rewards, made.images, [self.prompts[index] for index in made.prompts])

@@ -11,6 +11,7 @@ from latentac.sampling.policy import Policy
 from latentac.sampling.rollout import Keep, rollout
 from latentac.training.critic_learning import Learner, Replay
 from latentac.training.distributed import Mesh
+from latentac.training.sharding import Sharding
 from latentac.training.value_pretraining import new_critic
 from tests.latentac.trainers import BODY, BRIGHTNESS, CPU, PROMPTS, REDNESS, SHIPPED, make_config, shipped
 
@@ -55,7 +56,7 @@ def make_learner(config, policy, critic):
         policy,
         critic,
         policy.backbone.encode(PROMPTS),
-        Mesh(0, 1, CPU),
+        Sharding(Mesh.single(CPU), wanted=False),
         num_steps=config.kernel.num_steps,
         weights=torch.tensor([reward.weight for reward in config.rewards]),
         seed=config.seed,

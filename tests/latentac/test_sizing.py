@@ -142,6 +142,18 @@ def test_many_prompts_need_no_more_than_what_is_kept_of_them():
     assert "text" not in sizing.requirements(config(), folder, 10**7, "cuda").memory
 
 
+def test_sharded_weights_are_divided_by_the_workers():
+    """With all that belongs to them; what does not stays as it is."""
+    settings = {"algorithm__prediction_kl": 0.1, "critic__body__use": "copy", "train__num_workers": 2}
+    whole, shared = (needed(**settings, train__sharding=kind).memory for kind in ("none", "full"))
+    for item in ("reference", "critic's own backbone", "training"):
+        assert shared[item] == pytest.approx(whole[item] / 2, abs=8)
+    network = 2 * (whole["weights"] - shared["weights"])
+    assert network == pytest.approx(whole["reference"], abs=8)
+    assert all(shared[item] == whole[item] for item in ("images", "text", "activations"))
+    assert needed(train__num_workers=1, train__sharding="full") == needed(train__num_workers=1)
+
+
 def test_evaluation_has_three_policies():
     """By LoRA one worker trains few weights: then it is evaluation that needs most."""
     lora = {"policy__adaptation": "lora", "policy__lora_rank": 1, "train__num_workers": 1}

@@ -69,8 +69,10 @@ def requirements(config: Config, folder: Path, num_prompts: int = 0, device: str
     memory of a worker
         weights      b (P + F), and b N of adapters; b P for each copy: the reference (algorithm.prediction_kl); 4 P for
                      a critic's own
-        training     N gradients, 2 N moments of AdamW (of a quarter of the bytes with policy.optimizer=adamw_8bit), N
-                     masters where b is 2, N average (policy.ema_decay), N best (early stopping)
+         training     N gradients, 2 N moments of AdamW (of a quarter of the bytes with policy.optimizer=adamw_8bit), N
+                      masters where b is 2, N average (policy.ema_decay), N best (early stopping)
+                      With train.sharding=full, both divided by the workers, but for the F frozen weights. The whole
+                      weights of the block of layers that is computed are not counted.
         images       images of a worker * ((2 K + 1) D of the rollout, L C of the prompt); K of what the critic keeps of
                      a state for the images of an iteration or of value pretraining; the critic's replay. By
                      train.memory some of it is not on the device: then a block of trajectories counts, and nothing of
@@ -118,11 +120,14 @@ def count(config: Config, model: Model, num_prompts: int, device: str) -> Requir
     exported = merged if alone else parts + model.network * config.serving.include_base + merged
     number = count_workers(train, device)
     moments = 2 * trains * (1 if policy.optimizer == "adamw_8bit" else _FLOAT)
+    reference = model.network if config.algorithm.own.get("prediction_kl", 0) > 0 else 0
+    shares = number if train.sharding == "full" else 1
+    trained = _FLOAT * (kept + (trains if half < _FLOAT else 0)) + moments
     memory = {
-        "weights": half * (parts + merged),
-        "reference": half * model.network if config.algorithm.own.get("prediction_kl", 0) > 0 else 0,
-        "critic's own backbone": _FLOAT * own,
-        "training": _FLOAT * (kept + (trains if half < _FLOAT else 0)) + moments,
+        "weights": half * (model.frozen + math.ceil((model.network + merged) / shares)),
+        "reference": half * math.ceil(reference / shares),
+        "critic's own backbone": _FLOAT * math.ceil(own / shares),
+        "training": math.ceil(trained / shares),
         "images": _images(config, model, number, half, device) + _replay_here(config, replay, device),
         "text": half * _text(_pretrained(config.pretrain, number), model.sizes.text, num_prompts, half, device),
         "activations": half * _activations(config, model, device),

@@ -40,7 +40,7 @@ from latentac.system.reading import whole_variable
 from latentac.system.scratch import hidden_folder
 from latentac.training.checkpoint import loading
 from latentac.training.critic_learning import Replay
-from latentac.training.distributed import Mesh, PeerLost
+from latentac.training.distributed import Mesh, PeerLost, lost_peers
 from latentac.training.trainer import Trainer, new_trainer
 
 if TYPE_CHECKING:
@@ -169,7 +169,8 @@ def work(space: Workspace, position: Position) -> bool:
         while not trainer.finished:
             position.iteration = trainer.iteration + 1
             try:
-                entry = trainer.iterate()
+                with lost_peers():
+                    entry = trainer.iterate()
             except Diverged as error:
                 reached = trainer.iteration
                 trainer = _go_back(space, mesh, trainer, checkpoints, error)
@@ -182,14 +183,13 @@ def work(space: Workspace, position: Position) -> bool:
             bar.note(f"reward {entry['reward_mean']:.3f}  kl {entry['kl']:.4f}  clip {entry['clip_share']:.2f}")
             if log is not None:
                 log.write(entry)
-                last = trainer.finished or stopping
-                if last or trainer.iteration % space.config.train.checkpoint_every == 0:
-                    log.write_image(trainer.last_images(), trainer.iteration)
-                    checkpoints.save(trainer, log.copies())
+            if trainer.finished or stopping or trainer.iteration % space.config.train.checkpoint_every == 0:
+                _save(trainer, checkpoints, log)
+            if log is not None:
                 checkpoints.check()
             if stopping and not trainer.finished:
                 return _stop(mesh, checkpoints, position)
-        return not mesh.leads or _publish(space, trainer, checkpoints, position, time.monotonic() - started)
+        return _publish(space, trainer, checkpoints, position, time.monotonic() - started)
 
 
 def _resumed(space: Workspace, mesh: Mesh, *, imports: float, meeting: float) -> tuple[Trainer, Checkpoints]:
@@ -203,6 +203,15 @@ def _resumed(space: Workspace, mesh: Mesh, *, imports: float, meeting: float) ->
             trainer.iteration, mesh.size, imports, meeting, time.monotonic() - began,
         )  # fmt: skip
     return trainer, checkpoints
+
+
+def _save(trainer: Trainer, checkpoints: Checkpoints, log: "Log | None") -> None:
+    """Have the leading worker, which has the log, write a checkpoint; sharded weights it gets from all workers."""
+    if log is not None:
+        log.write_image(trainer.last_images(), trainer.iteration)
+        checkpoints.save(trainer, log.copies())
+    elif trainer.sharding.active:
+        trainer.state()
 
 
 def _stop(mesh: Mesh, checkpoints: Checkpoints, position: Position) -> bool:
@@ -293,14 +302,17 @@ def _go_back(space: Workspace, mesh: Mesh, trainer: Trainer, checkpoints: Checkp
 
 
 def _publish(space: Workspace, trainer: Trainer, checkpoints: Checkpoints, position: Position, seconds: float) -> bool:
-    """The result: policy/ (a plain diffusers folder with its model card), critic/, history.json. False where training
-    was asked to stop, and the store did not take it in time."""
+    """The result: policy/ (a plain diffusers folder with its model card), critic/, history.json. The leading worker
+    publishes it. False where training was asked to stop, and the store did not take it in time."""
     trainer.publish_weights()
+    policy, critic = trainer.result(space.base_policy)
+    if not trainer.mesh.leads:
+        return True
     with hidden_folder(space.folder, "train") as temporary:
         folder = temporary / "train"
-        trainer.policy.backbone.save(folder / "policy")
-        write_trained(space, trainer.policy, folder / "policy", trainer.history)
-        trainer.critic.save(folder / "critic")
+        policy.backbone.save(folder / "policy")
+        write_trained(space, policy, folder / "policy", trainer.history)
+        trainer.critic.save(folder / "critic", critic)
         (folder / "history.json").write_text(json.dumps(trainer.history) + "\n")
         metrics = {
             "seconds": seconds,
