@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from tools import minio
+from tools import crds, minio
 from tools.golang import Unavailable, build, cached, module_files
 
 KUBERNETES = "v1.34.4"
@@ -19,7 +19,6 @@ HELM_4 = "v4.3.1"
 COREDNS = "v1.14.3"
 PAUSE = "v1"
 PROBE = "v2"
-GATEWAY_API = "v1.4.1"
 REGISTRY = "v3.1.2"
 COSIGN = "v3.1.3"
 KYVERNO = "v1.19.1"
@@ -145,12 +144,6 @@ def missing() -> list[str]:
     return [name for name, version in _NODE.items() if not cached(name, version).exists()]
 
 
-def gateway_crds() -> Path | None:
-    """Folder with the Gateway API's CRDs; None if it was not built."""
-    folder = cached("gateway-api", GATEWAY_API)
-    return folder if folder.exists() else None
-
-
 def kyverno_crd() -> Path | None:
     """The CRD of Kyverno's policy on images of one namespace; None if it was not fetched."""
     path = cached("kyverno-crd", KYVERNO)
@@ -180,7 +173,7 @@ def build_all() -> None:
         module=_module("coredns", {"github.com/coredns/coredns": COREDNS}),
         files={"main.go": _DNS.format(imports=imports, directives=directives)},
     )
-    _fetch_gateway_crds()
+    crds.fetch()
     _fetch_kyverno_crd()
     minio.binary()
 
@@ -199,18 +192,6 @@ def _fetch_kyverno_crd() -> None:
         group = "policies.kyverno.io"
         folder = module_files("github.com/kyverno/kyverno", KYVERNO) / "config" / "crds" / group
         shutil.copyfile(folder / f"{group}_namespacedimagevalidatingpolicies.yaml", path)
-
-
-def _fetch_gateway_crds() -> None:
-    folder = cached("gateway-api", GATEWAY_API)
-    if not folder.exists():
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        standard = module_files("sigs.k8s.io/gateway-api", GATEWAY_API) / "config" / "crd" / "standard"
-        for kind in ("gatewayclasses", "gateways", "httproutes", "referencegrants"):
-            shutil.copyfile(standard / f"gateway.networking.k8s.io_{kind}.yaml", partial / f"{kind}.yaml")
-        partial.rename(folder)
 
 
 def _module(name: str, requirements: dict[str, str]) -> str:

@@ -107,7 +107,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], P
 @pytest.fixture(scope="module")
 def place(
     node: Node,
-    crds: Path,
+    crds: list[Path],
     docker_daemon: Docker,
     minio_binary: Path,
     models: tuple[dict[str, Path], Path],

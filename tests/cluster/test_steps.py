@@ -36,7 +36,7 @@ WORK = {"output": "/work"}
 
 
 @pytest.fixture
-def settings(node: Node, crds: Path, docker_daemon: Docker) -> Iterator[Cluster]:
+def settings(node: Node, crds: list[Path], docker_daemon: Docker) -> Iterator[Cluster]:
     """The chart's settings, as installed with the evaluation values and the images built here."""
     node.load([f"latentac/{name}:dev" for name in IMAGES], docker_daemon)
     namespace = node.namespace("steps", restricted=True)

@@ -61,7 +61,12 @@ class Site:
 
 @pytest.fixture
 def site(
-    node: Node, crds: Path, docker_daemon: Docker, tmp_path: Path, minio_binary: Path, monkeypatch: pytest.MonkeyPatch
+    node: Node,
+    crds: list[Path],
+    docker_daemon: Docker,
+    tmp_path: Path,
+    minio_binary: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Site]:
     node.load([IMAGE], docker_daemon)
     namespace = node.namespace("train", restricted=True)
