@@ -120,9 +120,9 @@ reference: install ## write docs/configuration.md from the classes, and print wh
 	git --no-pager diff --stat -- docs
 
 crds: install ## fetch the CRDs of Volcano, KServe, Argo and the Gateway API for the tests into the cache (seconds)
-	@$(PY) -m tools.crds
+	@$(PY) -m tools.manifests
 
-node-build: install ## build the programs of the test node into the cache (15 minutes on two cores)
+node-build: install ## build the programs of the test node into the cache (half an hour on two cores)
 	@$(PY) -m tools.binaries
 
 node-up: install ## start a Kubernetes node for tests in the background (as root); prints what to export

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.cluster.pki import Authority
 from tests.cluster.processes import Program, free_ports
-from tools import crds
+from tools import manifests
 from tools.binaries import program
 
 _QUIET_USERS = ["apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy"]
@@ -125,8 +125,8 @@ class Cluster:
         return found
 
     def apply_crds(self) -> None:
-        """Those of `tools.crds`; returns when all of them are established."""
-        files = [word for folder in crds.folders() for word in ("-f", str(folder))]
+        """Those of `tools.manifests`; returns when all of them are established."""
+        files = [word for folder in manifests.crds() for word in ("-f", str(folder))]
         if not files:
             return
         self.kubectl("apply", "--server-side", "--recursive", *files)

@@ -13,16 +13,16 @@ import pytest
 
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.node import Node, Record, lacking
-from tools.crds import NAMED, folders, missing
+from tools import manifests
 from tools.golang import Unavailable
 
 
 @pytest.fixture(scope="session")
 def crds() -> list[Path]:
     """The folders with the CRDs, those that count more last; skips where they are missing, with the remedy."""
-    if missing() and not os.environ.get(NAMED):
-        pytest.skip(f"{', '.join(missing())} not fetched: `make crds` does that once")
-    return folders()
+    if manifests.missing() and not os.environ.get(manifests.NAMED):
+        pytest.skip(f"{', '.join(manifests.missing())} not fetched: `make crds` does that once")
+    return manifests.crds()
 
 
 @pytest.fixture(scope="session")

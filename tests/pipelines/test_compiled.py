@@ -14,7 +14,7 @@ from latentac.pipelines.cluster import SHARED_MEMORY, WORK, compile_manifests, c
 from latentac.system.errors import ConfigError
 from latentac.system.steps import NAMES as STEPS
 from latentac.system.steps import SCORING
-from tools import crds
+from tools import manifests
 
 
 @pytest.fixture(scope="module")
@@ -245,10 +245,10 @@ def test_the_version_is_the_content(tmp_path: Path) -> None:
 
 def test_kubernetes_objects_are_valid(tmp_path: Path) -> None:
     """Pipeline and PipelineVersion against the schemas of KFP's own CRDs."""
-    paths = [path for folder in crds.folders() for path in folder.rglob("pipelines.kubeflow.org_*.yaml")]
+    paths = [path for folder in manifests.crds() for path in folder.rglob("pipelines.kubeflow.org_*.yaml")]
     if not paths:
         pytest.skip(
-            f"no CRDs of Kubeflow Pipelines: put those of its release into a folder and export it as {crds.NAMED}"
+            f"no CRDs of Kubeflow Pipelines: put those of its release into a folder and export it as {manifests.NAMED}"
         )
     schemas = {}
     for path in paths:
