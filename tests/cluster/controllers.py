@@ -10,12 +10,12 @@ import json
 import socket
 import subprocess
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from tests.cluster.control_plane import answers
+from tests.cluster.processes import Program
 from tools.binaries import program
 from tools.golang import Unavailable
 from tools.manifests import install
@@ -37,7 +37,7 @@ def start(node: "Node") -> None:
 def _start_volcano(node: "Node") -> None:
     chart = install("volcano-chart")
     enabled = yaml.safe_load((chart / "values.yaml").read_text())["custom"]["enabled_admissions"]
-    command = [program("helm"), "template", "volcano", chart, "--namespace", _VOLCANO]
+    command = [str(program("helm")), "template", "volcano", str(chart), "--namespace", _VOLCANO]
     rendered = subprocess.run([*command, "--show-only", "templates/webhooks.yaml"], capture_output=True, text=True)
     if rendered.returncode:
         raise Unavailable(f"Volcano's chart does not render: {rendered.stderr.strip()}")
@@ -45,20 +45,17 @@ def _start_volcano(node: "Node") -> None:
     _apply(node, [_namespace(_VOLCANO), *_reachable(node, hooks, _VOLCANO_PORT)])
     certificate, key = node.authority.issue("volcano-webhooks", "volcano-webhooks", hosts=[node.sandbox.address])
     account = f"--kubeconfig={node.component_kubeconfig('volcano', _ADMINISTRATORS)}"
-    options: list[str | Path] = [
+    options = [
         *(account, f"--listen-address={node.sandbox.address}", f"--port={_VOLCANO_PORT}"),
         *(f"--enabled-admission={enabled}", f"--webhook-url=https://{node.sandbox.address}:{_VOLCANO_PORT}"),
         *(f"--tls-cert-file={certificate}", f"--tls-private-key-file={key}"),
         f"--ca-cert-file={node.authority.certificate}",
     ]
-    hook = node.launch("vc-webhook-manager", node.sandbox.inside(program("vc-webhook-manager"), *options))
-    hook.wait(lambda: _listens(node.sandbox.address, _VOLCANO_PORT))
+    _launch(node, "vc-webhook-manager", *options).wait(lambda: _listens(node.sandbox.address, _VOLCANO_PORT))
     alone = "--leader-elect=false"
-    manager = [program("vc-controller-manager"), account, alone]
-    node.launch("vc-controller-manager", node.sandbox.inside(*manager))
+    _launch(node, "vc-controller-manager", account, alone)
     configuration = chart / "config" / "volcano-scheduler.conf"
-    scheduler = [program("vc-scheduler"), account, alone, f"--scheduler-conf={configuration}", "--cache-dumper=false"]
-    node.launch("vc-scheduler", node.sandbox.inside(*scheduler))
+    _launch(node, "vc-scheduler", account, alone, f"--scheduler-conf={configuration}", "--cache-dumper=false")
     # The scheduler makes this queue, the manager opens it; until then the webhook refuses jobs.
     queue = "queues.scheduling.volcano.sh/default"
     node.kubectl("wait", "--for=create", queue, "--timeout=60s")
@@ -83,16 +80,21 @@ def _start_kserve(node: "Node") -> None:
     (place / "tls.key").touch(mode=0o600)
     (place / "tls.key").write_bytes(key.read_bytes())
     variables = {
-        "KUBECONFIG": node.component_kubeconfig("kserve", _ADMINISTRATORS),
+        "KUBECONFIG": str(node.component_kubeconfig("kserve", _ADMINISTRATORS)),
         "POD_NAMESPACE": _KSERVE,
-        "TMPDIR": temporary,
+        "TMPDIR": str(temporary),
     }
     health = f"{node.sandbox.address}:{_KSERVE_HEALTH}"
     options = [f"--webhook-port={_KSERVE_PORT}", f"--health-probe-addr={health}", "--metrics-addr=0"]
-    command = ["env", *(f"{name}={value}" for name, value in variables.items()), program("kserve-manager"), *options]
-    manager = node.launch("kserve-manager", node.sandbox.inside(*command))
+    manager = _launch(node, "kserve-manager", *options, variables=variables)
     manager.wait(lambda: answers(f"http://{health}/readyz"))
     _apply(node, _reachable(node, hooks, _KSERVE_PORT))
+
+
+def _launch(node: "Node", name: str, *options: str, variables: Mapping[str, str] | None = None) -> Program:
+    """Start a program of the cache in the node, with further environment variables."""
+    environment = ["env", *(f"{key}={value}" for key, value in (variables or {}).items())]
+    return node.launch(name, node.sandbox.inside(*environment, program(name), *options))
 
 
 def _reachable(node: "Node", hooks: Iterable[dict[str, Any]], port: int) -> list[dict[str, Any]]:
@@ -117,7 +119,7 @@ def _namespace(name: str) -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
 
 
-def _apply(node: "Node", objects: list[Mapping[str, Any]] | list[dict[str, Any]]) -> None:
+def _apply(node: "Node", objects: list[dict[str, Any]]) -> None:
     listing = {"apiVersion": "v1", "kind": "List", "items": objects}
     node.kubectl("apply", "--server-side", "-f", "-", stdin=json.dumps(listing))
 

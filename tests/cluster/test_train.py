@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ class Site:
     def active_pods(self) -> list[str]:
         """Names of those that run, or will."""
         return [name for name, pod in self.pods().items() if pod["status"]["phase"] in ("Running", "Pending")]
+
+    def has(self, pod: str) -> bool:
+        return pod in self.pods()
 
     def lose(self, pod: str) -> Callable[[], bool]:
         """Delete a pod; what is returned says whether another one has taken its place."""
@@ -150,6 +154,10 @@ class Training(threading.Thread):
             time.sleep(0.2)
         return found
 
+    def iterates(self, beyond: int) -> None:
+        """Returns when a later iteration than that has a checkpoint."""
+        self.until(lambda: max(checkpoints(self.space), default=0) > beyond)
+
 
 def within(seconds: float, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + seconds
@@ -202,12 +210,12 @@ def test_five_pods_are_lost_one_after_another(site: Site) -> None:
     name = job_name(site.api.namespace, space.run, space.config.hash)
     seconds, at = [], 0
     for victim in (1, 0, 1, 0, 1):
-        training.until(lambda at=at: max(checkpoints(space), default=0) > at)
+        training.iterates(beyond=at)
         pod = f"{name}-worker-{victim}-0"
-        training.until(lambda pod=pod: pod in site.pods())
+        training.until(partial(site.has, pod))
         at, began = max(checkpoints(space)), time.monotonic()
         training.until(site.lose(pod))
-        training.until(lambda at=at: max(checkpoints(space)) > at)
+        training.iterates(beyond=at)
         seconds.append(time.monotonic() - began)
         at = max(checkpoints(space))
     training.join(600)
