@@ -248,14 +248,17 @@ def test_cancelled_run_leaves_a_checkpoint_and_no_pods(site: Site) -> None:
     assert reached < ITERATIONS
 
 
+@pytest.mark.timeout(1800)
 def test_a_job_whose_step_is_lost_ends_by_itself(site: Site, node: Node) -> None:
     """The launching step is killed and nothing aborts its job, as after a cancel whose exit handler cannot start.
     Within the lease, and what a last checkpoint and the next start need, nothing of the job runs any more."""
     space = site.prepare("orphan", 100 * ITERATIONS)
     command = [sys.executable, "-c", STEP, site.settings.model_dump_json(), space.run, site.store, str(site.output)]
     with subprocess.Popen(command, env={**os.environ, **node.environment}) as step:
-        within(300, lambda: max(checkpoints(space), default=0) >= 1)
-        step.kill()
+        try:
+            within(600, lambda: max(checkpoints(space), default=0) >= 1)
+        finally:
+            step.kill()
     began = time.monotonic()
     within(LEASE + 180, lambda: site.phase(space) in ("Completed", "Failed"))
     within(60, lambda: not site.active_pods())
