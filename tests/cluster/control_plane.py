@@ -18,15 +18,8 @@ from pathlib import Path
 
 from tests.cluster.pki import Authority
 from tests.cluster.processes import Program, free_ports
-from tools.binaries import gateway_crds, program
-from tools.golang import Unavailable
-
-CRDS = "LATENTAC_CRDS"
-"""Environment variable: the folder with the CRDs of KServe, Volcano, Kubeflow Pipelines and Argo."""
-NEED_CRDS = (
-    f"{CRDS} is not set: export it with a folder that holds the CRDs of KServe, Volcano, Kubeflow Pipelines and Argo "
-    "(from each project's release manifests, see tests/cluster/README.md)"
-)
+from tools import manifests
+from tools.binaries import program
 
 _QUIET_USERS = ["apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy"]
 _AUDIT = {
@@ -132,14 +125,10 @@ class Cluster:
         return found
 
     def apply_crds(self) -> None:
-        """Those of the folder in LATENTAC_CRDS and the Gateway API's; returns when all of them are established."""
-        named = os.environ.get(CRDS)
-        if named and not Path(named).is_dir():
-            raise Unavailable(f"{CRDS} = {named!r} is not a folder. Correct or unset it.")
-        folders = [folder for folder in (Path(named).absolute() if named else None, gateway_crds()) if folder]
-        if not folders:
+        """Those of `tools.manifests`; returns when all of them are established."""
+        files = [word for folder in manifests.crds() for word in ("-f", str(folder))]
+        if not files:
             return
-        files = [word for folder in folders for word in ("-f", str(folder))]
         self.kubectl("apply", "--server-side", "--recursive", *files)
         deadline = time.monotonic() + 60
         while True:

@@ -2,7 +2,7 @@
 
 `control_plane`: an API server with its controllers, on loopback, without root: mark such tests `slow`.
 `node`: the same and a node that runs pods, as root: mark such tests `cluster`.
-`crds`: asked for besides one of them by a test that needs the CRDs of KServe, Volcano, Kubeflow Pipelines and Argo.
+`crds`: asked for besides one of them by a test that needs the CRDs of KServe, Volcano and Argo.
 """
 
 import os
@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.control_plane import CRDS, NEED_CRDS, ControlPlane
+from tests.cluster.control_plane import ControlPlane
 from tests.cluster.node import Node, Record, lacking
+from tools import manifests
 from tools.golang import Unavailable
 
 
 @pytest.fixture(scope="session")
-def crds() -> Path:
-    """The folder with the CRDs; skips where there is none, with the remedy."""
-    named = os.environ.get(CRDS)
-    if not named:
-        pytest.skip(NEED_CRDS)
-    return Path(named)
+def crds() -> list[Path]:
+    """The folders with the CRDs, those that count more last; skips where they are missing, with the remedy."""
+    if manifests.missing() and not os.environ.get(manifests.NAMED):
+        pytest.skip(f"{', '.join(manifests.missing())} not fetched: `make crds` does that once")
+    return manifests.crds()
 
 
 @pytest.fixture(scope="session")

@@ -23,9 +23,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tests.cluster import controllers
 from tests.cluster.containerd import SOCKET, Containerd
 from tests.cluster.control_plane import ControlPlane, answers
 from tests.cluster.sandbox import Sandbox
+from tools import manifests
 from tools.binaries import missing, program
 from tools.docker import Docker, daemon
 from tools.golang import Unavailable, cache_folder
@@ -49,7 +51,7 @@ def lacking() -> str:
         tools.append("CNI plugins")
     if tools:
         return f"a node needs {', '.join(tools)}: `{_REMEDY}`"
-    unbuilt = missing()
+    unbuilt = [*missing(), *manifests.missing()]
     return f"{', '.join(unbuilt)} not built: `make node-build` does that once" if unbuilt else ""
 
 
@@ -92,6 +94,7 @@ class Node(ControlPlane):
             self.kubectl("wait", "--for=create", f"node/{NAME}", "--timeout=30s")
             self.kubectl("wait", "--for=condition=Ready", f"node/{NAME}", "--timeout=60s")
             self._dns.wait(lambda: answers(f"http://{self.sandbox.address}:8181/ready"))
+            controllers.start(self)
         except BaseException:
             self.stop()
             raise
@@ -101,7 +104,7 @@ class Node(ControlPlane):
         """Everything in the node at once, then the control plane; what pods wrote goes with it."""
         self.sandbox.stop()  # first: an API server waits for those who watch it
         super().stop()
-        for name in ("kubelet", "pod-logs", "cni-state", "etcd"):
+        for name in ("kubelet", "pod-logs", "cni-state", "etcd", "kserve"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def serve(self) -> None:

@@ -48,7 +48,7 @@ class Release(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def release(node: Node, crds: Path, docker_daemon: Docker) -> Iterator[Release]:
+def release(node: Node, crds: list[Path], docker_daemon: Docker) -> Iterator[Release]:
     """The evaluation values with the images built here, in a namespace that enforces `restricted`."""
     try:
         for image in NEEDED:

@@ -58,7 +58,7 @@ class Place(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def place(control_plane: ControlPlane, crds: Path) -> Iterator[Place]:
+def place(control_plane: ControlPlane, crds: list[Path]) -> Iterator[Place]:
     """A release with every option on, its steps in another namespace; without its hooks, for nothing runs pods here."""
     namespace, steps = control_plane.namespace("chart"), control_plane.namespace("kfp")
     values = {
@@ -105,7 +105,7 @@ def test_another_release_is_another_matter(control_plane: ControlPlane, place: P
 
 
 @pytest.mark.parametrize("name", HELMS)
-def test_a_password_made_once_is_kept(control_plane: ControlPlane, crds: Path, name: str) -> None:
+def test_a_password_made_once_is_kept(control_plane: ControlPlane, crds: list[Path], name: str) -> None:
     """The bundled store's password is long, nobody gave it, and it survives an upgrade and a rollback."""
     namespace = control_plane.namespace("password")
     values: dict[str, Any] = {"minio": {"enabled": True, "persistence": {"enabled": False}}}

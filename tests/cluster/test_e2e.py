@@ -150,7 +150,7 @@ class Failing:
 
 
 @pytest.fixture
-def failing(control_plane: ControlPlane, crds: Path, tmp_path: Path) -> Iterator[Failing]:
+def failing(control_plane: ControlPlane, crds: list[Path], tmp_path: Path) -> Iterator[Failing]:
     with serving() as kfp:
         kfp.script = [Frame("RUNNING", {"train": "RUNNING"})]
         yield Failing(control_plane, kfp, tmp_path, control_plane.namespace("e2e"))

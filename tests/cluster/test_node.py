@@ -244,7 +244,7 @@ def test_rights_are_asked_and_calls_are_seen(control_plane: ControlPlane) -> Non
 
 
 @pytest.mark.slow
-def test_custom_kinds_are_collected_with_their_owner(control_plane: ControlPlane, crds: Path) -> None:
+def test_custom_kinds_are_collected_with_their_owner(control_plane: ControlPlane, crds: list[Path]) -> None:
     """The CRDs are served when the fixture returns, and the garbage collector knows their kinds."""
     assert {
         "jobs.batch.volcano.sh",

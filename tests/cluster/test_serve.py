@@ -1,7 +1,7 @@
 """The serve image behind the chart's runtime, in real pods: a release from nothing, an update, and what cannot work.
 
-KServe's own controller is played by `tests.cluster.kserve`; the pods, their probes, the Services and the store are
-real. The chart is rendered with the values of an evaluation, so that settings, runtime and rollout are of one piece.
+KServe's controller, the pods, their probes, the Services and the store are real. The chart is
+rendered with the values of an evaluation, so that settings, runtime and rollout are of one piece.
 """
 
 import json
@@ -31,7 +31,7 @@ from latentac.serving.client import Client
 from latentac.serving.exported import export
 from latentac.system.errors import ServingError
 from latentac.worlds.builtin import builtin_pipeline
-from tests.cluster.kserve import SERVICES, Controller, administrator
+from tests.cluster.kserve import SERVICES, administrator
 from tests.cluster.node import Node
 from tools.binaries import program
 from tools.docker import Docker
@@ -107,7 +107,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], P
 @pytest.fixture(scope="module")
 def place(
     node: Node,
-    crds: Path,
+    crds: list[Path],
     docker_daemon: Docker,
     minio_binary: Path,
     models: tuple[dict[str, Path], Path],
@@ -123,8 +123,7 @@ def place(
         made, folder = models
         settings = installed(api, namespace, server)
         prepare(RUN, settings.store.url, str(folder), "shapes-unet-smoke", overrides=["kernel.num_steps=3"])
-        with Controller(api):
-            yield Place(node, api, settings, made, folder)
+        yield Place(node, api, settings, made, folder)
     node.delete_namespace(namespace)
     server.stop()
 

@@ -2,7 +2,7 @@
 
 The pods come from the compiled pipeline: image, command and platform settings of each executor, under the chart's
 service account, in a namespace that enforces `restricted`. What KFP itself does around them (its launcher, artifacts
-of its own) is left out; Volcano and KServe are played by `tests.cluster.volcano` and `tests.cluster.kserve`.
+of its own) is left out; Volcano and KServe are the real ones.
 """
 
 import base64
@@ -21,7 +21,7 @@ from latentac.components.cluster.settings import KEY, Cluster, resolve
 from latentac.pipelines.cluster import compile_pipeline
 from latentac.serving.client import Client
 from latentac.system.steps import NAMES as STEPS
-from tests.cluster import kserve, volcano
+from tests.cluster.kserve import administrator
 from tests.cluster.node import Node
 from tests.cluster.releases import helm
 from tests.helm.chart import CHART, CI
@@ -36,7 +36,7 @@ WORK = {"output": "/work"}
 
 
 @pytest.fixture
-def settings(node: Node, crds: Path, docker_daemon: Docker) -> Iterator[Cluster]:
+def settings(node: Node, crds: list[Path], docker_daemon: Docker) -> Iterator[Cluster]:
     """The chart's settings, as installed with the evaluation values and the images built here."""
     node.load([f"latentac/{name}:dev" for name in IMAGES], docker_daemon)
     namespace = node.namespace("steps", restricted=True)
@@ -44,12 +44,10 @@ def settings(node: Node, crds: Path, docker_daemon: Docker) -> Iterator[Cluster]
     values["images"] = {
         name: {"registry": "", "repository": f"latentac/{name}", "tag": "dev", "digest": ""} for name in IMAGES
     }
-    api = kserve.administrator(node.kubeconfig, namespace)
     try:
         helm(node, "install", "latentac", str(CHART), "-n", namespace, "--wait", "--timeout=300s", values=values)
         found = json.loads(node.kubectl("get", "-n", namespace, "configmap", "latentac-cluster", "-o", "json"))
-        with volcano.Controller(api), kserve.Controller(api):
-            yield resolve(yaml.safe_load(found["data"][KEY]), KEY)
+        yield resolve(yaml.safe_load(found["data"][KEY]), KEY)
     finally:
         node.delete_namespace(namespace, wait=False)
 
@@ -67,7 +65,7 @@ def test_each_step_does_its_work_as_a_pod(node: Node, settings: Cluster, tmp_pat
         assert phase == "Succeeded", f"{step}: {phase}\n{log[-4000:]}"
         said += json.dumps(pod) + log
 
-    api = kserve.administrator(node.kubeconfig, settings.namespace)
+    api = administrator(node.kubeconfig, settings.namespace)
     (job,) = api.find(VOLCANO_JOBS)
     assert job["status"]["state"]["phase"] == "Completed"
     service = json.loads(node.kubectl("get", "-n", settings.namespace, "service", "latentac-predictor", "-o", "json"))

@@ -74,7 +74,7 @@ def test_a_run_that_published_nothing_ends_quietly(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_job_that_still_runs_is_stopped(control_plane: ControlPlane, crds: Path, tmp_path: Path) -> None:
+def test_a_job_that_still_runs_is_stopped(control_plane: ControlPlane, crds: list[Path], tmp_path: Path) -> None:
     """As after a cancel: the step that started it got no time to stop it."""
     namespace = control_plane.namespace("finish")
     settings = tmp_path / "cluster.yaml"

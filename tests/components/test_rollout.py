@@ -185,7 +185,7 @@ class World:
 @pytest.fixture
 def world(
     control_plane: ControlPlane,
-    crds: Path,
+    crds: list[Path],
     servers: Servers,
     models: dict[str, Path],
     store: str,

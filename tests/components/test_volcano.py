@@ -476,7 +476,7 @@ def role(name: str, rights: set[tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def site(control_plane: ControlPlane, crds: Path) -> Iterator[Site]:
+def site(control_plane: ControlPlane, crds: list[Path]) -> Iterator[Site]:
     namespace = control_plane.namespace("train", restricted=True)
     accounts = [
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name}}

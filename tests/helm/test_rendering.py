@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,18 +60,17 @@ def test_built_in_objects_are_valid(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_custom_objects_are_valid(name: str) -> None:
+def test_custom_objects_are_valid(name: str, crds: list[Path]) -> None:
     """Each object of a custom kind fits its CRD, and no field of it is unknown there."""
-    folder = os.environ.get("LATENTAC_CRDS")
-    if not folder:
-        pytest.skip("LATENTAC_CRDS names no folder of CRDs: tests/cluster/README.md says where to get them")
-    paths = (*Path(folder).rglob("*servingruntimes.yaml"), *Path(folder).rglob("*queues.yaml"))
-    crds = [yaml.load(path.read_text(), yaml.CSafeLoader) for path in paths]
-    custom = [each for each in render(SETS[name]) if each["kind"] in ("ServingRuntime", "Queue")]
+    kinds = ("ServingRuntime", "Queue")
+    paths = [path for folder in crds for kind in kinds for path in folder.rglob(f"*_{kind.lower()}s.yaml")]
+    schemas = {
+        crd["spec"]["names"]["kind"]: crd for crd in (yaml.load(path.read_text(), yaml.CSafeLoader) for path in paths)
+    }
+    custom = [each for each in render(SETS[name]) if each["kind"] in kinds]
     assert custom or name == "openshift"
     for each in custom:
-        (crd,) = [crd for crd in crds if crd["spec"]["names"]["kind"] == each["kind"]]
-        assert not strict_problems(each, crd)
+        assert not strict_problems(each, schemas[each["kind"]])
 
 
 @pytest.mark.parametrize("name", HELMS)

@@ -1,7 +1,6 @@
 """The graph as it is compiled: the golden files, the order, the branch, the exit, what each step's pod gets."""
 
 import itertools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from latentac.pipelines.cluster import SHARED_MEMORY, WORK, compile_manifests, c
 from latentac.system.errors import ConfigError
 from latentac.system.steps import NAMES as STEPS
 from latentac.system.steps import SCORING
-
-CRDS = "LATENTAC_CRDS"
+from tools import manifests
 
 
 @pytest.fixture(scope="module")
@@ -247,11 +245,13 @@ def test_the_version_is_the_content(tmp_path: Path) -> None:
 
 def test_kubernetes_objects_are_valid(tmp_path: Path) -> None:
     """Pipeline and PipelineVersion against the schemas of KFP's own CRDs."""
-    folder = os.environ.get(CRDS)
-    if not folder:
-        pytest.skip(f"{CRDS} names no folder with KFP's CRDs")
+    paths = [path for folder in manifests.crds() for path in folder.rglob("pipelines.kubeflow.org_*.yaml")]
+    if not paths:
+        pytest.skip(
+            f"no CRDs of Kubeflow Pipelines: put those of its release into a folder and export it as {manifests.NAMED}"
+        )
     schemas = {}
-    for path in Path(folder).rglob("*.yaml"):
+    for path in paths:
         for document in yaml.safe_load_all(path.read_text()):
             if document and document.get("kind") == "CustomResourceDefinition":
                 for version in document["spec"]["versions"]:
