@@ -21,7 +21,7 @@ from tests.latentac.trainers import make_trainer, same, snapshot
 CPU = torch.device("cpu")
 ALONE = Sharding(Mesh.single(CPU), wanted=False)
 PACKAGES = Path(sys.prefix) / "optimizers"
-"""Where `make install` puts bitsandbytes: not into the environment, where diffusers would import it in every process."""
+"""Where `make install` puts bitsandbytes. In the environment, diffusers would import it in every process."""
 
 
 @pytest.fixture
