@@ -166,8 +166,9 @@ def kyverno_crd() -> Path | None:
     return path if path.exists() else None
 
 
-def build_all() -> None:
-    """Build what is missing. Raises Unavailable."""
+def build_all(*, node: bool = True) -> None:
+    """Build what is missing. node: without, only what tests use that start a control plane alone. Raises
+    Unavailable."""
     build({"pause": "."}, PAUSE, module="module latentac/pause\n\ngo 1.24\n", files={"main.go": _SLEEP})
     build({"probe": "."}, PROBE, module="module latentac/probe\n\ngo 1.24\n", files={"main.go": _PROBE})
     build(
@@ -181,6 +182,15 @@ def build_all() -> None:
     build({"helm3": "helm.sh/helm/v3/cmd/helm"}, HELM_3)
     build({"registry": "github.com/distribution/distribution/v3/cmd/registry"}, REGISTRY)
     build({"cosign": "github.com/sigstore/cosign/v3/cmd/cosign"}, COSIGN)
+    manifests.fetch()
+    _fetch_kyverno_crd()
+    minio.binary()
+    if node:
+        _build_dns()
+        _build_controllers()
+
+
+def _build_dns() -> None:
     imports = "\n".join(f'\t_ "github.com/coredns/coredns/plugin/{name}"' for name in _PLUGINS)
     directives = ", ".join(f'"{name}"' for name in _PLUGINS)
     build(
@@ -189,10 +199,6 @@ def build_all() -> None:
         module=_module("coredns", {"github.com/coredns/coredns": COREDNS}),
         files={"main.go": _DNS.format(imports=imports, directives=directives)},
     )
-    manifests.fetch()
-    _fetch_kyverno_crd()
-    minio.binary()
-    _build_controllers()
 
 
 def _build_controllers() -> None:
@@ -257,9 +263,11 @@ def _stamp(version: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.binaries", description=__doc__.partition("\n")[0])
     parser.add_argument("--kyverno", action="store_true", help="build Kyverno's command alone, for tests/images")
+    text = "leave out what only a whole node needs: its DNS, Volcano and KServe"
+    parser.add_argument("--without-node", action="store_true", help=text)
     options = parser.parse_args()
     try:
-        build_kyverno() if options.kyverno else build_all()
+        build_kyverno() if options.kyverno else build_all(node=not options.without_node)
     except Unavailable as error:
         sys.exit(str(error))
 
