@@ -117,6 +117,17 @@ class Metrics(Shape):
     explained_variance: Steps | None = None
 
 
+class Speed(Shape):
+    """Of an iteration."""
+
+    images_per_second: Number | None = None
+    straggler: Number | None = None
+    moved_bytes: Number | None = None
+    tflops: Number | None = None
+    peak_share: Number | None = None
+    phases: Annotated[dict[Label, Annotated[list[Number], Field(max_length=10_000)]], Field(max_length=16)] = {}
+
+
 class Iteration(Shape):
     """A row of history.json."""
 
@@ -128,6 +139,7 @@ class Iteration(Shape):
     clip_share: Number | None = None
     explained_variance: Steps | None = None
     seconds: Number | None = None
+    speed: Speed | None = None
 
 
 class _Production(Shape):

@@ -2,8 +2,9 @@
 
 import contextlib
 import itertools
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import cast
@@ -22,6 +23,32 @@ class PeerLost(RuntimeError):
     """Another worker went away in the middle of a collective. Nothing is wrong here: the elastic agent starts anew."""
 
 
+class Traffic:
+    """What this worker gave to collective operations, and the seconds that it spent in them."""
+
+    def __init__(self) -> None:
+        self._seconds, self._bytes = 0.0, 0
+
+    @contextlib.contextmanager
+    def operation(self, *sent: Tensor) -> Iterator[None]:
+        """Count the body, in which `sent` leaves. What it raises comes from the other workers (`PeerLost`): each worker
+        calls the same operations with the same shapes."""
+        began = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            raise PeerLost(str(error)) from error
+        finally:
+            self._seconds += time.monotonic() - began
+            self._bytes += sum(tensor.nbytes for tensor in sent)
+
+    def take(self) -> tuple[float, int]:
+        """Seconds and bytes since the last time."""
+        taken = self._seconds, self._bytes
+        self._seconds, self._bytes = 0.0, 0
+        return taken
+
+
 @dataclass(frozen=True)
 class Mesh:
     """The workers of a training app. rank 0 leads: it alone writes."""
@@ -29,6 +56,7 @@ class Mesh:
     rank: int
     size: int
     device: torch.device
+    traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
 
     @classmethod
     def join(cls, device_name: str) -> "Mesh":
@@ -37,7 +65,7 @@ class Mesh:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        with _peers():
+        with Traffic().operation():
             torch.distributed.init_process_group(backend, timeout=timedelta(minutes=10))
         return cls(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
@@ -60,15 +88,16 @@ class Mesh:
         """The workers' tensors [N, ...] joined along the first axis, in rank order, on every worker. N may differ."""
         if self.size == 1:
             return tensor
-        with _peers():
-            own = torch.tensor([len(tensor)], device=tensor.device)
-            counts = [torch.empty_like(own) for _ in range(self.size)]
+        own = torch.tensor([len(tensor)], device=tensor.device)
+        counts = [torch.empty_like(own) for _ in range(self.size)]
+        with self.traffic.operation(own):
             torch.distributed.all_gather(counts, own)
             rows = torch.cat(counts).tolist()
-            # A collective operation takes equal shapes.
-            sent = tensor.new_zeros(max(rows), *tensor.shape[1:])
-            sent[: len(tensor)] = tensor
-            parts = [torch.empty_like(sent) for _ in rows]
+        # A collective operation takes equal shapes.
+        sent = tensor.new_zeros(max(rows), *tensor.shape[1:])
+        sent[: len(tensor)] = tensor
+        parts = [torch.empty_like(sent) for _ in rows]
+        with self.traffic.operation(sent):
             torch.distributed.all_gather(parts, sent)
         return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
 
@@ -81,7 +110,7 @@ class Mesh:
         if self.size == 1:
             return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        sent = [(bucket, _send(bucket)) for bucket in _buckets(gradients)]
+        sent = [(bucket, _send(bucket, self.traffic)) for bucket in _buckets(gradients)]
         for bucket, travelling in sent:
             travelling.receive(bucket)
 
@@ -161,7 +190,7 @@ class GradientSum:
         self._bucket_of = {index: place for place, bucket in enumerate(self._buckets) for index in bucket}
 
     def _send(self, bucket: Sequence[int]) -> None:
-        self._sent.append(_send(self._gradients(bucket)))
+        self._sent.append(_send(self._gradients(bucket), self._mesh.traffic))
 
     def _gradients(self, bucket: Sequence[int]) -> list[Tensor]:
         weights = [self._weights[index] for index in bucket]
@@ -176,19 +205,21 @@ class _Travelling:
 
     flat: Tensor
     work: "torch.distributed.Work"
+    traffic: Traffic
 
     def receive(self, bucket: Sequence[Tensor]) -> None:
         """Wait for the sum, and put it into the bucket's gradients."""
-        with _peers():
+        with self.traffic.operation():
             self.work.wait()
         for gradient, part in zip(bucket, self.flat.split([g.numel() for g in bucket]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
 
-def _send(bucket: Sequence[Tensor]) -> _Travelling:
+def _send(bucket: Sequence[Tensor], traffic: Traffic) -> _Travelling:
     flat = torch.cat([gradient.flatten() for gradient in bucket])
-    with _peers():
-        return _Travelling(flat, cast("torch.distributed.Work", torch.distributed.all_reduce(flat, async_op=True)))
+    with traffic.operation(flat):
+        work = cast("torch.distributed.Work", torch.distributed.all_reduce(flat, async_op=True))
+    return _Travelling(flat, work, traffic)
 
 
 @contextlib.contextmanager
@@ -214,12 +245,3 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         size += tensor.nbytes
     if bucket:
         yield bucket
-
-
-@contextlib.contextmanager
-def _peers() -> Iterator[None]:
-    """What a collective raises comes from its peers: every worker calls the same ones with the same shapes."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise PeerLost(str(error)) from error

@@ -4,7 +4,6 @@ Images come in blocks, the unit of work. Blocks are dealt to the workers and a b
 updates, so an update sums the same transitions in the same blocks whatever the number of workers.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +32,7 @@ from latentac.training.distributed import Mesh
 from latentac.training.policy_learning import REMEDY, Block, CreditedBlock, PolicyLearner
 from latentac.training.sharding import Sharding
 from latentac.training.stability import best_iteration, diverged, stop_early
+from latentac.training.timing import Timing
 from latentac.worlds.prompts import Prompt, balanced
 
 
@@ -103,7 +103,7 @@ class Trainer:
 
         Raises Diverged when an update is not finite or the iteration is beyond a bound of `train.divergence`.
         """
-        train, started = self.config.train, time.monotonic()
+        train, timing = self.config.train, Timing(self.mesh)
         if self.combination.constrained:
             self.algorithm.weights = self.combination.weights
             self.value_weights = None if self.value_weights is None else self.combination.weights
@@ -111,13 +111,15 @@ class Trainer:
         idle = self.sharding.idle(len(own))
         # Several workers share the cores already.
         alone = self.mesh.size == 1
-        drawn = map_overlapped(self._roll_out, self._score, own, self.mesh.device, alone, any_outside(self.rewards))
-        for _ in range(idle):
-            self._trajectory(own[-1])  # the other workers need this one's share of the weights
-        rolled_out = time.monotonic()
+        with timing.phase("rollout"):
+            drawn = map_overlapped(self._roll_out, self._score, own, self.mesh.device, alone, any_outside(self.rewards))
+            for _ in range(idle):
+                self._trajectory(own[-1])  # the other workers need this one's share of the weights
+        rollout_seconds = timing.elapsed
         self._last_clean = drawn[0].trajectory.clean
-        blocks, rewards, watched = self._credit(drawn)
-        metrics = [self._update_policy(blocks, update) for update in range(train.updates_per_iteration)]
+        with timing.phase("policy"):
+            blocks, rewards, watched = self._credit(drawn)
+            metrics = [self._update_policy(blocks, update) for update in range(train.updates_per_iteration)]
         means = {name: sum(entry[name] for entry in metrics) / len(metrics) for name in metrics[0]}
         entry = {
             "iteration": self.iteration + 1,
@@ -130,7 +132,7 @@ class Trainer:
             **self._cache_metrics(),
             "first_ratio_deviation": metrics[0]["ratio_deviation"],
             "world_size": self.mesh.size,
-            "rollout_seconds": rolled_out - started,
+            "rollout_seconds": rollout_seconds,
         }
         self._check_first_ratio(entry["first_ratio_deviation"])
         reason = diverged(train.divergence, entry)
@@ -138,11 +140,13 @@ class Trainer:
             raise Diverged(f"iteration {self.iteration + 1}", reason, REMEDY)
         if self.learner is not None:
             learnt = [(block.index, block.trajectory, block.returns) for block in blocks if block.returns is not None]
-            entry["value_loss"] = self.learner.learn(self.iteration, learnt)
+            with timing.phase("critic"):
+                entry["value_loss"] = self.learner.learn(self.iteration, learnt)
         if self.policy.rows.limit is not None:
             entry["rows_per_forward"] = self.policy.rows.limit
         self.combination.learn(rewards)
-        entry["seconds"] = time.monotonic() - started
+        entry["seconds"] = timing.elapsed
+        entry["speed"] = timing.speed(train.images_per_iteration, entry["seconds"])
         self.history.append(entry)
         self._remember()
         return entry

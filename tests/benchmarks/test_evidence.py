@@ -266,7 +266,7 @@ def test_a_killed_unit_comes_to_the_same_result(tmp_path: Path) -> None:
     whole, again = (json.loads((tmp_path / name / RESULT).read_text()) for name in ("whole", "killed"))
     assert {name: whole[name] for name in whole.keys() - TIMES} == {name: again[name] for name in again.keys() - TIMES}
     assert [point["rewards"] for point in whole["curve"]] == [point["rewards"] for point in again["curve"]]
-    timed = {"seconds", "rollout_seconds"}
+    timed = {"seconds", "rollout_seconds", "speed"}
     histories = [
         [{k: v for k, v in entry.items() if k not in timed} for entry in each["history"]] for each in (whole, again)
     ]

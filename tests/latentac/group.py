@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -14,6 +15,7 @@ from latentac.backbones.precision import own_rows
 from latentac.training import distributed
 from latentac.training.checkpoint import read_state, write_state
 from latentac.training.distributed import Mesh
+from latentac.training.timing import PHASES
 from latentac.training.trainer import Trainer
 from tests.latentac.trainers import BODY, BRIGHTNESS, REDNESS, SHIPPED, make_trainer, same
 
@@ -44,7 +46,7 @@ def sharding(folder: Path, runs: Iterable[str], mesh: Mesh) -> None:
         for kind in ("none", "full"):
             trainer = make(run, kind, mesh, mesh.size + 1)
             for _ in range(2):
-                trainer.iterate()
+                check_speed(trainer.iterate()["speed"], trainer)
             place = folder / run / kind
             write_led(mesh, trainer, place)
             (place / f"{mesh.rank}.json").write_text(json.dumps(resident_bytes(trainer)))
@@ -53,6 +55,16 @@ def sharding(folder: Path, runs: Iterable[str], mesh: Mesh) -> None:
         found = trainer.state()
         assert not mesh.leads or (found[0].keys() == state[0].keys() and same(found[0], state[0]))
         assert found[1]["history"] == state[1]["history"]
+
+
+def check_speed(speed: dict[str, Any], trainer: Trainer) -> None:
+    """Each worker's seconds are known to all, and the gradients of each update are among the bytes that moved."""
+    assert {name: len(each) for name, each in speed["phases"].items()} == dict.fromkeys(PHASES, trainer.mesh.size)
+    assert all(seconds > 0 for each in speed["phases"].values() for seconds in each)
+    assert 1 <= speed["straggler"] <= trainer.mesh.size
+    if not trainer.sharding.active:
+        gradients = sum(weight.nbytes for weight in trainer.policy_learner.parameters.values())
+        assert speed["moved_bytes"] > trainer.config.train.updates_per_iteration * gradients
 
 
 def overlap(folder: Path, runs: Iterable[str], mesh: Mesh) -> None:

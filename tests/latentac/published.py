@@ -131,6 +131,19 @@ def history(num_iterations: int) -> list[dict[str, Any]]:
                 "explained_variance": [0.03 * step for step in range(10)],
                 "seconds": noise.uniform(7, 9),
                 "gradient_norm": 0.4,
+                "speed": {
+                    "images_per_second": 30.0 + iteration % 2,
+                    "straggler": 1.25,
+                    "moved_bytes": 12_500_000,
+                    "tflops": 148.35,
+                    "peak_share": 0.075,
+                    "phases": {
+                        "rollout": [3.0, 3.5],
+                        "policy": [4.0, 4.5],
+                        "critic": [0.5, 0.5],
+                        "waiting": [0.6, 0.1],
+                    },
+                },
             }
         )
     return rows

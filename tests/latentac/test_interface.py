@@ -74,7 +74,7 @@ def test_an_experiment_is_the_loop_of_a_run() -> None:
     """The same seed gives the same numbers, and the noise of an image depends on the seed and its place alone."""
     first, second = small(), small()
     assert [first.pretrain(), first.evaluate()] == [second.pretrain(), second.evaluate()]
-    times = {"seconds", "rollout_seconds"}
+    times = {"seconds", "rollout_seconds", "speed"}
     histories = [[{k: v for k, v in e.items() if k not in times} for e in each.train()] for each in (first, second)]
     assert histories[0] == histories[1]
     images = first.sample(["a red circle", "a blue square"], seed=3)

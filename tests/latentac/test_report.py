@@ -15,6 +15,7 @@ from PIL import Image
 
 from latentac.evaluation.held_out import contact_sheet
 from latentac.runs.reporting import charts, rendering
+from latentac.runs.reporting.metrics import PHASES, SPEED
 from latentac.runs.reporting.report import gate_reasons, next_commands, numbers, step_page, write_report
 from latentac.store import open_store
 from latentac.system.errors import ArtifactNotFound, ConfigError, IntegrityError, RewardError
@@ -50,7 +51,7 @@ SECTIONS = (
 )
 KEYS = (
     *("run", "recipe", "seed", "commit", "created", "machine", "versions", "settings", "seconds", "failure"),
-    *("evaluation", "gallery", "critic", "training", "steering", "steered", "gate", "serving", "notes"),
+    *("evaluation", "gallery", "critic", "training", "speed", "steering", "steered", "gate", "serving", "notes"),
 )
 
 
@@ -111,6 +112,10 @@ def check_schema(summary: dict[str, Any]) -> None:
         assert values is None or all(isinstance(value, number) for value in values)
     keys = {"iteration", "images", "reward_mean", "rewards", "kl", "clip_share", "explained_variance", "seconds"}
     assert all(set(row) == keys for row in summary["training"])
+    if summary["speed"] is not None:
+        assert set(summary["speed"]) == {"workers", "iterations", "phases", *SPEED}
+        assert set(summary["speed"]["phases"]) == set(PHASES)
+        assert all(len(each) == summary["speed"]["workers"] for each in summary["speed"]["phases"].values())
     more = ("method", "strength", "particles", "nfe", "reward", "seconds", "diversity")
     assert all(is_interval(row, *more) for row in summary["steering"])
     if summary["gate"] is not None:
@@ -333,6 +338,36 @@ def test_a_held_run_says_so_with_the_reasons(tmp_path: Path) -> None:
     assert "The interval contains 0, so this may be chance" in shown
     assert "nothing was deployed" in shown
     assert summary["serving"] is None
+
+
+def test_the_time_of_each_worker_is_shown(complete: tuple[str, dict[str, Any]]) -> None:
+    """Images and operations per second, their share of the peak, the slowest worker, and each worker's seconds."""
+    text, summary = complete
+    assert summary["speed"]["images_per_second"] == pytest.approx(30.5)
+    assert summary["speed"]["phases"]["policy"] == pytest.approx([4.0, 4.5])
+    shown = Page(text).text
+    assert "30.50 images per second with 2 workers, 148.4 TFLOP/s, which is 7.5 % of the data-sheet peak." in shown
+    assert "The slowest worker's own time is 1.25 times the mean. Each worker sent 12500000 bytes per iteration." in shown
+
+
+def test_workers_of_other_numbers_are_not_averaged(tmp_path: Path) -> None:
+    """An elastic job that lost a worker: the means are over the iterations since; a history without times has none."""
+
+    def lose(files: dict[str, Any]) -> None:
+        rows = history(40)
+        for row in rows[30:]:
+            row["speed"] |= {"images_per_second": 20.0, "phases": {name: [1.0] for name in PHASES}}
+            del row["speed"]["tflops"]
+        files["train"]["history.json"] = rows
+
+    summary = make(tmp_path / "lost", change=lose)[1]
+    assert (summary["speed"]["workers"], summary["speed"]["iterations"]) == (1, 10)
+    assert (summary["speed"]["images_per_second"], summary["speed"]["tflops"]) == (20.0, None)
+
+    def forget(files: dict[str, Any]) -> None:
+        files["train"]["history.json"] = [{**row, "speed": None} for row in history(40)]
+
+    assert make(tmp_path / "untimed", change=forget)[1]["speed"] is None
 
 
 def test_nan_becomes_null_and_a_note(tmp_path: Path) -> None:

@@ -89,11 +89,16 @@ def operations_by_step(config: Config, one: Operations) -> dict[str, float]:
     }
 
 
+def operations_per_image(config: Config, one: Operations) -> float:
+    """Floating-point operations of training per image of an iteration."""
+    train = config.train
+    return operations_by_step(config, one)["train"] / train.num_iterations / train.images_per_iteration
+
+
 def describe_costs(config: Config, one: Operations, gpu: str = "", price: float = 0.0) -> list[str]:
     """Lines for a person. gpu: one of `GPUS`, or "" for none; price: of an hour of one GPU, in any currency."""
     steps = operations_by_step(config, one)
-    train, total = config.train, sum(steps.values())
-    each = steps["train"] / train.num_iterations / train.images_per_iteration
+    total, each = sum(steps.values()), operations_per_image(config, one)
     counts = ", ".join(f"{step} {_flop(count)}" for step, count in steps.items())
     lines = [
         f"compute: {_flop(total)} ({counts})",

@@ -38,6 +38,23 @@ BY_REWARD = {
 }
 """One number per reward that has one."""
 
+SPEED = {
+    "images_per_second": "images of the iteration per second of wall time, of all workers together",
+    "tflops": "floating-point operations of the iteration, counted from the model, in TFLOP/s of all workers together",
+    "peak_share": "tflops divided by the data-sheet speed of the GPUs, where it is known",
+    "straggler": "own time of the slowest worker divided by the mean; own time is without waiting for other workers",
+    "moved_bytes": "bytes that each worker gave to collective operations, without those in the passes of FSDP2",
+}
+"""Numbers of `speed` in the training history."""
+
+PHASES = {
+    "rollout": "seconds of rollouts, decoding and scoring",
+    "policy": "seconds of advantages and policy updates",
+    "critic": "seconds of critic updates",
+    "waiting": "part of these seconds that the worker spent in collective operations",
+}
+"""Seconds of each worker in `speed.phases` of the training history."""
+
 GAIN = "evaluation/gain"
 """What a run is judged by: trained minus base on held-out prompts, by the reward of the gate."""
 
@@ -54,6 +71,11 @@ def of_iteration(entry: Mapping[str, Any]) -> dict[str, float]:
             found[f"{_GROUP_OF.get(name, 'policy')}/{name}"] = entry[name]
     for name in BY_REWARD:
         found |= {f"{_GROUP_OF.get(name, 'policy')}/{name}/{reward}": n for reward, n in entry.get(name, {}).items()}
+    speed = entry.get("speed", {})
+    found |= {f"time/{name}": speed[name] for name in SPEED if name in speed}
+    for name in PHASES:
+        each = speed.get("phases", {}).get(name, ())
+        found |= {f"time/{name}/worker_{rank:02d}": seconds for rank, seconds in enumerate(each)}
     for name in STEPWISE:
         found |= {f"critic/{name}/step_{step:02d}": value for step, value in enumerate(entry.get(name, ()))}
     return found

@@ -11,6 +11,7 @@ from typing import Any
 
 from latentac.evaluation.arms import best_steered
 from latentac.runs import failures
+from latentac.runs.reporting.metrics import PHASES, SPEED
 from latentac.runs.task import ERROR_FILE
 from latentac.store import Manifest, Store, published
 from latentac.system.errors import ArtifactNotFound, ConfigError, IntegrityError, Problem
@@ -110,6 +111,7 @@ def summarise(run: str, files: Files, timings: Mapping[str, Any], failure: Summa
         for step, name in (("evaluate", "evaluation"), ("gate", "gate"), ("deploy", "deployment"))
     )
     seconds, late = _seconds(files, timings)
+    history = read("train", "history.json") or ()
     summary = {
         "run": run,
         "recipe": settings["recipe"],
@@ -127,7 +129,8 @@ def summarise(run: str, files: Files, timings: Mapping[str, Any], failure: Summa
             "explained_variance": (read("pretrain-value", "metrics.json") or {}).get("explained_variance"),
             "explained_variance_trained": (evaluation or {}).get("critic", {}).get("explained_variance"),
         },
-        "training": [{name: row.get(name) for name in _ITERATION} for row in read("train", "history.json") or ()],
+        "training": [{name: row.get(name) for name in _ITERATION} for row in history],
+        "speed": _speed(history),
         "steering": [{name: row.get(name) for name in _STEERED} for row in read("steer", "steering.json") or ()],
         "steered": _steered(read("steer", "steering.json") or (), settings["gate"]["reward"]),
         "gate": gate
@@ -145,6 +148,25 @@ def summarise(run: str, files: Files, timings: Mapping[str, Any], failure: Summa
         ]
     )
     return summary
+
+
+def _speed(history: Sequence[Mapping[str, Any]]) -> Summary | None:
+    """Means over the iterations that as many workers did as the last one: of each number of `speed`, and in `phases`
+    the seconds of each phase on each worker. Null where nothing was timed."""
+    timed = [row["speed"] for row in history if row.get("speed")]
+    if not timed:
+        return None
+    workers = len(timed[-1]["phases"]["rollout"])
+    alike = [row for row in timed if len(row["phases"]["rollout"]) == workers]
+
+    def mean(values: Sequence[Any]) -> float | None:
+        return None if None in values else sum(values) / len(values)
+
+    phases = {
+        name: [mean(each) for each in zip(*(row["phases"][name] for row in alike), strict=True)] for name in PHASES
+    }
+    numbers = {name: mean([row.get(name) for row in alike]) for name in SPEED}
+    return {"workers": workers, "iterations": len(alike), **numbers, "phases": phases}
 
 
 def _lenient(gate: Mapping[str, Any] | None, bounds: Mapping[str, Any]) -> list[str]:

@@ -31,6 +31,7 @@ from latentac.runs.release.readme import write_trained
 from latentac.runs.reporting.metrics import of_iteration
 from latentac.runs.workers.checkpoints import Checkpoints
 from latentac.runs.workers.lease import watched
+from latentac.runs.workers.speed import Throughput, throughput
 from latentac.runs.workspace import Workspace, open_run
 from latentac.store import open_store
 from latentac.system.errors import Diverged, StoreError, expected
@@ -180,7 +181,10 @@ def work(space: Workspace, position: Position) -> bool:
                 continue
             stopping = position.agreed(mesh)
             bar.update()
-            bar.note(f"reward {entry['reward_mean']:.3f}  kl {entry['kl']:.4f}  clip {entry['clip_share']:.2f}")
+            speed = f"{entry['speed']['images_per_second']:.3g} images/s"
+            bar.note(
+                f"reward {entry['reward_mean']:.3f}  kl {entry['kl']:.4f}  clip {entry['clip_share']:.2f}  {speed}"
+            )
             if log is not None:
                 log.write(entry)
             if trainer.finished or stopping or trainer.iteration % space.config.train.checkpoint_every == 0:
@@ -190,6 +194,12 @@ def work(space: Workspace, position: Position) -> bool:
             if stopping and not trainer.finished:
                 return _stop(mesh, checkpoints, position)
         return _publish(space, trainer, checkpoints, position, time.monotonic() - started)
+
+
+def _note(entry: Mapping[str, Any]) -> str:
+    """What the progress bar says of an iteration."""
+    speed = f"{entry['speed']['images_per_second']:.3g} images/s"
+    return f"reward {entry['reward_mean']:.3f}  kl {entry['kl']:.4f}  clip {entry['clip_share']:.2f}  {speed}"
 
 
 def _resumed(space: Workspace, mesh: Mesh, *, imports: float, meeting: float) -> tuple[Trainer, Checkpoints]:
@@ -225,8 +235,8 @@ def _stop(mesh: Mesh, checkpoints: Checkpoints, position: Position) -> bool:
 class Log:
     """What the leading worker reports of training: TensorBoard's files, here and in the store, and other trackers."""
 
-    def __init__(self, space: Workspace, trackers: "Sequence[Background]") -> None:
-        self._space, self._trackers = space, trackers
+    def __init__(self, space: Workspace, trackers: "Sequence[Background]", rate: Throughput | None) -> None:
+        self._space, self._trackers, self._rate = space, trackers, rate
         self._folder, self._copies = space.folder / "tensorboard", f"tensorboard/{space.run}"
 
     @classmethod
@@ -236,7 +246,10 @@ class Log:
         from latentac.runs.reporting.tracking import make_trackers, tracking
 
         trackers = make_trackers(space.config.tracking, space.folder)
-        log = cls(space, trackers)
+        rate = None
+        if not trainer.sharding.active:  # a forward pass of this worker alone would wait for the others
+            rate = throughput(space.config, trainer.policy.backbone, space.prompts.train[0].text)
+        log = cls(space, trackers, rate)
         if trainer.history and not log._folder.exists():  # another pod has trained so far
             space.store.read_files(log._copies, log._folder)
         log._open_board(trainer)
@@ -247,7 +260,9 @@ class Log:
             log._board.finish()
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """One iteration's entry of the history."""
+        """One iteration's entry of the history, to which operations per second are added."""
+        if self._rate is not None:
+            self._rate.add(entry["speed"], entry["world_size"])
         for tracker in self._everywhere():
             tracker.log(entry["iteration"], of_iteration(entry))
 
