@@ -45,8 +45,7 @@ def work(task: str, folder: Path, size: int, *runs: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("run", "size"), [*((run, 2) for run in RUNS), ("unet-full", 4), ("dit-lora", 4)])
 def test_sharded_weights_learn_what_whole_ones_learn(run: str, size: int, tmp_path: Path) -> None:
     """The loss curve and the state after two iterations are the same but for rounding, with a block more for one worker
     than for the others; each worker has about 1 / N of weights, optimizer state and EMA. Its checkpoint is the same
