@@ -1,9 +1,9 @@
 """What shapes of JSON files are made of: bounded numbers, texts, and intervals."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 _LARGEST = 1e100
 
@@ -67,3 +67,27 @@ ByReward = Annotated[dict[Label, Interval], Field(max_length=_MOST_REWARDS)]
 
 
 Scored = Annotated[dict[str, Annotated[list[Finite], Field(max_length=_MOST_IMAGES)]], Field(max_length=_MOST_REWARDS)]
+
+
+def one_per_image(rewards: dict[str, Scored], count: int) -> None:
+    for arm, rows in rewards.items():
+        for reward, scores in rows.items():
+            if len(scores) != count:
+                raise ValueError(f"rewards.{arm}.{reward} has {len(scores)} scores for {count} images")
+
+
+class Speed(Shape):
+    """Of an iteration. phases: seconds of each worker."""
+
+    images_per_second: Number | None = None
+    straggler: Number | None = None
+    moved_bytes: Number | None = None
+    tflops: Number | None = None
+    peak_share: Number | None = None
+    phases: Annotated[dict[Label, Annotated[list[Number], Field(max_length=10_000)]], Field(max_length=16)] = {}
+
+    @model_validator(mode="after")
+    def _of_the_same_workers(self) -> Self:
+        if len({len(each) for each in self.phases.values()}) > 1:
+            raise ValueError("phases: each has a number per worker")
+        return self

@@ -15,9 +15,11 @@ from latentac.store.shape import (
     Number,
     Scored,
     Shape,
+    Speed,
     Steps,
     Texts,
     Whole,
+    one_per_image,
 )
 
 
@@ -117,17 +119,6 @@ class Metrics(Shape):
     explained_variance: Steps | None = None
 
 
-class Speed(Shape):
-    """Of an iteration."""
-
-    images_per_second: Number | None = None
-    straggler: Number | None = None
-    moved_bytes: Number | None = None
-    tflops: Number | None = None
-    peak_share: Number | None = None
-    phases: Annotated[dict[Label, Annotated[list[Number], Field(max_length=10_000)]], Field(max_length=16)] = {}
-
-
 class Iteration(Shape):
     """A row of history.json."""
 
@@ -190,13 +181,6 @@ class Evaluation(Shape):
         return self
 
 
-def _one_per_image(rewards: dict[str, Scored], count: int) -> None:
-    for arm, rows in rewards.items():
-        for reward, scores in rows.items():
-            if len(scores) != count:
-                raise ValueError(f"rewards.{arm}.{reward} has {len(scores)} scores for {count} images")
-
-
 class Scores(Shape):
     """scores.json: a score of each image, by arm and reward."""
 
@@ -206,7 +190,7 @@ class Scores(Shape):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        _one_per_image(self.rewards, len(self.prompts))
+        one_per_image(self.rewards, len(self.prompts))
         return self
 
 
@@ -233,7 +217,7 @@ class Gallery(Shape):
     def _whole(self) -> Self:
         if len(self.seeds) != len(self.prompts):
             raise ValueError(f"it has {len(self.seeds)} seeds for {len(self.prompts)} prompts")
-        _one_per_image(self.rewards or {}, len(self.prompts))
+        one_per_image(self.rewards or {}, len(self.prompts))
         return self
 
 

@@ -370,6 +370,14 @@ def test_workers_of_other_numbers_are_not_averaged(tmp_path: Path) -> None:
 
     assert make(tmp_path / "untimed", change=forget)[1]["speed"] is None
 
+    def tear(files: dict[str, Any]) -> None:
+        rows = history(40)
+        rows[3]["speed"]["phases"]["policy"] = [1.0]
+        files["train"]["history.json"] = rows
+
+    with pytest.raises(IntegrityError, match="a number per worker"):
+        make(tmp_path / "torn", change=tear)
+
 
 def test_nan_becomes_null_and_a_note(tmp_path: Path) -> None:
     """Neither file ever holds NaN or infinity: there is null, a dash on the page, and a note of what was dropped."""

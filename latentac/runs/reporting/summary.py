@@ -153,7 +153,7 @@ def summarise(run: str, files: Files, timings: Mapping[str, Any], failure: Summa
 def _speed(history: Sequence[Mapping[str, Any]]) -> Summary | None:
     """Means over the iterations that as many workers did as the last one: of each number of `speed`, and in `phases`
     the seconds of each phase on each worker. Null where nothing was timed."""
-    timed = [row["speed"] for row in history if row.get("speed")]
+    timed = [row["speed"] for row in history if PHASES.keys() <= ((row.get("speed") or {}).get("phases") or {}).keys()]
     if not timed:
         return None
     workers = len(timed[-1]["phases"]["rollout"])
