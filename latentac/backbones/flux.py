@@ -38,7 +38,6 @@ class FluxBackbone(FlowTransformer):
     layout = FLUX
     cells = CELLS
     guides = False  # it is the distilled guidance
-    machine_settings = frozenset({"attention"})
     packed = f"torch.nn.functional.pixel_unshuffle({{}}, {PATCH}).flatten(2).transpose(1, 2)"
 
     def __init__(self, settings: FluxSettings, folder: Path, device: torch.device) -> None:

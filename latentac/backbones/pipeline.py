@@ -98,8 +98,6 @@ class PipelineBackbone:
     """The `guidance_scale` of the pipeline's call that stands for the scale 1, which is no guidance."""
     cells: ClassVar[int | None] = None
     """Cells of the latents per side where no image size is given and the network knows none of its own."""
-    machine_settings: ClassVar[frozenset[str]] = frozenset()
-    """Settings that an export leaves out: they change only rounding, and need what a server may not have."""
     path: diffusion.Path
     latent_shape: tuple[int, int, int]
     tap_shapes: dict[str, tuple[int, int, int]]

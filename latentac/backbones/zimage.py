@@ -36,7 +36,6 @@ class ZImageBackbone(FlowTransformer):
     Settings: ClassVar[type[PipelineSettings]] = ZImageSettings
     layout = ZIMAGE
     cells = CELLS
-    machine_settings = frozenset({"attention"})
     unguided = 0.0
 
     def __init__(self, settings: ZImageSettings, folder: Path, device: torch.device) -> None:

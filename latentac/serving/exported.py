@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from latentac.backbones import BACKBONES
 from latentac.config.schema import Batching, Config, Kernel, Limits
 from latentac.config.sections import (
     Extension,
@@ -50,6 +49,8 @@ class Method(Section):
     particles: Particles
 
 
+_OF_A_MACHINE = {"attention"}
+"""Settings of a backbone that an export leaves out: they change only rounding, and need what a server may not have."""
 _DESCRIBED = ("summary", "needs_gradient", "strength", "particles")
 """Of a method, what `prepare` writes to extensions.json."""
 
@@ -143,8 +144,7 @@ def export(
     configured method. base: of an adapter; pipeline: its folder.
     """
     serving, units = config.serving, extensions["units"]
-    of_machine = getattr(BACKBONES.load(config.backbone.use), "machine_settings", ())
-    own = {name: value for name, value in config.backbone.own.items() if name not in of_machine}
+    own = {name: value for name, value in config.backbone.own.items() if name not in _OF_A_MACHINE}
     limits = serving.model_dump(include=set(Limits.model_fields))
     methods = {
         method.name: Method(extension=method, **{name: extensions["methods"][method.name][name] for name in _DESCRIBED})
