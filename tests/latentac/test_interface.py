@@ -36,6 +36,17 @@ def small(**arguments: Any) -> latentac.Experiment:
     return latentac.Experiment(latentac.load_config("shapes-unet", SMALL), **arguments)
 
 
+@pytest.mark.parametrize(("given", "kept"), [(None, "1"), ("0", "0")])
+def test_nothing_is_reported_to_the_makers_of_onnxruntime(given: str | None, kept: str) -> None:
+    """diffusers imports it to save a pipeline: its telemetry is off by then, unless somebody has decided otherwise."""
+    name = "ORT_DISABLE_TELEMETRY"
+    environment = {key: value for key, value in os.environ.items() if key != name} | ({name: given} if given else {})
+    script = f"import latentac.system.errors, os; print(os.environ[{name!r}])"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == kept
+
+
 def test_every_public_name_can_be_imported() -> None:
     """About 40 names, each the object of the module that its line names."""
     assert 35 <= len(latentac.__all__) <= 45
