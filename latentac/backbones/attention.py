@@ -77,7 +77,7 @@ def switch_attention(module: Any, name: str) -> None:
 @contextmanager
 def native_attention(backbone: Any) -> Iterator[None]:
     """Let a backbone use the kernel `native` within the body, whatever its settings say."""
-    settings = getattr(backbone, "settings", None)
+    settings = getattr(getattr(backbone, "backbone", backbone), "settings", None)  # below classifier-free guidance
     name = settings.attention if isinstance(settings, SwitchedSettings) else NATIVE
     if name == NATIVE:
         yield

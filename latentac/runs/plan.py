@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from latentac.backbones import layout_of
+from latentac.backbones.guided import guided
 from latentac.backbones.layout import INDEX
 from latentac.backbones.source import locate
 from latentac.config.schema import Config
@@ -100,7 +101,9 @@ def plan(given: Given, store: str, output: Path) -> Plan:
         attempt(lambda: preparation.check_scoring(rewards, prompts, rehearsed.images[0], block))
     needs = None if needed is None else tuple(sizing.describe(needed))
     if needs is not None and rehearsed is not None and prompts is not None:
-        counted = attempt(lambda: count_operations(settings, rehearsed.backbone, prompts.train[0].text))
+        backbone, scale = rehearsed.backbone, settings.policy.guidance_scale
+        text = backbone.encode([prompts.train[0].text])
+        counted = attempt(lambda: count_operations(settings, guided(backbone, scale), text))
         needs += tuple(describe_costs(settings, counted, given.gpu, given.price)) if counted else ()
     return Plan(resolved.config if resolved else None, needs, tuple(refused))
 

@@ -146,7 +146,7 @@ def test_operations_do_not_depend_on_the_kernel(dev: Path) -> None:
     for name in (NATIVE, "_native_flash"):
         backbone = load(dev, attention=name)
         config = resolve_all(recipe_fields("shapes-dit-smoke", "", [])).config
-        counted.append(count_operations(config, backbone, PROMPTS[0]))
+        counted.append(count_operations(config, backbone, backbone.encode(PROMPTS[:1])))
         assert kernels(backbone.module) == {AttentionBackendName(name)}
         with native_attention(backbone):
             assert kernels(backbone.module) == {AttentionBackendName.NATIVE}

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentac.backbones import load_backbone
+from latentac.backbones.guided import guided
 from latentac.config.schema import Config
 from latentac.runs.configuration import recipe_fields
 from latentac.runs.gpus import GPUS, SHARE
@@ -46,8 +47,8 @@ def test_operations_are_counted_without_computing_them(name: str, scale: float) 
     prompt, which is as long as it is."""
     settings = config(name, policy__guidance_scale=scale)
     backbone = load_backbone(settings.backbone, builtin_pipeline(f"shapes-{name}"), CPU)
-    found = count_operations(settings, backbone, "a red circle")
     conditioning = backbone.encode(["a red circle"])
+    found = count_operations(settings, guided(backbone, scale), conditioning)
     latents, sigma = torch.randn(1, *backbone.latent_shape), torch.full((1,), 0.5)
     with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]):
         with FlopCounterMode(display=False) as forward:

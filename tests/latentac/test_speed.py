@@ -49,16 +49,19 @@ def test_time_in_operations_counts_also_where_they_fail() -> None:
     assert traffic.take() == (0.0, 0)
 
 
-def test_operations_are_those_of_the_prediction() -> None:
-    """Per image, as the dry run counts them; the share is of the peak of all workers' GPUs."""
-    trainer = make_trainer()
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_operations_are_those_of_the_prediction(scale: float) -> None:
+    """Per image, as the dry run counts them, guidance once; the share is of the peak of all workers' GPUs."""
+    trainer = make_trainer(policy={"guidance_scale": scale})
     backbone, config = trainer.policy.backbone, trainer.config
     speed: dict[str, Any] = {"images_per_second": 100.0}
-    Throughput(config, backbone, PROMPT, "NVIDIA H100 80GB HBM3").add(speed, 4)
-    expected = 100.0 * operations_per_image(config, count_operations(config, backbone, PROMPT)) / 1e12
+    text, given = trainer.conditioning.rows(torch.tensor([0])), backbone.encode([PROMPT])
+    trainer.conditioning.release_encoders()  # as on a GPU
+    Throughput(config, backbone, text, "NVIDIA H100 80GB HBM3").add(speed, 4)
+    expected = 100.0 * operations_per_image(config, count_operations(config, backbone, given)) / 1e12
     assert speed["tflops"] == pytest.approx(expected)
     assert speed["peak_share"] == pytest.approx(expected / 4 / GPUS["h100"])
-    assert throughput(config, backbone, PROMPT) is None, "a CPU has no known peak"
+    assert throughput(config, backbone, text) is None, "a CPU has no known peak"
 
 
 def test_a_backbone_that_cannot_be_counted_trains_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
@@ -73,7 +76,7 @@ def test_a_backbone_that_cannot_be_counted_trains_all_the_same(caplog: pytest.Lo
             return getattr(trainer.policy.backbone, name)
 
     with caplog.at_level(logging.WARNING):
-        Throughput(trainer.config, Odd(), PROMPT, "NVIDIA L4").add(speed, 1)
+        Throughput(trainer.config, Odd(), trainer.conditioning.rows(torch.tensor([0])), "NVIDIA L4").add(speed, 1)
     assert "own kernel" in caplog.text
     assert speed == {"images_per_second": 100.0}
 

@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentac.backbones import Denoiser
 from latentac.backbones.attention import native_attention
-from latentac.backbones.guided import guided
 from latentac.config.schema import Config
 from latentac.evaluation.benchmark import arms
 from latentac.method.diffusion import num_stochastic_steps
@@ -36,18 +35,18 @@ class Operations:
 
 
 @torch.no_grad()
-def count_operations(config: Config, backbone: Denoiser, prompt: str) -> Operations:
-    """Count those of `backbone` from the shapes of its tensors. Nothing but the prompt's text is computed.
+def count_operations(config: Config, backbone: Denoiser, conditioning: Conditioning) -> Operations:
+    """Count those of a policy's denoiser, which has its guidance, from the shapes of its tensors. Nothing is computed.
 
-    Only matrix products, convolutions and attention count. The operations of a kernel of one's own are not known.
+    conditioning: of one prompt. Only matrix products, convolutions and attention count. The operations of a kernel of
+    one's own are not known.
     """
-    conditioning, denoiser = backbone.encode([prompt]), guided(backbone, config.policy.guidance_scale)
     # The count knows no fused attention of a CPU, so attention is counted by its matrix products.
     exact = sdpa_kernel([SDPBackend.MATH])
     with native_attention(backbone), FakeTensorMode(allow_non_fake_inputs=True), exact:
         latents = torch.zeros(1, *backbone.latent_shape, device=backbone.device)
         sigma = torch.full((1,), 0.5, device=backbone.device)
-        forward, decoding = _of_forward(denoiser, latents, sigma, conditioning), _of_decoding(backbone, latents)
+        forward, decoding = _of_forward(backbone, latents, sigma, conditioning), _of_decoding(backbone, latents)
     kernel, sigmas = KERNELS.make(config.kernel, path="kernel"), backbone.schedule(config.kernel.num_steps)
     return Operations(forward, decoding, num_stochastic_steps(kernel, sigmas))
 

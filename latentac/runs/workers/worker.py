@@ -248,7 +248,8 @@ class Log:
         trackers = make_trackers(space.config.tracking, space.folder)
         rate = None
         if not trainer.sharding.active:  # a forward pass of this worker alone would wait for the others
-            rate = throughput(space.config, trainer.policy.backbone, space.prompts.train[0].text)
+            text = trainer.conditioning.rows(torch.tensor([0]))
+            rate = throughput(space.config, trainer.policy.backbone, text)
         log = cls(space, trackers, rate)
         if trainer.history and not log._folder.exists():  # another pod has trained so far
             space.store.read_files(log._copies, log._folder)
